@@ -1,0 +1,51 @@
+# `make help` lists the targets. Every target that needs Python packages installs them first, into .venv.
+
+SCALE ?= demo
+RUNS ?= runs
+ARGS ?=
+RESUME ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Changes when the dependencies change, so an old environment is brought up to date and a fresh one is left alone.
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+TRAIN = $(PY) -m t2i_lm.train experiments/$(1).yaml --scale $(SCALE) $(if $(RESUME),--resume latest) run.dir=$(RUNS) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test tensorboard figures demo-assets exp-pretrained exp-scratch clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  options: SCALE=demo|flickr8k|paper  RESUME=1  ARGS=\"key=value ...\"  PYTHON=python3.12"
+
+setup: $(STAMP)  ## make .venv and install everything (done by the other targets too)
+
+# Only the last line marks the installation as complete: one that was interrupted is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@sh .ci/setup.sh "$(VENV)" "$(STAMP)" $(PYTHON)
+
+check: $(STAMP)  ## format, lint and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+test: check  ## check, then all tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+
+exp-pretrained: $(STAMP)  ## text-to-image from the pre-trained language model (about 8 minutes on 2 cores)
+	$(call TRAIN,t2i_pretrained)
+
+exp-scratch: $(STAMP)  ## the same run from random weights
+	$(call TRAIN,t2i_scratch)
+
+figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
+	$(PY) -m t2i_lm.figures --runs $(RUNS) $(ARGS)
+
+tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
+	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost
+
+demo-assets: $(STAMP)  ## rebuild the shipped tokenizers and language models (hours; TEXT=books.txt.gz HELDOUT=heldout.txt.gz)
+	$(PY) -m t2i_lm.export --text "$(TEXT)" --heldout "$(HELDOUT)" $(ARGS)
+
+clean:  ## remove caches of tests and checkers (runs, figures and prepared data stay)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

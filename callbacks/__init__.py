@@ -1,0 +1,26 @@
+"""Lightning callbacks of the suite: a leaf package that knows modules only by their step outputs."""
+
+from callbacks.checkpoint_io import CorruptCheckpointError, DurableCheckpointIO
+from callbacks.checkpoints import RunCheckpoints, find_resumable
+from callbacks.events import EventLog
+from callbacks.metrics_file import MetricsFile
+from callbacks.perplexity import EMASplitPerplexity
+from callbacks.preemption import Preempted, Preemption
+from callbacks.progress import RunProgress
+from callbacks.rng import RngState
+from callbacks.scalars import RunScalars
+
+__all__ = [
+    "CorruptCheckpointError",
+    "DurableCheckpointIO",
+    "EMASplitPerplexity",
+    "EventLog",
+    "MetricsFile",
+    "Preempted",
+    "Preemption",
+    "RngState",
+    "RunCheckpoints",
+    "RunProgress",
+    "RunScalars",
+    "find_resumable",
+]

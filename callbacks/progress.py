@@ -1,0 +1,88 @@
+"""Progress with ETA: a bar on a terminal, plain lines elsewhere; only rank 0 talks."""
+
+import sys
+import time
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class HasLatest(Protocol):
+    """A callback whose `latest` scalars the progress shows."""
+
+    latest: dict[str, float]
+
+
+class RunProgress(Callback):
+    """Shows optimiser steps, speed, the latest losses and the time left."""
+
+    def __init__(self, scalars: HasLatest, every: int = 10, shown: int = 4) -> None:
+        """`every` is the number of steps between plain lines; `shown` scalars are printed."""
+        self.scalars, self.every, self.shown = scalars, every, shown
+        self._bar: Progress | None = None
+        self._started = self._tokens = 0.0
+        self._first_step = self._last_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock, and the bar on a terminal."""
+        self._started, self._tokens = time.monotonic(), 0.0
+        self._first_step = self._last_step = trainer.global_step
+        if trainer.is_global_zero and sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar.add_task("train", total=trainer.max_steps, completed=trainer.global_step, note="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar, or prints a line."""
+        self._tokens += outputs.get("tokens_nominal", outputs["samples"]) * trainer.world_size
+        step = trainer.global_step
+        if not trainer.is_global_zero or step == self._last_step:
+            return
+        self._last_step = step
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=step, note=self._note(outputs))
+        elif step % self.every == 0 or step == trainer.max_steps:
+            elapsed = time.monotonic() - self._started
+            left = elapsed / (step - self._first_step) * (trainer.max_steps - step)
+            print(f"step {step}/{trainer.max_steps}  {self._note(outputs)}  ETA {_clock(left)}", flush=True)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says what takes time."""
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], note="validating")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops the bar."""
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the terminal as it was."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _note(self, outputs: Any) -> str:
+        speed = self._tokens / (time.monotonic() - self._started)
+        unit = "tokens" if "tokens_nominal" in outputs else "pictures"
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in list(self.scalars.latest.items())[: self.shown])
+        return f"{speed:,.0f} {unit}/s  {losses}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

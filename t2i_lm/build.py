@@ -1,0 +1,219 @@
+"""The composition root: ExperimentConfig -> module, data and Trainer. Alone imports `callbacks`."""
+
+import hashlib
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from callbacks import (
+    DurableCheckpointIO,
+    EMASplitPerplexity,
+    Preemption,
+    RngState,
+    RunCheckpoints,
+    RunProgress,
+    RunScalars,
+)
+from t2i_lm.assets import resolve
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
+from t2i_lm.data.tokens import read_index
+from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.expand import expand_vocabulary
+from t2i_lm.models.open_lm import decoder_config, load_open_lm
+from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
+from t2i_lm.modules.text import TextModule
+from t2i_lm.modules.text_to_image import TextToImageModule
+from t2i_lm.prepare import prepare_pairs, prepare_text
+from t2i_lm.runs import METRICS
+from t2i_lm.sequence import Layout
+from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
+from t2i_lm.tokenizers.text import SentencePieceTokenizer
+from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer
+
+CHECKPOINTS = "checkpoints"
+# Seconds that other ranks wait for rank 0 to prepare the data.
+PREPARE_TIMEOUT = 24 * 3600
+
+
+@dataclass
+class Experiment:
+    """A built experiment: what is trained on what, and what its report needs."""
+
+    config: ExperimentConfig
+    module: pl.LightningModule
+    data: BatchDataModule
+    index: dict[str, Any] = field(default_factory=dict)  # of the token shards
+    shards: Path | None = None
+    text: TextTokenizer | None = None
+    image: ImageTokenizer | None = None
+    layout: Layout | None = None
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """A random stream of its own for each purpose, so that draws of one never shift another's."""
+    digest = hashlib.sha256(f"{purpose}/{seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+
+
+def build_decoder(config: ExperimentConfig, length: int) -> Decoder:
+    """The unexpanded decoder, pre-trained or drawn from the seed; both arms take this path.
+
+    A rotary table is made long enough for `length` positions, which changes no weight.
+    """
+    backbone = config.backbone
+    path = resolve(backbone.path) if backbone.path else None
+    source = backbone.config or (path if path is None or path.is_dir() else path.parent)
+    if source is None:
+        raise ValueError("backbone.config=null: give a preset, a model JSON, or backbone.path with a config.json")
+    if isinstance(source, Path):
+        source = source / "config.json"
+    known = decoder_config(source, positional_embedding_type=backbone.positional)
+    seq_len = max(known.seq_len, backbone.seq_len or 0, length)
+    overrides = vars(known) | {"seq_len": seq_len}
+    if config.init == "pretrained":
+        assert path is not None
+        return load_open_lm(path, overrides)
+    decoder = Decoder(decoder_config(overrides))
+    decoder.reset_parameters(generator(config.seed, "decoder"))
+    return decoder
+
+
+def build_text_to_image(config: ExperimentConfig) -> Experiment:
+    """The expanded decoder on caption-image pairs."""
+    if config.text_tokenizer.path is None or config.image_tokenizer.path is None:
+        raise ValueError("text_tokenizer.path and image_tokenizer.path: both are needed for task=text_to_image")
+    text = SentencePieceTokenizer(resolve(config.text_tokenizer.path))
+    image = VQTokenizer.from_folder(resolve(config.image_tokenizer.path), config.image_tokenizer.size)
+    shards = _once(lambda: prepare_pairs(config, text, image))
+    decoder = build_decoder(config, config.data.length)
+    if text.vocab_size > decoder.config.vocab_size:
+        raise ValueError(
+            f"text_tokenizer.path has {text.vocab_size} pieces but the backbone {decoder.config.vocab_size} rows: "
+            "this is not the tokenizer that the backbone was trained with"
+        )
+    vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"))
+    layout = Layout(vocab, image.grid[0] * image.grid[1], config.data.length)
+    index = read_index(shards)
+    assert index is not None
+    module = TextToImageModule(decoder, config, layout)
+    return Experiment(config, module, PairDataModule(config, shards, layout), index, shards, text, image, layout)
+
+
+def build_text(config: ExperimentConfig) -> Experiment:
+    """A decoder from random weights on plain text."""
+    shards, text = _once(lambda: prepare_text(config))
+    decoder = build_decoder(config, config.data.length)
+    if text.vocab_size != decoder.config.vocab_size:
+        raise ValueError(
+            f"text_tokenizer.vocab_size={text.vocab_size}: backbone.config has vocab_size={decoder.config.vocab_size}"
+        )
+    index = read_index(shards)
+    assert index is not None
+    return Experiment(config, TextModule(decoder, config), TextDataModule(config, shards), index, shards, text)
+
+
+def build_image_tokenizer(config: ExperimentConfig) -> Experiment:
+    """An image tokenizer from random weights on pictures."""
+    state = torch.get_rng_state()
+    torch.manual_seed(config.seed)  # diffusers draws from the global stream
+    model = PatchedVQ(config.image_tokenizer.model)
+    torch.set_rng_state(state)
+    return Experiment(config, ImageTokenizerModule(model, config), PictureDataModule(config))
+
+
+TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
+    "text_to_image": build_text_to_image,
+    "text": build_text,
+    "image_tokenizer": build_image_tokenizer,
+}
+
+
+def build(config: ExperimentConfig) -> Experiment:
+    """Builds an experiment's module and data, preparing token shards where they are absent."""
+    pl.seed_everything(config.seed, verbose=False)
+    return TASKS[config.task](config)
+
+
+def _once(prepare: Callable[[], Any]) -> Any:
+    """Lets rank 0 prepare; the other ranks of a launcher wait until a second look finds it done."""
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    if rank == 0:
+        return prepare()
+    marker = os.environ.get("T2I_LM_PREPARED")
+    if marker is None:  # started beside rank 0, by torchrun: rank 0 may still be at it
+        time.sleep(1.0)
+    return prepare()
+
+
+def precision(config: ExperimentConfig) -> str:
+    """bf16-mixed where the device multiplies in bfloat16, else float32; float32 master weights either way."""
+    if config.trainer.precision != "auto":
+        return config.trainer.precision
+    if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda"):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "32-true"
+
+
+def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
+    """The logger named by `log.logger`; metrics.jsonl is written whatever it is."""
+    name = config.log.logger
+    if name == "tensorboard":
+        return TensorBoardLogger(save_dir=folder, name="", version="tb", default_hp_metric=False)
+    if name == "csv":
+        return CSVLogger(save_dir=folder, name="", version="csv")
+    if name == "wandb":
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(project="t2i_lm", name=folder.name, save_dir=folder)
+    return False
+
+
+def build_trainer(config: ExperimentConfig, folder: Path) -> pl.Trainer:
+    """The Trainer of a run, with all callbacks.
+
+    Order matters: the meters book a batch before the progress shows it, and `Preemption` saves through the
+    same `RunCheckpoints` that saves on schedule.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    trainer = config.trainer
+    metrics = folder / METRICS
+    meter: EMASplitPerplexity | RunScalars
+    if config.task == "image_tokenizer":
+        meter = RunScalars(config.log.interval, metrics)
+    else:
+        meter = EMASplitPerplexity(config.log.interval, config.log.ema, metrics)
+    saver = RunCheckpoints(folder / CHECKPOINTS, trainer.checkpoint_interval)
+    if trainer.threads:
+        torch.set_num_threads(trainer.threads)
+    ranks = trainer.devices * trainer.num_nodes
+    strategy = "ddp" if trainer.strategy == "ddp" or ranks > 1 else "auto"
+    return pl.Trainer(
+        max_steps=trainer.max_steps,
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        strategy=strategy,
+        precision=precision(config),  # type: ignore[arg-type]
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip_val=config.optim.grad_clip,
+        val_check_interval=min(trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        logger=build_logger(config, folder),
+        callbacks=[meter, RngState(), saver, Preemption(saver), RunProgress(meter, config.log.interval)],
+        plugins=[DurableCheckpointIO()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )

@@ -1,0 +1,232 @@
+"""LightningDataModules over prepared token shards.
+
+The chain: `prepare` writes shards -> `open_split` maps them -> `IndexSampler` draws (epoch, index) pairs ->
+`__getitems__` gathers a micro-batch in one read -> the batch dict that the modules expect. Nothing in it holds
+state but the sampler's one integer, which is derived from the optimiser steps taken.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.data.pairs import CaptionedSource
+from t2i_lm.data.sampler import Draw, IndexSampler
+from t2i_lm.data.sources import RejectedPair, centre_crop, open_source
+from t2i_lm.data.tokens import choose_caption, open_split
+from t2i_lm.sequence import Layout
+
+# `ids_BT` int64, `samples` int, `tokens_nominal` int (positions), `tokens_real` 0-d int64 (pads excluded).
+Batch = dict[str, Any]
+# A micro-batch is cut to its longest sequence, rounded up to this many positions: fewer pads to compute.
+TRIM = 8
+
+
+class Batches(Dataset[Batch]):
+    """A sized dataset that gathers a whole batch at once."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        """The batch of (epoch, index) draws."""
+        raise NotImplementedError
+
+
+class PairBatches(Batches):
+    """Caption-image pairs as packed batches: `ids_BT` joint ids and how much they are."""
+
+    def __init__(self, split: datasets.Dataset, layout: Layout, captions: str, seed: int) -> None:
+        self.split, self.layout, self.captions, self.seed = split, layout, captions, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        rows = self.split[[index for _, index in draws]]
+        texts = []
+        for (epoch, index), choices in zip(draws, rows["text_ids"], strict=True):
+            several = self.captions == "random" and len(choices) > 1
+            texts.append(choices[choose_caption(len(choices), self.seed, epoch, index) if several else 0])
+        image_ids_BN = np.stack(rows["image_ids"])
+        ids_BT = self.layout.pack(texts, image_ids_BN)
+        used_B = (ids_BT != self.layout.vocab.pad).sum(dim=1)
+        longest = -(-int(used_B.max()) // TRIM) * TRIM
+        return {
+            "ids_BT": ids_BT[:, : min(self.layout.length, longest)],
+            "samples": len(draws),
+            "tokens_nominal": len(draws) * self.layout.length,
+            "tokens_real": used_B.sum(),
+        }
+
+
+class TextBatches(Batches):
+    """Rows of consecutive text ids."""
+
+    def __init__(self, split: datasets.Dataset) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        rows = self.split[[index for _, index in draws]]
+        ids_BT = torch.from_numpy(np.stack(rows["text_ids"]).astype(np.int64))
+        tokens = len(draws) * (ids_BT.shape[1] - 1)
+        return {
+            "ids_BT": ids_BT,
+            "samples": len(draws),
+            "tokens_nominal": tokens,
+            "tokens_real": torch.tensor(tokens),
+        }
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+class BatchDataModule(pl.LightningDataModule):
+    """Any dataset with `__getitems__(draws) -> batch`, in the order of `IndexSampler`.
+
+    Attributes:
+        train_set, val_set: the datasets, opened in `setup`.
+        sampler: the training order; its `consumed` is the whole state.
+    """
+
+    train_set: Batches
+    val_set: Batches
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._consumed = 0
+
+    @property
+    def consumed(self) -> int:
+        """Samples trained on so far, over all ranks."""
+        return int(self.trainer.global_step) * self.config.data.batch_size if self.trainer else self._consumed
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The rest of the run as one sized loader."""
+        assert self.trainer is not None
+        sampler = make_sampler(
+            self.config,
+            len(self.train_set),
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+        sampler.consumed = self._consumed
+        return self._loader(self.train_set, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation set, each sample once over all ranks."""
+        assert self.trainer is not None
+        size: int = len(self.val_set)
+        mine = range(self.trainer.global_rank, size, self.trainer.world_size)
+        micro = self.config.micro_batch
+        batches = [[(0, index) for index in mine[start : start + micro]] for start in range(0, len(mine), micro)]
+        return self._loader(self.val_set, batches)
+
+    def _loader(self, dataset: Batches, batches: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=_same,
+            num_workers=self.config.data.workers,
+            persistent_workers=self.config.data.workers > 0,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The one integer, the same on every rank."""
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues after the samples consumed."""
+        self._consumed = int(state_dict["consumed"])
+
+
+def make_sampler(config: ExperimentConfig, size: int, rank: int = 0, world: int = 1) -> IndexSampler:
+    """The training order of an experiment over `size` samples."""
+    return IndexSampler(
+        size,
+        config.data.batch_size,
+        config.trainer.max_steps,
+        config.seed,
+        rank,
+        world,
+        config.trainer.accumulate_grad_batches,
+    )
+
+
+class PairDataModule(BatchDataModule):
+    """Prepared caption-image pairs (text-to-image)."""
+
+    def __init__(self, config: ExperimentConfig, folder: Path, layout: Layout) -> None:
+        super().__init__(config)
+        self.folder, self.layout = folder, layout
+
+    def setup(self, stage: str) -> None:
+        """Maps the shards, checking their hashes."""
+        data, seed = self.config.data, self.config.seed
+        self.train_set = PairBatches(open_split(self.folder, "train"), self.layout, data.captions, seed)
+        self.val_set = PairBatches(open_split(self.folder, "val"), self.layout, "first", seed)
+
+
+class TextDataModule(BatchDataModule):
+    """Prepared text (pre-training a backbone)."""
+
+    def __init__(self, config: ExperimentConfig, folder: Path) -> None:
+        super().__init__(config)
+        self.folder = folder
+
+    def setup(self, stage: str) -> None:
+        """Maps the shards, checking their hashes."""
+        self.train_set = TextBatches(open_split(self.folder, "train"))
+        self.val_set = TextBatches(open_split(self.folder, "val"))
+
+
+def packed_rows(split: datasets.Dataset, layout: Layout, indices: list[int]) -> Tensor:
+    """Joint ids (B, T) of samples by index, first caption."""
+    return PairBatches(split, layout, "first", 0).__getitems__([(0, index) for index in indices])["ids_BT"]  # type: ignore[no-any-return]
+
+
+class PictureBatches(Batches):
+    """Pictures of a source as `images_BCHW` uint8; an unreadable one is replaced by the next that can be read."""
+
+    def __init__(self, source: CaptionedSource, image_size: int) -> None:
+        self.source, self.image_size = source, image_size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        pictures = np.stack([self._picture(index) for _, index in draws])
+        return {"images_BCHW": torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), "samples": len(draws)}
+
+    def _picture(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        for step in range(MAX_CONSECUTIVE_REJECTS):
+            try:
+                return centre_crop(self.source[(index + step) % len(self.source)].image, self.image_size)
+            except RejectedPair as reject:
+                last = reject
+        raise ValueError(f"{MAX_CONSECUTIVE_REJECTS} pictures in a row cannot be read; the last: {last}")
+
+
+# Unreadable pictures in a row after which the source is taken to be broken.
+MAX_CONSECUTIVE_REJECTS = 100
+
+
+class PictureDataModule(BatchDataModule):
+    """Pictures alone, straight from the source (training an image tokenizer)."""
+
+    def setup(self, stage: str) -> None:
+        """Opens the source."""
+        size = self.config.image_tokenizer.size
+        self.train_set = PictureBatches(open_source(self.config.data, "train", size), size)
+        self.val_set = PictureBatches(open_source(self.config.data, "val", size), size)

@@ -1,0 +1,74 @@
+"""The data order of a run: one seeded permutation per epoch, cut into global batches.
+
+Everything is a function of (size, batch size, seed, position), and the position is one integer, the samples
+consumed so far. A run that stops and resumes, on the same or another number of processes, therefore sees
+the global batches that an unbroken run sees.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+# (epoch, dataset index): what is drawn for a sample may depend on the epoch, never on the rank or the worker.
+Draw = tuple[int, int]
+
+
+class IndexSampler(Sampler[list[Draw]]):
+    """Yields this rank's micro-batches of draws, from `consumed` to the end of the run.
+
+    One pass over the sampler is the whole run, however many epochs of data it takes: an epoch that ends
+    inside a batch is continued by the next one's permutation, so every index is drawn once per epoch.
+
+    Attributes:
+        consumed: samples already trained on, over all ranks; set on resume, before iteration.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, steps: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1
+    ) -> None:
+        """`batch_size` is global, `steps` are optimiser steps, `accumulate` micro-batches make one step."""
+        assert batch_size % (world * accumulate) == 0
+        if size < 1:
+            raise ValueError("the training set is empty")
+        self.size, self.batch_size, self.steps, self.seed = size, batch_size, steps, seed
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.consumed = 0
+        self._epoch = -1
+        self._permutation: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run, on each rank: resuming does not change it."""
+        return self.steps * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        micro = self.batch_size // (self.world * self.accumulate)
+        for start in range(self.consumed, self.steps * self.batch_size, self.batch_size):
+            batch = self.global_batch(start)
+            for part in range(self.accumulate):
+                first = (part * self.world + self.rank) * micro
+                yield [(epoch, index) for epoch, index in batch[first : first + micro].tolist()]
+
+    def global_batch(self, start: int) -> npt.NDArray[np.int64]:
+        """Epochs and dataset indices (batch_size, 2) of the samples after `start` consumed ones."""
+        positions = np.arange(start, start + self.batch_size)
+        epochs, offsets = positions // self.size, positions % self.size
+        indices = np.concatenate(
+            [self._epoch_permutation(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
+        return np.stack([epochs, indices], axis=1)
+
+    def _epoch_permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch != self._epoch:
+            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+            self._epoch = epoch
+        return self._permutation
+
+    def stream_hash(self, samples: int) -> str:
+        """sha256 of the draws of the first `samples` samples: equal in two arms that see the same stream."""
+        digest = hashlib.sha256()
+        for start in range(0, samples, self.batch_size):
+            digest.update(self.global_batch(start).tobytes())
+        return digest.hexdigest()

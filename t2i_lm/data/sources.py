@@ -1,0 +1,224 @@
+"""Sources of captioned pictures, by name: scenes, image folders, Parquet files, Hugging Face datasets.
+
+A source is a sized sequence of `Pair`s. A picture that cannot be read raises `RejectedPair` with a reason, which
+`prepare` counts; nothing else may go wrong in silence.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from t2i_lm.config import DataConfig
+from t2i_lm.data.pairs import CaptionedSource, Pair
+from t2i_lm.data.scenes import SceneSource
+
+# Pictures above this many pixels are rejected before they are decoded.
+MAX_PIXELS = 64_000_000
+# Share of a source without a validation part of its own that is held out, by position.
+HELD_OUT_EVERY = 20
+SPLITS = ("train", "val")
+METADATA = "metadata.jsonl"
+
+
+class RejectedPair(Exception):
+    """One sample that cannot be used; `reason` is a short class of failure, the text names the sample."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{detail}: {reason}")
+        self.reason = reason
+
+
+def decode_image(file: Any, name: str) -> Image.Image:
+    """An RGB picture, upright, from a path or binary stream.
+
+    Raises:
+        RejectedPair: if it is missing, not a picture, truncated or larger than `MAX_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file)
+        if image.width * image.height > MAX_PIXELS:
+            raise RejectedPair(f"over {MAX_PIXELS} pixels", name)
+        upright = ImageOps.exif_transpose(image)
+        return upright.convert("RGB")
+    except FileNotFoundError as error:
+        raise RejectedPair("missing file", name) from error
+    except UnidentifiedImageError as error:
+        raise RejectedPair("not a picture", name) from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RejectedPair("truncated or corrupt", name) from error
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The centre square, resized (bicubic) to `size` x `size`; uint8 (H, W, 3) (Section 2.1)."""
+    if image.size != (size, size):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1)
+    return np.asarray(image, dtype=np.uint8)
+
+
+class Records(Protocol):
+    """Rows that a source turns into pairs."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+
+
+def captions_of(value: Any, name: str) -> list[str]:
+    """Non-empty captions from a string or a list of strings.
+
+    Raises:
+        RejectedPair: if there is none.
+    """
+    captions = [value] if isinstance(value, str) else list(value or [])
+    captions = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
+    if not captions:
+        raise RejectedPair("no caption", name)
+    return captions
+
+
+class ImageFolder:
+    """A folder with `metadata.jsonl`: one `{"file_name": ..., "captions": [...]}` a line."""
+
+    def __init__(self, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+        self.folder, self.rows = folder, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        row = self.rows[index]
+        name = str(row["file_name"])
+        captions = captions_of(row.get("captions", row.get("caption")), name)
+        return Pair(name, decode_image(self.folder / name, name), captions, None)
+
+
+class Table:
+    """Rows of a Hugging Face dataset with a picture column and a caption column."""
+
+    IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
+    CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
+
+    def __init__(self, rows: Any, origin: str, indices: Sequence[int]) -> None:
+        """Finds the two columns.
+
+        Raises:
+            ValueError: if one of them is absent.
+        """
+        import datasets
+
+        def column(allowed: tuple[str, ...]) -> str:
+            for name in allowed:
+                if name in rows.column_names:
+                    return name
+            raise ValueError(f"{origin}: no column {' or '.join(allowed)}; it has {', '.join(rows.column_names)}")
+
+        self.image, self.caption, self.indices = column(self.IMAGE_COLUMNS), column(self.CAPTION_COLUMNS), indices
+        # Undecoded bytes, so that a bad picture is our reject and not a crash inside the reader.
+        self.rows = rows.cast_column(self.image, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Pair:
+        import io
+
+        row = self.rows[self.indices[index]]
+        name = f"row {self.indices[index]}"
+        cell = row[self.image]
+        file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+        return Pair(name, decode_image(file, name), captions_of(row[self.caption], name), None)
+
+
+def held_out(size: int, split: str) -> list[int]:
+    """Indices of a split where the source has none of its own: every 20th sample is validation."""
+    return [index for index in range(size) if (index % HELD_OUT_EVERY == 0) == (split == "val")]
+
+
+def image_folder(data: DataConfig, split: str, size: int) -> CaptionedSource:
+    """`PATH/train` and `PATH/val`, or one folder of which every 20th picture is held out."""
+    root = Path(str(data.path))
+    parts = [root / name for name in SPLITS]
+    has_parts = all((part / METADATA).is_file() for part in parts)
+    folder = root / split if has_parts else root
+    if not (folder / METADATA).is_file():
+        raise ValueError(
+            f"data.path={data.path}: no {METADATA} in {root} or in {root}/train and {root}/val; each line is "
+            '{"file_name": "x.jpg", "captions": ["a caption"]}'
+        )
+    rows = []
+    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            row["file_name"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / METADATA} line {number}: no JSON object with file_name ({error})") from error
+        rows.append(row)
+    if not has_parts:
+        rows = [rows[index] for index in held_out(len(rows), split)]
+    return ImageFolder(folder, rows)
+
+
+def parquet(data: DataConfig, split: str, size: int) -> CaptionedSource:
+    """Parquet files (one, or a folder of them) with a picture and a caption column."""
+    import datasets
+
+    root = Path(str(data.path))
+    files = [root] if root.is_file() else sorted(root.glob("*.parquet"))
+    if not files:
+        raise ValueError(f"data.path={data.path}: no Parquet file there")
+    cache = str(Path(data.cache_dir) / "parquet")
+    try:
+        rows = datasets.load_dataset(
+            "parquet", data_files=[str(file) for file in files], split="train", cache_dir=cache
+        )
+    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+        raise ValueError(f"data.path={data.path} cannot be read as Parquet: {error.__cause__ or error}") from error
+    return Table(rows, str(root), held_out(len(rows), split))
+
+
+def hub(data: DataConfig, split: str, size: int) -> CaptionedSource:
+    """A Hugging Face dataset by name; its own validation split where it has one."""
+    import datasets
+
+    try:
+        parts = datasets.load_dataset(str(data.path))
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise ValueError(f"data.path={data.path}: no such Hugging Face dataset in reach: {error}") from error
+    if "validation" in parts:
+        rows = parts["train" if split == "train" else "validation"]
+        return Table(rows, str(data.path), range(len(rows)))
+    return Table(parts["train"], str(data.path), held_out(len(parts["train"]), split))
+
+
+def scenes(data: DataConfig, split: str, size: int) -> CaptionedSource:
+    """Procedural scenes; the number of pictures is the config's."""
+    count = data.train_size if split == "train" else data.val_size
+    if count is None:
+        raise ValueError(f"data.{split}_size=null: scenes are endless, so give a number")
+    return SceneSource(count, split, data.seed, size)
+
+
+SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource]] = {
+    "scenes": scenes,
+    "image_folder": image_folder,
+    "parquet": parquet,
+    "hub": hub,
+}
+
+
+def open_source(data: DataConfig, split: str, image_size: int) -> CaptionedSource:
+    """The captioned pictures of a split.
+
+    Raises:
+        ValueError: if there is nothing to read, naming the key.
+    """
+    return SOURCES[data.source](data, split, image_size)

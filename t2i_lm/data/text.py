@@ -1,0 +1,56 @@
+"""Plain text as a source: files of documents separated by form feeds, or a Hugging Face dataset."""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+DOCUMENT_SEPARATOR = "\f"
+
+
+def read_documents(path: str) -> Iterator[str]:
+    """Documents of a text file (`.txt`, `.txt.gz`), a folder of them, or a Hugging Face dataset.
+
+    Args:
+        path: file or folder; anything else is taken as `hub-name[:split]`, column `text`.
+
+    Raises:
+        ValueError: if there is nothing to read at `path`.
+    """
+    location = Path(path)
+    if location.is_dir():
+        files = sorted(file for pattern in ("*.txt", "*.txt.gz") for file in location.glob(pattern))
+    elif location.is_file():
+        files = [location]
+    else:
+        yield from _hub_documents(path)
+        return
+    if not files:
+        raise ValueError(f"data.path: no .txt or .txt.gz file in {location}")
+    for file in files:
+        opener = gzip.open if file.suffix == ".gz" else open
+        try:
+            with opener(file, "rt", encoding="utf-8") as stream:
+                text = str(stream.read())
+        except (OSError, UnicodeDecodeError, EOFError) as error:
+            raise ValueError(f"data.path: {file} cannot be read as UTF-8 text: {error}") from error
+        yield from (document for document in text.split(DOCUMENT_SEPARATOR) if document.strip())
+
+
+def _hub_documents(name: str) -> Iterator[str]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    repository, _, split = name.partition(":")
+    try:
+        rows = load_dataset(repository, split=split or "train", streaming=True)
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"data.path={name!r} is no file or folder here and no Hugging Face dataset in reach: {error}"
+        ) from error
+    for row in rows:
+        yield row["text"]
+
+
+def paragraphs(document: str) -> Iterator[str]:
+    """Non-empty paragraphs of a document."""
+    return (paragraph for paragraph in document.split("\n\n") if paragraph.strip())

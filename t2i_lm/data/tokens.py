@@ -1,0 +1,117 @@
+"""Token shards: Arrow files written by `datasets`, memory-mapped, beside an index with counts and hashes.
+
+A folder holds one sub-folder a split and `index.json`. Pair shards have columns `id`, `image_ids` (fixed-size
+uint16), `text_ids` (all captions, a list of lists) and `meaning` (JSON, scenes only); text shards have
+`text_ids` (length + 1 ids: neighbours overlap by one, so every token is a target once) and `bytes`.
+Text and image ids are kept apart because their joint vocabulary does not fit uint16.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+Rows = Callable[[], Iterator[dict[str, Any]]]
+
+
+def text_features(text_vocab: int, length: int) -> datasets.Features:
+    """Schema of text shards of rows of `length` + 1 ids."""
+    ids = datasets.Value("uint16" if text_vocab <= 2**16 else "uint32")
+    return datasets.Features({"text_ids": datasets.List(ids, length=length + 1), "bytes": datasets.Value("int32")})
+
+
+def pair_features(text_vocab: int, image_tokens: int) -> datasets.Features:
+    """Schema of caption-image shards."""
+    ids = datasets.Value("uint16" if text_vocab <= 2**16 else "uint32")
+    return datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "image_ids": datasets.List(datasets.Value("uint16"), length=image_tokens),
+            "text_ids": datasets.List(datasets.List(ids)),
+            "meaning": datasets.Value("string"),
+        }
+    )
+
+
+def write_split(folder: Path, split: str, rows: Rows, features: datasets.Features) -> dict[str, Any]:
+    """Writes one split as Arrow shards and returns its index entry: rows and sha256 of each shard."""
+    work = folder / f"{split}.work"
+    shutil.rmtree(work, ignore_errors=True)
+    # A fixed fingerprint: the library would otherwise pickle the generator to hash it.
+    dataset = datasets.Dataset.from_generator(
+        rows, features=features, cache_dir=str(work / "cache"), fingerprint=f"{folder.name}-{split}"
+    )
+    assert isinstance(dataset, datasets.Dataset)
+    dataset.save_to_disk(str(work / "data"))
+    target = folder / split
+    shutil.rmtree(target, ignore_errors=True)
+    (work / "data").rename(target)
+    shutil.rmtree(work)
+    return {
+        "rows": len(dataset),
+        "sha256": {file.name: _sha256(file) for file in sorted(target.glob("*.arrow"))},
+    }
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Writes `index.json`, which marks the folder as complete."""
+    index = index | {"data_hash": data_hash(index)}
+    partial = folder / "index.json.tmp"
+    partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    partial.replace(folder / "index.json")
+
+
+def data_hash(index: dict[str, Any]) -> str:
+    """Hash of a prepared folder's contents: shard hashes and tokenizer hashes, not where it lies."""
+    content = {key: index[key] for key in ("splits", "tokenizers") if key in index}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a complete folder, None where there is none.
+
+    Raises:
+        ValueError: if the index is not JSON.
+    """
+    path = folder / "index.json"
+    if not path.is_file():
+        return None
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged; delete {folder} to prepare it again") from error
+    return index
+
+
+def open_split(folder: Path, split: str) -> datasets.Dataset:
+    """A split, memory-mapped, as numpy.
+
+    Raises:
+        ValueError: if a shard is missing or its sha256 is not the index's.
+    """
+    index = read_index(folder)
+    if index is None:
+        raise ValueError(f"no token shards in {folder}: run python -m t2i_lm.prepare")
+    for name, expected in index["splits"][split]["sha256"].items():
+        shard = folder / split / name
+        if not shard.is_file() or _sha256(shard) != expected:
+            state = "damaged" if shard.is_file() else "missing"
+            raise ValueError(f"token shard {shard} is {state}; delete {folder} to prepare it again")
+    dataset = datasets.load_from_disk(str(folder / split))
+    assert isinstance(dataset, datasets.Dataset)
+    return dataset.with_format("numpy")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def choose_caption(captions: int, seed: int, epoch: int, index: int) -> int:
+    """Which of several captions a sample shows in an epoch: a function of its arguments alone."""
+    return int(np.random.default_rng([seed, epoch, index]).integers(captions))

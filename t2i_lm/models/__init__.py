@@ -1,0 +1,1 @@
+"""The decoder and what is done to it: loading, expanding, freezing, sampling."""

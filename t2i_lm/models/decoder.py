@@ -1,0 +1,287 @@
+"""An open_lm-compatible decoder (mlfoundations/open_lm at commit 9bb92ef), in one file.
+
+Attribute names are open_lm's, so state dicts map name by name (`models/open_lm.py`). Two things differ in
+form, not in value: token rows are kept in blocks (text | special | image), so that one block can be frozen
+exactly, and the loss is computed inside the output module's forward.
+
+Shapes: `B` batch, `T` tokens, `D` width, `H` heads, `K` head dim, `F` feed-forward width, `V` vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+POSITIONS = ("rotary", "head_rotary", "none")
+ROTARY_BASE = 10_000.0
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm computed in float32, as open_lm's `rms_norm`."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_float = x.float()
+        normed = x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+# open_lm's low-precision (`lp_`) norms differ only in the dtype under autocast, which torch's own autocast
+# rules decide here; in float32 they are the same function.
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "default_layer_norm": nn.LayerNorm,
+    "lp_layer_norm": nn.LayerNorm,
+    "gain_only_layer_norm": lambda dim: nn.LayerNorm(dim, bias=False),
+    "gain_only_lp_layer_norm": lambda dim: nn.LayerNorm(dim, bias=False),
+    "no_wb_layer_norm": lambda dim: nn.LayerNorm(dim, elementwise_affine=False),
+    "rms_norm": RMSNorm,
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """open_lm's model JSON, with its key names."""
+
+    hidden_dim: int
+    n_layers: int
+    n_heads: int
+    seq_len: int
+    vocab_size: int
+    positional_embedding_type: str
+    model_norm: str = "default_layer_norm"
+    qk_norm: bool = False
+    post_embed_norm: bool = False
+    weight_tying: bool = False
+    ffn_type: str = "swiglu"
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.hidden_dim % self.n_heads or (self.hidden_dim // self.n_heads) % 2:
+            raise ValueError(f"hidden_dim={self.hidden_dim} must be an even multiple of n_heads={self.n_heads}")
+        allowed = {
+            "positional_embedding_type": POSITIONS,
+            "model_norm": tuple(NORMS),
+            "ffn_type": ("swiglu", "swiglu_torch"),
+        }
+        for key, values in allowed.items():
+            if getattr(self, key) not in values:
+                raise ValueError(f"{key}={getattr(self, key)!r}: expected one of {', '.join(values)}")
+
+    @property
+    def ffn_dim(self) -> int:
+        """SwiGLU width: 8/3 of the model width, rounded up to a multiple of 256."""
+        return 256 * ((int(8 * self.hidden_dim / 3) + 255) // 256)
+
+
+class KVCache:
+    """Keys and values of every layer for `length` positions, filled from the left."""
+
+    def __init__(self, config: DecoderConfig, batch: int, length: int, like: Tensor) -> None:
+        shape = (config.n_layers, 2, batch, config.n_heads, length, config.hidden_dim // config.n_heads)
+        self.states = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.filled = 0
+
+    def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new positions and returns all keys and values so far."""
+        end = self.filled + k_BHTK.shape[2]
+        self.states[layer, 0, :, :, self.filled : end] = k_BHTK
+        self.states[layer, 1, :, :, self.filled : end] = v_BHTK
+        return self.states[layer, 0, :, :, :end], self.states[layer, 1, :, :, :end]
+
+
+def rotary_table(config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (seq_len, K), half-split convention, as open_lm's `RotaryEmbedding`."""
+    head_dim = config.hidden_dim // config.n_heads
+    inv_freq = 1.0 / (ROTARY_BASE ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    angles = torch.outer(torch.arange(config.seq_len).float(), inv_freq)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Rotates each pair (x_i, x_{i+K/2}) by its position's angle."""
+    first, second = x_BHTK.chunk(2, dim=-1)
+    return x_BHTK * cos_TK + torch.cat((-second, first), dim=-1) * sin_TK
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with a fused query-key-value projection."""
+
+    def __init__(self, layer: int, config: DecoderConfig) -> None:
+        super().__init__()
+        dim = config.hidden_dim
+        self.layer, self.n_heads = layer, config.n_heads
+        self.in_proj = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        norm = NORMS[config.model_norm] if config.qk_norm else lambda _: nn.Identity()
+        self.q_norm, self.k_norm = norm(dim), norm(dim)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        B, T, D = x_BTD.shape
+        q_BTD, k_BTD, v_BTD = self.in_proj(x_BTD).chunk(3, dim=-1)
+        heads = (B, T, self.n_heads, D // self.n_heads)
+        q_BHTK = self.q_norm(q_BTD).view(heads).transpose(1, 2)
+        k_BHTK = self.k_norm(k_BTD).view(heads).transpose(1, 2)
+        v_BHTK = v_BTD.view(heads).transpose(1, 2)
+        if rotary is not None:
+            q_BHTK = rotate(q_BHTK, *rotary).to(v_BHTK.dtype)
+            k_BHTK = rotate(k_BHTK, *rotary).to(v_BHTK.dtype)
+        causal = True
+        if cache is not None:
+            # A prompt goes in whole and then one token at a time: the mask is either square or empty.
+            causal = cache.filled == 0
+            assert causal or T == 1
+            k_BHTK, v_BHTK = cache.extend(self.layer, k_BHTK, v_BHTK)
+        out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=causal and T > 1)
+        return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(gate) * value) with gate and value from one projection `w12`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(config.hidden_dim, 2 * config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.ffn_dim, config.hidden_dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate_BTF, value_BTF = self.w12(x_BTD).chunk(2, dim=-1)
+        return self.w3(F.silu(gate_BTF) * value_BTF)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, layer: int, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention = Attention(layer, config)
+        self.feed_forward = SwiGLU(config)
+        self.attention_norm = NORMS[config.model_norm](config.hidden_dim)
+        self.ffn_norm = NORMS[config.model_norm](config.hidden_dim)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, cache)
+        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))  # type: ignore[no-any-return]
+
+
+class TokenRows(nn.Module):
+    """A (V, D) matrix in row blocks text | special | image; the last two appear on expansion."""
+
+    BLOCKS = ("text", "special", "image")
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.text = nn.Parameter(torch.empty(vocab_size, dim))
+        self.special: nn.Parameter | None = None
+        self.image: nn.Parameter | None = None
+        self.register_parameter("special", None)
+        self.register_parameter("image", None)
+
+    def matrix(self) -> Tensor:
+        """All rows (V, D) in joint-id order."""
+        blocks = [rows for name in self.BLOCKS if (rows := getattr(self, name)) is not None]
+        return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+
+class Embedding(TokenRows):
+    """Token ids -> rows."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return F.embedding(ids_BT, self.matrix())
+
+
+class Output(TokenRows):
+    """Hidden states -> logits, or -> the negative log-likelihood of given targets.
+
+    The loss lives in this forward because under FSDP2 the rows are whole only here.
+    """
+
+    def forward(self, x: Tensor, target_N: Tensor | None = None) -> Tensor:
+        logits = F.linear(x, self.matrix()).float()
+        return logits if target_N is None else F.cross_entropy(logits, target_N, reduction="none")
+
+
+class Decoder(nn.Module):
+    """The language model; weights are uninitialised until `reset_parameters` or a load.
+
+    `rotary` positions are RoPE. `head_rotary`, which the released open_lm-1b uses, rotates queries and keys
+    of one head by the same angle at every position and so leaves their products unchanged: the model is
+    position-free, and it is implemented as the identity that it is. `none` is the same function.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = Embedding(config.vocab_size, config.hidden_dim)
+        embed_norm = NORMS[config.model_norm] if config.post_embed_norm else lambda _: nn.Identity()
+        self.post_embed_norm = embed_norm(config.hidden_dim)
+        self.layers = nn.ModuleList(Block(layer, config) for layer in range(config.n_layers))
+        self.norm = NORMS[config.model_norm](config.hidden_dim)
+        self.output = Output(config.vocab_size, config.hidden_dim)
+        if config.weight_tying:
+            self.output.text = self.tok_embeddings.text
+        if config.positional_embedding_type == "rotary":
+            cos_TK, sin_TK = rotary_table(config)
+            self.register_buffer("rotary_cos", cos_TK, persistent=False)
+            self.register_buffer("rotary_sin", sin_TK, persistent=False)
+
+    def rotary(self, start: int, length: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of positions [start, start + length), or None for a position-free model.
+
+        Raises:
+            ValueError: if the positions run past `seq_len`.
+        """
+        if self.config.positional_embedding_type != "rotary":
+            return None
+        if start + length > self.config.seq_len:
+            raise ValueError(f"position {start + length} is past the decoder's seq_len={self.config.seq_len}")
+        cos_TK = self.get_buffer("rotary_cos")[start : start + length]
+        return cos_TK, self.get_buffer("rotary_sin")[start : start + length]
+
+    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final normalised hidden states (B, T, D); with a cache, of the new positions only."""
+        x_BTD = self.post_embed_norm(self.tok_embeddings(ids_BT))
+        rotary = self.rotary(cache.filled if cache else 0, ids_BT.shape[1])
+        for block in self.layers:
+            x_BTD = block(x_BTD, rotary, cache)
+        if cache is not None:
+            cache.filled += ids_BT.shape[1]
+        return self.norm(x_BTD)  # type: ignore[no-any-return]
+
+    def forward(self, ids_BT: Tensor, target_BT: Tensor | None = None, valid_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) float32, or nll (N,) in nats of the N targets where `valid_BT` holds."""
+        x_BTD = self.hidden(ids_BT)
+        if target_BT is None:
+            return self.output(x_BTD)  # type: ignore[no-any-return]
+        if valid_BT is None:
+            return self.output(x_BTD.flatten(0, 1), target_BT.flatten())  # type: ignore[no-any-return]
+        return self.output(x_BTD[valid_BT], target_BT[valid_BT])  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: Generator) -> None:
+        """open_lm's initialisation: truncated normals of std 1/sqrt(fan-in), output projections scaled by depth."""
+        config = self.config
+        rows_std = 1 / math.sqrt(config.hidden_dim)
+        for depth, block in enumerate(self.layers, start=1):
+            assert isinstance(block, Block)
+            trunc_normal_(block.attention.in_proj.weight, rows_std, generator)
+            trunc_normal_(block.attention.out_proj.weight, rows_std / math.sqrt(2 * depth), generator)
+            trunc_normal_(block.feed_forward.w12.weight, rows_std, generator)
+            trunc_normal_(block.feed_forward.w3.weight, 1 / math.sqrt(2 * depth * config.ffn_dim), generator)
+        trunc_normal_(self.output.text, rows_std, generator)
+        if not config.weight_tying:
+            trunc_normal_(self.tok_embeddings.text, rows_std, generator)
+
+
+def trunc_normal_(tensor: Tensor, std: float, generator: Generator) -> None:
+    """Normal of standard deviation `std`, cut at three of them; in place."""
+    nn.init.trunc_normal_(tensor, std=std, a=-3 * std, b=3 * std, generator=generator)

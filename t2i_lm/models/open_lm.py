@@ -1,0 +1,147 @@
+"""open_lm checkpoints: reading upstream's `.pt` and our safetensors, writing safetensors, presets by name."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from t2i_lm.models.decoder import Decoder, DecoderConfig
+
+# open_lm's own files at commit 9bb92ef, plus the demo's. `open_lm_1b_old` is the released 1B model.
+_NEOX = {"vocab_size": 50432, "seq_len": 2048, "positional_embedding_type": "rotary"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo_7m": {
+        "hidden_dim": 256,
+        "n_layers": 6,
+        "n_heads": 4,
+        "seq_len": 512,
+        "vocab_size": 4096,
+        "positional_embedding_type": "rotary",
+    },
+    "open_lm_11m": _NEOX | {"hidden_dim": 96, "n_layers": 12, "n_heads": 12},
+    "open_lm_1b_old": _NEOX
+    | {"hidden_dim": 2048, "n_layers": 24, "n_heads": 16, "positional_embedding_type": "head_rotary"},
+}
+
+
+def decoder_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> DecoderConfig:
+    """A `DecoderConfig` from a preset's name, a JSON file or a mapping.
+
+    Raises:
+        ValueError: on an unknown preset, key or value, or a file that is not JSON.
+    """
+    if isinstance(source, Mapping):
+        values, origin = dict(source), "the model config"
+    elif str(source) in PRESETS:
+        values, origin = dict(PRESETS[str(source)]), f"preset {source}"
+    elif Path(source).is_file():
+        origin = str(source)
+        try:
+            values = json.loads(Path(source).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not a JSON model config: {error}") from error
+    else:
+        raise ValueError(f"no model config {str(source)!r}: give a JSON file or one of {', '.join(PRESETS)}")
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    known = {field.name for field in fields(DecoderConfig)}
+    if unknown := set(values) - known:
+        raise ValueError(f"{origin}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}")
+    missing = {"hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size", "positional_embedding_type"} - set(values)
+    if missing:
+        raise ValueError(
+            f"{origin}: {sorted(missing)[0]!r} is missing. Shapes cannot tell it: "
+            "the released open_lm-1b needs positional_embedding_type=head_rotary"
+        )
+    return DecoderConfig(**values)
+
+
+def open_lm_state_dict(decoder: Decoder) -> dict[str, Tensor]:
+    """Weights under open_lm's names, row blocks joined; detached, on the decoder's device."""
+    state = {
+        name: tensor.detach()
+        for name, tensor in decoder.state_dict().items()
+        if not name.startswith(("tok_embeddings.", "output."))
+    }
+    state["tok_embeddings.weight"] = decoder.tok_embeddings.matrix().detach()
+    if not decoder.config.weight_tying:
+        state["output.weight"] = decoder.output.matrix().detach()
+    return state
+
+
+def load_open_lm_state(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
+    """Copies weights under open_lm's names into an unexpanded decoder.
+
+    Raises:
+        ValueError: naming the first missing, unknown or wrongly shaped tensor.
+    """
+    state = {
+        name: tensor for raw, tensor in state.items() if not (name := raw.removeprefix("module.")).endswith("inv_freq")
+    }
+    renamed = {"tok_embeddings.weight": "tok_embeddings.text", "output.weight": "output.text"}
+    state = {renamed.get(name, name): tensor for name, tensor in state.items()}
+    if decoder.config.weight_tying:
+        state.setdefault("output.text", state.get("tok_embeddings.text", torch.empty(0)))
+    own = decoder.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state or name not in own:
+            what = "is missing from" if name not in state else "is not a tensor of this model config but stands in"
+            raise ValueError(f"tensor {name} {what} {origin}")
+        if state[name].shape != own[name].shape:
+            raise ValueError(
+                f"tensor {name} in {origin} has shape {tuple(state[name].shape)}, "
+                f"the model config needs {tuple(own[name].shape)}"
+            )
+    decoder.load_state_dict(dict(state))
+
+
+def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None = None) -> Decoder:
+    """A decoder with the weights of an open_lm checkpoint, in float32.
+
+    Args:
+        path: an open_lm `.pt` (tensors under `state_dict`, read with `weights_only=True`), a safetensors
+            file, or a folder with `model.safetensors` and `config.json`.
+        config: open_lm's model JSON (path or dict) or a preset's name; by default `config.json` beside `path`.
+
+    Raises:
+        ValueError: if the file cannot be read, or does not fit the config.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}")
+    if config is None:
+        config = path.with_name("config.json")
+        if not config.is_file():
+            raise ValueError(f"{path} needs a model config: pass open_lm's model JSON, or put config.json beside it")
+    decoder = Decoder(decoder_config(config))
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            state = saved.get("state_dict", saved)
+    except (SafetensorError, RuntimeError, EOFError, OSError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    load_open_lm_state(decoder, state, str(path))
+    return decoder.float()
+
+
+def save_open_lm(decoder: Decoder, folder: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    """Writes `model.safetensors` (open_lm's names) and `config.json`, which `load_open_lm(folder)` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in open_lm_state_dict(decoder).items()}
+    save_file(state, folder / "model.safetensors", metadata=dict(metadata))
+    (folder / "config.json").write_text(json.dumps(asdict(decoder.config), indent=2) + "\n")
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    """The safetensors header's metadata of a folder that `save_open_lm` wrote."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return dict(file.metadata() or {})

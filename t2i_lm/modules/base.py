@@ -1,0 +1,130 @@
+"""What every language-modelling task shares: the step, the exact token mean and the optimiser.
+
+A step returns sums and counts per modality (`callbacks.contract`); the loss that is differentiated is the mean
+over all tokens of the *global* batch, pads excluded, however the batch is cut over ranks and micro-batches.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.losses import split_sums
+from t2i_lm.models.decoder import Decoder
+from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
+
+# Steps with a non-finite gradient in a row after which a run stops.
+MAX_SKIPS = 5
+
+
+class DecoderModule(pl.LightningModule):
+    """A decoder trained on next-token prediction.
+
+    Subclasses set `modalities` and say which class a target belongs to.
+    """
+
+    modalities: tuple[str, ...]
+
+    def __init__(self, decoder: Decoder, config: ExperimentConfig) -> None:
+        super().__init__()
+        self.decoder, self.config = decoder, config
+        # Targets seen since the last optimiser step, on this rank.
+        self._step_count: Tensor | None = None
+        self.skipped = self.skipped_in_a_row = 0
+
+    def classify(self, target_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Class of each target in [0, M), and the mask of targets that count; both (B, T)."""
+        raise NotImplementedError
+
+    def sums(self, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Nll (N,) of the N valid targets with gradient, and nll_sum (M,), count (M,) without."""
+        input_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
+        class_BT, valid_BT = self.classify(target_BT)
+        nll_N = self.decoder(input_BT, target_BT, valid_BT)
+        nll_sum_M, count_M = split_sums(nll_N, class_BT[valid_BT], len(self.modalities))
+        return nll_N, nll_sum_M, count_M
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Loss of one micro-batch, scaled so that `on_before_optimizer_step` makes the exact mean."""
+        nll_N, nll_sum_M, count_M = self.sums(batch["ids_BT"])
+        total = count_M.sum()
+        self._step_count = total if self._step_count is None else self._step_count + total
+        # Divided by the nominal size only to keep gradients of ordinary magnitude until the exact count is known.
+        return {"loss": nll_N.sum() / batch["tokens_nominal"], **self._report(batch, nll_sum_M, count_M)}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Sums and counts of one batch."""
+        _, nll_sum_M, count_M = self.sums(batch["ids_BT"])
+        return self._report(batch, nll_sum_M, count_M)
+
+    def _report(self, batch: dict[str, Any], nll_sum_M: Tensor, count_M: Tensor) -> dict[str, Any]:
+        return {
+            "nll_sum": nll_sum_M,
+            "count": count_M,
+            "samples": batch["samples"],
+            "tokens_nominal": batch["tokens_nominal"],
+            "tokens_real": batch["tokens_real"],
+        }
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Rescales the accumulated, rank-averaged gradient to the mean over the global batch's tokens.
+
+        Runs before clipping. Lightning divides each micro-batch's loss by `accumulate_grad_batches` and DDP
+        averages over ranks; each divided by `tokens_nominal` of its micro-batch, equal everywhere.
+        """
+        assert self._step_count is not None
+        count = self._step_count.clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count)
+        nominal = self.config.data.batch_size * self.nominal_length
+        scale = nominal / count
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale.to(parameter.grad.dtype))
+        self._step_count = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the global norm; a step with a non-finite gradient is skipped on every rank.
+
+        Without gradients the optimiser touches neither weights nor moments, so the skip is exact. DDP has
+        averaged the gradients, so all ranks see the same norm and agree.
+
+        Raises:
+            FloatingPointError: after `MAX_SKIPS` such steps in a row.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip)
+        if bool(norm.isfinite()):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.skipped += 1
+        for parameter in parameters:
+            parameter.grad = None
+        if self.skipped_in_a_row >= MAX_SKIPS:
+            raise FloatingPointError(
+                f"the gradient was not finite in {MAX_SKIPS} steps in a row (step {self.global_step}); "
+                f"lower optim.lr={self.config.optim.lr} or use trainer.precision=32-true"
+            )
+
+    @property
+    def nominal_length(self) -> int:
+        """Positions of one sequence as counted in `tokens_nominal`."""
+        return self.config.data.length
+
+    def configure_optimizers(self) -> Any:
+        """The experiment's optimiser over trainable parameters, and the schedule by optimiser step."""
+        config = self.config.optim
+        optimizer = OPTIMIZERS[config.name](list(self.decoder.named_parameters()), config)
+        schedule = cosine_with_warmup(optimizer, config, self.config.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,158 @@
+"""Training a small image tokenizer: autoencoder first, then k-means into the codebook, then quantised."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
+from t2i_lm.tokenizers.vq import PatchedVQ, to_uint8, to_unit
+
+# Latest encoder outputs kept for k-means and for re-seeding unused codes.
+RECENT = 32_768
+
+
+class ImageTokenizerModule(pl.LightningModule):
+    """Trains a `PatchedVQ` on pictures.
+
+    For `warmup_fraction` of the steps the decoder sees continuous latents. Then k-means of recent latents
+    becomes the codebook, which avoids its collapse, and the rest of the run is quantised with a
+    straight-through gradient. Codes unused for `restart_every` steps are re-seeded from recent latents.
+    """
+
+    recent: Tensor
+    used: Tensor
+
+    def __init__(self, model: PatchedVQ, config: ExperimentConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.settings = config.image_tokenizer
+        self.quantise_from = int(self.settings.warmup_fraction * config.trainer.max_steps)
+        # In the checkpoint, so that a resumed run re-seeds with what an unbroken one would.
+        self.register_buffer("recent", torch.zeros(RECENT, model.config.code_dim))
+        self.register_buffer("used", torch.zeros(model.config.codes, dtype=torch.int64))
+        self._val: dict[str, Tensor] = {}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Loss of a batch of uint8 pictures `images_BCHW`."""
+        pixels_BCHW = to_unit(batch["images_BCHW"])
+        latents_BEhw = self.model.latents(pixels_BCHW)
+        self._remember(latents_BEhw)
+        quantised = self.global_step >= self.quantise_from
+        commit = latents_BEhw.new_zeros(())
+        coded_BEhw = latents_BEhw
+        if quantised:
+            if self.global_step == self.quantise_from and batch_idx % self.config.trainer.accumulate_grad_batches == 0:
+                self._seed_codebook()
+            ids_Bhw = self.model.nearest(latents_BEhw.detach())
+            self.used += torch.bincount(ids_Bhw.flatten(), minlength=len(self.used))
+            codes_BEhw = self.model.embed(ids_Bhw)
+            commit = F.mse_loss(codes_BEhw, latents_BEhw.detach())
+            commit = commit + self.settings.commitment * F.mse_loss(latents_BEhw, codes_BEhw.detach())
+            coded_BEhw = latents_BEhw + (codes_BEhw - latents_BEhw).detach()
+        output_BCHW = self.model.pixels(coded_BEhw)
+        l1, mse = F.l1_loss(output_BCHW, pixels_BCHW), F.mse_loss(output_BCHW, pixels_BCHW)
+        edge = edge_loss(output_BCHW, pixels_BCHW)
+        loss = l1 + mse + commit + self.settings.edge_weight * edge
+        metrics = {"loss": loss, "l1": l1, "mse": mse, "commit": commit, "edge": edge}
+        return {
+            "loss": loss,
+            "metrics": {name: value.detach() for name, value in metrics.items()},
+            "samples": len(pixels_BCHW),
+        }
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Re-seeds unused codes every `restart_every` steps of the quantised phase, but not in its last tenth."""
+        step, last = self.global_step, 0.9 * self.config.trainer.max_steps
+        since = step - self.quantise_from
+        if since > 0 and since % self.settings.restart_every == 0 and step < last:
+            self._restart_unused()
+
+    @torch.no_grad()
+    def _remember(self, latents_BEhw: Tensor) -> None:
+        fresh = latents_BEhw.detach().permute(0, 2, 3, 1).flatten(0, 2).float()[:RECENT]
+        self.recent.copy_(torch.cat([self.recent[len(fresh) :], fresh]))
+
+    @torch.no_grad()
+    def _seed_codebook(self) -> None:
+        centres = torch.empty_like(self.model.codebook)
+        if self.global_rank == 0:
+            found, _ = kmeans2(
+                self.recent.cpu().double().numpy(), len(centres), minit="++", rng=self.config.seed, missing="warn"
+            )
+            centres.copy_(torch.from_numpy(found))
+        self.model.codebook.copy_(_from_rank_zero(centres))
+
+    @torch.no_grad()
+    def _restart_unused(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.used)
+        unused = self.used == 0
+        # Far vectors first: the chance of a vector is its squared distance from its code.
+        latents_1Ehw = self.recent.T[None, :, :, None]
+        error = (self.model.embed(self.model.nearest(latents_1Ehw)) - latents_1Ehw).square().sum(dim=1).flatten()
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.global_step)
+        count = int(unused.sum())
+        if count and float(error.sum()) > 0:
+            chosen = torch.multinomial(error.cpu().double() + 1e-12, count, generator=generator)
+            fresh = self.model.codebook.clone()
+            fresh[unused] = self.recent[chosen.to(fresh.device)]
+            self.model.codebook.copy_(_from_rank_zero(fresh))
+        self.used.zero_()
+
+    def on_validation_epoch_start(self) -> None:
+        """Clears the sums."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._val = {name: zero.clone() for name in ("mse", "psnr", "pictures")}
+        self._val["codes"] = torch.zeros_like(self.used)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Adds one batch to the sums; pictures are quantised and rounded to uint8 as they will be seen."""
+        images_BCHW = batch["images_BCHW"]
+        ids_Bhw = self.model.nearest(self.model.latents(to_unit(images_BCHW)))
+        output_BCHW = to_uint8(self.model.pixels(self.model.embed(ids_Bhw)))
+        mse_B = (output_BCHW.double() - images_BCHW.double()).square().mean(dim=(1, 2, 3)) / 255**2
+        self._val["mse"] += mse_B.sum()
+        self._val["psnr"] += (-10 * torch.log10(mse_B.clamp(min=1e-10))).sum()
+        self._val["pictures"] += len(mse_B)
+        self._val["codes"] += torch.bincount(ids_Bhw.flatten(), minlength=len(self.used))
+
+    def validation_summary(self) -> dict[str, float]:
+        """PSNR in dB (of the mean error, and mean over pictures), share of codes used, code perplexity."""
+        if dist.is_available() and dist.is_initialized():
+            for value in self._val.values():
+                dist.all_reduce(value)
+        pictures, codes = float(self._val["pictures"]), self._val["codes"].double()
+        share = codes / codes.sum()
+        entropy = -(share * share.clamp(min=1e-30).log()).sum()
+        return {
+            "psnr": float(-10 * torch.log10(self._val["mse"] / pictures)),
+            "psnr_mean": float(self._val["psnr"]) / pictures,
+            "codes_used": float((codes > 0).double().mean()),
+            "code_perplexity": float(entropy.exp()),
+        }
+
+    def configure_optimizers(self) -> Any:
+        """The experiment's optimiser and schedule."""
+        config = self.config.optim
+        optimizer = OPTIMIZERS[config.name](list(self.model.named_parameters()), config)
+        schedule = cosine_with_warmup(optimizer, config, self.config.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def edge_loss(output_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Mean absolute error of horizontal and vertical pixel differences: sharp outlines."""
+    across = F.l1_loss(output_BCHW.diff(dim=3), target_BCHW.diff(dim=3))
+    down = F.l1_loss(output_BCHW.diff(dim=2), target_BCHW.diff(dim=2))
+    return across + down
+
+
+def _from_rank_zero(tensor: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor

@@ -1,0 +1,220 @@
+"""What a finished run says: samples with their prompts, prompt accuracy, caption preference, the final losses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from t2i_lm.build import Experiment
+from t2i_lm.data.captions import ATTRIBUTES, altered, describe, entropy
+from t2i_lm.data.scene_checker import check
+from t2i_lm.data.scenes import scene_from_meaning
+from t2i_lm.data.tokens import open_split
+from t2i_lm.grid import captioned_grid
+from t2i_lm.models.generate import generate
+from t2i_lm.modules.text_to_image import TextToImageModule
+from t2i_lm.runs import REPORT, read_run
+from t2i_lm.sequence import IMAGE, modality_of_target
+
+# Captions over which the generator's entropy is estimated.
+ENTROPY_SAMPLES = 20_000
+# Sequences scored at once for caption preference.
+SCORE_BATCH = 50
+
+
+def write_report(experiment: Experiment, folder: Path, wall_s: float) -> dict[str, Any]:
+    """Draws samples, measures, writes report.json and prints the summary.
+
+    Args:
+        experiment: the trained experiment.
+        folder: its run folder.
+        wall_s: seconds that training took, preparation left out.
+    """
+    run, config = read_run(folder), experiment.config
+    last = run.records("train")[-1] if run.records("train") else {"step": 0}
+    report: dict[str, Any] = {
+        "experiment": config.name,
+        "scale": config.scale,
+        "seed": config.seed,
+        "data_hash": experiment.index.get("data_hash"),
+        "steps": last["step"],
+        "tokens_nominal": last.get("tokens_nominal"),
+        "tokens_real": last.get("tokens_real"),
+        "wall_s": round(wall_s, 1),
+        "val": run.records("val")[-1]["val"] if run.records("val") else None,
+    }
+    if isinstance(experiment.module, TextToImageModule):
+        torch.set_num_threads(config.trainer.threads or torch.get_num_threads())
+        experiment.module.eval()
+        report |= _picture_report(experiment, folder)
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    print_summary(report, folder)
+    return report
+
+
+def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Samples and, for scenes, the measures that need to know what a caption means."""
+    config = experiment.config
+    assert experiment.shards is not None
+    assert experiment.text is not None
+    assert experiment.image is not None
+    split = open_split(experiment.shards, "val")
+    count = min(config.samples.prompts, len(split))
+    result: dict[str, Any] = {"text_floor_nll": None, "truncated_captions": truncated_share(experiment)}
+    if count:
+        rows = split[:count]
+        captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
+        images_HW3 = draw_captions(experiment, captions, [config.seed * 1_000_003 + i for i in range(count)])
+        (folder / "samples").mkdir(exist_ok=True)
+        shown = min(config.samples.grid, count)
+        grid = captioned_grid(images_HW3[:shown], captions[:shown])
+        grid.save(folder / "samples" / "grid.png")
+        originals = experiment.image.decode(torch.from_numpy(np.stack(rows["image_ids"][:shown]).astype(np.int64)))
+        pictures = [image.permute(1, 2, 0).numpy() for image in originals]
+        captioned_grid(pictures, captions[:shown]).save(folder / "samples" / "originals.png")
+        result["samples"] = {"prompts": count}
+    if config.data.source == "scenes":
+        assert experiment.index is not None
+        nats, error = entropy(ENTROPY_SAMPLES, config.data.seed)
+        lengths = experiment.index["splits"]["train"]["caption_tokens"]
+        tokens = sum(int(n) * k for n, k in lengths.items()) / sum(lengths.values())
+        result["text_floor_nll"] = nats / tokens
+        result["text_floor_standard_error"] = error / tokens
+        if count:
+            meanings = [json.loads(str(text)) for text in rows["meaning"]]
+            result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
+        result["preference"] = caption_preference(experiment, split, config.samples.preference_scenes)
+    return result
+
+
+def truncated_share(experiment: Experiment) -> float:
+    """Share of training captions that are longer than the text budget."""
+    assert experiment.layout is not None
+    lengths = experiment.index["splits"]["train"]["caption_tokens"]
+    over = sum(count for length, count in lengths.items() if int(length) > experiment.layout.text_budget)
+    return float(over / max(1, sum(lengths.values())))
+
+
+def draw_captions(
+    experiment: Experiment,
+    captions: list[str],
+    seeds: list[int],
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Pictures (H, W, 3) uint8 sampled for captions."""
+    layout, text, image = experiment.layout, experiment.text, experiment.image
+    assert layout is not None
+    assert text is not None
+    assert image is not None
+    assert isinstance(experiment.module, TextToImageModule)
+    prompts = [torch.from_numpy(layout.prompt(np.array(text.encode(caption), dtype=np.int64))) for caption in captions]
+    settings = experiment.config.samples
+    codes_BN = generate(
+        experiment.module.decoder,
+        layout.vocab,
+        prompts,
+        layout.image_tokens,
+        seeds,
+        settings.temperature,
+        settings.top_k,
+        on_token,
+    )
+    return [picture.permute(1, 2, 0).numpy() for picture in image.decode(codes_BN)]
+
+
+def prompt_accuracy(
+    images: list[np.ndarray[Any, np.dtype[np.uint8]]], meanings: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Share of pictures right in each attribute that their caption asks for, and how many it asked."""
+    right: dict[str, list[bool]] = {}
+    for picture, meaning in zip(images, meanings, strict=True):
+        caption = describe(scene_from_meaning(_scene_part(meaning)), meaning["style"])
+        for name, value in check(picture, meaning, caption.mentioned).items():
+            if value is not None:
+                right.setdefault(name, []).append(value)
+    return {name: {"right": sum(values) / len(values), "of": len(values)} for name, values in right.items()}
+
+
+def caption_preference(experiment: Experiment, split: Any, scenes: int) -> dict[str, Any]:
+    """How often a picture is likelier under its own caption than under one with one attribute altered.
+
+    For each attribute, the first `scenes` held-out scenes that mention it; chance is 0.5. The picture's
+    likelihood is that of its image tokens alone.
+    """
+    assert experiment.text is not None
+    assert experiment.layout is not None
+    result: dict[str, Any] = {}
+    meanings = [json.loads(str(text)) for text in split[: len(split)]["meaning"]]
+    for attribute in track(ATTRIBUTES, description="caption preference", transient=True) if scenes else ():
+        pairs: list[tuple[int, tuple[str, str]]] = []
+        for number, meaning in enumerate(meanings):
+            both = altered(scene_from_meaning(_scene_part(meaning)), meaning["style"], attribute, "preference")
+            if both is not None:
+                pairs.append((number, both))
+            if len(pairs) == scenes:
+                break
+        image_ids = split[[number for number, _ in pairs]]["image_ids"]
+        true_B, other_B = (
+            picture_nll(experiment, [both[side] for _, both in pairs], np.stack(image_ids)) for side in (0, 1)
+        )
+        # A tie (equal token by token) counts half.
+        wins = (true_B < other_B).double() + 0.5 * (true_B == other_B).double()
+        result[attribute] = {"preferred": float(wins.mean()), "of": len(pairs)}
+    return result
+
+
+@torch.no_grad()
+def picture_nll(experiment: Experiment, captions: list[str], image_ids_BN: Any) -> Tensor:
+    """Summed nll (B,) in nats of each picture's image tokens under a caption."""
+    layout, text = experiment.layout, experiment.text
+    assert layout is not None
+    assert text is not None
+    assert isinstance(experiment.module, TextToImageModule)
+    totals = []
+    for start in range(0, len(captions), SCORE_BATCH):
+        batch = slice(start, start + SCORE_BATCH)
+        text_ids = [np.array(text.encode(caption), dtype=np.int64) for caption in captions[batch]]
+        ids_BT = layout.pack(text_ids, image_ids_BN[batch])
+        target_BT = ids_BT[:, 1:]
+        image_BT = modality_of_target(target_BT, layout.vocab) == IMAGE
+        nll_N = experiment.module.decoder(ids_BT[:, :-1], target_BT, image_BT)
+        totals.append(nll_N.view(len(text_ids), layout.image_tokens).double().sum(dim=1))
+    return torch.cat(totals)
+
+
+def _scene_part(meaning: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in meaning.items() if key != "style"}
+
+
+def print_summary(report: dict[str, Any], folder: Path) -> None:
+    """The final losses, what was measured, and where to look."""
+    console = Console()
+    table = Table(title=f"{report['experiment']} ({report['scale']}, seed {report['seed']})")
+    for column in ("validation", "nll (nats)", "perplexity", "targets"):
+        table.add_column(column, justify="left" if column == "validation" else "right")
+    for name, entry in (report["val"] or {}).items():
+        if isinstance(entry, dict) and "nll" in entry:
+            table.add_row(name, f"{entry['nll']:.4f}", f"{entry['ppl']:.2f}", f"{entry['count']:,}")
+        elif not isinstance(entry, dict):
+            table.add_row(name, f"{entry:.4f}", "", "")
+    console.print(table)
+    if report.get("text_floor_nll") is not None:
+        console.print(f"floor of the text loss (entropy of the captions): {report['text_floor_nll']:.4f} nats a token")
+    for title, key, share in (
+        ("right in samples", "accuracy", "right"),
+        ("true caption preferred (chance 0.5)", "preference", "preferred"),
+    ):
+        values = report.get("samples", {}).get(key) if key == "accuracy" else report.get(key)
+        if values:
+            console.print(f"{title}: " + ", ".join(f"{name} {entry[share]:.0%}" for name, entry in values.items()))
+    console.print(f"{report['steps']} steps in {report['wall_s']:.0f} s")
+    for name in (REPORT, "metrics.jsonl", "samples/grid.png"):
+        if (folder / name).exists():
+            console.print(f"  {folder / name}", highlight=False, soft_wrap=True)

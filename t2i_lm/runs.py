@@ -1,0 +1,123 @@
+"""Run folders: where a run keeps what it used, saw and made."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = ("torch", "lightning", "torchmetrics", "datasets", "sentencepiece", "diffusers", "numpy", "t2i_lm")
+CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS = (
+    "config.yaml",
+    "env.json",
+    "metrics.jsonl",
+    "report.json",
+    "events.log",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read back."""
+
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    report: dict[str, Any] | None  # None while the run is unfinished
+
+    @property
+    def name(self) -> str:
+        """The experiment's name."""
+        return str(self.config["name"])
+
+    def records(self, key: str) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl that carry `key` (train, val, ...)."""
+        return [record for record in self.metrics if key in record]
+
+
+def new_run_folder(root: Path, name: str, scale: str) -> Path:
+    """Makes `root/name/DATE-TIME-SCALE`, with a number behind it where that exists already.
+
+    Raises:
+        ValueError: if it cannot be made.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(100):
+        folder = root / name / (f"{stamp}-{scale}" + (f"-{attempt}" if attempt else ""))
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(f"run.dir={root}: cannot make {folder}: {error.strerror}") from error
+        return folder
+    raise ValueError(f"run.dir={root}: a hundred runs of {name} started in one second")
+
+
+def run_folders(root: Path, name: str | None = None) -> list[Path]:
+    """Run folders below `root`, oldest first."""
+    found = [path.parent for path in root.glob(f"{name or '*'}/*/{CONFIG}")]
+    return sorted(found, key=lambda folder: folder.name)
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder; a last line of metrics torn by a kill is left out.
+
+    Raises:
+        ValueError: if it is no run folder.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is no run folder: it has no {CONFIG}")
+    metrics = []
+    path = folder / METRICS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    return Run(folder, config, _json(folder / ENVIRONMENT) or {}, metrics, _json(folder / REPORT))
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def environment(**extra: Any) -> dict[str, Any]:
+    """What a result depends on besides its config: code, versions, hardware."""
+    return {
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        **extra,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,109 @@
+"""One run from its config to its report: folder, training, checkpoints, summary."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from callbacks import EventLog, MetricsFile, Preempted, find_resumable
+from t2i_lm.build import CHECKPOINTS, Experiment, build, build_trainer, generator, precision
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.data.datamodules import make_sampler
+from t2i_lm.load import save_experiment
+from t2i_lm.report import write_report
+from t2i_lm.runs import CONFIG, ENVIRONMENT, EVENTS, METRICS, environment, new_run_folder
+
+# A launched rank finds the folder that rank 0 made here.
+FOLDER_VARIABLE = "T2I_LM_RUN_FOLDER"
+# Steps whose draws are hashed into env.json, to show that two arms see one stream.
+STREAM_STEPS = 1000
+
+
+def run(config: ExperimentConfig, folder: Path | None, resume: bool, dry_run: bool) -> int:
+    """Trains (or only describes) an experiment; returns the exit code."""
+    experiment = build(config)
+    if dry_run:
+        print(describe(experiment))
+        return 0
+    inherited = os.environ.get(FOLDER_VARIABLE)
+    if folder is None:
+        folder = Path(inherited) if inherited else new_run_folder(Path(config.run.dir), config.name, config.scale)
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    events = EventLog(folder / EVENTS)
+    checkpoint = find_resumable(folder / CHECKPOINTS, events) if resume else None
+    main_rank = inherited is None and os.environ.get("RANK", "0") == "0"
+    if main_rank:
+        _open_folder(experiment, folder, events, checkpoint)
+    trainer = build_trainer(config, folder)
+    started = time.monotonic()
+    try:
+        if checkpoint is None:
+            trainer.validate(experiment.module, experiment.data, verbose=False)
+        trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint, weights_only=True)
+    except Preempted as order:
+        if trainer.is_global_zero:
+            events.write("preempted", str(order))
+            print(f"{order}; saved. Continue with --resume {folder}")
+        return order.exit_code
+    if trainer.is_global_zero:
+        skipped = int(getattr(experiment.module, "skipped", 0))
+        if skipped:
+            events.write("non-finite", f"{skipped} steps with a non-finite gradient were skipped")
+        write_report(experiment, folder, wall_s=time.monotonic() - started)
+    return 0
+
+
+def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpoint: Path | None) -> None:
+    """Writes what the run uses, or cuts the metrics back to the checkpoint it continues from."""
+    config = experiment.config
+    if checkpoint is not None:
+        step = int(checkpoint.stem.removeprefix("step-"))
+        MetricsFile(folder / METRICS).cut_after(step)
+        events.write("resumed", f"from {checkpoint.name}")
+        print(f"resuming {folder} from step {step}", flush=True)
+        return
+    MetricsFile(folder / METRICS).cut_after(-1)
+    save_experiment(config, folder / CONFIG)
+    experiment.data.setup("fit")
+    size = len(experiment.data.train_set)
+    samples = min(STREAM_STEPS, config.trainer.max_steps) * config.data.batch_size
+    details = environment(
+        data_hash=experiment.index.get("data_hash"),
+        tokenizers=experiment.index.get("tokenizers"),
+        stream_hash=make_sampler(config, size).stream_hash(samples),
+        precision=precision(config),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        threads=config.trainer.threads or torch.get_num_threads(),
+        new_rows_seed=generator(config.seed, "new rows").initial_seed(),
+        train_samples=size,
+    )
+    (folder / ENVIRONMENT).write_text(json.dumps(details, indent=2) + "\n")
+    print(f"run folder: {folder}", flush=True)
+
+
+def describe(experiment: Experiment) -> str:
+    """What a run would do: the resolved config, parameters, tokens and compute."""
+    from omegaconf import OmegaConf
+
+    config = experiment.config
+    parameters = sum(p.numel() for p in experiment.module.parameters())
+    trainable = sum(p.numel() for p in experiment.module.parameters() if p.requires_grad)
+    lines = [OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), "---"]
+    lines.append(f"parameters: {parameters:,} ({trainable:,} trainable)")
+    lines.append(f"precision: {precision(config)}")
+    decoder: Any = getattr(experiment.module, "decoder", None)
+    if decoder is not None:
+        tokens = config.data.batch_size * config.data.length
+        matmul = parameters - decoder.tok_embeddings.matrix().numel()
+        model = decoder.config
+        flops = 6 * matmul + 12 * model.n_layers * model.hidden_dim * config.data.length
+        lines.append(f"tokens a step: {tokens:,}; in all: {tokens * config.trainer.max_steps:,}")
+        lines.append(f"compute: {flops * tokens * config.trainer.max_steps:.3g} FLOP ({flops:.3g} a token)")
+    if experiment.layout is not None:
+        lines.append(f"vocabulary: {experiment.layout.vocab.size:,} rows, text budget {experiment.layout.text_budget}")
+    if experiment.shards is not None:
+        lines.append(f"token shards: {experiment.shards}")
+    return "\n".join(lines)

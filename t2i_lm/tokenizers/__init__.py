@@ -1,0 +1,1 @@
+"""Text and image tokenizers behind two small protocols (`base.py`)."""

@@ -1,0 +1,45 @@
+"""What the suite asks of a tokenizer."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+
+class TextTokenizer(Protocol):
+    """Text <-> ids. `sha256` names the vocabulary in every result."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+class ImageTokenizer(Protocol):
+    """Pictures <-> a grid of ids, row-major.
+
+    `image_size` is the side in pixels of the pictures it is used on, `grid` the (height, width) of their ids.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def encode(self, images_uint8_BCHW: Tensor) -> Tensor: ...
+
+    def decode(self, ids_BN: Tensor) -> Tensor: ...
