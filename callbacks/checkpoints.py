@@ -39,6 +39,18 @@ class RunCheckpoints(Checkpoint):
         """Saves the last step."""
         self.save(trainer)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes back the batch that was announced but not trained on when the checkpoint is saved.
+
+        Lightning counts a batch as ready before `on_train_batch_start` and times validation by that count,
+        so a resumed run would otherwise validate one step early.
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for part in (progress["total"], progress["current"]):
+            part["ready"] = part["started"] = part["completed"]
+
     def save(self, trainer: pl.Trainer) -> None:
         """Saves the current step once, then deletes checkpoints beyond `keep`."""
         step = trainer.global_step

@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import os
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,8 +39,13 @@ from t2i_lm.tokenizers.text import SentencePieceTokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer
 
 CHECKPOINTS = "checkpoints"
-# Seconds that other ranks wait for rank 0 to prepare the data.
-PREPARE_TIMEOUT = 24 * 3600
+# Warnings of Lightning that do not hold here: loading is no bottleneck, and the data module resumes exactly.
+QUIET = (
+    ".*does not have many workers.*",
+    ".*resuming from a checkpoint that ended before the epoch ended.*",
+    "The number of training batches.*",
+    ".*isinstance.treespec, LeafSpec.*",
+)
 
 
 @dataclass
@@ -94,7 +97,7 @@ def build_text_to_image(config: ExperimentConfig) -> Experiment:
         raise ValueError("text_tokenizer.path and image_tokenizer.path: both are needed for task=text_to_image")
     text = SentencePieceTokenizer(resolve(config.text_tokenizer.path))
     image = VQTokenizer.from_folder(resolve(config.image_tokenizer.path), config.image_tokenizer.size)
-    shards = _once(lambda: prepare_pairs(config, text, image))
+    shards = prepare_pairs(config, text, image)
     decoder = build_decoder(config, config.data.length)
     if text.vocab_size > decoder.config.vocab_size:
         raise ValueError(
@@ -111,7 +114,7 @@ def build_text_to_image(config: ExperimentConfig) -> Experiment:
 
 def build_text(config: ExperimentConfig) -> Experiment:
     """A decoder from random weights on plain text."""
-    shards, text = _once(lambda: prepare_text(config))
+    shards, text = prepare_text(config)
     decoder = build_decoder(config, config.data.length)
     if text.vocab_size != decoder.config.vocab_size:
         raise ValueError(
@@ -144,17 +147,6 @@ def build(config: ExperimentConfig) -> Experiment:
     return TASKS[config.task](config)
 
 
-def _once(prepare: Callable[[], Any]) -> Any:
-    """Lets rank 0 prepare; the other ranks of a launcher wait until a second look finds it done."""
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-    if rank == 0:
-        return prepare()
-    marker = os.environ.get("T2I_LM_PREPARED")
-    if marker is None:  # started beside rank 0, by torchrun: rank 0 may still be at it
-        time.sleep(1.0)
-    return prepare()
-
-
 def precision(config: ExperimentConfig) -> str:
     """bf16-mixed where the device multiplies in bfloat16, else float32; float32 master weights either way."""
     if config.trainer.precision != "auto":
@@ -185,7 +177,8 @@ def build_trainer(config: ExperimentConfig, folder: Path) -> pl.Trainer:
     same `RunCheckpoints` that saves on schedule.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
     trainer = config.trainer
     metrics = folder / METRICS
     meter: EMASplitPerplexity | RunScalars

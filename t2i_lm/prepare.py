@@ -1,19 +1,23 @@
 """Token shards: tokenise a source once, keep the ids (`python -m t2i_lm.prepare`)."""
 
+import argparse
 import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_lm.config import ExperimentConfig
+from t2i_lm.load import SCALES, load_experiment
 
 if TYPE_CHECKING:
     from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
+    from t2i_lm.tokenizers.text import SentencePieceTokenizer
 
-EXAMPLE = "example: python -m t2i_lm.prepare experiments/t2i_pretrained.yaml --scale demo"
+EXAMPLE = "example: python -m t2i_lm.prepare experiments/t2i_pretrained.yaml --scale demo data.train_size=1000"
 # Pictures encoded at once.
 ENCODE_BATCH = 64
 # Bump when the meaning of a shard changes, so that stale caches are not read.
@@ -45,14 +49,21 @@ def prepare_pairs(config: ExperimentConfig, text: "TextTokenizer", image: "Image
     Raises:
         ValueError: if more than `data.max_reject_share` of a split cannot be used, with the reasons.
     """
-    from t2i_lm.data.sources import SPLITS, open_source
-    from t2i_lm.data.tokens import pair_features, read_index, write_index, write_split
+    from t2i_lm.data.tokens import read_index
 
     tokenizers = {"text": text.sha256, "image": image.sha256}
     folder = cache_folder(config, tokenizers)
-    if read_index(folder) is not None:
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder):
+        if read_index(folder) is None:
+            _write_pairs(config, text, image, folder)
+    return folder
+
+
+def _write_pairs(config: ExperimentConfig, text: "TextTokenizer", image: "ImageTokenizer", folder: Path) -> None:
+    from t2i_lm.data.sources import SPLITS, open_source
+    from t2i_lm.data.tokens import pair_features, write_index, write_split
+
+    tokenizers = {"text": text.sha256, "image": image.sha256}
     features = pair_features(text.vocab_size, image.grid[0] * image.grid[1])
     index: dict[str, Any] = {"tokenizers": tokenizers, "source": config.data.source, "splits": {}}
     for split in SPLITS:
@@ -78,7 +89,19 @@ def prepare_pairs(config: ExperimentConfig, text: "TextTokenizer", image: "Image
         entry["caption_tokens"] = {str(length): count for length, count in sorted(lengths.items())}
         index["splits"][split] = entry
     write_index(folder, index)
-    return folder
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """One process prepares a folder; the others (ranks, a second arm) wait and then find it done."""
+    from filelock import FileLock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache_dir: cannot make {folder}: {error.strerror}") from error
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        yield
 
 
 def _limit(config: ExperimentConfig, split: str, size: int) -> int:
@@ -99,7 +122,7 @@ def _pair_rows(
     import numpy as np
     import torch
 
-    from t2i_lm.data.sources import RejectedPair, centre_crop
+    from t2i_lm.data.sources import RejectedPairError, centre_crop
 
     pairs: list[Any] = []
     pictures: list[Any] = []
@@ -117,7 +140,7 @@ def _pair_rows(
     for number in _track(range(total), f"tokenising {split} pictures"):
         try:
             pair = source[number]
-        except RejectedPair as reject:
+        except RejectedPairError as reject:
             rejects[reject.reason] += 1
             examples.setdefault(reject.reason, str(reject))
             continue
@@ -142,35 +165,42 @@ def _check_rejects(
     print(message, file=sys.stderr)
 
 
-def prepare_text(config: ExperimentConfig) -> tuple[Path, "TextTokenizer"]:
-    """Token shards of plain text, and the tokenizer, trained here where `text_tokenizer.path` is null."""
-    from t2i_lm.data.text import read_documents
-    from t2i_lm.data.tokens import read_index, text_features, write_index, write_split
+def prepare_text(config: ExperimentConfig) -> tuple[Path, "SentencePieceTokenizer"]:
+    """Token shards of plain text, and the tokenizer, trained here where `text_tokenizer.path` is null.
+
+    Raises:
+        ValueError: if there is no text, or no held-out text.
+    """
+    from t2i_lm.data.tokens import read_index
     from t2i_lm.tokenizers.text import SentencePieceTokenizer
 
-    data = config.data
-    assert data.path is not None
-    tokenizer_path = config.text_tokenizer.path or str(_train_text_tokenizer(config))
-    text = SentencePieceTokenizer(tokenizer_path)
-    folder = cache_folder(config, {"text": text.sha256})
-    if read_index(folder) is not None:
-        return folder, text
-    folder.mkdir(parents=True, exist_ok=True)
-    index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
-    if data.val_path is None:
+    if config.data.val_path is None:
         raise ValueError("data.val_path=null: give held-out text, for example data.val_path=books_heldout.txt.gz")
+    text = SentencePieceTokenizer(config.text_tokenizer.path or _train_text_tokenizer(config))
+    folder = cache_folder(config, {"text": text.sha256})
+    with _only_one(folder):
+        if read_index(folder) is None:
+            _write_text(config, text, folder)
+    return folder, text
+
+
+def _write_text(config: ExperimentConfig, text: "SentencePieceTokenizer", folder: Path) -> None:
+    from t2i_lm.data.text import read_documents
+    from t2i_lm.data.tokens import text_features, write_index, write_split
+
+    data = config.data
+    index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
     for split, path in (("train", data.path), ("val", data.val_path)):
-        documents = _track(read_documents(path), f"tokenising {split} documents")
+        documents = _track(read_documents(str(path)), f"tokenising {split} documents")
 
         def rows(documents: Iterable[str] = documents) -> Iterator[dict[str, Any]]:
             yield from text_rows(documents, text, data.length)
 
         index["splits"][split] = write_split(folder, split, rows, text_features(text.vocab_size, data.length))
     write_index(folder, index)
-    return folder, text
 
 
-def text_rows(documents: Iterable[str], text: Any, length: int) -> Iterator[dict[str, Any]]:
+def text_rows(documents: Iterable[str], text: "SentencePieceTokenizer", length: int) -> Iterator[dict[str, Any]]:
     """Rows of `length` + 1 ids over a stream of documents; `bytes` is the UTF-8 size of the row's targets.
 
     A document is tokenised paragraph by paragraph, each followed by a blank line, and ends with `</s>`.
@@ -217,3 +247,38 @@ def _track(items: Iterable[Any], what: str) -> Iterator[Any]:
     else:
         print(what, file=sys.stderr, flush=True)
         yield from items
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepares an experiment's data and says where it lies; returns the exit code."""
+    arguments = argparse.ArgumentParser(
+        prog="python -m t2i_lm.prepare",
+        description="Tokenise an experiment's data once; training runs find the shards again.",
+        epilog=EXAMPLE,
+    )
+    arguments.add_argument("experiment", type=Path, help="experiment YAML")
+    arguments.add_argument("--scale", default="demo", help=f"one of {', '.join(SCALES)} (default: %(default)s)")
+    arguments.add_argument("overrides", nargs="*", metavar="key=value")
+    options = arguments.parse_intermixed_args(argv)
+    try:
+        config = load_experiment(options.experiment, options.scale, options.overrides)
+        if config.task == "image_tokenizer":
+            raise ValueError("task=image_tokenizer reads its pictures directly; there is nothing to prepare")
+        from t2i_lm.build import build
+        from t2i_lm.data.tokens import read_index
+
+        folder = build(config).shards
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    assert folder is not None
+    index = read_index(folder)
+    assert index is not None
+    print(f"{folder}  data hash {index['data_hash']}")
+    for split, entry in index["splits"].items():
+        print(f"  {split}: {entry['rows']:,} rows; rejected: {entry.get('rejects') or 'none'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

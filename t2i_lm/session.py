@@ -29,16 +29,19 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool, dry_run: bo
         print(describe(experiment))
         return 0
     inherited = os.environ.get(FOLDER_VARIABLE)
+    main_rank = inherited is None and os.environ.get("RANK", "0") == "0"
     if folder is None:
-        folder = Path(inherited) if inherited else new_run_folder(Path(config.run.dir), config.name, config.scale)
-    os.environ[FOLDER_VARIABLE] = str(folder)
+        if main_rank:
+            folder = new_run_folder(Path(config.run.dir), config.name, config.scale)
+        else:  # only rank 0 writes; under torchrun the others never need the folder's name
+            folder = Path(inherited or config.run.dir)
     events = EventLog(folder / EVENTS)
     checkpoint = find_resumable(folder / CHECKPOINTS, events) if resume else None
-    main_rank = inherited is None and os.environ.get("RANK", "0") == "0"
     if main_rank:
         _open_folder(experiment, folder, events, checkpoint)
     trainer = build_trainer(config, folder)
     started = time.monotonic()
+    os.environ[FOLDER_VARIABLE] = str(folder)
     try:
         if checkpoint is None:
             trainer.validate(experiment.module, experiment.data, verbose=False)
@@ -48,6 +51,9 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool, dry_run: bo
             events.write("preempted", str(order))
             print(f"{order}; saved. Continue with --resume {folder}")
         return order.exit_code
+    finally:
+        if main_rank:
+            del os.environ[FOLDER_VARIABLE]
     if trainer.is_global_zero:
         skipped = int(getattr(experiment.module, "skipped", 0))
         if skipped:

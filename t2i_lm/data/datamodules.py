@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.pairs import CaptionedSource
 from t2i_lm.data.sampler import Draw, IndexSampler
-from t2i_lm.data.sources import RejectedPair, centre_crop, open_source
+from t2i_lm.data.sources import RejectedPairError, centre_crop, open_source
 from t2i_lm.data.tokens import choose_caption, open_split
 from t2i_lm.sequence import Layout
 
@@ -213,7 +213,7 @@ class PictureBatches(Batches):
         for step in range(MAX_CONSECUTIVE_REJECTS):
             try:
                 return centre_crop(self.source[(index + step) % len(self.source)].image, self.image_size)
-            except RejectedPair as reject:
+            except RejectedPairError as reject:
                 last = reject
         raise ValueError(f"{MAX_CONSECUTIVE_REJECTS} pictures in a row cannot be read; the last: {last}")
 

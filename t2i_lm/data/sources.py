@@ -1,6 +1,6 @@
 """Sources of captioned pictures, by name: scenes, image folders, Parquet files, Hugging Face datasets.
 
-A source is a sized sequence of `Pair`s. A picture that cannot be read raises `RejectedPair` with a reason, which
+A source is a sized sequence of `Pair`s. A picture that cannot be read raises `RejectedPairError` with a reason, which
 `prepare` counts; nothing else may go wrong in silence.
 """
 
@@ -25,7 +25,7 @@ SPLITS = ("train", "val")
 METADATA = "metadata.jsonl"
 
 
-class RejectedPair(Exception):
+class RejectedPairError(Exception):
     """One sample that cannot be used; `reason` is a short class of failure, the text names the sample."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -37,22 +37,22 @@ def decode_image(file: Any, name: str) -> Image.Image:
     """An RGB picture, upright, from a path or binary stream.
 
     Raises:
-        RejectedPair: if it is missing, not a picture, truncated or larger than `MAX_PIXELS`.
+        RejectedPairError: if it is missing, not a picture, truncated or larger than `MAX_PIXELS`.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file)
         if image.width * image.height > MAX_PIXELS:
-            raise RejectedPair(f"over {MAX_PIXELS} pixels", name)
+            raise RejectedPairError(f"over {MAX_PIXELS} pixels", name)
         upright = ImageOps.exif_transpose(image)
         return upright.convert("RGB")
     except FileNotFoundError as error:
-        raise RejectedPair("missing file", name) from error
+        raise RejectedPairError("missing file", name) from error
     except UnidentifiedImageError as error:
-        raise RejectedPair("not a picture", name) from error
+        raise RejectedPairError("not a picture", name) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RejectedPair("truncated or corrupt", name) from error
+        raise RejectedPairError("truncated or corrupt", name) from error
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -76,12 +76,12 @@ def captions_of(value: Any, name: str) -> list[str]:
     """Non-empty captions from a string or a list of strings.
 
     Raises:
-        RejectedPair: if there is none.
+        RejectedPairError: if there is none.
     """
     captions = [value] if isinstance(value, str) else list(value or [])
     captions = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
     if not captions:
-        raise RejectedPair("no caption", name)
+        raise RejectedPairError("no caption", name)
     return captions
 
 

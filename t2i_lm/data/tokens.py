@@ -16,6 +16,9 @@ from typing import Any
 import datasets
 import numpy as np
 
+# Progress is `prepare`'s own.
+datasets.disable_progress_bars()
+
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
 

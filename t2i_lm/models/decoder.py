@@ -177,12 +177,12 @@ class TokenRows(nn.Module):
     """A (V, D) matrix in row blocks text | special | image; the last two appear on expansion."""
 
     BLOCKS = ("text", "special", "image")
+    special: nn.Parameter | None
+    image: nn.Parameter | None
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__()
         self.text = nn.Parameter(torch.empty(vocab_size, dim))
-        self.special: nn.Parameter | None = None
-        self.image: nn.Parameter | None = None
         self.register_parameter("special", None)
         self.register_parameter("image", None)
 

@@ -1,6 +1,7 @@
 """open_lm checkpoints: reading upstream's `.pt` and our safetensors, writing safetensors, presets by name."""
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -127,6 +128,8 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
         else:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             state = saved.get("state_dict", saved)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and is not read (Weights only load failed)") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     load_open_lm_state(decoder, state, str(path))

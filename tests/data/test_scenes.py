@@ -1,0 +1,157 @@
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+
+from t2i_lm.data.captions import ATTRIBUTES, Description, altered, describe, entropy
+from t2i_lm.data.scene_checker import check, read_scene
+from t2i_lm.data.scenes import COLOURS, HELD_OUT, KINDS, SceneSource, draw_scene, render, scene_from_meaning
+
+EVERYTHING = frozenset(ATTRIBUTES)
+
+
+def test_scenes_are_a_function_of_seed_split_and_index() -> None:
+    assert draw_scene(0, "train", 7) == draw_scene(0, "train", 7)
+    assert len({repr(draw_scene(0, "train", i)) for i in range(1000)}) > 990
+    assert draw_scene(0, "train", 7) != draw_scene(1, "train", 7)
+
+
+def test_held_out_pairs_never_occur_in_training_and_always_in_validation() -> None:
+    for index in range(2000):
+        train, val = (
+            {(item.colour, item.kind) for item in draw_scene(0, split, index).objects} for split in ("train", "val")
+        )
+        assert not train & HELD_OUT
+        assert val & HELD_OUT
+
+
+def test_each_colour_and_kind_keeps_most_partners() -> None:
+    assert len(HELD_OUT) == 6
+    assert max(Counter(colour for colour, _ in HELD_OUT).values()) == 1
+    assert {kind for _, kind in HELD_OUT} == set(KINDS)
+    assert {colour for colour, _ in HELD_OUT} <= set(COLOURS)
+
+
+def test_objects_neither_touch_nor_leave_the_picture() -> None:
+    for index in range(500):
+        scene = draw_scene(0, "train", index)
+        assert len(read_scene(np.asarray(render(scene))).objects) == len(scene.objects), scene
+
+
+def test_the_checker_is_exact_on_rendered_scenes() -> None:
+    for index in range(2000):
+        scene = draw_scene(1, "val" if index % 2 else "train", index)
+        asked = EVERYTHING if scene.family == "pair" else EVERYTHING - {"relation"}
+        assert check(np.asarray(render(scene)), scene.meaning(), asked)["all"], scene
+
+
+def test_the_checker_sees_a_wrong_picture() -> None:
+    right = wrong = 0
+    for index in range(200):
+        scene, other = draw_scene(0, "train", index), draw_scene(0, "train", index + 1000)
+        result = check(np.asarray(render(other)), scene.meaning(), EVERYTHING - {"relation"})
+        right += bool(result["all"])
+        wrong += not result["all"]
+    assert right <= 2
+    assert wrong >= 198
+
+
+def test_the_checker_survives_blur_and_noise() -> None:
+    totals: Counter[str] = Counter()
+    for index in range(300):
+        scene = draw_scene(0, "val", index)
+        pixels = np.asarray(render(scene).filter(ImageFilter.GaussianBlur(1.2)), dtype=np.float64)
+        noisy = np.clip(pixels + np.random.default_rng(index).normal(0, 8, pixels.shape), 0, 255).astype(np.uint8)
+        result = check(noisy, scene.meaning(), EVERYTHING - {"relation"})
+        totals.update({name: bool(value) for name, value in result.items()})
+    assert totals["background"] >= 0.98 * 300
+    assert totals["colour"] >= 0.98 * 300
+    assert totals["kind"] >= 0.95 * 300
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 64))
+def test_any_picture_can_be_read(seed: int, blocks: int) -> None:
+    coarse = np.random.default_rng(seed).integers(0, 256, (blocks, blocks, 3), dtype=np.uint8)
+    picture = np.asarray(Image.fromarray(coarse).resize((64, 64), Image.Resampling.NEAREST))
+    check(picture, draw_scene(0, "train", seed).meaning(), EVERYTHING - {"relation"})
+
+
+def test_another_picture_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="64"):
+        read_scene(np.zeros((32, 32, 3), dtype=np.uint8))
+
+
+def test_a_source_keeps_the_meaning_beside_the_caption() -> None:
+    pair = SceneSource(10, "val", 0)[3]
+    meaning = dict(pair.meaning or {})
+    style = meaning.pop("style")
+    scene = scene_from_meaning(meaning)
+    assert scene == draw_scene(0, "val", 3)
+    assert pair.captions == [describe(scene, style).text]
+    assert pair.image.size == (64, 64)
+
+
+def test_captions_end_in_their_only_full_stop() -> None:
+    for index in range(500):
+        text = describe(draw_scene(0, "train", index), str(index)).text
+        assert text.index(".") == len(text) - 1
+        assert text[0].isupper() or text[0].isdigit()
+
+
+def test_one_caption_has_one_derivation() -> None:
+    seen: dict[str, tuple[float, str, frozenset[str]]] = {}
+    for index in range(20_000):
+        scene = draw_scene(0, "train", index)
+        caption = describe(scene, str(index))
+        shown = [[item.colour, item.kind] for item in scene.objects]
+        entry = (round(caption.log_prob, 9), f"{shown}{scene.arrangement}", caption.mentioned)
+        assert seen.setdefault(caption.text, entry) == entry, caption.text
+
+
+def test_log_probabilities_match_frequencies() -> None:
+    """One half of the draws picks captions, the other half counts them: an unbiased check of their probability."""
+
+    def captions(seed: int) -> Iterator[Description]:
+        for index in range(100_000):
+            scene = draw_scene(seed, "train", index)
+            if scene.family == "single":
+                yield describe(scene, f"{seed}/{index}")
+
+    log_probs = {caption.text: caption.log_prob for caption in captions(2) if caption.log_prob > -11.5}
+    counted = sum(caption.text in log_probs for caption in captions(3))
+    expected = 100_000 * sum(math.exp(value) for value in log_probs.values())
+    assert expected > 200
+    assert abs(counted - expected) < 4 * math.sqrt(expected)
+
+
+def test_the_entropy_has_a_small_error() -> None:
+    mean, error = entropy(3000, 0)
+    assert 15 < mean < 25
+    assert error < 0.15
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_altered_captions_differ_in_one_attribute(attribute: str) -> None:
+    found = 0
+    for index in range(300):
+        scene = draw_scene(0, "val", index)
+        both = altered(scene, f"s{index}", attribute, "seed")
+        if both is None:
+            continue
+        found += 1
+        true, other = both
+        assert true == describe(scene, f"s{index}").text
+        differing = set(true.lower().split()) ^ set(other.lower().split())
+        assert 0 < len(differing) <= 8, (true, other)
+    assert found > 20
+
+
+def test_an_unknown_attribute_is_named() -> None:
+    with pytest.raises(ValueError, match="background, colour"):
+        altered(draw_scene(0, "val", 0), "s", "shape", "seed")

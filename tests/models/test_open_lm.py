@@ -1,0 +1,135 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t2i_lm.models.decoder import Decoder, KVCache
+from t2i_lm.models.open_lm import decoder_config, load_open_lm, open_lm_state_dict, save_open_lm
+
+REFERENCES = ("head_rotary_default_norm", "rotary_gain_only", "rotary_qk_norm", "rotary_rms_tied")
+TINY = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 24, "vocab_size": 50}
+
+
+def tiny(positional: str = "rotary", **extra: object) -> Decoder:
+    decoder = Decoder(decoder_config(TINY | {"positional_embedding_type": positional} | extra))
+    decoder.reset_parameters(torch.Generator().manual_seed(0))
+    return decoder
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_logits_loss_and_gradients_equal_open_lms(name: str, shared: Path) -> None:
+    folder = shared / "reference" / "open_lm" / name
+    reference = load_file(folder / "reference.safetensors")
+    decoder = load_open_lm(folder / "checkpoint.pt", folder / "config.json")
+    ids_BT = reference["input_ids"].long()
+    logits_BTV = decoder(ids_BT)
+    scale = reference["logits"].abs().max()
+    assert (logits_BTV - reference["logits"]).abs().max() <= 1e-5 * scale
+    loss = decoder(ids_BT[:, :-1], ids_BT[:, 1:]).mean()
+    assert loss.item() == pytest.approx(reference["loss"].item(), rel=1e-6)
+    loss.backward()
+    renamed = {"tok_embeddings.weight": "tok_embeddings.text", "output.weight": "output.text"}
+    gradients = dict(decoder.named_parameters(remove_duplicate=False))
+    checked = 0
+    for key, value in reference.items():
+        if key.startswith("grad_norm."):
+            parameter = key.removeprefix("grad_norm.")
+            grad = gradients[renamed.get(parameter, parameter)].grad
+            assert grad is not None
+            assert grad.norm().item() == pytest.approx(value.item(), rel=1e-4), key
+            checked += 1
+    assert checked > 10
+
+
+def test_saving_and_loading_keeps_every_weight(tmp_path: Path) -> None:
+    decoder = tiny()
+    save_open_lm(decoder, tmp_path, torch.float32, {"note": "test"})
+    again = load_open_lm(tmp_path)
+    assert again.config == decoder.config
+    for name, tensor in open_lm_state_dict(decoder).items():
+        assert torch.equal(tensor, open_lm_state_dict(again)[name]), name
+
+
+def test_head_rotary_is_position_free() -> None:
+    """The released open_lm-1b's positions: order is seen only through the causal mask (traps T1)."""
+    free, rotary = tiny("head_rotary"), tiny("rotary")
+    ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    swapped_BT = torch.tensor([[3, 1, 2, 5, 4, 6]])
+    one_layer = tiny("head_rotary", n_layers=1)
+    # With one layer, the last position sees a set: any order of the earlier tokens gives the same logits.
+    assert torch.allclose(one_layer(ids_BT)[:, -1], one_layer(swapped_BT)[:, -1], atol=1e-5)
+    one_rotary = tiny("rotary", n_layers=1)
+    assert not torch.allclose(one_rotary(ids_BT)[:, -1], one_rotary(swapped_BT)[:, -1], atol=1e-3)
+    assert rotary.rotary(0, 4) is not None
+    assert free.rotary(0, 4) is None
+
+
+@pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
+def test_cached_decoding_equals_full_recomputation(positional: str) -> None:
+    decoder = tiny(positional)
+    ids_BT = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(decoder.config, 3, 20, decoder.output.text)
+    parts = [decoder.output(decoder.hidden(ids_BT[:, :12], cache))]
+    parts += [decoder.output(decoder.hidden(ids_BT[:, t : t + 1], cache)) for t in range(12, 20)]
+    assert torch.allclose(torch.cat(parts, dim=1), decoder(ids_BT), atol=1e-5)
+
+
+def test_initial_logits_have_variance_one() -> None:
+    decoder = Decoder(decoder_config("demo_7m"))
+    decoder.reset_parameters(torch.Generator().manual_seed(0))
+    ids_BT = torch.randint(0, 4096, (4, 64), generator=torch.Generator().manual_seed(1))
+    assert decoder(ids_BT).var().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_positions_past_the_table_are_refused() -> None:
+    with pytest.raises(ValueError, match="seq_len=24"):
+        tiny()(torch.zeros(1, 25, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positional_embedding_type": "learned"}, "rotary, head_rotary, none"),
+        ({"model_norm": "batch_norm"}, "default_layer_norm"),
+        ({"n_heads": 3}, "hidden_dim=32"),
+        ({"hiden_dim": 3}, "unknown key 'hiden_dim'"),
+    ],
+)
+def test_a_wrong_model_config_names_key_and_choices(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder_config(TINY | {"positional_embedding_type": "rotary"} | change)
+
+
+def test_the_positional_type_is_never_guessed() -> None:
+    with pytest.raises(ValueError, match="positional_embedding_type"):
+        decoder_config(TINY)
+
+
+def test_a_checkpoint_that_does_not_fit_names_the_tensor(tmp_path: Path) -> None:
+    save_open_lm(tiny(), tmp_path, torch.float32, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"layers\.2\.attention"):
+        load_open_lm(tmp_path, config | {"n_layers": 3})
+    with pytest.raises(ValueError, match=r"output\.text .* has shape"):
+        load_open_lm(tmp_path, config | {"vocab_size": 51})
+
+
+def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="more than tensors"):
+        load_open_lm(tmp_path / "model.pt", TINY | {"positional_embedding_type": "rotary"})
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    save_open_lm(tiny(), tmp_path, torch.float32, {})
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        load_open_lm(tmp_path)

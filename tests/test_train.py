@@ -1,0 +1,239 @@
+"""Whole runs through the command line: real parts, tiny sizes."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t2i_lm.runs import Run, read_run, run_folders
+from t2i_lm.train import main
+
+ROOT = Path(__file__).parents[1]
+PRETRAINED, SCRATCH = (str(ROOT / "experiments" / f"t2i_{arm}.yaml") for arm in ("pretrained", "scratch"))
+
+
+def train(experiment: str, root: Path, *overrides: str, code: int = 0) -> Run:
+    assert main([experiment, *overrides, f"run.dir={root}"]) == code
+    return read_run(run_folders(root)[-1])
+
+
+def curve(run: Run) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "time"} for record in run.metrics]
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    newest = sorted((run.folder / "checkpoints").glob("*.ckpt"))[-1]
+    state: dict[str, torch.Tensor] = torch.load(newest, weights_only=True)["state_dict"]
+    return state
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(PRETRAINED, tmp_path_factory.mktemp("pretrained"), *tiny)
+
+
+@pytest.fixture(scope="module")
+def scratch(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(SCRATCH, tmp_path_factory.mktemp("scratch"), *tiny)
+
+
+def test_a_run_leaves_everything_behind(pretrained: Run) -> None:
+    folder = pretrained.folder
+    for name in ("config.yaml", "env.json", "metrics.jsonl", "report.json", "samples/grid.png"):
+        assert (folder / name).is_file(), name
+    assert [record["step"] for record in pretrained.records("train")] == [2, 4, 6, 8]
+    assert [record["step"] for record in pretrained.records("val")] == [0, 4, 8]
+    assert len(list((folder / "checkpoints").glob("*.ckpt"))) == 2
+    assert pretrained.report is not None
+    assert 0 <= pretrained.report["samples"]["accuracy"]["background"]["right"] <= 1
+    assert pretrained.report["text_floor_nll"] > 0
+    assert pretrained.report["truncated_captions"] < 0.5
+
+
+def test_the_split_reproduces_the_total(pretrained: Run) -> None:
+    for record in pretrained.metrics:
+        values = record.get("train", record.get("val"))
+        for field in ("nll_sum", "count"):
+            parts = sum(values[name][field] for name in ("text", "image", "boundary"))
+            assert values["all"][field] == pytest.approx(parts, rel=1e-12)
+        assert values["all"]["ppl"] == pytest.approx(math.exp(values["all"]["nll"]))
+    last = pretrained.records("train")[-1]
+    assert last["samples"] == 8 * 8
+    assert last["tokens_nominal"] == 8 * 8 * 112
+    # Real tokens are targets and the first token of each sequence.
+    counted = sum(record["train"]["all"]["count"] for record in pretrained.records("train"))
+    assert last["tokens_real"] == counted + 64
+
+
+def test_ema_is_of_the_loss_and_bias_corrected(pretrained: Run) -> None:
+    ema = 0.0
+    for number, record in enumerate(pretrained.records("train"), start=1):
+        entry = record["train"]["image"]
+        ema = 0.95 * ema + 0.05 * entry["nll"]
+        assert entry["nll_ema"] == pytest.approx(ema / (1 - 0.95**number), rel=1e-12)
+        assert entry["ppl_ema"] == pytest.approx(math.exp(entry["nll_ema"]), rel=1e-12)
+
+
+def test_both_arms_see_one_stream(pretrained: Run, scratch: Run) -> None:
+    for key in ("stream_hash", "data_hash", "tokenizers", "new_rows_seed"):
+        assert pretrained.environment[key] == scratch.environment[key] is not None
+    for ours, theirs in zip(pretrained.records("train"), scratch.records("train"), strict=True):
+        assert ours["train"]["text"]["count"] == theirs["train"]["text"]["count"]
+
+
+def test_the_random_arm_starts_at_ln_v_plus_a_half(scratch: Run) -> None:
+    vocabulary = 512 + 7 + 32
+    first = scratch.records("val")[0]["val"]["all"]["nll"]
+    assert first == pytest.approx(math.log(vocabulary) + 0.5, abs=0.15)
+
+
+def test_an_equal_run_is_equal_bit_for_bit(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
+    again = train(PRETRAINED, tmp_path, *tiny)
+    assert curve(again) == curve(pretrained)
+    for name, tensor in weights(again).items():
+        assert torch.equal(tensor, weights(pretrained)[name]), name
+
+
+def test_accumulation_gives_the_same_losses(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
+    split = train(PRETRAINED, tmp_path, *tiny, "trainer.accumulate_grad_batches=4")
+    same_losses(split, pretrained, 1e-5)
+
+
+def same_losses(one: Run, other: Run, tolerance: float) -> None:
+    assert len(one.metrics) == len(other.metrics)
+    for ours, theirs in zip(one.metrics, other.metrics, strict=True):
+        key = "train" if "train" in ours else "val"
+        for name in ("text", "image", "boundary", "all"):
+            assert ours[key][name]["count"] == theirs[key][name]["count"]
+            assert ours[key][name]["nll"] == pytest.approx(theirs[key][name]["nll"], rel=tolerance)
+        assert ours["tokens_real"] == theirs["tokens_real"]
+
+
+def launch(experiment: str, root: Path, *overrides: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "t2i_lm.train", experiment, *overrides, f"run.dir={root}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_two_processes_equal_one(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
+    process = launch(PRETRAINED, tmp_path, *tiny, "trainer.strategy=ddp", "trainer.devices=2", "samples.prompts=0")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert len(run_folders(tmp_path)) == 1
+    same_losses(read_run(run_folders(tmp_path)[0]), pretrained, 1e-6)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
+    """SIGTERM between steps: saved, exit code 143, and the resumed run equals the unbroken one."""
+    process = launch(PRETRAINED, tmp_path, *tiny)
+    metrics = wait_for_lines(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "--resume" in output
+    assert len(metrics.read_text().splitlines()) < len(pretrained.metrics)
+    assert main([PRETRAINED, "--resume", "latest", *tiny, f"run.dir={tmp_path}"]) == 0
+    resumed = read_run(metrics.parent)
+    assert curve(resumed) == curve(pretrained)
+
+
+def wait_for_lines(process: "subprocess.Popen[str]", root: Path, lines: int) -> Path:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        for path in root.glob("*/*/metrics.jsonl"):
+            if len(path.read_text().splitlines()) >= lines:
+                return path
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[0] if process.poll() is not None else "no metrics in time")
+
+
+# A long enough run to be killed ten times, a checkpoint after each step.
+KILLED = ("trainer.max_steps=40", "trainer.checkpoint_interval=1", "samples.prompts=0", "samples.preference_scenes=0")
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_killed_runs_resume_bit_for_bit(tiny: list[str], tmp_path: Path) -> None:
+    """kill -9 at ten seeded instants, half of them inside a save, changes no number and leaves no litter."""
+    unbroken = train(PRETRAINED, tmp_path / "unbroken", *tiny, *KILLED)
+    root, rng, saves = tmp_path / "killed", random.Random(0), 0
+    fork = multiprocessing.get_context("fork")
+    for kill in range(10):
+        arguments = [PRETRAINED, *(["--resume", "latest"] if kill else []), *tiny, *KILLED, f"run.dir={root}"]
+        process = fork.Process(target=main, args=(arguments,))
+        before = list(root.glob("*/*/checkpoints/*.ckpt"))
+        process.start()
+        in_save = kill % 2 == 0
+        deadline = time.monotonic() + 60
+        while process.is_alive() and time.monotonic() < deadline:
+            if list(root.glob("*/*/checkpoints/*.ckpt")) != before:
+                break
+        if in_save:
+            while process.is_alive() and not list(root.glob("*/*/checkpoints/*.tmp")):
+                pass
+        else:
+            time.sleep(rng.uniform(0, 0.05))
+        assert process.is_alive(), "the run was over before it could be killed"
+        process.kill()
+        process.join()
+        saves += bool(list(root.glob("*/*/checkpoints/*.tmp")))
+    assert saves >= 2
+    resumed = train(PRETRAINED, root, "--resume", "latest", *tiny, *KILLED)
+    assert len(run_folders(root)) == 1
+    assert curve(resumed) == curve(unbroken)
+    for name, tensor in weights(resumed).items():
+        assert torch.equal(tensor, weights(unbroken)[name]), name
+    assert not list(resumed.folder.glob("**/*.tmp"))
+
+
+def test_a_finished_run_is_never_overwritten(
+    pretrained: Run, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (pretrained.folder / "metrics.jsonl").read_bytes()
+    assert main([PRETRAINED, "--resume", str(pretrained.folder), *tiny]) == 2
+    assert "finished" in capsys.readouterr().err
+    assert (pretrained.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_is_refused_on_resume(
+    pretrained: Run, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "t2i_pretrained" / "20260101-000000-demo"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_bytes((pretrained.folder / "config.yaml").read_bytes())
+    assert main([PRETRAINED, "--resume", str(folder), "optim.lr=0.7"]) == 2
+    assert "optim.lr=0.7" in capsys.readouterr().err
+
+
+def test_dry_run_trains_nothing(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "max_steps: 8" in output
+    assert "parameters:" in output
+    assert not run_folders(tmp_path)
+
+
+def test_a_wrong_tokenizer_for_the_backbone_is_refused(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = json.loads((Path(tiny[0].split("=")[1]) / "config.json").read_text()) | {"vocab_size": 100}
+    (tmp_path / "small.json").write_text(json.dumps(small))
+    assert main([SCRATCH, *tiny, f"backbone.config={tmp_path}/small.json", f"run.dir={tmp_path}"]) == 2
+    assert "tokenizer" in capsys.readouterr().err
+
+
+def test_an_unwritable_run_folder_is_told(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([SCRATCH, *tiny, f"run.dir={tmp_path}/file"]) == 2
+    assert "run.dir" in capsys.readouterr().err
