@@ -21,6 +21,10 @@ from callbacks import (
     RunProgress,
     RunScalars,
 )
+from callbacks import EventLog as EventLog
+from callbacks import MetricsFile as MetricsFile
+from callbacks import Preempted as Preempted
+from callbacks import find_resumable as find_resumable
 from t2i_lm.assets import resolve
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
@@ -39,6 +43,7 @@ from t2i_lm.tokenizers.text import SentencePieceTokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer
 
 CHECKPOINTS = "checkpoints"
+
 # Warnings of Lightning that do not hold here: loading is no bottleneck, and the data module resumes exactly.
 QUIET = (
     ".*does not have many workers.*",

@@ -47,7 +47,7 @@ class TextTokenizerConfig:
     train_paragraphs: int = 100_000  # evenly spaced paragraphs it is trained on
 
     def __post_init__(self) -> None:
-        _require(self.vocab_size >= 512, "text_tokenizer.vocab_size", self.vocab_size, "at least 512")
+        _require(self.vocab_size > 259, "text_tokenizer.vocab_size", self.vocab_size, "more than 259")
         _require(self.train_paragraphs >= 1, "text_tokenizer.train_paragraphs", self.train_paragraphs, "at least 1")
 
 

@@ -8,8 +8,18 @@ from typing import Any
 
 import torch
 
-from callbacks import EventLog, MetricsFile, Preempted, find_resumable
-from t2i_lm.build import CHECKPOINTS, Experiment, build, build_trainer, generator, precision
+from t2i_lm.build import (
+    CHECKPOINTS,
+    EventLog,
+    Experiment,
+    MetricsFile,
+    Preempted,
+    build,
+    build_trainer,
+    find_resumable,
+    generator,
+    precision,
+)
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.load import save_experiment

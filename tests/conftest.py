@@ -66,7 +66,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     save_open_lm(decoder, folder / "lm", torch.float32, {})
     torch.manual_seed(0)
     vq = PatchedVQ(VQModelConfig(block_out_channels=[16, 16], codes=32))
-    save_tokenizer(vq, folder / "vq", torch.float32, {})
+    save_tokenizer(vq, folder / "vq", torch.float32)
     return [
         f"backbone.path={folder}/lm",
         f"text_tokenizer.path={folder}/text.model",

@@ -38,7 +38,7 @@ BACKGROUNDS = {
 }
 KINDS = ("circle", "square", "triangle", "star", "cross", "ring")
 # Width in pixels.
-SIZES = {"small": 16, "large": 25}
+SIZES = {"small": 16, "large": 26}
 FAMILIES = {"single": 0.25, "pair": 0.5, "group": 0.25}
 ARRANGEMENTS = ("left", "above")  # the first object of a pair is left of, or above, the second
 COUNTS = (2, 3)
@@ -48,8 +48,8 @@ HELD_OUT = frozenset(zip(("red", "green", "blue", "yellow", "purple", "orange"),
 ALL_PAIRS = tuple(product(COLOURS, KINDS))
 TRAIN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT)
 
-# Centres lie on a grid of this many pixels: half a cell of the image tokenizer's 8x8 grid.
-STEP = 4
+# Centres lie on a grid of this many pixels, a cell of the image tokenizer: a shape has one appearance in ids.
+STEP = 8
 # Coordinates that keep two large shapes apart and off the border.
 NEAR, FAR = 16, 48
 _SUPERSAMPLE = 4

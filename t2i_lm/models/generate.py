@@ -93,3 +93,33 @@ def generate(
             if on_token is not None:
                 on_token(done, total)
     return codes_BN
+
+
+@torch.no_grad()
+def continue_text(
+    decoder: Decoder, prompt: Tensor, tokens: int, stop: int, seed: int | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Continues a text over the text rows alone, up to `tokens` ids or the `stop` id.
+
+    Args:
+        decoder: expanded or not.
+        prompt: one-dimensional text ids, at least one.
+        tokens: ids to add at most.
+        stop: id that ends the text; it is not returned.
+        seed: of the draw; None decodes greedily.
+        temperature: divides the logits.
+
+    Returns:
+        The added ids, one-dimensional int64.
+    """
+    cache = KVCache(decoder.config, 1, len(prompt) + tokens, decoder.output.text)
+    text_size = decoder.config.vocab_size
+    ids_BT, added = prompt[None], []
+    for step in range(tokens):
+        logits_BV = decoder.output(decoder.hidden(ids_BT, cache)[:, -1])[:, :text_size] / temperature
+        chosen_B = draw(logits_BV, None if seed is None else gumbel([seed], step, text_size))
+        if int(chosen_B) == stop:
+            break
+        added.append(int(chosen_B))
+        ids_BT = chosen_B[:, None]
+    return torch.tensor(added, dtype=torch.int64)

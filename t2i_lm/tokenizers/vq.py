@@ -5,7 +5,6 @@ Shapes: `B` pictures, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of id
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +148,12 @@ class VQTokenizer:
         return to_uint8(self.model.pixels(self.model.embed(ids_BN.view(-1, height, width))))
 
 
-def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype, card: Mapping[str, Any]) -> None:
-    """Writes weights and config; `card` is kept in the config beside the architecture.
+def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:
+    """Writes weights and config, which `VQTokenizer.from_folder` reads.
 
     Ids may change when weights are rounded to bfloat16, so a tokenizer is measured as it is shipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
-    config = {"model": vars(model.config), "card": dict(card)}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps({"model": vars(model.config)}, indent=2) + "\n")

@@ -1,0 +1,223 @@
+"""Turns a finished run into files that load without Lightning: `python -m t2i_lm.export RUN --out FOLDER`."""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from t2i_lm.build import Experiment
+
+EXAMPLE = "example: python -m t2i_lm.export runs/text_lm/20260102-030405-demo --out my_lm"
+# Openings of the completions shown on a language model's card.
+OPENINGS = (
+    "It was a dark and stormy night, and",
+    "The old man looked at the sea and",
+    "My dear sister,",
+    "On the table there was a red",
+    "She opened the door and saw",
+    "In the year 1812, the army",
+    "The colour of the sky was",
+    '"I do not believe you," said',
+    "There were three",
+    "The house stood to the left of",
+)
+COMPLETION_TOKENS = 40
+SCORE_BATCH = 32
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exports, measures what was exported and writes a card; returns the exit code."""
+    arguments = argparse.ArgumentParser(
+        prog="python -m t2i_lm.export",
+        description="Export a run's newest checkpoint as safetensors with a card of measured numbers.",
+        epilog=EXAMPLE,
+    )
+    arguments.add_argument("run", type=Path, help="run folder, or a folder of runs: its newest is taken")
+    arguments.add_argument("--out", type=Path, required=True, help="folder to write")
+    arguments.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    options = arguments.parse_args(argv)
+    try:
+        card = export(options.run, options.out, options.dtype)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(card, indent=2))
+    return 0
+
+
+def export(run: Path, out: Path, dtype: str) -> dict[str, Any]:
+    """Exports a run folder and returns the card.
+
+    Raises:
+        ValueError: if there is no run or no whole checkpoint.
+    """
+    import torch
+
+    from t2i_lm.build import CHECKPOINTS, build, find_resumable
+    from t2i_lm.load import load_experiment
+    from t2i_lm.runs import CONFIG, read_run
+
+    if not (run / CONFIG).is_file():
+        newest = sorted(path.parent for path in run.glob(f"*/{CONFIG}"))
+        if not newest:
+            raise ValueError(f"{run} is no run folder and holds none")
+        run = newest[-1]
+    checkpoint = find_resumable(run / CHECKPOINTS)
+    if checkpoint is None:
+        raise ValueError(f"{run} has no whole checkpoint")
+    experiment = build(load_experiment(run / CONFIG))
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    experiment.module.load_state_dict(state["state_dict"])
+    experiment.module.eval()
+    card: dict[str, Any] = {
+        "experiment": experiment.config.name,
+        "task": experiment.config.task,
+        "seed": experiment.config.seed,
+        "steps": int(state["global_step"]),
+        "data_hash": experiment.index.get("data_hash"),
+        "git": read_run(run).environment.get("git"),
+        "dtype": dtype,
+    }
+    card |= EXPORTERS[experiment.config.task](experiment, out, getattr(torch, dtype), card)
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def export_decoder(experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]) -> dict[str, Any]:
+    """An expanded decoder under open_lm's names, its rows joined, with its id ranges."""
+    from t2i_lm.models.open_lm import save_open_lm
+    from t2i_lm.modules.text_to_image import TextToImageModule
+
+    module, layout = experiment.module, experiment.layout
+    assert isinstance(module, TextToImageModule)
+    assert layout is not None
+    save_open_lm(module.decoder, out, dtype, {"experiment": str(card["experiment"])})
+    return {"text_rows": layout.vocab.text_size, "image_offset": layout.vocab.image_offset, "rows": layout.vocab.size}
+
+
+def export_language_model(
+    experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]
+) -> dict[str, Any]:
+    """A backbone with its tokenizer; held-out bits a byte and ten completions of the weights as shipped."""
+    from t2i_lm.data.tokens import open_split
+    from t2i_lm.models.open_lm import load_open_lm, save_open_lm
+    from t2i_lm.modules.text import TextModule
+    from t2i_lm.tokenizers.text import SentencePieceTokenizer
+
+    module, text = experiment.module, experiment.text
+    assert isinstance(module, TextModule)
+    assert isinstance(text, SentencePieceTokenizer)
+    assert experiment.shards is not None
+    save_open_lm(module.decoder, out, dtype, {"experiment": str(card["experiment"])})
+    shutil.copyfile(text.path, out / "text_tokenizer.model")
+    return language_model_numbers(load_open_lm(out), text, open_split(experiment.shards, "val"))
+
+
+def language_model_numbers(decoder: Any, text: Any, split: Any) -> dict[str, Any]:
+    """Held-out loss of a backbone and ten of its completions (drawn at temperature 0.8, fixed seeds)."""
+    import torch
+
+    from t2i_lm.models.generate import continue_text
+
+    nll, bytes_, tokens = held_out_sums(decoder, split)
+    completions = {}
+    for seed, opening in enumerate(OPENINGS):
+        ids = torch.tensor(text.encode(opening))
+        room = min(COMPLETION_TOKENS, decoder.config.seq_len - len(ids))
+        added = continue_text(decoder, ids, room, text.document_end, seed, temperature=0.8)
+        completions[opening] = text.decode([*ids.tolist(), *added.tolist()])[len(opening) :]
+    return {
+        "held_out_nll": nll / tokens,
+        "held_out_bits_per_byte": nll / math.log(2) / bytes_,
+        "held_out_tokens": tokens,
+        "held_out_bytes": bytes_,
+        "window": int(split[:1]["text_ids"].shape[1]) - 1,
+        "parameters": sum(parameter.numel() for parameter in decoder.parameters()),
+        "tokenizer_sha256": text.sha256,
+        "completions": completions,
+    }
+
+
+def held_out_sums(decoder: Any, split: Any) -> tuple[float, int, int]:
+    """Summed nll in nats, bytes and tokens of a text split, each row a window of its own."""
+    import numpy as np
+    import torch
+    from rich.progress import track
+
+    nll, bytes_, tokens = 0.0, 0, 0
+    with torch.no_grad():
+        for start in track(range(0, len(split), SCORE_BATCH), description="held-out text"):
+            rows = split[start : start + SCORE_BATCH]
+            ids_BT = torch.from_numpy(np.stack(rows["text_ids"]).astype(np.int64))
+            losses = decoder(ids_BT[:, :-1], ids_BT[:, 1:])
+            nll += float(losses.double().sum())
+            tokens += losses.numel()
+            bytes_ += int(np.sum(rows["bytes"]))
+    return nll, bytes_, tokens
+
+
+def export_image_tokenizer(
+    experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]
+) -> dict[str, Any]:
+    """An image tokenizer; reconstruction numbers of the weights as shipped."""
+    from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
+    from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
+
+    module, size = experiment.module, experiment.config.image_tokenizer.size
+    assert isinstance(module, ImageTokenizerModule)
+    save_tokenizer(module.model, out, dtype)
+    experiment.data.setup("fit")
+    return tokenizer_numbers(VQTokenizer.from_folder(out, size), experiment.data.val_set)
+
+
+def tokenizer_numbers(tokenizer: Any, pictures: Any) -> dict[str, Any]:
+    """PSNR, codes used and, for scenes, what the checker still reads from reconstructions of held-out pictures."""
+    import torch
+
+    from t2i_lm.data.captions import ATTRIBUTES
+    from t2i_lm.data.scene_checker import check
+    from t2i_lm.data.scenes import SceneSource
+
+    squares, pictures_seen = 0.0, 0
+    used = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    right: dict[str, list[bool]] = {}
+    everything = frozenset(ATTRIBUTES)
+    for start in range(0, len(pictures), SCORE_BATCH):
+        indices = range(start, min(start + SCORE_BATCH, len(pictures)))
+        images_BCHW = pictures.__getitems__([(0, index) for index in indices])["images_BCHW"]
+        ids_BN = tokenizer.encode(images_BCHW)
+        again_BCHW = tokenizer.decode(ids_BN)
+        used += torch.bincount(ids_BN.flatten(), minlength=tokenizer.vocab_size)
+        squares += float((images_BCHW.double() - again_BCHW.double()).square().mean(dim=(1, 2, 3)).sum()) / 255**2
+        pictures_seen += len(indices)
+        if isinstance(pictures.source, SceneSource):
+            for index, picture in zip(indices, again_BCHW.permute(0, 2, 3, 1).numpy(), strict=True):
+                meaning = pictures.source[index].meaning
+                asked = everything if meaning["family"] == "pair" else everything - {"relation"}
+                for name, value in check(picture, meaning, asked).items():
+                    if value is not None:
+                        right.setdefault(name, []).append(value)
+    return {
+        "pictures": pictures_seen,
+        "psnr_db": -10 * math.log10(squares / pictures_seen),
+        "codes_used": float((used > 0).double().mean()),
+        "parameters": sum(parameter.numel() for parameter in tokenizer.model.parameters()),
+        "checker_right": {name: sum(values) / len(values) for name, values in right.items()},
+    }
+
+
+EXPORTERS = {
+    "text_to_image": export_decoder,
+    "text": export_language_model,
+    "image_tokenizer": export_image_tokenizer,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_lm.config import DataConfig
+from t2i_lm.data.sources import MAX_PIXELS, RejectedPairError, centre_crop, decode_image, open_source
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("RGB", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG")]
+)
+def test_every_common_mode_becomes_rgb(mode: str, kind: str) -> None:
+    image = Image.new("I;16", (40, 30)) if mode == "I;16" else picture(mode)
+    assert decode_image(encoded(image, kind), "x").mode == "RGB"
+
+
+def test_exif_rotation_is_applied_and_animations_show_their_first_frame() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encoded(picture(), "JPEG", exif=exif), "x").size == (30, 40)
+    frames = encoded(picture(), "GIF", save_all=True, append_images=[picture("L")])
+    assert decode_image(frames, "x").size == (40, 30)
+
+
+def test_unusable_pictures_are_rejected_with_a_reason(tmp_path: Path) -> None:
+    whole = encoded(picture(size=(200, 200)), "JPEG").getvalue()
+    cases = {"truncated or corrupt": io.BytesIO(whole[: len(whole) // 2]), "not a picture": io.BytesIO(b"hello")}
+    for reason, file in cases.items():
+        with pytest.raises(RejectedPairError, match=reason):
+            decode_image(file, "x")
+    with pytest.raises(RejectedPairError, match="missing file"):
+        decode_image(tmp_path / "absent.jpg", "x")
+
+
+def test_a_huge_picture_is_rejected_before_it_is_decoded() -> None:
+    side = int(MAX_PIXELS**0.5) + 10
+    file = encoded(Image.new("1", (side, side)), "PNG")
+    with pytest.raises(RejectedPairError, match="pixels"):
+        decode_image(file, "bomb")
+
+
+def test_the_crop_is_central_and_square() -> None:
+    pixels = np.zeros((30, 90, 3), dtype=np.uint8)
+    pixels[:, 30:60] = 255
+    assert centre_crop(Image.fromarray(pixels), 16).mean() > 250
+    assert centre_crop(Image.new("RGB", (1, 1)), 16).shape == (16, 16, 3)
+    same = picture(size=(16, 16))
+    assert np.array_equal(centre_crop(same, 16), np.asarray(same))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = []
+    for number in range(40):
+        picture().save(tmp_path / f"{number}.jpg")
+        rows.append({"file_name": f"{number}.jpg", "captions": [f"caption {number}", "another"]})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return tmp_path
+
+
+def test_a_folder_without_parts_holds_every_twentieth_picture_out(folder: Path) -> None:
+    data = DataConfig(source="image_folder", path=str(folder))
+    train, val = (open_source(data, split, 16) for split in ("train", "val"))
+    assert (len(train), len(val)) == (38, 2)
+    assert val[1].captions == ["caption 20", "another"]
+    assert not {train[i].id for i in range(38)} & {val[i].id for i in range(2)}
+
+
+def test_a_folder_without_metadata_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"metadata\.jsonl"):
+        open_source(DataConfig(source="image_folder", path=str(tmp_path)), "train", 16)
+
+
+def test_a_bad_line_is_named(folder: Path) -> None:
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text(metadata.read_text() + '\n{"captions": ["x"]}')
+    with pytest.raises(ValueError, match="line 41"):
+        open_source(DataConfig(source="image_folder", path=str(folder)), "train", 16)
+
+
+def test_parquet_reads_pictures_and_captions(folder: Path, tmp_path: Path) -> None:
+    images = [{"bytes": (folder / f"{i}.jpg").read_bytes(), "path": None} for i in range(40)]
+    table = datasets.Dataset.from_dict({"image": images, "caption": [f"c{i}" for i in range(40)]})
+    out = tmp_path / "parquet"
+    out.mkdir()
+    table.to_parquet(str(out / "part.parquet"))
+    data = DataConfig(source="parquet", path=str(out), cache_dir=str(tmp_path / "cache"))
+    source = open_source(data, "val", 16)
+    assert len(source) == 2
+    assert source[1].captions == ["c20"]
+    assert source[1].image.size == (40, 30)
+
+
+def test_parquet_without_the_columns_names_them(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"pixels": [1], "words": ["x"]}).to_parquet(str(tmp_path / "x.parquet"))
+    data = DataConfig(source="parquet", path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="pixels, words"):
+        open_source(data, "train", 16)
+
+
+def test_real_photographs_with_five_captions(shared: Path) -> None:
+    data = DataConfig(source="image_folder", path=str(shared / "data" / "flickr8k"))
+    train, val = (open_source(data, split, 128) for split in ("train", "val"))
+    assert len(train) + len(val) == 8091
+    assert len(val[0].captions) == 5
+    assert centre_crop(val[0].image, 128).shape == (128, 128, 3)

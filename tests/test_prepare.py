@@ -1,0 +1,112 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_lm.data.tokens import open_split, read_index
+from t2i_lm.load import load_experiment
+from t2i_lm.prepare import main, prepare_pairs, prepare_text, text_rows
+from t2i_lm.tokenizers.text import SentencePieceTokenizer, train_sentencepiece
+from t2i_lm.tokenizers.vq import VQTokenizer
+
+ROOT = Path(__file__).parents[1]
+PRETRAINED = str(ROOT / "experiments" / "t2i_pretrained.yaml")
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Sixty pictures, three of which cannot be used."""
+    rng, rows = np.random.default_rng(0), []
+    for number in range(60):
+        pixels = rng.integers(0, 256, (70, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "captions": ["a red circle.", "a ring."]})
+    (tmp_path / "7.png").write_bytes(b"broken")
+    (tmp_path / "8.png").unlink()
+    rows[9]["captions"] = []
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return tmp_path
+
+
+def overrides(tiny: list[str], photographs: Path, share: float) -> list[str]:
+    kept = [item for item in tiny if not item.startswith(("data.train_size", "data.val_size"))]
+    changed = ["data.source=image_folder", f"data.path={photographs}", f"data.max_reject_share={share}"]
+    return [*kept, *changed, f"data.cache_dir={photographs}/cache", "data.train_size=null", "data.val_size=null"]
+
+
+def test_unusable_samples_are_counted_by_reason(
+    tiny: list[str], photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_experiment(PRETRAINED, "demo", overrides(tiny, photographs, 0.1))
+    text = SentencePieceTokenizer(str(config.text_tokenizer.path))
+    image = VQTokenizer.from_folder(Path(str(config.image_tokenizer.path)), 64)
+    folder = prepare_pairs(config, text, image)
+    entry = (read_index(folder) or {})["splits"]["train"]
+    assert entry["rejects"] == {"not a picture": 1, "missing file": 1, "no caption": 1}
+    assert entry["rows"] == 57 - 3
+    assert "7.png" in capsys.readouterr().err
+    split = open_split(folder, "train")
+    assert split[0]["image_ids"].shape == (64,)
+    assert text.decode(split[0]["text_ids"][1]) == "a ring."
+
+
+def test_too_many_unusable_samples_stop_the_preparation(
+    tiny: list[str], photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([PRETRAINED, *overrides(tiny, photographs, 0.01)]) == 2
+    error = capsys.readouterr().err
+    assert "3 of 57 train samples cannot be used" in error
+    assert "data.max_reject_share=0.01" in error
+
+
+def test_shards_are_prepared_once_and_a_damaged_one_is_named(tiny: list[str], tmp_path: Path) -> None:
+    config = load_experiment(PRETRAINED, "demo", [*tiny, f"data.cache_dir={tmp_path}"])
+    text = SentencePieceTokenizer(str(config.text_tokenizer.path))
+    image = VQTokenizer.from_folder(Path(str(config.image_tokenizer.path)), 64)
+    folder = prepare_pairs(config, text, image)
+    stamp = (folder / "index.json").stat().st_mtime_ns
+    assert prepare_pairs(config, text, image) == folder
+    assert (folder / "index.json").stat().st_mtime_ns == stamp
+    shard = next((folder / "train").glob("*.arrow"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        open_split(folder, "train")
+
+
+def test_text_rows_cover_every_token_once_as_a_target(tmp_path: Path) -> None:
+    documents = [f"Paragraph {n} of a book.\n\nAnother one." for n in range(30)]
+    text = train_sentencepiece(iter(documents), 350, tmp_path / "text.model")
+    rows = list(text_rows(documents, text, 16))
+    ids = [int(rows[0]["text_ids"][0])] + [i for row in rows for i in row["text_ids"][1:]]
+    whole: list[int] = []
+    for document in documents:
+        for paragraph in document.split("\n\n"):
+            whole += text.encode(f"{paragraph}\n\n")
+        whole.append(text.document_end)
+    assert ids == whole[: len(ids)]
+    assert len(whole) - len(ids) < 17
+    size = sum(len(f"{paragraph}\n\n") for document in documents for paragraph in document.split("\n\n"))
+    assert sum(row["bytes"] for row in rows) == pytest.approx(size, rel=0.05)
+
+
+def test_a_text_experiment_trains_its_tokenizer_once(tmp_path: Path) -> None:
+    books = "\f".join(f"Once upon a time there were {n} ships.\n\nThey sailed." for n in range(200))
+    (tmp_path / "books.txt").write_text(books)
+    changes = [f"data.path={tmp_path}/books.txt", f"data.val_path={tmp_path}/books.txt", f"data.cache_dir={tmp_path}"]
+    experiment = ROOT / "experiments" / "text_lm.yaml"
+    config = load_experiment(experiment, "demo", [*changes, "text_tokenizer.vocab_size=512", "data.length=32"])
+    folder, text = prepare_text(config)
+    assert text.vocab_size == 512
+    assert prepare_text(config)[1].sha256 == text.sha256
+    assert open_split(folder, "val")[:2]["text_ids"].shape == (2, 33)
+
+
+def test_text_without_a_held_out_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "books.txt").write_text("words")
+    experiment = str(ROOT / "experiments" / "text_lm.yaml")
+    assert main([experiment, f"data.path={tmp_path}/books.txt", f"data.cache_dir={tmp_path}"]) == 2
+    assert "data.val_path" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i_lm.config import VQModelConfig
+from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer, save_tokenizer, to_uint8, to_unit
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("vq")
+    save_tokenizer(PatchedVQ(VQModelConfig(block_out_channels=[16, 32], codes=64)), out, torch.float32)
+    return out
+
+
+def pictures(count: int = 3, size: int = 64) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_ids_are_a_row_major_grid(folder: Path) -> None:
+    tokenizer = VQTokenizer.from_folder(folder, 64)
+    assert tokenizer.grid == (8, 8)
+    ids_BN = tokenizer.encode(pictures())
+    assert ids_BN.shape == (3, 64)
+    assert ids_BN.dtype == torch.int64
+    # A change in the top right corner moves ids of the top right, not of the bottom left.
+    changed = pictures()
+    changed[:, :, :8, -8:] = 255 - changed[:, :, :8, -8:]
+    moved = (tokenizer.encode(changed) != ids_BN).view(3, 8, 8).any(dim=0)
+    assert moved[:3, 5:].any()
+    assert not moved[5:, :3].any()
+
+
+def test_a_batch_equals_its_pictures_one_by_one(folder: Path) -> None:
+    tokenizer = VQTokenizer.from_folder(folder, 64)
+    together = tokenizer.encode(pictures())
+    assert torch.equal(together, torch.cat([tokenizer.encode(picture[None]) for picture in pictures()]))
+
+
+def test_decoding_is_of_the_codes_alone(folder: Path) -> None:
+    tokenizer = VQTokenizer.from_folder(folder, 64)
+    ids_BN = tokenizer.encode(pictures())
+    again = tokenizer.decode(ids_BN)
+    assert again.shape == (3, 3, 64, 64)
+    assert again.dtype == torch.uint8
+    assert torch.equal(again, VQTokenizer.from_folder(folder, 64).decode(ids_BN))
+
+
+def test_a_tokenizer_works_at_other_sizes(folder: Path) -> None:
+    tokenizer = VQTokenizer.from_folder(folder, 128)
+    assert tokenizer.encode(pictures(size=128)).shape == (3, 256)
+
+
+def test_nearest_is_the_euclidean_nearest(folder: Path) -> None:
+    model = VQTokenizer.from_folder(folder, 64).model
+    latents = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    expected = torch.cdist(flat.double(), model.codebook.double()).argmin(dim=1)
+    assert torch.equal(model.nearest(latents).flatten(), expected)
+
+
+def test_pixels_survive_the_range_change() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_uint8(to_unit(every)), every)
+
+
+def test_wrong_ids_and_files_are_refused(folder: Path, tmp_path: Path) -> None:
+    tokenizer = VQTokenizer.from_folder(folder, 64)
+    for bad in (torch.zeros(1, 63, dtype=torch.int64), torch.full((1, 64), 64), torch.full((1, 64), -1)):
+        with pytest.raises(ValueError, match="64 ids in"):
+            tokenizer.decode(bad)
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        VQTokenizer.from_folder(tmp_path, 64)
+    with pytest.raises(ValueError, match=r"image_tokenizer\.size=60"):
+        VQTokenizer.from_folder(folder, 60)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text().replace("64", "65"))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="does not fit"):
+        VQTokenizer.from_folder(tmp_path, 64)
