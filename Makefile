@@ -11,6 +11,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 TRAIN = $(PY) -m t2i_lm.train experiments/$(1).yaml --scale $(SCALE) $(if $(RESUME),--resume latest) run.dir=$(RUNS) $(ARGS)
 
+TEXT ?=
+HELDOUT ?=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup check test tensorboard figures demo-assets exp-pretrained exp-scratch clean
 
@@ -44,8 +47,13 @@ figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
 tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost
 
-demo-assets: $(STAMP)  ## rebuild the shipped tokenizers and language models (hours; TEXT=books.txt.gz HELDOUT=heldout.txt.gz)
-	$(PY) -m t2i_lm.export --text "$(TEXT)" --heldout "$(HELDOUT)" $(ARGS)
+demo-assets: $(STAMP)  ## rebuild the shipped weights (hours): TEXT=books.txt.gz HELDOUT=heldout.txt.gz
+	@test -f "$(TEXT)" && test -f "$(HELDOUT)" || \
+	  { echo "error: give text: make demo-assets TEXT=books.txt.gz HELDOUT=heldout.txt.gz" >&2; exit 2; }
+	$(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" data.val_path="$(HELDOUT)" run.dir=$(RUNS)/assets $(ARGS)
+	$(PY) -m t2i_lm.export $(RUNS)/assets/text_lm --out t2i_lm/assets/lm_rotary
+	$(PY) -m t2i_lm.train experiments/image_tokenizer.yaml run.dir=$(RUNS)/assets $(ARGS)
+	$(PY) -m t2i_lm.export $(RUNS)/assets/image_tokenizer --out t2i_lm/assets/image_tokenizer
 
 clean:  ## remove caches of tests and checkers (runs, figures and prepared data stay)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

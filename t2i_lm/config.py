@@ -42,7 +42,7 @@ class BackboneConfig:
 class TextTokenizerConfig:
     """A sentencepiece model. Text experiments train one where `path` is null."""
 
-    path: str | None = None  # `asset:text_tokenizer.model` is shipped
+    path: str | None = None  # `asset:lm_rotary/text_tokenizer.model` is shipped
     vocab_size: int = 4096  # pieces, when one is trained
     train_paragraphs: int = 100_000  # evenly spaced paragraphs it is trained on
 
@@ -196,7 +196,7 @@ class SampleConfig:
     grid: int = 16  # of these shown in the grid
     temperature: float = 1.0
     top_k: int | None = None
-    preference_scenes: int = 500  # held-out scenes an attribute for caption preference (scenes only)
+    preference_scenes: int = 500  # held-out scenes for caption preference (scenes only)
 
     def __post_init__(self) -> None:
         for key in ("prompts", "grid", "preference_scenes"):

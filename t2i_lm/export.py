@@ -200,6 +200,7 @@ def tokenizer_numbers(tokenizer: Any, pictures: Any) -> dict[str, Any]:
         if isinstance(pictures.source, SceneSource):
             for index, picture in zip(indices, again_BCHW.permute(0, 2, 3, 1).numpy(), strict=True):
                 meaning = pictures.source[index].meaning
+                assert meaning is not None
                 asked = everything if meaning["family"] == "pair" else everything - {"relation"}
                 for name, value in check(picture, meaning, asked).items():
                     if value is not None:

@@ -145,28 +145,30 @@ def prompt_accuracy(
 def caption_preference(experiment: Experiment, split: Any, scenes: int) -> dict[str, Any]:
     """How often a picture is likelier under its own caption than under one with one attribute altered.
 
-    For each attribute, the first `scenes` held-out scenes that mention it; chance is 0.5. The picture's
-    likelihood is that of its image tokens alone.
+    Over the first `scenes` held-out scenes, each attribute where the caption mentions it; chance is 0.5. The
+    picture's likelihood is that of its image tokens alone.
     """
-    assert experiment.text is not None
-    assert experiment.layout is not None
+    rows = split[: min(scenes, len(split))]
+    meanings = [json.loads(str(text)) for text in rows["meaning"]]
+    if not meanings:
+        return {}
+    image_ids_BN = np.stack(rows["image_ids"])
+    described = [scene_from_meaning(_scene_part(meaning)) for meaning in meanings]
+    own = [describe(scene, meaning["style"]).text for scene, meaning in zip(described, meanings, strict=True)]
+    own_nll_B = picture_nll(experiment, own, image_ids_BN)
     result: dict[str, Any] = {}
-    meanings = [json.loads(str(text)) for text in split[: len(split)]["meaning"]]
-    for attribute in track(ATTRIBUTES, description="caption preference", transient=True) if scenes else ():
-        pairs: list[tuple[int, tuple[str, str]]] = []
-        for number, meaning in enumerate(meanings):
-            both = altered(scene_from_meaning(_scene_part(meaning)), meaning["style"], attribute, "preference")
+    for attribute in track(ATTRIBUTES, description="caption preference", transient=True):
+        members, others = [], []
+        for number, (scene, meaning) in enumerate(zip(described, meanings, strict=True)):
+            both = altered(scene, meaning["style"], attribute, "preference")
             if both is not None:
-                pairs.append((number, both))
-            if len(pairs) == scenes:
-                break
-        image_ids = split[[number for number, _ in pairs]]["image_ids"]
-        true_B, other_B = (
-            picture_nll(experiment, [both[side] for _, both in pairs], np.stack(image_ids)) for side in (0, 1)
-        )
-        # A tie (equal token by token) counts half.
-        wins = (true_B < other_B).double() + 0.5 * (true_B == other_B).double()
-        result[attribute] = {"preferred": float(wins.mean()), "of": len(pairs)}
+                members.append(number)
+                others.append(both[1])
+        if members:
+            true_B, other_B = own_nll_B[members], picture_nll(experiment, others, image_ids_BN[members])
+            # A tie counts half.
+            wins = (true_B < other_B).double() + 0.5 * (true_B == other_B).double()
+            result[attribute] = {"preferred": float(wins.mean()), "of": len(members)}
     return result
 
 

@@ -39,7 +39,7 @@ def test_an_image_tokenizer_learns_is_exported_and_its_codes_are_in_use(tmp_path
     assert last["codes_used"] > 0.5
     assert export([str(run.folder), "--out", str(tmp_path / "vq"), "--dtype", "float32"]) == 0
     card = json.loads((tmp_path / "vq" / "card.json").read_text())
-    assert card["psnr_db"] == pytest.approx(last["psnr"], rel=1e-9)
+    assert card["psnr_db"] == pytest.approx(last["psnr"], rel=1e-5)
     assert card["codes_used"] == pytest.approx(last["codes_used"])
     assert 0 <= card["checker_right"]["background"] <= 1
     assert VQTokenizer.from_folder(tmp_path / "vq", 64).vocab_size == 32

@@ -1,0 +1,139 @@
+"""Draws the study's figures: `python -m t2i_lm.figures`. Curves come from metrics.jsonl alone."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from t2i_lm.arms import Pair, progress, series
+from t2i_lm.figure_text import final_note, gap_table, pair_caption, smoothing
+from t2i_lm.pairing import find_pair
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXAMPLE = """example:
+  python -m t2i_lm.figures
+  python -m t2i_lm.figures --figure 4 --runs runs --out figures
+
+without --pretrained and --scratch, the newest two runs are drawn that agree in data hash, seed,
+scale, trainer.max_steps, log.interval and log.ema."""
+INITIALISATION = "from a pre-trained language model and from random weights"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Where to look for runs, and which to take where the user says so."""
+
+    root: Path = Path("runs")
+    pretrained: Path | None = None
+    scratch: Path | None = None
+
+    @cached_property
+    def pair(self) -> Pair:
+        """The two arms of Figures 3 and 4, read once.
+
+        Raises:
+            ValueError: if no two runs pair.
+        """
+        return find_pair(self.root, self.pretrained, self.scratch)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, what it says under it, and the numbers behind it."""
+
+    title: str
+    figure: "Figure"
+    caption: str
+    table: str
+
+    def save(self, stem: Path) -> list[Path]:
+        """Writes STEM.png and STEM.pdf."""
+        from t2i_lm.plots import save_figure
+
+        return save_figure(self.figure, stem, self.title, self.caption)
+
+
+def figure3(request: Request) -> Drawing:
+    """Figure 3: perplexity of all tokens, pre-trained against random weights (Section 2.2)."""
+    title = f"Figure 3. Perplexity of all tokens, {INITIALISATION}"
+    how = "Every target counts, the five boundary tokens of a sequence too, pads never."
+    return _draw_pair(request.pair, title, {"all": "All tokens"}, how)
+
+
+def figure4(request: Request) -> Drawing:
+    """Figure 4: the same runs, split into text and image tokens (Section 2.2)."""
+    title = f"Figure 4. Perplexity of text and of image tokens, {INITIALISATION}"
+    how = "A prediction counts as text or image by the token that is predicted."
+    return _draw_pair(request.pair, title, {"text": "Text tokens", "image": "Image tokens"}, how)
+
+
+# Number -> what chooses its runs and draws it.
+FIGURES: dict[str, Callable[[Request], Drawing]] = {"3": figure3, "4": figure4}
+
+
+def _draw_pair(pair: Pair, title: str, modalities: dict[str, str], how: str) -> Drawing:
+    """Perplexity curves of both arms, one panel a modality."""
+    from t2i_lm.plots import ARM_STYLES, Panel, draw_panels
+
+    floor = pair.text_floor_nll()
+    panels = [
+        Panel(
+            words,
+            {arm: series(run, modality) for arm, run in pair.arms.items()},
+            math.exp(floor) if floor is not None and modality == "text" else None,
+            f"floor, the captions' entropy: {math.exp(floor):.3g}" if floor is not None else "",
+            final_note(pair, modality),
+        )
+        for modality, words in modalities.items()
+    ]
+    unfinished = pair.unfinished()
+    labels = {arm: ARM_STYLES[arm].label + (" (unfinished)" if arm in unfinished else "") for arm in pair.arms}
+    caption = f"{title}. {how} {pair_caption(pair)}"
+    rates = {seen.tokens / seen.step for seen in map(progress, pair.arms.values())}
+    figure = draw_panels(panels, caption, labels, smoothing(pair), rates.pop() if len(rates) == 1 else None)
+    return Drawing(title, figure, caption, gap_table(pair))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="python -m t2i_lm.figures",
+        description="Draw the study's figures from the metrics of its runs, as PNG and PDF.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
+    arguments.add_argument("--out", type=Path, default=Path("figures"), help="where to write (default: %(default)s)")
+    arguments.add_argument("--pretrained", type=Path, metavar="RUN", help="run folder of the pre-trained arm")
+    arguments.add_argument("--scratch", type=Path, metavar="RUN", help="run folder of the random arm")
+    arguments.add_argument("--figure", choices=FIGURES, action="append", help="only this one; may be repeated")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draws, writes, prints the paths and the numbers; returns the exit code."""
+    options = parser().parse_args(argv)
+    request = Request(options.runs, options.pretrained, options.scratch)
+    tables: dict[str, None] = {}  # figures of the same runs share a table: print it once
+    try:
+        for number in dict.fromkeys(options.figure or FIGURES):
+            drawing = FIGURES[number](request)
+            for path in drawing.save(options.out / f"figure{number}"):
+                print(path)
+            tables[drawing.table] = None
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for table in tables:
+        print(f"\n{table}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

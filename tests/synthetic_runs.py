@@ -1,0 +1,150 @@
+"""Run folders whose curves come from formulas, for tests of what reads them."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+EXPERIMENTS = {"t2i_pretrained": "pretrained", "t2i_scratch": "random"}
+# Targets of each modality in a step of 32 sequences of 128 positions, and their loss: a floor, how
+# far above it each initialisation starts, and the steps in which that shrinks by e.
+BATCH, LENGTH = 32, 128
+CURVES: dict[str, tuple[int, float, dict[str, float], float]] = {
+    "text": (610, 1.05, {"t2i_pretrained": 3.1, "t2i_scratch": 7.4}, 9.0),
+    "image": (2048, 1.7, {"t2i_pretrained": 6.5, "t2i_scratch": 6.6}, 6.0),
+    "boundary": (160, 0.01, {"t2i_pretrained": 8.0, "t2i_scratch": 8.5}, 4.0),
+}
+
+
+def write_run(
+    root: Path,
+    name: str,
+    stamp: str = "20260115-093000",
+    *,
+    data_hash: str | None = "0123456789abcdef",
+    config: dict[str, Any] | None = None,
+    steps: int | None = None,
+    finished: bool = True,
+    floor: float | None = 1.0043,
+) -> Path:
+    """Writes a run folder as a training does.
+
+    Args:
+        root: folder of runs.
+        name: experiment.
+        stamp: date and time that name the folder.
+        data_hash: of env.json; None leaves it out.
+        config: dotted keys that differ from the defaults.
+        steps: steps done; None for all of `trainer.max_steps`.
+        finished: whether a report is written.
+        floor: `text_floor_nll` of the report.
+    """
+    settings = _config(name)
+    for key, value in (config or {}).items():
+        *parents, leaf = key.split(".")
+        tree = settings
+        for parent in parents:
+            tree = tree[parent]
+        tree[leaf] = value
+    folder = root / name / f"{stamp}-{settings['scale']}"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    environment = {"git": "a" * 40, "stream_hash": "b" * 64, "precision": "32-true"}
+    if data_hash is not None:
+        environment["data_hash"] = data_hash
+    (folder / "env.json").write_text(json.dumps({**environment, "train_samples": 20000}))
+    done = settings["trainer"]["max_steps"] if steps is None else steps
+    lines = _lines(name, settings, done)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    if finished:
+        val = [line["val"] for line in lines if "val" in line][-1]
+        report = {"experiment": name, "steps": done, "val": val, "text_floor_nll": floor}
+        (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def read_lines(folder: Path, key: str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl with a key, read without the package under test."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def _config(name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "task": "text_to_image",
+        "scale": "demo",
+        "seed": 0,
+        "init": EXPERIMENTS[name],
+        "backbone": {"path": "asset:lm_rotary", "config": None},
+        "text_tokenizer": {"path": "asset:text_tokenizer.model"},
+        "image_tokenizer": {"path": "asset:image_tokenizer", "size": 64},
+        "data": {
+            "source": "scenes",
+            "path": None,
+            "train_size": 20000,
+            "batch_size": BATCH,
+            "length": LENGTH,
+        },
+        "optim": {"lr": 0.002, "warmup_steps": 20},
+        "trainer": {"max_steps": 300, "val_check_interval": 100, "threads": 1},
+        "log": {"interval": 5, "ema": 0.95},
+        "run": {"dir": "runs"},
+    }
+
+
+def _lines(name: str, config: dict[str, Any], done: int) -> list[dict[str, Any]]:
+    """A validation before training, then a line an interval and a validation where one is due."""
+    noise = random.Random(f"{name}/{config['seed']}")
+    interval, alpha = config["log"]["interval"], config["log"]["ema"]
+    averages: dict[str, float] = {}
+    lines = [_head(0, config) | {"val": _split(name, 0, 1000 / BATCH, noise, 0.0)}]
+    for step in range(1, done + 1):
+        head = _head(step, config)
+        if step % interval == 0:
+            entries = _split(name, step - interval / 2, interval, noise, 0.02)
+            for modality, entry in entries.items():
+                old = averages.get(modality, 0.0)
+                averages[modality] = alpha * old + (1 - alpha) * entry["nll"]
+                entry["nll_ema"] = averages[modality] / (1 - alpha ** (step // interval))
+                entry["ppl_ema"] = math.exp(entry["nll_ema"])
+            lines.append(head | {"train": entries, "interval": interval, "ema": alpha})
+        if step % config["trainer"]["val_check_interval"] == 0:
+            lines.append(head | {"val": _split(name, step, 1000 / BATCH, noise, 0.0)})
+    return lines
+
+
+def _head(step: int, config: dict[str, Any]) -> dict[str, Any]:
+    samples = step * config["data"]["batch_size"]
+    tokens = samples * config["data"]["length"]
+    return {
+        "step": step,
+        "samples": samples,
+        "tokens_nominal": tokens,
+        "tokens_real": int(0.79 * tokens),
+        "lr": config["optim"]["lr"],
+        "time": 1.8e9 + step,
+    }
+
+
+def _split(name: str, step: float, steps: float, noise: random.Random, spread: float) -> dict[str, dict[str, float]]:
+    """Entries of each modality and of the two totals."""
+    entries = {}
+    for modality, (targets, floor, heights, pace) in CURVES.items():
+        slow = (0.6 if name == "t2i_pretrained" else 0.63) * math.exp(-step / 200)
+        loss = floor + heights[name] * math.exp(-step / pace) + slow * (modality != "boundary")
+        count = int(targets * steps)
+        entries[modality] = _entry(loss * (1 + spread * noise.gauss(0, 1)) * count, count)
+    for total, parts in (("all", tuple(CURVES)), ("all_no_boundary", ("text", "image"))):
+        sums = [sum(entries[part][key] for part in parts) for key in ("nll_sum", "count")]
+        entries[total] = _entry(sums[0], int(sums[1]))
+    return entries
+
+
+def _entry(nll_sum: float, count: int) -> dict[str, float]:
+    nll = nll_sum / count
+    return {"nll_sum": nll_sum, "count": count, "nll": nll, "ppl": math.exp(nll)}

@@ -1,0 +1,88 @@
+"""`python -m t2i_lm.figures` as a user runs it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from synthetic_runs import read_lines, write_run
+
+from t2i_lm.figures import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder with one matching pair."""
+    root = tmp_path / "runs"
+    write_run(root, "t2i_pretrained", "20260301-100000")
+    write_run(root, "t2i_scratch", "20260301-110000")
+    return root
+
+
+def command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user does, with warnings as errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "t2i_lm.figures", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_command_writes_both_figures_and_prints_paths_and_numbers(runs: Path, tmp_path: Path) -> None:
+    done = command("--runs", runs, "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    written = [tmp_path / "out" / f"figure{n}.{kind}" for n in "34" for kind in ("png", "pdf")]
+    assert done.stdout.splitlines()[:4] == [str(path) for path in written]
+    mine, other = (
+        read_lines(next((runs / name).iterdir()), "val")[-1]["val"]["text"]["nll"]
+        for name in ("t2i_pretrained", "t2i_scratch")
+    )
+    row = next(line for line in done.stdout.splitlines() if line.startswith("text nll"))
+    printed = [float(word) for word in row.split()[-4:]]
+    expected = [mine, other, mine - other, 100 * (mine - other) / other]
+    assert printed == pytest.approx(expected, abs=0.006)
+    assert done.stdout.count("gap %") == 1  # one table for both figures
+
+
+def test_only_the_figures_asked_for_are_written(runs: Path, tmp_path: Path) -> None:
+    assert main(["--runs", str(runs), "--out", str(tmp_path / "out"), "--figure", "4"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "figure4.pdf",
+        "figure4.png",
+    ]
+
+
+def test_an_unwritable_folder_is_an_error_and_not_a_traceback(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file where a folder should be")
+    assert main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_drawing_imports_no_torch(runs: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from t2i_lm.figures import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 'torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    )
+    arguments = ["--runs", str(runs), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, timeout=120)
+    assert done.returncode == 0
+
+
+def test_help_is_quick_shows_an_example_and_loads_no_matplotlib() -> None:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = command("--help")
+        times.append(time.perf_counter() - started)
+        assert done.returncode == 0
+    assert "example:\n  python -m t2i_lm.figures" in done.stdout
+    assert min(times) < 0.5
+    code = "import sys, t2i_lm.figures; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
