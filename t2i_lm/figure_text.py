@@ -31,27 +31,30 @@ def smoothing(pair: Pair) -> str:
 
 
 def final_note(pair: Pair, modality: str) -> str:
-    """The final validation of a panel in three lines."""
-    step, gaps = pair.final_gaps([modality])
-    if step is None:
+    """Both arms' perplexity at their last common validation, in two lines; empty where there is none."""
+    _, gaps = pair.final_gaps([modality])
+    if not gaps:
         return ""
     ppl = gaps[-1]
-    return (
-        f"validation at step {step:,}\npre-trained {ppl.pretrained:,.3f}\n"
-        f"random {ppl.scratch:,.3f}  (gap {ppl.percent:+z.1f} %)"
-    )
+    return f"pre-trained {_perplexity(ppl.pretrained)}\nrandom {_perplexity(ppl.scratch)} (gap {ppl.percent:+z.1f} %)"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:,.0f}"
 
 
 def pair_caption(pair: Pair) -> str:
     """What every figure of a pair states: smoothing, scale, model, seed, length, date and data."""
     run, config = pair.pretrained, pair.pretrained.config
     log = config["log"]
+    step, _ = pair.final_gaps()
     seen = {arm: progress(arm_run) for arm, arm_run in pair.arms.items()}
     dates = " and ".join(sorted({_date(arm_run) for arm_run in pair.arms.values()}))
     sentences = [
         f"Raw: mean loss of {log['interval']} steps, exponentiated. EMA: constant {log['ema']:g}, "
         f"updated every {log['interval']} steps with that loss, bias-corrected, exponentiated. "
         "Validation: held-out data.",
+        *([] if step is None else [f"Upper right: validation at step {step:,}, gap in percent of random."]),
         f"Scale {config['scale']}, seed {config['seed']}, backbone {_model(run)}, {_length(seen)}; runs of {dates}.",
         *[
             f"UNFINISHED: {WORDS[arm]} at step {seen[arm].step:,} of {config['trainer']['max_steps']:,}."

@@ -165,6 +165,8 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
             zorder=1.5,
         )
     axes.set_title(panel.title, loc="left")
+    # Beside the title, not among the curves, which may run anywhere in a short or a slow run.
+    axes.set_title(panel.note, loc="right", fontsize=8.5, fontweight="normal", linespacing=1.3)
     _scale_y(axes, panel)
     if panel.floor is not None:
         axes.annotate(
@@ -177,17 +179,6 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
             va="top",
             fontsize=8.5,
             color=GREY,
-        )
-    if panel.note:
-        axes.text(
-            0.99,
-            0.97,
-            panel.note,
-            transform=axes.transAxes,
-            ha="right",
-            va="top",
-            fontsize=9,
-            linespacing=1.35,
         )
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))

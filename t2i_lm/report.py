@@ -29,22 +29,23 @@ ENTROPY_SAMPLES = 20_000
 SCORE_BATCH = 50
 
 
-def write_report(experiment: Experiment, folder: Path, wall_s: float) -> dict[str, Any]:
+def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float) -> dict[str, Any]:
     """Draws samples, measures, writes report.json and prints the summary.
 
     Args:
         experiment: the trained experiment.
         folder: its run folder.
+        steps: optimiser steps taken.
         wall_s: seconds that training took, preparation left out.
     """
     run, config = read_run(folder), experiment.config
-    last = run.records("train")[-1] if run.records("train") else {"step": 0}
+    last = run.records("train")[-1] if run.records("train") else {}
     report: dict[str, Any] = {
         "experiment": config.name,
         "scale": config.scale,
         "seed": config.seed,
         "data_hash": experiment.index.get("data_hash"),
-        "steps": last["step"],
+        "steps": steps,
         "tokens_nominal": last.get("tokens_nominal"),
         "tokens_real": last.get("tokens_real"),
         "wall_s": round(wall_s, 1),

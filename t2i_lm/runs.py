@@ -71,18 +71,23 @@ def read_run(folder: Path) -> Run:
     """Reads a run folder; a last line of metrics torn by a kill is left out.
 
     Raises:
-        ValueError: if it is no run folder.
+        ValueError: if it is no run folder, or a file in it is damaged.
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is no run folder: it has no {CONFIG}")
     metrics = []
     path = folder / METRICS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
             metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    config = yaml.safe_load((folder / CONFIG).read_text())
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is damaged: {error}") from error
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
     return Run(folder, config, _json(folder / ENVIRONMENT) or {}, metrics, _json(folder / REPORT))
 
 

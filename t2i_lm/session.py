@@ -64,11 +64,14 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool, dry_run: bo
     finally:
         if main_rank:
             del os.environ[FOLDER_VARIABLE]
+    trained = int(trainer.global_step)
+    if trained % config.trainer.val_check_interval:
+        trainer.validate(experiment.module, experiment.data, verbose=False)
     if trainer.is_global_zero:
         skipped = int(getattr(experiment.module, "skipped", 0))
         if skipped:
             events.write("non-finite", f"{skipped} steps with a non-finite gradient were skipped")
-        write_report(experiment, folder, wall_s=time.monotonic() - started)
+        write_report(experiment, folder, trained, wall_s=time.monotonic() - started)
     return 0
 
 
@@ -95,6 +98,7 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
         threads=config.trainer.threads or torch.get_num_threads(),
         new_rows_seed=generator(config.seed, "new rows").initial_seed(),
         train_samples=size,
+        parameters=sum(parameter.numel() for parameter in experiment.module.parameters()),
     )
     (folder / ENVIRONMENT).write_text(json.dumps(details, indent=2) + "\n")
     print(f"run folder: {folder}", flush=True)

@@ -1,5 +1,6 @@
 """Figures 3 and 4 show what metrics.jsonl holds, of runs that may be compared, and say what they are."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -7,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
-from synthetic_runs import read_lines, write_run
 
 from t2i_lm.figure_text import compact
 from t2i_lm.figures import FIGURES, Drawing, Request
 from t2i_lm.plots import AXES_HEIGHT, WIDTH
+from tests.synthetic_runs import read_lines, write_run
 
 ROOT = Path(__file__).parents[1]
 MODALITIES = {"3": {"All tokens": "all"}, "4": {"Text tokens": "text", "Image tokens": "image"}}
@@ -39,10 +42,15 @@ def floats(data: Any) -> list[float]:
     return [float(value) for value in data]
 
 
+def panel_of(axes: Axes) -> str:
+    """A panel's title."""
+    return axes.get_title("left")
+
+
 def texts(figure: Figure) -> str:
     """Everything written in a figure, with line breaks as spaces."""
     legends = [text for legend in figure.legends for text in legend.get_texts()]
-    notes = [text for axes in figure.axes for text in axes.texts]
+    notes = [text for axes in figure.axes for text in (*axes.texts, *axes.findobj(Text))]
     return " ".join(text.get_text() for text in [*legends, *notes, *figure.texts]).replace("\n", " ")
 
 
@@ -131,9 +139,18 @@ def test_the_caption_states_what_the_figure_shows(runs: Path) -> None:
             "2026-03-01",
             "procedural scenes, 20,000 training pairs, hash 0123456789abcdef",
             "EMA: constant 0.95, updated every 5 steps",
+            "validation at step 300, gap in percent of random",
             "paper's data (HQITP-134M) are private: these are other data at another size",
         ):
             assert words in drawing.caption
+        for panel, modality in MODALITIES[number].items():
+            mine, other = (
+                read_lines(next((runs / f"t2i_{arm}").iterdir()), "val")[-1]["val"][modality]["ppl"]
+                for arm in ("pretrained", "scratch")
+            )
+            (axes,) = (axes for axes in drawing.figure.axes if panel_of(axes) == panel)
+            note = f"pre-trained {mine:.3f}\nrandom {other:.3f} (gap {100 * (mine / other - 1):+.1f} %)"
+            assert axes.get_title("right") == note
         assert "UNFINISHED" not in drawing.caption
         assert "NOT CONTROLLED" not in drawing.caption
 
@@ -155,6 +172,15 @@ def test_nothing_written_leaves_the_figure_or_covers_the_caption(number: str, tm
         assert box.y0 >= 0
         assert box.y1 <= height
     assert all(box.y0 >= figure.texts[0].get_window_extent().y1 for box in plots)
+    written = [
+        text
+        for axes in figure.axes
+        for text in axes.findobj(Text)
+        if isinstance(text, Text) and text.get_text().startswith((panel_of(axes), "pre-trained"))
+    ]
+    assert len(written) == 2 * len(figure.axes)
+    for one, two in itertools.combinations([text.get_window_extent() for text in written], 2):
+        assert not one.overlaps(two)
 
 
 def test_other_data_sources_are_named_without_their_folders(tmp_path: Path) -> None:
@@ -188,7 +214,8 @@ def test_arms_without_a_common_validation_have_no_table(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(kept))
     drawing = FIGURES["4"](Request(tmp_path))
     assert drawing.table == "no validation that both arms have reached"
-    assert "validation at step" not in texts(drawing.figure)
+    assert "Upper right" not in drawing.caption
+    assert "(gap" not in texts(drawing.figure)
 
 
 def test_a_pair_that_is_not_controlled_says_so(tmp_path: Path) -> None:

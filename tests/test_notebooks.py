@@ -12,7 +12,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from PIL import Image
-from synthetic_runs import write_run
+
+from tests.synthetic_runs import write_run
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_runs import write_run
 
 from t2i_lm.figures import main
 from t2i_lm.pairing import find_pair
+from tests.synthetic_runs import write_run
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from synthetic_runs import read_lines, write_run
 
 from t2i_lm.runs import METRICS, environment, new_run_folder, read_run, run_folders
+from tests.synthetic_runs import read_lines, write_run
 
 
 def test_a_finished_run_reads_back_every_part(tmp_path: Path) -> None:
