@@ -2,13 +2,16 @@
 
 from callbacks.checkpoint_io import CorruptCheckpointError, DurableCheckpointIO
 from callbacks.checkpoints import RunCheckpoints, find_resumable
+from callbacks.contract import SplitLossModule, StepOutput, record_head
 from callbacks.events import EventLog
 from callbacks.metrics_file import MetricsFile
+from callbacks.nan_guard import NonFiniteGuard
 from callbacks.perplexity import EMASplitPerplexity
 from callbacks.preemption import Preempted, Preemption
 from callbacks.progress import RunProgress
 from callbacks.rng import RngState
 from callbacks.scalars import RunScalars
+from callbacks.throughput import Throughput
 
 __all__ = [
     "CorruptCheckpointError",
@@ -16,11 +19,16 @@ __all__ = [
     "EMASplitPerplexity",
     "EventLog",
     "MetricsFile",
+    "NonFiniteGuard",
     "Preempted",
     "Preemption",
     "RngState",
     "RunCheckpoints",
     "RunProgress",
     "RunScalars",
+    "SplitLossModule",
+    "StepOutput",
+    "Throughput",
     "find_resumable",
+    "record_head",
 ]

@@ -1,19 +1,21 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit.
 
-Written to a temporary file in the same folder, synced, renamed, and only then given a `.sha256`; a checkpoint
-without a matching digest counts as absent. Lightning's own writer goes through TMPDIR, which on another file
-system is a copy that a kill can cut short.
+Written to a temporary file in the same folder and synced; then the digest of what was meant to be written goes
+into `NAME.sha256`, and only then is the file renamed. A checkpoint whose bytes match no line of its digest file
+counts as absent. Lightning's own writer goes through TMPDIR, which on another file system is a copy that a kill
+can cut short.
 """
 
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-SUFFIX = ".ckpt"
+SUFFIX, DIGEST_SUFFIX, PARTIAL_SUFFIX = ".ckpt", ".sha256", ".tmp"
 
 
 class CorruptCheckpointError(ValueError):
@@ -30,32 +32,34 @@ class DurableCheckpointIO(CheckpointIO):
 
         Raises:
             OSError: if the disk is full or not writable; earlier checkpoints are untouched.
+            TypeError: if the checkpoint holds an object that could not be read back.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.tmp")
+        partial = target.with_name(target.name + PARTIAL_SUFFIX)
         try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            digest = _sha256(partial)
-            digest_of(target).unlink(missing_ok=True)
+            digest = _write_hashed(checkpoint, partial)
+            if unsafe := get_unsafe_globals_in_checkpoint(partial):
+                raise TypeError(
+                    f"{target.name} would not be readable with weights_only=True: it holds {', '.join(unsafe)}. "
+                    "A module's or callback's state must be tensors, numbers, strings, lists and dicts"
+                )
+            # An older file of this name stays valid until the rename: its digest is the second line.
+            _write_digests(target, [digest, *digests(target)[:1]])
             partial.replace(target)
-            _write_synced(digest_of(target), digest)
             _sync_folder(target.parent)
-        except (OSError, RuntimeError) as error:
-            # torch reports a failed write of its zip as a RuntimeError.
-            partial.unlink(missing_ok=True)
+        except OSError as error:
             raise OSError(
                 f"could not write checkpoint {target}: {error}. Free space or permission in {target.parent}; "
                 "earlier checkpoints are intact"
             ) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Reads a checkpoint after checking its digest.
+        """Reads a checkpoint after checking its digest; never runs code from it, whatever `weights_only` says.
 
         Raises:
             CorruptCheckpointError: before any tensor is read.
@@ -65,13 +69,20 @@ class DurableCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Deletes a checkpoint and its digest."""
-        digest_of(Path(path)).unlink(missing_ok=True)
         Path(path).unlink(missing_ok=True)
+        digest_of(Path(path)).unlink(missing_ok=True)
 
 
 def digest_of(path: Path) -> Path:
-    """The file beside a checkpoint that holds its sha256."""
-    return path.with_name(f"{path.name}.sha256")
+    """The file beside a checkpoint that holds its sha256, in the format of `sha256sum`."""
+    return path.with_name(path.name + DIGEST_SUFFIX)
+
+
+def digests(path: Path) -> list[str]:
+    """The digests that a checkpoint may have."""
+    beside = digest_of(path)
+    lines = beside.read_text(encoding="ascii", errors="replace").splitlines() if beside.is_file() else []
+    return [line.split()[0] for line in lines if line.split()]
 
 
 def verify(path: Path) -> None:
@@ -82,24 +93,69 @@ def verify(path: Path) -> None:
     """
     if not path.is_file():
         raise CorruptCheckpointError(f"no checkpoint at {path}")
-    if not digest_of(path).is_file():
-        raise CorruptCheckpointError(f"{path} has no {digest_of(path).name}: it was never completely written")
-    if _sha256(path) != digest_of(path).read_text().strip():
-        raise CorruptCheckpointError(f"{path} is damaged: its bytes do not match {digest_of(path).name}")
-
-
-def _sha256(path: Path) -> str:
+    known = digests(path)
+    if not known:
+        raise CorruptCheckpointError(
+            f"{path} has no digest in {digest_of(path).name}: it was not written by this suite"
+        )
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if hashlib.file_digest(file, "sha256").hexdigest() not in known:
+            raise CorruptCheckpointError(f"{path} is damaged: its bytes do not match {digest_of(path).name}")
 
 
-def _write_synced(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("w") as file:
-        file.write(f"{text}\n")
+def sweep(folder: Path) -> int:
+    """Removes what a killed save left in `folder`, and digests without a checkpoint; returns how many files."""
+    litter = list(folder.glob(f"*{SUFFIX}*{PARTIAL_SUFFIX}"))
+    litter += [path for path in folder.glob(f"*{SUFFIX}{DIGEST_SUFFIX}") if not path.with_suffix("").is_file()]
+    for path in litter:
+        path.unlink(missing_ok=True)
+    return len(litter)
+
+
+class _HashingFile:
+    """A file that hashes what it is given: damage between here and the disk then shows."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                # torch's writer is C++ and must not unwind through a Python error: it is raised after it is done.
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
+    """Writes and syncs a file; the sha256 of the bytes meant to be in it."""
+    with path.open("wb") as file:
+        hashing = _HashingFile(file)
+        torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it needs no more than write and flush
+        if hashing.error is not None:
+            raise hashing.error
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    return hashing.sha256.hexdigest()
+
+
+def _write_digests(target: Path, known: list[str]) -> None:
+    beside = digest_of(target)
+    partial = beside.with_name(beside.name + PARTIAL_SUFFIX)
+    try:
+        with partial.open("w", encoding="ascii") as file:
+            file.write("".join(f"{digest}  {target.name}\n" for digest in known))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(beside)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

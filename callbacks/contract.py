@@ -1,4 +1,8 @@
-"""What the callbacks expect of a module's steps, and the account of what a run has seen."""
+"""What the callbacks expect of a module's steps, and the head of every line they write.
+
+M is the number of modalities of the module. A step returns sums, never means: sums can be added over
+micro-batches and ranks in any cut and divided once.
+"""
 
 from typing import Any, Protocol, TypedDict
 
@@ -8,7 +12,8 @@ from torch import Tensor
 class StepOutput(TypedDict, total=False):
     """What `training_step` and `validation_step` return, per rank and micro-batch.
 
-    `nll_sum` (M,) and `count` (M,) follow the module's `modalities`; detached, on the device.
+    `nll_sum` (M,) in nats and `count` (M,) follow the module's `modalities`; `tokens_real` is 0-d. Tensors are
+    detached and stay on the device, so that a step costs no host sync. Only `training_step` has a `loss`.
     """
 
     loss: Tensor
@@ -23,6 +28,14 @@ class SplitLossModule(Protocol):
     """A module whose loss is split by modality."""
 
     modalities: tuple[str, ...]
+
+
+class Extras(Protocol):
+    """A callback that adds fields to the training lines of metrics.jsonl."""
+
+    def record(self, seen: dict[str, int]) -> dict[str, Any]:
+        """Fields for the interval that ends now; `seen` counts samples and tokens since the run began."""
+        ...
 
 
 def record_head(trainer: Any, seen: dict[str, int]) -> dict[str, Any]:

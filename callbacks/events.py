@@ -1,6 +1,8 @@
 """events.log: every skip, fall-back and stop of a run, one line each."""
 
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 
@@ -11,16 +13,28 @@ class EventLog:
         self.path = path
 
     def write(self, kind: str, text: str) -> None:
-        """Adds one event."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{stamp} {kind} {' '.join(text.split())}\n")
+        """Adds one event; `kind` is one word, `text` is put on one line.
+
+        Raises:
+            ValueError: if `kind` is not one word.
+        """
+        if kind.split() != [kind]:
+            raise ValueError(f"kind={kind!r}: expected one word")
+        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind} {' '.join(text.split())}\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:  # a full disk is itself an event: it must not end the run that reports it
+            print(f"{self.path} cannot be written ({error}): {line}", end="", file=sys.stderr)
+
+    def read(self) -> list[tuple[str, str, str]]:
+        """Time, kind and text of each whole line."""
+        if not self.path.is_file():
+            return []
+        whole = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        parts = [line.split(" ", 2) for line in whole]
+        return [(part[0], part[1], part[2]) for part in parts if len(part) == 3]
 
     def counts(self) -> dict[str, int]:
-        """How many events of each kind."""
-        totals: dict[str, int] = {}
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                kind = line.split(" ")[1]
-                totals[kind] = totals.get(kind, 0) + 1
-        return totals
+        """How many events of each kind, in the order in which they first came."""
+        return dict(Counter(kind for _, kind, _ in self.read()))

@@ -1,21 +1,30 @@
-"""Split perplexity, raw and EMA-smoothed, against tokens seen (Figures 3 and 4)."""
+"""Split perplexity, raw and EMA-smoothed, against tokens seen (Figures 3 and 4).
+
+M is the number of modalities, S = 3 M + 3 the number of sums kept: nll (M), count (M), micro-batches left out
+for a non-finite loss (M), samples, tokens_nominal, tokens_real.
+"""
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from callbacks.contract import StepOutput, record_head
+from callbacks.contract import Extras, StepOutput, record_head
+from callbacks.interval import IntervalSums, to_double
 from callbacks.metrics_file import MetricsFile
 
-# Modalities that the aggregate `all_no_boundary` leaves out: near-deterministic separators.
+# The modality that the aggregate `all_no_boundary` leaves out: near-deterministic separators.
 BOUNDARY = "boundary"
+SEEN = ("samples", "tokens_nominal", "tokens_real")
+# Fields of an entry that are drawn; sums and counts are for metrics.jsonl alone.
+DRAWN = ("nll", "ppl", "nll_ema", "ppl_ema")
 
 
 class EMASplitPerplexity(Callback):
@@ -23,14 +32,18 @@ class EMASplitPerplexity(Callback):
 
     For each modality m and the aggregates `all` and `all_no_boundary`: x = nll_sum / count over the interval,
     ema <- a ema + (1 - a) x, divided by 1 - a^n, and only then exp: exp(EMA(loss)), not EMA(exp(loss)).
-    A modality without targets in an interval leaves its average as it is.
+    A modality without targets in an interval leaves its average as it is. Micro-batches with a non-finite loss
+    are left out and counted in the line. Ranks meet once an interval, and the device is read only then.
 
     Attributes:
-        seen: samples and tokens trained on so far, over all ranks.
+        seen: samples and tokens trained on so far, over all ranks; up to date at every written line.
+        latest: the interval's nll of each modality and aggregate.
     """
 
-    def __init__(self, interval: int, alpha: float = 0.95, metrics_path: Path | None = None) -> None:
-        """`interval` counts optimiser steps. Rank 0 writes lines to `metrics_path`, if given.
+    def __init__(
+        self, interval: int, alpha: float = 0.95, metrics_path: Path | None = None, extras: Sequence[Extras] = ()
+    ) -> None:
+        """`interval` counts optimiser steps. Rank 0 writes lines, with those `extras`, to `metrics_path`.
 
         Raises:
             ValueError: if `interval` or `alpha` is out of range.
@@ -39,39 +52,69 @@ class EMASplitPerplexity(Callback):
             raise ValueError(f"interval={interval}: expected at least 1")
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha={alpha}: expected a value in [0, 1)")
-        self.interval, self.alpha = interval, alpha
+        self.interval, self.alpha, self.extras = interval, alpha, extras
         self.file = MetricsFile(metrics_path) if metrics_path else None
-        self.seen = {"samples": 0, "tokens_nominal": 0, "tokens_real": 0}
+        self.seen = dict.fromkeys(SEEN, 0)
         self.latest: dict[str, float] = {}
         self._ema: dict[str, float] = {}
         self._updates: dict[str, int] = {}
-        self._train = _Sums()
-        self._val = _Sums()
         self._last_step = 0
+        self._train = self._val = IntervalSums(0)
+        self._rank, self._world = 0, 1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Makes room for the module's modalities.
+
+        Raises:
+            ValueError: if the module names none.
+        """
+        names = getattr(pl_module, "modalities", ())
+        if not names:
+            raise ValueError(f"{type(pl_module).__name__}.modalities={names!r}: expected at least one name")
+        size = 3 * len(names) + 3
+        if self._train.size != size:  # a later `validate` on the same Trainer keeps the counts
+            self._train, self._val = IntervalSums(size), IntervalSums(size)
+        self._rank, self._world = trainer.global_rank, trainer.world_size
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts after the step that was resumed from; puts text and image side by side in TensorBoard."""
+        self._last_step = trainer.global_step
+        names = [*pl_module.modalities, *_aggregates(pl_module.modalities)]  # type: ignore[arg-type, misc]
+        chart = {name: ["Multiline", [f"train/{name}/ppl_ema", f"val/{name}/ppl"]] for name in names}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_custom_scalars({"perplexity": chart})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Adds a micro-batch; at the end of an interval reduces, smooths and writes."""
-        self._train.add(outputs)
+        self._train.add(_vector(outputs))
         step = trainer.global_step
-        if step == self._last_step or step % self.interval:
+        if step == self._last_step:
             return
         self._last_step = step
-        nll_sum_M, count_M = self._take(self._train)
-        values = _modalities(pl_module.modalities, nll_sum_M, count_M)  # type: ignore[arg-type]
+        self._train.end_step()
+        if step % self.interval:
+            return
+        total_S = self._train.take()
+        self.seen = self._seen_with(total_S)
+        values = _entries(pl_module.modalities, total_S)  # type: ignore[arg-type]
         for name, entry in values.items():
-            if entry["count"]:
+            if "nll" in entry:
                 ema = self.alpha * self._ema.get(name, 0.0) + (1 - self.alpha) * entry["nll"]
                 self._ema[name], self._updates[name] = ema, self._updates.get(name, 0) + 1
                 entry["nll_ema"] = ema / (1 - self.alpha ** self._updates[name])
                 entry["ppl_ema"] = _exp(entry["nll_ema"])
         self.latest = {name: entry["nll"] for name, entry in values.items() if "nll" in entry}
-        self._write(trainer, "train", values, {"interval": self.interval, "ema": self.alpha})
+        more: dict[str, Any] = {"interval": self.interval, "ema": self.alpha}
+        for extra in self.extras:
+            more |= extra.record(self.seen)
+        self._write(trainer, "train", values, self.seen, more)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forgets the last validation."""
-        self._val = _Sums()
+        self._val = IntervalSums(self._train.size)
 
     def on_validation_batch_end(
         self,
@@ -83,124 +126,103 @@ class EMASplitPerplexity(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Adds a validation batch."""
-        self._val.add(outputs)
+        self._val.add(_vector(outputs))
+        self._val.end_step()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the exact validation loss: sums over the whole set and all ranks."""
-        if not trainer.sanity_checking:
-            nll_sum_M, count_M = _reduce(*self._val.totals())[:2]
-            self._write(trainer, "val", _modalities(pl_module.modalities, nll_sum_M, count_M), {})  # type: ignore[arg-type]
+        """Writes the exact validation loss: sums over the whole set and all ranks.
+
+        A sanity check counts as the validation of step 0 where it covers the whole set (`num_sanity_val_steps=-1`).
+        """
+        if trainer.sanity_checking and not math.isinf(trainer.num_sanity_val_steps):
+            return
+        values = _entries(pl_module.modalities, self._val.take())  # type: ignore[arg-type]
+        self._write(trainer, "val", values, self._seen_with(self._train.total()), {})
+
+    def head(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """The fields that open a line, up to date at this step; every rank must call it."""
+        return record_head(trainer, self._seen_with(self._train.total()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages, counters and the partial interval, reduced over ranks (called on every rank)."""
-        nll_sum_M, count_M = self._take(self._train)
-        if _rank() == 0:
-            self._train.nll_sum, self._train.count = nll_sum_M, count_M
+        """Averages, counters and the partial interval of every rank (called on every rank)."""
         return {
             "ema": dict(self._ema),
             "updates": dict(self._updates),
             "seen": dict(self.seen),
-            "last_step": self._last_step,
-            "nll_sum": None if nll_sum_M is None else nll_sum_M.cpu(),
-            "count": None if count_M is None else count_M.cpu(),
+            "interval_WS": self._train.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the averages; the partial interval goes to rank 0."""
+        """Continues the averages and the partial interval."""
         self._ema, self._updates = dict(state_dict["ema"]), dict(state_dict["updates"])
-        self.seen, self._last_step = dict(state_dict["seen"]), int(state_dict["last_step"])
-        self._train = _Sums()
-        if _rank() == 0:
-            self._train.nll_sum, self._train.count = state_dict["nll_sum"], state_dict["count"]
+        self.seen = dict(state_dict["seen"])
+        self._train.load(state_dict["interval_WS"], self._rank, self._world)
 
-    def _take(self, sums: "_Sums") -> tuple[Tensor | None, Tensor | None]:
-        """Reduces an interval's sums over ranks, books its tokens and starts a new interval."""
-        nll_sum_M, count_M, seen = _reduce(*sums.totals())
-        for name, value in zip(self.seen, seen.tolist(), strict=True):
-            self.seen[name] += int(value)
-        self._train = _Sums()
-        return nll_sum_M, count_M
+    def _seen_with(self, total_S: Tensor) -> dict[str, int]:
+        """Samples and tokens when those of `total_S` are added."""
+        return {name: self.seen[name] + int(more) for name, more in zip(SEEN, total_S[-3:].tolist(), strict=True)}
 
-    def _write(self, trainer: pl.Trainer, key: str, values: dict[str, dict[str, float]], extra: dict[str, Any]) -> None:
+    def _write(
+        self,
+        trainer: pl.Trainer,
+        key: str,
+        values: dict[str, dict[str, float]],
+        seen: dict[str, int],
+        more: dict[str, Any],
+    ) -> None:
         if not trainer.is_global_zero:
             return
-        record = {**record_head(trainer, self.seen), key: values, **extra, "time": time.time()}
         if self.file:
-            self.file.append(record)
+            self.file.append({**record_head(trainer, seen), key: values, **more, "time": time.time()})
         scalars = {
-            f"{key}/{name}/{field}": value
-            for name, entry in values.items()
-            for field, value in entry.items()
-            if field not in ("nll_sum", "count")
+            f"{key}/{name}/{field}": entry[field] for name, entry in values.items() for field in DRAWN & entry.keys()
         }
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=self.seen["tokens_nominal"])
+            logger.log_metrics(scalars, step=seen["tokens_nominal"])
 
 
-class _Sums:
-    """Sums of step outputs on their device."""
-
-    def __init__(self) -> None:
-        self.nll_sum: Tensor | None = None
-        self.count: Tensor | None = None
-        self.samples = self.tokens_nominal = 0
-        self.tokens_real: Tensor | int = 0
-
-    def add(self, output: StepOutput) -> None:
-        nll_sum, count = output["nll_sum"].detach().double(), output["count"].detach()
-        if self.nll_sum is not None and self.count is not None:
-            nll_sum, count = nll_sum + self.nll_sum.to(nll_sum.device), count + self.count.to(count.device)
-        self.nll_sum, self.count = nll_sum, count
-        self.samples += output["samples"]
-        self.tokens_nominal += output["tokens_nominal"]
-        self.tokens_real = output["tokens_real"] + self.tokens_real
-
-    def totals(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        seen = torch.tensor([self.samples, self.tokens_nominal, int(self.tokens_real)], dtype=torch.int64)
-        return self.nll_sum, self.count, seen
+def _vector(output: StepOutput) -> Tensor:
+    """A micro-batch as its S sums."""
+    device = output["nll_sum"].device
+    nll_sum_M, count_M = to_double(output["nll_sum"], device), to_double(output["count"], device)
+    finite_M = nll_sum_M.isfinite()
+    zero_M = torch.zeros_like(nll_sum_M)
+    seen = [to_double(output[name], device) for name in SEEN]  # type: ignore[literal-required]
+    return torch.cat(
+        [
+            torch.where(finite_M, nll_sum_M, zero_M),
+            torch.where(finite_M, count_M, zero_M),
+            (~finite_M).double(),
+            torch.stack(seen),
+        ]
+    )
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def _aggregates(names: Sequence[str]) -> dict[str, list[str]]:
+    """Which modalities each aggregate adds up; one modality alone needs none."""
+    if len(names) < 2:
+        return {}
+    return {"all": list(names), "all_no_boundary": [name for name in names if name != BOUNDARY]}
 
 
-def _reduce(nll_sum: Tensor | None, count: Tensor | None, seen: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Sums over ranks; a rank without a batch yet cannot know M and asks for none of its own to count."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return nll_sum, count, seen
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    size = torch.tensor([0 if nll_sum is None else len(nll_sum)], device=device)
-    dist.all_reduce(size, op=dist.ReduceOp.MAX)
-    seen = seen.to(device)
-    dist.all_reduce(seen)
-    if not int(size):
-        return None, None, seen.cpu()
-    nll_sum = torch.zeros(int(size), dtype=torch.float64, device=device) if nll_sum is None else nll_sum.to(device)
-    count = torch.zeros(int(size), dtype=torch.int64, device=device) if count is None else count.to(device)
-    dist.all_reduce(nll_sum)
-    dist.all_reduce(count)
-    return nll_sum, count, seen.cpu()
-
-
-def _modalities(
-    names: tuple[str, ...], nll_sum_M: Tensor | None, count_M: Tensor | None
-) -> dict[str, dict[str, float]]:
-    """Entries of each modality and of the two aggregates."""
-    assert nll_sum_M is not None
-    assert count_M is not None
-    sums = dict(zip(names, nll_sum_M.tolist(), strict=True))
-    counts = dict(zip(names, count_M.tolist(), strict=True))
-    if len(names) > 1:
-        inner = [name for name in names if name != BOUNDARY]
-        for total, parts in (("all", names), ("all_no_boundary", inner)):
+def _entries(names: Sequence[str], total_S: Tensor) -> dict[str, dict[str, float]]:
+    """Fields of each modality and aggregate: `nll_sum`, `count`, and where there are targets `nll`, `ppl`."""
+    size = len(names)
+    nll_sums, counts, left_out = (
+        dict(zip(names, part.tolist(), strict=True)) for part in total_S[: 3 * size].reshape(3, size)
+    )
+    for total, parts in _aggregates(names).items():
+        for sums in (nll_sums, counts, left_out):
             sums[total] = sum(sums[name] for name in parts)
-            counts[total] = sum(counts[name] for name in parts)
-    values = {}
-    for name, count in counts.items():
-        values[name] = {"nll_sum": sums[name], "count": count}
-        if count:
-            nll = sums[name] / count
-            values[name] |= {"nll": nll, "ppl": _exp(nll)}
+    values: dict[str, dict[str, float]] = {}
+    for name in nll_sums:
+        entry: dict[str, float] = {"nll_sum": nll_sums[name], "count": int(counts[name])}
+        if counts[name]:
+            nll = nll_sums[name] / counts[name]
+            entry |= {"nll": nll, "ppl": _exp(nll)}
+        if left_out[name]:
+            entry["nonfinite"] = int(left_out[name])
+        values[name] = entry
     return values
 
 

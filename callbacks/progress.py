@@ -1,5 +1,6 @@
 """Progress with ETA: a bar on a terminal, plain lines elsewhere; only rank 0 talks."""
 
+import os
 import sys
 import time
 from typing import Any, Protocol
@@ -16,10 +17,20 @@ class HasLatest(Protocol):
 
 
 class RunProgress(Callback):
-    """Shows optimiser steps, speed, the latest losses and the time left."""
+    """Shows optimiser steps, speed, the latest losses and the time left.
+
+    Lightning's own bars must be off (`enable_progress_bar=False`). List it after `scalars`, so that a line shows
+    the interval that it ends.
+    """
 
     def __init__(self, scalars: HasLatest, every: int = 10, shown: int = 4) -> None:
-        """`every` is the number of steps between plain lines; `shown` scalars are printed."""
+        """`every` is the number of steps between plain lines; `shown` scalars are printed.
+
+        Raises:
+            ValueError: if `every` is less than 1.
+        """
+        if every < 1:
+            raise ValueError(f"every={every}: expected at least 1")
         self.scalars, self.every, self.shown = scalars, every, shown
         self._bar: Progress | None = None
         self._started = self._tokens = 0.0
@@ -29,7 +40,7 @@ class RunProgress(Callback):
         """Starts the clock, and the bar on a terminal."""
         self._started, self._tokens = time.monotonic(), 0.0
         self._first_step = self._last_step = trainer.global_step
-        if trainer.is_global_zero and sys.stdout.isatty():
+        if trainer.is_global_zero and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
             self._bar = Progress(
                 TextColumn("training"),
                 BarColumn(),
@@ -76,7 +87,7 @@ class RunProgress(Callback):
             self._bar = None
 
     def _note(self, outputs: Any) -> str:
-        speed = self._tokens / (time.monotonic() - self._started)
+        speed = self._tokens / max(time.monotonic() - self._started, 1e-9)
         unit = "tokens" if "tokens_nominal" in outputs else "pictures"
         losses = "  ".join(f"{name} {value:.3f}" for name, value in list(self.scalars.latest.items())[: self.shown])
         return f"{speed:,.0f} {unit}/s  {losses}"

@@ -1,75 +1,94 @@
 """Scalars of a run that is not split by modality (the image tokenizer)."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from callbacks.contract import record_head
+from callbacks.interval import IntervalSums, to_double
 from callbacks.metrics_file import MetricsFile
 
 
 class RunScalars(Callback):
-    """Writes the mean of each `outputs["metrics"]` over an interval, and `validation_summary()`."""
+    """Writes the mean of each `outputs["metrics"]` over an interval, and `validation_summary()`.
+
+    Means are weighted by samples. The device is read once an interval.
+    """
 
     def __init__(self, interval: int, metrics_path: Path) -> None:
+        """`interval` counts optimiser steps.
+
+        Raises:
+            ValueError: if `interval` is out of range.
+        """
+        if interval < 1:
+            raise ValueError(f"interval={interval}: expected at least 1")
         self.interval, self.file = interval, MetricsFile(metrics_path)
         self.samples = 0
         self.latest: dict[str, float] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._batches = 0
+        self._names: list[str] = []
+        self._sums = IntervalSums(0)
         self._last_step = 0
+        self._rank, self._world = 0, 1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Notes this rank's place."""
+        self._rank, self._world = trainer.global_rank, trainer.world_size
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts after the step that was resumed from."""
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds a batch; writes at the end of an interval."""
-        for name, value in outputs["metrics"].items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
-        self._batches += 1
-        self.samples += outputs["samples"] * trainer.world_size
-        if trainer.global_step % self.interval == 0 and trainer.global_step != self._last_step:
-            self._last_step = trainer.global_step
-            self.latest = self._means()
-            self._write(trainer, "train", self.latest)
+        """Adds a micro-batch; writes at the end of an interval."""
+        metrics, samples = outputs["metrics"], outputs["samples"]
+        if not self._names:
+            self._names = list(metrics)
+            self._sums = IntervalSums(len(metrics) + 1)
+        device = outputs["loss"].device
+        values = [to_double(metrics[name], device) * samples for name in self._names]
+        self._sums.add(torch.stack([*values, to_double(samples, device)]))
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        self._sums.end_step()
+        if step % self.interval == 0:
+            *totals, count = self._sums.take().tolist()
+            self.samples += int(count)
+            means = {name: total / count for name, total in zip(self._names, totals, strict=True)}
+            self.latest = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+            self._write(trainer, "train", self.latest, self.samples)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the module's summary of the validation set."""
+        """Writes the module's summary of the validation set; a whole sanity check is that of step 0."""
         summary = pl_module.validation_summary()  # type: ignore[operator]
-        if not trainer.sanity_checking:
-            self._write(trainer, "val", summary)
-
-    def _means(self) -> dict[str, float]:
-        names = list(self._sums)
-        means = torch.stack([self._sums[name] / self._batches for name in names])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
-        self._sums, self._batches = {}, 0
-        return dict(zip(names, means.tolist(), strict=True))
-
-    def _write(self, trainer: pl.Trainer, key: str, values: dict[str, float]) -> None:
-        if not trainer.is_global_zero:
+        if trainer.sanity_checking and not math.isinf(trainer.num_sanity_val_steps):
             return
-        self.file.append({**record_head(trainer, {"samples": self.samples}), key: values, "time": time.time()})
-        for logger in trainer.loggers:
-            logger.log_metrics({f"{key}/{name}": value for name, value in values.items()}, step=self.samples)
+        # Before the first batch no rank knows the names, and none asks another.
+        more = int(self._sums.total()[-1]) if self._names else 0
+        self._write(trainer, "val", summary, self.samples + more)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the partial interval of this rank."""
-        return {
-            "samples": self.samples,
-            "sums": dict(self._sums),
-            "batches": self._batches,
-            "last_step": self._last_step,
-        }
+        """Counters and the partial interval of every rank (called on every rank)."""
+        return {"samples": self.samples, "names": list(self._names), "interval_WS": self._sums.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues the partial interval."""
-        self.samples, self._sums = int(state_dict["samples"]), dict(state_dict["sums"])
-        self._batches, self._last_step = int(state_dict["batches"]), int(state_dict["last_step"])
+        self.samples, self._names = int(state_dict["samples"]), list(state_dict["names"])
+        self._sums = IntervalSums(state_dict["interval_WS"].shape[1])
+        self._sums.load(state_dict["interval_WS"], self._rank, self._world)
+
+    def _write(self, trainer: pl.Trainer, key: str, values: dict[str, float], samples: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.file.append({**record_head(trainer, {"samples": samples}), key: values, "time": time.time()})
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{key}/{name}": value for name, value in values.items()}, step=samples)

@@ -15,11 +15,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from callbacks import (
     DurableCheckpointIO,
     EMASplitPerplexity,
+    NonFiniteGuard,
     Preemption,
     RngState,
     RunCheckpoints,
     RunProgress,
     RunScalars,
+    Throughput,
 )
 from callbacks import EventLog as EventLog
 from callbacks import MetricsFile as MetricsFile
@@ -175,23 +177,35 @@ def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
     return False
 
 
-def build_trainer(config: ExperimentConfig, folder: Path) -> pl.Trainer:
-    """The Trainer of a run, with all callbacks.
+def build_trainer(config: ExperimentConfig, folder: Path, events: EventLog, resumed: bool) -> pl.Trainer:
+    """The Trainer of a run, with all callbacks. A new run is validated once before its first step.
 
-    Order matters: the meters book a batch before the progress shows it, and `Preemption` saves through the
-    same `RunCheckpoints` that saves on schedule.
+    Order matters: throughput first, so that other callbacks count as work; the guard before the meters; progress
+    after the meter that it shows; the saver last, when all others have seen the step.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     trainer = config.trainer
     metrics = folder / METRICS
+    throughput = Throughput()
     meter: EMASplitPerplexity | RunScalars
     if config.task == "image_tokenizer":
         meter = RunScalars(config.log.interval, metrics)
     else:
-        meter = EMASplitPerplexity(config.log.interval, config.log.ema, metrics)
-    saver = RunCheckpoints(folder / CHECKPOINTS, trainer.checkpoint_interval)
+        meter = EMASplitPerplexity(config.log.interval, config.log.ema, metrics, extras=[throughput])
+    saver = RunCheckpoints(
+        folder / CHECKPOINTS, trainer.checkpoint_interval, metrics=MetricsFile(metrics), events=events
+    )
+    callbacks = [
+        throughput,
+        Preemption(saver),
+        NonFiniteGuard(events=events),
+        meter,
+        RngState(),
+        RunProgress(meter, config.log.interval),
+        saver,
+    ]
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
     ranks = trainer.devices * trainer.num_nodes
@@ -208,10 +222,10 @@ def build_trainer(config: ExperimentConfig, folder: Path) -> pl.Trainer:
         val_check_interval=min(trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         logger=build_logger(config, folder),
-        callbacks=[meter, RngState(), saver, Preemption(saver), RunProgress(meter, config.log.interval)],
+        callbacks=callbacks,
         plugins=[DurableCheckpointIO()],
         use_distributed_sampler=False,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=0 if resumed else -1,
         enable_progress_bar=False,
         enable_model_summary=False,
     )

@@ -49,12 +49,10 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool, dry_run: bo
     checkpoint = find_resumable(folder / CHECKPOINTS, events) if resume else None
     if main_rank:
         _open_folder(experiment, folder, events, checkpoint)
-    trainer = build_trainer(config, folder)
+    trainer = build_trainer(config, folder, events, resumed=checkpoint is not None)
     started = time.monotonic()
     os.environ[FOLDER_VARIABLE] = str(folder)
     try:
-        if checkpoint is None:
-            trainer.validate(experiment.module, experiment.data, verbose=False)
         trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint, weights_only=True)
     except Preempted as order:
         if trainer.is_global_zero:
@@ -68,9 +66,6 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool, dry_run: bo
     if trained % config.trainer.val_check_interval:
         trainer.validate(experiment.module, experiment.data, verbose=False)
     if trainer.is_global_zero:
-        skipped = int(getattr(experiment.module, "skipped", 0))
-        if skipped:
-            events.write("non-finite", f"{skipped} steps with a non-finite gradient were skipped")
         write_report(experiment, folder, trained, wall_s=time.monotonic() - started)
     return 0
 
@@ -80,7 +75,6 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
     config = experiment.config
     if checkpoint is not None:
         step = int(checkpoint.stem.removeprefix("step-"))
-        MetricsFile(folder / METRICS).cut_after(step)
         events.write("resumed", f"from {checkpoint.name}")
         print(f"resuming {folder} from step {step}", flush=True)
         return

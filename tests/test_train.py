@@ -28,7 +28,9 @@ def train(experiment: str, root: Path, *overrides: str, code: int = 0) -> Run:
 
 
 def curve(run: Run) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key != "time"} for record in run.metrics]
+    """All that a run computed; what a clock measured is left out."""
+    clock = ("time", "throughput")
+    return [{key: value for key, value in record.items() if key not in clock} for record in run.metrics]
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ over all tokens of the *global* batch, pads excluded, however the batch is cut o
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,9 +15,6 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.losses import split_sums
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
-
-# Steps with a non-finite gradient in a row after which a run stops.
-MAX_SKIPS = 5
 
 
 class DecoderModule(pl.LightningModule):
@@ -34,7 +30,6 @@ class DecoderModule(pl.LightningModule):
         self.decoder, self.config = decoder, config
         # Targets seen since the last optimiser step, on this rank.
         self._step_count: Tensor | None = None
-        self.skipped = self.skipped_in_a_row = 0
 
     def classify(self, target_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Class of each target in [0, M), and the mask of targets that count; both (B, T)."""
@@ -87,35 +82,6 @@ class DecoderModule(pl.LightningModule):
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale.to(parameter.grad.dtype))
         self._step_count = None
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips the global norm; a step with a non-finite gradient is skipped on every rank.
-
-        Without gradients the optimiser touches neither weights nor moments, so the skip is exact. DDP has
-        averaged the gradients, so all ranks see the same norm and agree.
-
-        Raises:
-            FloatingPointError: after `MAX_SKIPS` such steps in a row.
-        """
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip)
-        if bool(norm.isfinite()):
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        self.skipped += 1
-        for parameter in parameters:
-            parameter.grad = None
-        if self.skipped_in_a_row >= MAX_SKIPS:
-            raise FloatingPointError(
-                f"the gradient was not finite in {MAX_SKIPS} steps in a row (step {self.global_step}); "
-                f"lower optim.lr={self.config.optim.lr} or use trainer.precision=32-true"
-            )
 
     @property
     def nominal_length(self) -> int:

@@ -1,95 +1,255 @@
+"""The written perplexities are those of the sums of all micro-batches, smoothed as the formula says."""
+
 import json
+import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import EMASplitPerplexity, MetricsFile
+from callbacks import EMASplitPerplexity, RunScalars, Throughput
 
-MODULE: Any = SimpleNamespace(modalities=("text", "image", "boundary"))
-
-
-def trainer(step: int) -> Any:
-    return SimpleNamespace(global_step=step, is_global_zero=True, loggers=[], optimizers=[], sanity_checking=False)
-
-
-def output(text: float, text_count: int) -> dict[str, Any]:
-    return {
-        "nll_sum": torch.tensor([text, 20.0, 1.0], dtype=torch.float64),
-        "count": torch.tensor([text_count, 10, 5]),
-        "samples": 2,
-        "tokens_nominal": 40,
-        "tokens_real": torch.tensor(15 + text_count),
-    }
+SPLIT = ("text", "image", "boundary")
+Sums = list[tuple[float, int]]  # (nll_sum, count) of each modality in one micro-batch
 
 
-def test_sums_are_divided_once(tmp_path: Path) -> None:
-    meter = EMASplitPerplexity(2, 0.9, tmp_path / "metrics.jsonl")
-    for step, (text, count) in enumerate([(6.0, 3), (10.0, 1)], start=1):
-        meter.on_train_batch_end(trainer(step), MODULE, output(text, count), None, step)
-    (record,) = MetricsFile(tmp_path / "metrics.jsonl").read()
-    # 16 nats over 4 tokens, not the mean of 2 and 10.
-    assert record["train"]["text"]["nll"] == 4.0
-    assert record["train"]["all_no_boundary"] == pytest.approx(
-        {"nll_sum": 56.0, "count": 24}
-        | {key: record["train"]["all_no_boundary"][key] for key in ("nll", "ppl", "nll_ema", "ppl_ema")}
+class Scripted(pl.LightningModule):
+    """Reports the sums that a test gives it."""
+
+    def __init__(self, train: list[Sums], val: list[Sums], modalities: tuple[str, ...]) -> None:
+        super().__init__()
+        self.modalities, self.scripts = modalities, {"train": train, "val": val}
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"loss": self.weight * 1.0, **self._output("train", batch_idx)}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return self._output("val", batch_idx)
+
+    def _output(self, key: str, batch_idx: int) -> dict[str, Any]:
+        sums = self.scripts[key][batch_idx]
+        return {
+            "nll_sum": torch.tensor([nll for nll, _ in sums]),
+            "count": torch.tensor([count for _, count in sums]),
+            "samples": 2,
+            "tokens_nominal": 20,
+            "tokens_real": torch.tensor(10 + batch_idx),
+        }
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def batches(number: int) -> DataLoader[Any]:
+    """As many batches, of nothing."""
+    return DataLoader(TensorDataset(torch.zeros(number)))
+
+
+def fit(
+    folder: Path,
+    train: list[Sums],
+    val: list[Sums],
+    meter: EMASplitPerplexity,
+    modalities: tuple[str, ...] = SPLIT,
+    accumulate: int = 1,
+    sanity: int = 0,
+    logger: Any = False,
+) -> list[dict[str, Any]]:
+    """Runs the script; the lines that it wrote."""
+    trainer = pl.Trainer(
+        max_steps=len(train) // accumulate,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=2 * accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if val else 0,
+        num_sanity_val_steps=sanity,
+        accelerator="cpu",
+        logger=logger,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[meter, *[extra for extra in meter.extras if isinstance(extra, pl.Callback)]],
     )
-    assert record["samples"] == 4
-    assert record["tokens_nominal"] == 80
-    assert record["tokens_real"] == 34
+    trainer.fit(Scripted(train, val, modalities), batches(len(train)), batches(len(val)))
+    assert meter.file is not None
+    return meter.file.read()
 
 
-def test_an_interval_without_text_leaves_its_average_alone(tmp_path: Path) -> None:
-    meter = EMASplitPerplexity(1, 0.9, tmp_path / "metrics.jsonl")
-    meter.on_train_batch_end(trainer(1), MODULE, output(6.0, 3), None, 0)
-    meter.on_train_batch_end(trainer(2), MODULE, output(0.0, 0), None, 1)
-    meter.on_train_batch_end(trainer(3), MODULE, output(3.0, 1), None, 2)
-    first, second, third = (record["train"]["text"] for record in MetricsFile(tmp_path / "metrics.jsonl").read())
-    assert first["nll_ema"] == 2.0
-    assert "nll" not in second
-    assert third["nll_ema"] == pytest.approx((0.9 * 0.1 * 2 + 0.1 * 3) / (1 - 0.81))
+def meter_in(folder: Path, interval: int = 1, alpha: float = 0.5) -> EMASplitPerplexity:
+    """The callback under test."""
+    return EMASplitPerplexity(interval, alpha, folder / "metrics.jsonl")
 
 
-def test_the_state_goes_through_a_checkpoint_mid_interval(tmp_path: Path) -> None:
-    whole = EMASplitPerplexity(3, 0.9, tmp_path / "whole.jsonl")
-    first = EMASplitPerplexity(3, 0.9, tmp_path / "parts.jsonl")
-    for step in range(1, 5):
-        for meter in (whole, first):
-            meter.on_train_batch_end(trainer(step), MODULE, output(step, step), None, step)
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = EMASplitPerplexity(3, 0.9, tmp_path / "parts.jsonl")
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for step in range(5, 10):
-        for meter in (whole, second):
-            meter.on_train_batch_end(trainer(step), MODULE, output(step, step), None, step)
-    ours, theirs = (
-        [{k: v for k, v in record.items() if k != "time"} for record in MetricsFile(tmp_path / name).read()]
-        for name in ("parts.jsonl", "whole.jsonl")
-    )
-    assert ours == theirs
-    assert len(ours) == 3
+def test_an_interval_is_the_sum_of_its_micro_batches_not_the_mean_of_their_means(tmp_path: Path) -> None:
+    train: list[Sums] = [[(2.0, 1), (6.0, 3), (0.0, 2)], [(30.0, 10), (8.0, 1), (1.0, 2)]] * 2
+    first, second = fit(tmp_path, train, [], meter_in(tmp_path), accumulate=2)
+    text = first["train"]["text"]
+    assert (text["nll_sum"], text["count"]) == (32.0, 11)
+    assert text["nll"] == pytest.approx(32 / 11, abs=0)
+    assert text["ppl"] == pytest.approx(math.exp(32 / 11), rel=1e-15)
+    assert first["train"]["all"]["nll"] == pytest.approx(47 / 19, rel=1e-15)
+    assert first["train"]["all_no_boundary"]["nll"] == pytest.approx(46 / 15, rel=1e-15)
+    assert [first[name] for name in ("step", "samples", "tokens_nominal", "tokens_real", "lr")] == [1, 4, 40, 21, 0.5]
+    assert [second[name] for name in ("step", "samples", "tokens_nominal", "tokens_real")] == [2, 8, 80, 46]
+    assert (first["interval"], first["ema"]) == (1, 0.5)
 
 
-def test_saving_does_not_disturb_the_interval() -> None:
-    meter = EMASplitPerplexity(2)
-    meter.on_train_batch_end(trainer(1), MODULE, output(6.0, 3), None, 0)
-    before = meter.state_dict()
-    assert torch.equal(meter.state_dict()["nll_sum"], before["nll_sum"])
+def test_the_average_is_of_losses_bias_corrected_and_only_then_exponentiated(tmp_path: Path) -> None:
+    losses, alpha = [5.0, 3.0, 4.0, 1.0], 0.9
+    train: list[Sums] = [[(loss * 7, 7), (loss, 1), (0.0, 1)] for loss in losses]
+    written = fit(tmp_path, train, [], meter_in(tmp_path, alpha=alpha))
+    average = 0.0
+    for number, (loss, line) in enumerate(zip(losses, written, strict=True), start=1):
+        average = alpha * average + (1 - alpha) * loss
+        expected = average / (1 - alpha**number)
+        assert line["train"]["text"]["nll_ema"] == pytest.approx(expected, rel=1e-12)
+        assert line["train"]["text"]["ppl_ema"] == pytest.approx(math.exp(expected), rel=1e-12)
+    assert written[0]["train"]["text"]["nll_ema"] == pytest.approx(5.0)
 
 
-@pytest.mark.parametrize(("interval", "alpha"), [(0, 0.9), (1, 1.0), (1, -0.1)])
-def test_wrong_settings_are_refused(interval: int, alpha: float) -> None:
-    with pytest.raises(ValueError, match="expected"):
+def test_intervals_count_optimiser_steps(tmp_path: Path) -> None:
+    train: list[Sums] = [[(1.0, 1)] * 3] * 12
+    written = fit(tmp_path, train, [], meter_in(tmp_path, interval=2), accumulate=2)
+    assert [line["step"] for line in written] == [2, 4, 6]
+    assert {line["train"]["text"]["count"] for line in written} == {4}
+
+
+def test_a_modality_without_targets_has_no_loss_and_keeps_its_average(tmp_path: Path) -> None:
+    train: list[Sums] = [[(4.0, 2), (3.0, 1), (1.0, 1)], [(0.0, 0), (3.0, 1), (1.0, 1)], [(8.0, 2), (3.0, 1), (1.0, 1)]]
+    one, two, three = (line["train"] for line in fit(tmp_path, train, [], meter_in(tmp_path)))
+    assert two["text"] == {"nll_sum": 0.0, "count": 0}
+    assert two["all"]["nll"] == pytest.approx(2.0)
+    # The second update of text's average is the third interval's.
+    assert three["text"]["nll_ema"] == pytest.approx((0.5 * 0.5 * 2 + 0.5 * 4) / (1 - 0.5**2))
+    assert one["text"]["nll_ema"] == pytest.approx(2.0)
+
+
+def test_a_loss_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
+    train: list[Sums] = [[(4.0, 2), (float("inf"), 1), (1.0, 1)], [(2.0, 2), (3.0, 1), (float("nan"), 5)]]
+    (line,) = fit(tmp_path, train, [], meter_in(tmp_path), accumulate=2)
+    assert line["train"]["text"] == pytest.approx(line["train"]["text"] | {"nll_sum": 6.0, "count": 4})
+    assert (line["train"]["image"]["nll"], line["train"]["image"]["nonfinite"]) == (3.0, 1)
+    assert (line["train"]["boundary"]["nll"], line["train"]["boundary"]["nonfinite"]) == (1.0, 1)
+    assert line["train"]["all"]["nonfinite"] == 2
+    assert "nonfinite" not in line["train"]["text"]
+
+
+def test_a_loss_too_high_for_exp_is_written_all_the_same(tmp_path: Path) -> None:
+    (line,) = fit(tmp_path, [[(1e6, 1)] * 3], [], meter_in(tmp_path))
+    assert line["train"]["text"]["nll"] == 1e6
+    assert math.isfinite(line["train"]["text"]["ppl"])
+
+
+def test_text_alone_has_no_aggregates(tmp_path: Path) -> None:
+    (line,) = fit(tmp_path, [[(6.0, 3)]], [], meter_in(tmp_path), modalities=("text",))
+    assert list(line["train"]) == ["text"]
+
+
+def test_validation_sums_the_whole_set_at_its_step_with_tokens_up_to_date(tmp_path: Path) -> None:
+    train: list[Sums] = [[(1.0, 1)] * 3] * 5
+    val: list[Sums] = [[(2.0, 1), (0.0, 1), (1.0, 1)], [(1.0, 3), (5.0, 4), (1.0, 1)]]
+    written = fit(tmp_path, train, val, meter_in(tmp_path, interval=3), sanity=-1)
+    validations = [line for line in written if "val" in line]
+    assert [line["step"] for line in validations] == [0, 2, 4]
+    # Between two ends of logging intervals: 4 steps have been seen, the last interval ended at 3.
+    assert [line["tokens_nominal"] for line in validations] == [0, 40, 80]
+    assert [line["tokens_real"] for line in validations] == [0, 21, 46]
+    for line in validations:
+        assert line["val"]["text"] == {"nll_sum": 3.0, "count": 4, "nll": 0.75, "ppl": math.exp(0.75)}
+        assert line["val"]["all"]["count"] == 11
+
+
+def test_a_partial_sanity_check_writes_nothing(tmp_path: Path) -> None:
+    train, val = [[(1.0, 1)] * 3] * 2, [[(1.0, 1)] * 3] * 2
+    written = fit(tmp_path, train, val, meter_in(tmp_path), sanity=1)
+    assert [line["step"] for line in written if "val" in line] == [2]
+
+
+def test_tensorboard_gets_stable_tags_against_tokens_and_a_layout(tmp_path: Path) -> None:
+    train, val = [[(2.0, 1), (3.0, 1), (1.0, 1)]] * 4, [[(1.0, 1)] * 3]
+    logger = TensorBoardLogger(tmp_path, name="", version="tb", default_hp_metric=False)
+    fit(tmp_path, train, val, meter_in(tmp_path), logger=logger)
+    read = EventAccumulator(str(tmp_path / "tb")).Reload()
+    tags = read.Tags()
+    names = [*SPLIT, "all", "all_no_boundary"]
+    train_tags = {f"train/{name}/{field}" for name in names for field in ("nll", "ppl", "nll_ema", "ppl_ema")}
+    val_tags = {f"val/{name}/{field}" for name in names for field in ("nll", "ppl")}
+    assert set(tags["scalars"]) == train_tags | val_tags
+    assert [event.step for event in read.Scalars("train/text/ppl_ema")] == [20, 40, 60, 80]
+    assert [event.step for event in read.Scalars("val/image/nll")] == [40, 80]
+    assert "custom_scalars__config__" in tags["tensors"]
+
+
+def test_speed_memory_and_waiting_are_in_the_training_lines(tmp_path: Path) -> None:
+    meter = EMASplitPerplexity(2, 0.5, tmp_path / "metrics.jsonl", extras=[Throughput()])
+    first, second = fit(tmp_path, [[(1.0, 1)] * 3] * 4, [[(1.0, 1)] * 3], meter)[::2]
+    for line in (first, second):
+        speed = line["throughput"]
+        assert speed["tokens_per_s"] == pytest.approx(20 * speed["samples_per_s"] / 2, rel=1e-3)
+        assert 0 < speed["tokens_real_per_s"] < speed["tokens_per_s"]
+        assert 0 <= speed["data_wait"] <= 1
+        assert speed["memory_mib"] > 10
+    assert "throughput" not in meter.seen
+
+
+@pytest.mark.parametrize(
+    ("interval", "alpha", "named"), [(0, 0.9, "interval=0"), (1, 1.0, "alpha=1.0"), (1, -1, "alpha=-1")]
+)
+def test_a_value_out_of_range_is_refused_by_name(interval: int, alpha: float, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         EMASplitPerplexity(interval, alpha)
 
 
-def test_a_torn_line_and_later_steps_are_cut(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path)
-    for step in (2, 4, 6):
-        file.append({"step": step})
-    path.write_text(path.read_text() + '{"step": 8, "tr')
-    file.cut_after(4)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4]
+def test_a_module_without_modalities_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Scripted.modalities=\(\)"):
+        fit(tmp_path, [[(1.0, 1)]], [], meter_in(tmp_path), modalities=())
+
+
+class Pictures(pl.LightningModule):
+    """Reports scalars of its own, for batches of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        value = torch.tensor(float(batch_idx))
+        return {"loss": self.weight * 1.0, "metrics": {"l1": value, "mse": value**2}, "samples": 1 + batch_idx}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def validation_summary(self) -> dict[str, float]:
+        return {"psnr": 20.0}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def test_scalars_are_means_over_samples_and_count_them(tmp_path: Path) -> None:
+    meter = RunScalars(2, tmp_path / "metrics.jsonl")
+    trainer = pl.Trainer(
+        max_steps=4,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[meter],
+    )
+    trainer.fit(Pictures(), batches(4), batches(1))
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["samples"]) for line in written] == [(0, 0), (2, 3), (3, 6), (4, 10)]
+    assert written[1]["train"] == {"l1": pytest.approx(2 / 3), "mse": pytest.approx(2 / 3)}
+    assert written[3]["train"] == {"l1": pytest.approx(18 / 7), "mse": pytest.approx(48 / 7)}
+    assert written[0]["val"] == written[2]["val"] == {"psnr": 20.0}

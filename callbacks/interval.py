@@ -1,0 +1,90 @@
+"""Sums over one logging interval: micro-batches, optimiser steps and ranks.
+
+S is the number of sums, W the number of ranks.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def distributed() -> bool:
+    """Whether there are other ranks to agree with."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def collective_device() -> torch.device:
+    """Where tensors of a collective call must live."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+class IntervalSums:
+    """Running float64 sums that a checkpoint can hold at any moment without losing or doubling anything.
+
+    Micro-batches of an optimiser step that is not finished are kept apart: a resumed run repeats that step from
+    its first micro-batch. The sums stay on the device of the first micro-batch; nothing waits for them before
+    `take`. Integers are exact up to 2**53.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._step: list[Tensor] = []
+        self._interval_S: Tensor | None = None
+
+    def add(self, vector_S: Tensor) -> None:
+        """Adds one micro-batch of the current step."""
+        self._step.append(vector_S)
+
+    def end_step(self) -> None:
+        """Books the current step."""
+        for vector_S in self._step:
+            booked_S = self._interval_S
+            self._interval_S = vector_S if booked_S is None else booked_S.to(vector_S.device) + vector_S
+        self._step = []
+
+    def total(self) -> Tensor:
+        """The booked sums of all ranks, on the CPU; every rank must call it."""
+        mine_S = self._mine()
+        if not distributed():
+            return mine_S.to("cpu", copy=True)
+        total_S = mine_S.to(collective_device(), copy=True)
+        dist.all_reduce(total_S)
+        return total_S.cpu()
+
+    def take(self) -> Tensor:
+        """As `total`, and starts a new interval."""
+        total_S = self.total()
+        self._interval_S = None
+        return total_S
+
+    def state(self) -> Tensor:
+        """The booked sums of each rank, (W, S); every rank must call it.
+
+        Kept by rank, not added up: a resumed run then adds in the order of an unbroken one, to the last bit.
+        """
+        mine_S = self._mine()
+        if not distributed():
+            return mine_S.to("cpu", copy=True)[None]
+        mine_S = mine_S.to(collective_device())
+        rows = [torch.empty_like(mine_S) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, mine_S)
+        return torch.stack(rows).cpu()
+
+    def load(self, state_WS: Tensor, rank: int, world: int) -> None:
+        """Takes this rank's sums; on another number of ranks the first takes them all."""
+        self._step = []
+        if len(state_WS) == world:
+            self._interval_S = state_WS[rank]
+        else:
+            self._interval_S = state_WS.sum(dim=0) if rank == 0 else None
+
+    def _mine(self) -> Tensor:
+        return torch.zeros(self.size, dtype=torch.float64) if self._interval_S is None else self._interval_S
+
+
+def to_double(value: Tensor | float, device: torch.device) -> Tensor:
+    """A number or tensor as detached float64 where sums of `device` are kept (MPS has no float64)."""
+    place = torch.device("cpu") if device.type == "mps" else device
+    if isinstance(value, Tensor):
+        return value.detach().to(place).to(torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=place)  # a fill, not a copy from the host

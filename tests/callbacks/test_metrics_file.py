@@ -1,0 +1,126 @@
+"""metrics.jsonl and events.log hold whole lines, whatever happens to the process or the disk."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callbacks import EventLog, MetricsFile
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> MetricsFile:
+    """Three lines, of steps 0, 10 and 20."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (0, 10, 20):
+        metrics.append({"step": step, "loss": 0.1 + 0.2})
+    return metrics
+
+
+def steps(metrics: MetricsFile) -> list[int]:
+    """The steps of all lines."""
+    return [record["step"] for record in metrics.read()]
+
+
+def test_lines_are_appended_and_read_back(file: MetricsFile) -> None:
+    assert file.read()[1] == {"step": 10, "loss": 0.30000000000000004}
+    assert MetricsFile(file.path.with_name("absent")).read() == []
+
+
+@pytest.mark.parametrize(("step", "left"), [(-1, []), (9, [0]), (10, [0, 10]), (99, [0, 10, 20])])
+def test_cutting_keeps_the_bytes_of_lines_up_to_the_step(file: MetricsFile, step: int, left: list[int]) -> None:
+    before = file.path.read_bytes()
+    assert file.cut_after(step) == 3 - len(left)
+    assert steps(file) == left
+    assert before.startswith(file.path.read_bytes())
+
+
+def test_a_torn_last_line_is_not_read_and_is_cut(file: MetricsFile) -> None:
+    with file.path.open("ab") as raw:
+        raw.write(b'{"step": 30, "lo')
+    assert steps(file) == [0, 10, 20]
+    assert file.cut_after(99) == 1
+    file.append({"step": 30})
+    assert steps(file) == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("line", [b'{"step": 3', b"7", b"\xff"])
+def test_damage_elsewhere_is_named_with_its_line(file: MetricsFile, line: bytes) -> None:
+    first, _, third = file.path.read_bytes().splitlines()
+    file.path.write_bytes(b"\n".join([first, line, third]) + b"\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is damaged"):
+        file.read()
+
+
+def test_cutting_to_a_size_happens_only_where_a_line_ends(file: MetricsFile) -> None:
+    first = len(file.path.read_bytes().splitlines(keepends=True)[0])
+    whole = file.size()
+    assert not file.cut_to(first + 1)
+    assert not file.cut_to(whole + 1)
+    assert file.size() == whole
+    assert file.cut_to(first)
+    assert steps(file) == [0]
+    assert file.cut_to(0)
+    assert steps(file) == []
+
+
+def test_what_json_cannot_hold_is_refused(file: MetricsFile) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        file.append({"step": 30, "loss": float("nan")})
+    assert steps(file) == [0, 10, 20]
+
+
+def test_lines_wait_for_a_full_disk_and_none_is_written_in_part(
+    file: MetricsFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, before = os.write, file.path.read_bytes()
+    calls = 0
+
+    def full(handle: int, data: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls % 2:  # a first write takes some bytes, the next finds no room
+            return write(handle, bytes(data)[:5])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        file.append({"step": 30})
+        file.append({"step": 40})
+        with pytest.raises(OSError, match="No space left"):
+            file.sync()
+        assert file.path.read_bytes() == before
+        assert file.size() == len(before) + len(b'{"step": 30}\n{"step": 40}\n')
+    assert capsys.readouterr().err.count("kept for later") == 1
+    file.append({"step": 50})
+    assert steps(file) == [0, 10, 20, 30, 40, 50]
+    file.sync()
+
+
+def test_a_line_is_one_json_object(file: MetricsFile) -> None:
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [0, 10, 20]
+
+
+def test_events_are_counted_by_kind_and_kept_on_one_line(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.log")
+    assert log.counts() == {}
+    log.write("resumed", "from\nstep 3")
+    log.write("skip", "a")
+    log.write("skip", "b")
+    with log.path.open("a") as file:
+        file.write("2026-01-01T00:00:00 torn")
+    assert log.counts() == {"resumed": 1, "skip": 2}
+    assert log.read()[0][2] == "from step 3"
+
+
+@pytest.mark.parametrize("kind", ["", "two words", "a\n"])
+def test_the_kind_of_an_event_is_one_word(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ValueError, match="expected one word"):
+        EventLog(tmp_path / "events.log").write(kind, "text")
+
+
+def test_an_event_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    EventLog(tmp_path / "absent" / "events.log").write("skip", "step 3")
+    assert "skip step 3" in capsys.readouterr().err

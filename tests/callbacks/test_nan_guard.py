@@ -1,0 +1,100 @@
+"""A step with a non-finite gradient changes no parameter and no moment, on any rank, and is told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.callbacks.toy_run import EVENTS, Toy, ToyModule, build, finish, free_port, lines, run_to_end, start
+
+from callbacks import EventLog, NonFiniteGuard
+
+
+class FusedToy(ToyModule):
+    """With the optimiser whose kernel can skip by itself."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1, fused=True)
+
+
+def parameters_by_step(folder: Path) -> list[str]:
+    """The bits of the parameters after each step."""
+    return [record["witness"]["parameters"] for record in lines(folder) if "witness" in record]
+
+
+def assert_skipped(folder: Path, skipped: list[int]) -> None:
+    """Steps (counted from 0) in `skipped`, and no others, left the parameters alone."""
+    after = parameters_by_step(folder)
+    unchanged = [step for step in range(1, len(after)) if after[step] == after[step - 1]]
+    assert unchanged == skipped
+
+
+def test_a_skipped_step_changes_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
+    assert run_to_end(Toy(tmp_path, harm={"nan_at": [9, 10, 15]})) == 0
+    assert_skipped(tmp_path, [9, 10, 15])
+    assert EventLog(tmp_path / EVENTS).counts() == {"non-finite-gradient": 3}
+    assert "3 in the run" in EventLog(tmp_path / EVENTS).read()[-1][2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_skip_together_when_one_has_a_nan(tmp_path: Path, rank: int) -> None:
+    port = free_port()
+    harm = {"nan_at": [9], "on_rank": rank}
+    ranks = [start(Toy(tmp_path, rank=number, world=2, port=port, harm=harm)) for number in range(2)]
+    assert finish(*ranks) == [0, 0]
+    assert_skipped(tmp_path, [9])
+    assert EventLog(tmp_path / EVENTS).counts() == {"non-finite-gradient": 1}
+
+
+def test_a_run_that_only_skips_stops_with_what_to_change(tmp_path: Path) -> None:
+    assert run_to_end(Toy(tmp_path, harm={"nan_at": [9, 10, 12, 13, 14, 15]})) == 1
+    assert "not finite in 3 steps in a row (step 15)" in (tmp_path / "output.txt").read_text()
+    assert len(parameters_by_step(tmp_path)) == 14, "the step that stops the run is written by no one"
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["no gradients", "found_inf"])
+def test_both_ways_of_skipping_leave_moments_and_their_clock_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
+    monkeypatch.setattr(NonFiniteGuard, "skips_on_device", staticmethod(lambda flag, optimizer: on_device))
+    toy = Toy(tmp_path, steps=6, plain=True, harm={"nan_at": [2, 5]})
+    trainer, _, data = build(toy)
+    module = FusedToy(toy)
+    trainer.fit(module, data)
+    assert_skipped(tmp_path, [2, 5])
+    (optimizer,) = trainer.optimizers
+    for state in optimizer.state.values():
+        assert int(state["step"]) == 4
+        assert state["exp_avg"].isfinite().all()
+        assert state["exp_avg_sq"].isfinite().all()
+    assert not hasattr(optimizer, "found_inf")
+    (guard,) = [callback for callback in trainer.callbacks if isinstance(callback, NonFiniteGuard)]  # type: ignore[attr-defined]
+    assert guard.skipped == 2
+
+
+def test_both_ways_of_skipping_give_the_same_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for on_device in (False, True):
+        monkeypatch.setattr(NonFiniteGuard, "skips_on_device", staticmethod(lambda *_, way=on_device: way))
+        toy = Toy(tmp_path / str(on_device), steps=6, plain=True, harm={"nan_at": [2]})
+        toy.folder.mkdir()
+        trainer, _, data = build(toy)
+        trainer.fit(FusedToy(toy), data)
+        runs.append(parameters_by_step(toy.folder))
+    assert runs[0] == runs[1]
+
+
+def test_counts_survive_a_resumption() -> None:
+    guard, again = NonFiniteGuard(), NonFiniteGuard()
+    for flag in (1.0, 0.0, 1.0, 1.0):
+        guard._count(torch.tensor([flag]))
+    again.load_state_dict(guard.state_dict())
+    assert again.state_dict() == {"counts": [3, 2, 2]}
+    assert again.skipped == 3
+
+
+@pytest.mark.parametrize("name", ["limit", "check_every"])
+def test_a_number_out_of_range_is_refused_by_name(name: str) -> None:
+    options: dict[str, Any] = {name: 0}
+    with pytest.raises(ValueError, match=f"{name}=0: expected at least 1"):
+        NonFiniteGuard(**options)

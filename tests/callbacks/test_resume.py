@@ -1,0 +1,222 @@
+"""A run that is killed, stopped or starved and then resumed equals an unbroken one, bit for bit."""
+
+import random
+import signal
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, Toy, finish, free_port, lines, run_to_end, start
+
+from callbacks import DurableCheckpointIO, EventLog, find_resumable
+from callbacks.checkpoint_io import digest_of
+from callbacks.checkpoints import checkpoints, step_of
+
+KILLED = -signal.SIGKILL
+SEEDS = range(10)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that others are compared with; counts the file operations of its saves."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert run_to_end(Toy(folder, harm={"count_operations": True})) == 0
+    return folder
+
+
+def litter(folder: Path) -> list[Path]:
+    """Files of a run that nothing will read."""
+    orphans = [path for path in folder.rglob("*.sha256") if not path.with_suffix("").is_file()]
+    return [*folder.rglob("*.tmp"), *orphans]
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest whole checkpoint, 0 without one."""
+    found = find_resumable(folder / CHECKPOINTS)
+    return step_of(found) if found else 0
+
+
+def test_the_reference_validates_at_step_0_and_on_schedule_and_saves_what_is_kept(unbroken: Path) -> None:
+    records = lines(unbroken)
+    assert [record["step"] for record in records if "val" in record] == [0, 6, 12, 18, 24]
+    assert [record["step"] for record in records if "train" in record] == [4, 8, 12, 16, 20, 24]
+    assert [record["step"] for record in records if "witness" in record] == list(range(1, 25))
+    assert [step_of(path) for path in checkpoints(unbroken / CHECKPOINTS)] == [20, 24]
+    assert litter(unbroken) == []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_killed_run_resumes_as_if_it_had_not_been(unbroken: Path, tmp_path: Path, seed: int) -> None:
+    # Even seeds: inside a save, at one of its writes, syncs and renames. Odd seeds: at any time of the run.
+    draw = random.Random(seed)
+    operations = int((unbroken / "operations").read_text())
+    harm = {"at_operation": draw.randint(1, operations)} if seed % 2 == 0 else {"kill_after": draw.uniform(0.02, 0.8)}
+    code = run_to_end(Toy(tmp_path, harm=harm))
+    assert code == KILLED or (seed % 2 == 1 and code == 0)  # a timer can come too late, an operation cannot
+    reached = max([record["step"] for record in lines_so_far(tmp_path)], default=0)
+    assert reached - newest_step(tmp_path) <= 5 + 1, "a checkpoint at most one interval old exists at any instant"
+    if code != 0:
+        assert run_to_end(Toy(tmp_path)) == 0
+    assert lines(tmp_path) == lines(unbroken)
+    assert litter(tmp_path) == []
+
+
+def lines_so_far(folder: Path) -> list[dict[str, Any]]:
+    """Lines of a run that may have been killed before its first."""
+    return lines(folder) if (folder / METRICS).is_file() else []
+
+
+def test_a_run_killed_in_every_save_of_its_life_still_ends_like_an_unbroken_one(unbroken: Path, tmp_path: Path) -> None:
+    operations = int((unbroken / "operations").read_text()) // 5  # of one save
+    for kill in range(1, 5):  # each process gets a little further
+        assert run_to_end(Toy(tmp_path, harm={"at_operation": operations + 7 * kill})) == KILLED
+    assert run_to_end(Toy(tmp_path)) == 0
+    assert lines(tmp_path) == lines(unbroken)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["sigterm", "ctrl-c"])
+@pytest.mark.parametrize(("where", "step"), [("step", 13), ("validation", 12), ("validation", 0)])
+def test_a_signalled_run_saves_exits_with_its_code_and_resumes_exactly(
+    unbroken: Path, tmp_path: Path, number: int, code: int, where: str, step: int
+) -> None:
+    harm = {"signal_in": where, "at_step": step, "signal": number}
+    assert run_to_end(Toy(tmp_path, harm=harm)) == code
+    # A signal in a step lets the step end; one in a validation does not let that end.
+    stopped_at = step + 1 if where == "step" else step
+    assert newest_step(tmp_path) == stopped_at
+    if where == "validation":
+        assert step not in [record["step"] for record in lines_so_far(tmp_path) if "val" in record]
+    assert run_to_end(Toy(tmp_path)) == 0
+    assert lines(tmp_path) == lines(unbroken)
+
+
+def test_a_validation_cut_short_twice_is_written_once(unbroken: Path, tmp_path: Path) -> None:
+    harm = {"signal_in": "validation", "at_step": 12, "signal": signal.SIGTERM}
+    for _ in range(2):
+        assert run_to_end(Toy(tmp_path, harm=harm)) == 143
+    # The third process validates, and is killed before it saves again.
+    assert run_to_end(Toy(tmp_path, harm={"signal_in": "step", "at_step": 13, "signal": signal.SIGKILL})) == KILLED
+    assert run_to_end(Toy(tmp_path)) == 0
+    assert lines(tmp_path) == lines(unbroken)
+
+
+def test_an_error_between_steps_leaves_the_last_whole_step_saved(unbroken: Path, tmp_path: Path) -> None:
+    assert run_to_end(Toy(tmp_path, harm={"raise_at": 9})) == 1
+    assert newest_step(tmp_path) == 9
+    assert run_to_end(Toy(tmp_path)) == 0
+    assert lines(tmp_path) == lines(unbroken)
+
+
+def test_resuming_a_finished_run_changes_nothing(unbroken: Path) -> None:
+    before = (unbroken / METRICS).read_bytes()
+    assert run_to_end(Toy(unbroken)) == 0
+    assert (unbroken / METRICS).read_bytes() == before
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(unbroken: Path, tmp_path: Path) -> None:
+    assert run_to_end(Toy(tmp_path, harm={"signal_in": "step", "at_step": 17, "signal": signal.SIGKILL})) == KILLED
+    newest = checkpoints(tmp_path / CHECKPOINTS)[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert run_to_end(Toy(tmp_path)) == 0
+    assert EventLog(tmp_path / EVENTS).counts() == {"corrupt-checkpoint": 1}
+    assert newest.name in (tmp_path / EVENTS).read_text()
+    assert lines(tmp_path) == lines(unbroken)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(unbroken: Path, tmp_path: Path) -> None:
+    operations = int((unbroken / "operations").read_text()) // 5
+    harm = {"at_operation": operations + operations // 2, "then": "full"}
+    assert run_to_end(Toy(tmp_path, steps=24, harm=harm)) == 0
+    told = EventLog(tmp_path / EVENTS).read()
+    assert [kind for _, kind, _ in told] == ["save-failed"]
+    assert "step-00000010" in told[0][2]
+    assert "No space left on device" in told[0][2]
+    assert lines(tmp_path) == lines(unbroken)
+    assert litter(tmp_path) == []
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_a_message_and_the_old_checkpoint(tmp_path: Path) -> None:
+    assert run_to_end(Toy(tmp_path, steps=10)) == 0
+    kept = {path.name: path.read_bytes() for path in (tmp_path / CHECKPOINTS).iterdir()}
+    # Files may not grow beyond 20,000 bytes: enough for metrics, too little for a checkpoint.
+    assert run_to_end(Toy(tmp_path, steps=12, harm={"file_size": 20_000})) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / CHECKPOINTS).iterdir()} == kept
+    printed = (tmp_path / "output.txt").read_text()
+    assert "could not write checkpoint" in printed
+    assert "earlier checkpoints are intact" in printed
+
+
+def test_two_ranks_write_the_sums_of_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_to_end(Toy(one, plain=True)) == 0
+    assert finish(*start_ranks(two, plain=True)) == [0, 0]
+    assert_equal_but_for_rounding(split_lines(one), split_lines(two))
+
+
+def assert_equal_but_for_rounding(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    """Counts equal, losses within float32 rounding of a sum in another order."""
+    for alone, shared in zip(one, other, strict=True):
+        head = ("step", "samples", "tokens_nominal", "tokens_real", "lr")
+        assert [alone[name] for name in head] == [shared[name] for name in head]
+        key = "val" if "val" in alone else "train"
+        for name, entry in alone[key].items():
+            assert entry["count"] == shared[key][name]["count"]
+            assert entry == pytest.approx(shared[key][name], rel=1e-6)
+
+
+def split_lines(folder: Path) -> list[dict[str, Any]]:
+    """Lines that carry losses by modality."""
+    return [line for line in lines(folder) if "train" in line or "val" in line]
+
+
+def start_ranks(folder: Path, plain: bool = False, **harm: Any) -> list[BaseProcess]:
+    """Both ranks of a run."""
+    port = free_port()
+    return [start(Toy(folder, rank=rank, world=2, port=port, plain=plain, harm=harm)) for rank in range(2)]
+
+
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]], ids=["rank 0", "rank 1", "both"])
+@pytest.mark.parametrize(("where", "step"), [("step", 13), ("validation", 12)])
+def test_one_signalled_rank_stops_both_and_the_pair_resumes_exactly(
+    unbroken_pair: Path, tmp_path: Path, ranks: list[int], where: str, step: int
+) -> None:
+    harm: dict[str, Any] = {"signal_in": where, "at_step": step, "signal": signal.SIGTERM, "ranks": ranks}
+    assert finish(*start_ranks(tmp_path, **harm), timeout=30) == [143, 143]
+    assert newest_step(tmp_path) == (step + 1 if where == "step" else step)
+    assert finish(*start_ranks(tmp_path)) == [0, 0]
+    assert lines(tmp_path) == lines(unbroken_pair)
+
+
+@pytest.fixture(scope="module")
+def unbroken_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run on two ranks."""
+    folder = tmp_path_factory.mktemp("pair")
+    assert finish(*start_ranks(folder)) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, first: int) -> None:
+    unbroken, changed = tmp_path / "unbroken", tmp_path / "changed"
+    assert run_to_end(Toy(unbroken, plain=True)) == 0
+    # Step 14 lies inside a logging interval: its partial sums change hands.
+    harm: dict[str, Any] = {"signal_in": "step", "at_step": 13, "signal": signal.SIGTERM}
+    if first == 1:
+        assert run_to_end(Toy(changed, plain=True, harm=harm)) == 143
+        assert finish(*start_ranks(changed, plain=True)) == [0, 0]
+    else:
+        assert finish(*start_ranks(changed, plain=True, **harm)) == [143, 143]
+        assert run_to_end(Toy(changed, plain=True)) == 0
+    assert EventLog(changed / EVENTS).counts() == {"reseeded": 1}
+    assert_equal_but_for_rounding(split_lines(unbroken), split_lines(changed))
+
+
+def test_what_is_saved_is_read_with_weights_only(unbroken: Path) -> None:
+    newest = checkpoints(unbroken / CHECKPOINTS)[-1]
+    assert torch.load(newest, weights_only=True)["global_step"] == 24
+    assert digest_of(newest).read_text().split()[1] == newest.name
+    assert DurableCheckpointIO().load_checkpoint(newest, weights_only=False)["global_step"] == 24
