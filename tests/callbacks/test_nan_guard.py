@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.callbacks.toy_run import EVENTS, Toy, ToyModule, build, finish, free_port, lines, run_to_end, start
 
 from callbacks import EventLog, NonFiniteGuard
+from tests.callbacks.toy_run import EVENTS, Toy, ToyModule, build, finish, free_port, lines, run_to_end, start
 
 
 class FusedToy(ToyModule):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, Toy, finish, free_port, lines, run_to_end, start
 
 from callbacks import DurableCheckpointIO, EventLog, find_resumable
 from callbacks.checkpoint_io import digest_of
 from callbacks.checkpoints import checkpoints, step_of
+from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, Toy, finish, free_port, lines, run_to_end, start
 
 KILLED = -signal.SIGKILL
 SEEDS = range(10)
