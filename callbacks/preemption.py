@@ -43,7 +43,7 @@ class Preemption(Callback):
         self.saver = saver
         self._received = 0
         self._received_at = 0.0
-        self._previous: dict[signal.Signals, Any] = {}
+        self._installed = False
         self._group: Any = None
         self._shared_batches = 0
 
@@ -71,7 +71,7 @@ class Preemption(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Stops inside a validation, which the resumed run repeats."""
-        if self._previous and batch_idx < self._shared_batches and dataloader_idx == 0:
+        if self._installed and batch_idx < self._shared_batches and dataloader_idx == 0:
             self.stop_if_asked(trainer)
 
     def stop_if_asked(self, trainer: pl.Trainer) -> None:
@@ -85,11 +85,13 @@ class Preemption(Callback):
             self.saver.save(trainer)
             raise Preempted(received, trainer.global_step)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lightning is about to put back the handlers from before the run."""
+        self._installed = False
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Puts the earlier handlers back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        """Lightning has put back the handlers from before the run."""
+        self._installed = False
 
     def _highest(self, value: int) -> int:
         """The highest value on any rank."""
@@ -100,14 +102,16 @@ class Preemption(Callback):
         return int(agreed)
 
     def _install(self, trainer: pl.Trainer) -> None:
-        if self._previous:
+        if self._installed:
             return
         if distributed() and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
             return  # Python takes signals in the main thread alone
         self._received = 0
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+        self._installed = True
         loop = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             # Lightning asks rank 0 before every batch whether its own handler, replaced here, has run, and waits

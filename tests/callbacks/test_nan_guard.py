@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from callbacks import EventLog, NonFiniteGuard
-from tests.callbacks.toy_run import EVENTS, Toy, ToyModule, build, finish, free_port, lines, run_to_end, start
+from tests.callbacks.toy_model import Toy, ToyModule
+from tests.callbacks.toy_run import EVENTS, build, finish, free_port, lines, run_to_end, start
 
 
 class FusedToy(ToyModule):

@@ -7,7 +7,8 @@ import select
 import sys
 from pathlib import Path
 
-from tests.callbacks.toy_run import Toy, finish, free_port, run_to_end, start
+from tests.callbacks.toy_model import Toy
+from tests.callbacks.toy_run import finish, free_port, run_to_end, start
 
 LINE = re.compile(
     r"^step (\d+)/24  [\d,]+ tokens/s  text \d\.\d{3}  image \d\.\d{3}  boundary \d\.\d{3}  all \d\.\d{3}  "
@@ -16,7 +17,8 @@ LINE = re.compile(
 RUN = """
 import sys
 from pathlib import Path
-from tests.callbacks.toy_run import Toy, run
+from tests.callbacks.toy_model import Toy
+from tests.callbacks.toy_run import run
 sys.exit(run(Toy(Path(sys.argv[1]))))
 """
 

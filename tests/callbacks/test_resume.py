@@ -1,5 +1,7 @@
 """A run that is killed, stopped or starved and then resumed equals an unbroken one, bit for bit."""
 
+import json
+import os
 import random
 import signal
 from multiprocessing.process import BaseProcess
@@ -12,10 +14,12 @@ import torch
 from callbacks import DurableCheckpointIO, EventLog, find_resumable
 from callbacks.checkpoint_io import digest_of
 from callbacks.checkpoints import checkpoints, step_of
-from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, Toy, finish, free_port, lines, run_to_end, start
+from tests.callbacks.toy_model import Toy
+from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, finish, free_port, lines, run_to_end, start
 
 KILLED = -signal.SIGKILL
-SEEDS = range(10)
+# Instants at which a run is killed; more of them with T2I_LM_KILLS=200.
+SEEDS = range(int(os.environ.get("T2I_LM_KILLS", "10")))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,13 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(unbroken: Path, tmp_path: Pa
     # Even seeds: inside a save, at one of its writes, syncs and renames. Odd seeds: at any time of the run.
     draw = random.Random(seed)
     operations = int((unbroken / "operations").read_text())
-    harm = {"at_operation": draw.randint(1, operations)} if seed % 2 == 0 else {"kill_after": draw.uniform(0.02, 0.8)}
+    harm: dict[str, Any]
+    if seed % 2 == 0:
+        harm = {"at_operation": draw.randint(1, operations)}
+    else:
+        clock = [json.loads(line).get("time") for line in (unbroken / METRICS).read_text().splitlines()]
+        times = [time for time in clock if time is not None]
+        harm = {"kill_after": draw.uniform(0, times[-1] - times[0])}
     code = run_to_end(Toy(tmp_path, harm=harm))
     assert code == KILLED or (seed % 2 == 1 and code == 0)  # a timer can come too late, an operation cannot
     reached = max([record["step"] for record in lines_so_far(tmp_path)], default=0)
@@ -77,7 +87,9 @@ def test_a_run_killed_in_every_save_of_its_life_still_ends_like_an_unbroken_one(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["sigterm", "ctrl-c"])
-@pytest.mark.parametrize(("where", "step"), [("step", 13), ("validation", 12), ("validation", 0)])
+@pytest.mark.parametrize(
+    ("where", "step"), [("step", 13), ("validation", 12), ("validation", 0), ("work after validation", 12)]
+)
 def test_a_signalled_run_saves_exits_with_its_code_and_resumes_exactly(
     unbroken: Path, tmp_path: Path, number: int, code: int, where: str, step: int
 ) -> None:
@@ -105,6 +117,30 @@ def test_a_validation_cut_short_twice_is_written_once(unbroken: Path, tmp_path: 
 def test_an_error_between_steps_leaves_the_last_whole_step_saved(unbroken: Path, tmp_path: Path) -> None:
     assert run_to_end(Toy(tmp_path, harm={"raise_at": 9})) == 1
     assert newest_step(tmp_path) == 9
+    assert run_to_end(Toy(tmp_path)) == 0
+    assert lines(tmp_path) == lines(unbroken)
+
+
+def test_an_error_inside_a_step_saves_nothing_of_it(unbroken: Path, tmp_path: Path) -> None:
+    assert run_to_end(Toy(tmp_path, harm={"raise_after_update_of": 9})) == 1
+    assert newest_step(tmp_path) == 5
+    assert run_to_end(Toy(tmp_path)) == 0
+    assert lines(tmp_path) == lines(unbroken)
+
+
+def test_a_signal_that_a_launcher_passes_on_again_does_not_cut_the_save_short(tmp_path: Path) -> None:
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        folder = tmp_path / str(code)
+        harm = {"signal_in": "step", "at_step": 13, "signal": number, "again_after": 0.01}
+        assert run_to_end(Toy(folder, harm=harm)) == code
+        assert newest_step(folder) == 14
+
+
+def test_a_second_ctrl_c_stops_at_once_without_saving(unbroken: Path, tmp_path: Path) -> None:
+    harm = {"signal_in": "step", "at_step": 13, "signal": signal.SIGINT, "again_after": 1.1}
+    assert run_to_end(Toy(tmp_path, harm=harm)) == -signal.SIGINT
+    assert newest_step(tmp_path) == 10
+    assert "Ctrl-C stops without" in (tmp_path / "output.txt").read_text()
     assert run_to_end(Toy(tmp_path)) == 0
     assert lines(tmp_path) == lines(unbroken)
 
@@ -148,6 +184,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_message_and_the_old_checkpoi
     printed = (tmp_path / "output.txt").read_text()
     assert "could not write checkpoint" in printed
     assert "earlier checkpoints are intact" in printed
+    assert EventLog(tmp_path / EVENTS).counts() == {}, "what ended the run is not tried a second time"
 
 
 def test_two_ranks_write_the_sums_of_one(tmp_path: Path) -> None:
@@ -180,7 +217,7 @@ def start_ranks(folder: Path, plain: bool = False, **harm: Any) -> list[BaseProc
 
 
 @pytest.mark.parametrize("ranks", [[0], [1], [0, 1]], ids=["rank 0", "rank 1", "both"])
-@pytest.mark.parametrize(("where", "step"), [("step", 13), ("validation", 12)])
+@pytest.mark.parametrize(("where", "step"), [("step", 13), ("validation", 12), ("work after validation", 12)])
 def test_one_signalled_rank_stops_both_and_the_pair_resumes_exactly(
     unbroken_pair: Path, tmp_path: Path, ranks: list[int], where: str, step: int
 ) -> None:

@@ -1,9 +1,9 @@
 """A whole run of a toy model, in a process of its own that a test may kill, starve or interrupt.
 
 `start` forks from a server that has torch and Lightning loaded, so a run begins within a fraction of a second.
-The toy draws from every global random stream: in its step, in its dropout and in its dataset.
 """
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -15,8 +15,7 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import nn
 
 from callbacks import (
     DurableCheckpointIO,
@@ -44,10 +42,9 @@ from callbacks import (
 )
 from callbacks.checkpoint_io import _HashingFile
 from callbacks.checkpoints import step_of
+from tests.callbacks.toy_model import Toy, ToyData, ToyModule
 
-MODALITIES = ("text", "image", "boundary")
-VOCABULARY, LENGTH, TRAIN, VALIDATION = 12, 9, 50, 21
-METRICS, EVENTS, CHECKPOINTS, OUTPUT = "metrics.jsonl", "events.log", "checkpoints", "output.txt"
+METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "events.log", "checkpoints"
 # Fields that tell when, not what.
 CLOCKS = ("time", "throughput")
 
@@ -55,165 +52,20 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["torch", "lightning.pytorch", "callbacks"])
 
 
-@dataclass
-class Toy:
-    """A run, and what happens to it."""
-
-    folder: Path
-    steps: int = 24
-    batch_size: int = 8  # global
-    accumulate: int = 2
-    save_every: int = 5
-    val_every: int = 6
-    interval: int = 4
-    rank: int = 0
-    world: int = 1
-    port: int = 0
-    plain: bool = False  # draws nothing, so that runs on different numbers of ranks can be compared
-    harm: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def log(self) -> Path:
-        """What this rank's process printed."""
-        return self.folder / (OUTPUT if self.rank == 0 else f"{OUTPUT}.{self.rank}")
-
-
-class Positions(Sampler[list[int]]):
-    """Micro-batches from `consumed` samples to the end of the run: one permutation for each pass over the data."""
-
-    def __init__(self, toy: Toy, consumed: int) -> None:
-        self.toy, self.consumed = toy, consumed
-
-    def __len__(self) -> int:
-        return self.toy.steps * self.toy.accumulate
-
-    def __iter__(self) -> Iterator[list[int]]:
-        toy = self.toy
-        micro = toy.batch_size // (toy.world * toy.accumulate)
-        for start in range(self.consumed, toy.steps * toy.batch_size, toy.batch_size):
-            for part in range(toy.accumulate):
-                first = start + (part * toy.world + toy.rank) * micro
-                yield [self._index(position) for position in range(first, first + micro)]
-
-    @staticmethod
-    def _index(position: int) -> int:
-        epoch, offset = divmod(position, TRAIN)
-        return int(np.random.default_rng(epoch).permutation(TRAIN)[offset])
-
-
-class Rows(Dataset[Tensor]):
-    """Rows of ids; with `noise`, one id of each batch comes from the process's own random stream."""
-
-    def __init__(self, size: int, seed: int, noise: bool) -> None:
-        self.ids = torch.randint(VOCABULARY, (size, LENGTH), generator=torch.Generator().manual_seed(seed))
-        self.noise = noise
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        rows = self.ids[indices]
-        if self.noise:
-            rows[0, 0] = int(torch.randint(VOCABULARY, ()))
-        return rows
-
-
-def _same(batch: Any) -> Any:
-    return batch
-
-
-class ToyData(pl.LightningDataModule):
-    """The state is one integer."""
-
-    def __init__(self, toy: Toy) -> None:
-        super().__init__()
-        self.toy, self.consumed = toy, 0
-
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        positions = Positions(self.toy, self.consumed)
-        return DataLoader(Rows(TRAIN, 0, noise=not self.toy.plain), batch_sampler=positions, collate_fn=_same)
-
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        mine = list(range(self.toy.rank, VALIDATION, self.toy.world))
-        batches = [mine[start : start + 4] for start in range(0, len(mine), 4)]
-        return DataLoader(Rows(VALIDATION, 1, noise=False), batch_sampler=batches, collate_fn=_same)
-
-    def state_dict(self) -> dict[str, Any]:
-        assert self.trainer is not None
-        return {"consumed": self.trainer.global_step * self.toy.batch_size}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.consumed = state_dict["consumed"]
-
-
-class ToyModule(pl.LightningModule):
-    """Next-token prediction with dropout; classes by target id."""
-
-    modalities = MODALITIES
-
-    def __init__(self, toy: Toy) -> None:
-        super().__init__()
-        self.toy = toy
-        torch.manual_seed(3)
-        self.rows = nn.Embedding(VOCABULARY, 8)
-        self.dropout = nn.Dropout(0.0 if toy.plain else 0.1)
-        self.head = nn.Linear(8, VOCABULARY)
-        self.drawn = 0.0
-
-    def training_step(self, ids_BT: Tensor, batch_idx: int) -> dict[str, Any]:
-        nll_BT, output = self._sums(ids_BT)
-        if not self.toy.plain:
-            self.drawn = random.random() + float(np.random.rand())
-        loss = nll_BT.mean() * (1 + 0.01 * self.drawn)
-        step = self.trainer.global_step
-        if step in self.toy.harm.get("nan_at", []) and self.toy.rank == self.toy.harm.get("on_rank", 0):
-            loss = loss * float("nan")
-        if step == self.toy.harm.get("raise_at"):
-            raise ArithmeticError("harm")
-        self._signal_here(step, "step")
-        return {"loss": loss, **output}
-
-    def validation_step(self, ids_BT: Tensor, batch_idx: int) -> dict[str, Any]:
-        if batch_idx == 1:
-            self._signal_here(self.trainer.global_step, "validation")
-        return self._sums(ids_BT)[1]
-
-    def _sums(self, ids_BT: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        target_BT = ids_BT[:, 1:]
-        logits_BTV = self.head(self.dropout(self.rows(ids_BT[:, :-1])))
-        nll_BT = nn.functional.cross_entropy(logits_BTV.mT, target_BT, reduction="none")
-        # The last id stands for a boundary, so that some micro-batches have none.
-        class_BT = torch.where(target_BT == VOCABULARY - 1, 2, (target_BT >= VOCABULARY // 2).long())
-        nll_sum_M = torch.zeros(3, dtype=torch.float64).index_add_(
-            0, class_BT.flatten(), nll_BT.detach().double().flatten()
-        )
-        return nll_BT, {
-            "nll_sum": nll_sum_M,
-            "count": torch.bincount(class_BT.flatten(), minlength=3),
-            "samples": len(ids_BT),
-            "tokens_nominal": ids_BT.numel(),
-            "tokens_real": (ids_BT != 0).sum(),
-        }
-
-    def _signal_here(self, step: int, where: str) -> None:
-        harm = self.toy.harm
-        if harm.get("signal_in") == where and step == harm["at_step"] and self.toy.rank in harm.get("ranks", [0]):
-            os.kill(os.getpid(), harm["signal"])
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
 class Witness(Callback):
     """Writes a line each step: loss, what was drawn, and the bits of the parameters."""
 
-    def __init__(self, file: MetricsFile) -> None:
-        self.file, self.step = file, 0
+    def __init__(self, file: MetricsFile, preemption: Preemption) -> None:
+        self.file, self.preemption, self.step = file, preemption, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.step = trainer.global_step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Long work after a validation, that can be stopped."""
+        assert isinstance(pl_module, ToyModule)
+        pl_module.signal_here("work after validation")
+        self.preemption.stop_if_asked(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -232,9 +84,11 @@ class Witness(Callback):
 
 
 def fingerprint(module: nn.Module) -> str:
-    """The bits of all parameters, as hexadecimal digits of their sum of squares, and of their sum."""
-    flat = torch.cat([parameter.detach().double().flatten() for parameter in module.parameters()])
-    return f"{float(flat.square().sum()).hex()} {float(flat.sum()).hex()}"
+    """sha256 of the bits of all parameters."""
+    digest = hashlib.sha256()
+    for parameter in module.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def build(toy: Toy) -> tuple[pl.Trainer, ToyModule, ToyData]:
@@ -244,6 +98,7 @@ def build(toy: Toy) -> tuple[pl.Trainer, ToyModule, ToyData]:
     meter = EMASplitPerplexity(toy.interval, 0.9, toy.folder / METRICS, extras=[throughput])
     assert meter.file is not None
     saver = RunCheckpoints(toy.folder / CHECKPOINTS, toy.save_every, metrics=meter.file, events=events)
+    preemption = Preemption(saver)
     trainer = pl.Trainer(
         max_steps=toy.steps,
         accelerator="cpu",
@@ -260,10 +115,10 @@ def build(toy: Toy) -> tuple[pl.Trainer, ToyModule, ToyData]:
         enable_model_summary=False,
         callbacks=[
             throughput,
-            Preemption(saver),
+            preemption,
             NonFiniteGuard(limit=3, events=events),
             meter,
-            Witness(meter.file),
+            Witness(meter.file, preemption),
             RunProgress(meter, toy.interval),
             RngState(5, events),
             saver,

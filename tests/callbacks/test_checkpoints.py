@@ -1,0 +1,118 @@
+"""Which checkpoints a run keeps, and what it does when one cannot be kept."""
+
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+import callbacks.checkpoints
+from callbacks import CorruptCheckpointError, EventLog, RunCheckpoints, find_resumable
+from callbacks.checkpoint_io import digest_of, verify
+from callbacks.checkpoints import checkpoint_path, checkpoints, step_of
+from tests.callbacks.toy_model import Toy
+from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, build
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+
+def fit(toy: Toy, *more: Callback, resume: Path | None = None) -> pl.Trainer:
+    """A run in this process."""
+    trainer, module, data = build(toy)
+    trainer.callbacks = [*more, *trainer.callbacks]  # type: ignore[attr-defined]
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def kept(toy: Toy) -> list[int]:
+    """Steps of the checkpoints of a run."""
+    return [step_of(path) for path in checkpoints(toy.folder / CHECKPOINTS)]
+
+
+def test_the_newest_are_kept_with_their_digests_and_nothing_else(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, steps=17)
+    fit(toy)
+    assert kept(toy) == [15, 17]
+    for path in checkpoints(tmp_path / CHECKPOINTS):
+        verify(path)
+    assert len(list((tmp_path / CHECKPOINTS).iterdir())) == 4
+
+
+def test_a_start_sweeps_out_what_a_killed_save_left(tmp_path: Path) -> None:
+    folder = tmp_path / CHECKPOINTS
+    folder.mkdir()
+    # Of a step that this run does not save, so that no save of its own replaces them.
+    for suffix in (".tmp", ".sha256", ".sha256.tmp"):
+        (folder / f"step-00000003.ckpt{suffix}").touch()
+    toy = Toy(tmp_path, steps=5)
+    fit(toy)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000005.ckpt", "step-00000005.ckpt.sha256"]
+
+
+# Lightning sees no state in the loader: it lies in the data module.
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
+def test_resuming_from_an_older_checkpoint_leaves_no_later_ones_to_be_taken_for_newer(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, steps=10)
+    fit(toy)
+    digest_of(checkpoint_path(tmp_path / CHECKPOINTS, 10)).write_text("0" * 64)
+    older = find_resumable(tmp_path / CHECKPOINTS)
+    assert older == checkpoint_path(tmp_path / CHECKPOINTS, 5)
+    fit(Toy(tmp_path, steps=8, save_every=2), resume=older)
+    assert kept(toy) == [6, 8]
+
+
+def test_an_old_checkpoint_stays_while_the_new_one_cannot_be_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged_until_15(path: Path) -> None:
+        if step_of(path) in (10, 15):
+            raise CorruptCheckpointError("bad sectors")
+        verify(path)
+
+    toy = Toy(tmp_path, steps=17)
+    monkeypatch.setattr(callbacks.checkpoints, "verify", damaged_until_15)
+    fit(toy)
+    assert EventLog(tmp_path / EVENTS).counts() == {"save-failed": 2}
+    assert "cannot be read back: bad sectors; training goes on" in capsys.readouterr().err
+    assert 17 in kept(toy)
+
+
+def test_the_last_save_must_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(path: Path) -> None:
+        raise CorruptCheckpointError("bad sectors")
+
+    monkeypatch.setattr(callbacks.checkpoints, "verify", damaged)
+    with pytest.raises(OSError, match="cannot be read back: bad sectors"):
+        fit(Toy(tmp_path, steps=3))
+
+
+class Unreadable(Callback):
+    """Puts into the checkpoint what cannot be read back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"where": Path("x")}
+
+
+def test_a_state_that_cannot_be_read_back_stops_the_run_at_its_first_save(tmp_path: Path) -> None:
+    toy = Toy(tmp_path)
+    with pytest.raises(TypeError, match="weights_only=True"):
+        fit(toy, Unreadable())
+    assert kept(toy) == []
+
+
+@pytest.mark.parametrize("harm", [{}, {"raise_at": 1}], ids=["after the end", "after an error"])
+def test_signal_handlers_are_put_back(tmp_path: Path, harm: dict[str, Any]) -> None:
+    before = [signal.getsignal(number) for number in HANDLED]
+    with pytest.raises(ArithmeticError) if harm else nullcontext():
+        fit(Toy(tmp_path, steps=2, harm=harm))
+    assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+@pytest.mark.parametrize("name", ["every_n_steps", "keep"])
+def test_a_number_out_of_range_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    options: dict[str, Any] = {"every_n_steps": 1, "keep": 1, name: 0}
+    with pytest.raises(ValueError, match=f"{name}=0: expected at least 1"):
+        RunCheckpoints(tmp_path, **options)
