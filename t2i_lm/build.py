@@ -98,13 +98,13 @@ def build_decoder(config: ExperimentConfig, length: int) -> Decoder:
     return decoder
 
 
-def build_text_to_image(config: ExperimentConfig) -> Experiment:
+def build_text_to_image(config: ExperimentConfig, prepare: bool) -> Experiment:
     """The expanded decoder on caption-image pairs."""
     if config.text_tokenizer.path is None or config.image_tokenizer.path is None:
         raise ValueError("text_tokenizer.path and image_tokenizer.path: both are needed for task=text_to_image")
     text = SentencePieceTokenizer(resolve(config.text_tokenizer.path))
     image = VQTokenizer.from_folder(resolve(config.image_tokenizer.path), config.image_tokenizer.size)
-    shards = prepare_pairs(config, text, image)
+    shards = prepare_pairs(config, text, image) if prepare else None
     decoder = build_decoder(config, config.data.length)
     if text.vocab_size > decoder.config.vocab_size:
         raise ValueError(
@@ -113,26 +113,26 @@ def build_text_to_image(config: ExperimentConfig) -> Experiment:
         )
     vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"))
     layout = Layout(vocab, image.grid[0] * image.grid[1], config.data.length)
-    index = read_index(shards)
-    assert index is not None
     module = TextToImageModule(decoder, config, layout)
-    return Experiment(config, module, PairDataModule(config, shards, layout), index, shards, text, image, layout)
+    data = PairDataModule(config, shards or Path(config.data.cache_dir), layout)
+    return Experiment(config, module, data, _index(shards), shards, text, image, layout)
 
 
-def build_text(config: ExperimentConfig) -> Experiment:
+def build_text(config: ExperimentConfig, prepare: bool) -> Experiment:
     """A decoder from random weights on plain text."""
-    shards, text = prepare_text(config)
     decoder = build_decoder(config, config.data.length)
+    if not prepare:
+        return Experiment(config, TextModule(decoder, config), TextDataModule(config, Path(config.data.cache_dir)))
+    shards, text = prepare_text(config)
     if text.vocab_size != decoder.config.vocab_size:
         raise ValueError(
             f"text_tokenizer.vocab_size={text.vocab_size}: backbone.config has vocab_size={decoder.config.vocab_size}"
         )
-    index = read_index(shards)
-    assert index is not None
-    return Experiment(config, TextModule(decoder, config), TextDataModule(config, shards), index, shards, text)
+    data = TextDataModule(config, shards)
+    return Experiment(config, TextModule(decoder, config), data, _index(shards), shards, text)
 
 
-def build_image_tokenizer(config: ExperimentConfig) -> Experiment:
+def build_image_tokenizer(config: ExperimentConfig, prepare: bool) -> Experiment:
     """An image tokenizer from random weights on pictures."""
     state = torch.get_rng_state()
     torch.manual_seed(config.seed)  # diffusers draws from the global stream
@@ -141,17 +141,21 @@ def build_image_tokenizer(config: ExperimentConfig) -> Experiment:
     return Experiment(config, ImageTokenizerModule(model, config), PictureDataModule(config))
 
 
-TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
+def _index(shards: Path | None) -> dict[str, Any]:
+    return (read_index(shards) if shards else None) or {}
+
+
+TASKS: dict[str, Callable[[ExperimentConfig, bool], Experiment]] = {
     "text_to_image": build_text_to_image,
     "text": build_text,
     "image_tokenizer": build_image_tokenizer,
 }
 
 
-def build(config: ExperimentConfig) -> Experiment:
-    """Builds an experiment's module and data, preparing token shards where they are absent."""
+def build(config: ExperimentConfig, prepare: bool = True) -> Experiment:
+    """Builds an experiment's module and data, preparing token shards where they are absent unless told not to."""
     pl.seed_everything(config.seed, verbose=False)
-    return TASKS[config.task](config)
+    return TASKS[config.task](config, prepare)
 
 
 def precision(config: ExperimentConfig) -> str:

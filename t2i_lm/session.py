@@ -34,7 +34,7 @@ STREAM_STEPS = 1000
 
 def run(config: ExperimentConfig, folder: Path | None, resume: bool, dry_run: bool) -> int:
     """Trains (or only describes) an experiment; returns the exit code."""
-    experiment = build(config)
+    experiment = build(config, prepare=not dry_run)
     if dry_run:
         print(describe(experiment))
         return 0
@@ -118,6 +118,4 @@ def describe(experiment: Experiment) -> str:
         lines.append(f"compute: {flops * tokens * config.trainer.max_steps:.3g} FLOP ({flops:.3g} a token)")
     if experiment.layout is not None:
         lines.append(f"vocabulary: {experiment.layout.vocab.size:,} rows, text budget {experiment.layout.text_budget}")
-    if experiment.shards is not None:
-        lines.append(f"token shards: {experiment.shards}")
     return "\n".join(lines)
