@@ -29,7 +29,7 @@ fi
 # One installation at a time; a lock left by a killed one is taken over.
 lock="$venv.lock"
 while ! mkdir "$lock" 2>/dev/null; do
-    holder=$(cat "$lock/pid" 2>/dev/null || true)
+    holder=$(cat "$lock/pid" 2>/dev/null || { sleep 1; cat "$lock/pid" 2>/dev/null; } || true)
     if [ -n "$holder" ] && kill -0 "$holder" 2>/dev/null; then
         sleep 2
     else
@@ -46,7 +46,10 @@ if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     "$python" -m venv "$venv"
 fi
 echo "installing into $venv (a few minutes the first time; about 7 GB with torch's CUDA libraries)"
-"$venv/bin/python" -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]' ||
+quiet=--quiet
+[ -t 1 ] && quiet= # a terminal gets pip's progress bars
+# shellcheck disable=SC2086 - an empty option must vanish
+"$venv/bin/python" -m pip install --disable-pip-version-check $quiet --constraint constraints.txt --editable '.[dev]' ||
     fail "pip could not install the packages (see above). Run the same command again: it goes on where it stopped"
 rm -f "$venv"/.installed-*
 touch "$stamp"

@@ -73,6 +73,16 @@ exit 0"""
     assert not (fake / "venv.lock").exists()
 
 
+def test_a_lock_left_by_a_killed_installation_is_taken_over(fake: Path) -> None:
+    (fake / "venv.lock").mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (fake / "venv.lock" / "pid").write_text(f"{gone.pid}\n")
+    script = f'case "$*" in *"-m venv"*) mkdir -p {fake}/venv/bin && cp "$0" {fake}/venv/bin/python;; esac; exit 0'
+    assert setup(fake, script).returncode == 0
+    assert (fake / "venv" / "stamp").exists()
+
+
 def test_ci_runs_the_readmes_test_command() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
