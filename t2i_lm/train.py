@@ -55,7 +55,7 @@ def _configure(options: argparse.Namespace) -> tuple[ExperimentConfig, Path | No
 
     if options.resume == "latest":
         config = load_experiment(options.experiment, options.scale, options.overrides)
-        found = [path for path in run_folders(Path(config.run.dir), config.name) if path.name.endswith(options.scale)]
+        found = [path for path in run_folders(Path(config.run.dir), config.name) if f"-{options.scale}" in path.name]
         unfinished = [path for path in found if not (path / REPORT).is_file()]
         if not unfinished:
             raise ValueError(

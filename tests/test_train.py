@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,19 @@ def test_a_finished_run_is_never_overwritten(
     assert main([PRETRAINED, "--resume", str(pretrained.folder), *tiny]) == 2
     assert "finished" in capsys.readouterr().err
     assert (pretrained.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_while_it_reports_only_reports_again(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "t2i_pretrained" / pretrained.folder.name
+    shutil.copytree(pretrained.folder, folder)
+    (folder / "report.json").unlink()
+    assert main([PRETRAINED, "--resume", str(folder)]) == 0
+    again = read_run(folder)
+    assert curve(again) == curve(pretrained)
+    assert again.report is not None
+    assert pretrained.report is not None
+    assert again.report["samples"] == pretrained.report["samples"]
+    assert again.report["val"] == pretrained.report["val"]
 
 
 def test_another_config_is_refused_on_resume(
