@@ -56,7 +56,9 @@ class RunCheckpoints(Checkpoint):
             if self.folder.is_dir():
                 sweep(self.folder)
             if self.metrics and self._resume_size is not None and not self.metrics.cut_to(self._resume_size):
-                self._tell("metrics-changed", f"{self.metrics.path} is not the file that the checkpoint knew")
+                gone = self.metrics.cut_after(trainer.global_step)
+                text = f"{self.metrics.path.name} is not what the checkpoint knew; {gone} later lines dropped by step"
+                self._tell("metrics-changed", text)
             self._metrics_size = self.metrics.size() if self.metrics else 0
         self._resume_size = None
 

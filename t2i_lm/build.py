@@ -185,7 +185,7 @@ def build_trainer(config: ExperimentConfig, folder: Path, events: EventLog, resu
     """The Trainer of a run, with all callbacks. A new run is validated once before its first step.
 
     Order matters: throughput first, so that other callbacks count as work; the guard before the meters; progress
-    after the meter that it shows; the saver last, when all others have seen the step.
+    after the meter that it shows; random state after all that draw; the saver last, when all have seen the step.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in QUIET:
@@ -198,16 +198,14 @@ def build_trainer(config: ExperimentConfig, folder: Path, events: EventLog, resu
         meter = RunScalars(config.log.interval, metrics)
     else:
         meter = EMASplitPerplexity(config.log.interval, config.log.ema, metrics, extras=[throughput])
-    saver = RunCheckpoints(
-        folder / CHECKPOINTS, trainer.checkpoint_interval, metrics=MetricsFile(metrics), events=events
-    )
+    saver = RunCheckpoints(folder / CHECKPOINTS, trainer.checkpoint_interval, metrics=meter.file, events=events)
     callbacks = [
         throughput,
         Preemption(saver),
         NonFiniteGuard(events=events),
         meter,
-        RngState(),
         RunProgress(meter, config.log.interval),
+        RngState(config.seed, events),
         saver,
     ]
     if trainer.threads:

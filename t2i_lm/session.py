@@ -24,7 +24,7 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.load import save_experiment
 from t2i_lm.report import write_report
-from t2i_lm.runs import CONFIG, ENVIRONMENT, EVENTS, METRICS, environment, new_run_folder
+from t2i_lm.runs import CONFIG, ENVIRONMENT, EVENTS, METRICS, environment, new_run_folder, read_run
 
 # A launched rank finds the folder that rank 0 made here.
 FOLDER_VARIABLE = "T2I_LM_RUN_FOLDER"
@@ -46,7 +46,7 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool, dry_run: bo
         else:  # only rank 0 writes; under torchrun the others never need the folder's name
             folder = Path(inherited or config.run.dir)
     events = EventLog(folder / EVENTS)
-    checkpoint = find_resumable(folder / CHECKPOINTS, events) if resume else None
+    checkpoint = find_resumable(folder / CHECKPOINTS, events if main_rank else None) if resume else None
     if main_rank:
         _open_folder(experiment, folder, events, checkpoint)
     trainer = build_trainer(config, folder, events, resumed=checkpoint is not None)
@@ -63,7 +63,8 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool, dry_run: bo
         if main_rank:
             del os.environ[FOLDER_VARIABLE]
     trained = int(trainer.global_step)
-    if trained % config.trainer.val_check_interval:
+    validated = trainer.is_global_zero and any(r["step"] == trained for r in read_run(folder).records("val"))
+    if not trainer.strategy.broadcast(validated):
         trainer.validate(experiment.module, experiment.data, verbose=False)
     if trainer.is_global_zero:
         write_report(experiment, folder, trained, wall_s=time.monotonic() - started)

@@ -14,7 +14,7 @@ from callbacks import CorruptCheckpointError, EventLog, RunCheckpoints, find_res
 from callbacks.checkpoint_io import digest_of, verify
 from callbacks.checkpoints import checkpoint_path, checkpoints, step_of
 from tests.callbacks.toy_model import Toy
-from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, build
+from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, build, lines
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
 
@@ -101,6 +101,16 @@ def test_a_state_that_cannot_be_read_back_stops_the_run_at_its_first_save(tmp_pa
     with pytest.raises(TypeError, match="weights_only=True"):
         fit(toy, Unreadable())
     assert kept(toy) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
+def test_metrics_changed_by_hand_are_cut_by_step_and_told(tmp_path: Path) -> None:
+    fit(Toy(tmp_path, steps=7))
+    before, path = lines(tmp_path), tmp_path / METRICS
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))  # no longer those of step 0
+    fit(Toy(tmp_path, steps=7), resume=checkpoint_path(tmp_path / CHECKPOINTS, 5))
+    assert EventLog(tmp_path / EVENTS).counts() == {"metrics-changed": 1}
+    assert lines(tmp_path) == before[1:]
 
 
 @pytest.mark.parametrize("harm", [{}, {"raise_at": 1}], ids=["after the end", "after an error"])
