@@ -13,6 +13,7 @@ TRAIN = $(PY) -m t2i_lm.train experiments/$(1).yaml --scale $(SCALE) $(if $(RESU
 
 TEXT ?=
 HELDOUT ?=
+PRETRAIN = $(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" data.val_path="$(HELDOUT)" run.dir=$(RUNS)/assets/$(1) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check test tensorboard figures demo-assets exp-pretrained exp-scratch clean
@@ -50,8 +51,10 @@ tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
 demo-assets: $(STAMP)  ## rebuild the shipped weights (hours): TEXT=books.txt.gz HELDOUT=heldout.txt.gz
 	@test -f "$(TEXT)" && test -f "$(HELDOUT)" || \
 	  { echo "error: give text: make demo-assets TEXT=books.txt.gz HELDOUT=heldout.txt.gz" >&2; exit 2; }
-	$(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" data.val_path="$(HELDOUT)" run.dir=$(RUNS)/assets $(ARGS)
-	$(PY) -m t2i_lm.export $(RUNS)/assets/text_lm --out t2i_lm/assets/lm_rotary
+	$(call PRETRAIN,lm_rotary)
+	$(PY) -m t2i_lm.export $(RUNS)/assets/lm_rotary/text_lm --out t2i_lm/assets/lm_rotary
+	$(call PRETRAIN,lm_head_rotary) backbone.positional=head_rotary text_tokenizer.path=asset:lm_rotary/text_tokenizer.model
+	$(PY) -m t2i_lm.export $(RUNS)/assets/lm_head_rotary/text_lm --out t2i_lm/assets/lm_head_rotary
 	$(PY) -m t2i_lm.train experiments/image_tokenizer.yaml run.dir=$(RUNS)/assets $(ARGS)
 	$(PY) -m t2i_lm.export $(RUNS)/assets/image_tokenizer --out t2i_lm/assets/image_tokenizer
 

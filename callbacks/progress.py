@@ -35,6 +35,7 @@ class RunProgress(Callback):
         self._bar: Progress | None = None
         self._started = self._tokens = 0.0
         self._first_step = self._last_step = 0
+        self._last_note = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock, and the bar on a terminal."""
@@ -61,20 +62,26 @@ class RunProgress(Callback):
         if not trainer.is_global_zero or step == self._last_step:
             return
         self._last_step = step
+        self._last_note = self._note(outputs)
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=step, note=self._note(outputs))
+            self._bar.update(self._bar.task_ids[0], completed=step, note=self._last_note)
         elif step % self.every == 0 or step == trainer.max_steps:
             elapsed = time.monotonic() - self._started
             left = elapsed / (step - self._first_step) * (trainer.max_steps - step)
-            print(f"step {step}/{trainer.max_steps}  {self._note(outputs)}  ETA {_clock(left)}", flush=True)
+            print(f"step {step}/{trainer.max_steps}  {self._last_note}  ETA {_clock(left)}", flush=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says what takes time."""
         if self._bar:
             self._bar.update(self._bar.task_ids[0], note="validating")
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Shows the speed and losses again."""
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], note=self._last_note)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops the bar."""
+        """Stops the bar, which keeps the last losses in sight."""
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

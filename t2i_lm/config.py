@@ -92,6 +92,7 @@ class DataConfig:
     train_size: int | None = None  # samples taken from the source; null: all
     val_size: int | None = None
     seed: int = 0  # of generated scenes and of a validation split made here; not the run's seed
+    hold_out_pairs: bool = True  # scenes: keep some colour-kind pairs out of training, so validation asks to compose
     batch_size: int = 64  # global: split over ranks and accumulation
     length: int = 128  # positions of a sequence, pads included
     captions: str = "random"  # which of several captions: `first`, or `random` per epoch

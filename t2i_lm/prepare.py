@@ -33,6 +33,7 @@ def cache_folder(config: ExperimentConfig, tokenizers: dict[str, str]) -> Path:
         "source": data.source,
         "path": str(path),
         "val_path": data.val_path,
+        "hold_out_pairs": data.hold_out_pairs,
         "sizes": [data.train_size, data.val_size],
         "seed": data.seed,
         "image_size": config.image_tokenizer.size if config.task != "text" else None,
@@ -171,12 +172,14 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, "SentencePieceTokenize
     Raises:
         ValueError: if there is no text, or no held-out text.
     """
+    from t2i_lm.assets import resolve
     from t2i_lm.data.tokens import read_index
     from t2i_lm.tokenizers.text import SentencePieceTokenizer
 
     if config.data.val_path is None:
         raise ValueError("data.val_path=null: give held-out text, for example data.val_path=books_heldout.txt.gz")
-    text = SentencePieceTokenizer(config.text_tokenizer.path or _train_text_tokenizer(config))
+    trained = config.text_tokenizer.path
+    text = SentencePieceTokenizer(resolve(trained) if trained else _train_text_tokenizer(config))
     folder = cache_folder(config, {"text": text.sha256})
     with _only_one(folder):
         if read_index(folder) is None:

@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
+from t2i_lm.build import build
+from t2i_lm.data.datamodules import spread
 from t2i_lm.export import main as export
+from t2i_lm.load import load_experiment
 from t2i_lm.models.open_lm import load_open_lm
 from t2i_lm.runs import read_run, run_folders
 from t2i_lm.tokenizers.vq import VQTokenizer
@@ -98,6 +102,25 @@ def language_model(tmp_path: Path) -> Path:
     ]
     assert main([LM, *arguments]) == 0
     return run_folders(tmp_path / "runs")[-1]
+
+
+def test_validation_during_training_takes_windows_from_all_over_the_held_out_text() -> None:
+    rows = datasets.Dataset.from_dict({"row": list(range(100))})
+    assert spread(rows, 4)["row"][:] == [0, 25, 50, 75]
+    assert len(spread(rows, None)) == len(spread(rows, 1000)) == 100
+
+
+def test_a_shipped_text_tokenizer_serves_another_language_model(language_model: Path, tmp_path: Path) -> None:
+    config = load_experiment(
+        language_model / "config.yaml",
+        None,
+        ["text_tokenizer.path=asset:lm_rotary/text_tokenizer.model", "data.val_size=3", "backbone.config=demo_7m"],
+    )
+    experiment = build(config)
+    experiment.data.setup("fit")
+    assert len(experiment.data.val_set) == 3
+    assert experiment.text is not None
+    assert experiment.text.vocab_size == 4096
 
 
 def test_a_language_model_learns_and_is_exported(language_model: Path, tmp_path: Path) -> None:

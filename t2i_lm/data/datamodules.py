@@ -186,9 +186,17 @@ class TextDataModule(BatchDataModule):
         self.folder = folder
 
     def setup(self, stage: str) -> None:
-        """Maps the shards, checking their hashes."""
-        self.train_set = TextBatches(open_split(self.folder, "train"))
-        self.val_set = TextBatches(open_split(self.folder, "val"))
+        """Maps the shards, checking their hashes; of each split the rows that the config asks for."""
+        data = self.config.data
+        self.train_set = TextBatches(spread(open_split(self.folder, "train"), data.train_size))
+        self.val_set = TextBatches(spread(open_split(self.folder, "val"), data.val_size))
+
+
+def spread(split: datasets.Dataset, size: int | None) -> datasets.Dataset:
+    """`size` rows at even distances, so that every document has its share; all where `size` is null or larger."""
+    if size is None or size >= len(split):
+        return split
+    return split.select([row * len(split) // size for row in range(size)])
 
 
 def packed_rows(split: datasets.Dataset, layout: Layout, indices: list[int]) -> Tensor:

@@ -43,6 +43,7 @@ FAMILIES = {"single": 0.25, "pair": 0.5, "group": 0.25}
 ARRANGEMENTS = ("left", "above")  # the first object of a pair is left of, or above, the second
 COUNTS = (2, 3)
 
+SPLITS = ("train", "val", "every_pair")
 # Every kind and every colour keeps most of its partners: one pair in eight is held out.
 HELD_OUT = frozenset(zip(("red", "green", "blue", "yellow", "purple", "orange"), KINDS, strict=True))
 ALL_PAIRS = tuple(product(COLOURS, KINDS))
@@ -89,11 +90,13 @@ def scene_from_meaning(meaning: dict[str, Any]) -> Scene:
 def draw_scene(seed: int, split: str, index: int) -> Scene:
     """The scene of an index: a function of its arguments, the same on every machine.
 
+    The split `every_pair` is for training what must not be the limit of composition, the image tokenizer.
+
     Raises:
-        ValueError: if the split is not train or val.
+        ValueError: if the split is unknown.
     """
-    if split not in ("train", "val"):
-        raise ValueError(f"split={split!r}: expected train or val")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     rng = random.Random(f"scene/{seed}/{split}/{index}")
     family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
     background = rng.choice(list(BACKGROUNDS))
@@ -123,9 +126,14 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
 
 def _pairs(rng: random.Random, split: str, count: int) -> list[tuple[str, str]]:
     """Colour-kind pairs of differing colours: none held out in training, at least one in validation."""
+    first, later = {
+        "train": (TRAIN_PAIRS, TRAIN_PAIRS),
+        "val": (tuple(sorted(HELD_OUT)), ALL_PAIRS),
+        "every_pair": (ALL_PAIRS, ALL_PAIRS),
+    }[split]
     chosen: list[tuple[str, str]] = []
     for number in range(count):
-        allowed = TRAIN_PAIRS if split == "train" else tuple(sorted(HELD_OUT)) if number == 0 else ALL_PAIRS
+        allowed = first if number == 0 else later
         taken = {colour for colour, _ in chosen}
         chosen.append(rng.choice([pair for pair in allowed if pair[0] not in taken]))
     if split == "val":

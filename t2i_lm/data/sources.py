@@ -204,7 +204,8 @@ def scenes(data: DataConfig, split: str, size: int) -> CaptionedSource:
     count = data.train_size if split == "train" else data.val_size
     if count is None:
         raise ValueError(f"data.{split}_size=null: scenes are endless, so give a number")
-    return SceneSource(count, split, data.seed, size)
+    drawn = "every_pair" if split == "train" and not data.hold_out_pairs else split
+    return SceneSource(count, drawn, data.seed, size)
 
 
 SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource]] = {

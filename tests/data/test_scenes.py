@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
+from t2i_lm.config import DataConfig
 from t2i_lm.data.captions import ATTRIBUTES, Description, altered, describe, entropy
 from t2i_lm.data.scene_checker import check, read_scene
-from t2i_lm.data.scenes import COLOURS, HELD_OUT, KINDS, SceneSource, draw_scene, render, scene_from_meaning
+from t2i_lm.data.scenes import ALL_PAIRS, COLOURS, HELD_OUT, KINDS, SceneSource, draw_scene, render, scene_from_meaning
+from t2i_lm.data.sources import open_source
 
 EVERYTHING = frozenset(ATTRIBUTES)
 
@@ -28,6 +30,17 @@ def test_held_out_pairs_never_occur_in_training_and_always_in_validation() -> No
         )
         assert not train & HELD_OUT
         assert val & HELD_OUT
+
+
+def test_a_tokenizer_sees_every_pair_in_scenes_of_its_own() -> None:
+    drawn = [draw_scene(0, "every_pair", index) for index in range(2000)]
+    assert {(item.colour, item.kind) for scene in drawn for item in scene.objects} == set(ALL_PAIRS)
+    held_out = {repr(draw_scene(0, "val", index)) for index in range(2000)}
+    assert sum(repr(scene) in held_out for scene in drawn) < 100
+    source = open_source(DataConfig(train_size=9, val_size=9, hold_out_pairs=False), "train", 64)
+    assert source[7].meaning == drawn[7].meaning() | {"style": "0/every_pair/7"}
+    with pytest.raises(ValueError, match="expected one of train, val, every_pair"):
+        draw_scene(0, "test", 0)
 
 
 def test_each_colour_and_kind_keeps_most_partners() -> None:
