@@ -6,6 +6,7 @@ that a half-trained model's blobs count as wrong and never as a crash.
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ FOREGROUND_DISTANCE = 55.0
 MINIMUM_AREA = 30
 # Template matching looks this many pixels around a region's centre.
 SHIFTS = (-2, -1, 0, 1, 2)
+# Templates are also compared blurred, by Gaussians of these widths in pixels: an image tokenizer softens corners, and
+# a soft small cross is nearer to a sharp circle than to a sharp cross.
+BLURS = (0.0, 1.0, 1.5)
 CHECKS = ("background", "colour", "any_colour", "kind", "size", "relation", "count")
 
 
@@ -121,14 +125,9 @@ def _read_object(pixels: npt.NDArray[np.float64], distance: npt.NDArray[np.float
     rows, columns = np.nonzero(cover > 0.5)
     y, x = (rows.min() + rows.max() + 1) / 2, (columns.min() + columns.max() + 1) / 2
     window = _window(cover, round(x), round(y))
-    best, name = -1.0, (KINDS[0], next(iter(SIZES)))
-    for key, stack in _templates().items():
-        overlap = np.minimum(stack, window).sum(axis=(1, 2))
-        union = np.maximum(stack, window).sum(axis=(1, 2))
-        score = float((overlap / union).max())
-        if score > best:
-            best, name = score, key
-    return FoundObject(colour, name[0], name[1], float(x), float(y))
+    names, templates, norms = _templates()
+    kind, size = names[int((norms - 2 * templates @ window.ravel()).argmin())]  # least squares
+    return FoundObject(colour, kind, size, float(x), float(y))
 
 
 _HALF = 20  # half a window's width, in pixels
@@ -140,18 +139,20 @@ def _window(cover: Cover, x: int, y: int) -> Cover:
 
 
 @cache
-def _templates() -> dict[tuple[str, str], Cover]:
-    """Coverage (shifts, window, window) of each kind and size, rendered like the scenes themselves."""
+def _templates() -> tuple[list[tuple[str, str]], Cover, Cover]:
+    """Kinds and sizes (n), coverage as rendered (n, window * window), squared norms (n), at every shift and blur."""
     centre = SIZE // 2
-    stacks = {}
-    for kind in KINDS:
-        for size in SIZES:
-            scene = Scene("single", "white", (SceneObject("blue", kind, size, centre, centre),), None)
-            pixels = np.asarray(render(scene), dtype=np.float64)
-            distance = np.linalg.norm(pixels - pixels[0, 0], axis=-1)
-            cover = distance / distance.max()
-            stacks[kind, size] = np.stack([_window(cover, centre + dx, centre + dy) for dx in SHIFTS for dy in SHIFTS])
-    return stacks
+    names, covers = [], []
+    for kind, size in product(KINDS, SIZES):
+        scene = Scene("single", "white", (SceneObject("blue", kind, size, centre, centre),), None)
+        pixels = np.asarray(render(scene), dtype=np.float64)
+        distance = np.linalg.norm(pixels - pixels[0, 0], axis=-1)
+        for blur, dx, dy in product(BLURS, SHIFTS, SHIFTS):
+            cover = ndimage.gaussian_filter(distance / distance.max(), blur)
+            names.append((kind, size))
+            covers.append(_window(cover, centre + dx, centre + dy).ravel())
+    templates = np.stack(covers)
+    return names, templates, np.square(templates).sum(axis=1)
 
 
 def _nearest(colour: npt.NDArray[np.float64], palette: dict[str, tuple[int, int, int]]) -> str:
