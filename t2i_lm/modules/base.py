@@ -7,6 +7,7 @@ over all tokens of the *global* batch, pads excluded, however the batch is cut o
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,7 +18,37 @@ from t2i_lm.models.decoder import Decoder
 from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
 
 
-class DecoderModule(pl.LightningModule):
+class OptimisedModule(pl.LightningModule):
+    """A module trained as its experiment's `optim` says."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def configure_optimizers(self) -> Any:
+        """The experiment's optimiser over trainable parameters, and the schedule by optimiser step."""
+        config = self.config.optim
+        optimizer = OPTIMIZERS[config.name](list(self.named_parameters()), config)
+        schedule = cosine_with_warmup(optimizer, config, self.config.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the total norm.
+
+        Lightning's own way refuses a fused optimiser under mixed precision, since a float16 gradient scaler would
+        unscale inside the optimiser's step, after clipping. There is no scaler in bfloat16.
+        """
+        assert gradient_clip_val is not None
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+
+class DecoderModule(OptimisedModule):
     """A decoder trained on next-token prediction.
 
     Subclasses set `modalities` and say which class a target belongs to.
@@ -26,8 +57,8 @@ class DecoderModule(pl.LightningModule):
     modalities: tuple[str, ...]
 
     def __init__(self, decoder: Decoder, config: ExperimentConfig) -> None:
-        super().__init__()
-        self.decoder, self.config = decoder, config
+        super().__init__(config)
+        self.decoder = decoder
         # Targets seen since the last optimiser step, on this rank.
         self._step_count: Tensor | None = None
 
@@ -87,10 +118,3 @@ class DecoderModule(pl.LightningModule):
     def nominal_length(self) -> int:
         """Positions of one sequence as counted in `tokens_nominal`."""
         return self.config.data.length
-
-    def configure_optimizers(self) -> Any:
-        """The experiment's optimiser over trainable parameters, and the schedule by optimiser step."""
-        config = self.config.optim
-        optimizer = OPTIMIZERS[config.name](list(self.decoder.named_parameters()), config)
-        schedule = cosine_with_warmup(optimizer, config, self.config.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

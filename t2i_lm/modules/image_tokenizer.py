@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -10,14 +9,14 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
+from t2i_lm.modules.base import OptimisedModule
 from t2i_lm.tokenizers.vq import PatchedVQ, to_uint8, to_unit
 
 # Latest encoder outputs kept for k-means and for re-seeding unused codes.
 RECENT = 32_768
 
 
-class ImageTokenizerModule(pl.LightningModule):
+class ImageTokenizerModule(OptimisedModule):
     """Trains a `PatchedVQ` on pictures.
 
     For `warmup_fraction` of the steps the decoder sees continuous latents. Then k-means of recent latents
@@ -29,8 +28,8 @@ class ImageTokenizerModule(pl.LightningModule):
     used: Tensor
 
     def __init__(self, model: PatchedVQ, config: ExperimentConfig) -> None:
-        super().__init__()
-        self.model, self.config = model, config
+        super().__init__(config)
+        self.model = model
         self.settings = config.image_tokenizer
         self.quantise_from = int(self.settings.warmup_fraction * config.trainer.max_steps)
         # In the checkpoint, so that a resumed run re-seeds with what an unbroken one would.
@@ -136,13 +135,6 @@ class ImageTokenizerModule(pl.LightningModule):
             "codes_used": float((codes > 0).double().mean()),
             "code_perplexity": float(entropy.exp()),
         }
-
-    def configure_optimizers(self) -> Any:
-        """The experiment's optimiser and schedule."""
-        config = self.config.optim
-        optimizer = OPTIMIZERS[config.name](list(self.model.named_parameters()), config)
-        schedule = cosine_with_warmup(optimizer, config, self.config.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def edge_loss(output_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
