@@ -31,6 +31,7 @@ from t2i_lm.assets import resolve
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
 from t2i_lm.data.tokens import read_index
+from t2i_lm.devices import multiplies_bfloat16
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.open_lm import decoder_config, load_open_lm
@@ -162,9 +163,8 @@ def precision(config: ExperimentConfig) -> str:
     """bf16-mixed where the device multiplies in bfloat16, else float32; float32 master weights either way."""
     if config.trainer.precision != "auto":
         return config.trainer.precision
-    if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda"):
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    return "bf16-mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "32-true"
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
+    return "bf16-mixed" if multiplies_bfloat16("cuda" if on_gpu else "cpu") else "32-true"
 
 
 def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:

@@ -1,11 +1,105 @@
-"""Sums and counts of the negative log-likelihood, per modality; never means of means (Figure 4)."""
+"""The loss: a fused output projection with cross-entropy, and its sums and counts per modality (Figure 4).
+
+Shapes: `N` targets, `D` width, `V` vocabulary, `M` classes; `C` targets of one chunk.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Logits held at once, in elements: what stays in a CPU's cache, and what keeps a GPU's cores busy.
+CPU_LOGITS, GPU_LOGITS = 2**21, 2**27
+
+
+class TokenLoss(NamedTuple):
+    """The loss to differentiate, and what it is made of.
+
+    Attributes:
+        total: sum of nll times token weight, nats, 0-d with gradient.
+        nll_N: negative log-likelihood of each target, nats, float32, without gradient.
+        lse_N: logsumexp of each target's logits, float32, without gradient.
+    """
+
+    total: Tensor
+    nll_N: Tensor
+    lse_N: Tensor
+
+
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None, z_loss: float = 0.0
+) -> TokenLoss:
+    """Cross-entropy of `x_ND @ weight_VD.T`, whose logits are never held whole.
+
+    Works through chunks of targets and forms the gradient while a chunk's logits are there, so memory does not
+    grow with N x V and nothing is computed twice. Under autocast the products are in its dtype; logsumexp,
+    losses and the sum of the weight's gradient are in float32.
+
+    Args:
+        x_ND: hidden states.
+        weight_VD: output rows.
+        target_N: int64 in [0, V).
+        token_weight_N: factor of each target in `total`; ones by default.
+        z_loss: factor of lse squared, added to each target's part of `total` but never to `nll_N`.
+    """
+    device = x_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+    if token_weight_N is None:
+        token_weight_N = torch.ones_like(target_N, dtype=torch.float32)
+    values = _LinearCrossEntropy.apply(x_ND.to(dtype), weight_VD.to(dtype), target_N, token_weight_N, z_loss)
+    return TokenLoss(*values)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, token_weight_N: Tensor, z_loss: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        chunk = max(1, (GPU_LOGITS if x_ND.is_cuda else CPU_LOGITS) // len(weight_VD))
+        nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
+        lse_N = torch.empty_like(nll_N)
+        grad_x_ND = torch.empty_like(x_ND) if wants_x else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        with torch.autocast(x_ND.device.type, enabled=False):
+            for start in range(0, len(x_ND), chunk):
+                part = slice(start, start + chunk)
+                x_CD, target_C1 = x_ND[part], target_N[part, None]
+                logits_CV = F.linear(x_CD, weight_VD)
+                log_prob_CV = F.log_softmax(logits_CV, dim=1, dtype=torch.float32)
+                log_prob_C1 = log_prob_CV.gather(1, target_C1)
+                lse_C1 = logits_CV.gather(1, target_C1).float() - log_prob_C1
+                nll_N[part], lse_N[part] = -log_prob_C1.squeeze(1), lse_C1.squeeze(1)
+                if not (wants_x or wants_weight):
+                    continue
+                # d total / d logits = factor * (p - onehot / growth); the row factor is applied to (C, D), not (C, V).
+                growth_C1 = 1 + 2 * z_loss * lse_C1
+                factor_C1 = (token_weight_N[part, None] * growth_C1).to(weight_VD.dtype)
+                grad_CV = log_prob_CV.exp_().scatter_add_(1, target_C1, -1 / growth_C1).to(weight_VD.dtype)
+                if grad_x_ND is not None:
+                    grad_x_ND[part] = (grad_CV @ weight_VD) * factor_C1
+                if grad_weight_VD is not None:
+                    grad_weight_VD += grad_CV.T @ (x_CD * factor_C1)
+        ctx.save_for_backward(grad_x_ND, grad_weight_VD)
+        ctx.mark_non_differentiable(nll_N, lse_N)
+        total = (token_weight_N * (nll_N + z_loss * lse_N.square())).sum()
+        return total, nll_N, lse_N
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_x_ND, grad_weight_VD = ctx.saved_tensors
+        return (
+            None if grad_x_ND is None else grad_x_ND * grad.to(grad_x_ND.dtype),
+            None if grad_weight_VD is None else grad_weight_VD * grad,
+            None,
+            None,
+            None,
+        )
 
 
 def split_sums(nll_N: Tensor, class_N: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Sum and count of `nll_N` in each class.
+    """Sum and count of `nll_N` in each class; never means of means.
 
     Args:
         nll_N: negative log-likelihood of each target, nats.

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from t2i_lm.config import OptimConfig
+from t2i_lm.devices import multiplies_bfloat16
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
@@ -27,15 +28,16 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig)
 def orthogonalise(matrix_MN: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix by the quintic Newton-Schulz iteration of Muon (Jordan et al., 2024).
 
-    `torch.optim.Muon` iterates in bfloat16, which a CPU without bfloat16 instructions emulates a hundred
-    times slower; this keeps the input's dtype.
+    In bfloat16, as `torch.optim.Muon` does, but in float32 where the device would have to emulate it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x_MN: Tensor = matrix_MN if matrix_MN.shape[0] <= matrix_MN.shape[1] else matrix_MN.T
+    dtype = torch.bfloat16 if multiplies_bfloat16(matrix_MN.device.type) else torch.float32
+    x_MN: Tensor = (matrix_MN if matrix_MN.shape[0] <= matrix_MN.shape[1] else matrix_MN.T).to(dtype)
     x_MN = x_MN / (x_MN.norm() + 1e-7)
     for _ in range(steps):
         gram_MM = x_MN @ x_MN.T
         x_MN = a * x_MN + (b * gram_MM + c * gram_MM @ gram_MM) @ x_MN
+    x_MN = x_MN.to(matrix_MN.dtype)
     return x_MN if matrix_MN.shape[0] <= matrix_MN.shape[1] else x_MN.T
 
 

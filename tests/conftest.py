@@ -80,6 +80,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "trainer.val_check_interval=4",
         "trainer.checkpoint_interval=2",
         "trainer.threads=1",
+        "trainer.precision=32-true",
         "log.interval=2",
         "log.logger=none",
         "samples.prompts=2",

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("config", ("t2i_lm", "t2i_lm.config", "t2i_lm.runs", "t2i_lm.assets")),
     ("load", ("t2i_lm.load",)),
-    ("vocab", ("t2i_lm.vocab",)),
+    ("vocab", ("t2i_lm.vocab", "t2i_lm.devices")),
     ("sequence", ("t2i_lm.sequence", "t2i_lm.losses")),
     ("models", ("t2i_lm.models", "t2i_lm.tokenizers", "t2i_lm.optim")),
     ("data", ("t2i_lm.data", "t2i_lm.modules")),

@@ -28,6 +28,7 @@ SMALL_VQ = [
     "data.batch_size=8",
     "optim.warmup_steps=2",
     "trainer.max_steps=30",
+    "trainer.precision=32-true",
     "trainer.val_check_interval=15",
     "trainer.checkpoint_interval=7",
     "log.interval=5",

@@ -112,6 +112,12 @@ def test_accumulation_gives_the_same_losses(pretrained: Run, tiny: list[str], tm
     same_losses(split, pretrained, 1e-5)
 
 
+def test_bfloat16_trains_to_nearly_the_same_losses(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
+    low = train(PRETRAINED, tmp_path, *tiny, "trainer.precision=bf16-mixed", "samples.prompts=0")
+    same_losses(low, pretrained, 2e-2)
+    assert low.metrics != pretrained.metrics
+
+
 def same_losses(one: Run, other: Run, tolerance: float) -> None:
     assert len(one.metrics) == len(other.metrics)
     for ours, theirs in zip(one.metrics, other.metrics, strict=True):

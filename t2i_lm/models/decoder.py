@@ -1,8 +1,8 @@
 """An open_lm-compatible decoder (mlfoundations/open_lm at commit 9bb92ef), in one file.
 
 Attribute names are open_lm's, so state dicts map name by name (`models/open_lm.py`). Two things differ in
-form, not in value: token rows are kept in blocks (text | special | image), so that one block can be frozen
-exactly, and the loss is computed inside the output module's forward.
+form, not in value: token rows are kept in blocks, and the loss is computed inside the output module's forward
+(`token_rows.py`).
 
 Shapes: `B` batch, `T` tokens, `D` width, `H` heads, `K` head dim, `F` feed-forward width, `V` vocabulary.
 """
@@ -15,8 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from t2i_lm.losses import TokenLoss
+from t2i_lm.models.token_rows import Embedding, Output
+
 POSITIONS = ("rotary", "head_rotary", "none")
 ROTARY_BASE = 10_000.0
+SHORT = 512  # positions up to which `attend` may hold all scores
 
 
 class RMSNorm(nn.Module):
@@ -113,6 +117,21 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return x_BHTK * cos_TK + torch.cat((-second, first), dim=-1) * sin_TK
 
 
+def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, causal: bool) -> Tensor:
+    """Scaled dot-product attention.
+
+    Torch's bfloat16 flash kernel for CPUs is slow at short sequences (5 times slower than plain products at
+    104 positions, 1.5 times at 320), so these take plain products.
+    """
+    B, H, T, K = q_BHTK.shape
+    if q_BHTK.is_cpu and q_BHTK.dtype == torch.bfloat16 and causal and T <= SHORT:
+        mask_TT = torch.full((T, T), float("-inf"), dtype=q_BHTK.dtype).triu(1)
+        q_XTK, k_XTK, v_XTK = (x.reshape(B * H, T, K) for x in (q_BHTK, k_BHTK, v_BHTK))
+        scores_XTT = torch.baddbmm(mask_TT, q_XTK, k_XTK.transpose(1, 2), alpha=1 / math.sqrt(K))
+        return (scores_XTT.softmax(dim=-1) @ v_XTK).view(B, H, T, K)
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=causal)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with a fused query-key-value projection."""
 
@@ -141,7 +160,7 @@ class Attention(nn.Module):
             causal = cache.filled == 0
             assert causal or T == 1
             k_BHTK, v_BHTK = cache.extend(self.layer, k_BHTK, v_BHTK)
-        out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=causal and T > 1)
+        out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal and T > 1)
         return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
 
 
@@ -171,43 +190,6 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, cache)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))  # type: ignore[no-any-return]
-
-
-class TokenRows(nn.Module):
-    """A (V, D) matrix in row blocks text | special | image; the last two appear on expansion."""
-
-    BLOCKS = ("text", "special", "image")
-    special: nn.Parameter | None
-    image: nn.Parameter | None
-
-    def __init__(self, vocab_size: int, dim: int) -> None:
-        super().__init__()
-        self.text = nn.Parameter(torch.empty(vocab_size, dim))
-        self.register_parameter("special", None)
-        self.register_parameter("image", None)
-
-    def matrix(self) -> Tensor:
-        """All rows (V, D) in joint-id order."""
-        blocks = [rows for name in self.BLOCKS if (rows := getattr(self, name)) is not None]
-        return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-
-
-class Embedding(TokenRows):
-    """Token ids -> rows."""
-
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        return F.embedding(ids_BT, self.matrix())
-
-
-class Output(TokenRows):
-    """Hidden states -> logits, or -> the negative log-likelihood of given targets.
-
-    The loss lives in this forward because under FSDP2 the rows are whole only here.
-    """
-
-    def forward(self, x: Tensor, target_N: Tensor | None = None) -> Tensor:
-        logits = F.linear(x, self.matrix()).float()
-        return logits if target_N is None else F.cross_entropy(logits, target_N, reduction="none")
 
 
 class Decoder(nn.Module):
@@ -257,8 +239,10 @@ class Decoder(nn.Module):
             cache.filled += ids_BT.shape[1]
         return self.norm(x_BTD)  # type: ignore[no-any-return]
 
-    def forward(self, ids_BT: Tensor, target_BT: Tensor | None = None, valid_BT: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) float32, or nll (N,) in nats of the N targets where `valid_BT` holds."""
+    def forward(
+        self, ids_BT: Tensor, target_BT: Tensor | None = None, valid_BT: Tensor | None = None
+    ) -> Tensor | TokenLoss:
+        """Logits (B, T, V) float32, or the loss of the N targets where `valid_BT` holds (all by default)."""
         x_BTD = self.hidden(ids_BT)
         if target_BT is None:
             return self.output(x_BTD)  # type: ignore[no-any-return]

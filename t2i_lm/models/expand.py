@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Generator, nn
 
-from t2i_lm.models.decoder import Decoder, TokenRows, trunc_normal_
+from t2i_lm.models.decoder import Decoder, trunc_normal_
+from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.vocab import SPECIALS, JointVocab
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.losses import split_sums
+from t2i_lm.losses import TokenLoss, split_sums
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
 
@@ -67,20 +67,20 @@ class DecoderModule(OptimisedModule):
         raise NotImplementedError
 
     def sums(self, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Nll (N,) of the N valid targets with gradient, and nll_sum (M,), count (M,) without."""
+        """Nll summed over valid targets with gradient, and nll_sum (M,), count (M,) without."""
         input_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
         class_BT, valid_BT = self.classify(target_BT)
-        nll_N = self.decoder(input_BT, target_BT, valid_BT)
-        nll_sum_M, count_M = split_sums(nll_N, class_BT[valid_BT], len(self.modalities))
-        return nll_N, nll_sum_M, count_M
+        loss: TokenLoss = self.decoder(input_BT, target_BT, valid_BT)
+        nll_sum_M, count_M = split_sums(loss.nll_N, class_BT[valid_BT], len(self.modalities))
+        return loss.total, nll_sum_M, count_M
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Loss of one micro-batch, scaled so that `on_before_optimizer_step` makes the exact mean."""
-        nll_N, nll_sum_M, count_M = self.sums(batch["ids_BT"])
-        total = count_M.sum()
-        self._step_count = total if self._step_count is None else self._step_count + total
+        total, nll_sum_M, count_M = self.sums(batch["ids_BT"])
+        count = count_M.sum()
+        self._step_count = count if self._step_count is None else self._step_count + count
         # Divided by the nominal size only to keep gradients of ordinary magnitude until the exact count is known.
-        return {"loss": nll_N.sum() / batch["tokens_nominal"], **self._report(batch, nll_sum_M, count_M)}
+        return {"loss": total / batch["tokens_nominal"], **self._report(batch, nll_sum_M, count_M)}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Sums and counts of one batch."""

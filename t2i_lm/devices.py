@@ -1,0 +1,10 @@
+"""What the processor at hand can do."""
+
+import torch
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a device type (`cuda`, `cpu`) multiplies matrices in bfloat16 faster than in float32."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

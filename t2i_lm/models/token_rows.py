@@ -1,0 +1,48 @@
+"""The embedding and output matrices as row blocks, so that one block can be frozen, decayed or replaced exactly.
+
+Shapes: `B` batch, `T` tokens, `N` targets, `D` width, `V` vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i_lm.losses import TokenLoss, linear_cross_entropy
+
+
+class TokenRows(nn.Module):
+    """A (V, D) matrix in row blocks text | special | image; the last two appear on expansion."""
+
+    BLOCKS = ("text", "special", "image")
+    special: nn.Parameter | None
+    image: nn.Parameter | None
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.text = nn.Parameter(torch.empty(vocab_size, dim))
+        self.register_parameter("special", None)
+        self.register_parameter("image", None)
+
+    def matrix(self) -> Tensor:
+        """All rows (V, D) in joint-id order."""
+        blocks = [rows for name in self.BLOCKS if (rows := getattr(self, name)) is not None]
+        return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+
+class Embedding(TokenRows):
+    """Token ids -> rows."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return F.embedding(ids_BT, self.matrix())
+
+
+class Output(TokenRows):
+    """Hidden states (..., D) -> logits (..., V) in float32, or the loss of given targets.
+
+    The loss lives in this forward because under FSDP2 the rows are whole only here.
+    """
+
+    def forward(self, x: Tensor, target_N: Tensor | None = None) -> Tensor | TokenLoss:
+        if target_N is None:
+            return F.linear(x, self.matrix()).float()
+        return linear_cross_entropy(x, self.matrix(), target_N)

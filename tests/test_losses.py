@@ -1,0 +1,71 @@
+"""The fused loss against the materialised one, in value and gradient, chunked and whole."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import t2i_lm.losses as losses
+from t2i_lm.devices import multiplies_bfloat16
+from t2i_lm.losses import linear_cross_entropy
+
+
+def inputs(targets: int = 50, dim: int = 24, vocabulary: int = 90) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(targets, dim, generator=generator).requires_grad_()
+    weight_VD = torch.randn(vocabulary, dim, generator=generator).requires_grad_()
+    target_N = torch.randint(vocabulary, (targets,), generator=generator)
+    return x_ND, weight_VD, target_N, torch.rand(targets, generator=generator)
+
+
+def materialised(
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, token_weight_N: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    logits_NV = F.linear(x_ND, weight_VD).float()
+    nll_N = F.cross_entropy(logits_NV, target_N, reduction="none")
+    return (token_weight_N * (nll_N + z_loss * logits_NV.logsumexp(dim=1).square())).sum(), nll_N
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("budget", [90, 90 * 7, 2**21])
+def test_value_and_gradients_equal_the_materialised_loss(
+    budget: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CPU_LOGITS", budget)
+    x_ND, weight_VD, target_N, token_weight_N = inputs()
+    expected, expected_nll_N = materialised(x_ND, weight_VD, target_N, token_weight_N, z_loss)
+    expected_grads = torch.autograd.grad(expected * 3, (x_ND, weight_VD))
+    loss = linear_cross_entropy(x_ND, weight_VD, target_N, token_weight_N, z_loss)
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(loss.nll_N, expected_nll_N, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(loss.lse_N, F.linear(x_ND, weight_VD).logsumexp(dim=1), rtol=1e-6)
+    assert not loss.nll_N.requires_grad
+    for ours, theirs in zip(torch.autograd.grad(loss.total * 3, (x_ND, weight_VD)), expected_grads, strict=True):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_in_bfloat16_the_error_is_the_materialised_losss_own() -> None:
+    x_ND, weight_VD, target_N, token_weight_N = inputs(400, 64, 300)
+    exact = torch.autograd.grad(materialised(x_ND, weight_VD, target_N, token_weight_N, 0.0)[0], (x_ND, weight_VD))
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = torch.autograd.grad(materialised(x_ND, weight_VD, target_N, token_weight_N, 0.0)[0], (x_ND, weight_VD))
+        ours = torch.autograd.grad(
+            linear_cross_entropy(x_ND, weight_VD, target_N, token_weight_N).total, (x_ND, weight_VD)
+        )
+    for reference, fused, true in zip(theirs, ours, exact, strict=True):
+        assert (fused - true).norm() <= 1.25 * (reference - true).norm()
+
+
+def test_frozen_rows_need_no_gradient() -> None:
+    x_ND, weight_VD, target_N, _ = inputs()
+    loss = linear_cross_entropy(x_ND, weight_VD.detach(), target_N)
+    loss.total.backward()
+    assert x_ND.grad is not None
+    assert weight_VD.grad is None
+    with torch.no_grad():
+        assert linear_cross_entropy(x_ND, weight_VD, target_N).total.item() == pytest.approx(loss.total.item())
+
+
+def test_a_processor_is_asked_before_bfloat16_is_used() -> None:
+    assert multiplies_bfloat16("cpu") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert not multiplies_bfloat16("meta")
