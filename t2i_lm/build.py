@@ -43,7 +43,7 @@ from t2i_lm.runs import METRICS
 from t2i_lm.sequence import Layout
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.text import SentencePieceTokenizer
-from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer
+from t2i_lm.tokenizers.vq import PatchedVQ, open_image_tokenizer
 
 CHECKPOINTS = "checkpoints"
 
@@ -101,10 +101,11 @@ def build_decoder(config: ExperimentConfig, length: int) -> Decoder:
 
 def build_text_to_image(config: ExperimentConfig, prepare: bool) -> Experiment:
     """The expanded decoder on caption-image pairs."""
-    if config.text_tokenizer.path is None or config.image_tokenizer.path is None:
+    settings = config.image_tokenizer
+    if config.text_tokenizer.path is None or settings.path is None:
         raise ValueError("text_tokenizer.path and image_tokenizer.path: both are needed for task=text_to_image")
     text = SentencePieceTokenizer(resolve(config.text_tokenizer.path))
-    image = VQTokenizer.from_folder(resolve(config.image_tokenizer.path), config.image_tokenizer.size)
+    image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
     shards = prepare_pairs(config, text, image) if prepare else None
     decoder = build_decoder(config, config.data.length)
     if text.vocab_size > decoder.config.vocab_size:

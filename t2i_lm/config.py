@@ -16,6 +16,7 @@ LOGGERS = ("tensorboard", "csv", "wandb", "none")
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("all", "matrices")
 STRATEGIES = ("auto", "ddp")
+MOVQGAN_SIZES = ("67M", "102M", "270M")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 
@@ -67,7 +68,8 @@ class VQModelConfig:
 class ImageTokenizerConfig:
     """The image tokenizer: weights by `path`, or the architecture and phases that train one."""
 
-    path: str | None = None  # folder with config.json and model.safetensors; `asset:NAME` is shipped
+    path: str | None = None  # our folder, a diffusers VQModel folder or a MoVQGAN .ckpt; `asset:NAME` is shipped
+    expect: str | None = None  # size of a MoVQGAN checkpoint: another is refused
     size: int = 64  # pixels a side after the centre crop
     model: VQModelConfig = field(default_factory=VQModelConfig)
     warmup_fraction: float = 0.4  # share of the steps without quantisation
@@ -76,6 +78,8 @@ class ImageTokenizerConfig:
     edge_weight: float = 0.0  # weight of the image-gradient term
 
     def __post_init__(self) -> None:
+        if self.expect is not None:
+            _one_of("image_tokenizer.expect", self.expect, MOVQGAN_SIZES)
         _require(self.size >= 8 and self.size % 8 == 0, "image_tokenizer.size", self.size, "a multiple of 8")
         _require(
             0 <= self.warmup_fraction < 1, "image_tokenizer.warmup_fraction", self.warmup_fraction, "a value in [0, 1)"

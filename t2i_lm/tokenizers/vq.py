@@ -5,6 +5,7 @@ Shapes: `B` pictures, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of id
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +17,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_lm.config import VQModelConfig
+from t2i_lm.tokenizers import movqgan
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-class PatchedVQ(nn.Module):
-    """A `VQModel` behind a pixel-unshuffle of `patch`, which moves the work to low resolution."""
+class VQAutoencoder(nn.Module):
+    """A diffusers `VQModel` behind a pixel-unshuffle of `patch` (1: none), which moves work to low resolution."""
 
-    def __init__(self, config: VQModelConfig) -> None:
+    def __init__(self, vq: Any, patch: int = 1) -> None:
         super().__init__()
-        self.config = config
-        channels, levels = 3 * config.patch**2, len(config.block_out_channels)
-        self.vq: Any = VQModel(  # type: ignore[no-untyped-call]
-            in_channels=channels,
-            out_channels=channels,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=tuple(config.block_out_channels),
-            layers_per_block=config.layers_per_block,
-            latent_channels=config.latent_channels,
-            num_vq_embeddings=config.codes,
-            vq_embed_dim=config.code_dim,
-            norm_num_groups=16,
-            mid_block_add_attention=False,
-        )
+        self.vq, self.patch = vq, patch
 
     @property
     def downsampling(self) -> int:
         """Pixels a side of one id."""
-        return int(self.config.patch * 2 ** (len(self.config.block_out_channels) - 1))
+        return int(self.patch * 2 ** (len(self.vq.config.block_out_channels) - 1))
 
     @property
     def codebook(self) -> nn.Parameter:
@@ -55,7 +44,7 @@ class PatchedVQ(nn.Module):
 
     def latents(self, pixels_BCHW: Tensor) -> Tensor:
         """Continuous latents (B, E, h, w) of pixels in [-1, 1]."""
-        return self.vq.quant_conv(self.vq.encoder(F.pixel_unshuffle(pixels_BCHW, self.config.patch)))  # type: ignore[no-any-return]
+        return self.vq.quant_conv(self.vq.encoder(F.pixel_unshuffle(pixels_BCHW, self.patch)))  # type: ignore[no-any-return]
 
     def nearest(self, latents_BEhw: Tensor) -> Tensor:
         """Id (B, h, w) of the nearest code, in float32."""
@@ -71,8 +60,32 @@ class PatchedVQ(nn.Module):
 
     def pixels(self, latents_BEhw: Tensor) -> Tensor:
         """Pixels (B, C, H, W), about [-1, 1], of latents."""
-        patches = self.vq.decoder(self.vq.post_quant_conv(latents_BEhw))
-        return F.pixel_shuffle(patches, self.config.patch)
+        # MoVQ's norms are modulated by the codes themselves.
+        modulation = latents_BEhw if self.vq.config.norm_type == "spatial" else None
+        patches = self.vq.decoder(self.vq.post_quant_conv(latents_BEhw), modulation)
+        return F.pixel_shuffle(patches, self.patch)
+
+
+class PatchedVQ(VQAutoencoder):
+    """A small autoencoder by its config, uninitialised but for diffusers' own draw."""
+
+    def __init__(self, config: VQModelConfig) -> None:
+        channels, levels = 3 * config.patch**2, len(config.block_out_channels)
+        vq = VQModel(  # type: ignore[no-untyped-call]
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(config.block_out_channels),
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            num_vq_embeddings=config.codes,
+            vq_embed_dim=config.code_dim,
+            norm_num_groups=16,
+            mid_block_add_attention=False,
+        )
+        super().__init__(vq, config.patch)
+        self.config = config
 
 
 def to_unit(images_uint8_BCHW: Tensor) -> Tensor:
@@ -86,13 +99,13 @@ def to_uint8(pixels_BCHW: Tensor) -> Tensor:
 
 
 class VQTokenizer:
-    """A trained `PatchedVQ` as an image tokenizer, in float32.
+    """A trained autoencoder as an image tokenizer, in float32.
 
     Attributes:
         sha256: of the weights file.
     """
 
-    def __init__(self, model: PatchedVQ, image_size: int, sha256: str) -> None:
+    def __init__(self, model: VQAutoencoder, image_size: int, sha256: str) -> None:
         if image_size % model.downsampling:
             raise ValueError(
                 f"image_tokenizer.size={image_size}: expected a multiple of {model.downsampling}, the downsampling"
@@ -116,11 +129,29 @@ class VQTokenizer:
             model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"image_tokenizer.path: {folder / WEIGHTS} does not fit its config: {error}") from error
-        return cls(model, image_size, hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
+        return cls(model, image_size, file_sha256(folder / WEIGHTS))
+
+    @classmethod
+    def from_diffusers(cls, folder: Path, image_size: int) -> "VQTokenizer":
+        """Reads a folder in diffusers' format: `config.json` of a `VQModel` and its safetensors.
+
+        Raises:
+            ValueError: if a file is absent or does not fit the config.
+        """
+        if not (folder / DIFFUSERS_WEIGHTS).is_file():
+            raise ValueError(f"image_tokenizer.path: no {DIFFUSERS_WEIGHTS} in {folder}")
+        try:
+            vq = VQModel.from_config(VQModel.load_config(folder, local_files_only=True))  # type: ignore[no-untyped-call]
+            vq.load_state_dict(load_file(folder / DIFFUSERS_WEIGHTS))
+        except (RuntimeError, TypeError, SafetensorError) as error:
+            raise ValueError(
+                f"image_tokenizer.path: {folder / DIFFUSERS_WEIGHTS} does not fit its config: {error}"
+            ) from error
+        return cls(VQAutoencoder(vq.float()), image_size, file_sha256(folder / DIFFUSERS_WEIGHTS))
 
     @property
     def vocab_size(self) -> int:
-        return self.model.config.codes
+        return len(self.model.codebook)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -146,6 +177,78 @@ class VQTokenizer:
                 f"[{int(ids_BN.min())}, {int(ids_BN.max())}]"
             )
         return to_uint8(self.model.pixels(self.model.embed(ids_BN.view(-1, height, width))))
+
+
+class MoVQGAN(VQTokenizer):
+    """SBER's MoVQGAN: 8 pixels a side an id, 16,384 codes; 256 pixels are 1,024 ids (Section 2.1).
+
+    Attributes:
+        size_name: `67M`, `102M`, `270M`, or what the shapes say.
+    """
+
+    size_name: str
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, image_size: int = 256, expect: str | None = None) -> "MoVQGAN":
+        """Reads SBER's own `.ckpt`; the model is inferred from the shapes.
+
+        Args:
+            path: the file, read with `weights_only=True`.
+            image_size: side of the pictures in pixels, a multiple of 8.
+            expect: `67M`, `102M` or `270M`; another model is refused. The download named 270M in SBER's README
+                is the 67M model.
+
+        Raises:
+            ValueError: if the file cannot be read, is no MoVQGAN, or is not the one expected.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"image_tokenizer.path: no checkpoint at {path}")
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            state = saved.get("state_dict", saved)
+            config = movqgan.diffusers_config(state)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"image_tokenizer.path: {path} holds more than tensors and is not read") from error
+        except (RuntimeError, EOFError, AttributeError, KeyError, ValueError) as error:
+            raise ValueError(f"image_tokenizer.path: {path} is no MoVQGAN checkpoint: {error}") from error
+        name = movqgan.size_name(config)
+        if expect is not None and name != expect:
+            raise ValueError(f"image_tokenizer.expect={expect!r}: {path} holds the {name} model")
+        vq: Any = VQModel(**config)  # type: ignore[no-untyped-call]
+        try:
+            vq.load_state_dict(movqgan.to_diffusers(state, len(config["block_out_channels"])))
+        except RuntimeError as error:
+            raise ValueError(f"image_tokenizer.path: {path} is no whole MoVQGAN: {error}") from error
+        tokenizer = cls(VQAutoencoder(vq), image_size, file_sha256(path))
+        tokenizer.size_name = name
+        return tokenizer
+
+
+def open_image_tokenizer(path: Path, image_size: int, expect: str | None = None) -> VQTokenizer:
+    """The tokenizer at a path, of whichever kind its files are.
+
+    Args:
+        path: a folder that `save_tokenizer` wrote, a diffusers `VQModel` folder, or a MoVQGAN `.ckpt`.
+        image_size: side of the pictures in pixels.
+        expect: size of a MoVQGAN, checked.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read.
+    """
+    if path.is_file():
+        return MoVQGAN.from_checkpoint(path, image_size, expect)
+    if expect is not None:
+        raise ValueError(f"image_tokenizer.expect={expect!r}: only a MoVQGAN checkpoint has a size, {path} is none")
+    if (path / CONFIG).is_file() and "_class_name" in json.loads((path / CONFIG).read_text()):
+        return VQTokenizer.from_diffusers(path, image_size)
+    return VQTokenizer.from_folder(path, image_size)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:

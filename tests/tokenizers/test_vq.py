@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import VQModel
 
 from t2i_lm.config import VQModelConfig
-from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer, save_tokenizer, to_uint8, to_unit
+from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer, open_image_tokenizer, save_tokenizer, to_uint8, to_unit
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +80,19 @@ def test_wrong_ids_and_files_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="does not fit"):
         VQTokenizer.from_folder(tmp_path, 64)
+
+
+def test_a_diffusers_folder_gives_the_same_ids_as_diffusers_own_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vq = VQModel(block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+                 up_block_types=("UpDecoderBlock2D",) * 2, num_vq_embeddings=32)  # fmt: skip
+    vq.save_pretrained(tmp_path)
+    tokenizer = open_image_tokenizer(tmp_path, 32)
+    assert tokenizer.grid == (16, 16)
+    images = pictures(2, 32)
+    ids_BN = tokenizer.encode(images)
+    _, _, (_, _, expected) = vq.eval().quantize(vq.encode(to_unit(images)).latents)
+    assert torch.equal(ids_BN.flatten(), expected.flatten())
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="does not fit its config"):
+        open_image_tokenizer(tmp_path, 32)

@@ -1,0 +1,88 @@
+"""SBER's checkpoints against outputs of SBER's own code, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import VQModel
+from safetensors.torch import load_file
+
+from t2i_lm.tokenizers.movqgan import diffusers_config, size_name
+from t2i_lm.tokenizers.vq import MoVQGAN, open_image_tokenizer
+
+
+@pytest.fixture
+def tiny(shared: Path) -> Path:
+    return shared / "reference" / "movqgan" / "tiny_1block"
+
+
+def test_ids_and_reconstructions_equal_sbers(tiny: Path) -> None:
+    reference = load_file(tiny / "reference.safetensors")
+    tokenizer = MoVQGAN.from_checkpoint(tiny / "checkpoint.ckpt", image_size=64)
+    assert (tokenizer.vocab_size, tokenizer.grid) == (256, (8, 8))
+    ids_BN = tokenizer.encode(reference["images_uint8"])
+    assert torch.equal(ids_BN, reference["token_ids"].long())
+    pixels = tokenizer.model.pixels(tokenizer.model.embed(ids_BN.view(2, 8, 8)))
+    assert (pixels - reference["reconstruction"]).abs().max() <= 1e-3 * 2
+    assert tokenizer.decode(ids_BN).shape == (2, 3, 64, 64)
+
+
+def test_ids_run_row_by_row(tiny: Path) -> None:
+    tokenizer = MoVQGAN.from_checkpoint(tiny / "checkpoint.ckpt", image_size=64)
+    plain = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
+    marked = plain.clone()
+    marked[:, :, :16, -16:] = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)  # top right
+    moved = (tokenizer.encode(marked) != tokenizer.encode(plain)).view(8, 8)
+    assert moved[:2, 6:].any()
+    # Decoding puts it back where it was: the top right changes most.
+    change = (tokenizer.decode(tokenizer.encode(marked)).float() - tokenizer.decode(tokenizer.encode(plain))).abs()
+    assert change[..., :32, 32:].mean() > change[..., 32:, :32].mean()
+
+
+def test_another_size_than_expected_is_refused(tiny: Path) -> None:
+    with pytest.raises(ValueError, match=r"expect='270M'.*32-64-64-128 channels, 1 blocks"):
+        open_image_tokenizer(tiny / "checkpoint.ckpt", 64, expect="270M")
+
+
+def sber_shapes(width: int, blocks: int) -> dict[str, torch.Tensor]:
+    """The shapes that tell the published models apart."""
+    shapes = {f"encoder.down.{level}.block.{block}.conv1.weight": (width * m, 3, 3, 3)
+              for level, m in enumerate((1, 2, 2, 4)) for block in range(blocks)}  # fmt: skip
+    shapes |= {"encoder.down.3.attn.0.q.weight": (1, 1), "quantize.embedding.weight": (16_384, 4)}
+    shapes |= {"encoder.conv_out.weight": (4, 1, 3, 3)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("width", "blocks", "name", "millions"), [(128, 2, "67M", 67.8), (128, 4, "102M", 101.6), (256, 2, "270M", 270.7)]
+)
+def test_the_published_models_are_told_apart(width: int, blocks: int, name: str, millions: float) -> None:
+    config = diffusers_config(sber_shapes(width, blocks))
+    assert size_name(config) == name
+    with torch.device("meta"):
+        model = VQModel(**config)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_files_that_are_no_movqgan_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        MoVQGAN.from_checkpoint(tmp_path / "none.ckpt")
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="is no MoVQGAN"):
+        MoVQGAN.from_checkpoint(tmp_path / "other.ckpt")
+    (tmp_path / "text.ckpt").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.ckpt"):
+        MoVQGAN.from_checkpoint(tmp_path / "text.ckpt")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    torch.save({"state_dict": Path("anything")}, tmp_path / "code.ckpt")
+    with pytest.raises(ValueError, match="more than tensors"):
+        MoVQGAN.from_checkpoint(tmp_path / "code.ckpt")
+
+
+def test_a_truncated_checkpoint_is_named(tiny: Path, tmp_path: Path) -> None:
+    content = (tiny / "checkpoint.ckpt").read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"half\.ckpt"):
+        MoVQGAN.from_checkpoint(tmp_path / "half.ckpt")
