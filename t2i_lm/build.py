@@ -42,7 +42,7 @@ from t2i_lm.prepare import prepare_pairs, prepare_text
 from t2i_lm.runs import METRICS
 from t2i_lm.sequence import Layout
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
-from t2i_lm.tokenizers.text import SentencePieceTokenizer
+from t2i_lm.tokenizers.text import open_text_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ, open_image_tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -104,7 +104,7 @@ def build_text_to_image(config: ExperimentConfig, prepare: bool) -> Experiment:
     settings = config.image_tokenizer
     if config.text_tokenizer.path is None or settings.path is None:
         raise ValueError("text_tokenizer.path and image_tokenizer.path: both are needed for task=text_to_image")
-    text = SentencePieceTokenizer(resolve(config.text_tokenizer.path))
+    text = open_text_tokenizer(resolve(config.text_tokenizer.path))
     image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
     shards = prepare_pairs(config, text, image) if prepare else None
     decoder = build_decoder(config, config.data.length)

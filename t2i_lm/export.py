@@ -109,14 +109,13 @@ def export_language_model(
     from t2i_lm.data.tokens import open_split
     from t2i_lm.models.open_lm import load_open_lm, save_open_lm
     from t2i_lm.modules.text import TextModule
-    from t2i_lm.tokenizers.text import SentencePieceTokenizer
 
     module, text = experiment.module, experiment.text
     assert isinstance(module, TextModule)
-    assert isinstance(text, SentencePieceTokenizer)
+    assert text is not None
     assert experiment.shards is not None
     save_open_lm(module.decoder, out, dtype, {"experiment": str(card["experiment"])})
-    shutil.copyfile(text.path, out / "text_tokenizer.model")
+    shutil.copyfile(text.path, out / f"text_tokenizer{text.path.suffix}")
     return language_model_numbers(load_open_lm(out), text, open_split(experiment.shards, "val"))
 
 

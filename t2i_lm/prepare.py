@@ -15,7 +15,6 @@ from t2i_lm.load import SCALES, load_experiment
 
 if TYPE_CHECKING:
     from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
-    from t2i_lm.tokenizers.text import SentencePieceTokenizer
 
 EXAMPLE = "example: python -m t2i_lm.prepare experiments/t2i_pretrained.yaml --scale demo data.train_size=1000"
 # Pictures encoded at once.
@@ -166,7 +165,7 @@ def _check_rejects(
     print(message, file=sys.stderr)
 
 
-def prepare_text(config: ExperimentConfig) -> tuple[Path, "SentencePieceTokenizer"]:
+def prepare_text(config: ExperimentConfig) -> tuple[Path, "TextTokenizer"]:
     """Token shards of plain text, and the tokenizer, trained here where `text_tokenizer.path` is null.
 
     Raises:
@@ -174,12 +173,12 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, "SentencePieceTokenize
     """
     from t2i_lm.assets import resolve
     from t2i_lm.data.tokens import read_index
-    from t2i_lm.tokenizers.text import SentencePieceTokenizer
+    from t2i_lm.tokenizers.text import open_text_tokenizer
 
     if config.data.val_path is None:
         raise ValueError("data.val_path=null: give held-out text, for example data.val_path=books_heldout.txt.gz")
     trained = config.text_tokenizer.path
-    text = SentencePieceTokenizer(resolve(trained) if trained else _train_text_tokenizer(config))
+    text = open_text_tokenizer(resolve(trained) if trained else _train_text_tokenizer(config))
     folder = cache_folder(config, {"text": text.sha256})
     with _only_one(folder):
         if read_index(folder) is None:
@@ -187,7 +186,7 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, "SentencePieceTokenize
     return folder, text
 
 
-def _write_text(config: ExperimentConfig, text: "SentencePieceTokenizer", folder: Path) -> None:
+def _write_text(config: ExperimentConfig, text: "TextTokenizer", folder: Path) -> None:
     from t2i_lm.data.text import read_documents
     from t2i_lm.data.tokens import text_features, write_index, write_split
 
@@ -203,7 +202,7 @@ def _write_text(config: ExperimentConfig, text: "SentencePieceTokenizer", folder
     write_index(folder, index)
 
 
-def text_rows(documents: Iterable[str], text: "SentencePieceTokenizer", length: int) -> Iterator[dict[str, Any]]:
+def text_rows(documents: Iterable[str], text: "TextTokenizer", length: int) -> Iterator[dict[str, Any]]:
     """Rows of `length` + 1 ids over a stream of documents; `bytes` is the UTF-8 size of the row's targets.
 
     A document is tokenised paragraph by paragraph, each followed by a blank line, and ends with `</s>`.

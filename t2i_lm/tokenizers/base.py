@@ -1,19 +1,27 @@
 """What the suite asks of a tokenizer."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 
 class TextTokenizer(Protocol):
-    """Text <-> ids. `sha256` names the vocabulary in every result."""
+    """Text <-> ids. `sha256` names the vocabulary in every result, `path` is its file.
+
+    Whatever a text says, its ids are ordinary ones: `document_end` and other special ids never arise from it.
+    """
+
+    path: Path
+
+    @property
+    def document_end(self) -> int: ...
 
     @property
     def vocab_size(self) -> int: ...
 
-    @property
-    def sha256(self) -> str: ...
+    sha256: str
 
     def encode(self, text: str) -> list[int]: ...
 

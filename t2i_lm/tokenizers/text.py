@@ -1,4 +1,4 @@
-"""Text tokenizers: sentencepiece models, read and trained."""
+"""Text tokenizers: sentencepiece models, read and trained, and `tokenizers` JSON (GPT-NeoX, Section 2.1)."""
 
 import hashlib
 import io
@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
+
+from t2i_lm.tokenizers.base import TextTokenizer
 
 # Longest caption or paragraph handed to a tokenizer at once, in characters.
 MAX_CHARACTERS = 100_000
@@ -45,9 +48,8 @@ class SentencePieceTokenizer:
         return int(self._pieces.eos_id())
 
     def encode(self, text: str) -> list[int]:
-        """Piece ids of a text; characters that UTF-8 cannot hold (lone surrogates) become U+FFFD."""
-        clean = text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8").replace("\0", " ")
-        return list(self._pieces.encode(clean))
+        """Piece ids of a text."""
+        return list(self._pieces.encode(clean(text)))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of many texts."""
@@ -56,6 +58,76 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of piece ids."""
         return str(self._pieces.decode(list(ids)))
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` of Hugging Face's `tokenizers`: GPT-NeoX-20B's is open_lm-1b's.
+
+    Its own special tokens, such as `<|endoftext|>`, are spelt out where they stand in a text.
+
+    Attributes:
+        vocab_size: ids, added tokens included (50,277 of GPT-NeoX-20B; the backbone has padding rows beyond).
+        sha256: of the file.
+        document_end: id that separates documents in text-only training.
+    """
+
+    # What models of this format call the end of a document.
+    DOCUMENT_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+
+    def __init__(self, path: str | Path) -> None:
+        """Reads a `tokenizer.json`.
+
+        Raises:
+            ValueError: if the file is absent or is no such file.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"text_tokenizer.path: no tokenizer at {self.path}")
+        content = self.path.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"text_tokenizer.path: {self.path} is not a tokenizer.json: {error}") from error
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def document_end(self) -> int:
+        ends = (self._tokenizer.token_to_id(token) for token in self.DOCUMENT_ENDS)
+        found = next((end for end in ends if end is not None), None)
+        if found is None:
+            raise ValueError(f"{self.path} has no end of document: none of {', '.join(self.DOCUMENT_ENDS)}")
+        return int(found)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return list(self._tokenizer.encode(clean(text), add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of many texts, in parallel."""
+        batch = self._tokenizer.encode_batch([clean(text) for text in texts], add_special_tokens=False)
+        return [list(encoding.ids) for encoding in batch]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def clean(text: str) -> str:
+    """At most `MAX_CHARACTERS` characters that UTF-8 can hold: a lone surrogate becomes `?`, a NUL a space."""
+    return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8").replace("\0", " ")
+
+
+def open_text_tokenizer(path: Path) -> TextTokenizer:
+    """The tokenizer at a path: `.json` of `tokenizers`, else a sentencepiece model.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read.
+    """
+    return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
 def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -> SentencePieceTokenizer:

@@ -1,10 +1,19 @@
+import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from t2i_lm.tokenizers.text import SentencePieceTokenizer, train_sentencepiece
+from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.text import (
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    clean,
+    open_text_tokenizer,
+    train_sentencepiece,
+)
 from t2i_lm.vocab import SPECIALS
 
 
@@ -54,3 +63,72 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
 def test_too_many_pieces_for_a_short_text_name_the_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text_tokenizer\.vocab_size=5000"):
         train_sentencepiece(iter(["a short text"]), 5000, tmp_path / "x.model")
+
+
+@pytest.fixture
+def neox(shared: Path) -> TextTokenizer:
+    return open_text_tokenizer(shared / "tokenizers" / "gpt_neox_20b.json")
+
+
+@pytest.fixture(scope="module")
+def bytes_json(tmp_path_factory: pytest.TempPathFactory) -> JsonTokenizer:
+    """A byte-level BPE of GPT-NeoX's kind, with its two special tokens."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(["a red circle on a white background"] * 20, trainer)
+    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+    model.save(str(path))
+    return JsonTokenizer(path)
+
+
+SPELT_OUT = (*SPECIALS, "<|endoftext|>", "<|padding|>", "</s>")
+
+
+def test_special_tokens_of_a_json_tokenizer_are_spelt_out(bytes_json: JsonTokenizer) -> None:
+    for token in SPELT_OUT:
+        ids = bytes_json.encode(f"a {token} b")
+        assert min(ids) > bytes_json.document_end + 1
+        assert bytes_json.decode(ids) == f"a {token} b"
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(st.text(max_size=40), st.sampled_from(SPELT_OUT)), max_size=5).map("".join))
+def test_any_text_survives_a_json_tokenizer(bytes_json: JsonTokenizer, text: str) -> None:
+    ids = bytes_json.encode(text)
+    assert not {0, 1} & set(ids)
+    assert bytes_json.decode(ids) == clean(text)
+    assert bytes_json.encode_batch([text]) == [ids]
+
+
+def test_gpt_neox_is_read_as_it_was_published(neox: TextTokenizer) -> None:
+    assert neox.vocab_size == 50_277
+    assert neox.document_end == 0
+    # Published ids of GPT-NeoX-20B.
+    assert neox.encode("Hello world") == [12092, 1533]
+    for token in SPELT_OUT:
+        assert neox.document_end not in neox.encode(f"caption {token}")
+        assert neox.decode(neox.encode(f"caption {token}")) == f"caption {token}"
+
+
+def test_ten_thousand_fuzzed_captions_never_become_special(neox: TextTokenizer) -> None:
+    rng = random.Random(0)
+    parts = [*SPELT_OUT, "\ud800", "\0", "\u202e", "🦦", "\x07", "é", " ", "a dog", "\r\n", "字"]
+    captions = ["".join(rng.choices(parts, k=rng.randrange(12))) for _ in range(9_999)] + ["x <image> " * 10_000]
+    ids = neox.encode_batch(captions)
+    assert all(min(row, default=1) > 0 and max(row, default=1) < neox.vocab_size for row in ids)
+    assert neox.decode(ids[5]) == clean(captions[5])
+
+
+def test_a_damaged_json_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        JsonTokenizer(tmp_path / "absent.json")
+    (tmp_path / "x.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match=r"x\.json is not a tokenizer\.json"):
+        JsonTokenizer(tmp_path / "x.json")
