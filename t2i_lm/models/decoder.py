@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from t2i_lm.losses import TokenLoss
+from t2i_lm.models.feed_forward import FEED_FORWARDS, fan_in_normal_
 from t2i_lm.models.token_rows import Embedding, Output
 
-POSITIONS = ("rotary", "head_rotary", "none")
+POSITIONS = ("rotary", "llama_rotary", "head_rotary", "none")
+ROTARY = ("rotary", "llama_rotary")
 ROTARY_BASE = 10_000.0
 SHORT = 512  # positions up to which `attend` may hold all scores
 
@@ -74,16 +76,11 @@ class DecoderConfig:
         allowed = {
             "positional_embedding_type": POSITIONS,
             "model_norm": tuple(NORMS),
-            "ffn_type": ("swiglu", "swiglu_torch"),
+            "ffn_type": tuple(FEED_FORWARDS),
         }
         for key, values in allowed.items():
             if getattr(self, key) not in values:
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected one of {', '.join(values)}")
-
-    @property
-    def ffn_dim(self) -> int:
-        """SwiGLU width: 8/3 of the model width, rounded up to a multiple of 256."""
-        return 256 * ((int(8 * self.hidden_dim / 3) + 255) // 256)
 
 
 class KVCache:
@@ -103,18 +100,24 @@ class KVCache:
 
 
 def rotary_table(config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (seq_len, K), half-split convention, as open_lm's `RotaryEmbedding`."""
+    """Cosines and sines (seq_len, K) of each entry's angle."""
     head_dim = config.hidden_dim // config.n_heads
     inv_freq = 1.0 / (ROTARY_BASE ** (torch.arange(0, head_dim, 2).float() / head_dim))
     angles = torch.outer(torch.arange(config.seq_len).float(), inv_freq)
-    angles = torch.cat((angles, angles), dim=-1)
+    pairs = config.positional_embedding_type == "llama_rotary"
+    angles = angles.repeat_interleave(2, dim=-1) if pairs else torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotates each pair (x_i, x_{i+K/2}) by its position's angle."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos_TK + torch.cat((-second, first), dim=-1) * sin_TK
+def turn_halves(x: Tensor) -> Tensor:
+    """A quarter turn of the pairs (x_i, x_{i+K/2}), which `rotary` rotates."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def turn_neighbours(x: Tensor) -> Tensor:
+    """A quarter turn of the pairs (x_2i, x_2i+1), which `llama_rotary` rotates."""
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
 def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, causal: bool) -> Tensor:
@@ -143,6 +146,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
         norm = NORMS[config.model_norm] if config.qk_norm else lambda _: nn.Identity()
         self.q_norm, self.k_norm = norm(dim), norm(dim)
+        self.turn = turn_neighbours if config.positional_embedding_type == "llama_rotary" else turn_halves
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         B, T, D = x_BTD.shape
@@ -152,8 +156,9 @@ class Attention(nn.Module):
         k_BHTK = self.k_norm(k_BTD).view(heads).transpose(1, 2)
         v_BHTK = v_BTD.view(heads).transpose(1, 2)
         if rotary is not None:
-            q_BHTK = rotate(q_BHTK, *rotary).to(v_BHTK.dtype)
-            k_BHTK = rotate(k_BHTK, *rotary).to(v_BHTK.dtype)
+            cos_TK, sin_TK = rotary
+            q_BHTK = (q_BHTK * cos_TK + self.turn(q_BHTK) * sin_TK).to(v_BHTK.dtype)
+            k_BHTK = (k_BHTK * cos_TK + self.turn(k_BHTK) * sin_TK).to(v_BHTK.dtype)
         causal = True
         if cache is not None:
             # A prompt goes in whole and then one token at a time: the mask is either square or empty.
@@ -164,26 +169,13 @@ class Attention(nn.Module):
         return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
 
 
-class SwiGLU(nn.Module):
-    """w3(silu(gate) * value) with gate and value from one projection `w12`."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.w12 = nn.Linear(config.hidden_dim, 2 * config.ffn_dim, bias=False)
-        self.w3 = nn.Linear(config.ffn_dim, config.hidden_dim, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_BTF, value_BTF = self.w12(x_BTD).chunk(2, dim=-1)
-        return self.w3(F.silu(gate_BTF) * value_BTF)  # type: ignore[no-any-return]
-
-
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
     def __init__(self, layer: int, config: DecoderConfig) -> None:
         super().__init__()
         self.attention = Attention(layer, config)
-        self.feed_forward = SwiGLU(config)
+        self.feed_forward = FEED_FORWARDS[config.ffn_type](config.hidden_dim)
         self.attention_norm = NORMS[config.model_norm](config.hidden_dim)
         self.ffn_norm = NORMS[config.model_norm](config.hidden_dim)
 
@@ -195,9 +187,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The language model; weights are uninitialised until `reset_parameters` or a load.
 
-    `rotary` positions are RoPE. `head_rotary`, which the released open_lm-1b uses, rotates queries and keys
-    of one head by the same angle at every position and so leaves their products unchanged: the model is
-    position-free, and it is implemented as the identity that it is. `none` is the same function.
+    `rotary` and `llama_rotary` positions are RoPE on different pairs of entries. `head_rotary`, which the
+    released open_lm-1b uses, rotates queries and keys of one head by the same angle at every position and so
+    leaves their products unchanged: the model is position-free, and it is implemented as the identity that it
+    is. `none` is the same function.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -211,7 +204,7 @@ class Decoder(nn.Module):
         self.output = Output(config.vocab_size, config.hidden_dim)
         if config.weight_tying:
             self.output.text = self.tok_embeddings.text
-        if config.positional_embedding_type == "rotary":
+        if config.positional_embedding_type in ROTARY:
             cos_TK, sin_TK = rotary_table(config)
             self.register_buffer("rotary_cos", cos_TK, persistent=False)
             self.register_buffer("rotary_sin", sin_TK, persistent=False)
@@ -222,7 +215,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: if the positions run past `seq_len`.
         """
-        if self.config.positional_embedding_type != "rotary":
+        if self.config.positional_embedding_type not in ROTARY:
             return None
         if start + length > self.config.seq_len:
             raise ValueError(f"position {start + length} is past the decoder's seq_len={self.config.seq_len}")
@@ -253,19 +246,11 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: Generator) -> None:
         """open_lm's initialisation: truncated normals of std 1/sqrt(fan-in), output projections scaled by depth."""
-        config = self.config
-        rows_std = 1 / math.sqrt(config.hidden_dim)
         for depth, block in enumerate(self.layers, start=1):
             assert isinstance(block, Block)
-            trunc_normal_(block.attention.in_proj.weight, rows_std, generator)
-            trunc_normal_(block.attention.out_proj.weight, rows_std / math.sqrt(2 * depth), generator)
-            trunc_normal_(block.feed_forward.w12.weight, rows_std, generator)
-            trunc_normal_(block.feed_forward.w3.weight, 1 / math.sqrt(2 * depth * config.ffn_dim), generator)
-        trunc_normal_(self.output.text, rows_std, generator)
-        if not config.weight_tying:
-            trunc_normal_(self.tok_embeddings.text, rows_std, generator)
-
-
-def trunc_normal_(tensor: Tensor, std: float, generator: Generator) -> None:
-    """Normal of standard deviation `std`, cut at three of them; in place."""
-    nn.init.trunc_normal_(tensor, std=std, a=-3 * std, b=3 * std, generator=generator)
+            fan_in_normal_(block.attention.in_proj.weight, generator)
+            fan_in_normal_(block.attention.out_proj.weight, generator, depth)
+            block.feed_forward.reset_parameters(depth, generator)
+        fan_in_normal_(self.output.text, generator)
+        if not self.config.weight_tying:
+            fan_in_normal_(self.tok_embeddings.text, generator)

@@ -1,11 +1,10 @@
 """Expanding a decoder's embedding and output by the special and image rows (Section 2.1)."""
 
-import math
-
 import torch
 from torch import Generator, nn
 
-from t2i_lm.models.decoder import Decoder, trunc_normal_
+from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.feed_forward import fan_in_normal_
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.vocab import SPECIALS, JointVocab
 
@@ -31,6 +30,6 @@ def expand_vocabulary(decoder: Decoder, image_size: int, generator: Generator) -
             continue
         for name, rows in (("special", len(SPECIALS)), ("image", image_size)):
             weight = nn.Parameter(matrix.text.new_empty(rows, dim))
-            trunc_normal_(weight, 1 / math.sqrt(dim), generator)
+            fan_in_normal_(weight, generator)
             setattr(matrix, name, weight)
     return vocab

@@ -14,21 +14,40 @@ from torch import Tensor
 
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 
-# open_lm's own files at commit 9bb92ef, plus the demo's. `open_lm_1b_old` is the released 1B model.
-_NEOX = {"vocab_size": 50432, "seq_len": 2048, "positional_embedding_type": "rotary"}
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo_7m": {
-        "hidden_dim": 256,
-        "n_layers": 6,
-        "n_heads": 4,
-        "seq_len": 512,
-        "vocab_size": 4096,
-        "positional_embedding_type": "rotary",
-    },
-    "open_lm_11m": _NEOX | {"hidden_dim": 96, "n_layers": 12, "n_heads": 12},
-    "open_lm_1b_old": _NEOX
-    | {"hidden_dim": 2048, "n_layers": 24, "n_heads": 16, "positional_embedding_type": "head_rotary"},
+_NEOX = {"vocab_size": 50432, "seq_len": 2048}
+# Width, layers and heads of open_lm's own model files at commit 9bb92ef.
+_SIZES = {
+    "open_lm_11m": (96, 12, 12),
+    "open_lm_11m_v2": (96, 8, 4),
+    "open_lm_25m": (192, 12, 12),
+    "open_lm_41m": (288, 12, 12),
+    "open_lm_79m_v2": (512, 8, 4),
+    "open_lm_87m": (488, 12, 12),
+    "open_lm_154m_v2": (576, 24, 8),
+    "open_lm_160m": (768, 12, 12),
+    "open_lm_410m": (1024, 24, 16),
+    "open_lm_411m_v2": (1024, 24, 8),
+    "open_lm_830m": (1536, 24, 16),
+    "open_lm_1b": (2048, 24, 16),
+    "open_lm_3b": (2560, 32, 32),
+    "open_lm_7b": (4096, 32, 32),
 }
+
+
+def _preset(size: tuple[int, int, int], positional: str, **more: Any) -> dict[str, Any]:
+    names = ("hidden_dim", "n_layers", "n_heads")
+    return _NEOX | dict(zip(names, size, strict=True)) | {"positional_embedding_type": positional} | more
+
+
+# What upstream's files leave out is its command line's default: rotary positions, LayerNorm with bias, no qk-norm.
+# The released 1B model is `open_lm_1b_old`, whose positions are head_rotary: it has none.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo_7m": _preset((256, 6, 4), "rotary", vocab_size=4096, seq_len=512),
+    **{name: _preset(size, "rotary") for name, size in _SIZES.items()},
+    "open_lm_1b_old": _preset(_SIZES["open_lm_1b"], "head_rotary"),
+}
+# Upstream registers the projections of its GELU layer twice.
+GELU_TWINS = {"_ff_w1.": "feed_forward.0.", "_ff_w2.": "feed_forward.2."}
 
 
 def decoder_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> DecoderConfig:
@@ -72,6 +91,8 @@ def open_lm_state_dict(decoder: Decoder) -> dict[str, Tensor]:
     state["tok_embeddings.weight"] = decoder.tok_embeddings.matrix().detach()
     if not decoder.config.weight_tying:
         state["output.weight"] = decoder.output.matrix().detach()
+    for twin, name in GELU_TWINS.items():
+        state |= {key.replace(name, twin): tensor.clone() for key, tensor in state.items() if name in key}
     return state
 
 
@@ -84,6 +105,8 @@ def load_open_lm_state(decoder: Decoder, state: Mapping[str, Tensor], origin: st
     state = {
         name: tensor for raw, tensor in state.items() if not (name := raw.removeprefix("module.")).endswith("inv_freq")
     }
+    for twin, own_name in GELU_TWINS.items():
+        state = {name.replace(twin, own_name): tensor for name, tensor in state.items()}
     renamed = {"tok_embeddings.weight": "tok_embeddings.text", "output.weight": "output.text"}
     state = {renamed.get(name, name): tensor for name, tensor in state.items()}
     if decoder.config.weight_tying:

@@ -1,12 +1,16 @@
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from t2i_lm.models.decoder import Decoder, KVCache
 from t2i_lm.models.open_lm import decoder_config, load_open_lm, open_lm_state_dict, save_open_lm
+from tests.models.open_lm_variants import BASE, IDS_BT, VARIANTS, figures, measure_upstream, weights
 
 REFERENCES = ("head_rotary_default_norm", "rotary_gain_only", "rotary_qk_norm", "rotary_rms_tied")
 TINY = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 24, "vocab_size": 50}
@@ -42,6 +46,64 @@ def test_logits_loss_and_gradients_equal_open_lms(name: str, shared: Path) -> No
             assert grad.norm().item() == pytest.approx(value.item(), rel=1e-4), key
             checked += 1
     assert checked > 10
+
+
+MEASURED = json.loads(Path(__file__).with_name("open_lm_variants.json").read_text())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_equals_upstreams_measured_figures(name: str, tmp_path: Path) -> None:
+    measured = MEASURED[name]
+    config = BASE | VARIANTS[name]
+    shapes = {key: value.shape for key, value in open_lm_state_dict(Decoder(decoder_config(config))).items()}
+    state = weights({key: shapes[key] for key in measured["grad_norms"]})
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "upstream.pt")
+    decoder = load_open_lm(tmp_path / "upstream.pt", config)
+    logits_BTV = decoder(IDS_BT)
+    loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), IDS_BT[:, 1:].flatten())
+    loss.backward()
+    ours = figures(logits_BTV.detach(), {})
+    scale = logits_BTV.detach().abs().max().item()
+    assert ours["loss"] == pytest.approx(measured["loss"], rel=1e-5)
+    assert ours["logits"] == pytest.approx(measured["logits"], abs=1e-5 * scale)
+    own = {"tok_embeddings.weight": "tok_embeddings.text", "output.weight": "output.text"}
+    parameters = dict(decoder.named_parameters())
+    for key, norm in measured["grad_norms"].items():
+        key = re.sub(r"_ff_w([12])", lambda found: f"feed_forward.{2 * int(found[1]) - 2}", own.get(key, key))
+        grad = parameters[key].grad
+        assert grad is not None
+        assert grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-7), key
+
+
+def test_head_rotary_is_position_free_in_upstreams_own_code() -> None:
+    assert MEASURED["head_rotary"]["loss"] == pytest.approx(MEASURED["none"]["loss"], rel=1e-6)
+    assert abs(MEASURED["rotary"]["loss"] - MEASURED["none"]["loss"]) > 1e-3
+
+
+@pytest.mark.skipif("OPEN_LM" not in os.environ, reason="OPEN_LM names no checkout of mlfoundations/open_lm")
+@pytest.mark.filterwarnings("ignore")
+def test_the_measured_figures_are_upstreams() -> None:
+    for name, values in measure_upstream(Path(os.environ["OPEN_LM"])).items():
+        for key in ("loss", "logits", "grad_norms"):
+            assert values[key] == pytest.approx(MEASURED[name][key], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("ffn_type", ["swiglu", "gelu", "gemma_geglu"])
+def test_upstreams_names_are_written_and_read_back(ffn_type: str, tmp_path: Path) -> None:
+    decoder = tiny(ffn_type=ffn_type)
+    save_open_lm(decoder, tmp_path, torch.float32, {})
+    again = load_open_lm(tmp_path)
+    assert ffn_type != "gelu" or "layers.0._ff_w2.weight" in load_file(tmp_path / "model.safetensors")
+    for name, tensor in decoder.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("positional", ["rotary", "llama_rotary", "head_rotary", "none"])
+def test_presets_load_by_name(positional: str) -> None:
+    with torch.device("meta"):
+        decoder = Decoder(decoder_config("open_lm_1b", positional_embedding_type=positional))
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == 1_439_895_552
+    assert decoder_config("open_lm_1b_old").positional_embedding_type == "head_rotary"
 
 
 def test_saving_and_loading_keeps_every_weight(tmp_path: Path) -> None:
