@@ -4,7 +4,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
 from t2i_lm.data.tokens import read_index
 from t2i_lm.devices import multiplies_bfloat16
-from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.expand import expand_vocabulary
+from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.open_lm import decoder_config, load_open_lm
 from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
@@ -76,10 +77,11 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
-def build_decoder(config: ExperimentConfig, length: int) -> Decoder:
-    """The unexpanded decoder, pre-trained or drawn from the seed; both arms take this path.
+def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig:
+    """The unexpanded decoder's config; its rotary table is long enough for `length` positions.
 
-    A rotary table is made long enough for `length` positions, which changes no weight.
+    Raises:
+        ValueError: if the config names no architecture, or a file that is not one.
     """
     backbone = config.backbone
     path = resolve(backbone.path) if backbone.path else None
@@ -89,24 +91,35 @@ def build_decoder(config: ExperimentConfig, length: int) -> Decoder:
     if isinstance(source, Path):
         source = source / "config.json"
     known = decoder_config(source, positional_embedding_type=backbone.positional)
-    seq_len = max(known.seq_len, backbone.seq_len or 0, length)
-    overrides = vars(known) | {"seq_len": seq_len}
+    return replace(known, seq_len=max(known.seq_len, backbone.seq_len or 0, length))
+
+
+def build_decoder(config: ExperimentConfig, length: int) -> Decoder:
+    """The unexpanded decoder, pre-trained or drawn from the seed; both arms take this path."""
+    architecture = decoder_architecture(config, length)
     if config.init == "pretrained":
-        assert path is not None
-        return load_open_lm(path, overrides)
-    decoder = Decoder(decoder_config(overrides))
+        assert config.backbone.path is not None
+        return load_open_lm(resolve(config.backbone.path), vars(architecture))
+    decoder = Decoder(architecture)
     decoder.reset_parameters(generator(config.seed, "decoder"))
     return decoder
 
 
-def build_text_to_image(config: ExperimentConfig, prepare: bool) -> Experiment:
+def choose_trained(decoder: Decoder, config: ExperimentConfig) -> None:
+    """Freezes what `tune` and `freeze` say; before a strategy wraps the decoder."""
+    tune_only(decoder, config.tune)
+    if config.freeze:
+        freeze(decoder, config.freeze)
+
+
+def build_text_to_image(config: ExperimentConfig) -> Experiment:
     """The expanded decoder on caption-image pairs."""
     settings = config.image_tokenizer
-    if config.text_tokenizer.path is None or settings.path is None:
-        raise ValueError("text_tokenizer.path and image_tokenizer.path: both are needed for task=text_to_image")
+    assert config.text_tokenizer.path is not None
+    assert settings.path is not None
     text = open_text_tokenizer(resolve(config.text_tokenizer.path))
     image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
-    shards = prepare_pairs(config, text, image) if prepare else None
+    shards = prepare_pairs(config, text, image)
     decoder = build_decoder(config, config.data.length)
     if text.vocab_size > decoder.config.vocab_size:
         raise ValueError(
@@ -114,17 +127,16 @@ def build_text_to_image(config: ExperimentConfig, prepare: bool) -> Experiment:
             "this is not the tokenizer that the backbone was trained with"
         )
     vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"))
+    choose_trained(decoder, config)
     layout = Layout(vocab, image.grid[0] * image.grid[1], config.data.length)
     module = TextToImageModule(decoder, config, layout)
-    data = PairDataModule(config, shards or Path(config.data.cache_dir), layout)
+    data = PairDataModule(config, shards, layout)
     return Experiment(config, module, data, _index(shards), shards, text, image, layout)
 
 
-def build_text(config: ExperimentConfig, prepare: bool) -> Experiment:
+def build_text(config: ExperimentConfig) -> Experiment:
     """A decoder from random weights on plain text."""
     decoder = build_decoder(config, config.data.length)
-    if not prepare:
-        return Experiment(config, TextModule(decoder, config), TextDataModule(config, Path(config.data.cache_dir)))
     shards, text = prepare_text(config)
     if text.vocab_size != decoder.config.vocab_size:
         raise ValueError(
@@ -134,7 +146,7 @@ def build_text(config: ExperimentConfig, prepare: bool) -> Experiment:
     return Experiment(config, TextModule(decoder, config), data, _index(shards), shards, text)
 
 
-def build_image_tokenizer(config: ExperimentConfig, prepare: bool) -> Experiment:
+def build_image_tokenizer(config: ExperimentConfig) -> Experiment:
     """An image tokenizer from random weights on pictures."""
     state = torch.get_rng_state()
     torch.manual_seed(config.seed)  # diffusers draws from the global stream
@@ -143,21 +155,22 @@ def build_image_tokenizer(config: ExperimentConfig, prepare: bool) -> Experiment
     return Experiment(config, ImageTokenizerModule(model, config), PictureDataModule(config))
 
 
-def _index(shards: Path | None) -> dict[str, Any]:
-    return (read_index(shards) if shards else None) or {}
+def _index(shards: Path) -> dict[str, Any]:
+    return read_index(shards) or {}
 
 
-TASKS: dict[str, Callable[[ExperimentConfig, bool], Experiment]] = {
+TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
     "text_to_image": build_text_to_image,
     "text": build_text,
     "image_tokenizer": build_image_tokenizer,
 }
 
 
-def build(config: ExperimentConfig, prepare: bool = True) -> Experiment:
-    """Builds an experiment's module and data, preparing token shards where they are absent unless told not to."""
+def build(config: ExperimentConfig) -> Experiment:
+    """Builds an experiment's module and data, preparing token shards where they are absent."""
+    config.require_paths()
     pl.seed_everything(config.seed, verbose=False)
-    return TASKS[config.task](config, prepare)
+    return TASKS[config.task](config)
 
 
 def precision(config: ExperimentConfig) -> str:

@@ -114,10 +114,6 @@ class DataConfig:
             _require(value is None or value >= 1, f"data.{key}", value, "null or at least 1")
         _require(0 <= self.max_reject_share <= 1, "data.max_reject_share", self.max_reject_share, "a value in [0, 1]")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        needs_path = self.source != "scenes"
-        _require(
-            not needs_path or self.path is not None, "data.path", self.path, f"a path for data.source={self.source}"
-        )
 
 
 @dataclass
@@ -226,6 +222,8 @@ class ExperimentConfig:
     scale: str = "demo"
     seed: int = 0
     init: str = "pretrained"
+    tune: str = "all"  # one of models/freeze.py's TUNE_SETS: what learns, as in Figure 5
+    freeze: list[str] = field(default_factory=list)  # FREEZE_GROUPS that do not learn, whatever `tune` says
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
@@ -256,8 +254,23 @@ class ExperimentConfig:
             self.data.batch_size,
             f"a multiple of {share} (trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches)",
         )
-        if self.init == "pretrained" and self.task == "text_to_image":
-            _require(self.backbone.path is not None, "backbone.path", None, "a checkpoint for init=pretrained")
+
+    def require_paths(self) -> None:
+        """Checks that every path is given without which the experiment cannot run; a dry run does without.
+
+        Raises:
+            ValueError: naming the first key.
+        """
+        needed = {"data.path": (self.data.path, f"a path for data.source={self.data.source}")}
+        if self.data.source == "scenes":
+            del needed["data.path"]
+        if self.task == "text_to_image":
+            for name in ("text_tokenizer", "image_tokenizer"):
+                needed[f"{name}.path"] = (getattr(self, name).path, "a path for task=text_to_image")
+            if self.init == "pretrained":
+                needed["backbone.path"] = (self.backbone.path, "a checkpoint for init=pretrained")
+        for key, (path, expected) in needed.items():
+            _require(path is not None, key, path, expected)
 
     @property
     def micro_batch(self) -> int:

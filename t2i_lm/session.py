@@ -4,7 +4,6 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,12 +31,9 @@ FOLDER_VARIABLE = "T2I_LM_RUN_FOLDER"
 STREAM_STEPS = 1000
 
 
-def run(config: ExperimentConfig, folder: Path | None, resume: bool, dry_run: bool) -> int:
-    """Trains (or only describes) an experiment; returns the exit code."""
-    experiment = build(config, prepare=not dry_run)
-    if dry_run:
-        print(describe(experiment))
-        return 0
+def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
+    """Trains an experiment; returns the exit code."""
+    experiment = build(config)
     inherited = os.environ.get(FOLDER_VARIABLE)
     main_rank = inherited is None and os.environ.get("RANK", "0") == "0"
     if folder is None:
@@ -97,26 +93,3 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
     )
     (folder / ENVIRONMENT).write_text(json.dumps(details, indent=2) + "\n")
     print(f"run folder: {folder}", flush=True)
-
-
-def describe(experiment: Experiment) -> str:
-    """What a run would do: the resolved config, parameters, tokens and compute."""
-    from omegaconf import OmegaConf
-
-    config = experiment.config
-    parameters = sum(p.numel() for p in experiment.module.parameters())
-    trainable = sum(p.numel() for p in experiment.module.parameters() if p.requires_grad)
-    lines = [OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), "---"]
-    lines.append(f"parameters: {parameters:,} ({trainable:,} trainable)")
-    lines.append(f"precision: {precision(config)}")
-    decoder: Any = getattr(experiment.module, "decoder", None)
-    if decoder is not None:
-        tokens = config.data.batch_size * config.data.length
-        matmul = parameters - decoder.tok_embeddings.matrix().numel()
-        model = decoder.config
-        flops = 6 * matmul + 12 * model.n_layers * model.hidden_dim * config.data.length
-        lines.append(f"tokens a step: {tokens:,}; in all: {tokens * config.trainer.max_steps:,}")
-        lines.append(f"compute: {flops * tokens * config.trainer.max_steps:.3g} FLOP ({flops:.3g} a token)")
-    if experiment.layout is not None:
-        lines.append(f"vocabulary: {experiment.layout.vocab.size:,} rows, text budget {experiment.layout.text_budget}")
-    return "\n".join(lines)

@@ -13,7 +13,7 @@ EXAMPLE = """example:
   python -m t2i_lm.train experiments/t2i_pretrained.yaml --scale demo trainer.max_steps=50
   python -m t2i_lm.train experiments/t2i_pretrained.yaml --scale demo --resume latest
 
-keys are those of t2i_lm/config.py; `--dry-run` prints all of them resolved."""
+keys are those of t2i_lm/config.py; `--dry-run` prints all of them resolved, and what the run would cost."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,9 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(argv)
     try:
         config, folder = _configure(options)
+        if options.dry_run:
+            from t2i_lm.dry_run import describe
+
+            print(describe(config))
+            return 0
+        config.require_paths()
         from t2i_lm.session import run  # torch and Lightning, only once the config is known to be right
 
-        return run(config, folder, resume=options.resume is not None, dry_run=options.dry_run)
+        return run(config, folder, resume=options.resume is not None)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -52,7 +52,6 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ("optim.warmup_steps=300", "less than trainer.max_steps=300"),
         ("init=pretraind", "one of pretrained, random"),
         ("data.batch_size=33 trainer.devices=2", "a multiple of 2"),
-        ("data.source=image_folder", "data.path"),
         ("trainer.strategy=fsdp9", "trainer.strategy"),
         ("log.ema=1.0", "log.ema"),
         ("nonsense", "key=value"),

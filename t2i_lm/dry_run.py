@@ -1,0 +1,142 @@
+"""What a run would be, without data, weights or training: `python -m t2i_lm.train ... --dry-run`.
+
+The model is built on the meta device, so the paper's 1.5B parameters take seconds and no memory. Where files are
+absent, their sizes come from the config: the backbone's preset, and `image_tokenizer.model` for the image ids.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from t2i_lm.assets import resolve
+from t2i_lm.build import choose_trained, decoder_architecture, precision
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.expand import expand_vocabulary
+from t2i_lm.models.freeze import group_table
+from t2i_lm.sequence import Layout
+from t2i_lm.tokenizers.vq import PatchedVQ, open_image_tokenizer
+
+# Peak bfloat16 FLOP a second without sparsity, and an assumed price in dollars an hour.
+GPUS = {"A100": (312e12, 2.0), "H100": (989e12, 3.0)}
+# Model FLOP utilisation that hours are stated at. open_lm's own code reached 0.28 to 0.34 on A100s.
+MFU = 0.4
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on the meta device and its size before the vocabulary grew."""
+
+    model: nn.Module
+    layout: Layout | None
+    before: int
+
+
+def plan(config: ExperimentConfig) -> Plan:
+    """Builds what the experiment trains on the meta device.
+
+    Raises:
+        ValueError: if the config does not say what would be trained.
+    """
+    with torch.device("meta"):
+        if config.task == "image_tokenizer":
+            tokenizer = PatchedVQ(config.image_tokenizer.model)
+            return Plan(tokenizer, None, count(tokenizer))
+        decoder = Decoder(decoder_architecture(config, config.data.length))
+    before = count(decoder)
+    layout = None
+    if config.task == "text_to_image":
+        codes, grid = image_ids(config)
+        vocab = expand_vocabulary(decoder, codes, torch.Generator())
+        layout = Layout(vocab, grid[0] * grid[1], config.data.length)
+    choose_trained(decoder, config)
+    return Plan(decoder, layout, before)
+
+
+def image_ids(config: ExperimentConfig) -> tuple[int, tuple[int, int]]:
+    """Codes of the image tokenizer and the grid of a picture's ids; from the config where there is no file."""
+    settings = config.image_tokenizer
+    if settings.path is not None and resolve(settings.path).exists():
+        image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
+        return image.vocab_size, image.grid
+    side = settings.size // (settings.model.patch * 2 ** (len(settings.model.block_out_channels) - 1))
+    return settings.model.codes, (side, side)
+
+
+def describe(config: ExperimentConfig) -> str:
+    """The resolved config, parameters by group, tokens, compute, memory and hours, as text."""
+    planned = plan(config)
+    lines = [OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), "---"]
+    lines += [f"missing: {missing}" for missing in absent_files(config)]
+    lines.append(f"precision here: {precision(config)}")
+    total, trainable = count(planned.model), count(planned.model, trainable=True)
+    if not isinstance(planned.model, Decoder):
+        return "\n".join([*lines, f"parameters: {total:,}"])
+    grown = f" ({planned.before:,} before expansion)" if total != planned.before else ""
+    lines.append(f"parameters: {total:,}{grown}, {trainable:,} trainable")
+    lines += ["", group_table(planned.model), ""]
+    if planned.layout is not None:
+        vocab = planned.layout.vocab
+        lines.append(
+            f"vocabulary: {vocab.size:,} rows ({vocab.text_size:,} text, {vocab.image_size:,} image); a sequence has "
+            f"{planned.layout.image_tokens:,} image ids and at most {planned.layout.text_budget:,} text ids"
+        )
+    return "\n".join([*lines, *cost(config, planned.model)])
+
+
+def cost(config: ExperimentConfig, decoder: Decoder) -> list[str]:
+    """Tokens, compute, memory a GPU and GPU-hours."""
+    trainer, model, length = config.trainer, decoder.config, config.data.length
+    tokens = config.data.batch_size * length
+    # 6 FLOP for each parameter of a product and token, 12 L D T for attention (the convention of PaLM's MFU).
+    products = count(decoder) - decoder.tok_embeddings.matrix().numel()
+    flops = 6 * products + 12 * model.n_layers * model.hidden_dim * length
+    in_all = flops * tokens * trainer.max_steps
+    lines = [
+        f"tokens a step: {tokens:,} (pads included); in {trainer.max_steps:,} steps: "
+        f"{tokens * trainer.max_steps:.4g} tokens",
+        f"compute: {flops:.4g} FLOP a token, {in_all:.3g} in all (frozen parts counted as if trained)",
+        f"memory a process (ddp): {memory_gib(config, decoder):.1f} GiB of weights, gradients, AdamW moments and "
+        f"activations at {config.micro_batch} sequences (an estimate)",
+    ]
+    processes = trainer.devices * trainer.num_nodes
+    for name, (peak, dollars) in GPUS.items():
+        hours = in_all / (MFU * peak) / 3600
+        lines.append(
+            f"{name} at {MFU:.0%} of {peak / 1e12:.0f} TFLOP/s: {hours:,.4g} GPU-hours, {hours / processes:,.3g} h on "
+            f"{processes}; {hours * dollars:,.0f} dollars at an assumed {dollars:g} an hour"
+        )
+    return lines
+
+
+def memory_gib(config: ExperimentConfig, decoder: Decoder) -> float:
+    """Estimate for one process that holds everything: float32 states, bfloat16 activations without checkpointing."""
+    model, tokens = decoder.config, config.micro_batch * config.data.length
+    states = 4 * count(decoder) + 12 * count(decoder, trainable=True)
+    # A block keeps its inputs, normed inputs, queries, keys, values, gates and values for the backward pass.
+    feed_forward = 8 * model.hidden_dim / 3
+    activations = tokens * model.n_layers * (14 * model.hidden_dim + 6 * feed_forward)
+    return (states + activations) / GIB
+
+
+def absent_files(config: ExperimentConfig) -> list[str]:
+    """Keys that a real run needs and that name nothing that is here."""
+    wanted = {"text_to_image": ("backbone", "text_tokenizer", "image_tokenizer"), "text": (), "image_tokenizer": ()}
+    lines = []
+    for section in wanted[config.task]:
+        path = getattr(config, section).path
+        if path is None or not resolve(path).exists():
+            lines.append(f"{section}.path={path or 'null'}")
+    local = config.data.source in ("image_folder", "parquet", "text")
+    if config.data.source != "scenes" and (config.data.path is None or (local and not Path(config.data.path).exists())):
+        lines.append(f"data.path={config.data.path or 'null'}")
+    return lines
+
+
+def count(model: nn.Module, trainable: bool = False) -> int:
+    """Parameters, all or those that learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trainable)

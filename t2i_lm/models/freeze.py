@@ -1,0 +1,122 @@
+"""Which parameters learn: named groups to freeze, and the paper's cumulative sets to tune (Figure 5).
+
+Freezing is by `requires_grad`, before a strategy wraps the model and before the optimiser is made, so a frozen
+parameter has no gradient, no optimiser state and no weight decay. Rows are frozen exactly because text and image
+rows are parameters of their own (`token_rows.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Name -> globs over parameter names; `{first}` and `{second}` stand for the layers of either half.
+FREEZE_GROUPS: dict[str, tuple[str, ...]] = {
+    "embedding": ("tok_embeddings.*",),
+    "output": ("output.*",),
+    "norm": ("*norm.*", "*norm"),
+    "attention": ("layers.*.attention.in_proj.*", "layers.*.attention.out_proj.*"),
+    "ffn": ("layers.*.feed_forward.*",),
+    "first_half": ("layers.{first}.*",),
+    "second_half": ("layers.{second}.*",),
+    "text_rows": ("*.text",),
+    "image_rows": ("*.image",),
+    "position": (),  # open_lm's rotary positions have no parameters
+}
+
+# What each of the paper's sets tunes; everything else is frozen. Set (2) names positions too, which have no parameters.
+TUNE_SETS: dict[str, tuple[str, ...]] = {
+    "embed": ("embedding", "output"),
+    "norm": ("embedding", "output", "norm", "position"),
+    "first_half": ("embedding", "output", "norm", "position", "first_half"),
+    "ffn": ("embedding", "output", "norm", "position", "ffn"),
+    "all": tuple(FREEZE_GROUPS),
+}
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """Parameters of a group, and how many of them are trainable."""
+
+    name: str
+    parameters: int
+    trainable: int
+
+
+def group_members(model: "nn.Module", group: str) -> "dict[str, nn.Parameter]":
+    """Parameters of a group by name; a tied matrix counts under both its names.
+
+    Raises:
+        ValueError: on an unknown group, listing the groups.
+    """
+    if group not in FREEZE_GROUPS:
+        raise ValueError(f"freeze={group!r}: expected one of {', '.join(FREEZE_GROUPS)}")
+    named = dict(model.named_parameters(remove_duplicate=False))
+    layers = len({name.split(".")[1] for name in named if name.startswith("layers.")})
+    halves = {"{first}": range(layers // 2), "{second}": range(layers // 2, layers)}
+    globs = [
+        glob.replace(half, str(layer))
+        for glob in FREEZE_GROUPS[group]
+        for half, members in halves.items()
+        for layer in (members if half in glob else (0,))
+    ]
+    return {name: value for name, value in named.items() if any(fnmatchcase(name, glob) for glob in globs)}
+
+
+def freeze(model: "nn.Module", groups: Sequence[str]) -> None:
+    """Freezes the union of the groups and leaves the rest as it is.
+
+    Raises:
+        ValueError: on an unknown group, or if nothing would be left to train.
+    """
+    frozen = {id(parameter) for group in groups for parameter in group_members(model, group).values()}
+    if all(id(parameter) in frozen or not parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze={', '.join(groups)}: nothing would be left to train")
+    for parameter in model.parameters():
+        if id(parameter) in frozen:
+            parameter.requires_grad_(False)
+
+
+def tune_only(model: "nn.Module", tuned: str) -> None:
+    """Freezes everything but one of the paper's sets.
+
+    Raises:
+        ValueError: on an unknown set.
+    """
+    if tuned not in TUNE_SETS:
+        raise ValueError(f"tune={tuned!r}: expected one of {', '.join(TUNE_SETS)}")
+    if tuned == "all":
+        return
+    kept = {id(parameter) for group in TUNE_SETS[tuned] for parameter in group_members(model, group).values()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+
+
+def group_sizes(model: "nn.Module") -> list[GroupSize]:
+    """Every group's size, which overlap (a norm lies in a half too), and `all` last."""
+    members = {group: list(group_members(model, group).values()) for group in FREEZE_GROUPS}
+    members["all"] = list(model.parameters())
+    return [
+        GroupSize(
+            name,
+            sum(parameter.numel() for parameter in parameters),
+            sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        )
+        for name, parameters in members.items()
+    ]
+
+
+def group_table(model: "nn.Module") -> str:
+    """`group_sizes` as text: group, parameters, trainable, share of all parameters."""
+    sizes = group_sizes(model)
+    total = sizes[-1].parameters
+    lines = [f"{'group':<14}{'parameters':>16}{'trainable':>16}{'share':>9}"]
+    for size in sizes:
+        note = "  (no parameters in this backbone)" if not size.parameters else ""
+        share = f"{size.parameters / total:>9.1%}"
+        lines.append(f"{size.name:<14}{size.parameters:>16,}{size.trainable:>16,}{share}{note}")
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""What a run would be, at the paper's scale, without a file of it."""
+
+from pathlib import Path
+
+import pytest
+
+from t2i_lm.dry_run import describe, plan
+from t2i_lm.load import load_experiment
+from t2i_lm.train import main
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+PRETRAINED = EXPERIMENTS / "t2i_pretrained.yaml"
+
+
+def test_the_papers_numbers_come_out_without_weights() -> None:
+    text = describe(load_experiment(PRETRAINED, "paper"))
+    assert "1,507,033,088 (1,439,895,552 before expansion)" in text
+    assert "66,823 rows (50,432 text, 16,384 image)" in text
+    assert "1,024 image ids and at most 122 text ids" in text
+    assert "tokens a step: 1,032,192" in text
+    assert "1e+11 tokens" in text
+    assert "8.901e+09 FLOP a token" in text
+    assert "missing: backbone.path=null" in text
+
+
+def test_frozen_parts_are_counted() -> None:
+    text = describe(load_experiment(PRETRAINED, "paper", ["tune=embed"]))
+    assert "273,707,008 trainable" in text
+    assert describe(load_experiment(PRETRAINED, "paper", ["freeze=[ffn]"])) != text
+
+
+@pytest.mark.parametrize("name", ["t2i_scratch", "text_lm", "image_tokenizer"])
+def test_every_task_can_be_described_without_its_data(name: str) -> None:
+    assert "parameters: " in describe(load_experiment(EXPERIMENTS / f"{name}.yaml", "demo"))
+
+
+def test_the_demos_files_give_its_sizes() -> None:
+    planned = plan(load_experiment(PRETRAINED, "demo"))
+    assert planned.layout is not None
+    assert planned.layout.vocab.image_size == 512
+    assert planned.layout.image_tokens == 64
+
+
+def test_a_real_run_without_its_paths_is_refused_early(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(PRETRAINED), "--scale", "paper"]) == 2
+    assert "data.path=None" in capsys.readouterr().err
+
+
+def test_an_unknown_group_lists_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(PRETRAINED), "--dry-run", "freeze=[nothing_like_this]"]) == 2
+    assert "nothing_like_this" in capsys.readouterr().err
