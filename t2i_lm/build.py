@@ -32,9 +32,11 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
 from t2i_lm.data.tokens import read_index
 from t2i_lm.devices import multiplies_bfloat16
+from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import freeze, tune_only
+from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
 from t2i_lm.models.open_lm import decoder_config, load_open_lm
 from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
@@ -94,18 +96,42 @@ def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig
     return replace(known, seq_len=max(known.seq_len, backbone.seq_len or 0, length))
 
 
-def build_decoder(config: ExperimentConfig, length: int) -> Decoder:
-    """The unexpanded decoder, pre-trained or drawn from the seed; both arms take this path."""
-    architecture = decoder_architecture(config, length)
+def empty_backbone(config: ExperimentConfig) -> Backbone:
+    """The unexpanded backbone, its weights yet to be drawn.
+
+    Raises:
+        ValueError: if it has fewer positions than `data.length`.
+    """
+    folder = resolve(config.backbone.config or config.backbone.path or ".")
+    if is_huggingface(folder):
+        return _with_positions(empty_huggingface(folder), config)
+    return Decoder(decoder_architecture(config, config.data.length))
+
+
+def build_backbone(config: ExperimentConfig) -> Backbone:
+    """The unexpanded backbone, pre-trained or drawn from the seed; both arms take this path.
+
+    Raises:
+        ValueError: if weights cannot be read or do not fit.
+    """
     if config.init == "pretrained":
         assert config.backbone.path is not None
-        return load_open_lm(resolve(config.backbone.path), vars(architecture))
-    decoder = Decoder(architecture)
-    decoder.reset_parameters(generator(config.seed, "decoder"))
-    return decoder
+        path = resolve(config.backbone.path)
+        if is_huggingface(path):
+            return _with_positions(load_huggingface(path), config)
+        return load_open_lm(path, vars(decoder_architecture(config, config.data.length)))
+    backbone = empty_backbone(config)
+    backbone.reset_parameters(generator(config.seed, "decoder"))
+    return backbone
 
 
-def choose_trained(decoder: Decoder, config: ExperimentConfig) -> None:
+def _with_positions(backbone: HuggingFaceDecoder, config: ExperimentConfig) -> HuggingFaceDecoder:
+    if config.data.length > backbone.config.seq_len:
+        raise ValueError(f"data.length={config.data.length}: the backbone has {backbone.config.seq_len} positions")
+    return backbone
+
+
+def choose_trained(decoder: Backbone, config: ExperimentConfig) -> None:
     """Freezes what `tune` and `freeze` say; before a strategy wraps the decoder."""
     tune_only(decoder, config.tune)
     if config.freeze:
@@ -120,7 +146,7 @@ def build_text_to_image(config: ExperimentConfig) -> Experiment:
     text = open_text_tokenizer(resolve(config.text_tokenizer.path))
     image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
     shards = prepare_pairs(config, text, image)
-    decoder = build_decoder(config, config.data.length)
+    decoder = build_backbone(config)
     if text.vocab_size > decoder.config.vocab_size:
         raise ValueError(
             f"text_tokenizer.path has {text.vocab_size} pieces but the backbone {decoder.config.vocab_size} rows: "
@@ -136,7 +162,7 @@ def build_text_to_image(config: ExperimentConfig) -> Experiment:
 
 def build_text(config: ExperimentConfig) -> Experiment:
     """A decoder from random weights on plain text."""
-    decoder = build_decoder(config, config.data.length)
+    decoder = build_backbone(config)
     shards, text = prepare_text(config)
     if text.vocab_size != decoder.config.vocab_size:
         raise ValueError(

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from t2i_lm.assets import resolve
-from t2i_lm.build import choose_trained, decoder_architecture, precision
+from t2i_lm.build import choose_trained, empty_backbone, precision
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import group_table
 from t2i_lm.sequence import Layout
@@ -46,7 +46,7 @@ def plan(config: ExperimentConfig) -> Plan:
         if config.task == "image_tokenizer":
             tokenizer = PatchedVQ(config.image_tokenizer.model)
             return Plan(tokenizer, None, count(tokenizer))
-        decoder = Decoder(decoder_architecture(config, config.data.length))
+        decoder = empty_backbone(config)
     before = count(decoder)
     layout = None
     if config.task == "text_to_image":
@@ -74,7 +74,7 @@ def describe(config: ExperimentConfig) -> str:
     lines += [f"missing: {missing}" for missing in absent_files(config)]
     lines.append(f"precision here: {precision(config)}")
     total, trainable = count(planned.model), count(planned.model, trainable=True)
-    if not isinstance(planned.model, Decoder):
+    if not isinstance(planned.model, Backbone):
         return "\n".join([*lines, f"parameters: {total:,}"])
     grown = f" ({planned.before:,} before expansion)" if total != planned.before else ""
     lines.append(f"parameters: {total:,}{grown}, {trainable:,} trainable")
@@ -88,7 +88,7 @@ def describe(config: ExperimentConfig) -> str:
     return "\n".join([*lines, *cost(config, planned.model)])
 
 
-def cost(config: ExperimentConfig, decoder: Decoder) -> list[str]:
+def cost(config: ExperimentConfig, decoder: Backbone) -> list[str]:
     """Tokens, compute, memory a GPU and GPU-hours."""
     trainer, model, length = config.trainer, decoder.config, config.data.length
     tokens = config.data.batch_size * length
@@ -113,7 +113,7 @@ def cost(config: ExperimentConfig, decoder: Decoder) -> list[str]:
     return lines
 
 
-def memory_gib(config: ExperimentConfig, decoder: Decoder) -> float:
+def memory_gib(config: ExperimentConfig, decoder: Backbone) -> float:
     """Estimate for one process that holds everything: float32 states, bfloat16 activations without checkpointing."""
     model, tokens = decoder.config, config.micro_batch * config.data.length
     states = 4 * count(decoder) + 12 * count(decoder, trainable=True)

@@ -91,14 +91,20 @@ def export(run: Path, out: Path, dtype: str) -> dict[str, Any]:
 
 
 def export_decoder(experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]) -> dict[str, Any]:
-    """An expanded decoder under open_lm's names, its rows joined, with its id ranges."""
+    """An expanded decoder under its library's names, its rows joined, with its id ranges."""
+    from t2i_lm.models.decoder import Decoder
+    from t2i_lm.models.huggingface import HuggingFaceDecoder, save_huggingface
     from t2i_lm.models.open_lm import save_open_lm
     from t2i_lm.modules.text_to_image import TextToImageModule
 
     module, layout = experiment.module, experiment.layout
     assert isinstance(module, TextToImageModule)
     assert layout is not None
-    save_open_lm(module.decoder, out, dtype, {"experiment": str(card["experiment"])})
+    if isinstance(module.decoder, HuggingFaceDecoder):
+        save_huggingface(module.decoder, out, dtype)
+    else:
+        assert isinstance(module.decoder, Decoder)
+        save_open_lm(module.decoder, out, dtype, {"experiment": str(card["experiment"])})
     return {"text_rows": layout.vocab.text_size, "image_offset": layout.vocab.image_offset, "rows": layout.vocab.size}
 
 
@@ -107,11 +113,13 @@ def export_language_model(
 ) -> dict[str, Any]:
     """A backbone with its tokenizer; held-out bits a byte and ten completions of the weights as shipped."""
     from t2i_lm.data.tokens import open_split
+    from t2i_lm.models.decoder import Decoder
     from t2i_lm.models.open_lm import load_open_lm, save_open_lm
     from t2i_lm.modules.text import TextModule
 
     module, text = experiment.module, experiment.text
     assert isinstance(module, TextModule)
+    assert isinstance(module.decoder, Decoder)
     assert text is not None
     assert experiment.shards is not None
     save_open_lm(module.decoder, out, dtype, {"experiment": str(card["experiment"])})

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from t2i_lm.losses import TokenLoss
+from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.feed_forward import FEED_FORWARDS, fan_in_normal_
 from t2i_lm.models.token_rows import Embedding, Output
 
@@ -184,7 +184,7 @@ class Block(nn.Module):
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))  # type: ignore[no-any-return]
 
 
-class Decoder(nn.Module):
+class Decoder(Backbone):
     """The language model; weights are uninitialised until `reset_parameters` or a load.
 
     `rotary` and `llama_rotary` positions are RoPE on different pairs of entries. `head_rotary`, which the
@@ -192,6 +192,8 @@ class Decoder(nn.Module):
     leaves their products unchanged: the model is position-free, and it is implemented as the identity that it
     is. `none` is the same function.
     """
+
+    config: DecoderConfig
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -232,16 +234,9 @@ class Decoder(nn.Module):
             cache.filled += ids_BT.shape[1]
         return self.norm(x_BTD)  # type: ignore[no-any-return]
 
-    def forward(
-        self, ids_BT: Tensor, target_BT: Tensor | None = None, valid_BT: Tensor | None = None
-    ) -> Tensor | TokenLoss:
-        """Logits (B, T, V) float32, or the loss of the N targets where `valid_BT` holds (all by default)."""
-        x_BTD = self.hidden(ids_BT)
-        if target_BT is None:
-            return self.output(x_BTD)  # type: ignore[no-any-return]
-        if valid_BT is None:
-            return self.output(x_BTD.flatten(0, 1), target_BT.flatten())  # type: ignore[no-any-return]
-        return self.output(x_BTD[valid_BT], target_BT[valid_BT])  # type: ignore[no-any-return]
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """A static cache on the decoder's device."""
+        return KVCache(self.config, batch, length, self.output.text)
 
     @torch.no_grad()
     def reset_parameters(self, generator: Generator) -> None:

@@ -3,14 +3,14 @@
 import torch
 from torch import Generator, nn
 
-from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.feed_forward import fan_in_normal_
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.vocab import SPECIALS, JointVocab
 
 
 @torch.no_grad()
-def expand_vocabulary(decoder: Decoder, image_size: int, generator: Generator) -> JointVocab:
+def expand_vocabulary(decoder: Backbone, image_size: int, generator: Generator) -> JointVocab:
     """Adds rows for `SPECIALS` and `image_size` codes, drawn as open_lm draws its own.
 
     The draw depends on the generator alone, so two decoders expanded with equal generators get identical

@@ -13,18 +13,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from t2i_lm.models.backbone import Backbone
+
 # Name -> globs over parameter names; `{first}` and `{second}` stand for the layers of either half.
 FREEZE_GROUPS: dict[str, tuple[str, ...]] = {
     "embedding": ("tok_embeddings.*",),
     "output": ("output.*",),
-    "norm": ("*norm.*", "*norm"),
-    "attention": ("layers.*.attention.in_proj.*", "layers.*.attention.out_proj.*"),
-    "ffn": ("layers.*.feed_forward.*",),
-    "first_half": ("layers.{first}.*",),
-    "second_half": ("layers.{second}.*",),
+    "norm": ("*norm.*", "*.ln_?.*"),
+    "attention": (
+        "*.attention.in_proj.*",  # open_lm
+        "*.attention.out_proj.*",
+        "*.self_attn.?_proj.*",  # transformers: Llama, Qwen, OLMo, ...
+        "*.attention.query_key_value.*",  # GPT-NeoX, Pythia
+        "*.attention.dense.*",
+        "*.attn.c_*",  # GPT-2
+    ),
+    "ffn": ("*.feed_forward.*", "*.mlp.*"),
+    "first_half": ("*layers.{first}.*", "*.h.{first}.*"),
+    "second_half": ("*layers.{second}.*", "*.h.{second}.*"),
     "text_rows": ("*.text",),
     "image_rows": ("*.image",),
-    "position": (),  # open_lm's rotary positions have no parameters
+    "position": ("*.wpe.*", "*.embed_positions.*"),  # rotary positions, open_lm's too, have no parameters
 }
 
 # What each of the paper's sets tunes; everything else is frozen. Set (2) names positions too, which have no parameters.
@@ -46,7 +55,7 @@ class GroupSize:
     trainable: int
 
 
-def group_members(model: "nn.Module", group: str) -> "dict[str, nn.Parameter]":
+def group_members(model: "Backbone", group: str) -> "dict[str, nn.Parameter]":
     """Parameters of a group by name; a tied matrix counts under both its names.
 
     Raises:
@@ -55,7 +64,7 @@ def group_members(model: "nn.Module", group: str) -> "dict[str, nn.Parameter]":
     if group not in FREEZE_GROUPS:
         raise ValueError(f"freeze={group!r}: expected one of {', '.join(FREEZE_GROUPS)}")
     named = dict(model.named_parameters(remove_duplicate=False))
-    layers = len({name.split(".")[1] for name in named if name.startswith("layers.")})
+    layers = model.config.n_layers
     halves = {"{first}": range(layers // 2), "{second}": range(layers // 2, layers)}
     globs = [
         glob.replace(half, str(layer))
@@ -66,13 +75,17 @@ def group_members(model: "nn.Module", group: str) -> "dict[str, nn.Parameter]":
     return {name: value for name, value in named.items() if any(fnmatchcase(name, glob) for glob in globs)}
 
 
-def freeze(model: "nn.Module", groups: Sequence[str]) -> None:
+def freeze(model: "Backbone", groups: Sequence[str]) -> None:
     """Freezes the union of the groups and leaves the rest as it is.
 
     Raises:
         ValueError: on an unknown group, or if nothing would be left to train.
     """
-    frozen = {id(parameter) for group in groups for parameter in group_members(model, group).values()}
+    members = {group: group_members(model, group) for group in groups}
+    for group, parameters in members.items():
+        if not parameters and FREEZE_GROUPS[group] and group != "position":
+            raise ValueError(f"freeze={group!r}: no parameter of this backbone is known to belong to it")
+    frozen = {id(parameter) for parameters in members.values() for parameter in parameters.values()}
     if all(id(parameter) in frozen or not parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"freeze={', '.join(groups)}: nothing would be left to train")
     for parameter in model.parameters():
@@ -80,7 +93,7 @@ def freeze(model: "nn.Module", groups: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def tune_only(model: "nn.Module", tuned: str) -> None:
+def tune_only(model: "Backbone", tuned: str) -> None:
     """Freezes everything but one of the paper's sets.
 
     Raises:
@@ -96,7 +109,7 @@ def tune_only(model: "nn.Module", tuned: str) -> None:
             parameter.requires_grad_(False)
 
 
-def group_sizes(model: "nn.Module") -> list[GroupSize]:
+def group_sizes(model: "Backbone") -> list[GroupSize]:
     """Every group's size, which overlap (a norm lies in a half too), and `all` last."""
     members = {group: list(group_members(model, group).values()) for group in FREEZE_GROUPS}
     members["all"] = list(model.parameters())
@@ -110,7 +123,7 @@ def group_sizes(model: "nn.Module") -> list[GroupSize]:
     ]
 
 
-def group_table(model: "nn.Module") -> str:
+def group_table(model: "Backbone") -> str:
     """`group_sizes` as text: group, parameters, trainable, share of all parameters."""
     sizes = group_sizes(model)
     total = sizes[-1].parameters

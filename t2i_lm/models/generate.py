@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from t2i_lm.models.decoder import Decoder, KVCache
+from t2i_lm.models.backbone import Backbone
 from t2i_lm.vocab import JointVocab
 
 # Called after each token with (tokens done, tokens in all).
@@ -40,7 +40,7 @@ def gumbel(seeds: Sequence[int], step: int, size: int) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    decoder: Decoder,
+    decoder: Backbone,
     vocab: JointVocab,
     prompts: Sequence[Tensor],
     image_tokens: int,
@@ -81,7 +81,7 @@ def generate(
     for length in lengths:
         members = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
         ids_BT = torch.stack([prompts[index] for index in members]).to(decoder.output.text.device)
-        cache = KVCache(decoder.config, len(members), length + image_tokens, decoder.output.text)
+        cache = decoder.new_cache(len(members), length + image_tokens)
         for step in range(image_tokens):
             last_BD = decoder.hidden(ids_BT, cache)[:, -1]
             logits_BV = decoder.output(last_BD)[:, vocab.image_offset :].cpu() / temperature
@@ -97,7 +97,7 @@ def generate(
 
 @torch.no_grad()
 def continue_text(
-    decoder: Decoder, prompt: Tensor, tokens: int, stop: int, seed: int | None = None, temperature: float = 1.0
+    decoder: Backbone, prompt: Tensor, tokens: int, stop: int, seed: int | None = None, temperature: float = 1.0
 ) -> Tensor:
     """Continues a text over the text rows alone, up to `tokens` ids or the `stop` id.
 
@@ -112,7 +112,7 @@ def continue_text(
     Returns:
         The added ids, one-dimensional int64.
     """
-    cache = KVCache(decoder.config, 1, len(prompt) + tokens, decoder.output.text)
+    cache = decoder.new_cache(1, len(prompt) + tokens)
     text_size = decoder.config.vocab_size
     ids_BT, added = prompt[None], []
     for step in range(tokens):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.losses import TokenLoss, split_sums
-from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.backbone import Backbone
 from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
 
 
@@ -56,7 +56,7 @@ class DecoderModule(OptimisedModule):
 
     modalities: tuple[str, ...]
 
-    def __init__(self, decoder: Decoder, config: ExperimentConfig) -> None:
+    def __init__(self, decoder: Backbone, config: ExperimentConfig) -> None:
         super().__init__(config)
         self.decoder = decoder
         # Targets seen since the last optimiser step, on this rank.

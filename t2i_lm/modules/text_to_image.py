@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.backbone import Backbone
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.sequence import MODALITIES, PAD, Layout, modality_of_target
 
@@ -13,7 +13,7 @@ class TextToImageModule(DecoderModule):
 
     modalities = MODALITIES
 
-    def __init__(self, decoder: Decoder, config: ExperimentConfig, layout: Layout) -> None:
+    def __init__(self, decoder: Backbone, config: ExperimentConfig, layout: Layout) -> None:
         super().__init__(decoder, config)
         self.layout = layout
 

@@ -1,0 +1,64 @@
+"""What the suite asks of a language model: hidden states over row-blocked embedding and output matrices.
+
+Shapes: `B` batch, `T` tokens, `N` targets, `D` width, `V` vocabulary.
+"""
+
+from typing import Any, Protocol
+
+from torch import Generator, Tensor, nn
+
+from t2i_lm.losses import TokenLoss
+from t2i_lm.models.token_rows import Embedding, Output
+
+
+class BackboneShape(Protocol):
+    """Sizes of a language model before its vocabulary is expanded."""
+
+    @property
+    def hidden_dim(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def weight_tying(self) -> bool: ...
+
+
+class Backbone(nn.Module):
+    """A decoder-only language model: `Decoder` for open_lm, `HuggingFaceDecoder` for the rest.
+
+    Attributes:
+        config: its sizes.
+        tok_embeddings, output: token rows; one parameter where they are tied.
+    """
+
+    config: BackboneShape
+    tok_embeddings: Embedding
+    output: Output
+
+    def hidden(self, ids_BT: Tensor, cache: Any = None) -> Tensor:
+        """Final normalised hidden states (B, T, D); with a cache, of the new positions only."""
+        raise NotImplementedError
+
+    def new_cache(self, batch: int, length: int) -> Any:
+        """An empty key-value cache for `batch` sequences of at most `length` positions."""
+        raise NotImplementedError
+
+    def reset_parameters(self, generator: Generator) -> None:
+        """Draws all weights as the model's authors do, from the generator alone."""
+        raise NotImplementedError
+
+    def forward(
+        self, ids_BT: Tensor, target_BT: Tensor | None = None, valid_BT: Tensor | None = None
+    ) -> Tensor | TokenLoss:
+        """Logits (B, T, V) float32, or the loss of the N targets where `valid_BT` holds (all by default)."""
+        x_BTD = self.hidden(ids_BT)
+        if target_BT is None:
+            return self.output(x_BTD)  # type: ignore[no-any-return]
+        if valid_BT is None:
+            return self.output(x_BTD.flatten(0, 1), target_BT.flatten())  # type: ignore[no-any-return]
+        return self.output(x_BTD[valid_BT], target_BT[valid_BT])  # type: ignore[no-any-return]
