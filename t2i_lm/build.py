@@ -1,10 +1,9 @@
 """The composition root: ExperimentConfig -> module, data and Trainer. Alone imports `callbacks`."""
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +27,26 @@ from callbacks import MetricsFile as MetricsFile
 from callbacks import Preempted as Preempted
 from callbacks import find_resumable as find_resumable
 from t2i_lm.assets import resolve
+from t2i_lm.backbones import build_backbone, choose_trained
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
+from t2i_lm.data.preparation import equal_ids, prepare_pairs, prepare_text
 from t2i_lm.data.tokens import read_index
 from t2i_lm.devices import multiplies_bfloat16
-from t2i_lm.models.backbone import Backbone
-from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.freeze import freeze, tune_only
-from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
-from t2i_lm.models.open_lm import decoder_config, load_open_lm
 from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
-from t2i_lm.prepare import prepare_pairs, prepare_text
 from t2i_lm.runs import METRICS
+from t2i_lm.seeds import generator
 from t2i_lm.sequence import Layout
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
-from t2i_lm.tokenizers.vq import PatchedVQ, open_image_tokenizer
+from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer, open_image_tokenizer
 
 CHECKPOINTS = "checkpoints"
+# Share of ids that must not change for pictures to be encoded in bfloat16.
+EQUAL_IDS = 0.999
 
 # Warnings of Lightning that do not hold here: loading is no bottleneck, and the data module resumes exactly.
 QUIET = (
@@ -73,78 +71,44 @@ class Experiment:
     layout: Layout | None = None
 
 
-def generator(seed: int, purpose: str) -> torch.Generator:
-    """A random stream of its own for each purpose, so that draws of one never shift another's."""
-    digest = hashlib.sha256(f"{purpose}/{seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+def open_text(config: ExperimentConfig) -> TextTokenizer:
+    """The experiment's text tokenizer."""
+    assert config.text_tokenizer.path is not None
+    return open_text_tokenizer(resolve(config.text_tokenizer.path))
 
 
-def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig:
-    """The unexpanded decoder's config; its rotary table is long enough for `length` positions.
-
-    Raises:
-        ValueError: if the config names no architecture, or a file that is not one.
-    """
-    backbone = config.backbone
-    path = resolve(backbone.path) if backbone.path else None
-    source = backbone.config or (path if path is None or path.is_dir() else path.parent)
-    if source is None:
-        raise ValueError("backbone.config=null: give a preset, a model JSON, or backbone.path with a config.json")
-    if isinstance(source, Path):
-        source = source / "config.json"
-    known = decoder_config(source, positional_embedding_type=backbone.positional)
-    return replace(known, seq_len=max(known.seq_len, backbone.seq_len or 0, length))
-
-
-def empty_backbone(config: ExperimentConfig) -> Backbone:
-    """The unexpanded backbone, its weights yet to be drawn.
+def open_image(config: ExperimentConfig, rank: int = 0) -> VQTokenizer:
+    """The experiment's image tokenizer, on the GPU of that number where there is one.
 
     Raises:
-        ValueError: if it has fewer positions than `data.length`.
+        ValueError: if it should encode in bfloat16 and that changes too many ids.
     """
-    folder = resolve(config.backbone.config or config.backbone.path or ".")
-    if is_huggingface(folder):
-        return _with_positions(empty_huggingface(folder), config)
-    return Decoder(decoder_architecture(config, config.data.length))
+    settings = config.image_tokenizer
+    assert settings.path is not None
+    image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
+    if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda"):
+        image.to(torch.device("cuda", rank))
+    if settings.precision == "bfloat16":
+        share, ids = equal_ids(config, image)
+        if share < EQUAL_IDS:
+            raise ValueError(
+                f"image_tokenizer.precision=bfloat16: {share:.3%} of {ids:,} ids equal float32's, "
+                f"at least {EQUAL_IDS:.1%} must"
+            )
+        image.low_precision = True
+    return image
 
 
-def build_backbone(config: ExperimentConfig) -> Backbone:
-    """The unexpanded backbone, pre-trained or drawn from the seed; both arms take this path.
-
-    Raises:
-        ValueError: if weights cannot be read or do not fit.
-    """
-    if config.init == "pretrained":
-        assert config.backbone.path is not None
-        path = resolve(config.backbone.path)
-        if is_huggingface(path):
-            return _with_positions(load_huggingface(path), config)
-        return load_open_lm(path, vars(decoder_architecture(config, config.data.length)))
-    backbone = empty_backbone(config)
-    backbone.reset_parameters(generator(config.seed, "decoder"))
-    return backbone
-
-
-def _with_positions(backbone: HuggingFaceDecoder, config: ExperimentConfig) -> HuggingFaceDecoder:
-    if config.data.length > backbone.config.seq_len:
-        raise ValueError(f"data.length={config.data.length}: the backbone has {backbone.config.seq_len} positions")
-    return backbone
-
-
-def choose_trained(decoder: Backbone, config: ExperimentConfig) -> None:
-    """Freezes what `tune` and `freeze` say; before a strategy wraps the decoder."""
-    tune_only(decoder, config.tune)
-    if config.freeze:
-        freeze(decoder, config.freeze)
+def prepare(config: ExperimentConfig, rank: int = 0) -> Path:
+    """The folder of the experiment's token shards, written where they are missing."""
+    if config.task == "text":
+        return prepare_text(config)[0]
+    return prepare_pairs(config, open_text(config), open_image(config, rank))
 
 
 def build_text_to_image(config: ExperimentConfig) -> Experiment:
     """The expanded decoder on caption-image pairs."""
-    settings = config.image_tokenizer
-    assert config.text_tokenizer.path is not None
-    assert settings.path is not None
-    text = open_text_tokenizer(resolve(config.text_tokenizer.path))
-    image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
+    text, image = open_text(config), open_image(config)
     shards = prepare_pairs(config, text, image)
     decoder = build_backbone(config)
     if text.vocab_size > decoder.config.vocab_size:

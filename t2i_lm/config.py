@@ -11,11 +11,12 @@ from typing import Any
 TASKS = ("text_to_image", "text", "image_tokenizer")
 INITS = ("pretrained", "random")
 SOURCES = ("scenes", "image_folder", "parquet", "hub", "text")
-CAPTION_CHOICES = ("first", "random")
+CAPTION_CHOICES = ("first", "random", "all")
 LOGGERS = ("tensorboard", "csv", "wandb", "none")
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("all", "matrices")
 STRATEGIES = ("auto", "ddp")
+ENCODE_PRECISIONS = ("float32", "bfloat16")
 MOVQGAN_SIZES = ("67M", "102M", "270M")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
@@ -71,6 +72,7 @@ class ImageTokenizerConfig:
     path: str | None = None  # our folder, a diffusers VQModel folder or a MoVQGAN .ckpt; `asset:NAME` is shipped
     expect: str | None = None  # size of a MoVQGAN checkpoint: another is refused
     size: int = 64  # pixels a side after the centre crop
+    precision: str = "float32"  # of encoding; bfloat16 is refused where it changes more than 0.1 % of the ids
     model: VQModelConfig = field(default_factory=VQModelConfig)
     warmup_fraction: float = 0.4  # share of the steps without quantisation
     restart_every: int = 100  # steps between re-seeding of unused codes
@@ -80,6 +82,7 @@ class ImageTokenizerConfig:
     def __post_init__(self) -> None:
         if self.expect is not None:
             _one_of("image_tokenizer.expect", self.expect, MOVQGAN_SIZES)
+        _one_of("image_tokenizer.precision", self.precision, ENCODE_PRECISIONS)
         _require(self.size >= 8 and self.size % 8 == 0, "image_tokenizer.size", self.size, "a multiple of 8")
         _require(
             0 <= self.warmup_fraction < 1, "image_tokenizer.warmup_fraction", self.warmup_fraction, "a value in [0, 1)"
@@ -99,15 +102,16 @@ class DataConfig:
     hold_out_pairs: bool = True  # scenes: keep some colour-kind pairs out of training, so validation asks to compose
     batch_size: int = 64  # global: split over ranks and accumulation
     length: int = 128  # positions of a sequence, pads included
-    captions: str = "random"  # which of several captions: `first`, or `random` per epoch
+    captions: str = "random"  # of several: `first`, a `random` one per epoch, or `all` as samples of their own
     max_reject_share: float = 0.01  # unreadable samples above this share stop the preparation
     cache_dir: str = "cache"  # prepared token shards
+    part_size: int = 8192  # samples of one part of the shards: what a killed preparation loses at most
     workers: int = 0  # processes that load batches
 
     def __post_init__(self) -> None:
         _one_of("data.source", self.source, SOURCES)
         _one_of("data.captions", self.captions, CAPTION_CHOICES)
-        for key in ("batch_size", "length"):
+        for key in ("batch_size", "length", "part_size"):
             _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "at least 1")
         for key in ("train_size", "val_size"):
             value = getattr(self, key)

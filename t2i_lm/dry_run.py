@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from t2i_lm.assets import resolve
-from t2i_lm.build import choose_trained, empty_backbone, precision
+from t2i_lm.backbones import choose_trained, empty_backbone
+from t2i_lm.build import precision
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary

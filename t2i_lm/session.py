@@ -16,7 +16,6 @@ from t2i_lm.build import (
     build,
     build_trainer,
     find_resumable,
-    generator,
     precision,
 )
 from t2i_lm.config import ExperimentConfig
@@ -24,6 +23,7 @@ from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.load import save_experiment
 from t2i_lm.report import write_report
 from t2i_lm.runs import CONFIG, ENVIRONMENT, EVENTS, METRICS, environment, new_run_folder, read_run
+from t2i_lm.seeds import generator
 
 # A launched rank finds the folder that rank 0 made here.
 FOLDER_VARIABLE = "T2I_LM_RUN_FOLDER"

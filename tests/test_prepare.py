@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2i_lm.data.preparation import prepare_pairs, prepare_text
+from t2i_lm.data.tokenise import text_rows
 from t2i_lm.data.tokens import open_split, read_index
 from t2i_lm.load import load_experiment
-from t2i_lm.prepare import main, prepare_pairs, prepare_text, text_rows
+from t2i_lm.prepare import main
 from t2i_lm.tokenizers.text import SentencePieceTokenizer, train_sentencepiece
 from t2i_lm.tokenizers.vq import VQTokenizer
 
@@ -69,7 +71,7 @@ def test_shards_are_prepared_once_and_a_damaged_one_is_named(tiny: list[str], tm
     stamp = (folder / "index.json").stat().st_mtime_ns
     assert prepare_pairs(config, text, image) == folder
     assert (folder / "index.json").stat().st_mtime_ns == stamp
-    shard = next((folder / "train").glob("*.arrow"))
+    shard = next((folder / "train").glob("*/*.arrow"))
     damaged = bytearray(shard.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     shard.write_bytes(damaged)

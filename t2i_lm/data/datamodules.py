@@ -12,7 +12,6 @@ import datasets
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from t2i_lm.config import ExperimentConfig
@@ -44,16 +43,23 @@ class PairBatches(Batches):
 
     def __init__(self, split: datasets.Dataset, layout: Layout, captions: str, seed: int) -> None:
         self.split, self.layout, self.captions, self.seed = split, layout, captions, seed
+        # Where every caption is a sample of its own: row and caption of each.
+        self._each: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        if captions == "all":
+            counts = np.array([len(choices) for choices in split["text_ids"]])
+            starts = np.repeat(np.cumsum(counts) - counts, counts)
+            self._each = np.stack([np.repeat(np.arange(len(counts)), counts), np.arange(counts.sum()) - starts], axis=1)
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.split if self._each is None else self._each)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        rows = self.split[[index for _, index in draws]]
-        texts = []
-        for (epoch, index), choices in zip(draws, rows["text_ids"], strict=True):
-            several = self.captions == "random" and len(choices) > 1
-            texts.append(choices[choose_caption(len(choices), self.seed, epoch, index) if several else 0])
+        indices = [index for _, index in draws]
+        rows = self.split[indices if self._each is None else self._each[indices, 0].tolist()]
+        texts = [
+            choices[self._choose(len(choices), epoch, index)]
+            for (epoch, index), choices in zip(draws, rows["text_ids"], strict=True)
+        ]
         image_ids_BN = np.stack(rows["image_ids"])
         ids_BT = self.layout.pack(texts, image_ids_BN)
         used_B = (ids_BT != self.layout.vocab.pad).sum(dim=1)
@@ -64,6 +70,13 @@ class PairBatches(Batches):
             "tokens_nominal": len(draws) * self.layout.length,
             "tokens_real": used_B.sum(),
         }
+
+    def _choose(self, captions: int, epoch: int, index: int) -> int:
+        if self._each is not None:
+            return int(self._each[index, 1])
+        if self.captions == "random" and captions > 1:
+            return choose_caption(captions, self.seed, epoch, index)
+        return 0
 
 
 class TextBatches(Batches):
@@ -197,11 +210,6 @@ def spread(split: datasets.Dataset, size: int | None) -> datasets.Dataset:
     if size is None or size >= len(split):
         return split
     return split.select([row * len(split) // size for row in range(size)])
-
-
-def packed_rows(split: datasets.Dataset, layout: Layout, indices: list[int]) -> Tensor:
-    """Joint ids (B, T) of samples by index, first caption."""
-    return PairBatches(split, layout, "first", 0).__getitems__([(0, index) for index in indices])["ids_BT"]  # type: ignore[no-any-return]
 
 
 class PictureBatches(Batches):

@@ -1,9 +1,11 @@
 """Token shards: Arrow files written by `datasets`, memory-mapped, beside an index with counts and hashes.
 
-A folder holds one sub-folder a split and `index.json`. Pair shards have columns `id`, `image_ids` (fixed-size
-uint16), `text_ids` (all captions, a list of lists) and `meaning` (JSON, scenes only); text shards have
-`text_ids` (length + 1 ids: neighbours overlap by one, so every token is a target once) and `bytes`.
-Text and image ids are kept apart because their joint vocabulary does not fit uint16.
+A folder holds `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. A part is written beside its
+place and then renamed, with its own `part.json`, so a preparation that was killed goes on after the last whole
+part. Pair shards have columns `id`, `image_ids` (fixed-size uint16), `text_ids` (all captions, a list of lists)
+and `meaning` (JSON, scenes only); text shards have `text_ids` (length + 1 ids: neighbours overlap by one, so
+every token is a target once) and `bytes`. Text and image ids are kept apart because their joint vocabulary does
+not fit uint16.
 """
 
 import hashlib
@@ -19,6 +21,8 @@ import numpy as np
 # Progress is `prepare`'s own.
 datasets.disable_progress_bars()
 
+PART = "part.json"
+CARD_BIN = 10  # caption lengths of one row of a card's histogram
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
 
@@ -41,24 +45,42 @@ def pair_features(text_vocab: int, image_tokens: int) -> datasets.Features:
     )
 
 
-def write_split(folder: Path, split: str, rows: Rows, features: datasets.Features) -> dict[str, Any]:
-    """Writes one split as Arrow shards and returns its index entry: rows and sha256 of each shard."""
-    work = folder / f"{split}.work"
+def part_folder(folder: Path, split: str, number: int) -> Path:
+    """Where a part of a split lies."""
+    return folder / split / f"part-{number:05d}"
+
+
+def write_part(target: Path, rows: Rows, features: datasets.Features, details: Callable[[], dict[str, Any]]) -> None:
+    """Writes one part; there is a whole one or none.
+
+    Args:
+        target: its folder.
+        rows: what it holds.
+        features: its schema.
+        details: further fields of its `part.json`, asked for when all rows are written.
+    """
+    work = target.with_name(f"{target.name}.work")
     shutil.rmtree(work, ignore_errors=True)
     # A fixed fingerprint: the library would otherwise pickle the generator to hash it.
     dataset = datasets.Dataset.from_generator(
-        rows, features=features, cache_dir=str(work / "cache"), fingerprint=f"{folder.name}-{split}"
+        rows,
+        features=features,
+        cache_dir=str(work / "cache"),
+        fingerprint=f"{target.parent.name}-{target.name}",
     )
     assert isinstance(dataset, datasets.Dataset)
     dataset.save_to_disk(str(work / "data"))
-    target = folder / split
-    shutil.rmtree(target, ignore_errors=True)
+    shards = {file.name: _sha256(file) for file in sorted((work / "data").glob("*.arrow"))}
+    entry = {"rows": len(dataset), "sha256": shards, **details()}
+    (work / "data" / PART).write_text(json.dumps(entry, indent=2) + "\n")
     (work / "data").rename(target)
     shutil.rmtree(work)
-    return {
-        "rows": len(dataset),
-        "sha256": {file.name: _sha256(file) for file in sorted(target.glob("*.arrow"))},
-    }
+
+
+def read_part(target: Path) -> dict[str, Any]:
+    """The `part.json` of a whole part."""
+    entry: dict[str, Any] = json.loads((target / PART).read_text())
+    return entry
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
@@ -67,6 +89,28 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
     partial = folder / "index.json.tmp"
     partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     partial.replace(folder / "index.json")
+
+
+def write_card(folder: Path, index: dict[str, Any], origin: str) -> None:
+    """Writes `README.md`: what the pairs are, how many, how long their captions, and what was left out."""
+    lines = ["# Token shards", "", f"Source: {index['source']}, {origin}.", ""]
+    lines += [f"{name.capitalize()} tokenizer sha256: `{digest}`" for name, digest in index["tokenizers"].items()]
+    for split, entry in index["splits"].items():
+        lengths = {int(length): count for length, count in entry["caption_tokens"].items()}
+        captions = sum(lengths.values())
+        mean = sum(length * count for length, count in lengths.items()) / max(1, captions)
+        lines += [
+            "",
+            f"## {split}",
+            "",
+            f"{entry['rows']:,} pictures, {captions:,} captions of {mean:.1f} ids on average.",
+        ]
+        lines += [f"Left out: {count:,} ({reason})." for reason, count in sorted(entry["rejects"].items())]
+        lines += ["", "| caption ids | captions |", "|---|---|"]
+        for low in range(0, max(lengths, default=0) + 1, CARD_BIN):
+            count = sum(lengths.get(length, 0) for length in range(low, low + CARD_BIN))
+            lines.append(f"| {low} to {low + CARD_BIN - 1} | {count:,} |")
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
 
 
 def data_hash(index: dict[str, Any]) -> str:
@@ -100,14 +144,16 @@ def open_split(folder: Path, split: str) -> datasets.Dataset:
     index = read_index(folder)
     if index is None:
         raise ValueError(f"no token shards in {folder}: run python -m t2i_lm.prepare")
-    for name, expected in index["splits"][split]["sha256"].items():
-        shard = folder / split / name
-        if not shard.is_file() or _sha256(shard) != expected:
-            state = "damaged" if shard.is_file() else "missing"
-            raise ValueError(f"token shard {shard} is {state}; delete {folder} to prepare it again")
-    dataset = datasets.load_from_disk(str(folder / split))
-    assert isinstance(dataset, datasets.Dataset)
-    return dataset.with_format("numpy")
+    parts = []
+    for number, shards in enumerate(index["splits"][split]["parts"]):
+        part = part_folder(folder, split, number)
+        for name, expected in shards.items():
+            shard = part / name
+            if not shard.is_file() or _sha256(shard) != expected:
+                state = "damaged" if shard.is_file() else "missing"
+                raise ValueError(f"token shard {shard} is {state}; delete {folder} to prepare it again")
+        parts.append(datasets.load_from_disk(str(part)))
+    return datasets.concatenate_datasets(parts).with_format("numpy")
 
 
 def _sha256(path: Path) -> str:

@@ -103,6 +103,7 @@ class VQTokenizer:
 
     Attributes:
         sha256: of the weights file.
+        low_precision: whether to encode in bfloat16.
     """
 
     def __init__(self, model: VQAutoencoder, image_size: int, sha256: str) -> None:
@@ -112,6 +113,7 @@ class VQTokenizer:
             )
         self.model = model.eval().requires_grad_(False)
         self.image_size, self.sha256 = image_size, sha256
+        self.low_precision = False
 
     @classmethod
     def from_folder(cls, folder: Path, image_size: int) -> "VQTokenizer":
@@ -158,10 +160,20 @@ class VQTokenizer:
         side = self.image_size // self.model.downsampling
         return side, side
 
+    def to(self, device: torch.device) -> None:
+        """Moves the model; pictures and ids follow it."""
+        self.model.to(device)
+
     @torch.no_grad()
-    def encode(self, images_uint8_BCHW: Tensor) -> Tensor:
-        """Ids (B, N) int64, row-major, of uint8 pictures whose sides are multiples of the downsampling."""
-        return self.model.nearest(self.model.latents(to_unit(images_uint8_BCHW))).flatten(1)
+    def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
+        """Ids (B, N) int64, row-major, of uint8 pictures whose sides are multiples of the downsampling.
+
+        In float32; `low_precision` runs the encoder in bfloat16. Distances to the codes are float32 either way.
+        """
+        device = self.model.codebook.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision or self.low_precision):
+            latents_BEhw = self.model.latents(to_unit(images_uint8_BCHW.to(device)))
+        return self.model.nearest(latents_BEhw.float()).flatten(1)
 
     @torch.no_grad()
     def decode(self, ids_BN: Tensor) -> Tensor:
@@ -176,7 +188,8 @@ class VQTokenizer:
                 f"expected {height * width} ids in [0, {self.vocab_size}), got {ids_BN.shape[1]} in "
                 f"[{int(ids_BN.min())}, {int(ids_BN.max())}]"
             )
-        return to_uint8(self.model.pixels(self.model.embed(ids_BN.view(-1, height, width))))
+        ids_Bhw = ids_BN.view(-1, height, width).to(self.model.codebook.device)
+        return to_uint8(self.model.pixels(self.model.embed(ids_Bhw))).cpu()
 
 
 class MoVQGAN(VQTokenizer):

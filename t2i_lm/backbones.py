@@ -1,0 +1,72 @@
+"""The language model of an experiment: read or drawn, and which of its parameters learn."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from t2i_lm.assets import resolve
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.decoder import Decoder, DecoderConfig
+from t2i_lm.models.freeze import freeze, tune_only
+from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
+from t2i_lm.models.open_lm import decoder_config, load_open_lm
+from t2i_lm.seeds import generator
+
+
+def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig:
+    """The unexpanded decoder's config; its rotary table is long enough for `length` positions.
+
+    Raises:
+        ValueError: if the config names no architecture, or a file that is not one.
+    """
+    backbone = config.backbone
+    path = resolve(backbone.path) if backbone.path else None
+    source = backbone.config or (path if path is None or path.is_dir() else path.parent)
+    if source is None:
+        raise ValueError("backbone.config=null: give a preset, a model JSON, or backbone.path with a config.json")
+    if isinstance(source, Path):
+        source = source / "config.json"
+    known = decoder_config(source, positional_embedding_type=backbone.positional)
+    return replace(known, seq_len=max(known.seq_len, backbone.seq_len or 0, length))
+
+
+def empty_backbone(config: ExperimentConfig) -> Backbone:
+    """The unexpanded backbone, its weights yet to be drawn.
+
+    Raises:
+        ValueError: if it has fewer positions than `data.length`.
+    """
+    folder = resolve(config.backbone.config or config.backbone.path or ".")
+    if is_huggingface(folder):
+        return _with_positions(empty_huggingface(folder), config)
+    return Decoder(decoder_architecture(config, config.data.length))
+
+
+def build_backbone(config: ExperimentConfig) -> Backbone:
+    """The unexpanded backbone, pre-trained or drawn from the seed; both arms take this path.
+
+    Raises:
+        ValueError: if weights cannot be read or do not fit.
+    """
+    if config.init == "pretrained":
+        assert config.backbone.path is not None
+        path = resolve(config.backbone.path)
+        if is_huggingface(path):
+            return _with_positions(load_huggingface(path), config)
+        return load_open_lm(path, vars(decoder_architecture(config, config.data.length)))
+    backbone = empty_backbone(config)
+    backbone.reset_parameters(generator(config.seed, "decoder"))
+    return backbone
+
+
+def _with_positions(backbone: HuggingFaceDecoder, config: ExperimentConfig) -> HuggingFaceDecoder:
+    if config.data.length > backbone.config.seq_len:
+        raise ValueError(f"data.length={config.data.length}: the backbone has {backbone.config.seq_len} positions")
+    return backbone
+
+
+def choose_trained(decoder: Backbone, config: ExperimentConfig) -> None:
+    """Freezes what `tune` and `freeze` say; before a strategy wraps the decoder."""
+    tune_only(decoder, config.tune)
+    if config.freeze:
+        freeze(decoder, config.freeze)

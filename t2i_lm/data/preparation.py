@@ -1,0 +1,270 @@
+"""Token shards: tokenise a source once, keep the ids.
+
+Work is cut into parts. Every process that needs the shards takes parts that nobody works on, so `torchrun` over
+GPUs or several plain processes share it, and one that was killed loses at most its part.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.progress import Progress, track
+
+from t2i_lm.assets import resolve
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.data.pairs import CaptionedSource
+from t2i_lm.data.sources import SPLITS, RejectedPairError, centre_crop, open_source
+from t2i_lm.data.text import paragraphs, read_documents
+from t2i_lm.data.tokenise import ENCODE_BATCH, PairRows, stack_pictures, text_rows
+from t2i_lm.data.tokens import (
+    pair_features,
+    part_folder,
+    read_index,
+    read_part,
+    text_features,
+    write_card,
+    write_index,
+    write_part,
+)
+from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
+from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
+
+# Bump when the meaning of a shard changes, so that stale caches are not read.
+FORMAT = 2
+# Seconds between looks at a part that another process works on.
+PATIENCE = 0.5
+
+
+def cache_folder(config: ExperimentConfig, tokenizers: dict[str, str]) -> Path:
+    """Where the shards of an experiment's data lie: named by everything that decides their content."""
+    data = config.data
+    path = Path(data.path).resolve() if data.path and Path(data.path).exists() else data.path
+    key = {
+        "format": FORMAT,
+        "source": data.source,
+        "path": str(path),
+        "val_path": data.val_path,
+        "hold_out_pairs": data.hold_out_pairs,
+        "sizes": [data.train_size, data.val_size],
+        "part_size": data.part_size,
+        "seed": data.seed,
+        "image_size": config.image_tokenizer.size if config.task != "text" else None,
+        "length": data.length if config.task == "text" else None,
+        "tokenizers": tokenizers,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(data.cache_dir) / f"{data.source}-{digest}"
+
+
+def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTokenizer) -> Path:
+    """Token shards of a captioned source; done once, then found again.
+
+    Raises:
+        ValueError: if more than `data.max_reject_share` of a split cannot be used, with the reasons.
+    """
+    tokenizers = {"text": text.sha256, "image": image.sha256}
+    folder = cache_folder(config, tokenizers)
+    _make(folder)
+    if read_index(folder) is None:
+        sizes = {}
+        for split in SPLITS:
+            source = open_source(config.data, split, image.image_size)
+            sizes[split] = _limit(config, split, len(source))
+            _write_parts(config, split, source, sizes[split], text, image, folder)
+        with _alone(folder):
+            if read_index(folder) is None:
+                _finish_pairs(config, sizes, tokenizers, folder)
+    return folder
+
+
+def _write_parts(
+    config: ExperimentConfig,
+    split: str,
+    source: CaptionedSource,
+    size: int,
+    text: TextTokenizer,
+    image: ImageTokenizer,
+    folder: Path,
+) -> None:
+    """Writes the parts that are missing and free, until none is missing."""
+    features = pair_features(text.vocab_size, image.grid[0] * image.grid[1])
+    ranges = _parts(size, config.data.part_size)
+    with _progress(size, f"tokenising {split} pictures") as advance:
+        while missing := [number for number in range(len(ranges)) if not part_folder(folder, split, number).exists()]:
+            idle = True
+            for number in missing:
+                target = part_folder(folder, split, number)
+                target.parent.mkdir(exist_ok=True)
+                try:
+                    with FileLock(target.with_name(f"{target.name}.lock"), timeout=0):
+                        if not target.exists():
+                            rows = PairRows(source, ranges[number], text, image, advance)
+                            write_part(target, rows, features, rows.details)
+                            idle = False
+                except Timeout:
+                    continue
+            if idle:
+                time.sleep(PATIENCE)
+
+
+def _parts(size: int, part_size: int) -> list[range]:
+    return [range(start, min(start + part_size, size)) for start in range(0, size, part_size)]
+
+
+def _finish_pairs(config: ExperimentConfig, sizes: dict[str, int], tokenizers: dict[str, str], folder: Path) -> None:
+    """Adds the parts up, judges what was rejected, and writes the card and the index."""
+    index: dict[str, Any] = {"tokenizers": tokenizers, "source": config.data.source, "splits": {}}
+    for split, size in sizes.items():
+        folders = [part_folder(folder, split, number) for number in range(len(_parts(size, config.data.part_size)))]
+        entries = [read_part(part) for part in folders]
+        rejects: Counter[str] = Counter()
+        lengths: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for entry in entries:
+            rejects.update(entry["rejects"])
+            lengths.update(entry["caption_tokens"])
+            examples = entry["examples"] | examples
+        try:
+            _check_rejects(config, split, size, rejects, examples)
+        except ValueError:
+            for part, entry in zip(folders, entries, strict=True):
+                if entry["rejects"]:  # read again when the pictures have been mended
+                    part.rename(part.with_name(f"{part.name}.work"))
+            raise
+        index["splits"][split] = {
+            "rows": sum(entry["rows"] for entry in entries),
+            "parts": [entry["sha256"] for entry in entries],
+            "rejects": dict(rejects),
+            "caption_tokens": {length: lengths[length] for length in sorted(lengths, key=int)},
+        }
+    write_card(folder, index, str(config.data.path or config.data.source))
+    write_index(folder, index)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache_dir: cannot make {folder}: {error.strerror}") from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; the others (ranks, a second arm) wait and then find the work done."""
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        yield
+
+
+def _limit(config: ExperimentConfig, split: str, size: int) -> int:
+    wanted = config.data.train_size if split == "train" else config.data.val_size
+    return size if wanted is None else min(size, wanted)
+
+
+def _check_rejects(
+    config: ExperimentConfig, split: str, total: int, rejects: Counter[str], examples: dict[str, str]
+) -> None:
+    if not rejects:
+        return
+    reasons = "; ".join(f"{count} {reason} (first: {examples[reason]})" for reason, count in rejects.most_common())
+    share = rejects.total() / total
+    message = f"{rejects.total()} of {total} {split} samples cannot be used: {reasons}"
+    if share > config.data.max_reject_share:
+        raise ValueError(f"{message}. data.max_reject_share={config.data.max_reject_share} allows fewer")
+    print(message, file=sys.stderr)
+
+
+def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
+    """Token shards of plain text, and the tokenizer, trained here where `text_tokenizer.path` is null.
+
+    Raises:
+        ValueError: if there is no text, or no held-out text.
+    """
+    if config.data.val_path is None:
+        raise ValueError("data.val_path=null: give held-out text, for example data.val_path=books_heldout.txt.gz")
+    trained = config.text_tokenizer.path
+    text = open_text_tokenizer(resolve(trained) if trained else _train_text_tokenizer(config))
+    folder = cache_folder(config, {"text": text.sha256})
+    _make(folder)
+    with _alone(folder):
+        if read_index(folder) is None:
+            _write_text(config, text, folder)
+    return folder, text
+
+
+def _write_text(config: ExperimentConfig, text: TextTokenizer, folder: Path) -> None:
+
+    data = config.data
+    index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
+    for split, path in (("train", data.path), ("val", data.val_path)):
+        target = part_folder(folder, split, 0)
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            documents = _track(read_documents(str(path)), f"tokenising {split} documents")
+
+            def rows(documents: Iterable[str] = documents) -> Iterator[dict[str, Any]]:
+                yield from text_rows(documents, text, data.length)
+
+            write_part(target, rows, text_features(text.vocab_size, data.length), dict)
+        entry = read_part(target)
+        index["splits"][split] = {"rows": entry["rows"], "parts": [entry["sha256"]]}
+    write_index(folder, index)
+
+
+def _train_text_tokenizer(config: ExperimentConfig) -> Path:
+
+    settings, data = config.text_tokenizer, config.data
+    assert data.path is not None
+    key = json.dumps([FORMAT, str(Path(data.path).resolve()), settings.vocab_size, settings.train_paragraphs])
+    path = Path(data.cache_dir) / f"text_tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:12]}.model"
+    if not path.is_file():
+        every = [paragraph for document in read_documents(data.path) for paragraph in paragraphs(document)]
+        stride = max(1, len(every) // settings.train_paragraphs)
+        train_sentencepiece(iter(every[::stride]), settings.vocab_size, path)
+    return path
+
+
+def _track(items: Iterable[Any], what: str) -> Iterator[Any]:
+    """Progress with ETA on a terminal, one line otherwise."""
+    if sys.stderr.isatty():
+        yield from track(items, description=what)
+    else:
+        print(what, file=sys.stderr, flush=True)
+        yield from items
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """A function to call for each item: a bar with ETA on a terminal, one line otherwise."""
+    if not sys.stderr.isatty():
+        print(what, file=sys.stderr, flush=True)
+        yield lambda: None
+        return
+    with Progress() as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def equal_ids(config: ExperimentConfig, image: ImageTokenizer, pictures: int = 256) -> tuple[float, int]:
+    """Share of ids that bfloat16 encoding leaves equal to float32's, and of how many, on validation pictures."""
+    source = open_source(config.data, "val", image.image_size)
+    readable: list[Any] = []
+    for index in range(len(source)):
+        try:
+            readable.append(centre_crop(source[index].image, image.image_size))
+        except RejectedPairError:
+            continue
+        if len(readable) == pictures:
+            break
+    same = total = 0
+    for start in range(0, len(readable), ENCODE_BATCH):
+        images_BCHW = stack_pictures(readable[start : start + ENCODE_BATCH])
+        agree_BN = image.encode(images_BCHW) == image.encode(images_BCHW, low_precision=True)
+        same, total = same + int(agree_BN.sum()), total + agree_BN.numel()
+    return same / total, total
