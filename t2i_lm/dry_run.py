@@ -132,7 +132,7 @@ def absent_files(config: ExperimentConfig) -> list[str]:
         path = getattr(config, section).path
         if path is None or not resolve(path).exists():
             lines.append(f"{section}.path={path or 'null'}")
-    local = config.data.source in ("image_folder", "parquet", "text")
+    local = config.data.source in ("image_folder", "parquet", "webdataset", "text")
     if config.data.source != "scenes" and (config.data.path is None or (local and not Path(config.data.path).exists())):
         lines.append(f"data.path={config.data.path or 'null'}")
     return lines

@@ -13,6 +13,7 @@ SOURCES = {
     "scenes": "procedural scenes",
     "image_folder": "image folder {}",
     "parquet": "parquet files {}",
+    "webdataset": "tar files {}",
     "hub": "{} (Hugging Face)",
 }
 

@@ -1,10 +1,16 @@
+import hashlib
 import json
+import multiprocessing
+import random
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from t2i_lm.build import build
 from t2i_lm.data.preparation import prepare_pairs, prepare_text
 from t2i_lm.data.tokenise import text_rows
 from t2i_lm.data.tokens import open_split, read_index
@@ -112,3 +118,88 @@ def test_text_without_a_held_out_part_is_refused(tmp_path: Path, capsys: pytest.
     experiment = str(ROOT / "experiments" / "text_lm.yaml")
     assert main([experiment, f"data.path={tmp_path}/books.txt", f"data.cache_dir={tmp_path}"]) == 2
     assert "data.val_path" in capsys.readouterr().err
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """sha256 of every file that a preparation leaves."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_preparation_killed_five_times_equals_an_unbroken_one(tiny: list[str], tmp_path: Path) -> None:
+    changes = [*tiny, "data.train_size=400", "data.part_size=40"]
+    assert main([PRETRAINED, *changes, f"data.cache_dir={tmp_path}/whole"]) == 0
+    whole = next((tmp_path / "whole").glob("scenes-*/"))
+    arguments = [PRETRAINED, *changes, f"data.cache_dir={tmp_path}/killed"]
+    fork, killed = multiprocessing.get_context("fork"), tmp_path / "killed" / whole.name
+    rng = random.Random(0)
+    for kill in range(5):
+        process = fork.Process(target=main, args=(arguments,))
+        process.start()
+        deadline = time.monotonic() + 60
+        while process.is_alive() and len(list(killed.glob("train/part-?????"))) < kill and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert not (killed / "index.json").exists(), "it was over before it could be killed"
+    assert main(arguments) == 0
+    assert contents(killed) == contents(whole)
+    ids = [row["id"] for row in open_split(killed, "train")]
+    assert len(ids) == len(set(ids)) == 400
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_processes_share_the_work(tiny: list[str], tmp_path: Path) -> None:
+    changes = [*tiny, "data.train_size=400", "data.part_size=40"]
+    assert main([PRETRAINED, *changes, f"data.cache_dir={tmp_path}/one"]) == 0
+    fork = multiprocessing.get_context("fork")
+    arguments = [PRETRAINED, *changes, f"data.cache_dir={tmp_path}/three"]
+    processes = [fork.Process(target=main, args=(arguments,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    one, three = (next((tmp_path / name).glob("scenes-*/")) for name in ("one", "three"))
+    assert contents(one) == contents(three)
+
+
+def test_rejects_are_looked_at_again_when_the_pictures_have_been_mended(
+    tiny: list[str], photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [PRETRAINED, *overrides(tiny, photographs, 0.0)]
+    assert main(arguments) == 2
+    for number in (7, 8):
+        Image.new("RGB", (70, 70)).save(photographs / f"{number}.png")
+    rows = [json.loads(line) for line in (photographs / "metadata.jsonl").read_text().splitlines()]
+    rows[9]["captions"] = ["mended"]
+    (photographs / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert main(arguments) == 0
+
+
+def test_every_caption_can_be_a_sample_of_its_own(tiny: list[str], photographs: Path) -> None:
+    config = load_experiment(PRETRAINED, "demo", [*overrides(tiny, photographs, 0.1), "data.captions=all"])
+    experiment = build(config)
+    experiment.data.setup("fit")
+    train_set = experiment.data.train_set
+    assert len(train_set) == 2 * 54
+    assert experiment.text is not None
+    batch = train_set.__getitems__([(0, 0), (0, 1), (0, 107)])["ids_BT"]
+    texts = [experiment.text.decode([i for i in row.tolist() if i < experiment.text.vocab_size]) for row in batch]
+    assert texts == ["a red circle.", "a ring.", "a ring."]
+    first, second = (row[row > experiment.text.vocab_size + 7] for row in batch[:2])
+    assert torch.equal(first, second)  # the same picture
+
+
+def test_ids_in_bfloat16_are_checked_before_they_are_used(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [*tiny, f"data.cache_dir={tmp_path}"]
+    assert main([PRETRAINED, *changes, "--check"]) == 0
+    share = float(capsys.readouterr().out.split("%")[0])
+    assert 50 < share < 99.9  # of an untrained encoder
+    assert main([PRETRAINED, *changes, "image_tokenizer.precision=bfloat16"]) == 2
+    assert "at least 99.9% must" in capsys.readouterr().err
+    assert not list(tmp_path.glob("scenes-*"))

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.pairs import CaptionedSource
+from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.sampler import Draw, IndexSampler
-from t2i_lm.data.sources import RejectedPairError, centre_crop, open_source
+from t2i_lm.data.sources import open_source
 from t2i_lm.data.tokens import choose_caption, open_split
 from t2i_lm.sequence import Layout
 

@@ -20,7 +20,8 @@ from rich.progress import Progress, track
 from t2i_lm.assets import resolve
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.pairs import CaptionedSource
-from t2i_lm.data.sources import SPLITS, RejectedPairError, centre_crop, open_source
+from t2i_lm.data.pictures import RejectedPairError, centre_crop
+from t2i_lm.data.sources import SPLITS, open_source
 from t2i_lm.data.text import paragraphs, read_documents
 from t2i_lm.data.tokenise import ENCODE_BATCH, PairRows, stack_pictures, text_rows
 from t2i_lm.data.tokens import (

@@ -1,68 +1,24 @@
-"""Sources of captioned pictures, by name: scenes, image folders, Parquet files, Hugging Face datasets.
+"""Sources of captioned pictures, by name: scenes, image folders, Parquet files, tar files, Hugging Face datasets.
 
 A source is a sized sequence of `Pair`s. A picture that cannot be read raises `RejectedPairError` with a reason, which
 `prepare` counts; nothing else may go wrong in silence.
 """
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-
 from t2i_lm.config import DataConfig
 from t2i_lm.data.pairs import CaptionedSource, Pair
+from t2i_lm.data.pictures import captions_of, decode_image
 from t2i_lm.data.scenes import SceneSource
+from t2i_lm.data.tars import TarFolder, open_tars
 
-# Pictures above this many pixels are rejected before they are decoded.
-MAX_PIXELS = 64_000_000
 # Share of a source without a validation part of its own that is held out, by position.
 HELD_OUT_EVERY = 20
 SPLITS = ("train", "val")
 METADATA = "metadata.jsonl"
-
-
-class RejectedPairError(Exception):
-    """One sample that cannot be used; `reason` is a short class of failure, the text names the sample."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{detail}: {reason}")
-        self.reason = reason
-
-
-def decode_image(file: Any, name: str) -> Image.Image:
-    """An RGB picture, upright, from a path or binary stream.
-
-    Raises:
-        RejectedPairError: if it is missing, not a picture, truncated or larger than `MAX_PIXELS`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
-        if image.width * image.height > MAX_PIXELS:
-            raise RejectedPairError(f"over {MAX_PIXELS} pixels", name)
-        upright = ImageOps.exif_transpose(image)
-        return upright.convert("RGB")
-    except FileNotFoundError as error:
-        raise RejectedPairError("missing file", name) from error
-    except UnidentifiedImageError as error:
-        raise RejectedPairError("not a picture", name) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RejectedPairError("truncated or corrupt", name) from error
-
-
-def centre_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The centre square, resized (bicubic) to `size` x `size`; uint8 (H, W, 3) (Section 2.1)."""
-    if image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1)
-    return np.asarray(image, dtype=np.uint8)
 
 
 class Records(Protocol):
@@ -70,19 +26,6 @@ class Records(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Any: ...
-
-
-def captions_of(value: Any, name: str) -> list[str]:
-    """Non-empty captions from a string or a list of strings.
-
-    Raises:
-        RejectedPairError: if there is none.
-    """
-    captions = [value] if isinstance(value, str) else list(value or [])
-    captions = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
-    if not captions:
-        raise RejectedPairError("no caption", name)
-    return captions
 
 
 class ImageFolder:
@@ -185,6 +128,15 @@ def parquet(data: DataConfig, split: str, size: int) -> CaptionedSource:
     return Table(rows, str(root), held_out(len(rows), split))
 
 
+def webdataset(data: DataConfig, split: str, size: int) -> CaptionedSource:
+    """Tar files as img2dataset writes them: `PATH/train` and `PATH/val`, or one folder with every 20th held out."""
+    root = Path(str(data.path))
+    if all((root / name).is_dir() for name in SPLITS):
+        return open_tars(root / split)
+    tars = open_tars(root)
+    return TarFolder([tars.members[index] for index in held_out(len(tars), split)])
+
+
 def hub(data: DataConfig, split: str, size: int) -> CaptionedSource:
     """A Hugging Face dataset by name; its own validation split where it has one."""
     import datasets
@@ -212,6 +164,7 @@ SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource]] = {
     "scenes": scenes,
     "image_folder": image_folder,
     "parquet": parquet,
+    "webdataset": webdataset,
     "hub": hub,
 }
 

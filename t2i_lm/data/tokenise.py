@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from t2i_lm.data.pairs import CaptionedSource, Pair
-from t2i_lm.data.sources import RejectedPairError, centre_crop
+from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.text import paragraphs
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 

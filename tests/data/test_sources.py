@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from t2i_lm.config import DataConfig
-from t2i_lm.data.sources import MAX_PIXELS, RejectedPairError, centre_crop, decode_image, open_source
+from t2i_lm.data.pictures import MAX_PIXELS, RejectedPairError, centre_crop, decode_image
+from t2i_lm.data.sources import open_source
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -30,6 +31,11 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
 def test_every_common_mode_becomes_rgb(mode: str, kind: str) -> None:
     image = Image.new("I;16", (40, 30)) if mode == "I;16" else picture(mode)
     assert decode_image(encoded(image, kind), "x").mode == "RGB"
+
+
+def test_sixteen_bit_grey_keeps_its_brightness() -> None:
+    grey = Image.fromarray(np.full((4, 4), 32_896, dtype=np.uint16))
+    assert np.asarray(decode_image(encoded(grey, "PNG"), "x"))[0, 0].tolist() == [128, 128, 128]
 
 
 def test_exif_rotation_is_applied_and_animations_show_their_first_frame() -> None:

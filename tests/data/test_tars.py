@@ -1,0 +1,139 @@
+"""Tar files as img2dataset writes them, whole and damaged."""
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_lm.config import DataConfig
+from t2i_lm.data.pictures import RejectedPairError
+from t2i_lm.data.sources import open_source
+from t2i_lm.data.tars import open_tars
+from t2i_lm.data.tokens import open_split
+from t2i_lm.load import load_experiment
+from t2i_lm.prepare import main
+
+ROOT = Path(__file__).parents[2]
+PRETRAINED = str(ROOT / "experiments" / "t2i_pretrained.yaml")
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (70, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples.items():
+            for suffix, content in files.items():
+                entry = tarfile.TarInfo(f"{key}{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def test_samples_are_read_in_place_and_in_order(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", {f"{n:04}": {".png": png(n), ".txt": f"caption {n}".encode()} for n in range(3)})
+    meta = json.dumps({"caption": "from json", "url": "x"}).encode()
+    write_tar(tmp_path / "00001.tar", {"a": {".png": png(9), ".json": meta, ".cls": b"7"}})
+    source = open_tars(tmp_path)
+    assert [source[n].captions for n in range(4)] == [["caption 0"], ["caption 1"], ["caption 2"], ["from json"]]
+    assert source[3].id == "00001.tar:a"
+    assert source[0].image.size == (64, 70)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".tar"]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({".txt": b"no picture"}, "no picture"),
+        ({".png": png(0)}, "no caption"),
+        ({".png": png(0), ".txt": b"\xff\xfe"}, "unreadable caption"),
+        ({".png": png(0), ".json": b"{"}, "unreadable caption"),
+        ({".png": png(0), ".txt": b"x" * 1_000_001}, "caption over 1,000,000 bytes"),
+        ({".png": b"broken", ".txt": b"x"}, "not a picture"),
+    ],
+)
+def test_unusable_samples_are_rejected_with_a_reason(files: dict[str, bytes], reason: str, tmp_path: Path) -> None:
+    source = open_tars(write_tar(tmp_path / "x.tar", {"a": files}))
+    with pytest.raises(RejectedPairError) as reject:
+        source[0]
+    assert reject.value.reason == reason
+
+
+def test_pickles_are_passed_over(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    files = {".pkl": pickle.dumps(Bomb()), ".pyd": pickle.dumps(Bomb()), ".png": png(0), ".txt": b"fine"}
+    assert open_tars(write_tar(tmp_path / "x.tar", {"a": files}))[0].captions == ["fine"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_cut_tar_gives_its_whole_samples_and_names_the_damage(tmp_path: Path) -> None:
+    samples = {f"{n}": {".png": png(n), ".txt": b"x"} for n in range(5)}
+    path = write_tar(tmp_path / "x.tar", samples)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    source = open_tars(tmp_path)
+    assert [source[n].captions for n in range(len(source) - 1)] == [["x"]] * (len(source) - 1)
+    assert 1 < len(source) < 5
+    with pytest.raises(RejectedPairError, match=r"x\.tar (ends at|after) byte"):
+        source[len(source) - 1]
+    with pytest.raises(ValueError, match="no tar file"):
+        open_tars(tmp_path / "empty")
+
+
+def test_a_folder_tars_and_parquet_of_the_same_pictures_give_the_same_shards(tiny: list[str], tmp_path: Path) -> None:
+    samples = {f"{n:04}": {".png": png(n), ".txt": f"picture number {n}".encode()} for n in range(60)}
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "tars").mkdir()
+    rows = []
+    for key, files in samples.items():
+        (tmp_path / "folder" / f"{key}.png").write_bytes(files[".png"])
+        rows.append({"file_name": f"{key}.png", "captions": [files[".txt"].decode()]})
+    (tmp_path / "folder" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    write_tar(tmp_path / "tars" / "00000.tar", dict(list(samples.items())[:35]))
+    write_tar(tmp_path / "tars" / "00001.tar", dict(list(samples.items())[35:]))
+    table = {"image": [{"bytes": f[".png"], "path": None} for f in samples.values()]}
+    table |= {"caption": [row["captions"][0] for row in rows]}  # type: ignore[misc]
+    datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(tmp_path / "pairs.parquet")
+    shards = []
+    kept = [item for item in tiny if "_size=" not in item or "batch" in item]
+    sources = {
+        "image_folder": tmp_path / "folder",
+        "webdataset": tmp_path / "tars",
+        "parquet": tmp_path / "pairs.parquet",
+    }
+    for source, path in sources.items():
+        cache = tmp_path / "cache" / source
+        changes = [*kept, f"data.source={source}", f"data.path={path}", f"data.cache_dir={cache}"]
+        assert main([PRETRAINED, *changes]) == 0
+        shards.append(next(cache.glob(f"{source}-*/index.json")).parent)
+    for split, count in (("train", 57), ("val", 3)):
+        first, *others = (open_split(folder, split) for folder in shards)
+        assert len(first) == count
+        for other in others:
+            assert other.features == first.features
+            for ours, theirs in zip(first, other, strict=True):
+                assert (ours["image_ids"] == theirs["image_ids"]).all()
+                assert [list(ids) for ids in ours["text_ids"]] == [list(ids) for ids in theirs["text_ids"]]
+    assert "57 pictures, 57 captions" in (shards[0] / "README.md").read_text()
+
+
+def test_the_source_holds_out_every_twentieth_sample(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {f"{n:03}": {".png": png(0), ".txt": b"x"} for n in range(41)})
+    data = DataConfig(source="webdataset", path=str(tmp_path))
+    assert [open_source(data, "val", 64)[n].id for n in range(3)] == ["x.tar:000", "x.tar:020", "x.tar:040"]
+    assert len(open_source(data, "train", 64)) == 38
+    assert load_experiment(PRETRAINED, "demo", ["data.source=webdataset", "data.path=x"]).data.source == "webdataset"
