@@ -9,7 +9,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
-from t2i_lm.models.open_lm import decoder_config, load_open_lm
+from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
 from t2i_lm.seeds import generator
 
 
@@ -20,14 +20,23 @@ def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig
         ValueError: if the config names no architecture, or a file that is not one.
     """
     backbone = config.backbone
-    path = resolve(backbone.path) if backbone.path else None
-    source = backbone.config or (path if path is None or path.is_dir() else path.parent)
+    source: str | Path | None = backbone.config
+    if source is None and backbone.path is not None:
+        path = resolve(backbone.path)
+        source = (path if path.is_dir() else path.parent) / "config.json"
     if source is None:
         raise ValueError("backbone.config=null: give a preset, a model JSON, or backbone.path with a config.json")
-    if isinstance(source, Path):
-        source = source / "config.json"
     known = decoder_config(source, positional_embedding_type=backbone.positional)
     return replace(known, seq_len=max(known.seq_len, backbone.seq_len or 0, length))
+
+
+def huggingface_folder(config: ExperimentConfig) -> Path | None:
+    """The folder of a `transformers` model, from `backbone.config` or else `backbone.path`; None for open_lm."""
+    named = config.backbone.config or config.backbone.path
+    if named is None or named in PRESETS:
+        return None
+    folder = resolve(named)
+    return folder if is_huggingface(folder) else None
 
 
 def empty_backbone(config: ExperimentConfig) -> Backbone:
@@ -36,8 +45,8 @@ def empty_backbone(config: ExperimentConfig) -> Backbone:
     Raises:
         ValueError: if it has fewer positions than `data.length`.
     """
-    folder = resolve(config.backbone.config or config.backbone.path or ".")
-    if is_huggingface(folder):
+    folder = huggingface_folder(config)
+    if folder is not None:
         return _with_positions(empty_huggingface(folder), config)
     return Decoder(decoder_architecture(config, config.data.length))
 
@@ -50,10 +59,9 @@ def build_backbone(config: ExperimentConfig) -> Backbone:
     """
     if config.init == "pretrained":
         assert config.backbone.path is not None
-        path = resolve(config.backbone.path)
-        if is_huggingface(path):
-            return _with_positions(load_huggingface(path), config)
-        return load_open_lm(path, vars(decoder_architecture(config, config.data.length)))
+        if huggingface_folder(config) is not None:
+            return _with_positions(load_huggingface(resolve(config.backbone.path)), config)
+        return load_open_lm(resolve(config.backbone.path), vars(decoder_architecture(config, config.data.length)))
     backbone = empty_backbone(config)
     backbone.reset_parameters(generator(config.seed, "decoder"))
     return backbone

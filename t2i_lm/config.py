@@ -34,8 +34,8 @@ def _one_of(key: str, value: Any, allowed: Collection[str]) -> None:
 class BackboneConfig:
     """The language model. `preset` or `config` gives the architecture, `path` the pre-trained weights."""
 
-    path: str | None = None  # folder with model.safetensors, or an open_lm .pt; `asset:NAME` is shipped
-    config: str | None = None  # preset name or open_lm model JSON; default: config.json beside `path`
+    path: str | None = None  # open_lm .pt or safetensors, or a transformers folder; `asset:NAME`, `hub:ORG/NAME`
+    config: str | None = None  # preset, open_lm model JSON or transformers folder; null: config.json beside `path`
     positional: str | None = None  # overrides the config's positional_embedding_type
     seq_len: int | None = None  # overrides the config's seq_len (rotary tables only)
 

@@ -11,7 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from t2i_lm.assets import resolve
+from t2i_lm import hub
+from t2i_lm.assets import find
 from t2i_lm.backbones import choose_trained, empty_backbone
 from t2i_lm.build import precision
 from t2i_lm.config import ExperimentConfig
@@ -61,8 +62,9 @@ def plan(config: ExperimentConfig) -> Plan:
 def image_ids(config: ExperimentConfig) -> tuple[int, tuple[int, int]]:
     """Codes of the image tokenizer and the grid of a picture's ids; from the config where there is no file."""
     settings = config.image_tokenizer
-    if settings.path is not None and resolve(settings.path).exists():
-        image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
+    path = find(settings.path) if settings.path is not None else None
+    if path is not None:
+        image = open_image_tokenizer(path, settings.size, settings.expect)
         return image.vocab_size, image.grid
     side = settings.size // (settings.model.patch * 2 ** (len(settings.model.block_out_channels) - 1))
     return settings.model.codes, (side, side)
@@ -130,8 +132,9 @@ def absent_files(config: ExperimentConfig) -> list[str]:
     lines = []
     for section in wanted[config.task]:
         path = getattr(config, section).path
-        if path is None or not resolve(path).exists():
-            lines.append(f"{section}.path={path or 'null'}")
+        if path is None or find(path) is None:
+            fetch = f" (a run fetches it; or: {hub.parse(path).command})" if (path or "").startswith(hub.PREFIX) else ""
+            lines.append(f"{section}.path={path or 'null'}{fetch}")
     local = config.data.source in ("image_folder", "parquet", "webdataset", "text")
     if config.data.source != "scenes" and (config.data.path is None or (local and not Path(config.data.path).exists())):
         lines.append(f"data.path={config.data.path or 'null'}")

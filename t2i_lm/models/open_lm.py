@@ -129,7 +129,7 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
 
     Args:
         path: an open_lm `.pt` (tensors under `state_dict`, read with `weights_only=True`), a safetensors
-            file, or a folder with `model.safetensors` and `config.json`.
+            file, or a folder with one of them.
         config: open_lm's model JSON (path or dict) or a preset's name; by default `config.json` beside `path`.
 
     Raises:
@@ -137,7 +137,7 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "model.safetensors"
+        path = weights_in(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     if config is None:
@@ -157,6 +157,20 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     load_open_lm_state(decoder, state, str(path))
     return decoder.float()
+
+
+def weights_in(folder: Path) -> Path:
+    """The weights of a folder: `model.safetensors`, or the only `.pt`.
+
+    Raises:
+        ValueError: if there are several, naming them.
+    """
+    if (folder / "model.safetensors").is_file():
+        return folder / "model.safetensors"
+    found = sorted(folder.glob("*.pt"))
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds several checkpoints, name one: {', '.join(path.name for path in found)}")
+    return found[0] if found else folder / "model.safetensors"
 
 
 def save_open_lm(decoder: Decoder, folder: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
