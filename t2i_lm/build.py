@@ -41,8 +41,9 @@ from t2i_lm.runs import METRICS
 from t2i_lm.seeds import generator
 from t2i_lm.sequence import Layout
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
+from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
-from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer, open_image_tokenizer
+from t2i_lm.tokenizers.vq import PatchedVQ
 
 CHECKPOINTS = "checkpoints"
 # Share of ids that must not change for pictures to be encoded in bfloat16.
@@ -77,7 +78,7 @@ def open_text(config: ExperimentConfig) -> TextTokenizer:
     return open_text_tokenizer(resolve(config.text_tokenizer.path))
 
 
-def open_image(config: ExperimentConfig, rank: int = 0) -> VQTokenizer:
+def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
     """The experiment's image tokenizer, on the GPU of that number where there is one.
 
     Raises:
@@ -88,6 +89,11 @@ def open_image(config: ExperimentConfig, rank: int = 0) -> VQTokenizer:
     image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
     if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda"):
         image.to(torch.device("cuda", rank))
+    if config.samples.prompts and not image.decodes:
+        raise ValueError(
+            f"samples.prompts={config.samples.prompts}: image_tokenizer.path has no decoder to draw with; "
+            "set samples.prompts=0"
+        )
     if settings.precision == "bfloat16":
         share, ids = equal_ids(config, image)
         if share < EQUAL_IDS:

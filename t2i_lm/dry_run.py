@@ -20,7 +20,8 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import group_table
 from t2i_lm.sequence import Layout
-from t2i_lm.tokenizers.vq import PatchedVQ, open_image_tokenizer
+from t2i_lm.tokenizers.image import open_image_tokenizer
+from t2i_lm.tokenizers.vq import PatchedVQ
 
 # Peak bfloat16 FLOP a second without sparsity, and an assumed price in dollars an hour.
 GPUS = {"A100": (312e12, 2.0), "H100": (989e12, 3.0)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from t2i_lm.build import Experiment
 from t2i_lm.data.captions import ATTRIBUTES, altered, describe, entropy
 from t2i_lm.data.scene_checker import check
-from t2i_lm.data.scenes import scene_from_meaning
+from t2i_lm.data.scenes import SIZE, scene_from_meaning
 from t2i_lm.data.tokens import open_split
 from t2i_lm.grid import captioned_grid
 from t2i_lm.models.generate import generate
@@ -88,7 +88,7 @@ def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
         tokens = sum(int(n) * k for n, k in lengths.items()) / sum(lengths.values())
         result["text_floor_nll"] = nats / tokens
         result["text_floor_standard_error"] = error / tokens
-        if count:
+        if count and experiment.image.image_size == SIZE:  # the checker reads pictures of this size alone
             meanings = [json.loads(str(text)) for text in rows["meaning"]]
             result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
         result["preference"] = caption_preference(experiment, split, config.samples.preference_scenes)

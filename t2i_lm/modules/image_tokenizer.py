@@ -10,7 +10,8 @@ from torch import Tensor
 
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.modules.base import OptimisedModule
-from t2i_lm.tokenizers.vq import PatchedVQ, to_uint8, to_unit
+from t2i_lm.tokenizers.pixels import to_uint8, to_unit
+from t2i_lm.tokenizers.vq import PatchedVQ
 
 # Latest encoder outputs kept for k-means and for re-seeding unused codes.
 RECENT = 32_768

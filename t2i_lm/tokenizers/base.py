@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -33,20 +34,24 @@ class TextTokenizer(Protocol):
 class ImageTokenizer(Protocol):
     """Pictures <-> a grid of ids, row-major.
 
-    `image_size` is the side in pixels of the pictures it is used on, `grid` the (height, width) of their ids.
+    `image_size` is the side in pixels of the pictures it is used on, `grid` the (height, width) of their ids,
+    `decodes` whether ids can be turned back, `low_precision` whether it encodes in bfloat16.
     """
+
+    image_size: int
+    sha256: str
+    low_precision: bool
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
-    def image_size(self) -> int: ...
-
-    @property
     def grid(self) -> tuple[int, int]: ...
 
     @property
-    def sha256(self) -> str: ...
+    def decodes(self) -> bool: ...
+
+    def to(self, device: torch.device) -> None: ...
 
     def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor: ...
 

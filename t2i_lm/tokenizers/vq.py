@@ -3,7 +3,6 @@
 Shapes: `B` pictures, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids, `N` = h * w, `E` code width.
 """
 
-import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from t2i_lm.config import VQModelConfig
 from t2i_lm.tokenizers import movqgan
+from t2i_lm.tokenizers.pixels import file_sha256, to_uint8, to_unit
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -88,16 +88,6 @@ class PatchedVQ(VQAutoencoder):
         self.config = config
 
 
-def to_unit(images_uint8_BCHW: Tensor) -> Tensor:
-    """uint8 pixels -> [-1, 1]."""
-    return images_uint8_BCHW.float() / 127.5 - 1
-
-
-def to_uint8(pixels_BCHW: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 pixels, rounded and clamped."""
-    return ((pixels_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 class VQTokenizer:
     """A trained autoencoder as an image tokenizer, in float32.
 
@@ -154,6 +144,11 @@ class VQTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.model.codebook)
+
+    @property
+    def decodes(self) -> bool:
+        """Always."""
+        return True
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -236,32 +231,6 @@ class MoVQGAN(VQTokenizer):
         tokenizer = cls(VQAutoencoder(vq), image_size, file_sha256(path))
         tokenizer.size_name = name
         return tokenizer
-
-
-def open_image_tokenizer(path: Path, image_size: int, expect: str | None = None) -> VQTokenizer:
-    """The tokenizer at a path, of whichever kind its files are.
-
-    Args:
-        path: a folder that `save_tokenizer` wrote, a diffusers `VQModel` folder, or a MoVQGAN `.ckpt`.
-        image_size: side of the pictures in pixels.
-        expect: size of a MoVQGAN, checked.
-
-    Raises:
-        ValueError: if there is none, or it cannot be read.
-    """
-    if path.is_file():
-        return MoVQGAN.from_checkpoint(path, image_size, expect)
-    if expect is not None:
-        raise ValueError(f"image_tokenizer.expect={expect!r}: only a MoVQGAN checkpoint has a size, {path} is none")
-    if (path / CONFIG).is_file() and "_class_name" in json.loads((path / CONFIG).read_text()):
-        return VQTokenizer.from_diffusers(path, image_size)
-    return VQTokenizer.from_folder(path, image_size)
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:

@@ -7,8 +7,9 @@ import torch
 from diffusers import VQModel
 from safetensors.torch import load_file
 
+from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.movqgan import diffusers_config, size_name
-from t2i_lm.tokenizers.vq import MoVQGAN, open_image_tokenizer
+from t2i_lm.tokenizers.vq import MoVQGAN
 
 
 @pytest.fixture

@@ -1,0 +1,120 @@
+"""Image tokenizers of `transformers` (the extra `hf`): Emu3's, Chameleon's and Janus' VQ models.
+
+Shapes: `B` pictures, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids, `N` = h * w.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i_lm.tokenizers.pixels import file_sha256, to_uint8, to_unit
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A VQ model: its class in transformers, and the config key of its codebook's size."""
+
+    model: str
+    codes: str
+
+
+KINDS = {
+    "emu3_vqgan": Kind("Emu3VQVAE", "codebook_size"),
+    "chameleon_vqgan": Kind("ChameleonVQVAE", "num_embeddings"),
+    "janus_vqgan": Kind("JanusVQVAE", "num_embeddings"),
+}
+
+
+def is_transformers_vq(folder: Path) -> bool:
+    """Whether a folder holds one of `KINDS`."""
+    try:
+        return json.loads((folder / CONFIG).read_text()).get("model_type") in KINDS
+    except (OSError, json.JSONDecodeError, AttributeError):
+        return False
+
+
+class TransformersVQ:
+    """One of `KINDS` as an image tokenizer, pixels in [-1, 1].
+
+    Attributes:
+        sha256: of the weights file.
+        low_precision: whether to encode in bfloat16.
+    """
+
+    def __init__(self, folder: Path, image_size: int) -> None:
+        """Reads a folder that `save_pretrained` wrote.
+
+        Raises:
+            ValueError: if it cannot be read, or the picture's side is no multiple of the downsampling.
+        """
+        try:
+            import transformers
+        except ImportError as error:
+            raise ValueError(f"image_tokenizer.path: {folder} needs transformers: pip install 't2i_lm[hf]'") from error
+        self._kind = KINDS[json.loads((folder / CONFIG).read_text())["model_type"]]
+        if not (folder / WEIGHTS).is_file():
+            raise ValueError(f"image_tokenizer.path: no {WEIGHTS} in {folder}")
+        try:
+            self.model: Any = getattr(transformers, self._kind.model).from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
+        except Exception as error:  # safetensors and transformers raise their own kinds
+            raise ValueError(f"image_tokenizer.path: {folder} cannot be read by transformers: {error}") from error
+        self.model.eval().requires_grad_(False)
+        self.image_size, self.sha256, self.low_precision = image_size, file_sha256(folder / WEIGHTS), False
+        multiplier = 2 ** (len(self.model.config.channel_multiplier) - 1)
+        if image_size % multiplier:
+            raise ValueError(f"image_tokenizer.size={image_size}: expected a multiple of {multiplier}")
+        self._side = image_size // multiplier
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self._side, self._side
+
+    @property
+    def vocab_size(self) -> int:
+        return int(getattr(self.model.config, self._kind.codes))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model has a decoder (Chameleon's is not part of transformers)."""
+        return hasattr(self.model, "decode")
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model; pictures and ids follow it."""
+        self.model.to(device)
+
+    @torch.no_grad()
+    def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
+        """Ids (B, N) int64, row-major."""
+        pixels_BCHW = to_unit(images_uint8_BCHW.to(self.model.device))
+        sizes = {"image_sizes": [pixels_BCHW.shape[2:]] * len(pixels_BCHW)} if self._is_emu3 else {}
+        with torch.autocast(pixels_BCHW.device.type, torch.bfloat16, enabled=low_precision or self.low_precision):
+            tokens = self.model.encode(pixels_BCHW, **sizes).image_tokens
+        ids = torch.stack(list(tokens)) if self._is_emu3 else tokens
+        return ids.reshape(len(pixels_BCHW), -1).long()
+
+    @torch.no_grad()
+    def decode(self, ids_BN: Tensor) -> Tensor:
+        """uint8 pictures (B, C, H, W) of ids.
+
+        Raises:
+            ValueError: if the model has no decoder.
+        """
+        if not self.decodes:
+            raise ValueError(f"image_tokenizer.path: {self._kind.model} of transformers has no decoder")
+        ids_BN = ids_BN.to(self.model.device)
+        pixels_BCHW = self.model.decode(ids_BN.view(-1, *self.grid) if self._is_emu3 else ids_BN)
+        if pixels_BCHW.shape[1] != 3:  # Janus gives channels last
+            pixels_BCHW = pixels_BCHW.permute(0, 3, 1, 2)
+        return to_uint8(pixels_BCHW).cpu()
+
+    @property
+    def _is_emu3(self) -> bool:
+        return self._kind.model == "Emu3VQVAE"

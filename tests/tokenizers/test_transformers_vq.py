@@ -1,0 +1,74 @@
+"""Emu3's, Chameleon's and Janus' image tokenizers against transformers' own calls."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t2i_lm.tokenizers.image import open_image_tokenizer
+from t2i_lm.tokenizers.pixels import to_unit
+from t2i_lm.tokenizers.transformers_vq import TransformersVQ
+from t2i_lm.train import main
+
+transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[2]
+SMALL: dict[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1}
+KINDS: dict[str, dict[str, Any]] = {
+    "Emu3": SMALL | {"codebook_size": 40, "attn_resolutions": [2], "hidden_size": 64},
+    "Chameleon": SMALL | {"num_embeddings": 40, "embed_dim": 8, "latent_channels": 8, "resolution": 32},
+    "Janus": SMALL | {"num_embeddings": 40, "embed_dim": 8, "latent_channels": 8, "num_patches": 8},
+}
+
+
+def images(count: int = 2, size: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    kind = request.param
+    config = getattr(transformers, f"{kind}VQVAEConfig")(**KINDS[kind])
+    getattr(transformers, f"{kind}VQVAE")(config).save_pretrained(tmp_path / kind)
+    return tmp_path / kind
+
+
+def test_ids_are_transformers_own_and_pictures_come_back(folder: Path) -> None:
+    tokenizer = open_image_tokenizer(folder, 32)
+    assert isinstance(tokenizer, TransformersVQ)
+    assert (tokenizer.vocab_size, tokenizer.grid) == (40, (8, 8))
+    ids_BN = tokenizer.encode(images())
+    sizes = {"image_sizes": [(32, 32)] * 2} if folder.name == "Emu3" else {}
+    expected = tokenizer.model.encode(to_unit(images()), **sizes).image_tokens
+    assert torch.equal(ids_BN, torch.stack(list(expected)).reshape(2, 64) if sizes else expected.reshape(2, 64))
+    assert torch.equal(ids_BN, torch.cat([tokenizer.encode(picture[None]) for picture in images()]))
+    if folder.name == "Chameleon":
+        assert not tokenizer.decodes
+        with pytest.raises(ValueError, match="ChameleonVQVAE of transformers has no decoder"):
+            tokenizer.decode(ids_BN)
+    else:
+        again = tokenizer.decode(ids_BN)
+        assert (again.shape, again.dtype) == ((2, 3, 32, 32), torch.uint8)
+
+
+def test_damage_and_wrong_sizes_are_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"image_tokenizer\.size=30: expected a multiple of 4"):
+        open_image_tokenizer(folder, 30)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="cannot be read by transformers"):
+        open_image_tokenizer(folder, 32)
+
+
+def test_a_tokenizer_without_a_decoder_is_told_before_the_run(
+    folder: Path, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [*tiny, f"image_tokenizer.path={folder}", "image_tokenizer.size=32", f"run.dir={tmp_path}/runs"]
+    experiment = str(ROOT / "experiments" / "t2i_scratch.yaml")
+    code = main([experiment, *changes, f"data.cache_dir={tmp_path}/cache", "samples.preference_scenes=0"])
+    if folder.name == "Chameleon":
+        assert code == 2
+        assert "set samples.prompts=0" in capsys.readouterr().err
+        assert main([experiment, *changes, f"data.cache_dir={tmp_path}/cache", "samples.prompts=0"]) == 0
+    else:
+        assert code == 0
