@@ -190,7 +190,7 @@ def tokenizer_numbers(tokenizer: Any, pictures: Any) -> dict[str, Any]:
 
     from t2i_lm.data.captions import ATTRIBUTES
     from t2i_lm.data.scene_checker import check
-    from t2i_lm.data.scenes import SceneSource
+    from t2i_lm.data.scene_source import SceneSource
 
     squares, pictures_seen = 0.0, 0
     used = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)

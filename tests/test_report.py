@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from t2i_lm.data.scenes import SceneSource
+from t2i_lm.data.scene_source import SceneSource
 from t2i_lm.grid import MARGIN, PIXELS, captioned_grid
 from t2i_lm.report import prompt_accuracy
 

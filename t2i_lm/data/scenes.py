@@ -13,8 +13,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from t2i_lm.data.pairs import Pair
-
 SIZE = 64
 COLOURS = {
     "red": (214, 40, 40),
@@ -175,23 +173,3 @@ def render(scene: Scene, size: int = SIZE) -> Image.Image:
         else:
             draw.polygon(outline(item.kind, x, y, width), fill=fill)
     return image.resize((size, size), Image.Resampling.BOX)
-
-
-class SceneSource:
-    """The first `count` scenes of a split with their captions."""
-
-    def __init__(self, count: int, split: str, seed: int, size: int = SIZE) -> None:
-        self.count, self.split, self.seed, self.size = count, split, seed, size
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Pair:
-        from t2i_lm.data.captions import describe
-
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        scene = draw_scene(self.seed, self.split, index)
-        style = f"{self.seed}/{self.split}/{index}"
-        meaning = scene.meaning() | {"style": style}
-        return Pair(f"scene-{style}", render(scene, self.size), [describe(scene, style).text], meaning)

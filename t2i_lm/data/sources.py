@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from t2i_lm.config import DataConfig
 from t2i_lm.data.pairs import CaptionedSource, Pair
 from t2i_lm.data.pictures import captions_of, decode_image
-from t2i_lm.data.scenes import SceneSource
+from t2i_lm.data.scene_source import SceneSource
 from t2i_lm.data.tars import TarFolder, open_tars
 
 # Share of a source without a validation part of its own that is held out, by position.
