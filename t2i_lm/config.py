@@ -10,7 +10,7 @@ from typing import Any
 
 TASKS = ("text_to_image", "text", "image_tokenizer")
 INITS = ("pretrained", "random")
-SOURCES = ("scenes", "image_folder", "parquet", "webdataset", "hub", "text")
+SOURCES = ("scenes", "image_folder", "parquet", "webdataset", "hub", "hub_stream", "text")
 CAPTION_CHOICES = ("first", "random", "all")
 LOGGERS = ("tensorboard", "csv", "wandb", "none")
 OPTIMIZERS = ("adamw", "muon")

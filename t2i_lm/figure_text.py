@@ -15,6 +15,7 @@ SOURCES = {
     "parquet": "parquet files {}",
     "webdataset": "tar files {}",
     "hub": "{} (Hugging Face)",
+    "hub_stream": "{} (Hugging Face)",
 }
 
 

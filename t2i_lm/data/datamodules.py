@@ -18,7 +18,7 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.pairs import CaptionedSource
 from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.sampler import Draw, IndexSampler
-from t2i_lm.data.sources import open_source
+from t2i_lm.data.sources import open_sized
 from t2i_lm.data.tokens import choose_caption, open_split
 from t2i_lm.sequence import Layout
 
@@ -245,5 +245,5 @@ class PictureDataModule(BatchDataModule):
     def setup(self, stage: str) -> None:
         """Opens the source."""
         size = self.config.image_tokenizer.size
-        self.train_set = PictureBatches(open_source(self.config.data, "train", size), size)
-        self.val_set = PictureBatches(open_source(self.config.data, "val", size), size)
+        self.train_set = PictureBatches(open_sized(self.config.data, "train", size), size)
+        self.val_set = PictureBatches(open_sized(self.config.data, "val", size), size)

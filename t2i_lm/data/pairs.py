@@ -1,5 +1,6 @@
-"""One captioned picture, and what a source of them offers."""
+"""One captioned picture, and what sources of them offer."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,9 +24,22 @@ class Pair:
     meaning: dict[str, Any] | None
 
 
+# Reads one pair, or raises `pictures.RejectedPairError`.
+Sample = Callable[[], Pair]
+
+
 class CaptionedSource(Protocol):
     """A sized sequence of pairs."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Pair: ...
+
+
+class StreamedSource(Protocol):
+    """Pairs that can only be read in order, in shards that can be read apart."""
+
+    @property
+    def shards(self) -> int: ...
+
+    def shard(self, number: int) -> Iterator[Sample]: ...

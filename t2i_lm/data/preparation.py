@@ -11,17 +11,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 from rich.progress import Progress, track
 
 from t2i_lm.assets import resolve
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.data.pairs import CaptionedSource
+from t2i_lm.data.pairs import CaptionedSource, Sample, StreamedSource
 from t2i_lm.data.pictures import RejectedPairError, centre_crop
-from t2i_lm.data.sources import SPLITS, open_source
+from t2i_lm.data.sources import SPLITS, Stream, open_source
 from t2i_lm.data.text import paragraphs, read_documents
 from t2i_lm.data.tokenise import ENCODE_BATCH, PairRows, stack_pictures, text_rows
 from t2i_lm.data.tokens import (
@@ -74,57 +75,70 @@ def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTok
     folder = cache_folder(config, tokenizers)
     _make(folder)
     if read_index(folder) is None:
-        sizes = {}
+        counts = {}
         for split in SPLITS:
             source = open_source(config.data, split, image.image_size)
-            sizes[split] = _limit(config, split, len(source))
-            _write_parts(config, split, source, sizes[split], text, image, folder)
+            parts, total = cut(source, _limit(config, split), config.data.part_size)
+            counts[split] = len(parts)
+            with _progress(total, f"tokenising {split} pictures") as advance:
+                _write_parts(parts, folder, split, text, image, advance)
         with _alone(folder):
             if read_index(folder) is None:
-                _finish_pairs(config, sizes, tokenizers, folder)
+                _finish_pairs(config, counts, tokenizers, folder)
     return folder
 
 
+# A part of a source: gives its samples in order, each time anew.
+Part = Callable[[], Iterable[Sample]]
+
+
+def cut(source: CaptionedSource | StreamedSource, limit: int | None, part_size: int) -> tuple[list[Part], int | None]:
+    """The parts of a source, and its number of samples where it is known; a stream's shard is a part."""
+    if isinstance(source, Stream):
+        return [partial(source.shard, number) for number in range(source.shards)], None
+    sized = cast(CaptionedSource, source)
+    size = len(sized) if limit is None else min(len(sized), limit)
+
+    def samples(start: int) -> Iterator[Sample]:
+        return (partial(sized.__getitem__, index) for index in range(start, min(start + part_size, size)))
+
+    return [partial(samples, start) for start in range(0, size, part_size)], size
+
+
 def _write_parts(
-    config: ExperimentConfig,
+    parts: list[Part],
+    folder: Path,
     split: str,
-    source: CaptionedSource,
-    size: int,
     text: TextTokenizer,
     image: ImageTokenizer,
-    folder: Path,
+    advance: Callable[[], None],
 ) -> None:
     """Writes the parts that are missing and free, until none is missing."""
     features = pair_features(text.vocab_size, image.grid[0] * image.grid[1])
-    ranges = _parts(size, config.data.part_size)
-    with _progress(size, f"tokenising {split} pictures") as advance:
-        while missing := [number for number in range(len(ranges)) if not part_folder(folder, split, number).exists()]:
-            idle = True
-            for number in missing:
-                target = part_folder(folder, split, number)
-                target.parent.mkdir(exist_ok=True)
-                try:
-                    with FileLock(target.with_name(f"{target.name}.lock"), timeout=0):
-                        if not target.exists():
-                            rows = PairRows(source, ranges[number], text, image, advance)
-                            write_part(target, rows, features, rows.details)
-                            idle = False
-                except Timeout:
-                    continue
-            if idle:
-                time.sleep(PATIENCE)
+    while missing := [number for number in range(len(parts)) if not part_folder(folder, split, number).exists()]:
+        idle = True
+        for number in missing:
+            target = part_folder(folder, split, number)
+            target.parent.mkdir(exist_ok=True)
+            try:
+                with FileLock(target.with_name(f"{target.name}.lock"), timeout=0):
+                    if not target.exists():
+                        rows = PairRows(parts[number](), text, image, advance)
+                        write_part(target, rows, features, rows.details)
+                        idle = False
+            except Timeout:
+                continue
+        if idle:
+            time.sleep(PATIENCE)
 
 
-def _parts(size: int, part_size: int) -> list[range]:
-    return [range(start, min(start + part_size, size)) for start in range(0, size, part_size)]
-
-
-def _finish_pairs(config: ExperimentConfig, sizes: dict[str, int], tokenizers: dict[str, str], folder: Path) -> None:
+def _finish_pairs(config: ExperimentConfig, counts: dict[str, int], tokenizers: dict[str, str], folder: Path) -> None:
     """Adds the parts up, judges what was rejected, and writes the card and the index."""
     index: dict[str, Any] = {"tokenizers": tokenizers, "source": config.data.source, "splits": {}}
-    for split, size in sizes.items():
-        folders = [part_folder(folder, split, number) for number in range(len(_parts(size, config.data.part_size)))]
+    for split, count in counts.items():
+        folders = [part_folder(folder, split, number) for number in range(count)]
         entries = [read_part(part) for part in folders]
+        rows = sum(entry["rows"] for entry in entries)
         rejects: Counter[str] = Counter()
         lengths: Counter[str] = Counter()
         examples: dict[str, str] = {}
@@ -133,14 +147,14 @@ def _finish_pairs(config: ExperimentConfig, sizes: dict[str, int], tokenizers: d
             lengths.update(entry["caption_tokens"])
             examples = entry["examples"] | examples
         try:
-            _check_rejects(config, split, size, rejects, examples)
+            _check_rejects(config, split, rows + rejects.total(), rejects, examples)
         except ValueError:
             for part, entry in zip(folders, entries, strict=True):
                 if entry["rejects"]:  # read again when the pictures have been mended
                     part.rename(part.with_name(f"{part.name}.work"))
             raise
         index["splits"][split] = {
-            "rows": sum(entry["rows"] for entry in entries),
+            "rows": rows,
             "parts": [entry["sha256"] for entry in entries],
             "rejects": dict(rejects),
             "caption_tokens": {length: lengths[length] for length in sorted(lengths, key=int)},
@@ -163,9 +177,8 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _limit(config: ExperimentConfig, split: str, size: int) -> int:
-    wanted = config.data.train_size if split == "train" else config.data.val_size
-    return size if wanted is None else min(size, wanted)
+def _limit(config: ExperimentConfig, split: str) -> int | None:
+    return config.data.train_size if split == "train" else config.data.val_size
 
 
 def _check_rejects(
@@ -241,7 +254,7 @@ def _track(items: Iterable[Any], what: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
+def _progress(total: int | None, what: str) -> Iterator[Callable[[], None]]:
     """A function to call for each item: a bar with ETA on a terminal, one line otherwise."""
     if not sys.stderr.isatty():
         print(what, file=sys.stderr, flush=True)
@@ -254,11 +267,11 @@ def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
 
 def equal_ids(config: ExperimentConfig, image: ImageTokenizer, pictures: int = 256) -> tuple[float, int]:
     """Share of ids that bfloat16 encoding leaves equal to float32's, and of how many, on validation pictures."""
-    source = open_source(config.data, "val", image.image_size)
+    parts, _ = cut(open_source(config.data, "val", image.image_size), None, pictures)
     readable: list[Any] = []
-    for index in range(len(source)):
+    for read in parts[0]():
         try:
-            readable.append(centre_crop(source[index].image, image.image_size))
+            readable.append(centre_crop(read().image, image.image_size))
         except RejectedPairError:
             continue
         if len(readable) == pictures:

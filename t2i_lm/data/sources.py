@@ -4,13 +4,16 @@ A source is a sized sequence of `Pair`s. A picture that cannot be read raises `R
 `prepare` counts; nothing else may go wrong in silence.
 """
 
+import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from t2i_lm.config import DataConfig
-from t2i_lm.data.pairs import CaptionedSource, Pair
+from t2i_lm.data.pairs import CaptionedSource, Pair, Sample, StreamedSource
 from t2i_lm.data.pictures import captions_of, decode_image
 from t2i_lm.data.scene_source import SceneSource
 from t2i_lm.data.tars import TarFolder, open_tars
@@ -44,41 +47,76 @@ class ImageFolder:
         return Pair(name, decode_image(self.folder / name, name), captions, None)
 
 
-class Table:
-    """Rows of a Hugging Face dataset with a picture column and a caption column."""
+@dataclass(frozen=True)
+class Columns:
+    """Names of the picture and the caption column of a Hugging Face dataset."""
 
-    IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
-    CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
+    IMAGES = ("image", "jpg", "png", "webp")
+    CAPTIONS = ("captions", "caption", "text", "txt")
+    image: str
+    caption: str
 
-    def __init__(self, rows: Any, origin: str, indices: Sequence[int]) -> None:
-        """Finds the two columns.
+    @classmethod
+    def find(cls, names: Sequence[str], origin: str) -> "Columns":
+        """The first known name of either.
 
         Raises:
             ValueError: if one of them is absent.
         """
+
+        def first(known: tuple[str, ...]) -> str:
+            for name in known:
+                if name in names:
+                    return name
+            raise ValueError(f"{origin}: no column {' or '.join(known)}; it has {', '.join(names)}")
+
+        return cls(first(cls.IMAGES), first(cls.CAPTIONS))
+
+    def pair(self, row: dict[str, Any], name: str) -> Pair:
+        """The pair of a row whose picture is undecoded: bytes, or else a path."""
+        cell = row[self.image]
+        file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+        return Pair(name, decode_image(file, name), captions_of(row[self.caption], name), None)
+
+
+class Table:
+    """Rows of a Hugging Face dataset with a picture column and a caption column."""
+
+    def __init__(self, rows: Any, origin: str, indices: Sequence[int]) -> None:
         import datasets
 
-        def column(allowed: tuple[str, ...]) -> str:
-            for name in allowed:
-                if name in rows.column_names:
-                    return name
-            raise ValueError(f"{origin}: no column {' or '.join(allowed)}; it has {', '.join(rows.column_names)}")
-
-        self.image, self.caption, self.indices = column(self.IMAGE_COLUMNS), column(self.CAPTION_COLUMNS), indices
+        self.columns, self.indices = Columns.find(rows.column_names, origin), indices
         # Undecoded bytes, so that a bad picture is our reject and not a crash inside the reader.
-        self.rows = rows.cast_column(self.image, datasets.Image(decode=False))
+        self.rows = rows.cast_column(self.columns.image, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Pair:
-        import io
+        place = self.indices[index]
+        return self.columns.pair(self.rows[place], f"row {place}")
 
-        row = self.rows[self.indices[index]]
-        name = f"row {self.indices[index]}"
-        cell = row[self.image]
-        file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-        return Pair(name, decode_image(file, name), captions_of(row[self.caption], name), None)
+
+class Stream:
+    """A streamed Hugging Face dataset; where it has no validation part, every 20th sample of a shard is held out."""
+
+    def __init__(self, rows: Any, origin: str, keep: Callable[[int], bool]) -> None:
+        """`keep` says by its place in the shard whether a sample belongs to the split."""
+        import datasets
+
+        names = rows.column_names or list(next(iter(rows)))
+        self.columns, self.keep = Columns.find(names, origin), keep
+        self.rows = rows.cast_column(self.columns.image, datasets.Image(decode=False))
+
+    @property
+    def shards(self) -> int:
+        return int(self.rows.num_shards)
+
+    def shard(self, number: int) -> Iterator[Sample]:
+        """The samples of a shard in order."""
+        for place, row in enumerate(self.rows.shard(num_shards=self.shards, index=number)):
+            if self.keep(place):
+                yield partial(self.columns.pair, row, f"shard {number} row {place}")
 
 
 def held_out(size: int, split: str) -> list[int]:
@@ -139,16 +177,31 @@ def webdataset(data: DataConfig, split: str, size: int) -> CaptionedSource:
 
 def hub(data: DataConfig, split: str, size: int) -> CaptionedSource:
     """A Hugging Face dataset by name; its own validation split where it has one."""
-    import datasets
-
-    try:
-        parts = datasets.load_dataset(str(data.path))
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise ValueError(f"data.path={data.path}: no such Hugging Face dataset in reach: {error}") from error
+    parts = _load_dataset(data, streaming=False)
     if "validation" in parts:
         rows = parts["train" if split == "train" else "validation"]
         return Table(rows, str(data.path), range(len(rows)))
     return Table(parts["train"], str(data.path), held_out(len(parts["train"]), split))
+
+
+def hub_stream(data: DataConfig, split: str, size: int) -> StreamedSource:
+    """The same, read once in order and never stored: for data that does not fit on a disk."""
+    limit = data.train_size if split == "train" else data.val_size
+    if limit is not None:
+        raise ValueError(f"data.{split}_size={limit}: expected null, a stream is read to its end")
+    parts = _load_dataset(data, streaming=True)
+    if "validation" in parts:
+        return Stream(parts["train" if split == "train" else "validation"], str(data.path), lambda place: True)
+    return Stream(parts["train"], str(data.path), lambda place: (place % HELD_OUT_EVERY == 0) == (split == "val"))
+
+
+def _load_dataset(data: DataConfig, streaming: bool) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(str(data.path), streaming=streaming)
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise ValueError(f"data.path={data.path}: no such Hugging Face dataset in reach: {error}") from error
 
 
 def scenes(data: DataConfig, split: str, size: int) -> CaptionedSource:
@@ -160,19 +213,32 @@ def scenes(data: DataConfig, split: str, size: int) -> CaptionedSource:
     return SceneSource(count, drawn, data.seed, size)
 
 
-SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource]] = {
+SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource | StreamedSource]] = {
     "scenes": scenes,
     "image_folder": image_folder,
     "parquet": parquet,
     "webdataset": webdataset,
     "hub": hub,
+    "hub_stream": hub_stream,
 }
 
 
-def open_source(data: DataConfig, split: str, image_size: int) -> CaptionedSource:
+def open_source(data: DataConfig, split: str, image_size: int) -> CaptionedSource | StreamedSource:
     """The captioned pictures of a split.
 
     Raises:
         ValueError: if there is nothing to read, naming the key.
     """
     return SOURCES[data.source](data, split, image_size)
+
+
+def open_sized(data: DataConfig, split: str, image_size: int) -> CaptionedSource:
+    """The same, for what needs its pictures in any order.
+
+    Raises:
+        ValueError: also if the source can only be streamed.
+    """
+    source = open_source(data, split, image_size)
+    if isinstance(source, Stream):
+        raise ValueError(f"data.source={data.source}: pictures are needed in any order, which a stream cannot give")
+    return cast(CaptionedSource, source)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i_lm.data.pairs import CaptionedSource, Pair
+from t2i_lm.data.pairs import Pair, Sample
 from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.text import paragraphs
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
@@ -24,7 +24,7 @@ ENCODE_BATCH = 64
 
 @dataclass
 class PairRows:
-    """The rows of a range of a source, and what was left out.
+    """The rows of some samples, and what was left out.
 
     Attributes:
         rejects: unusable samples by reason.
@@ -32,8 +32,7 @@ class PairRows:
         caption_tokens: number of captions of each length in ids.
     """
 
-    source: CaptionedSource
-    indices: range
+    samples: Iterable[Sample]
     text: TextTokenizer
     image: ImageTokenizer
     advance: Callable[[], None] = lambda: None
@@ -44,10 +43,10 @@ class PairRows:
     def __call__(self) -> Iterator[dict[str, Any]]:
         """One row a usable sample, in order; pictures are encoded `ENCODE_BATCH` at a time."""
         batch: list[tuple[Pair, np.ndarray[Any, np.dtype[np.uint8]]]] = []
-        for index in self.indices:
+        for read in self.samples:
             self.advance()
             try:
-                pair = self.source[index]
+                pair = read()
                 batch.append((pair, centre_crop(pair.image, self.image.image_size)))
             except RejectedPairError as reject:
                 self.rejects[reject.reason] += 1

@@ -131,6 +131,37 @@ def test_a_folder_tars_and_parquet_of_the_same_pictures_give_the_same_shards(tin
     assert "57 pictures, 57 captions" in (shards[0] / "README.md").read_text()
 
 
+def test_a_stream_gives_every_sample_of_every_shard_once(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    for shard in range(2):
+        numbers = range(30 * shard, 30 * shard + 30)
+        table: dict[str, list[Any]] = {"image": [{"bytes": png(n), "path": None} for n in numbers]}
+        table["image"][4] = {"bytes": b"broken", "path": None}
+        rows = datasets.Dataset.from_dict(table | {"caption": [f"picture {n}" for n in numbers]})
+        rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "pairs" / f"train-{shard}.parquet")
+    kept = [item for item in tiny if "_size=" not in item or "batch" in item]
+    changes = [
+        *kept,
+        "data.source=hub_stream",
+        f"data.path={tmp_path}/pairs",
+        "data.train_size=null",
+        "data.val_size=null",
+    ]
+    changes.append(f"data.cache_dir={tmp_path}/cache")
+    assert main([PRETRAINED, *changes, "data.max_reject_share=0.1"]) == 0
+    folder = next((tmp_path / "cache").glob("hub_stream-*/index.json")).parent
+    train, val = open_split(folder, "train"), open_split(folder, "val")
+    assert (len(train), len(val)) == (54, 4)
+    wanted = {f"shard {shard} row {n}" for shard in range(2) for n in range(30) if n != 4}
+    assert {*train["id"], *val["id"]} == wanted
+    assert main([PRETRAINED, *changes, "data.train_size=10"]) == 2
+
+
+def test_a_stream_cannot_train_an_image_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.train_size=10: expected null"):
+        open_source(DataConfig(source="hub_stream", path=str(tmp_path), train_size=10), "train", 64)
+
+
 def test_the_source_holds_out_every_twentieth_sample(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", {f"{n:03}": {".png": png(0), ".txt": b"x"} for n in range(41)})
     data = DataConfig(source="webdataset", path=str(tmp_path))
