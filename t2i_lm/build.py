@@ -37,9 +37,10 @@ from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
+from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runs import METRICS
 from t2i_lm.seeds import generator
-from t2i_lm.sequence import Layout
+from t2i_lm.sequence import ImageLayout, Layout
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
@@ -69,7 +70,7 @@ class Experiment:
     shards: Path | None = None
     text: TextTokenizer | None = None
     image: ImageTokenizer | None = None
-    layout: Layout | None = None
+    layout: Layout | ImageLayout | None = None
 
 
 def open_text(config: ExperimentConfig) -> TextTokenizer:
@@ -112,8 +113,8 @@ def prepare(config: ExperimentConfig, rank: int = 0) -> Path:
     return prepare_pairs(config, open_text(config), open_image(config, rank))
 
 
-def build_text_to_image(config: ExperimentConfig) -> Experiment:
-    """The expanded decoder on caption-image pairs."""
+def build_pictures(config: ExperimentConfig) -> Experiment:
+    """The expanded decoder on caption-image pairs, or on their pictures alone."""
     text, image = open_text(config), open_image(config)
     shards = prepare_pairs(config, text, image)
     decoder = build_backbone(config)
@@ -124,8 +125,15 @@ def build_text_to_image(config: ExperimentConfig) -> Experiment:
         )
     vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"))
     choose_trained(decoder, config)
-    layout = Layout(vocab, image.grid[0] * image.grid[1], config.data.length)
-    module = TextToImageModule(decoder, config, layout)
+    image_tokens = image.grid[0] * image.grid[1]
+    layout: Layout | ImageLayout
+    module: TextToImageModule | UnconditionalImageModule
+    if config.task == "unconditional":
+        layout = ImageLayout(vocab, image_tokens)
+        module = UnconditionalImageModule(decoder, config, layout)
+    else:
+        layout = Layout(vocab, image_tokens, config.data.length)
+        module = TextToImageModule(decoder, config, layout)
     data = PairDataModule(config, shards, layout)
     return Experiment(config, module, data, _index(shards), shards, text, image, layout)
 
@@ -156,7 +164,8 @@ def _index(shards: Path) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
-    "text_to_image": build_text_to_image,
+    "text_to_image": build_pictures,
+    "unconditional": build_pictures,
     "text": build_text,
     "image_tokenizer": build_image_tokenizer,
 }

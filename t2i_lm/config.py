@@ -8,7 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-TASKS = ("text_to_image", "text", "image_tokenizer")
+TASKS = ("text_to_image", "unconditional", "text", "image_tokenizer")
+LOSS_ROWS = ("all", "image")
 INITS = ("pretrained", "random")
 SOURCES = ("scenes", "image_folder", "parquet", "webdataset", "hub", "hub_stream", "text")
 CAPTION_CHOICES = ("first", "random", "all")
@@ -228,6 +229,7 @@ class ExperimentConfig:
     init: str = "pretrained"
     tune: str = "all"  # one of models/freeze.py's TUNE_SETS: what learns, as in Figure 5
     freeze: list[str] = field(default_factory=list)  # FREEZE_GROUPS that do not learn, whatever `tune` says
+    loss_rows: str = "all"  # of task=unconditional: softmax over the whole vocabulary, or the image rows alone
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
@@ -241,6 +243,9 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         _one_of("task", self.task, TASKS)
         _one_of("init", self.init, INITS)
+        _one_of("loss_rows", self.loss_rows, LOSS_ROWS)
+        if self.loss_rows != "all" and self.task != "unconditional":
+            raise ValueError(f"loss_rows={self.loss_rows!r} is for task=unconditional, not task={self.task!r}")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "a value in [0, 2**32)")
         _require(
             self.optim.warmup_steps < self.trainer.max_steps,
@@ -268,9 +273,9 @@ class ExperimentConfig:
         needed = {"data.path": (self.data.path, f"a path for data.source={self.data.source}")}
         if self.data.source == "scenes":
             del needed["data.path"]
-        if self.task == "text_to_image":
+        if self.task in ("text_to_image", "unconditional"):
             for name in ("text_tokenizer", "image_tokenizer"):
-                needed[f"{name}.path"] = (getattr(self, name).path, "a path for task=text_to_image")
+                needed[f"{name}.path"] = (getattr(self, name).path, f"a path for task={self.task}")
             if self.init == "pretrained":
                 needed["backbone.path"] = (self.backbone.path, "a checkpoint for init=pretrained")
         for key, (path, expected) in needed.items():

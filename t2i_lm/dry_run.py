@@ -19,7 +19,7 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import group_table
-from t2i_lm.sequence import Layout
+from t2i_lm.sequence import ImageLayout, Layout
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ
 
@@ -35,7 +35,7 @@ class Plan:
     """A model on the meta device and its size before the vocabulary grew."""
 
     model: nn.Module
-    layout: Layout | None
+    layout: Layout | ImageLayout | None
     before: int
 
 
@@ -51,11 +51,13 @@ def plan(config: ExperimentConfig) -> Plan:
             return Plan(tokenizer, None, count(tokenizer))
         decoder = empty_backbone(config)
     before = count(decoder)
-    layout = None
-    if config.task == "text_to_image":
+    layout: Layout | ImageLayout | None = None
+    if config.task in ("text_to_image", "unconditional"):
         codes, grid = image_ids(config)
         vocab = expand_vocabulary(decoder, codes, torch.Generator())
-        layout = Layout(vocab, grid[0] * grid[1], config.data.length)
+        unconditional = config.task == "unconditional"
+        image_tokens = grid[0] * grid[1]
+        layout = ImageLayout(vocab, image_tokens) if unconditional else Layout(vocab, image_tokens, config.data.length)
     choose_trained(decoder, config)
     return Plan(decoder, layout, before)
 
@@ -84,17 +86,19 @@ def describe(config: ExperimentConfig) -> str:
     lines.append(f"parameters: {total:,}{grown}, {trainable:,} trainable")
     lines += ["", group_table(planned.model), ""]
     if planned.layout is not None:
-        vocab = planned.layout.vocab
+        vocab, layout = planned.layout.vocab, planned.layout
+        budget = f" and at most {layout.text_budget:,} text ids" if isinstance(layout, Layout) else ""
         lines.append(
             f"vocabulary: {vocab.size:,} rows ({vocab.text_size:,} text, {vocab.image_size:,} image); a sequence has "
-            f"{planned.layout.image_tokens:,} image ids and at most {planned.layout.text_budget:,} text ids"
+            f"{layout.image_tokens:,} image ids{budget}"
         )
-    return "\n".join([*lines, *cost(config, planned.model)])
+    length = planned.layout.length if planned.layout is not None else config.data.length
+    return "\n".join([*lines, *cost(config, planned.model, length)])
 
 
-def cost(config: ExperimentConfig, decoder: Backbone) -> list[str]:
-    """Tokens, compute, memory a GPU and GPU-hours."""
-    trainer, model, length = config.trainer, decoder.config, config.data.length
+def cost(config: ExperimentConfig, decoder: Backbone, length: int) -> list[str]:
+    """Tokens, compute, memory a GPU and GPU-hours of sequences of `length` positions."""
+    trainer, model = config.trainer, decoder.config
     tokens = config.data.batch_size * length
     # 6 FLOP for each parameter of a product and token, 12 L D T for attention (the convention of PaLM's MFU).
     products = count(decoder) - decoder.tok_embeddings.matrix().numel()
@@ -104,7 +108,7 @@ def cost(config: ExperimentConfig, decoder: Backbone) -> list[str]:
         f"tokens a step: {tokens:,} (pads included); in {trainer.max_steps:,} steps: "
         f"{tokens * trainer.max_steps:.4g} tokens",
         f"compute: {flops:.4g} FLOP a token, {in_all:.3g} in all (frozen parts counted as if trained)",
-        f"memory a process (ddp): {memory_gib(config, decoder):.1f} GiB of weights, gradients, AdamW moments and "
+        f"memory a process (ddp): {memory_gib(config, decoder, length):.1f} GiB of weights, gradients, moments and "
         f"activations at {config.micro_batch} sequences (an estimate)",
     ]
     processes = trainer.devices * trainer.num_nodes
@@ -117,9 +121,9 @@ def cost(config: ExperimentConfig, decoder: Backbone) -> list[str]:
     return lines
 
 
-def memory_gib(config: ExperimentConfig, decoder: Backbone) -> float:
+def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> float:
     """Estimate for one process that holds everything: float32 states, bfloat16 activations without checkpointing."""
-    model, tokens = decoder.config, config.micro_batch * config.data.length
+    model, tokens = decoder.config, config.micro_batch * length
     states = 4 * count(decoder) + 12 * count(decoder, trainable=True)
     # A block keeps its inputs, normed inputs, queries, keys, values, gates and values for the backward pass.
     feed_forward = 8 * model.hidden_dim / 3
@@ -129,7 +133,8 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone) -> float:
 
 def absent_files(config: ExperimentConfig) -> list[str]:
     """Keys that a real run needs and that name nothing that is here."""
-    wanted = {"text_to_image": ("backbone", "text_tokenizer", "image_tokenizer"), "text": (), "image_tokenizer": ()}
+    pictures = ("backbone", "text_tokenizer", "image_tokenizer")
+    wanted = {"text_to_image": pictures, "unconditional": pictures, "text": (), "image_tokenizer": ()}
     lines = []
     for section in wanted[config.task]:
         path = getattr(config, section).path

@@ -95,10 +95,10 @@ def export_decoder(experiment: "Experiment", out: Path, dtype: "torch.dtype", ca
     from t2i_lm.models.decoder import Decoder
     from t2i_lm.models.huggingface import HuggingFaceDecoder, save_huggingface
     from t2i_lm.models.open_lm import save_open_lm
-    from t2i_lm.modules.text_to_image import TextToImageModule
+    from t2i_lm.modules.base import DecoderModule
 
     module, layout = experiment.module, experiment.layout
-    assert isinstance(module, TextToImageModule)
+    assert isinstance(module, DecoderModule)
     assert layout is not None
     if isinstance(module.decoder, HuggingFaceDecoder):
         save_huggingface(module.decoder, out, dtype)
@@ -223,6 +223,7 @@ def tokenizer_numbers(tokenizer: Any, pictures: Any) -> dict[str, Any]:
 
 EXPORTERS = {
     "text_to_image": export_decoder,
+    "unconditional": export_decoder,
     "text": export_language_model,
     "image_tokenizer": export_image_tokenizer,
 }

@@ -18,10 +18,14 @@ from t2i_lm.data.scene_checker import check
 from t2i_lm.data.scenes import SIZE, scene_from_meaning
 from t2i_lm.data.tokens import open_split
 from t2i_lm.grid import captioned_grid
+from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.generate import generate
+from t2i_lm.models.token_rows import TokenRows
+from t2i_lm.modules.base import DecoderModule
 from t2i_lm.modules.text_to_image import TextToImageModule
+from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runs import REPORT, read_run
-from t2i_lm.sequence import IMAGE, modality_of_target
+from t2i_lm.sequence import IMAGE, ImageLayout, Layout, modality_of_target
 
 # Captions over which the generator's entropy is estimated.
 ENTROPY_SAMPLES = 20_000
@@ -51,13 +55,41 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         "wall_s": round(wall_s, 1),
         "val": run.records("val")[-1]["val"] if run.records("val") else None,
     }
-    if isinstance(experiment.module, TextToImageModule):
+    if isinstance(experiment.module, TextToImageModule | UnconditionalImageModule):
         torch.set_num_threads(config.trainer.threads or torch.get_num_threads())
         experiment.module.eval()
-        report |= _picture_report(experiment, folder)
+        report["row_norms"] = row_norms(experiment.module.decoder)
+        unconditional = isinstance(experiment.module, UnconditionalImageModule)
+        report |= (_unconditional_report if unconditional else _picture_report)(experiment, folder)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     print_summary(report, folder)
     return report
+
+
+def row_norms(decoder: Backbone) -> dict[str, float]:
+    """Mean norm of the rows of every block: rows without gradient shrink under weight decay."""
+    return {
+        f"{matrix}.{block}": float(rows.detach().norm(dim=1).mean())
+        for matrix in ("tok_embeddings", "output")
+        for block in TokenRows.BLOCKS
+        if (rows := getattr(getattr(decoder, matrix), block)) is not None
+    }
+
+
+def _unconditional_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """A grid of pictures drawn without a caption."""
+    config, layout = experiment.config, experiment.layout
+    assert isinstance(layout, ImageLayout)
+    count = min(config.samples.grid, config.samples.prompts)
+    if count:
+        images_HW3 = _draw(experiment, [torch.from_numpy(layout.prompt())] * count, _seeds(config.seed, count))
+        (folder / "samples").mkdir(exist_ok=True)
+        captioned_grid(images_HW3, [""] * count).save(folder / "samples" / "grid.png")
+    return {}
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    return [seed * 1_000_003 + number for number in range(count)]
 
 
 def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
@@ -72,7 +104,7 @@ def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     if count:
         rows = split[:count]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
-        images_HW3 = draw_captions(experiment, captions, [config.seed * 1_000_003 + i for i in range(count)])
+        images_HW3 = draw_captions(experiment, captions, _seeds(config.seed, count))
         (folder / "samples").mkdir(exist_ok=True)
         shown = min(config.samples.grid, count)
         grid = captioned_grid(images_HW3[:shown], captions[:shown])
@@ -97,7 +129,7 @@ def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
 
 def truncated_share(experiment: Experiment) -> float:
     """Share of training captions that are longer than the text budget."""
-    assert experiment.layout is not None
+    assert isinstance(experiment.layout, Layout)
     lengths = experiment.index["splits"]["train"]["caption_tokens"]
     over = sum(count for length, count in lengths.items() if int(length) > experiment.layout.text_budget)
     return float(over / max(1, sum(lengths.values())))
@@ -110,13 +142,24 @@ def draw_captions(
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
     """Pictures (H, W, 3) uint8 sampled for captions."""
-    layout, text, image = experiment.layout, experiment.text, experiment.image
-    assert layout is not None
+    layout, text = experiment.layout, experiment.text
+    assert isinstance(layout, Layout)
     assert text is not None
-    assert image is not None
-    assert isinstance(experiment.module, TextToImageModule)
     prompts = [torch.from_numpy(layout.prompt(np.array(text.encode(caption), dtype=np.int64))) for caption in captions]
-    settings = experiment.config.samples
+    return _draw(experiment, prompts, seeds, on_token)
+
+
+def _draw(
+    experiment: Experiment,
+    prompts: list[Tensor],
+    seeds: list[int],
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Pictures (H, W, 3) uint8 sampled after prompts of joint ids."""
+    layout, image, settings = experiment.layout, experiment.image, experiment.config.samples
+    assert layout is not None
+    assert image is not None
+    assert isinstance(experiment.module, DecoderModule)
     codes_BN = generate(
         experiment.module.decoder,
         layout.vocab,
@@ -177,7 +220,7 @@ def caption_preference(experiment: Experiment, split: Any, scenes: int) -> dict[
 def picture_nll(experiment: Experiment, captions: list[str], image_ids_BN: Any) -> Tensor:
     """Summed nll (B,) in nats of each picture's image tokens under a caption."""
     layout, text = experiment.layout, experiment.text
-    assert layout is not None
+    assert isinstance(layout, Layout)
     assert text is not None
     assert isinstance(experiment.module, TextToImageModule)
     totals = []

@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "datasets", "sentencepiece", "diffusers", "numpy", "t2i_lm")
-CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS = (
+CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS, GROUPS = (
     "config.yaml",
     "env.json",
     "metrics.jsonl",
     "report.json",
     "events.log",
+    "groups.txt",  # parameters by group, trainable and frozen
 )
 
 

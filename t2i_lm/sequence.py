@@ -81,6 +81,41 @@ class Layout:
         return torch.from_numpy(ids_BT)
 
 
+@dataclass(frozen=True)
+class ImageLayout:
+    """`<doc> <image> i.. </image> </doc>`, without pads: unconditional image modelling (Section 3.1).
+
+    Attributes:
+        vocab: id ranges.
+        image_tokens: ids of one picture.
+    """
+
+    vocab: JointVocab
+    image_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Positions of a sequence."""
+        return self.image_tokens + 4
+
+    def prompt(self) -> IntArray:
+        """`<doc> <image>`; 1-d int64."""
+        return np.array([self.vocab.special("<doc>"), self.vocab.special("<image>")], dtype=np.int64)
+
+    def pack(self, text_ids: Sequence[IntArray], image_ids_BN: IntArray) -> Tensor:
+        """Joint ids (B, T) int64 of B pictures; captions are left out.
+
+        Raises:
+            ValueError: if the pictures do not have `image_tokens` ids.
+        """
+        if image_ids_BN.shape[1] != self.image_tokens:
+            raise ValueError(f"image ids have shape {image_ids_BN.shape}, expected (B, {self.image_tokens})")
+        tail = [self.vocab.special("</image>"), self.vocab.special("</doc>")]
+        parts = [self.prompt(), image_ids_BN.astype(np.int64) + self.vocab.image_offset, np.array(tail)]
+        rows = [np.broadcast_to(part, (len(image_ids_BN), part.shape[-1])) for part in parts]
+        return torch.from_numpy(np.concatenate(rows, axis=1))
+
+
 def modality_of_target(target_BT: Tensor, vocab: JointVocab) -> Tensor:
     """TEXT, IMAGE, BOUNDARY or PAD of each target id, int64, same shape.
 

@@ -21,8 +21,10 @@ from t2i_lm.build import (
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.load import save_experiment
+from t2i_lm.models.freeze import group_table
+from t2i_lm.modules.base import DecoderModule
 from t2i_lm.report import write_report
-from t2i_lm.runs import CONFIG, ENVIRONMENT, EVENTS, METRICS, environment, new_run_folder, read_run
+from t2i_lm.runs import CONFIG, ENVIRONMENT, EVENTS, GROUPS, METRICS, environment, new_run_folder, read_run
 from t2i_lm.seeds import generator
 
 # A launched rank finds the folder that rank 0 made here.
@@ -92,4 +94,9 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
         parameters=sum(parameter.numel() for parameter in experiment.module.parameters()),
     )
     (folder / ENVIRONMENT).write_text(json.dumps(details, indent=2) + "\n")
+    if isinstance(experiment.module, DecoderModule):
+        table = group_table(experiment.module.decoder)
+        (folder / GROUPS).write_text(f"{table}\n")
+        if any(not parameter.requires_grad for parameter in experiment.module.parameters()):
+            print(table, flush=True)
     print(f"run folder: {folder}", flush=True)

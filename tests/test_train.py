@@ -129,7 +129,11 @@ def same_losses(one: Run, other: Run, tolerance: float) -> None:
 
 
 def launch(experiment: str, root: Path, *overrides: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "t2i_lm.train", experiment, *overrides, f"run.dir={root}"]
+    return launch_module("t2i_lm.train", experiment, *overrides, f"run.dir={root}")
+
+
+def launch_module(module: str, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -20,7 +20,7 @@ from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.sampler import Draw, IndexSampler
 from t2i_lm.data.sources import open_sized
 from t2i_lm.data.tokens import choose_caption, open_split
-from t2i_lm.sequence import Layout
+from t2i_lm.sequence import ImageLayout, Layout
 
 # `ids_BT` int64, `samples` int, `tokens_nominal` int (positions), `tokens_real` 0-d int64 (pads excluded).
 Batch = dict[str, Any]
@@ -42,7 +42,7 @@ class Batches(Dataset[Batch]):
 class PairBatches(Batches):
     """Caption-image pairs as packed batches: `ids_BT` joint ids and how much they are."""
 
-    def __init__(self, split: datasets.Dataset, layout: Layout, captions: str, seed: int) -> None:
+    def __init__(self, split: datasets.Dataset, layout: Layout | ImageLayout, captions: str, seed: int) -> None:
         self.split, self.layout, self.captions, self.seed = split, layout, captions, seed
         # Where every caption is a sample of its own: row and caption of each.
         self._each: np.ndarray[Any, np.dtype[np.int64]] | None = None
@@ -181,7 +181,7 @@ def make_sampler(config: ExperimentConfig, size: int, rank: int = 0, world: int 
 class PairDataModule(BatchDataModule):
     """Prepared caption-image pairs (text-to-image)."""
 
-    def __init__(self, config: ExperimentConfig, folder: Path, layout: Layout) -> None:
+    def __init__(self, config: ExperimentConfig, folder: Path, layout: Layout | ImageLayout) -> None:
         super().__init__(config)
         self.folder, self.layout = folder, layout
 

@@ -53,7 +53,11 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, ids_BT: Tensor, target_BT: Tensor | None = None, valid_BT: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        target_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+        image_rows_only: bool = False,
     ) -> Tensor | TokenLoss:
         """Logits (B, T, V) float32, or the loss of the N targets where `valid_BT` holds (all by default)."""
         x_BTD = self.hidden(ids_BT)
@@ -61,4 +65,4 @@ class Backbone(nn.Module):
             return self.output(x_BTD)  # type: ignore[no-any-return]
         if valid_BT is None:
             return self.output(x_BTD.flatten(0, 1), target_BT.flatten())  # type: ignore[no-any-return]
-        return self.output(x_BTD[valid_BT], target_BT[valid_BT])  # type: ignore[no-any-return]
+        return self.output(x_BTD[valid_BT], target_BT[valid_BT], image_rows_only)  # type: ignore[no-any-return]

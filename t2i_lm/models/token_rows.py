@@ -42,7 +42,12 @@ class Output(TokenRows):
     The loss lives in this forward because under FSDP2 the rows are whole only here.
     """
 
-    def forward(self, x: Tensor, target_N: Tensor | None = None) -> Tensor | TokenLoss:
+    def forward(self, x: Tensor, target_N: Tensor | None = None, image_rows_only: bool = False) -> Tensor | TokenLoss:
+        """Logits over all rows; a loss over all rows, or over the image rows alone (targets are joint ids)."""
         if target_N is None:
             return F.linear(x, self.matrix()).float()
+        if image_rows_only:
+            assert self.special is not None
+            assert self.image is not None
+            return linear_cross_entropy(x, self.image, target_N - len(self.text) - len(self.special))
         return linear_cross_entropy(x, self.matrix(), target_N)

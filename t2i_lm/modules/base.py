@@ -55,6 +55,8 @@ class DecoderModule(OptimisedModule):
     """
 
     modalities: tuple[str, ...]
+    # Whether the softmax is over the image rows alone; then only image targets may be valid.
+    image_rows_only = False
 
     def __init__(self, decoder: Backbone, config: ExperimentConfig) -> None:
         super().__init__(config)
@@ -70,7 +72,7 @@ class DecoderModule(OptimisedModule):
         """Nll summed over valid targets with gradient, and nll_sum (M,), count (M,) without."""
         input_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
         class_BT, valid_BT = self.classify(target_BT)
-        loss: TokenLoss = self.decoder(input_BT, target_BT, valid_BT)
+        loss: TokenLoss = self.decoder(input_BT, target_BT, valid_BT, self.image_rows_only)
         nll_sum_M, count_M = split_sums(loss.nll_N, class_BT[valid_BT], len(self.modalities))
         return loss.total, nll_sum_M, count_M
 

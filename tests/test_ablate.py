@@ -1,0 +1,114 @@
+"""Partial freezing and unconditional runs through the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i_lm.ablate import main
+from t2i_lm.build import build
+from t2i_lm.load import load_experiment
+from t2i_lm.models.freeze import FREEZE_GROUPS, group_members
+from t2i_lm.modules.unconditional import UnconditionalImageModule
+from t2i_lm.runs import Run, read_run, run_folders
+from t2i_lm.train import main as train
+
+ROOT = Path(__file__).parents[1]
+UNCONDITIONAL = str(ROOT / "experiments" / "uncond_pretrained.yaml")
+
+
+def newest(root: Path) -> Run:
+    return read_run(run_folders(root)[-1])
+
+
+def checkpoints(run: Run) -> list[dict[str, torch.Tensor]]:
+    files = sorted((run.folder / "checkpoints").glob("*.ckpt"))
+    return [torch.load(file, weights_only=True)["state_dict"] for file in files]
+
+
+@pytest.mark.parametrize("group", FREEZE_GROUPS)
+def test_a_frozen_group_is_bitwise_what_it_was_before_the_run(group: str, tiny: list[str], tmp_path: Path) -> None:
+    changes = [*tiny, f"run.dir={tmp_path}", "samples.prompts=0"]
+    assert main(["--freeze", group, UNCONDITIONAL, *changes]) == 0
+    run = newest(tmp_path)
+    assert run.folder.parent.name == f"uncond_pretrained_freeze_{group}"
+    before = build(load_experiment(UNCONDITIONAL, "demo", changes)).module
+    assert isinstance(before, UnconditionalImageModule)
+    frozen = {f"decoder.{name}" for name in group_members(before.decoder, group)}
+    after = checkpoints(run)[-1]
+    for name, tensor in before.state_dict().items():
+        # Text rows have no gradient here, but decay moves them unless they are frozen.
+        assert torch.equal(after[name], tensor) == (name in frozen), name
+    assert group in (run.folder / "groups.txt").read_text()
+
+
+def test_frozen_parts_stay_frozen_on_two_processes(tiny: list[str], tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ["--freeze", "ffn", "--freeze", "text_rows", UNCONDITIONAL, *tiny, "samples.prompts=0"]
+    assert main([*common, f"run.dir={one}"]) == 0
+    from tests.test_train import launch_module
+
+    process = launch_module("t2i_lm.ablate", *common, f"run.dir={two}", "trainer.devices=2", "trainer.strategy=ddp")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    for name, tensor in checkpoints(newest(one))[-1].items():
+        if "feed_forward" in name or name.endswith(".text"):
+            assert torch.equal(checkpoints(newest(two))[-1][name], tensor), name
+    nll = [newest(root).records("val")[-1]["val"]["image"]["nll"] for root in (one, two)]
+    assert nll[1] == pytest.approx(nll[0], rel=1e-6)
+
+
+def test_an_unconditional_run_counts_image_and_boundary_targets(tiny: list[str], tmp_path: Path) -> None:
+    assert train([UNCONDITIONAL, *tiny, f"run.dir={tmp_path}"]) == 0
+    run = newest(tmp_path)
+    record = run.records("train")[-1]
+    assert record["train"]["image"]["count"] == 2 * 8 * 64
+    assert record["train"]["boundary"]["count"] == 2 * 8 * 3
+    assert record["tokens_nominal"] == record["tokens_real"] == 8 * 8 * 68
+    assert (run.folder / "samples" / "grid.png").is_file()
+    assert run.report is not None
+    assert run.report["row_norms"]["output.image"] > 0
+
+
+def test_a_softmax_over_image_rows_alone_has_a_smaller_loss(tiny: list[str], tmp_path: Path) -> None:
+    changes = [*tiny, "samples.prompts=0", "trainer.max_steps=3"]
+    assert train([UNCONDITIONAL, *changes, f"run.dir={tmp_path}/all"]) == 0
+    assert train([UNCONDITIONAL, *changes, f"run.dir={tmp_path}/image", "loss_rows=image"]) == 0
+    whole, image = (newest(tmp_path / name).records("val")[0]["val"] for name in ("all", "image"))
+    assert image["image"]["nll"] < whole["image"]["nll"] - 1
+    assert image["boundary"]["count"] == 0
+
+
+def test_tune_sets_run(tiny: list[str], tmp_path: Path) -> None:
+    assert main(["--tune", "norm", UNCONDITIONAL, *tiny, f"run.dir={tmp_path}", "samples.prompts=0"]) == 0
+    assert newest(tmp_path).config["tune"] == "norm"
+
+
+def test_all_arms_of_figure_5_run_in_sequence(tiny: list[str], tmp_path: Path) -> None:
+    changes = [*tiny, f"run.dir={tmp_path}", "samples.prompts=0", "trainer.max_steps=3"]
+    assert main(["--all", UNCONDITIONAL, *changes]) == 0
+    assert len(run_folders(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--freeze", "nothing_like_this"], "--freeze nothing_like_this: expected one of embedding, output"),
+        (["--tune", "half"], "--tune half: expected one of embed, norm"),
+        (["--freeze", "ffn", "optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["--freeze", "ffn", "a.yaml", "b.yaml"], "one experiment at a time"),
+        (["--freeze", "ffn", "absent.yaml"], "no experiment file absent.yaml"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_frozen_groups(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["--freeze", "ffn", "--freeze", "first_half", "--dry-run"]) == 0
+    assert "ffn" in capsys.readouterr().out
