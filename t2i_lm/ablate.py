@@ -35,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
     what = arguments.add_mutually_exclusive_group(required=True)
     what.add_argument("--freeze", action="append", metavar="GROUP", help="freeze this group; may be repeated")
     what.add_argument("--tune", metavar="SET", help="tune this set and freeze the rest")
-    what.add_argument("--all", action="store_true", help="run the six arms of Figure 5, one after the other")
+    what.add_argument("--all", action="store_true", help="run the six arms of Figure 5 and draw it")
+    arguments.add_argument("--out", type=Path, default=Path("figures"), help="of --all: where Figure 5 is written")
     arguments.add_argument("--dry-run", action="store_true", help="print what would be trained; train nothing")
     arguments.add_argument(
         "rest",
@@ -93,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"== {config.name}", flush=True)
             if code := run(config, None, resume=False):
                 return code
+        if options.all:
+            from t2i_lm.figures import main as draw
+
+            return draw(["--figure", "5", "--runs", configs[0].run.dir, "--out", str(options.out)])
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

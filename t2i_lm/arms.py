@@ -32,7 +32,7 @@ ENVIRONMENT = {"git": "code revision", "stream_hash": "order of the data", "prec
 
 @dataclass(frozen=True)
 class Series:
-    """One arm's curve of one modality: perplexities against positions seen, pads included."""
+    """One arm's curve of one modality: perplexities (or losses) against positions seen, pads included."""
 
     tokens: list[float]
     raw: list[float]
@@ -121,16 +121,16 @@ class Pair:
         return step, rows
 
 
-def series(run: Run, modality: str) -> Series:
-    """The curve of a modality from metrics.jsonl; intervals without such targets are left out."""
-    train = [line for line in run.records("train") if "ppl" in line["train"].get(modality, {})]
-    val = [line for line in run.records("val") if "ppl" in line["val"].get(modality, {})]
+def series(run: Run, modality: str, unit: str = "ppl") -> Series:
+    """The curve of a modality from metrics.jsonl, as perplexity or `nll`; intervals without targets are left out."""
+    train = [line for line in run.records("train") if unit in line["train"].get(modality, {})]
+    val = [line for line in run.records("val") if unit in line["val"].get(modality, {})]
     return Series(
         [line["tokens_nominal"] for line in train],
-        [line["train"][modality]["ppl"] for line in train],
-        [line["train"][modality]["ppl_ema"] for line in train],
+        [line["train"][modality][unit] for line in train],
+        [line["train"][modality][f"{unit}_ema"] for line in train],
         [line["tokens_nominal"] for line in val],
-        [line["val"][modality]["ppl"] for line in val],
+        [line["val"][modality][unit] for line in val],
     )
 
 

@@ -1,5 +1,6 @@
 """What is written around the figures: captions, notes and the table of final numbers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,44 @@ def pair_caption(pair: Pair) -> str:
         sentences.append(f"NOT CONTROLLED, the arms (pre-trained and random) also differ in {words}.")
     sentences.append(_data(run))
     return " ".join(sentences)
+
+
+def group_caption(arms: dict[str, Run], wanted: Sequence[str]) -> str:
+    """What a figure of several arms states: smoothing, scale, model, seed, length, date, data, and who is missing."""
+    run = next(iter(arms.values()))
+    log, config = run.config["log"], run.config
+    seen = {arm: progress(arm_run) for arm, arm_run in arms.items()}
+    absent = [arm for arm in wanted if arm not in arms]
+    unfinished = [arm for arm, arm_run in arms.items() if arm_run.report is None]
+    length = _length(dict.fromkeys(seen, seen["scratch"])) if len(set(seen.values())) == 1 else _lengths(seen)
+    return " ".join(
+        [
+            f"Raw: mean loss of {log['interval']} steps. EMA: constant {log['ema']:g}, updated every "
+            f"{log['interval']} steps, bias-corrected. Validation: held-out data.",
+            f"Scale {config['scale']}, seed {config['seed']}, {length}; runs of "
+            f"{' and '.join(sorted({_date(arm_run) for arm_run in arms.values()}))}.",
+            *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
+            *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
+            _data(run),
+        ]
+    )
+
+
+def _lengths(seen: dict[str, Progress]) -> str:
+    return ", ".join(f"{arm}: {one.step:,} steps" for arm, one in seen.items())
+
+
+def loss_table(arms: dict[str, Run], modality: str) -> str:
+    """Every arm's held-out loss at its last validation and its distance from random weights, as text."""
+    last = {arm: run.records("val")[-1] for arm, run in arms.items() if run.records("val")}
+    if "scratch" not in last:
+        return "no validation of the run from random weights"
+    base = last["scratch"]["val"][modality]["nll"]
+    lines = [f"{f'{modality} nll (nats a token)':<26}{'validation':>12}{'- random':>12}{'step':>9}"]
+    for arm, record in last.items():
+        nll = record["val"][modality]["nll"]
+        lines.append(f"{arm:<26}{nll:>12.4f}{nll - base:>+z12.4f}{record['step']:>9,}")
+    return "\n".join(lines)
 
 
 def _model(run: Run) -> str:

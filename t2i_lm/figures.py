@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2i_lm.arms import Pair, progress, series
-from t2i_lm.figure_text import final_note, gap_table, pair_caption, smoothing
-from t2i_lm.pairing import find_pair
+from t2i_lm.figure_text import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
+from t2i_lm.pairing import find_group, find_pair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,8 +73,28 @@ def figure4(request: Request) -> Drawing:
     return _draw_pair(request.pair, title, {"text": "Text tokens", "image": "Image tokens"}, how)
 
 
+def figure5(request: Request) -> Drawing:
+    """Figure 5: unconditional image modelling, what of a pre-trained model has to learn (Section 3.1)."""
+    from t2i_lm.plots import ARM_STYLES, Panel, draw_panels
+
+    arms = find_group(request.root, "uncond_scratch", FIGURE5_ARMS)
+    title = "Figure 5. Loss of image tokens without captions, by what of the pre-trained model is tuned"
+    caption = f"{title}. {group_caption(arms, list(FIGURE5_ARMS))}"
+    order = [arm for arm in (*FIGURE5_ARMS, "scratch") if arm in arms]  # random last: drawn on top
+    panel = Panel("Image tokens", {arm: series(arms[arm], "image", "nll") for arm in order}, unit="loss (nats a token)")
+    labels = {arm: "tuned fully" if arm == "pretrained" else ARM_STYLES[arm].label for arm in order}
+    constant = f"EMA {arms['scratch'].config['log']['ema']:g}"
+    figure = draw_panels([panel], caption, labels, constant)
+    return Drawing(title, figure, caption, loss_table(arms, "image"))
+
+
+# Arm -> experiment of Figure 5, beside random weights.
+FIGURE5_ARMS = {
+    "pretrained": "uncond_pretrained",
+    **{f"tune_{name}": f"uncond_tune_{name}" for name in ("embed", "norm", "first_half", "ffn")},
+}
 # Number -> what chooses its runs and draws it.
-FIGURES: dict[str, Callable[[Request], Drawing]] = {"3": figure3, "4": figure4}
+FIGURES: dict[str, Callable[[Request], Drawing]] = {"3": figure3, "4": figure4, "5": figure5}
 
 
 def _draw_pair(pair: Pair, title: str, modalities: dict[str, str], how: str) -> Drawing:
@@ -121,14 +141,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     request = Request(options.runs, options.pretrained, options.scratch)
     tables: dict[str, None] = {}  # figures of the same runs share a table: print it once
-    try:
-        for number in dict.fromkeys(options.figure or FIGURES):
+    undrawn: list[str] = []
+    for number in dict.fromkeys(options.figure or FIGURES):
+        try:
             drawing = FIGURES[number](request)
             for path in drawing.save(options.out / f"figure{number}"):
                 print(path)
             tables[drawing.table] = None
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        except (ValueError, OSError) as error:
+            undrawn.append(str(error))
+            if options.figure:
+                break
+    # Of all figures, those are drawn whose runs are there.
+    if undrawn and (options.figure or not tables):
+        print(f"error: {undrawn[0]}", file=sys.stderr)
         return 2
     for table in tables:
         print(f"\n{table}")

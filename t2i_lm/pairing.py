@@ -47,6 +47,32 @@ def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None =
     )
 
 
+def find_group(root: Path, reference: str, others: Mapping[str, str]) -> dict[str, Run]:
+    """The newest runs that agree with a reference run in PAIR_KEYS, by arm.
+
+    Args:
+        root: folder of runs.
+        reference: experiment that every arm is held against; its arm is named `scratch`.
+        others: arm -> experiment; arms without such a run are left out.
+
+    Raises:
+        ValueError: if no run of the reference has a partner.
+    """
+    problems: list[str] = []
+    candidates = {arm: _discover(root, name, problems) for arm, name in others.items()}
+    groups = []
+    for scratch in _discover(root, reference, problems):
+        fitting = {arm: [run for run in runs if not mismatches(scratch, run)] for arm, runs in candidates.items()}
+        groups.append({"scratch": scratch} | {arm: runs[-1] for arm, runs in fitting.items() if runs})
+    complete = max(groups, key=lambda group: (len(group), group["scratch"].folder.name), default={})
+    if len(complete) < 2:
+        raise ValueError(
+            f"no run of {reference} in {root} with a partner among {', '.join(others.values())}; to make them: "
+            "python -m t2i_lm.ablate --all"
+        )
+    return complete
+
+
 def _discover(root: Path, name: str, problems: list[str]) -> list[Run]:
     """Runs of an experiment with a point to draw, oldest first; `problems` collects the others."""
     runs = []

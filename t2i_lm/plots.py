@@ -39,6 +39,7 @@ class Panel:
     floor: float | None = None
     floor_label: str = ""
     note: str = ""
+    unit: str = "perplexity"
 
 
 # Okabe and Ito's palette, which survives the common colour blindnesses. The random arm is dashed
@@ -46,8 +47,14 @@ class Panel:
 ARM_STYLES = {
     "pretrained": ArmStyle("pre-trained", "#0072B2", "o"),
     "scratch": ArmStyle("random initialisation", "#D55E00", "s", (0, (2.2, 1.3))),
+    # Figure 5: what of the pre-trained model learns.
+    "tune_embed": ArmStyle("(1) embedding + output", "#CC79A7", "v"),
+    "tune_norm": ArmStyle("(2) = (1) + norms", "#E69F00", "^"),
+    "tune_first_half": ArmStyle("(3) = (2) + first half", "#56B4E9", "D"),
+    "tune_ffn": ArmStyle("(4) = (2) + feed-forward", "#009E73", "P"),
 }
 GREY = "#555555"
+LEGEND_COLUMNS = 5
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib: the same letters on every machine
     "font.size": 10,
@@ -106,7 +113,9 @@ def draw_panels(
         engine.set(rect=(0, below / height, 1, 1 - below / height), wspace=0.06)  # type: ignore[call-arg]
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw_panel(axes, panel, tokens_per_step)
-        figure.legend(handles=_legend(labels, smoothing), loc="outside upper center", ncols=len(labels) + 3)
+        figure.legend(
+            handles=_legend(labels, smoothing), loc="outside upper center", ncols=min(len(labels) + 3, LEGEND_COLUMNS)
+        )
         figure.text(
             0.012,
             below / height,
@@ -148,7 +157,7 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
             linestyle="none",
             marker=look.marker,
             # The smaller marker comes last, inside the larger one: both show where they coincide.
-            markersize=7.5 - 2.5 * order,
+            markersize=max(4.0, 7.5 - 2.5 * order),
             markeredgecolor="white",
             markeredgewidth=0.8,
             gid=f"{gid}/val",
@@ -184,7 +193,7 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.set_xlabel("tokens seen (pads included)")
-    axes.set_ylabel("perplexity")
+    axes.set_ylabel(panel.unit)
     if tokens_per_step:
         rate = tokens_per_step
         conversions: Any = (lambda tokens: tokens / rate, lambda steps: steps * rate)

@@ -8,7 +8,10 @@ from typing import Any
 
 import yaml
 
-EXPERIMENTS = {"t2i_pretrained": "pretrained", "t2i_scratch": "random"}
+EXPERIMENTS = {"t2i_pretrained": "pretrained", "t2i_scratch": "random", "uncond_scratch": "random"}
+EXPERIMENTS |= dict.fromkeys(
+    ("uncond_pretrained", *(f"uncond_tune_{name}" for name in ("embed", "norm", "first_half", "ffn"))), "pretrained"
+)
 # Targets of each modality in a step of 32 sequences of 128 positions, and their loss: a floor, how
 # far above it each initialisation starts, and the steps in which that shrinks by e.
 BATCH, LENGTH = 32, 128
@@ -135,8 +138,10 @@ def _split(name: str, step: float, steps: float, noise: random.Random, spread: f
     """Entries of each modality and of the two totals."""
     entries = {}
     for modality, (targets, floor, heights, pace) in CURVES.items():
-        slow = (0.6 if name == "t2i_pretrained" else 0.63) * math.exp(-step / 200)
-        loss = floor + heights[name] * math.exp(-step / pace) + slow * (modality != "boundary")
+        slow = (0.6 if name == "t2i_pretrained" else 0.63 + 0.2 * name.startswith("uncond_tune")) * math.exp(
+            -step / 200
+        )
+        loss = floor + heights.get(name, 6.0) * math.exp(-step / pace) + slow * (modality != "boundary")
         count = int(targets * steps)
         entries[modality] = _entry(loss * (1 + spread * noise.gauss(0, 1)) * count, count)
     for total, parts in (("all", tuple(CURVES)), ("all_no_boundary", ("text", "image"))):

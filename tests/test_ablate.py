@@ -85,9 +85,10 @@ def test_tune_sets_run(tiny: list[str], tmp_path: Path) -> None:
 
 
 def test_all_arms_of_figure_5_run_in_sequence(tiny: list[str], tmp_path: Path) -> None:
-    changes = [*tiny, f"run.dir={tmp_path}", "samples.prompts=0", "trainer.max_steps=3"]
-    assert main(["--all", UNCONDITIONAL, *changes]) == 0
+    changes = [*tiny, f"run.dir={tmp_path}", "samples.prompts=0", "trainer.max_steps=4"]
+    assert main(["--all", "--out", str(tmp_path / "drawn"), UNCONDITIONAL, *changes]) == 0
     assert len(run_folders(tmp_path)) == 6
+    assert (tmp_path / "drawn" / "figure5.png").is_file()
 
 
 @pytest.mark.parametrize(

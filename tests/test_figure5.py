@@ -1,0 +1,54 @@
+"""Figure 5: every arm that agrees with the run from random weights, and who is missing."""
+
+from pathlib import Path
+
+import pytest
+
+from t2i_lm.figures import FIGURE5_ARMS, FIGURES, Request
+from t2i_lm.figures import main as figures
+from tests.synthetic_runs import read_lines, write_run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    root = tmp_path / "runs"
+    for hour, name in enumerate(["uncond_scratch", *FIGURE5_ARMS.values()]):
+        write_run(root, name, f"20260301-{hour + 10}0000")
+    return root
+
+
+def test_every_arm_is_drawn_as_logged(runs: Path) -> None:
+    drawing = FIGURES["5"](Request(runs))
+    lines = {str(line.get_gid()): line for axes in drawing.figure.axes for line in axes.get_lines()}
+    for arm, name in {"scratch": "uncond_scratch", **FIGURE5_ARMS}.items():
+        logged = read_lines(next((runs / name).iterdir()), "train")
+        raw = [line["train"]["image"]["nll"] for line in logged]
+        averages = [line["train"]["image"]["nll_ema"] for line in logged]
+        assert [float(y) for y in lines[f"Image tokens/{arm}/raw"].get_ydata()] == raw  # type: ignore[union-attr]
+        assert [float(y) for y in lines[f"Image tokens/{arm}/ema"].get_ydata()] == averages  # type: ignore[union-attr]
+        assert arm in drawing.table
+    assert drawing.figure.axes[0].get_ylabel() == "loss (nats a token)"
+    assert "NOT RUN" not in drawing.caption
+    assert "demo" in drawing.caption
+
+
+def test_a_missing_and_a_foreign_arm_are_left_out_and_said(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    for hour, name in enumerate(["uncond_scratch", "uncond_pretrained"]):
+        write_run(foreign, name, f"20260301-{hour + 10}0000")
+    write_run(foreign, "uncond_tune_ffn", "20260301-130000", config={"seed": 1})
+    drawing = FIGURES["5"](Request(foreign))
+    assert "NOT RUN: tune_embed, tune_norm, tune_first_half, tune_ffn." in drawing.caption
+    assert "tune_ffn" not in drawing.table
+
+
+def test_without_partners_the_command_that_makes_them_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path, "uncond_scratch")
+    with pytest.raises(ValueError, match="ablate --all"):
+        FIGURES["5"](Request(tmp_path))
+
+
+def test_all_figures_are_those_whose_runs_are_there(runs: Path, tmp_path: Path) -> None:
+    assert figures(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"figure5.png", "figure5.pdf"}
+    assert figures(["--runs", str(runs), "--out", str(tmp_path / "out"), "--figure", "3"]) == 2
