@@ -36,7 +36,7 @@ check: $(STAMP)  ## format, lint and types
 test: check  ## check, then all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
 
-exp-pretrained: $(STAMP)  ## text-to-image from the pre-trained language model (13 minutes on 2 AVX2 cores)
+exp-pretrained: $(STAMP)  ## text-to-image from the pre-trained language model (minutes on 2 cores)
 	$(call TRAIN,t2i_pretrained)
 
 exp-scratch: $(STAMP)  ## the same run from random weights
