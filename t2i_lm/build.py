@@ -1,6 +1,7 @@
 """The composition root: ExperimentConfig -> module, data and Trainer. Alone imports `callbacks`."""
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 from callbacks import (
     DurableCheckpointIO,
@@ -115,8 +117,7 @@ def prepare(config: ExperimentConfig, rank: int = 0) -> Path:
 
 def build_pictures(config: ExperimentConfig) -> Experiment:
     """The expanded decoder on caption-image pairs, or on their pictures alone."""
-    text, image = open_text(config), open_image(config)
-    shards = prepare_pairs(config, text, image)
+    text, image = open_text(config), open_image(config, int(os.environ.get("LOCAL_RANK", "0")))
     decoder = build_backbone(config)
     if text.vocab_size > decoder.config.vocab_size:
         raise ValueError(
@@ -125,6 +126,12 @@ def build_pictures(config: ExperimentConfig) -> Experiment:
         )
     vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"))
     choose_trained(decoder, config)
+    if config.loss_rows == "image" and not decoder.config.weight_tying:
+        for rows in (decoder.output.text, decoder.output.special):  # not in the graph, which DDP would wait for
+            assert rows is not None
+            rows.requires_grad_(False)
+    shards = prepare_pairs(config, text, image)
+    image.to(torch.device("cpu"))  # leaves the GPU to training
     image_tokens = image.grid[0] * image.grid[1]
     layout: Layout | ImageLayout
     module: TextToImageModule | UnconditionalImageModule
@@ -141,6 +148,7 @@ def build_pictures(config: ExperimentConfig) -> Experiment:
 def build_text(config: ExperimentConfig) -> Experiment:
     """A decoder from random weights on plain text."""
     decoder = build_backbone(config)
+    choose_trained(decoder, config)
     shards, text = prepare_text(config)
     if text.vocab_size != decoder.config.vocab_size:
         raise ValueError(
@@ -230,7 +238,9 @@ def build_trainer(config: ExperimentConfig, folder: Path, events: EventLog, resu
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
     ranks = trainer.devices * trainer.num_nodes
-    strategy = "ddp" if trainer.strategy == "ddp" or ranks > 1 else "auto"
+    # Buffers are tables, or counts that the module adds up itself: broadcasting them in every forward would also hang
+    # a validation in which ranks have different numbers of batches.
+    strategy = DDPStrategy(broadcast_buffers=False) if trainer.strategy == "ddp" or ranks > 1 else "auto"
     return pl.Trainer(
         max_steps=trainer.max_steps,
         accelerator=trainer.accelerator,

@@ -253,6 +253,10 @@ class ExperimentConfig:
             self.optim.warmup_steps,
             f"less than trainer.max_steps={self.trainer.max_steps}",
         )
+        if self.task in ("text", "image_tokenizer") and self.init != "random":
+            raise ValueError(f"init={self.init!r}: task={self.task} starts from random weights")
+        if self.task == "image_tokenizer" and (self.freeze or self.tune != "all"):
+            raise ValueError("freeze and tune are for language models, not task=image_tokenizer")
         if (self.task == "text") != (self.data.source == "text"):
             raise ValueError(f"data.source={self.data.source!r} does not fit task={self.task!r}")
         ranks = self.trainer.devices * self.trainer.num_nodes

@@ -68,7 +68,8 @@ def fetch(reference: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     wanted = parse(reference)
-    path = cached(reference)
+    # A folder in the cache may hold a single file that something else fetched: the hub is asked first for all of them.
+    path = None if wanted.file is None else cached(reference)
     if path is None:
         try:
             if wanted.file is None:
@@ -76,10 +77,12 @@ def fetch(reference: str) -> Path:
             else:
                 path = Path(hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision))
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-            raise ValueError(
-                f"{reference} is not in the cache and cannot be fetched ({type(error).__name__}). Where there is a "
-                f"network: {wanted.command}"
-            ) from error
+            path = cached(reference)
+            if path is None:
+                raise ValueError(
+                    f"{reference} is not in the cache and cannot be fetched ({type(error).__name__}). Where there is a "
+                    f"network: {wanted.command}"
+                ) from error
     if wanted.sha256 is not None:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

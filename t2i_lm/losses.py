@@ -47,6 +47,8 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
     if token_weight_N is None:
         token_weight_N = torch.ones_like(target_N, dtype=torch.float32)
+    if not torch.is_grad_enabled():  # in a Function's forward it always is off
+        x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
     values = _LinearCrossEntropy.apply(x_ND.to(dtype), weight_VD.to(dtype), target_N, token_weight_N, z_loss)
     return TokenLoss(*values)
 

@@ -96,7 +96,7 @@ def adamw(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimiz
 
 def muon(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimizer:
     """Muon for the matrices inside the layers, AdamW for token rows and norms."""
-    inside = [(name, p) for name, p in named if ".layers." in f".{name}" and p.ndim == 2]
+    inside = [(name, p) for name, p in named if (".layers." in f".{name}" or ".h." in name) and p.ndim == 2]
     names = {name for name, _ in inside}
     groups = [group | {"rule": "muon"} for group in decay_groups(inside, config)]
     rest = [(name, p) for name, p in named if name not in names]

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from t2i_lm.load import SCALES, load_experiment
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.task == "image_tokenizer":
             raise ValueError("task=image_tokenizer reads its pictures directly; there is nothing to prepare")
         config.require_paths()
-        if options.check and config.task != "text_to_image":
+        if options.check and config.task == "text":
             raise ValueError(f"--check: task={config.task} has no pictures")
         from t2i_lm.build import open_image, prepare
         from t2i_lm.data.preparation import equal_ids
@@ -41,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         if options.check:
-            share, ids = equal_ids(config, open_image(config, rank))
+            image = open_image(
+                replace(config, image_tokenizer=replace(config.image_tokenizer, precision="float32")), rank
+            )
+            share, ids = equal_ids(config, image)
             print(f"{share:.4%} of {ids:,} ids are equal in bfloat16 and float32")
             return 0
         folder = prepare(config, rank)

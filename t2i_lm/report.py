@@ -31,6 +31,8 @@ from t2i_lm.sequence import IMAGE, ImageLayout, Layout, modality_of_target
 ENTROPY_SAMPLES = 20_000
 # Sequences scored at once for caption preference.
 SCORE_BATCH = 50
+# Pictures decoded at once.
+DECODE_BATCH = 8
 
 
 def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float) -> dict[str, Any]:
@@ -58,6 +60,8 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
     if isinstance(experiment.module, TextToImageModule | UnconditionalImageModule):
         torch.set_num_threads(config.trainer.threads or torch.get_num_threads())
         experiment.module.eval()
+        if torch.cuda.is_available() and config.trainer.accelerator != "cpu":  # after training it lies on the CPU
+            experiment.module.to("cuda")
         report["row_norms"] = row_norms(experiment.module.decoder)
         unconditional = isinstance(experiment.module, UnconditionalImageModule)
         report |= (_unconditional_report if unconditional else _picture_report)(experiment, folder)
@@ -170,7 +174,8 @@ def _draw(
         settings.top_k,
         on_token,
     )
-    return [picture.permute(1, 2, 0).numpy() for picture in image.decode(codes_BN)]
+    decoded = (image.decode(codes_BN[start : start + DECODE_BATCH]) for start in range(0, len(codes_BN), DECODE_BATCH))
+    return [picture.permute(1, 2, 0).numpy() for pictures in decoded for picture in pictures]
 
 
 def prompt_accuracy(
@@ -227,11 +232,11 @@ def picture_nll(experiment: Experiment, captions: list[str], image_ids_BN: Any) 
     for start in range(0, len(captions), SCORE_BATCH):
         batch = slice(start, start + SCORE_BATCH)
         text_ids = [np.array(text.encode(caption), dtype=np.int64) for caption in captions[batch]]
-        ids_BT = layout.pack(text_ids, image_ids_BN[batch])
+        ids_BT = layout.pack(text_ids, image_ids_BN[batch]).to(experiment.module.device)
         target_BT = ids_BT[:, 1:]
         image_BT = modality_of_target(target_BT, layout.vocab) == IMAGE
         nll_N = experiment.module.decoder(ids_BT[:, :-1], target_BT, image_BT).nll_N
-        totals.append(nll_N.view(len(text_ids), layout.image_tokens).double().sum(dim=1))
+        totals.append(nll_N.view(len(text_ids), layout.image_tokens).double().sum(dim=1).cpu())
     return torch.cat(totals)
 
 

@@ -7,8 +7,10 @@ import torch
 
 from t2i_lm.ablate import main
 from t2i_lm.build import build
+from t2i_lm.export import main as export
 from t2i_lm.load import load_experiment
 from t2i_lm.models.freeze import FREEZE_GROUPS, group_members
+from t2i_lm.models.open_lm import load_open_lm
 from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runs import Run, read_run, run_folders
 from t2i_lm.train import main as train
@@ -113,3 +115,28 @@ def test_a_dry_run_shows_the_frozen_groups(capsys: pytest.CaptureFixture[str], m
     monkeypatch.chdir(ROOT)
     assert main(["--freeze", "ffn", "--freeze", "first_half", "--dry-run"]) == 0
     assert "ffn" in capsys.readouterr().out
+
+
+def test_a_softmax_over_image_rows_alone_runs_on_two_processes(tiny: list[str], tmp_path: Path) -> None:
+    from tests.test_train import launch_module
+
+    changes = [*tiny, "samples.prompts=0", "loss_rows=image", f"run.dir={tmp_path}"]
+    process = launch_module("t2i_lm.train", UNCONDITIONAL, *changes, "trainer.devices=2", "trainer.strategy=ddp")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+
+def test_freezing_what_is_no_language_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = str(ROOT / "experiments" / "image_tokenizer.yaml")
+    assert main(["--freeze", "ffn", tokenizer]) == 2
+    assert "not task=image_tokenizer" in capsys.readouterr().err
+
+
+def test_an_export_of_an_expanded_decoder_is_read_back(tiny: list[str], tmp_path: Path) -> None:
+    assert train([UNCONDITIONAL, *tiny, f"run.dir={tmp_path}", "samples.prompts=0"]) == 0
+    run = newest(tmp_path)
+    assert export([str(run.folder), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    decoder = load_open_lm(tmp_path / "out")
+    assert decoder.config.vocab_size == 512 + 7 + 32
+    state = checkpoints(run)[-1]
+    assert torch.equal(decoder.output.text[-32:], state["decoder.output.image"])

@@ -2,6 +2,7 @@ import hashlib
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -171,6 +172,9 @@ def test_rejects_are_looked_at_again_when_the_pictures_have_been_mended(
 ) -> None:
     arguments = [PRETRAINED, *overrides(tiny, photographs, 0.0)]
     assert main(arguments) == 2
+    folder = next((photographs / "cache").glob("image_folder-*/"))
+    assert f"delete {folder}" in capsys.readouterr().err
+    shutil.rmtree(folder)
     for number in (7, 8):
         Image.new("RGB", (70, 70)).save(photographs / f"{number}.png")
     rows = [json.loads(line) for line in (photographs / "metadata.jsonl").read_text().splitlines()]
@@ -203,3 +207,21 @@ def test_ids_in_bfloat16_are_checked_before_they_are_used(
     assert main([PRETRAINED, *changes, "image_tokenizer.precision=bfloat16"]) == 2
     assert "at least 99.9% must" in capsys.readouterr().err
     assert not list(tmp_path.glob("scenes-*"))
+
+
+def test_a_part_of_which_nothing_can_be_used_is_written_and_passed_over(tiny: list[str], photographs: Path) -> None:
+    for number in range(41, 60):
+        (photographs / f"{number}.png").write_bytes(b"broken")
+    changes = [*overrides(tiny, photographs, 0.9), "data.part_size=10"]
+    assert main([PRETRAINED, *changes]) == 0
+    folder = next((photographs / "cache").glob("image_folder-*/index.json")).parent
+    assert json.loads((folder / "train" / "part-00004" / "part.json").read_text())["rows"] == 0
+    assert len(open_split(folder, "train")) == 57 - 3 - 19
+
+
+def test_missing_held_out_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "books.txt").write_text("words")
+    changes = [f"data.path={tmp_path}/books.txt", f"data.val_path={tmp_path}/absent.txt", f"data.cache_dir={tmp_path}"]
+    given = "text_tokenizer.path=asset:lm_rotary/text_tokenizer.model"
+    assert main([str(ROOT / "experiments" / "text_lm.yaml"), *changes, given, "data.length=2"]) == 2
+    assert "absent.txt" in capsys.readouterr().err

@@ -58,6 +58,7 @@ def cache_folder(config: ExperimentConfig, tokenizers: dict[str, str]) -> Path:
         "part_size": data.part_size,
         "seed": data.seed,
         "image_size": config.image_tokenizer.size if config.task != "text" else None,
+        "precision": config.image_tokenizer.precision if config.task != "text" else None,
         "length": data.length if config.task == "text" else None,
         "tokenizers": tokenizers,
     }
@@ -146,13 +147,7 @@ def _finish_pairs(config: ExperimentConfig, counts: dict[str, int], tokenizers: 
             rejects.update(entry["rejects"])
             lengths.update(entry["caption_tokens"])
             examples = entry["examples"] | examples
-        try:
-            _check_rejects(config, split, rows + rejects.total(), rejects, examples)
-        except ValueError:
-            for part, entry in zip(folders, entries, strict=True):
-                if entry["rejects"]:  # read again when the pictures have been mended
-                    part.rename(part.with_name(f"{part.name}.work"))
-            raise
+        _check_rejects(config, split, rows + rejects.total(), rejects, examples, folder)
         index["splits"][split] = {
             "rows": rows,
             "parts": [entry["sha256"] for entry in entries],
@@ -182,7 +177,7 @@ def _limit(config: ExperimentConfig, split: str) -> int | None:
 
 
 def _check_rejects(
-    config: ExperimentConfig, split: str, total: int, rejects: Counter[str], examples: dict[str, str]
+    config: ExperimentConfig, split: str, total: int, rejects: Counter[str], examples: dict[str, str], folder: Path
 ) -> None:
     if not rejects:
         return
@@ -190,7 +185,10 @@ def _check_rejects(
     share = rejects.total() / total
     message = f"{rejects.total()} of {total} {split} samples cannot be used: {reasons}"
     if share > config.data.max_reject_share:
-        raise ValueError(f"{message}. data.max_reject_share={config.data.max_reject_share} allows fewer")
+        raise ValueError(
+            f"{message}. data.max_reject_share={config.data.max_reject_share} allows fewer. Raise it, or mend the "
+            f"samples and delete {folder}"
+        )
     print(message, file=sys.stderr)
 
 
@@ -276,6 +274,8 @@ def equal_ids(config: ExperimentConfig, image: ImageTokenizer, pictures: int = 2
             continue
         if len(readable) == pictures:
             break
+    if not readable:
+        raise ValueError(f"data.path={config.data.path}: no readable picture among the first {pictures}")
     same = total = 0
     for start in range(0, len(readable), ENCODE_BATCH):
         images_BCHW = stack_pictures(readable[start : start + ENCODE_BATCH])

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from t2i_lm.config import DataConfig
 from t2i_lm.data.pairs import CaptionedSource, Pair, Sample, StreamedSource
-from t2i_lm.data.pictures import captions_of, decode_image
+from t2i_lm.data.pictures import RejectedPairError, captions_of, decode_image
 from t2i_lm.data.scene_source import SceneSource
 from t2i_lm.data.tars import TarFolder, open_tars
 
@@ -74,8 +74,10 @@ class Columns:
 
     def pair(self, row: dict[str, Any], name: str) -> Pair:
         """The pair of a row whose picture is undecoded: bytes, or else a path."""
-        cell = row[self.image]
-        file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+        cell = row[self.image] or {}
+        if cell.get("bytes") is None and cell.get("path") is None:
+            raise RejectedPairError("no picture", name)
+        file = io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
         return Pair(name, decode_image(file, name), captions_of(row[self.caption], name), None)
 
 
@@ -104,8 +106,9 @@ class Stream:
         """`keep` says by its place in the shard whether a sample belongs to the split."""
         import datasets
 
-        names = rows.column_names or list(next(iter(rows)))
-        self.columns, self.keep = Columns.find(names, origin), keep
+        if rows.column_names is None:
+            raise ValueError(f"{origin}: the stream does not declare its columns; use data.source=hub")
+        self.columns, self.keep = Columns.find(rows.column_names, origin), keep
         self.rows = rows.cast_column(self.columns.image, datasets.Image(decode=False))
 
     @property
@@ -199,7 +202,10 @@ def _load_dataset(data: DataConfig, streaming: bool) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(str(data.path), streaming=streaming)
+        parts = datasets.load_dataset(str(data.path), streaming=streaming)
+        if "train" not in parts:
+            raise ValueError(f"data.path={data.path}: no split named train; it has {', '.join(parts)}")
+        return parts
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise ValueError(f"data.path={data.path}: no such Hugging Face dataset in reach: {error}") from error
 

@@ -71,6 +71,19 @@ def _caption(tar: io.BufferedReader, member: Member, name: str) -> object:
         raise RejectedPairError("unreadable caption", name) from error
 
 
+def _damage_after(path: Path, end: int) -> str | None:
+    """What is wrong behind the last member that was read, which ends at byte `end`; tarfile itself just stops."""
+    size = path.stat().st_size
+    if size < end:
+        return f"ends at byte {size} of {end}"
+    block = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    with path.open("rb") as tar:
+        following = _read(tar, block, tarfile.BLOCKSIZE)
+    if following != bytes(tarfile.BLOCKSIZE):  # a whole tar goes on with a block of zeros
+        return f"is cut or damaged after byte {end}"
+    return None
+
+
 def scan(path: Path) -> Iterator[Member]:
     """The samples of one tar, by its headers; a damaged end is one more, unreadable member."""
     current: Member | None = None
@@ -89,7 +102,7 @@ def scan(path: Path) -> Iterator[Member]:
                         yield current
                     current = Member(path, key)
                 current.files[suffix] = (entry.offset_data, entry.size)
-        damage = f"ends at byte {path.stat().st_size} of {end}" if path.stat().st_size < end else None
+        damage = _damage_after(path, end)
     except tarfile.TarError as error:
         damage = f"after byte {end}: {error}"
     if current is not None and damage is None:

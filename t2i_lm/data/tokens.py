@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,25 @@ def write_part(target: Path, rows: Rows, features: datasets.Features, details: C
     work = target.with_name(f"{target.name}.work")
     shutil.rmtree(work, ignore_errors=True)
     # A fixed fingerprint: the library would otherwise pickle the generator to hash it.
-    dataset = datasets.Dataset.from_generator(
-        rows,
-        features=features,
-        cache_dir=str(work / "cache"),
-        fingerprint=f"{target.parent.name}-{target.name}",
-    )
-    assert isinstance(dataset, datasets.Dataset)
-    dataset.save_to_disk(str(work / "data"))
+    stream = rows()
+    first = next(stream, None)
+    count = 0
+    (work / "data").mkdir(parents=True)
+    if first is not None:  # `datasets` cannot write a part of which nothing could be used
+        try:
+            dataset = datasets.Dataset.from_generator(
+                lambda: chain([first], stream),
+                features=features,
+                cache_dir=str(work / "cache"),
+                fingerprint=f"{target.parent.name}-{target.name}",
+            )
+        except datasets.exceptions.DatasetGenerationError as error:  # it wraps whatever the rows raise
+            raise error.__cause__ or error from error
+        assert isinstance(dataset, datasets.Dataset)
+        dataset.save_to_disk(str(work / "data"))
+        count = len(dataset)
     shards = {file.name: _sha256(file) for file in sorted((work / "data").glob("*.arrow"))}
-    entry = {"rows": len(dataset), "sha256": shards, **details()}
+    entry = {"rows": count, "sha256": shards, **details()}
     (work / "data" / PART).write_text(json.dumps(entry, indent=2) + "\n")
     (work / "data").rename(target)
     shutil.rmtree(work)
@@ -152,7 +162,10 @@ def open_split(folder: Path, split: str) -> datasets.Dataset:
             if not shard.is_file() or _sha256(shard) != expected:
                 state = "damaged" if shard.is_file() else "missing"
                 raise ValueError(f"token shard {shard} is {state}; delete {folder} to prepare it again")
-        parts.append(datasets.load_from_disk(str(part)))
+        if shards:
+            parts.append(datasets.load_from_disk(str(part)))
+    if not parts:
+        raise ValueError(f"{folder / split} has no usable sample")
     return datasets.concatenate_datasets(parts).with_format("numpy")
 
 

@@ -23,12 +23,12 @@ FREEZE_GROUPS: dict[str, tuple[str, ...]] = {
     "attention": (
         "*.attention.in_proj.*",  # open_lm
         "*.attention.out_proj.*",
-        "*.self_attn.?_proj.*",  # transformers: Llama, Qwen, OLMo, ...
+        "*.self_attn.*_proj.*",  # transformers: Llama, Qwen, OLMo, Phi, OPT, ...
         "*.attention.query_key_value.*",  # GPT-NeoX, Pythia
         "*.attention.dense.*",
         "*.attn.c_*",  # GPT-2
     ),
-    "ffn": ("*.feed_forward.*", "*.mlp.*"),
+    "ffn": ("*.feed_forward.*", "*.mlp.*", "*.fc?.*"),
     "first_half": ("*layers.{first}.*", "*.h.{first}.*"),
     "second_half": ("*layers.{second}.*", "*.h.{second}.*"),
     "text_rows": ("*.text",),
@@ -75,16 +75,20 @@ def group_members(model: "Backbone", group: str) -> "dict[str, nn.Parameter]":
     return {name: value for name, value in named.items() if any(fnmatchcase(name, glob) for glob in globs)}
 
 
+def _known_members(model: "Backbone", group: str) -> "dict[str, nn.Parameter]":
+    members = group_members(model, group)
+    if not members and group != "position":
+        raise ValueError(f"group {group}: no parameter of this backbone is known to belong to it")
+    return members
+
+
 def freeze(model: "Backbone", groups: Sequence[str]) -> None:
     """Freezes the union of the groups and leaves the rest as it is.
 
     Raises:
         ValueError: on an unknown group, or if nothing would be left to train.
     """
-    members = {group: group_members(model, group) for group in groups}
-    for group, parameters in members.items():
-        if not parameters and FREEZE_GROUPS[group] and group != "position":
-            raise ValueError(f"freeze={group!r}: no parameter of this backbone is known to belong to it")
+    members = {group: _known_members(model, group) for group in groups}
     frozen = {id(parameter) for parameters in members.values() for parameter in parameters.values()}
     if all(id(parameter) in frozen or not parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"freeze={', '.join(groups)}: nothing would be left to train")
@@ -103,7 +107,7 @@ def tune_only(model: "Backbone", tuned: str) -> None:
         raise ValueError(f"tune={tuned!r}: expected one of {', '.join(TUNE_SETS)}")
     if tuned == "all":
         return
-    kept = {id(parameter) for group in TUNE_SETS[tuned] for parameter in group_members(model, group).values()}
+    kept = {id(parameter) for group in TUNE_SETS[tuned] for parameter in _known_members(model, group).values()}
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)

@@ -61,6 +61,9 @@ class HuggingFaceDecoder(Backbone):
         if getattr(head, "bias", None) is not None:
             raise ValueError(f"backbone: {name} has a bias in its output, which is not supported")
         rows, head_rows, own = self.body.get_input_embeddings().weight, head.weight, causal_lm.config
+        for key in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            if getattr(own, key, None) is None:
+                raise ValueError(f"backbone: {name} has no {key} in its config, which is not supported")
         on_meta = rows.is_meta
         probe_BT = torch.arange(min(8, len(rows)))[None]
         with torch.no_grad():

@@ -178,7 +178,9 @@ def save_open_lm(decoder: Decoder, folder: Path, dtype: torch.dtype, metadata: M
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in open_lm_state_dict(decoder).items()}
     save_file(state, folder / "model.safetensors", metadata=dict(metadata))
-    (folder / "config.json").write_text(json.dumps(asdict(decoder.config), indent=2) + "\n")
+    # An expanded decoder is read back with all its rows as one vocabulary.
+    config = asdict(decoder.config) | {"vocab_size": len(decoder.tok_embeddings.matrix())}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_metadata(folder: Path) -> dict[str, str]:

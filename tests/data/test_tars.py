@@ -168,3 +168,18 @@ def test_the_source_holds_out_every_twentieth_sample(tmp_path: Path) -> None:
     assert [open_source(data, "val", 64)[n].id for n in range(3)] == ["x.tar:000", "x.tar:020", "x.tar:040"]
     assert len(open_source(data, "train", 64)) == 38
     assert load_experiment(PRETRAINED, "demo", ["data.source=webdataset", "data.path=x"]).data.source == "webdataset"
+
+
+@pytest.mark.parametrize("harm", ["header", "member boundary", "inside a header"])
+def test_a_tar_that_stops_early_is_told_however_it_was_damaged(harm: str, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {f"{n}": {".png": png(n), ".txt": b"x"} for n in range(10)})
+    with tarfile.open(path) as tar:
+        middle = tar.getmembers()[10].offset
+    content = bytearray(path.read_bytes())
+    if harm == "header":
+        content[middle : middle + 512] = b"\x07" * 512
+    path.write_bytes(content if harm == "header" else content[: middle + (100 if harm == "inside a header" else 0)])
+    source = open_tars(tmp_path)
+    assert len(source) < 10
+    with pytest.raises(RejectedPairError, match=r"x\.tar .*damaged"):
+        source[len(source) - 1]
