@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from t2i_lm.build import Experiment
-from t2i_lm.data.captions import ATTRIBUTES, altered, describe, entropy
-from t2i_lm.data.scene_checker import check
-from t2i_lm.data.scenes import SIZE, scene_from_meaning
+from t2i_lm.data.captions import entropy
+from t2i_lm.data.scenes import SIZE
 from t2i_lm.data.tokens import open_split
 from t2i_lm.grid import captioned_grid
 from t2i_lm.models.backbone import Backbone
@@ -25,14 +23,14 @@ from t2i_lm.modules.base import DecoderModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runs import REPORT, read_run
-from t2i_lm.sequence import IMAGE, ImageLayout, Layout, modality_of_target
+from t2i_lm.scene_report import caption_preference, familiar_scenes, prompt_accuracy
+from t2i_lm.sequence import ImageLayout, Layout
 
 # Captions over which the generator's entropy is estimated.
 ENTROPY_SAMPLES = 20_000
-# Sequences scored at once for caption preference.
-SCORE_BATCH = 50
 # Pictures decoded at once.
 DECODE_BATCH = 8
+FAMILIAR_GRID = "grid_familiar.png"
 
 
 def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float) -> dict[str, Any]:
@@ -118,7 +116,6 @@ def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
         captioned_grid(pictures, captions[:shown]).save(folder / "samples" / "originals.png")
         result["samples"] = {"prompts": count}
     if config.data.source == "scenes":
-        assert experiment.index is not None
         nats, error = entropy(ENTROPY_SAMPLES, config.data.seed)
         lengths = experiment.index["splits"]["train"]["caption_tokens"]
         tokens = sum(int(n) * k for n, k in lengths.items()) / sum(lengths.values())
@@ -127,7 +124,28 @@ def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
         if count and experiment.image.image_size == SIZE:  # the checker reads pictures of this size alone
             meanings = [json.loads(str(text)) for text in rows["meaning"]]
             result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
-        result["preference"] = caption_preference(experiment, split, config.samples.preference_scenes)
+        held_out = split[: min(config.samples.preference_scenes, len(split))]
+        result["preference"] = caption_preference(experiment, held_out["meaning"], held_out["image_ids"])
+        result["familiar"] = _familiar_report(experiment, folder)
+    return result
+
+
+def _familiar_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """The same measures on new scenes of the colour-kind pairs that training shows."""
+    settings = experiment.config.samples
+    scenes = familiar_scenes(experiment, max(settings.prompts, settings.preference_scenes))
+    result: dict[str, Any] = {"samples": {"prompts": settings.prompts}}
+    meanings = scenes.meanings[: settings.prompts]
+    if meanings:
+        captions = scenes.captions[: settings.prompts]
+        seeds = _seeds(experiment.config.seed, len(captions))
+        images_HW3 = draw_captions(experiment, captions, seeds)
+        captioned_grid(images_HW3[: settings.grid], captions[: settings.grid]).save(folder / "samples" / FAMILIAR_GRID)
+        if experiment.image is not None and experiment.image.image_size == SIZE:
+            result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
+    chosen = slice(settings.preference_scenes)
+    texts = [json.dumps(meaning) for meaning in scenes.meanings[chosen]]
+    result["preference"] = caption_preference(experiment, texts, scenes.image_ids_BN[chosen])
     return result
 
 
@@ -178,72 +196,6 @@ def _draw(
     return [picture.permute(1, 2, 0).numpy() for pictures in decoded for picture in pictures]
 
 
-def prompt_accuracy(
-    images: list[np.ndarray[Any, np.dtype[np.uint8]]], meanings: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Share of pictures right in each attribute that their caption asks for, and how many it asked."""
-    right: dict[str, list[bool]] = {}
-    for picture, meaning in zip(images, meanings, strict=True):
-        caption = describe(scene_from_meaning(_scene_part(meaning)), meaning["style"])
-        for name, value in check(picture, meaning, caption.mentioned).items():
-            if value is not None:
-                right.setdefault(name, []).append(value)
-    return {name: {"right": sum(values) / len(values), "of": len(values)} for name, values in right.items()}
-
-
-def caption_preference(experiment: Experiment, split: Any, scenes: int) -> dict[str, Any]:
-    """How often a picture is likelier under its own caption than under one with one attribute altered.
-
-    Over the first `scenes` held-out scenes, each attribute where the caption mentions it; chance is 0.5. The
-    picture's likelihood is that of its image tokens alone.
-    """
-    rows = split[: min(scenes, len(split))]
-    meanings = [json.loads(str(text)) for text in rows["meaning"]]
-    if not meanings:
-        return {}
-    image_ids_BN = np.stack(rows["image_ids"])
-    described = [scene_from_meaning(_scene_part(meaning)) for meaning in meanings]
-    own = [describe(scene, meaning["style"]).text for scene, meaning in zip(described, meanings, strict=True)]
-    own_nll_B = picture_nll(experiment, own, image_ids_BN)
-    result: dict[str, Any] = {}
-    for attribute in track(ATTRIBUTES, description="caption preference", transient=True):
-        members, others = [], []
-        for number, (scene, meaning) in enumerate(zip(described, meanings, strict=True)):
-            both = altered(scene, meaning["style"], attribute, "preference")
-            if both is not None:
-                members.append(number)
-                others.append(both[1])
-        if members:
-            true_B, other_B = own_nll_B[members], picture_nll(experiment, others, image_ids_BN[members])
-            # A tie counts half.
-            wins = (true_B < other_B).double() + 0.5 * (true_B == other_B).double()
-            result[attribute] = {"preferred": float(wins.mean()), "of": len(members)}
-    return result
-
-
-@torch.no_grad()
-def picture_nll(experiment: Experiment, captions: list[str], image_ids_BN: Any) -> Tensor:
-    """Summed nll (B,) in nats of each picture's image tokens under a caption."""
-    layout, text = experiment.layout, experiment.text
-    assert isinstance(layout, Layout)
-    assert text is not None
-    assert isinstance(experiment.module, TextToImageModule)
-    totals = []
-    for start in range(0, len(captions), SCORE_BATCH):
-        batch = slice(start, start + SCORE_BATCH)
-        text_ids = [np.array(text.encode(caption), dtype=np.int64) for caption in captions[batch]]
-        ids_BT = layout.pack(text_ids, image_ids_BN[batch]).to(experiment.module.device)
-        target_BT = ids_BT[:, 1:]
-        image_BT = modality_of_target(target_BT, layout.vocab) == IMAGE
-        nll_N = experiment.module.decoder(ids_BT[:, :-1], target_BT, image_BT).nll_N
-        totals.append(nll_N.view(len(text_ids), layout.image_tokens).double().sum(dim=1).cpu())
-    return torch.cat(totals)
-
-
-def _scene_part(meaning: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in meaning.items() if key != "style"}
-
-
 def print_summary(report: dict[str, Any], folder: Path) -> None:
     """The final losses, what was measured, and where to look."""
     console = Console()
@@ -258,14 +210,17 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
     console.print(table)
     if report.get("text_floor_nll") is not None:
         console.print(f"floor of the text loss (entropy of the captions): {report['text_floor_nll']:.4f} nats a token")
-    for title, key, share in (
-        ("right in samples", "accuracy", "right"),
-        ("true caption preferred (chance 0.5)", "preference", "preferred"),
-    ):
-        values = report.get("samples", {}).get(key) if key == "accuracy" else report.get(key)
-        if values:
-            console.print(f"{title}: " + ", ".join(f"{name} {entry[share]:.0%}" for name, entry in values.items()))
+    for words, part in (("", report), (", trained colour-kind pairs", report.get("familiar") or {})):
+        right, preferred = part.get("samples", {}).get("accuracy"), part.get("preference")
+        if right:
+            _print_shares(console, f"right in samples{words}", right, "right")
+        if preferred:
+            _print_shares(console, f"true caption preferred (chance 0.5){words}", preferred, "preferred")
     console.print(f"{report['steps']} steps in {report['wall_s']:.0f} s")
-    for name in (REPORT, "metrics.jsonl", "samples/grid.png"):
+    for name in (REPORT, "metrics.jsonl", "samples/grid.png", f"samples/{FAMILIAR_GRID}"):
         if (folder / name).exists():
             console.print(f"  {folder / name}", highlight=False, soft_wrap=True)
+
+
+def _print_shares(console: Console, title: str, values: dict[str, Any], share: str) -> None:
+    console.print(f"{title}: " + ", ".join(f"{name} {entry[share]:.0%}" for name, entry in values.items()))

@@ -18,7 +18,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("backbones", ("t2i_lm.backbones",)),
     ("grid", ("t2i_lm.grid",)),
     ("build", ("t2i_lm.build",)),
-    ("session", ("t2i_lm.report", "t2i_lm.session", "t2i_lm.dry_run")),
+    ("session", ("t2i_lm.scene_report", "t2i_lm.report", "t2i_lm.session", "t2i_lm.dry_run")),
     ("figures", ("t2i_lm.plots", "t2i_lm.figures", "t2i_lm.arms", "t2i_lm.pairing", "t2i_lm.figure_text")),
     ("commands", ("t2i_lm.train", "t2i_lm.ablate", "t2i_lm.prepare", "t2i_lm.export")),
 ]

@@ -1,9 +1,16 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from t2i_lm.build import build
 from t2i_lm.data.scene_source import SceneSource
+from t2i_lm.data.scenes import TRAIN_PAIRS, draw_scene, scene_from_meaning
 from t2i_lm.grid import MARGIN, PIXELS, captioned_grid
-from t2i_lm.report import prompt_accuracy
+from t2i_lm.load import load_experiment
+from t2i_lm.scene_report import familiar_scenes, prompt_accuracy
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_accuracy_is_one_for_the_scenes_asked_for_and_low_for_others() -> None:
@@ -28,3 +35,16 @@ def test_a_grid_shows_every_picture_with_its_caption() -> None:
     assert blacks >= 5 * PIXELS**2
     with pytest.raises(ValueError, match="5 pictures for 4 captions"):
         captioned_grid([black] * 5, ["a"] * 4)
+
+
+def test_familiar_scenes_show_trained_pairs_and_equal_no_training_scene(tiny: list[str]) -> None:
+    config = load_experiment(ROOT / "experiments" / "t2i_scratch.yaml", "demo", [*tiny, "data.train_size=3000"])
+    experiment = build(config)
+    scenes = familiar_scenes(experiment, 300)
+    trained = {draw_scene(config.data.seed, "train", index) for index in range(3000)}
+    for meaning, ids_N in zip(scenes.meanings, scenes.image_ids_BN, strict=True):
+        scene = scene_from_meaning({key: value for key, value in meaning.items() if key != "style"})
+        assert scene not in trained
+        assert all((item.colour, item.kind) in TRAIN_PAIRS for item in scene.objects)
+        assert ids_N.shape == (64,)
+    assert len(scenes.captions) == 300

@@ -59,6 +59,9 @@ def test_a_run_leaves_everything_behind(pretrained: Run) -> None:
     assert len(list((folder / "checkpoints").glob("*.ckpt"))) == 2
     assert pretrained.report is not None
     assert 0 <= pretrained.report["samples"]["accuracy"]["background"]["right"] <= 1
+    assert 0 <= pretrained.report["familiar"]["samples"]["accuracy"]["background"]["right"] <= 1
+    assert pretrained.report["familiar"]["preference"]["colour"]["of"] == 2
+    assert (folder / "samples" / "grid_familiar.png").is_file()
     assert pretrained.report["text_floor_nll"] > 0
     assert pretrained.report["truncated_captions"] < 0.5
 
