@@ -32,7 +32,7 @@ from t2i_lm.assets import resolve
 from t2i_lm.backbones import build_backbone, choose_trained
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
-from t2i_lm.data.preparation import equal_ids, prepare_pairs, prepare_text
+from t2i_lm.data.preparation import prepare_pairs, prepare_text
 from t2i_lm.data.tokens import read_index
 from t2i_lm.devices import multiplies_bfloat16
 from t2i_lm.models.expand import expand_vocabulary
@@ -49,8 +49,6 @@ from t2i_lm.tokenizers.text import open_text_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ
 
 CHECKPOINTS = "checkpoints"
-# Share of ids that must not change for pictures to be encoded in bfloat16.
-EQUAL_IDS = 0.999
 
 # Warnings of Lightning that do not hold here: loading is no bottleneck, and the data module resumes exactly.
 QUIET = (
@@ -85,7 +83,7 @@ def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
     """The experiment's image tokenizer, on the GPU of that number where there is one.
 
     Raises:
-        ValueError: if it should encode in bfloat16 and that changes too many ids.
+        ValueError: if the experiment draws samples and the tokenizer has no decoder.
     """
     settings = config.image_tokenizer
     assert settings.path is not None
@@ -97,14 +95,6 @@ def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
             f"samples.prompts={config.samples.prompts}: image_tokenizer.path has no decoder to draw with; "
             "set samples.prompts=0"
         )
-    if settings.precision == "bfloat16":
-        share, ids = equal_ids(config, image)
-        if share < EQUAL_IDS:
-            raise ValueError(
-                f"image_tokenizer.precision=bfloat16: {share:.3%} of {ids:,} ids equal float32's, "
-                f"at least {EQUAL_IDS:.1%} must"
-            )
-        image.low_precision = True
     return image
 
 

@@ -78,22 +78,17 @@ def group_caption(arms: dict[str, Run], wanted: Sequence[str]) -> str:
     seen = {arm: progress(arm_run) for arm, arm_run in arms.items()}
     absent = [arm for arm in wanted if arm not in arms]
     unfinished = [arm for arm, arm_run in arms.items() if arm_run.report is None]
-    length = _length(dict.fromkeys(seen, seen["scratch"])) if len(set(seen.values())) == 1 else _lengths(seen)
     return " ".join(
         [
             f"Raw: mean loss of {log['interval']} steps. EMA: constant {log['ema']:g}, updated every "
             f"{log['interval']} steps, bias-corrected. Validation: held-out data.",
-            f"Scale {config['scale']}, seed {config['seed']}, {length}; runs of "
+            f"Scale {config['scale']}, seed {config['seed']}, {_length(seen)}; runs of "
             f"{' and '.join(sorted({_date(arm_run) for arm_run in arms.values()}))}.",
             *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
             _data(run),
         ]
     )
-
-
-def _lengths(seen: dict[str, Progress]) -> str:
-    return ", ".join(f"{arm}: {one.step:,} steps" for arm, one in seen.items())
 
 
 def loss_table(arms: dict[str, Run], modality: str) -> str:
@@ -124,7 +119,7 @@ def _length(seen: dict[str, Progress]) -> str:
     }
     if len(set(spans.values())) == 1:
         return f"{next(iter(spans.values()))} in each arm"
-    return ", ".join(f"{WORDS[arm]}: {span}" for arm, span in spans.items())
+    return ", ".join(f"{WORDS.get(arm, arm)}: {span}" for arm, span in spans.items())
 
 
 def _data(run: Run) -> str:

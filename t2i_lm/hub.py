@@ -3,10 +3,11 @@
 The cache is looked at first, so what was fetched once works offline. Without a file, the whole repository is meant.
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from t2i_lm.hashing import file_sha256
 
 PREFIX = "hub:"
 _FORM = re.compile(
@@ -84,8 +85,7 @@ def fetch(reference: str) -> Path:
                     f"network: {wanted.command}"
                 ) from error
     if wanted.sha256 is not None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
         if digest != wanted.sha256:
             raise ValueError(f"{reference}: the file at {path} has sha256 {digest}")
     return path

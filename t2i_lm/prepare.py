@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from t2i_lm.load import SCALES, load_experiment
@@ -42,10 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         if options.check:
-            image = open_image(
-                replace(config, image_tokenizer=replace(config.image_tokenizer, precision="float32")), rank
-            )
-            share, ids = equal_ids(config, image)
+            share, ids = equal_ids(config, open_image(config, rank))
             print(f"{share:.4%} of {ids:,} ids are equal in bfloat16 and float32")
             return 0
         folder = prepare(config, rank)

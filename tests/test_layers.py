@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A module may import modules of lower layers and of its own.
 LAYERS: list[tuple[str, tuple[str, ...]]] = [
-    ("config", ("t2i_lm", "t2i_lm.config", "t2i_lm.runs", "t2i_lm.assets", "t2i_lm.hub")),
+    ("config", ("t2i_lm", "t2i_lm.config", "t2i_lm.runs", "t2i_lm.assets", "t2i_lm.hub", "t2i_lm.hashing")),
     ("load", ("t2i_lm.load",)),
     ("vocab", ("t2i_lm.vocab", "t2i_lm.devices", "t2i_lm.seeds")),
     ("sequence", ("t2i_lm.sequence", "t2i_lm.losses")),

@@ -19,6 +19,7 @@ from t2i_lm.data.pairs import CaptionedSource
 from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.sampler import Draw, IndexSampler
 from t2i_lm.data.sources import open_sized
+from t2i_lm.data.tokenise import stack_pictures
 from t2i_lm.data.tokens import choose_caption, open_split
 from t2i_lm.sequence import ImageLayout, Layout
 
@@ -223,8 +224,8 @@ class PictureBatches(Batches):
         return len(self.source)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        pictures = np.stack([self._picture(index) for _, index in draws])
-        return {"images_BCHW": torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), "samples": len(draws)}
+        images_BCHW = stack_pictures([self._picture(index) for _, index in draws])
+        return {"images_BCHW": images_BCHW, "samples": len(draws)}
 
     def _picture(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         for step in range(MAX_CONSECUTIVE_REJECTS):

@@ -42,6 +42,8 @@ from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
 FORMAT = 2
 # Seconds between looks at a part that another process works on.
 PATIENCE = 0.5
+# Share of ids that must not change for pictures to be encoded in bfloat16.
+EQUAL_IDS = 0.999
 
 
 def cache_folder(config: ExperimentConfig, tokenizers: dict[str, str]) -> Path:
@@ -70,12 +72,16 @@ def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTok
     """Token shards of a captioned source; done once, then found again.
 
     Raises:
-        ValueError: if more than `data.max_reject_share` of a split cannot be used, with the reasons.
+        ValueError: if more than `data.max_reject_share` of a split cannot be used, with the reasons, or if
+            pictures should be encoded in bfloat16 and that changes too many ids.
     """
     tokenizers = {"text": text.sha256, "image": image.sha256}
     folder = cache_folder(config, tokenizers)
-    _make(folder)
     if read_index(folder) is None:
+        if config.image_tokenizer.precision == "bfloat16":
+            _require_equal_ids(config, image)
+            image.low_precision = True
+        _make(folder)
         counts = {}
         for split in SPLITS:
             source = open_source(config.data, split, image.image_size)
@@ -211,7 +217,6 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
 
 
 def _write_text(config: ExperimentConfig, text: TextTokenizer, folder: Path) -> None:
-
     data = config.data
     index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
     for split, path in (("train", data.path), ("val", data.val_path)):
@@ -230,7 +235,6 @@ def _write_text(config: ExperimentConfig, text: TextTokenizer, folder: Path) -> 
 
 
 def _train_text_tokenizer(config: ExperimentConfig) -> Path:
-
     settings, data = config.text_tokenizer, config.data
     assert data.path is not None
     key = json.dumps([FORMAT, str(Path(data.path).resolve()), settings.vocab_size, settings.train_paragraphs])
@@ -282,3 +286,12 @@ def equal_ids(config: ExperimentConfig, image: ImageTokenizer, pictures: int = 2
         agree_BN = image.encode(images_BCHW) == image.encode(images_BCHW, low_precision=True)
         same, total = same + int(agree_BN.sum()), total + agree_BN.numel()
     return same / total, total
+
+
+def _require_equal_ids(config: ExperimentConfig, image: ImageTokenizer) -> None:
+    share, ids = equal_ids(config, image)
+    if share < EQUAL_IDS:
+        raise ValueError(
+            f"image_tokenizer.precision=bfloat16: {share:.3%} of {ids:,} ids equal float32's, "
+            f"at least {EQUAL_IDS:.1%} must"
+        )

@@ -19,6 +19,8 @@ from typing import Any
 import datasets
 import numpy as np
 
+from t2i_lm.hashing import file_sha256
+
 # Progress is `prepare`'s own.
 datasets.disable_progress_bars()
 
@@ -80,7 +82,7 @@ def write_part(target: Path, rows: Rows, features: datasets.Features, details: C
         assert isinstance(dataset, datasets.Dataset)
         dataset.save_to_disk(str(work / "data"))
         count = len(dataset)
-    shards = {file.name: _sha256(file) for file in sorted((work / "data").glob("*.arrow"))}
+    shards = {file.name: file_sha256(file) for file in sorted((work / "data").glob("*.arrow"))}
     entry = {"rows": count, "sha256": shards, **details()}
     (work / "data" / PART).write_text(json.dumps(entry, indent=2) + "\n")
     (work / "data").rename(target)
@@ -159,7 +161,7 @@ def open_split(folder: Path, split: str) -> datasets.Dataset:
         part = part_folder(folder, split, number)
         for name, expected in shards.items():
             shard = part / name
-            if not shard.is_file() or _sha256(shard) != expected:
+            if not shard.is_file() or file_sha256(shard) != expected:
                 state = "damaged" if shard.is_file() else "missing"
                 raise ValueError(f"token shard {shard} is {state}; delete {folder} to prepare it again")
         if shards:
@@ -167,11 +169,6 @@ def open_split(folder: Path, split: str) -> datasets.Dataset:
     if not parts:
         raise ValueError(f"{folder / split} has no usable sample")
     return datasets.concatenate_datasets(parts).with_format("numpy")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def choose_caption(captions: int, seed: int, epoch: int, index: int) -> int:

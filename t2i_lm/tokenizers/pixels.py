@@ -1,7 +1,4 @@
-"""Pixels as models see them, and the hash that names a weights file."""
-
-import hashlib
-from pathlib import Path
+"""Pixels as models see them."""
 
 import torch
 from torch import Tensor
@@ -15,9 +12,3 @@ def to_unit(images_uint8_BCHW: Tensor) -> Tensor:
 def to_uint8(pixels_BCHW: Tensor) -> Tensor:
     """[-1, 1] -> uint8 pixels, rounded and clamped."""
     return ((pixels_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

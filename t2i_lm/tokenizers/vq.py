@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_lm.config import VQModelConfig
+from t2i_lm.hashing import file_sha256
 from t2i_lm.tokenizers import movqgan
-from t2i_lm.tokenizers.pixels import file_sha256, to_uint8, to_unit
+from t2i_lm.tokenizers.pixels import to_uint8, to_unit
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
