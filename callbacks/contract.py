@@ -25,7 +25,10 @@ class StepOutput(TypedDict, total=False):
 
 
 class SplitLossModule(Protocol):
-    """A module whose loss is split by modality."""
+    """A module whose loss is split by modality.
+
+    It may have a method `scalars() -> dict[str, float]`: more values of the moment, written with the training loss.
+    """
 
     modalities: tuple[str, ...]
 

@@ -108,6 +108,9 @@ class EMASplitPerplexity(Callback):
                 entry["ppl_ema"] = _exp(entry["nll_ema"])
         self.latest = {name: entry["nll"] for name, entry in values.items() if "nll" in entry}
         more: dict[str, Any] = {"interval": self.interval, "ema": self.alpha}
+        scalars: Any = getattr(pl_module, "scalars", None)
+        if scalars is not None:
+            more["scalars"] = scalars()
         for extra in self.extras:
             more |= extra.record(self.seen)
         self._write(trainer, "train", values, self.seen, more)
@@ -177,6 +180,7 @@ class EMASplitPerplexity(Callback):
         scalars = {
             f"{key}/{name}/{field}": entry[field] for name, entry in values.items() for field in DRAWN & entry.keys()
         }
+        scalars |= {f"{key}/{name}": value for name, value in more.get("scalars", {}).items()}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=seen["tokens_nominal"])
 
@@ -200,9 +204,10 @@ def _vector(output: StepOutput) -> Tensor:
 
 def _aggregates(names: Sequence[str]) -> dict[str, list[str]]:
     """Which modalities each aggregate adds up; one modality alone needs none."""
-    if len(names) < 2:
-        return {}
-    return {"all": list(names), "all_no_boundary": [name for name in names if name != BOUNDARY]}
+    totals = {"all": list(names)} if len(names) > 1 else {}
+    if BOUNDARY in names:
+        totals["all_no_boundary"] = [name for name in names if name != BOUNDARY]
+    return totals
 
 
 def _entries(names: Sequence[str], total_S: Tensor) -> dict[str, dict[str, float]]:

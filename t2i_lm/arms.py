@@ -32,7 +32,7 @@ ENVIRONMENT = {"git": "code revision", "stream_hash": "order of the data", "prec
 
 @dataclass(frozen=True)
 class Series:
-    """One arm's curve of one modality: perplexities (or losses) against positions seen, pads included."""
+    """One arm's curve of one modality: perplexities (or losses) against positions (or samples) seen."""
 
     tokens: list[float]
     raw: list[float]
@@ -121,17 +121,24 @@ class Pair:
         return step, rows
 
 
-def series(run: Run, modality: str, unit: str = "ppl") -> Series:
+def series(run: Run, modality: str, unit: str = "ppl", axis: str = "tokens_nominal") -> Series:
     """The curve of a modality from metrics.jsonl, as perplexity or `nll`; intervals without targets are left out."""
     train = [line for line in run.records("train") if unit in line["train"].get(modality, {})]
     val = [line for line in run.records("val") if unit in line["val"].get(modality, {})]
     return Series(
-        [line["tokens_nominal"] for line in train],
+        [line[axis] for line in train],
         [line["train"][modality][unit] for line in train],
         [line["train"][modality][f"{unit}_ema"] for line in train],
-        [line["tokens_nominal"] for line in val],
+        [line[axis] for line in val],
         [line["val"][modality][unit] for line in val],
     )
+
+
+def scalar_series(run: Run, name: str, axis: str = "tokens_nominal") -> Series:
+    """A value that is logged beside the training loss, as it is."""
+    lines = [line for line in run.records("train") if name in line.get("scalars", {})]
+    values = [line["scalars"][name] for line in lines]
+    return Series([line[axis] for line in lines], values, values, [], [])
 
 
 def progress(run: Run) -> Progress:

@@ -1,5 +1,6 @@
 """The language model of an experiment: read or drawn, and which of its parameters learn."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
+from t2i_lm.models.initialise import copy_text_rows, shuffle_entries
 from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
 from t2i_lm.seeds import generator
 
@@ -51,20 +53,64 @@ def empty_backbone(config: ExperimentConfig) -> Backbone:
     return Decoder(decoder_architecture(config, config.data.length))
 
 
+def pretrained_backbone(config: ExperimentConfig) -> Backbone:
+    """The weights at `backbone.path`.
+
+    Raises:
+        ValueError: if they cannot be read or do not fit.
+    """
+    assert config.backbone.path is not None
+    if huggingface_folder(config) is not None:
+        return _with_positions(load_huggingface(resolve(config.backbone.path)), config)
+    return load_open_lm(resolve(config.backbone.path), vars(decoder_architecture(config, config.data.length)))
+
+
+def random_backbone(config: ExperimentConfig) -> Backbone:
+    """All weights drawn from the seed."""
+    backbone = empty_backbone(config)
+    backbone.reset_parameters(generator(config.seed, "decoder"))
+    return backbone
+
+
+def shuffled_backbone(config: ExperimentConfig) -> Backbone:
+    """The pre-trained tensors, the entries of each permuted."""
+    backbone = pretrained_backbone(config)
+    shuffle_entries(backbone, generator(config.seed, "shuffle"))
+    return backbone
+
+
+def body_only_backbone(config: ExperimentConfig) -> Backbone:
+    """Everything but the embedding and output rows is pre-trained."""
+    backbone = pretrained_backbone(config)
+    copy_text_rows(random_backbone(config), backbone)
+    return backbone
+
+
+def embeddings_only_backbone(config: ExperimentConfig) -> Backbone:
+    """Only the embedding and output rows are pre-trained."""
+    backbone = random_backbone(config)
+    copy_text_rows(pretrained_backbone(config), backbone)
+    return backbone
+
+
+# `init` -> the unexpanded backbone. `aligned` differs from `pretrained` in its new image rows.
+INITIALISATIONS: dict[str, Callable[[ExperimentConfig], Backbone]] = {
+    "pretrained": pretrained_backbone,
+    "random": random_backbone,
+    "shuffled": shuffled_backbone,
+    "body_only": body_only_backbone,
+    "embeddings_only": embeddings_only_backbone,
+    "aligned": pretrained_backbone,
+}
+
+
 def build_backbone(config: ExperimentConfig) -> Backbone:
-    """The unexpanded backbone, pre-trained or drawn from the seed; both arms take this path.
+    """The unexpanded backbone as `init` says; all arms take this path.
 
     Raises:
         ValueError: if weights cannot be read or do not fit.
     """
-    if config.init == "pretrained":
-        assert config.backbone.path is not None
-        if huggingface_folder(config) is not None:
-            return _with_positions(load_huggingface(resolve(config.backbone.path)), config)
-        return load_open_lm(resolve(config.backbone.path), vars(decoder_architecture(config, config.data.length)))
-    backbone = empty_backbone(config)
-    backbone.reset_parameters(generator(config.seed, "decoder"))
-    return backbone
+    return INITIALISATIONS[config.init](config)
 
 
 def _with_positions(backbone: HuggingFaceDecoder, config: ExperimentConfig) -> HuggingFaceDecoder:

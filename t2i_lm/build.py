@@ -28,14 +28,18 @@ from callbacks import EventLog as EventLog
 from callbacks import MetricsFile as MetricsFile
 from callbacks import Preempted as Preempted
 from callbacks import find_resumable as find_resumable
+from t2i_lm.aligned import read_aligned_rows
 from t2i_lm.assets import resolve
 from t2i_lm.backbones import build_backbone, choose_trained
 from t2i_lm.config import ExperimentConfig
+from t2i_lm.data.bags import BagDataModule
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
 from t2i_lm.data.preparation import prepare_pairs, prepare_text
 from t2i_lm.data.tokens import read_index
 from t2i_lm.devices import multiplies_bfloat16
-from t2i_lm.models.expand import expand_vocabulary
+from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.expand import ImageRowSource, expand_vocabulary
+from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
@@ -47,6 +51,7 @@ from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ
+from t2i_lm.vocab import JointVocab
 
 CHECKPOINTS = "checkpoints"
 
@@ -105,8 +110,12 @@ def prepare(config: ExperimentConfig, rank: int = 0) -> Path:
     return prepare_pairs(config, open_text(config), open_image(config, rank))
 
 
-def build_pictures(config: ExperimentConfig) -> Experiment:
-    """The expanded decoder on caption-image pairs, or on their pictures alone."""
+def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, TextTokenizer, ImageTokenizer]:
+    """The expanded decoder and the tokenizers that its rows belong to.
+
+    Raises:
+        ValueError: if the text tokenizer is not the backbone's, or the aligned rows belong to other tokenizers.
+    """
     text, image = open_text(config), open_image(config, int(os.environ.get("LOCAL_RANK", "0")))
     decoder = build_backbone(config)
     if text.vocab_size > decoder.config.vocab_size:
@@ -114,7 +123,18 @@ def build_pictures(config: ExperimentConfig) -> Experiment:
             f"text_tokenizer.path has {text.vocab_size} pieces but the backbone {decoder.config.vocab_size} rows: "
             "this is not the tokenizer that the backbone was trained with"
         )
-    vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"))
+    rows = config.image_rows
+    source = ImageRowSource(
+        image.codebook if rows == "codebook" else None,
+        read_aligned_rows(config, text.sha256, image.sha256) if rows == "aligned" else None,
+    )
+    vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"), rows, source)
+    return decoder, vocab, text, image
+
+
+def build_pictures(config: ExperimentConfig) -> Experiment:
+    """The expanded decoder on caption-image pairs, or on their pictures alone."""
+    decoder, vocab, text, image = build_expanded(config)
     choose_trained(decoder, config)
     if config.loss_rows == "image" and not decoder.config.weight_tying:
         for rows in (decoder.output.text, decoder.output.special):  # not in the graph, which DDP would wait for
@@ -133,6 +153,14 @@ def build_pictures(config: ExperimentConfig) -> Experiment:
         module = TextToImageModule(decoder, config, layout)
     data = PairDataModule(config, shards, layout)
     return Experiment(config, module, data, _index(shards), shards, text, image, layout)
+
+
+def build_alignment(config: ExperimentConfig) -> Experiment:
+    """The embedding rows of the expanded decoder, image rows against text rows."""
+    decoder, _, text, image = build_expanded(config)
+    shards = prepare_pairs(config, text, image)
+    module, data = AlignmentModule(decoder.tok_embeddings, config), BagDataModule(config, shards)
+    return Experiment(config, module, data, _index(shards), shards, text, image)
 
 
 def build_text(config: ExperimentConfig) -> Experiment:
@@ -164,6 +192,7 @@ def _index(shards: Path) -> dict[str, Any]:
 TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
     "text_to_image": build_pictures,
     "unconditional": build_pictures,
+    "align": build_alignment,
     "text": build_text,
     "image_tokenizer": build_image_tokenizer,
 }
@@ -196,6 +225,14 @@ def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
 
         return WandbLogger(project="t2i_lm", name=folder.name, save_dir=folder)
     return False
+
+
+def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
+    """Puts a text beside a run's curves, where its logger is TensorBoard."""
+    logger = build_logger(config, folder)
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(tag, markdown)
+        logger.finalize("success")
 
 
 def build_trainer(config: ExperimentConfig, folder: Path, events: EventLog, resumed: bool) -> pl.Trainer:

@@ -18,7 +18,7 @@ from t2i_lm.build import precision
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.freeze import group_table
+from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.sequence import ImageLayout, Layout
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ
@@ -52,6 +52,8 @@ def plan(config: ExperimentConfig) -> Plan:
         decoder = empty_backbone(config)
     before = count(decoder)
     layout: Layout | ImageLayout | None = None
+    if config.task == "align":
+        return Plan(_rows_to_align(decoder, image_ids(config)[0]), None, before)
     if config.task in ("text_to_image", "unconditional"):
         codes, grid = image_ids(config)
         vocab = expand_vocabulary(decoder, codes, torch.Generator())
@@ -60,6 +62,14 @@ def plan(config: ExperimentConfig) -> Plan:
         layout = ImageLayout(vocab, image_tokens) if unconditional else Layout(vocab, image_tokens, config.data.length)
     choose_trained(decoder, config)
     return Plan(decoder, layout, before)
+
+
+def _rows_to_align(decoder: Backbone, codes: int) -> nn.Module:
+    """The embedding's frozen text rows and its image rows."""
+    expand_vocabulary(decoder, codes, torch.Generator())
+    decoder.tok_embeddings.special = None
+    decoder.tok_embeddings.text.requires_grad_(False)
+    return decoder.tok_embeddings
 
 
 def image_ids(config: ExperimentConfig) -> tuple[int, tuple[int, int]]:
@@ -81,10 +91,10 @@ def describe(config: ExperimentConfig) -> str:
     lines.append(f"precision here: {precision(config)}")
     total, trainable = count(planned.model), count(planned.model, trainable=True)
     if not isinstance(planned.model, Backbone):
-        return "\n".join([*lines, f"parameters: {total:,}"])
+        return "\n".join([*lines, f"parameters: {total:,}, {trainable:,} trainable"])
     grown = f" ({planned.before:,} before expansion)" if total != planned.before else ""
     lines.append(f"parameters: {total:,}{grown}, {trainable:,} trainable")
-    lines += ["", group_table(planned.model), ""]
+    lines += ["", group_table(planned.model), *overlaps(planned.model, config.freeze), ""]
     if planned.layout is not None:
         vocab, layout = planned.layout.vocab, planned.layout
         budget = f" and at most {layout.text_budget:,} text ids" if isinstance(layout, Layout) else ""
@@ -134,9 +144,8 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> floa
 def absent_files(config: ExperimentConfig) -> list[str]:
     """Keys that a real run needs and that name nothing that is here."""
     pictures = ("backbone", "text_tokenizer", "image_tokenizer")
-    wanted = {"text_to_image": pictures, "unconditional": pictures, "text": (), "image_tokenizer": ()}
     lines = []
-    for section in wanted[config.task]:
+    for section in () if config.task in ("text", "image_tokenizer") else pictures:
         path = getattr(config, section).path
         if path is None or find(path) is None:
             fetch = f" (a run fetches it; or: {hub.parse(path).command})" if (path or "").startswith(hub.PREFIX) else ""

@@ -92,12 +92,13 @@ def group_caption(arms: dict[str, Run], wanted: Sequence[str]) -> str:
 
 
 def loss_table(arms: dict[str, Run], modality: str) -> str:
-    """Every arm's held-out loss at its last validation and its distance from random weights, as text."""
+    """Every arm's held-out loss at its last validation and its distance from the first arm's, as text."""
     last = {arm: run.records("val")[-1] for arm, run in arms.items() if run.records("val")}
-    if "scratch" not in last:
-        return "no validation of the run from random weights"
-    base = last["scratch"]["val"][modality]["nll"]
-    lines = [f"{f'{modality} nll (nats a token)':<26}{'validation':>12}{'- random':>12}{'step':>9}"]
+    first = next(iter(arms))
+    if first not in last:
+        return f"no validation of {first} yet"
+    base = last[first]["val"][modality]["nll"]
+    lines = [f"{f'{modality} nll (nats)':<26}{'validation':>12}{f'- {first}':>12}{'step':>9}"]
     for arm, record in last.items():
         nll = record["val"][modality]["nll"]
         lines.append(f"{arm:<26}{nll:>12.4f}{nll - base:>+z12.4f}{record['step']:>9,}")

@@ -9,12 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2i_lm.arms import Pair, progress, series
+from t2i_lm.arms import Pair, progress, scalar_series, series
 from t2i_lm.figure_text import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
-from t2i_lm.pairing import find_group, find_pair
+from t2i_lm.pairing import Group, find_group, find_pair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from t2i_lm.plots import Panel
+    from t2i_lm.runs import Run
 
 EXAMPLE = """example:
   python -m t2i_lm.figures
@@ -75,26 +78,99 @@ def figure4(request: Request) -> Drawing:
 
 def figure5(request: Request) -> Drawing:
     """Figure 5: unconditional image modelling, what of a pre-trained model has to learn (Section 3.1)."""
-    from t2i_lm.plots import ARM_STYLES, Panel, draw_panels
-
-    arms = find_group(request.root, "uncond_scratch", FIGURE5_ARMS)
     title = "Figure 5. Loss of image tokens without captions, by what of the pre-trained model is tuned"
-    caption = f"{title}. {group_caption(arms, list(FIGURE5_ARMS))}"
-    order = [arm for arm in (*FIGURE5_ARMS, "scratch") if arm in arms]  # random last: drawn on top
-    panel = Panel("Image tokens", {arm: series(arms[arm], "image", "nll") for arm in order}, unit="loss (nats a token)")
-    labels = {arm: "tuned fully" if arm == "pretrained" else ARM_STYLES[arm].label for arm in order}
-    constant = f"EMA {arms['scratch'].config['log']['ema']:g}"
-    figure = draw_panels([panel], caption, labels, constant)
-    return Drawing(title, figure, caption, loss_table(arms, "image"))
+    labels = {"pretrained": "tuned fully"}
+    return _draw_group(request, FIGURE5, title, {"image": "Image tokens"}, labels)
 
 
-# Arm -> experiment of Figure 5, beside random weights.
-FIGURE5_ARMS = {
-    "pretrained": "uncond_pretrained",
-    **{f"tune_{name}": f"uncond_tune_{name}" for name in ("embed", "norm", "first_half", "ffn")},
+def figure6(request: Request) -> Drawing:
+    """Figure 6: contrastive alignment of image rows with text rows, loss and temperature (Section 3.2)."""
+    from t2i_lm.plots import Panel
+
+    arms = find_group(request.root, FIGURE6)
+    pairs = arms["align"].config["data"]["batch_size"]
+    title = f"Figure 6. Contrastive alignment of image-token rows with text-token rows, {pairs:,} pairs a batch"
+    axis = "pairs seen"
+    loss = {arm: series(run, "all", "nll", "samples") for arm, run in arms.items()}
+    scale = {arm: scalar_series(run, "logit_scale", "samples") for arm, run in arms.items()}
+    panels = [
+        Panel("Contrastive loss", loss, math.log(pairs), f"chance, ln {pairs:,}", unit="loss (nats)", axis=axis),
+        Panel("Learnable temperature", scale, unit="logit scale, 1 / temperature", axis=axis),
+    ]
+    return _group_drawing(FIGURE6, arms, title, panels, {}, "all")
+
+
+def figure_inits(request: Request) -> Drawing:
+    """Initialisations between pre-trained and random: statistics, layers, rows, aligned image rows."""
+    title = "Perplexity of text and of image tokens, by what is taken from the pre-trained language model"
+    return _draw_group(request, INITS, title, {"text": "Text tokens", "image": "Image tokens"}, {}, "ppl")
+
+
+TUNED = ("embed", "norm", "first_half", "ffn")
+FIGURE5 = Group(
+    {
+        "scratch": "uncond_scratch",
+        "pretrained": "uncond_pretrained",
+        **{f"tune_{name}": f"uncond_tune_{name}" for name in TUNED},
+    },
+    "python -m t2i_lm.ablate --all",
+)
+FIGURE6 = Group(
+    {"align": "align", "align_shuffled": "align_shuffled"},
+    "python -m t2i_lm.train experiments/align.yaml --scale demo",
+    required=1,
+)
+BETWEEN = ("shuffled", "embeddings_only", "body_only", "aligned")
+INITS = Group(
+    {"scratch": "t2i_scratch", "pretrained": "t2i_pretrained", **{name: f"t2i_{name}" for name in BETWEEN}},
+    f"python -m t2i_lm.train experiments/t2i_NAME.yaml with NAME one of {', '.join(BETWEEN)}",
+    required=3,
+)
+# Name -> what chooses its runs and draws it.
+FIGURES: dict[str, Callable[[Request], Drawing]] = {
+    "3": figure3,
+    "4": figure4,
+    "5": figure5,
+    "6": figure6,
+    "inits": figure_inits,
 }
-# Number -> what chooses its runs and draws it.
-FIGURES: dict[str, Callable[[Request], Drawing]] = {"3": figure3, "4": figure4, "5": figure5}
+
+
+def stem(name: str) -> str:
+    """File name of a figure without its suffix: figure4, figure_inits."""
+    return f"figure{name}" if name.isdigit() else f"figure_{name}"
+
+
+def _draw_group(
+    request: Request,
+    group: Group,
+    title: str,
+    modalities: dict[str, str],
+    labels: dict[str, str],
+    unit: str = "nll",
+) -> Drawing:
+    """Curves of all arms, one panel a modality; the reference comes last and is drawn on top."""
+    from t2i_lm.plots import Panel
+
+    arms = find_group(request.root, group)
+    order = [*list(arms)[1:], next(iter(arms))]
+    words = {"nll": "loss (nats a token)", "ppl": "perplexity"}[unit]
+    panels = [
+        Panel(name, {arm: series(arms[arm], modality, unit) for arm in order}, unit=words)
+        for modality, name in modalities.items()
+    ]
+    return _group_drawing(group, arms, title, panels, labels, "image")
+
+
+def _group_drawing(
+    group: Group, arms: "dict[str, Run]", title: str, panels: "list[Panel]", labels: dict[str, str], modality: str
+) -> Drawing:
+    from t2i_lm.plots import ARM_STYLES, draw_panels
+
+    caption = f"{title}. {group_caption(arms, list(group.experiments))}"
+    legend = {arm: labels.get(arm, ARM_STYLES[arm].label) for arm in panels[0].series}
+    constant = f"EMA {next(iter(arms.values())).config['log']['ema']:g}"
+    return Drawing(title, draw_panels(panels, caption, legend, constant), caption, loss_table(arms, modality))
 
 
 def _draw_pair(pair: Pair, title: str, modalities: dict[str, str], how: str) -> Drawing:
@@ -145,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in dict.fromkeys(options.figure or FIGURES):
         try:
             drawing = FIGURES[number](request)
-            for path in drawing.save(options.out / f"figure{number}"):
+            for path in drawing.save(options.out / stem(number)):
                 print(path)
             tables[drawing.table] = None
         except (ValueError, OSError) as error:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from t2i_lm.config import OptimConfig
 from t2i_lm.devices import multiplies_bfloat16
+from t2i_lm.sections import OptimConfig
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -47,29 +48,35 @@ def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None =
     )
 
 
-def find_group(root: Path, reference: str, others: Mapping[str, str]) -> dict[str, Run]:
-    """The newest runs that agree with a reference run in PAIR_KEYS, by arm.
+@dataclass(frozen=True)
+class Group:
+    """Runs that one figure compares: arm -> experiment, and the command that makes them.
 
-    Args:
-        root: folder of runs.
-        reference: experiment that every arm is held against; its arm is named `scratch`.
-        others: arm -> experiment; arms without such a run are left out.
+    The first arm is the reference: the others must agree with it in PAIR_KEYS. `required` arms must be there.
+    """
+
+    experiments: Mapping[str, str]
+    command: str
+    required: int = 2
+
+
+def find_group(root: Path, group: Group) -> dict[str, Run]:
+    """The newest runs that agree with a run of the reference, by arm; arms without such a run are left out.
 
     Raises:
-        ValueError: if no run of the reference has a partner.
+        ValueError: if fewer arms than required are there.
     """
     problems: list[str] = []
-    candidates = {arm: _discover(root, name, problems) for arm, name in others.items()}
-    groups = []
-    for scratch in _discover(root, reference, problems):
-        fitting = {arm: [run for run in runs if not mismatches(scratch, run)] for arm, runs in candidates.items()}
-        groups.append({"scratch": scratch} | {arm: runs[-1] for arm, runs in fitting.items() if runs})
-    complete = max(groups, key=lambda group: (len(group), group["scratch"].folder.name), default={})
-    if len(complete) < 2:
-        raise ValueError(
-            f"no run of {reference} in {root} with a partner among {', '.join(others.values())}; to make them: "
-            "python -m t2i_lm.ablate --all"
-        )
+    (first, reference), *others = group.experiments.items()
+    candidates = {arm: _discover(root, name, problems) for arm, name in others}
+    found = []
+    for run in _discover(root, reference, problems):
+        fitting = {arm: [other for other in runs if not mismatches(run, other)] for arm, runs in candidates.items()}
+        found.append({first: run} | {arm: runs[-1] for arm, runs in fitting.items() if runs})
+    complete = max(found, key=lambda arms: (len(arms), arms[first].folder.name), default={})
+    if len(complete) < group.required:
+        partner = f" with a partner among {', '.join(name for _, name in others)}" if group.required > 1 else ""
+        raise ValueError(f"no run of {reference} in {root}{partner}; to make them: {group.command}")
     return complete
 
 

@@ -40,6 +40,7 @@ class Panel:
     floor_label: str = ""
     note: str = ""
     unit: str = "perplexity"
+    axis: str = "tokens seen (pads included)"
 
 
 # Okabe and Ito's palette, which survives the common colour blindnesses. The random arm is dashed
@@ -52,6 +53,13 @@ ARM_STYLES = {
     "tune_norm": ArmStyle("(2) = (1) + norms", "#E69F00", "^"),
     "tune_first_half": ArmStyle("(3) = (2) + first half", "#56B4E9", "D"),
     "tune_ffn": ArmStyle("(4) = (2) + feed-forward", "#009E73", "P"),
+    # Figure 6, and text-to-image between pre-trained and random.
+    "align": ArmStyle("own captions", "#0072B2", "o"),
+    "align_shuffled": ArmStyle("other pictures' captions", "#D55E00", "s", (0, (2.2, 1.3))),
+    "aligned": ArmStyle("pre-trained, aligned image rows", "#009E73", "P"),
+    "shuffled": ArmStyle("pre-trained, entries shuffled", "#CC79A7", "v"),
+    "body_only": ArmStyle("pre-trained body only", "#E69F00", "^"),
+    "embeddings_only": ArmStyle("pre-trained rows only", "#56B4E9", "D"),
 }
 GREY = "#555555"
 LEGEND_COLUMNS = 5
@@ -150,20 +158,21 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
             gid=f"{gid}/ema",
             zorder=3 + order,
         )
-        axes.plot(
-            one.val_tokens,
-            one.val,
-            color=look.colour,
-            linestyle="none",
-            marker=look.marker,
-            # The smaller marker comes last, inside the larger one: both show where they coincide.
-            markersize=max(4.0, 7.5 - 2.5 * order),
-            markeredgecolor="white",
-            markeredgewidth=0.8,
-            gid=f"{gid}/val",
-            zorder=6 + order,
-            clip_on=False,
-        )
+        if one.val:  # an unclipped line without points has no extent, and the layout would collapse
+            axes.plot(
+                one.val_tokens,
+                one.val,
+                color=look.colour,
+                linestyle="none",
+                marker=look.marker,
+                # The smaller marker comes last, inside the larger one: both show where they coincide.
+                markersize=max(4.0, 7.5 - 2.5 * order),
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                gid=f"{gid}/val",
+                zorder=6 + order,
+                clip_on=False,
+            )
     if panel.floor is not None:
         axes.axhline(
             panel.floor,
@@ -192,7 +201,7 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-    axes.set_xlabel("tokens seen (pads included)")
+    axes.set_xlabel(panel.axis)
     axes.set_ylabel(panel.unit)
     if tokens_per_step:
         rate = tokens_per_step

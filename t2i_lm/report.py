@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from t2i_lm.align_report import TABLE, alignment_report
+from t2i_lm.aligned import FILE
 from t2i_lm.build import Experiment
 from t2i_lm.data.captions import entropy
 from t2i_lm.data.scenes import SIZE
@@ -19,6 +21,7 @@ from t2i_lm.grid import captioned_grid
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.generate import generate
 from t2i_lm.models.token_rows import TokenRows
+from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
@@ -63,6 +66,8 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         report["row_norms"] = row_norms(experiment.module.decoder)
         unconditional = isinstance(experiment.module, UnconditionalImageModule)
         report |= (_unconditional_report if unconditional else _picture_report)(experiment, folder)
+    elif isinstance(experiment.module, AlignmentModule):
+        report |= alignment_report(experiment, folder)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     print_summary(report, folder)
     return report
@@ -216,8 +221,11 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
             _print_shares(console, f"right in samples{words}", right, "right")
         if preferred:
             _print_shares(console, f"true caption preferred (chance 0.5){words}", preferred, "preferred")
+    for name in ("retrieval", "nearest_text_tokens"):
+        if name in report:
+            console.print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in report[name].items()))
     console.print(f"{report['steps']} steps in {report['wall_s']:.0f} s")
-    for name in (REPORT, "metrics.jsonl", "samples/grid.png", f"samples/{FAMILIAR_GRID}"):
+    for name in (REPORT, "metrics.jsonl", "samples/grid.png", f"samples/{FAMILIAR_GRID}", TABLE, FILE):
         if (folder / name).exists():
             console.print(f"  {folder / name}", highlight=False, soft_wrap=True)
 

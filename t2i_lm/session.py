@@ -21,7 +21,7 @@ from t2i_lm.build import (
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.load import save_experiment
-from t2i_lm.models.freeze import group_table
+from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.report import write_report
 from t2i_lm.runs import CONFIG, ENVIRONMENT, EVENTS, GROUPS, METRICS, environment, new_run_folder, read_run
@@ -95,7 +95,8 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
     )
     (folder / ENVIRONMENT).write_text(json.dumps(details, indent=2) + "\n")
     if isinstance(experiment.module, DecoderModule):
-        table = group_table(experiment.module.decoder)
+        decoder = experiment.module.decoder
+        table = "\n".join([group_table(decoder), *overlaps(decoder, config.freeze)])
         (folder / GROUPS).write_text(f"{table}\n")
         if any(not parameter.requires_grad for parameter in experiment.module.parameters()):
             print(table, flush=True)

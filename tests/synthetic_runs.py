@@ -12,6 +12,8 @@ EXPERIMENTS = {"t2i_pretrained": "pretrained", "t2i_scratch": "random", "uncond_
 EXPERIMENTS |= dict.fromkeys(
     ("uncond_pretrained", *(f"uncond_tune_{name}" for name in ("embed", "norm", "first_half", "ffn"))), "pretrained"
 )
+EXPERIMENTS |= {f"t2i_{name}": name for name in ("shuffled", "embeddings_only", "body_only", "aligned")}
+EXPERIMENTS |= dict.fromkeys(("align", "align_shuffled"), "pretrained")
 # Targets of each modality in a step of 32 sequences of 128 positions, and their loss: a floor, how
 # far above it each initialisation starts, and the steps in which that shrinks by e.
 BATCH, LENGTH = 32, 128
@@ -115,7 +117,8 @@ def _lines(name: str, config: dict[str, Any], done: int) -> list[dict[str, Any]]
                 averages[modality] = alpha * old + (1 - alpha) * entry["nll"]
                 entry["nll_ema"] = averages[modality] / (1 - alpha ** (step // interval))
                 entry["ppl_ema"] = math.exp(entry["nll_ema"])
-            lines.append(head | {"train": entries, "interval": interval, "ema": alpha})
+            scalars = {"scalars": {"logit_scale": min(100.0, 14.0 + step)}} if name.startswith("align") else {}
+            lines.append(head | {"train": entries, "interval": interval, "ema": alpha, **scalars})
         if step % config["trainer"]["val_check_interval"] == 0:
             lines.append(head | {"val": _split(name, step, 1000 / BATCH, noise, 0.0)})
     return lines

@@ -9,16 +9,19 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A module may import modules of lower layers and of its own.
 LAYERS: list[tuple[str, tuple[str, ...]]] = [
-    ("config", ("t2i_lm", "t2i_lm.config", "t2i_lm.runs", "t2i_lm.assets", "t2i_lm.hub", "t2i_lm.hashing")),
+    (
+        "config",
+        ("t2i_lm", "t2i_lm.config", "t2i_lm.sections", "t2i_lm.runs", "t2i_lm.assets", "t2i_lm.hub", "t2i_lm.hashing"),
+    ),
     ("load", ("t2i_lm.load",)),
     ("vocab", ("t2i_lm.vocab", "t2i_lm.devices", "t2i_lm.seeds")),
     ("sequence", ("t2i_lm.sequence", "t2i_lm.losses")),
     ("models", ("t2i_lm.models", "t2i_lm.tokenizers", "t2i_lm.optim")),
     ("data", ("t2i_lm.data", "t2i_lm.modules")),
-    ("backbones", ("t2i_lm.backbones",)),
+    ("backbones", ("t2i_lm.backbones", "t2i_lm.aligned")),
     ("grid", ("t2i_lm.grid",)),
     ("build", ("t2i_lm.build",)),
-    ("session", ("t2i_lm.scene_report", "t2i_lm.report", "t2i_lm.session", "t2i_lm.dry_run")),
+    ("session", ("t2i_lm.scene_report", "t2i_lm.align_report", "t2i_lm.report", "t2i_lm.session", "t2i_lm.dry_run")),
     ("figures", ("t2i_lm.plots", "t2i_lm.figures", "t2i_lm.arms", "t2i_lm.pairing", "t2i_lm.figure_text")),
     ("commands", ("t2i_lm.train", "t2i_lm.ablate", "t2i_lm.prepare", "t2i_lm.export")),
 ]
@@ -75,7 +78,8 @@ def test_imports_point_down(path: Path) -> None:
 def test_models_do_not_know_lightning_and_config_knows_the_standard_library_alone() -> None:
     for path in (ROOT / "t2i_lm" / "models").glob("*.py"):
         assert not any("lightning" in imported for imported in imports(path)), path
-    assert imports(ROOT / "t2i_lm" / "config.py") == {"collections.abc", "dataclasses", "typing"}
+    assert imports(ROOT / "t2i_lm" / "config.py") == {"dataclasses", "t2i_lm.sections"}
+    assert imports(ROOT / "t2i_lm" / "sections.py") == {"collections.abc", "dataclasses", "typing"}
 
 
 def test_only_load_knows_omegaconf() -> None:

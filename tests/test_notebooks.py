@@ -27,6 +27,9 @@ def project(tmp_path: Path) -> Path:
     write_run(tmp_path / "runs", "t2i_scratch", "20260301-110000")
     write_run(tmp_path / "runs", "uncond_pretrained", "20260301-120000")
     write_run(tmp_path / "runs", "uncond_scratch", "20260301-130000")
+    write_run(tmp_path / "runs", "t2i_body_only", "20260301-140000")
+    write_run(tmp_path / "runs", "align", "20260301-150000")
+    write_run(tmp_path / "runs", "align_shuffled", "20260301-160000")
     (tmp_path / "notebooks").mkdir()
     return tmp_path
 
@@ -39,9 +42,9 @@ def cells(notebook: Path) -> list[Any]:
 
 
 def test_there_is_a_notebook_for_each_figure() -> None:
-    from t2i_lm.figures import FIGURES
+    from t2i_lm.figures import FIGURES, stem
 
-    assert {notebook.stem for notebook in NOTEBOOKS} == {f"figure{number}" for number in FIGURES}
+    assert {notebook.stem for notebook in NOTEBOOKS} == {stem(name) for name in FIGURES}
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -84,7 +87,7 @@ def test_a_notebook_shows_and_saves_its_figure_in_jupyter(
     shown = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(shown) == 1
     printed = "".join(output.get("text", "") for output in outputs)
-    assert "gap %" in printed or "- random" in printed  # the table of final numbers
+    assert "gap %" in printed or "validation" in printed  # the table of final numbers
     assert drawn_width(project, notebook) == 2400
 
 

@@ -21,7 +21,7 @@ from t2i_lm.data.sampler import Draw, IndexSampler
 from t2i_lm.data.sources import open_sized
 from t2i_lm.data.tokenise import stack_pictures
 from t2i_lm.data.tokens import choose_caption, open_split
-from t2i_lm.sequence import ImageLayout, Layout
+from t2i_lm.sequence import ImageLayout, IntArray, Layout
 
 # `ids_BT` int64, `samples` int, `tokens_nominal` int (positions), `tokens_real` 0-d int64 (pads excluded).
 Batch = dict[str, Any]
@@ -40,11 +40,11 @@ class Batches(Dataset[Batch]):
         raise NotImplementedError
 
 
-class PairBatches(Batches):
-    """Caption-image pairs as packed batches: `ids_BT` joint ids and how much they are."""
+class CaptionedIds(Batches):
+    """Prepared caption-image pairs; subclasses say what a batch of them looks like."""
 
-    def __init__(self, split: datasets.Dataset, layout: Layout | ImageLayout, captions: str, seed: int) -> None:
-        self.split, self.layout, self.captions, self.seed = split, layout, captions, seed
+    def __init__(self, split: datasets.Dataset, captions: str, seed: int) -> None:
+        self.split, self.captions, self.seed = split, captions, seed
         # Where every caption is a sample of its own: row and caption of each.
         self._each: np.ndarray[Any, np.dtype[np.int64]] | None = None
         if captions == "all":
@@ -55,15 +55,33 @@ class PairBatches(Batches):
     def __len__(self) -> int:
         return len(self.split if self._each is None else self._each)
 
-    def __getitems__(self, draws: list[Draw]) -> Batch:
+    def pairs(self, draws: list[Draw]) -> tuple[list[IntArray], IntArray]:
+        """A caption's text ids for each draw, and the image ids (B, N)."""
         indices = [index for _, index in draws]
         rows = self.split[indices if self._each is None else self._each[indices, 0].tolist()]
         texts = [
             choices[self._choose(len(choices), epoch, index)]
             for (epoch, index), choices in zip(draws, rows["text_ids"], strict=True)
         ]
-        image_ids_BN = np.stack(rows["image_ids"])
-        ids_BT = self.layout.pack(texts, image_ids_BN)
+        return texts, np.stack(rows["image_ids"])
+
+    def _choose(self, captions: int, epoch: int, index: int) -> int:
+        if self._each is not None:
+            return int(self._each[index, 1])
+        if self.captions == "random" and captions > 1:
+            return choose_caption(captions, self.seed, epoch, index)
+        return 0
+
+
+class PairBatches(CaptionedIds):
+    """Caption-image pairs as packed batches: `ids_BT` joint ids and how much they are."""
+
+    def __init__(self, split: datasets.Dataset, layout: Layout | ImageLayout, captions: str, seed: int) -> None:
+        super().__init__(split, captions, seed)
+        self.layout = layout
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        ids_BT = self.layout.pack(*self.pairs(draws))
         used_B = (ids_BT != self.layout.vocab.pad).sum(dim=1)
         longest = -(-int(used_B.max()) // TRIM) * TRIM
         return {
@@ -72,13 +90,6 @@ class PairBatches(Batches):
             "tokens_nominal": len(draws) * self.layout.length,
             "tokens_real": used_B.sum(),
         }
-
-    def _choose(self, captions: int, epoch: int, index: int) -> int:
-        if self._each is not None:
-            return int(self._each[index, 1])
-        if self.captions == "random" and captions > 1:
-            return choose_caption(captions, self.seed, epoch, index)
-        return 0
 
 
 class TextBatches(Batches):

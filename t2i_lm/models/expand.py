@@ -1,35 +1,120 @@
-"""Expanding a decoder's embedding and output by the special and image rows (Section 2.1)."""
+"""Expanding a decoder's embedding and output by the special and image rows (Section 2.1).
+
+Shapes: `I` image codes, `E` code width, `D` width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.feed_forward import fan_in_normal_
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.vocab import SPECIALS, JointVocab
 
+# Of `mean_rows`: how much of the random draw is added, so that no two rows start equal.
+MEAN_NOISE = 0.01
+
+
+@dataclass(frozen=True)
+class ImageRowSource:
+    """What image rows may start from besides chance.
+
+    Attributes:
+        codebook_IE: the image tokenizer's code vectors.
+        aligned_ID: embedding rows of a contrastive run (Section 3.2).
+    """
+
+    codebook_IE: Tensor | None = None
+    aligned_ID: Tensor | None = None
+
+
+# Each changes drawn rows (rows, D) in place: (rows, the matrix, whether it is the embedding, source, generator).
+RowRule = Callable[[Tensor, TokenRows, bool, ImageRowSource, Generator], None]
+
+
+def random_rows(rows: Tensor, *_: object) -> None:
+    """open_lm's own draw, as it is."""
+
+
+def mean_rows(rows: Tensor, matrix: TokenRows, *_: object) -> None:
+    """The mean of the text rows, with a little of the draw."""
+    rows.mul_(MEAN_NOISE).add_(matrix.text.mean(dim=0))
+
+
+def codebook_rows(
+    rows_ID: Tensor, matrix: TokenRows, embedding: bool, source: ImageRowSource, generator: Generator
+) -> None:
+    """Code vectors, standardised and projected at random to the scale of the draw: near codes get near rows."""
+    assert source.codebook_IE is not None
+    codes_IE = source.codebook_IE.to(rows_ID)
+    codes_IE = (codes_IE - codes_IE.mean(dim=0)) / codes_IE.std(dim=0).clamp(min=1e-6)
+    projection_DE = rows_ID.new_empty(rows_ID.shape[1], codes_IE.shape[1])
+    fan_in_normal_(projection_DE, generator)
+    rows_ID.copy_(codes_IE @ projection_DE.T / rows_ID.shape[1] ** 0.5)
+
+
+def aligned_rows(rows_ID: Tensor, matrix: TokenRows, embedding: bool, source: ImageRowSource, *_: object) -> None:
+    """Rows of a contrastive run in the embedding; the output, which it does not train, keeps the draw."""
+    assert source.aligned_ID is not None
+    if embedding:
+        rows_ID.copy_(source.aligned_ID)
+
+
+# `new_rows` -> what becomes of the drawn image rows. Boundary tokens keep the draw but for `mean`.
+ROW_RULES: dict[str, RowRule] = {
+    "random": random_rows,
+    "mean": mean_rows,
+    "codebook": codebook_rows,
+    "aligned": aligned_rows,
+}
+
 
 @torch.no_grad()
-def expand_vocabulary(decoder: Backbone, image_size: int, generator: Generator) -> JointVocab:
+def expand_vocabulary(
+    decoder: Backbone,
+    image_size: int,
+    generator: Generator,
+    new_rows: str = "random",
+    source: ImageRowSource | None = None,
+) -> JointVocab:
     """Adds rows for `SPECIALS` and `image_size` codes, drawn as open_lm draws its own.
 
     The draw depends on the generator alone, so two decoders expanded with equal generators get identical
-    new rows whatever their other weights; old rows are not touched. A tied decoder stays tied.
+    new rows whatever their other weights (`mean` adds to them the mean of the text rows); old rows are not
+    touched. A tied decoder stays tied.
+
+    Args:
+        decoder: an unexpanded one.
+        image_size: image codes I.
+        generator: of the draw.
+        new_rows: one of `ROW_RULES`.
+        source: what `codebook` and `aligned` start from.
 
     Raises:
-        ValueError: if the decoder is expanded already.
+        ValueError: if the decoder is expanded already, or the source's rows have another shape.
     """
     if decoder.output.image is not None:
         raise ValueError("the decoder's vocabulary is expanded already")
     vocab = JointVocab(decoder.config.vocab_size, image_size)
     dim = decoder.config.hidden_dim
+    source = source or ImageRowSource()
+    aligned_ID = source.aligned_ID
+    if aligned_ID is not None and aligned_ID.shape != (image_size, dim):
+        raise ValueError(f"aligned rows have shape {tuple(aligned_ID.shape)}, expected {(image_size, dim)}")
     matrices: list[TokenRows] = [decoder.tok_embeddings, decoder.output]
-    for matrix in matrices:
-        if decoder.config.weight_tying and matrix is decoder.output:
-            matrix.special, matrix.image = decoder.tok_embeddings.special, decoder.tok_embeddings.image
-            continue
-        for name, rows in (("special", len(SPECIALS)), ("image", image_size)):
-            weight = nn.Parameter(matrix.text.new_empty(rows, dim))
-            fan_in_normal_(weight, generator)
-            setattr(matrix, name, weight)
+    drawn = matrices[:1] if decoder.config.weight_tying else matrices
+    for matrix in drawn:
+        for name, count in (("special", len(SPECIALS)), ("image", image_size)):
+            rows = nn.Parameter(matrix.text.new_empty(count, dim))
+            fan_in_normal_(rows, generator)
+            setattr(matrix, name, rows)
+    for matrix in drawn:  # after all draws, so that no rule shifts another's
+        for name in ("special", "image") if new_rows == "mean" else ("image",):
+            rule = ROW_RULES[new_rows]
+            rule(getattr(matrix, name), matrix, matrix is decoder.tok_embeddings, source, generator)
+    if decoder.config.weight_tying:
+        decoder.output.special, decoder.output.image = decoder.tok_embeddings.special, decoder.tok_embeddings.image
     return vocab

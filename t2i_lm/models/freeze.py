@@ -8,6 +8,7 @@ rows are parameters of their own (`token_rows.py`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -95,6 +96,17 @@ def freeze(model: "Backbone", groups: Sequence[str]) -> None:
     for parameter in model.parameters():
         if id(parameter) in frozen:
             parameter.requires_grad_(False)
+
+
+def overlaps(model: "Backbone", groups: Sequence[str]) -> list[str]:
+    """One sentence for each two of the groups that share parameters."""
+    members = {group: group_members(model, group) for group in groups}
+    return [
+        f"{one} and {two} share {sum(members[one][name].numel() for name in shared):,} parameters: "
+        "the union of the groups is frozen"
+        for one, two in combinations(members, 2)
+        if (shared := members[one].keys() & members[two].keys())
+    ]
 
 
 def tune_only(model: "Backbone", tuned: str) -> None:

@@ -49,6 +49,9 @@ class ImageTokenizer(Protocol):
     def grid(self) -> tuple[int, int]: ...
 
     @property
+    def codebook(self) -> Tensor: ...  # code vectors (vocab_size, width), float32 on the CPU
+
+    @property
     def decodes(self) -> bool: ...
 
     def to(self, device: torch.device) -> None: ...

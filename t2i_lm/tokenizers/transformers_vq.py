@@ -83,6 +83,12 @@ class TransformersVQ:
         return int(getattr(self.model.config, self._kind.codes))
 
     @property
+    def codebook(self) -> Tensor:
+        """Code vectors (codes, E), float32 on the CPU."""
+        weight: Tensor = self.model.quantize.embedding.weight
+        return weight.detach().float().cpu()
+
+    @property
     def decodes(self) -> bool:
         """Whether the model has a decoder (Chameleon's is not part of transformers)."""
         return hasattr(self.model, "decode")

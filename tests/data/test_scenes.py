@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from t2i_lm.config import DataConfig
 from t2i_lm.data.captions import ATTRIBUTES, Description, altered, describe, entropy
 from t2i_lm.data.scene_checker import check, read_scene
 from t2i_lm.data.scene_source import SceneSource
 from t2i_lm.data.scenes import ALL_PAIRS, COLOURS, HELD_OUT, KINDS, draw_scene, render, scene_from_meaning
 from t2i_lm.data.sources import open_source
+from t2i_lm.sections import DataConfig
 
 EVERYTHING = frozenset(ATTRIBUTES)
 

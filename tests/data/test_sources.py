@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_lm.config import DataConfig
 from t2i_lm.data.pictures import MAX_PIXELS, RejectedPairError, centre_crop, decode_image
 from t2i_lm.data.sources import open_source
+from t2i_lm.sections import DataConfig
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:

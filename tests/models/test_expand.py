@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from t2i_lm.models.expand import expand_vocabulary
+from t2i_lm.models.expand import MEAN_NOISE, ROW_RULES, ImageRowSource, expand_vocabulary
 from tests.models.test_open_lm import tiny
 
 
@@ -47,3 +47,47 @@ def test_expanding_twice_is_refused() -> None:
     expand_vocabulary(decoder, 16, seeded())
     with pytest.raises(ValueError, match="already"):
         expand_vocabulary(decoder, 16, seeded())
+
+
+SOURCE = ImageRowSource(
+    codebook_IE=torch.randn(400, 4, generator=torch.Generator().manual_seed(3)) * 5 + 2,
+    aligned_ID=torch.randn(400, 32, generator=torch.Generator().manual_seed(4)),
+)
+
+
+def new_rows(rule: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    decoder = tiny()
+    expand_vocabulary(decoder, 400, seeded(seed), rule, SOURCE)
+    named = dict(decoder.named_parameters())
+    return {
+        f"{matrix}.{block}": named[f"{matrix}.{block}"].detach()
+        for matrix in ("tok_embeddings", "output")
+        for block in ("special", "image")
+    }
+
+
+@pytest.mark.parametrize("rule", ROW_RULES)
+def test_a_rule_is_the_same_draw_twice_and_gives_no_two_equal_rows(rule: str) -> None:
+    rows, again = new_rows(rule), new_rows(rule)
+    for name, value in rows.items():
+        assert torch.equal(value, again[name])
+        assert len(value.unique(dim=0)) == len(value), name
+
+
+def test_rules_change_what_they_say() -> None:
+    drawn, mean, codebook, aligned = (new_rows(rule) for rule in ("random", "mean", "codebook", "aligned"))
+    text = tiny().tok_embeddings.text.mean(dim=0)
+    assert torch.allclose(mean["tok_embeddings.image"], text + MEAN_NOISE * drawn["tok_embeddings.image"], atol=1e-6)
+    assert aligned["tok_embeddings.image"] is not SOURCE.aligned_ID
+    assert SOURCE.aligned_ID is not None
+    assert torch.equal(aligned["tok_embeddings.image"], SOURCE.aligned_ID)
+    assert torch.equal(aligned["output.image"], drawn["output.image"])
+    for rows in (codebook, aligned):
+        assert torch.equal(rows["output.special"], drawn["output.special"])
+    assert codebook["tok_embeddings.image"].std() == pytest.approx(float(drawn["tok_embeddings.image"].std()), rel=0.2)
+    assert torch.linalg.matrix_rank(codebook["output.image"]) == 4
+
+
+def test_aligned_rows_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(400, 32\), expected \(16, 32\)"):
+        expand_vocabulary(tiny(), 16, seeded(), "aligned", SOURCE)

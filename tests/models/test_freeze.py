@@ -3,12 +3,21 @@
 import pytest
 import torch
 
-from t2i_lm.config import OptimConfig
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.freeze import FREEZE_GROUPS, TUNE_SETS, freeze, group_members, group_sizes, group_table, tune_only
+from t2i_lm.models.freeze import (
+    FREEZE_GROUPS,
+    TUNE_SETS,
+    freeze,
+    group_members,
+    group_sizes,
+    group_table,
+    overlaps,
+    tune_only,
+)
 from t2i_lm.models.open_lm import decoder_config
 from t2i_lm.optim import adamw
+from t2i_lm.sections import OptimConfig
 
 
 def expanded(**changes: object) -> Decoder:
@@ -85,3 +94,16 @@ def test_the_table_counts_every_group() -> None:
     assert sizes["all"].parameters == sum(parameter.numel() for parameter in decoder.parameters())
     assert sizes["all"].trainable == sizes["all"].parameters - sizes["ffn"].parameters
     assert "no parameters in this backbone" in group_table(decoder)
+
+
+def test_overlapping_groups_are_told_with_what_they_share() -> None:
+    decoder = expanded()
+    norms = sum(
+        value.numel()
+        for name, value in decoder.named_parameters()
+        if "norm" in name and name.startswith(("layers.0.", "layers.1."))
+    )
+    assert overlaps(decoder, ["norm", "first_half"]) == [
+        f"norm and first_half share {norms:,} parameters: the union of the groups is frozen"
+    ]
+    assert overlaps(decoder, ["ffn", "attention"]) == []

@@ -1,10 +1,10 @@
-"""Figure 5: every arm that agrees with the run from random weights, and who is missing."""
+"""Figures of more than two arms: every arm that agrees with the reference, and who is missing."""
 
 from pathlib import Path
 
 import pytest
 
-from t2i_lm.figures import FIGURE5_ARMS, FIGURES, Request
+from t2i_lm.figures import FIGURE5, FIGURES, Request
 from t2i_lm.figures import main as figures
 from tests.synthetic_runs import read_lines, write_run
 
@@ -12,7 +12,7 @@ from tests.synthetic_runs import read_lines, write_run
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     root = tmp_path / "runs"
-    for hour, name in enumerate(["uncond_scratch", *FIGURE5_ARMS.values()]):
+    for hour, name in enumerate(FIGURE5.experiments.values()):
         write_run(root, name, f"20260301-{hour + 10}0000")
     return root
 
@@ -20,7 +20,7 @@ def runs(tmp_path: Path) -> Path:
 def test_every_arm_is_drawn_as_logged(runs: Path) -> None:
     drawing = FIGURES["5"](Request(runs))
     lines = {str(line.get_gid()): line for axes in drawing.figure.axes for line in axes.get_lines()}
-    for arm, name in {"scratch": "uncond_scratch", **FIGURE5_ARMS}.items():
+    for arm, name in FIGURE5.experiments.items():
         logged = read_lines(next((runs / name).iterdir()), "train")
         raw = [line["train"]["image"]["nll"] for line in logged]
         averages = [line["train"]["image"]["nll_ema"] for line in logged]
@@ -52,3 +52,20 @@ def test_all_figures_are_those_whose_runs_are_there(runs: Path, tmp_path: Path) 
     assert figures(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"figure5.png", "figure5.pdf"}
     assert figures(["--runs", str(runs), "--out", str(tmp_path / "out"), "--figure", "3"]) == 2
+
+
+def test_initialisations_are_drawn_beside_both_arms(tmp_path: Path) -> None:
+    for name in ("t2i_scratch", "t2i_pretrained", "t2i_shuffled"):
+        write_run(tmp_path, name)
+    drawing = FIGURES["inits"](Request(tmp_path))
+    gids = {str(line.get_gid()) for axes in drawing.figure.axes for line in axes.get_lines()}
+    assert {f"{panel} tokens/{arm}/ema" for panel in ("Text", "Image") for arm in ("scratch", "shuffled")} <= gids
+    assert "NOT RUN: embeddings_only, body_only, aligned." in drawing.caption
+    assert drawing.table.splitlines()[1].startswith("scratch")
+
+
+def test_a_pair_alone_is_no_figure_of_initialisations(tmp_path: Path) -> None:
+    for name in ("t2i_scratch", "t2i_pretrained"):
+        write_run(tmp_path, name)
+    with pytest.raises(ValueError, match="NAME one of shuffled"):
+        FIGURES["inits"](Request(tmp_path))

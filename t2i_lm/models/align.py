@@ -1,0 +1,121 @@
+"""Contrastive alignment of image-token rows with text-token rows (Section 3.2, Figure 6).
+
+A caption and its picture are each the mean of their tokens' embedding rows; CLIP's symmetric loss asks for a picture's
+own caption among the N of a batch, and for a caption's own picture.
+
+Shapes: `B` pairs of this rank, `N` pairs of the global batch, `L` ids of all bags, `D` width, `V` text rows,
+`I` image codes, `K` neighbours.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows compared at once.
+CHUNK = 1024
+
+
+def bag_of_words(rows_VD: Tensor, ids_L: Tensor, starts_B: Tensor) -> Tensor:
+    """Mean row of each bag, l2-normalised (B, D); an empty bag is zero.
+
+    Args:
+        rows_VD: embedding rows.
+        ids_L: the ids of all bags, one after the other.
+        starts_B: where each bag begins.
+    """
+    return F.normalize(F.embedding_bag(ids_L, rows_VD, starts_B, mode="mean"), dim=-1)
+
+
+def contrastive_nll(own_BD: Tensor, others_ND: Tensor, scale: Tensor, first: int, same_BN: Tensor | None) -> Tensor:
+    """Nll (B,) in nats of each pair's own partner among N candidates.
+
+    Args:
+        own_BD: normalised bags of one modality.
+        others_ND: normalised bags of the other one; the partner of row b is row `first` + b.
+        scale: inverse temperature, 0-d.
+        first: position of this rank's pairs in the global batch.
+        same_BN: candidates that are no negatives; the partner itself always counts.
+    """
+    target_B = torch.arange(len(own_BD), device=own_BD.device) + first
+    logits_BN = scale * own_BD @ others_ND.T
+    if same_BN is not None:
+        partner_BN = F.one_hot(target_B, len(others_ND)).bool()
+        logits_BN = logits_BN.masked_fill(same_BN & ~partner_BN, float("-inf"))
+    return F.cross_entropy(logits_BN, target_B, reduction="none")
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows, with gradients: each rank's loss reaches every rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_BD: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows_BD) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows_BD.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> Tensor:
+        total_ND = grad_ND.clone()
+        dist.all_reduce(total_ND)
+        return total_ND.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Rows of all ranks in rank order (N, ...); every rank must bring equally many."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered
+
+
+class Neighbours(NamedTuple):
+    """The nearest text rows of every image row, by cosine, nearest first.
+
+    Attributes:
+        ids_IK: text ids.
+        cosine_IK: their cosines.
+    """
+
+    ids_IK: Tensor
+    cosine_IK: Tensor
+
+
+@torch.no_grad()
+def nearest_text_tokens(image_ID: Tensor, text_VD: Tensor, neighbours: int) -> Neighbours:
+    """The K nearest text rows of every image row; rows that are zero are nobody's neighbour before all others."""
+    text_VD = F.normalize(text_VD.float(), dim=-1)
+    parts = [
+        (F.normalize(part_CD.float(), dim=-1) @ text_VD.T).topk(min(neighbours, len(text_VD)), dim=-1)
+        for part_CD in torch.split(image_ID, CHUNK)
+    ]
+    return Neighbours(torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts]))
+
+
+@dataclass(frozen=True)
+class Hubness:
+    """How much the neighbour lists crowd on a few text tokens (Radovanovic et al., 2010).
+
+    Attributes:
+        skewness: of how often each text token is in a list; 0 for a symmetric spread, large where hubs exist.
+        distinct_nearest: text tokens that are the nearest one of some image id.
+        top10_share: image ids whose nearest token is one of the ten most frequent nearest ones, as a share.
+    """
+
+    skewness: float
+    distinct_nearest: int
+    top10_share: float
+
+
+def hubness(neighbours: Neighbours, text_size: int) -> Hubness:
+    """The crowding of neighbour lists over `text_size` text tokens."""
+    occurrences_V = torch.bincount(neighbours.ids_IK.flatten(), minlength=text_size).double()
+    centred_V = occurrences_V - occurrences_V.mean()
+    deviation = centred_V.square().mean().sqrt()
+    skewness = float((centred_V**3).mean() / deviation**3) if deviation > 0 else 0.0
+    nearest_V = torch.bincount(neighbours.ids_IK[:, 0], minlength=text_size)
+    top10 = int(nearest_V.topk(min(10, text_size)).values.sum())
+    return Hubness(skewness, int((nearest_V > 0).sum()), top10 / len(neighbours.ids_IK))

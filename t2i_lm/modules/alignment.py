@@ -1,0 +1,90 @@
+"""Contrastive alignment of image rows with the text rows of a language model (Section 3.2, Figure 6)."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.models.align import bag_of_words, contrastive_nll, gather
+from t2i_lm.models.token_rows import Embedding
+from t2i_lm.modules.base import OptimisedModule
+
+
+class AlignmentModule(OptimisedModule):
+    """Image rows and a temperature learn; text rows stay the language model's.
+
+    The loss is the mean of both directions, over all pairs of the global batch. Its inverse temperature is learnt
+    through its logarithm and clamped after every step, as in CLIP.
+    """
+
+    modalities = ("image_to_text", "text_to_image")
+
+    def __init__(self, embedding: Embedding, config: ExperimentConfig) -> None:
+        super().__init__(config)
+        assert embedding.image is not None
+        embedding.text.requires_grad_(False)
+        embedding.special = None  # bags hold no boundary tokens
+        self.embedding = embedding
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.align.logit_scale_init)))
+
+    @property
+    def scale(self) -> Tensor:
+        """The inverse temperature that multiplies cosines, 0-d."""
+        return self.log_scale.exp()
+
+    def bags(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Normalised bags of pictures and of captions, each (B, D), in float32."""
+        assert self.embedding.image is not None
+        image_ids_BN = batch["image_ids_BN"]
+        starts_B = torch.arange(len(image_ids_BN), device=image_ids_BN.device) * image_ids_BN.shape[1]
+        image_BD = bag_of_words(self.embedding.image, image_ids_BN.flatten(), starts_B)
+        return image_BD, bag_of_words(self.embedding.text, batch["text_ids_L"], batch["text_starts_B"])
+
+    def nll(self, batch: dict[str, Any]) -> Tensor:
+        """Nll (2, B): of each picture's caption, and of each caption's picture."""
+        with torch.autocast(self.device.type, enabled=False):
+            image_BD, text_BD = self.bags(batch)
+            images_ND, texts_ND = gather(image_BD), gather(text_BD)
+            first = len(image_BD) * (dist.get_rank() if len(images_ND) > len(image_BD) else 0)
+            same_BN = self._same(batch["hashes_B2"]) if self.config.align.mask_duplicates else None
+            return torch.stack(
+                [
+                    contrastive_nll(image_BD, texts_ND, self.scale, first, same_BN),
+                    contrastive_nll(text_BD, images_ND, self.scale, first, same_BN),
+                ]
+            )
+
+    @staticmethod
+    def _same(hashes_B2: Tensor) -> Tensor:
+        """Whether two pairs share their caption or their picture, (B, N)."""
+        return (hashes_B2[:, None] == gather(hashes_B2)[None]).any(dim=-1)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """The mean loss of this rank's pairs; ranks have equally many, so their average is the global mean."""
+        nll_2B = self.nll(batch)
+        return {"loss": nll_2B.mean(), **self._report(batch, nll_2B)}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Sums and counts of one batch of as many candidates as in training."""
+        return self._report(batch, self.nll(batch))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Clamps the parameter itself, so that a gradient can bring it back."""
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(self.config.align.logit_scale_max))
+
+    def scalars(self) -> dict[str, float]:
+        """What is logged beside the loss: the right panel of Figure 6."""
+        return {"logit_scale": min(float(self.scale.detach()), self.config.align.logit_scale_max)}
+
+    def _report(self, batch: dict[str, Any], nll_2B: Tensor) -> dict[str, Any]:
+        return {
+            "nll_sum": nll_2B.detach().double().sum(dim=1),
+            "count": torch.full((2,), nll_2B.shape[1], device=nll_2B.device),
+            "samples": batch["samples"],
+            "tokens_nominal": batch["tokens_nominal"],
+            "tokens_real": batch["tokens_real"],
+        }

@@ -1,0 +1,237 @@
+"""The sections of an experiment (`config.py`), each a dataclass that checks its values.
+
+Standard library only. A wrong value raises a ValueError that names the key, the value and what is allowed.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+SOURCES = ("scenes", "image_folder", "parquet", "webdataset", "hub", "hub_stream", "text")
+CAPTION_CHOICES = ("first", "random", "all")
+LOGGERS = ("tensorboard", "csv", "wandb", "none")
+OPTIMIZERS = ("adamw", "muon")
+DECAYS = ("all", "matrices")
+STRATEGIES = ("auto", "ddp")
+ENCODE_PRECISIONS = ("float32", "bfloat16")
+MOVQGAN_SIZES = ("67M", "102M", "270M")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
+
+
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raises a ValueError in the words of every wrong value."""
+    if not condition:
+        raise ValueError(f"{key}={value!r}: expected {allowed}")
+
+
+def one_of(key: str, value: Any, allowed: Collection[str]) -> None:
+    """Raises a ValueError where a value is no known name."""
+    require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+
+
+@dataclass
+class BackboneConfig:
+    """The language model. `preset` or `config` gives the architecture, `path` the pre-trained weights."""
+
+    path: str | None = None  # open_lm .pt or safetensors, or a transformers folder; `asset:NAME`, `hub:ORG/NAME`
+    config: str | None = None  # preset, open_lm model JSON or transformers folder; null: config.json beside `path`
+    positional: str | None = None  # overrides the config's positional_embedding_type
+    seq_len: int | None = None  # overrides the config's seq_len (rotary tables only)
+
+
+@dataclass
+class TextTokenizerConfig:
+    """A sentencepiece model. Text experiments train one where `path` is null."""
+
+    path: str | None = None  # `asset:lm_rotary/text_tokenizer.model` is shipped
+    vocab_size: int = 4096  # pieces, when one is trained
+    train_paragraphs: int = 100_000  # evenly spaced paragraphs it is trained on
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size > 259, "text_tokenizer.vocab_size", self.vocab_size, "more than 259")
+        require(self.train_paragraphs >= 1, "text_tokenizer.train_paragraphs", self.train_paragraphs, "at least 1")
+
+
+@dataclass
+class VQModelConfig:
+    """Architecture of a small diffusers `VQModel` behind a pixel-unshuffle of `patch`."""
+
+    patch: int = 4
+    block_out_channels: list[int] = field(default_factory=lambda: [64, 128])
+    layers_per_block: int = 1
+    latent_channels: int = 8
+    codes: int = 512
+    code_dim: int = 8
+
+
+@dataclass
+class ImageTokenizerConfig:
+    """The image tokenizer: weights by `path`, or the architecture and phases that train one."""
+
+    path: str | None = None  # our folder, a diffusers VQModel folder or a MoVQGAN .ckpt; `asset:NAME` is shipped
+    expect: str | None = None  # size of a MoVQGAN checkpoint: another is refused
+    size: int = 64  # pixels a side after the centre crop
+    precision: str = "float32"  # of encoding; bfloat16 is refused where it changes more than 0.1 % of the ids
+    model: VQModelConfig = field(default_factory=VQModelConfig)
+    warmup_fraction: float = 0.4  # share of the steps without quantisation
+    restart_every: int = 100  # steps between re-seeding of unused codes
+    commitment: float = 0.25
+    edge_weight: float = 0.0  # weight of the image-gradient term
+
+    def __post_init__(self) -> None:
+        if self.expect is not None:
+            one_of("image_tokenizer.expect", self.expect, MOVQGAN_SIZES)
+        one_of("image_tokenizer.precision", self.precision, ENCODE_PRECISIONS)
+        require(self.size >= 8 and self.size % 8 == 0, "image_tokenizer.size", self.size, "a multiple of 8")
+        require(
+            0 <= self.warmup_fraction < 1, "image_tokenizer.warmup_fraction", self.warmup_fraction, "a value in [0, 1)"
+        )
+
+
+@dataclass
+class DataConfig:
+    """Where the data comes from and how it is batched."""
+
+    source: str = "scenes"
+    path: str | None = None  # file, folder or hub name, for every source but `scenes`
+    val_path: str | None = None  # held-out data; null: `path`'s own validation part
+    train_size: int | None = None  # samples taken from the source; null: all
+    val_size: int | None = None
+    seed: int = 0  # of generated scenes and of a validation split made here; not the run's seed
+    hold_out_pairs: bool = True  # scenes: keep some colour-kind pairs out of training, so validation asks to compose
+    batch_size: int = 64  # global: split over ranks and accumulation
+    length: int = 128  # positions of a sequence, pads included
+    captions: str = "random"  # of several: `first`, a `random` one per epoch, or `all` as samples of their own
+    max_reject_share: float = 0.01  # unreadable samples above this share stop the preparation
+    cache_dir: str = "cache"  # prepared token shards
+    part_size: int = 8192  # samples of one part of the shards: what a killed preparation loses at most
+    workers: int = 0  # processes that load batches
+
+    def __post_init__(self) -> None:
+        one_of("data.source", self.source, SOURCES)
+        one_of("data.captions", self.captions, CAPTION_CHOICES)
+        for key in ("batch_size", "length", "part_size"):
+            require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "at least 1")
+        for key in ("train_size", "val_size"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"data.{key}", value, "null or at least 1")
+        require(0 <= self.max_reject_share <= 1, "data.max_reject_share", self.max_reject_share, "a value in [0, 1]")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with warm-up and cosine (Section 2.1). What the paper does not state is open_lm's default."""
+
+    name: str = "adamw"
+    lr: float = 3e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.1
+    decay: str = "all"
+    warmup_steps: int = 2000
+    final_lr_ratio: float = 0.0
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("optim.name", self.name, OPTIMIZERS)
+        one_of("optim.decay", self.decay, DECAYS)
+        require(self.lr > 0, "optim.lr", self.lr, "a positive value")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "optim.betas",
+            self.betas,
+            "two values in [0, 1)",
+        )
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "a value in [0, 1]")
+        require(self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "a positive value")
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's own names."""
+
+    max_steps: int = 100_000  # optimiser steps
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "auto"  # bf16-mixed where the device computes in bfloat16, else 32-true
+    accumulate_grad_batches: int = 1
+    val_check_interval: int = 1000  # optimiser steps between validations
+    checkpoint_interval: int = 1000  # optimiser steps between checkpoints
+    threads: int | None = None  # CPU threads a process; null: torch's default
+
+    def __post_init__(self) -> None:
+        one_of("trainer.strategy", self.strategy, STRATEGIES)
+        one_of("trainer.precision", self.precision, PRECISIONS)
+        for key in (
+            "max_steps",
+            "devices",
+            "num_nodes",
+            "accumulate_grad_batches",
+            "val_check_interval",
+            "checkpoint_interval",
+        ):
+            require(getattr(self, key) >= 1, f"trainer.{key}", getattr(self, key), "at least 1")
+        require(self.threads is None or self.threads >= 1, "trainer.threads", self.threads, "null or at least 1")
+
+
+@dataclass
+class LogConfig:
+    """How often and where curves go."""
+
+    interval: int = 10  # optimiser steps of one point of a curve; equal in both arms
+    ema: float = 0.95  # smoothing of the drawn curves (Figures 3 to 5)
+    logger: str = "tensorboard"
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 1, "log.interval", self.interval, "at least 1")
+        require(0 <= self.ema < 1, "log.ema", self.ema, "a value in [0, 1)")
+        one_of("log.logger", self.logger, LOGGERS)
+
+
+@dataclass
+class SampleConfig:
+    """What a text-to-image run draws and measures at its end."""
+
+    prompts: int = 64  # held-out prompts drawn
+    grid: int = 16  # of these shown in the grid
+    temperature: float = 1.0
+    top_k: int | None = None
+    preference_scenes: int = 500  # held-out scenes for caption preference (scenes only)
+
+    def __post_init__(self) -> None:
+        for key in ("prompts", "grid", "preference_scenes"):
+            require(getattr(self, key) >= 0, f"samples.{key}", getattr(self, key), "0 or more")
+        require(self.temperature > 0, "samples.temperature", self.temperature, "a positive value")
+        require(self.top_k is None or self.top_k >= 1, "samples.top_k", self.top_k, "null or at least 1")
+
+
+@dataclass
+class AlignConfig:
+    """Contrastive alignment of image rows with text rows (Section 3.2); the batch is N = `data.batch_size`."""
+
+    logit_scale_init: float = 1 / 0.07  # inverse temperature; the paper names neither, both are CLIP's
+    logit_scale_max: float = 100.0
+    mask_duplicates: bool = True  # pairs that share a caption or a picture are no negatives of each other
+    shuffle_pairs: bool = False  # control: every picture keeps a caption of another one
+    neighbours: int = 5  # text tokens listed for every image id
+
+    def __post_init__(self) -> None:
+        require(self.logit_scale_init > 0, "align.logit_scale_init", self.logit_scale_init, "a positive value")
+        require(
+            self.logit_scale_max >= self.logit_scale_init,
+            "align.logit_scale_max",
+            self.logit_scale_max,
+            f"at least align.logit_scale_init={self.logit_scale_init:g}",
+        )
+        require(self.neighbours >= 1, "align.neighbours", self.neighbours, "at least 1")
+
+
+@dataclass
+class RunConfig:
+    """Where a run's folder is made."""
+
+    dir: str = "runs"

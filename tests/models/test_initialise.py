@@ -1,0 +1,23 @@
+import torch
+
+from t2i_lm.models.initialise import copy_text_rows, shuffle_entries
+from tests.models.test_open_lm import tiny
+
+
+def test_shuffling_keeps_every_tensors_entries_and_no_place() -> None:
+    before, after = tiny(), tiny()
+    shuffle_entries(after, torch.Generator().manual_seed(1))
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.equal(old.flatten().sort().values, new.flatten().sort().values), name
+        constant = bool((old == old.flatten()[0]).all())
+        assert torch.equal(old, new) == constant, name
+
+
+def test_rows_are_copied_and_nothing_else() -> None:
+    source, target = tiny(), tiny()
+    target.reset_parameters(torch.Generator().manual_seed(1))
+    before = {name: value.clone() for name, value in target.named_parameters()}
+    copy_text_rows(source, target)
+    for name, value in target.named_parameters():
+        rows = name in ("tok_embeddings.text", "output.text")
+        assert torch.equal(value, dict(source.named_parameters())[name] if rows else before[name]), name
