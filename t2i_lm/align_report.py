@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from t2i_lm.aligned import FILE, write_aligned_rows
-from t2i_lm.build import Experiment, write_text
+from t2i_lm.build import Experiment
 from t2i_lm.data.tokens import open_split
 from t2i_lm.models.align import Neighbours, hubness, nearest_text_tokens
 from t2i_lm.modules.alignment import AlignmentModule
+from t2i_lm.trainer import write_text
 
 TABLE = "nearest_text_tokens.csv"
 # Rows of the table in TensorBoard's text tab: the image ids that occur most.

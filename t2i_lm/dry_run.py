@@ -14,7 +14,6 @@ from torch import nn
 from t2i_lm import hub
 from t2i_lm.assets import find
 from t2i_lm.backbones import choose_trained, empty_backbone
-from t2i_lm.build import precision
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
@@ -22,6 +21,7 @@ from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.sequence import ImageLayout, Layout
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ
+from t2i_lm.trainer import precision
 
 # Peak bfloat16 FLOP a second without sparsity, and an assumed price in dollars an hour.
 GPUS = {"A100": (312e12, 2.0), "H100": (989e12, 3.0)}

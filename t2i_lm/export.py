@@ -60,18 +60,13 @@ def export(run: Path, out: Path, dtype: str) -> dict[str, Any]:
     """
     import torch
 
-    from t2i_lm.build import CHECKPOINTS, build, find_resumable
+    from t2i_lm.build import build
     from t2i_lm.load import load_experiment
     from t2i_lm.runs import CONFIG, read_run
+    from t2i_lm.trained import find_run, newest_checkpoint
 
-    if not (run / CONFIG).is_file():
-        newest = sorted(path.parent for path in run.glob(f"*/{CONFIG}"))
-        if not newest:
-            raise ValueError(f"{run} is no run folder and holds none")
-        run = newest[-1]
-    checkpoint = find_resumable(run / CHECKPOINTS)
-    if checkpoint is None:
-        raise ValueError(f"{run} has no whole checkpoint")
+    run = find_run(run)
+    checkpoint = newest_checkpoint(run)
     experiment = build(load_experiment(run / CONFIG))
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     experiment.module.load_state_dict(state["state_dict"])

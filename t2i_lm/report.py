@@ -1,7 +1,6 @@
 """What a finished run says: samples with their prompts, prompt accuracy, caption preference, the final losses."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from t2i_lm.align_report import TABLE, alignment_report
 from t2i_lm.aligned import FILE
@@ -17,22 +15,19 @@ from t2i_lm.build import Experiment
 from t2i_lm.data.captions import entropy
 from t2i_lm.data.scenes import SIZE
 from t2i_lm.data.tokens import open_split
+from t2i_lm.drawing import draw_captions, draw_uncaptioned, seeds_of
 from t2i_lm.grid import captioned_grid
 from t2i_lm.models.backbone import Backbone
-from t2i_lm.models.generate import generate
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.modules.alignment import AlignmentModule
-from t2i_lm.modules.base import DecoderModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runs import REPORT, read_run
 from t2i_lm.scene_report import caption_preference, familiar_scenes, prompt_accuracy
-from t2i_lm.sequence import ImageLayout, Layout
+from t2i_lm.sequence import Layout
 
 # Captions over which the generator's entropy is estimated.
 ENTROPY_SAMPLES = 20_000
-# Pictures decoded at once.
-DECODE_BATCH = 8
 FAMILIAR_GRID = "grid_familiar.png"
 
 
@@ -85,18 +80,13 @@ def row_norms(decoder: Backbone) -> dict[str, float]:
 
 def _unconditional_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """A grid of pictures drawn without a caption."""
-    config, layout = experiment.config, experiment.layout
-    assert isinstance(layout, ImageLayout)
+    config = experiment.config
     count = min(config.samples.grid, config.samples.prompts)
     if count:
-        images_HW3 = _draw(experiment, [torch.from_numpy(layout.prompt())] * count, _seeds(config.seed, count))
+        images_HW3 = draw_uncaptioned(experiment, seeds_of(config.seed, count))
         (folder / "samples").mkdir(exist_ok=True)
         captioned_grid(images_HW3, [""] * count).save(folder / "samples" / "grid.png")
     return {}
-
-
-def _seeds(seed: int, count: int) -> list[int]:
-    return [seed * 1_000_003 + number for number in range(count)]
 
 
 def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
@@ -111,7 +101,7 @@ def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     if count:
         rows = split[:count]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
-        images_HW3 = draw_captions(experiment, captions, _seeds(config.seed, count))
+        images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, count))
         (folder / "samples").mkdir(exist_ok=True)
         shown = min(config.samples.grid, count)
         grid = captioned_grid(images_HW3[:shown], captions[:shown])
@@ -143,7 +133,7 @@ def _familiar_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     meanings = scenes.meanings[: settings.prompts]
     if meanings:
         captions = scenes.captions[: settings.prompts]
-        seeds = _seeds(experiment.config.seed, len(captions))
+        seeds = seeds_of(experiment.config.seed, len(captions))
         images_HW3 = draw_captions(experiment, captions, seeds)
         captioned_grid(images_HW3[: settings.grid], captions[: settings.grid]).save(folder / "samples" / FAMILIAR_GRID)
         if experiment.image is not None and experiment.image.image_size == SIZE:
@@ -160,45 +150,6 @@ def truncated_share(experiment: Experiment) -> float:
     lengths = experiment.index["splits"]["train"]["caption_tokens"]
     over = sum(count for length, count in lengths.items() if int(length) > experiment.layout.text_budget)
     return float(over / max(1, sum(lengths.values())))
-
-
-def draw_captions(
-    experiment: Experiment,
-    captions: list[str],
-    seeds: list[int],
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """Pictures (H, W, 3) uint8 sampled for captions."""
-    layout, text = experiment.layout, experiment.text
-    assert isinstance(layout, Layout)
-    assert text is not None
-    prompts = [torch.from_numpy(layout.prompt(np.array(text.encode(caption), dtype=np.int64))) for caption in captions]
-    return _draw(experiment, prompts, seeds, on_token)
-
-
-def _draw(
-    experiment: Experiment,
-    prompts: list[Tensor],
-    seeds: list[int],
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """Pictures (H, W, 3) uint8 sampled after prompts of joint ids."""
-    layout, image, settings = experiment.layout, experiment.image, experiment.config.samples
-    assert layout is not None
-    assert image is not None
-    assert isinstance(experiment.module, DecoderModule)
-    codes_BN = generate(
-        experiment.module.decoder,
-        layout.vocab,
-        prompts,
-        layout.image_tokens,
-        seeds,
-        settings.temperature,
-        settings.top_k,
-        on_token,
-    )
-    decoded = (image.decode(codes_BN[start : start + DECODE_BATCH]) for start in range(0, len(codes_BN), DECODE_BATCH))
-    return [picture.permute(1, 2, 0).numpy() for pictures in decoded for picture in pictures]
 
 
 def print_summary(report: dict[str, Any], folder: Path) -> None:

@@ -102,6 +102,7 @@ class DataConfig:
     batch_size: int = 64  # global: split over ranks and accumulation
     length: int = 128  # positions of a sequence, pads included
     captions: str = "random"  # of several: `first`, a `random` one per epoch, or `all` as samples of their own
+    caption_dropout: float = 0.0  # share of training captions left empty: what classifier-free guidance needs
     max_reject_share: float = 0.01  # unreadable samples above this share stop the preparation
     cache_dir: str = "cache"  # prepared token shards
     part_size: int = 8192  # samples of one part of the shards: what a killed preparation loses at most
@@ -115,6 +116,7 @@ class DataConfig:
         for key in ("train_size", "val_size"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"data.{key}", value, "null or at least 1")
+        require(0 <= self.caption_dropout < 1, "data.caption_dropout", self.caption_dropout, "a value in [0, 1)")
         require(0 <= self.max_reject_share <= 1, "data.max_reject_share", self.max_reject_share, "a value in [0, 1]")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
@@ -200,6 +202,9 @@ class SampleConfig:
     grid: int = 16  # of these shown in the grid
     temperature: float = 1.0
     top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 1.0  # scale of classifier-free guidance, which needs data.caption_dropout in training; 1: none
+    interval: int | None = None  # optimiser steps between grids during training; null: only at the end
     preference_scenes: int = 500  # held-out scenes for caption preference (scenes only)
 
     def __post_init__(self) -> None:
@@ -207,6 +212,9 @@ class SampleConfig:
             require(getattr(self, key) >= 0, f"samples.{key}", getattr(self, key), "0 or more")
         require(self.temperature > 0, "samples.temperature", self.temperature, "a positive value")
         require(self.top_k is None or self.top_k >= 1, "samples.top_k", self.top_k, "null or at least 1")
+        require(self.top_p is None or 0 < self.top_p <= 1, "samples.top_p", self.top_p, "null or a value in (0, 1]")
+        require(self.guidance >= 0, "samples.guidance", self.guidance, "0 or more")
+        require(self.interval is None or self.interval >= 1, "samples.interval", self.interval, "null or at least 1")
 
 
 @dataclass

@@ -7,17 +7,7 @@ from pathlib import Path
 
 import torch
 
-from t2i_lm.build import (
-    CHECKPOINTS,
-    EventLog,
-    Experiment,
-    MetricsFile,
-    Preempted,
-    build,
-    build_trainer,
-    find_resumable,
-    precision,
-)
+from t2i_lm.build import Experiment, build
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.load import save_experiment
@@ -26,6 +16,15 @@ from t2i_lm.modules.base import DecoderModule
 from t2i_lm.report import write_report
 from t2i_lm.runs import CONFIG, ENVIRONMENT, EVENTS, GROUPS, METRICS, environment, new_run_folder, read_run
 from t2i_lm.seeds import generator
+from t2i_lm.trainer import (
+    CHECKPOINTS,
+    EventLog,
+    MetricsFile,
+    Preempted,
+    build_trainer,
+    find_resumable,
+    precision,
+)
 
 # A launched rank finds the folder that rank 0 made here.
 FOLDER_VARIABLE = "T2I_LM_RUN_FOLDER"

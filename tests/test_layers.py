@@ -20,7 +20,8 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("data", ("t2i_lm.data", "t2i_lm.modules")),
     ("backbones", ("t2i_lm.backbones", "t2i_lm.aligned")),
     ("grid", ("t2i_lm.grid",)),
-    ("build", ("t2i_lm.build",)),
+    ("build", ("t2i_lm.build", "t2i_lm.trainer", "t2i_lm.trained")),
+    ("drawing", ("t2i_lm.drawing",)),
     ("session", ("t2i_lm.scene_report", "t2i_lm.align_report", "t2i_lm.report", "t2i_lm.session", "t2i_lm.dry_run")),
     ("figures", ("t2i_lm.plots", "t2i_lm.figures", "t2i_lm.arms", "t2i_lm.pairing", "t2i_lm.figure_text")),
     ("commands", ("t2i_lm.train", "t2i_lm.ablate", "t2i_lm.prepare", "t2i_lm.export")),
@@ -72,7 +73,7 @@ def test_imports_point_down(path: Path) -> None:
         if imported.startswith("t2i_lm"):
             assert layer(imported) <= own, f"{name} imports {imported}, which is above it"
         if imported.split(".")[0] == "callbacks":
-            assert name == "t2i_lm.build", f"{name} imports callbacks; only t2i_lm.build may"
+            assert name == "t2i_lm.trainer", f"{name} imports callbacks; only t2i_lm.trainer may"
 
 
 def test_models_do_not_know_lightning_and_config_knows_the_standard_library_alone() -> None:

@@ -20,7 +20,7 @@ from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.sampler import Draw, IndexSampler
 from t2i_lm.data.sources import open_sized
 from t2i_lm.data.tokenise import stack_pictures
-from t2i_lm.data.tokens import choose_caption, open_split
+from t2i_lm.data.tokens import choose_caption, leaves_out_caption, open_split
 from t2i_lm.sequence import ImageLayout, IntArray, Layout
 
 # `ids_BT` int64, `samples` int, `tokens_nominal` int (positions), `tokens_real` 0-d int64 (pads excluded).
@@ -76,12 +76,21 @@ class CaptionedIds(Batches):
 class PairBatches(CaptionedIds):
     """Caption-image pairs as packed batches: `ids_BT` joint ids and how much they are."""
 
-    def __init__(self, split: datasets.Dataset, layout: Layout | ImageLayout, captions: str, seed: int) -> None:
+    def __init__(
+        self, split: datasets.Dataset, layout: Layout | ImageLayout, captions: str, seed: int, dropout: float = 0.0
+    ) -> None:
+        """`dropout` is the share of captions left empty."""
         super().__init__(split, captions, seed)
-        self.layout = layout
+        self.layout, self.dropout = layout, dropout
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        ids_BT = self.layout.pack(*self.pairs(draws))
+        texts, image_ids_BN = self.pairs(draws)
+        if self.dropout:
+            texts = [
+                text[:0] if leaves_out_caption(self.dropout, self.seed, *draw) else text
+                for text, draw in zip(texts, draws, strict=True)
+            ]
+        ids_BT = self.layout.pack(texts, image_ids_BN)
         used_B = (ids_BT != self.layout.vocab.pad).sum(dim=1)
         longest = -(-int(used_B.max()) // TRIM) * TRIM
         return {
@@ -200,7 +209,9 @@ class PairDataModule(BatchDataModule):
     def setup(self, stage: str) -> None:
         """Maps the shards, checking their hashes."""
         data, seed = self.config.data, self.config.seed
-        self.train_set = PairBatches(open_split(self.folder, "train"), self.layout, data.captions, seed)
+        self.train_set = PairBatches(
+            open_split(self.folder, "train"), self.layout, data.captions, seed, data.caption_dropout
+        )
         self.val_set = PairBatches(open_split(self.folder, "val"), self.layout, "first", seed)
 
 

@@ -174,3 +174,8 @@ def open_split(folder: Path, split: str) -> datasets.Dataset:
 def choose_caption(captions: int, seed: int, epoch: int, index: int) -> int:
     """Which of several captions a sample shows in an epoch: a function of its arguments alone."""
     return int(np.random.default_rng([seed, epoch, index]).integers(captions))
+
+
+def leaves_out_caption(share: float, seed: int, epoch: int, index: int) -> bool:
+    """Whether a sample has no caption in an epoch: a function of its arguments alone."""
+    return bool(np.random.default_rng([seed, epoch, index, 1]).random() < share)

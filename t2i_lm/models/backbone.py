@@ -34,7 +34,10 @@ class Backbone(nn.Module):
     Attributes:
         config: its sizes.
         tok_embeddings, output: token rows; one parameter where they are tied.
+        ragged_cache: whether one cache holds prompts of several lengths (`KVCache.place`).
     """
+
+    ragged_cache = False
 
     config: BackboneShape
     tok_embeddings: Embedding

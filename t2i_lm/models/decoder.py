@@ -84,12 +84,34 @@ class DecoderConfig:
 
 
 class KVCache:
-    """Keys and values of every layer for `length` positions, filled from the left."""
+    """Keys and values of every layer for `length` positions, filled from the left.
+
+    Attributes:
+        filled: columns in use.
+        unused_B: leading columns of each row that hold nothing; None where no row has any.
+    """
 
     def __init__(self, config: DecoderConfig, batch: int, length: int, like: Tensor) -> None:
         shape = (config.n_layers, 2, batch, config.n_heads, length, config.hidden_dim // config.n_heads)
         self.states = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.filled = 0
+        self.unused_B: Tensor | None = None
+
+    def place(self, rows: list[int], part: "KVCache", end: int) -> None:
+        """Copies what another cache holds into some rows, so that it ends at column `end`."""
+        start = end - part.filled
+        self.states[:, :, rows, :, start:end] = part.states[:, :, :, :, : part.filled]
+        if self.unused_B is None:
+            self.unused_B = torch.zeros(self.states.shape[2], dtype=torch.int64, device=self.states.device)
+        self.unused_B[rows] = start
+        self.filled = end
+
+    def mask(self) -> Tensor | None:
+        """Which columns the next position may attend to (B, 1, 1, filled + 1); None for all."""
+        if self.unused_B is None:
+            return None
+        columns_T = torch.arange(self.filled + 1, device=self.states.device)
+        return (columns_T >= self.unused_B[:, None])[:, None, None]
 
     def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new positions and returns all keys and values so far."""
@@ -120,7 +142,7 @@ def turn_neighbours(x: Tensor) -> Tensor:
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
-def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, causal: bool) -> Tensor:
+def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention.
 
     Torch's bfloat16 flash kernel for CPUs is slow at short sequences (5 times slower than plain products at
@@ -132,7 +154,7 @@ def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, causal: bool) -> Tens
         q_XTK, k_XTK, v_XTK = (x.reshape(B * H, T, K) for x in (q_BHTK, k_BHTK, v_BHTK))
         scores_XTT = torch.baddbmm(mask_TT, q_XTK, k_XTK.transpose(1, 2), alpha=1 / math.sqrt(K))
         return (scores_XTT.softmax(dim=-1) @ v_XTK).view(B, H, T, K)
-    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=causal)
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=causal)
 
 
 class Attention(nn.Module):
@@ -159,13 +181,14 @@ class Attention(nn.Module):
             cos_TK, sin_TK = rotary
             q_BHTK = (q_BHTK * cos_TK + self.turn(q_BHTK) * sin_TK).to(v_BHTK.dtype)
             k_BHTK = (k_BHTK * cos_TK + self.turn(k_BHTK) * sin_TK).to(v_BHTK.dtype)
-        causal = True
+        causal, mask = True, None
         if cache is not None:
-            # A prompt goes in whole and then one token at a time: the mask is either square or empty.
+            # A prompt goes in whole and then one token at a time: the mask is either square or of unused columns.
             causal = cache.filled == 0
             assert causal or T == 1
+            mask = None if causal else cache.mask()
             k_BHTK, v_BHTK = cache.extend(self.layer, k_BHTK, v_BHTK)
-        out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal and T > 1)
+        out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal and T > 1, mask)
         return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
 
 
@@ -194,6 +217,7 @@ class Decoder(Backbone):
     """
 
     config: DecoderConfig
+    ragged_cache = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -228,6 +252,12 @@ class Decoder(Backbone):
         """Final normalised hidden states (B, T, D); with a cache, of the new positions only."""
         x_BTD = self.post_embed_norm(self.tok_embeddings(ids_BT))
         rotary = self.rotary(cache.filled if cache else 0, ids_BT.shape[1])
+        if rotary is not None and cache is not None and cache.unused_B is not None:
+            positions_B = cache.filled - cache.unused_B
+            rotary = (
+                self.get_buffer("rotary_cos")[positions_B][:, None, None],
+                self.get_buffer("rotary_sin")[positions_B][:, None, None],
+            )
         for block in self.layers:
             x_BTD = block(x_BTD, rotary, cache)
         if cache is not None:

@@ -1,9 +1,11 @@
 """Sampling: batched prefill, a static key-value cache, ids confined to the image range.
 
-Shapes: `B` pictures, `T` prompt positions, `N` image tokens, `V` image codes.
+Shapes: `B` pictures, `T` prompt positions, `N` image tokens, `D` width, `V` image codes.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +13,35 @@ from torch import Tensor
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.vocab import JointVocab
 
-# Called after each token with (tokens done, tokens in all).
-Progress = Callable[[int, int], None]
+# Called after each token with (tokens drawn, tokens in all, codes so far (B, N), -1 where none is yet).
+Progress = Callable[[int, int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next code is drawn from logits: guidance, then temperature, then top-k, then top-p.
+
+    Attributes:
+        temperature: divides the logits.
+        top_k: codes kept at each step; None keeps all.
+        top_p: the likeliest codes are kept whose probabilities just reach this sum; None keeps all.
+        guidance: scale s of classifier-free guidance, null + s (caption - null) on logits; 1 is none.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: expected a positive value")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: expected at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: expected a value in (0, 1]")
+        if self.guidance < 0:
+            raise ValueError(f"guidance={self.guidance}: expected 0 or more")
 
 
 def filter_top_k(logits_BV: Tensor, top_k: int | None) -> Tensor:
@@ -23,19 +52,55 @@ def filter_top_k(logits_BV: Tensor, top_k: int | None) -> Tensor:
     return logits_BV.masked_fill(logits_BV < smallest_B1, float("-inf"))
 
 
-def draw(logits_BV: Tensor, noise_BV: Tensor | None) -> Tensor:
-    """One id a row: the Gumbel-max draw with the given noise, or the greedy choice without."""
-    return (logits_BV if noise_BV is None else logits_BV + noise_BV).argmax(dim=-1)
+def filter_top_p(logits_BV: Tensor, top_p: float | None) -> Tensor:
+    """Keeps each row's likeliest codes up to a total probability; the likeliest one always."""
+    if top_p is None or top_p == 1:
+        return logits_BV
+    sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
+    share_BV = sorted_BV.softmax(dim=-1)
+    before_BV = share_BV.cumsum(dim=-1) - share_BV
+    dropped_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= top_p)
+    return logits_BV.masked_fill(dropped_BV, float("-inf"))
 
 
-def gumbel(seeds: Sequence[int], step: int, size: int) -> Tensor:
-    """Gumbel noise (B, size): a function of each picture's seed and the step alone, not of the batch."""
-    rows = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-        uniform = torch.rand(size, generator=generator, dtype=torch.float64)
-        rows.append(-torch.log(-torch.log(uniform.clamp(min=1e-300))))
-    return torch.stack(rows).float()
+def draw(logits_BV: Tensor, uniform_B: Tensor | None) -> Tensor:
+    """One id a row: the inverse of its cumulative distribution at a uniform number, or greedy without."""
+    if uniform_B is None:
+        return logits_BV.argmax(dim=-1)
+    share_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
+    reached_BV = share_BV > uniform_B[:, None] * share_BV[:, -1:]
+    return reached_BV.int().argmax(dim=-1)  # the first that is true
+
+
+def uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """Uniform numbers (B, count) float64 in [0, 1): each row a function of its seed alone, not of the batch."""
+    rows = [
+        torch.rand(count, generator=torch.Generator().manual_seed(seed % 2**63), dtype=torch.float64) for seed in seeds
+    ]
+    return torch.stack(rows)
+
+
+def prefill(decoder: Backbone, prompts: Sequence[Tensor], room: int) -> tuple[Any, Tensor]:
+    """A cache that holds all prompts and has room for more ids, and the last hidden states (B, D).
+
+    Prompts of one length go in together. Others lie in the cache so that all end at one column.
+    """
+    device = decoder.output.text.device
+    lengths = [len(prompt) for prompt in prompts]
+    cache = decoder.new_cache(len(prompts), max(lengths) + room)
+    if len(set(lengths)) == 1:
+        return cache, decoder.hidden(torch.stack(list(prompts)).to(device), cache)[:, -1]
+    last_BD: Tensor | None = None
+    for length in sorted(set(lengths)):
+        members = [index for index, other in enumerate(lengths) if other == length]
+        part = decoder.new_cache(len(members), length)
+        part_BD = decoder.hidden(torch.stack([prompts[index] for index in members]).to(device), part)[:, -1]
+        cache.place(members, part, max(lengths))
+        if last_BD is None:
+            last_BD = part_BD.new_empty(len(prompts), part_BD.shape[1])
+        last_BD[members] = part_BD
+    assert last_BD is not None
+    return cache, last_BD
 
 
 @torch.no_grad()
@@ -45,13 +110,13 @@ def generate(
     prompts: Sequence[Tensor],
     image_tokens: int,
     seeds: Sequence[int] | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
+    sampling: Sampling | None = None,
+    null_prompt: Tensor | None = None,
     on_token: Progress | None = None,
 ) -> Tensor:
     """Draws pictures: exactly `image_tokens` ids each, confined to the image codes.
 
-    Prompts of equal length are prefilled together; a picture's ids do not depend on its neighbours.
+    A picture's ids depend on its prompt and seed, not on its neighbours.
 
     Args:
         decoder: an expanded decoder.
@@ -59,47 +124,66 @@ def generate(
         prompts: B one-dimensional joint-id tensors that end in `<image>`.
         image_tokens: ids to draw for each.
         seeds: one seed a picture; None decodes greedily.
-        temperature: divides the logits, before `top_k`.
-        top_k: number of codes kept at each step; None keeps all.
+        sampling: how; the default draws from the model's own distribution.
+        null_prompt: the prompt of an empty caption, for guidance.
         on_token: progress.
 
     Returns:
-        Image codes (B, N) int64 in [0, vocab.image_size), row-major.
+        Image codes (B, N) int64 in [0, vocab.image_size), row-major, on the CPU.
 
     Raises:
-        ValueError: on a temperature, top_k or number of seeds that makes no sense.
+        ValueError: if there are not as many seeds as prompts, or guidance has no null prompt.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature}: expected a positive value")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: expected at least 1")
+    sampling = sampling or Sampling()
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-    codes_BN = torch.empty(len(prompts), image_tokens, dtype=torch.int64)
-    lengths = sorted({len(prompt) for prompt in prompts})
-    done, total = 0, len(lengths) * image_tokens
-    for length in lengths:
-        members = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
-        ids_BT = torch.stack([prompts[index] for index in members]).to(decoder.output.text.device)
-        cache = decoder.new_cache(len(members), length + image_tokens)
+    if sampling.guidance != 1 and null_prompt is None:
+        raise ValueError(f"guidance={sampling.guidance}: needs the prompt of an empty caption")
+    device = decoder.output.text.device
+    uniform_BN = None if seeds is None else uniforms(seeds, image_tokens).to(device)
+    codes_BN = torch.full((len(prompts), image_tokens), -1, device=device)
+    done, batches = 0, _batches(decoder, prompts)
+    for members in batches:
+        own = [prompts[index] for index in members]
+        streams = [prefill(decoder, own, image_tokens)]
+        if sampling.guidance != 1:
+            assert null_prompt is not None
+            streams.append(prefill(decoder, [null_prompt] * len(own), image_tokens))
+        caches, last = [cache for cache, _ in streams], [last_BD for _, last_BD in streams]
         for step in range(image_tokens):
-            last_BD = decoder.hidden(ids_BT, cache)[:, -1]
-            logits_BV = decoder.output(last_BD)[:, vocab.image_offset :].cpu() / temperature
-            noise_BV = gumbel([seeds[i] for i in members], step, vocab.image_size) if seeds is not None else None
-            codes_B = draw(filter_top_k(logits_BV, top_k), noise_BV)
+            logits = [decoder.output(last_BD)[:, vocab.image_offset :] for last_BD in last]
+            logits_BV = logits[0] if len(logits) == 1 else logits[1] + sampling.guidance * (logits[0] - logits[1])
+            logits_BV = filter_top_p(filter_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
+            codes_B = draw(logits_BV, None if uniform_BN is None else uniform_BN[members, step])
             codes_BN[members, step] = codes_B
-            ids_BT = (codes_B + vocab.image_offset)[:, None].to(ids_BT.device)
+            if step + 1 < image_tokens:
+                ids_B1 = (codes_B + vocab.image_offset)[:, None]
+                last = [decoder.hidden(ids_B1, cache)[:, -1] for cache in caches]
             done += 1
             if on_token is not None:
-                on_token(done, total)
-    return codes_BN
+                on_token(done, len(batches) * image_tokens, codes_BN)
+    return codes_BN.cpu()
+
+
+def _batches(decoder: Backbone, prompts: Sequence[Tensor]) -> list[list[int]]:
+    """Prompts that are drawn together: all, or those of one length where the cache cannot hold several."""
+    if decoder.ragged_cache:
+        return [list(range(len(prompts)))]
+    lengths = sorted({len(prompt) for prompt in prompts})
+    return [[index for index, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
 
 
 @torch.no_grad()
 def continue_text(
-    decoder: Backbone, prompt: Tensor, tokens: int, stop: int, seed: int | None = None, temperature: float = 1.0
+    decoder: Backbone,
+    prompt: Tensor,
+    tokens: int,
+    stop: int,
+    seed: int | None = None,
+    temperature: float = 1.0,
+    all_rows: bool = False,
 ) -> Tensor:
-    """Continues a text over the text rows alone, up to `tokens` ids or the `stop` id.
+    """Continues a text up to `tokens` ids or the `stop` id.
 
     Args:
         decoder: expanded or not.
@@ -108,16 +192,18 @@ def continue_text(
         stop: id that ends the text; it is not returned.
         seed: of the draw; None decodes greedily.
         temperature: divides the logits.
+        all_rows: whether image and boundary ids may be drawn too; otherwise their rows are masked.
 
     Returns:
-        The added ids, one-dimensional int64.
+        The added ids, one-dimensional int64, joint ids where `all_rows`.
     """
     cache = decoder.new_cache(1, len(prompt) + tokens)
-    text_size = decoder.config.vocab_size
+    text_size = None if all_rows else decoder.config.vocab_size
+    uniform_1N = None if seed is None else uniforms([seed], tokens)
     ids_BT, added = prompt[None], []
     for step in range(tokens):
         logits_BV = decoder.output(decoder.hidden(ids_BT, cache)[:, -1])[:, :text_size] / temperature
-        chosen_B = draw(logits_BV, None if seed is None else gumbel([seed], step, text_size))
+        chosen_B = draw(logits_BV, None if uniform_1N is None else uniform_1N[:, step])
         if int(chosen_B) == stop:
             break
         added.append(int(chosen_B))

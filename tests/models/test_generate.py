@@ -4,7 +4,7 @@ import torch
 
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.generate import filter_top_k, generate
+from t2i_lm.models.generate import Sampling, filter_top_k, filter_top_p, generate
 from t2i_lm.sequence import Layout
 from t2i_lm.vocab import JointVocab
 from tests.models.test_open_lm import tiny
@@ -49,18 +49,64 @@ def test_draws_follow_the_models_distribution() -> None:
 
 def test_ids_stay_in_the_image_range_and_top_k_narrows_them() -> None:
     decoder, vocab, prompts = setup("rotary")
-    codes = generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4], temperature=50.0)
+    codes = generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4], sampling=Sampling(temperature=50.0))
     assert int(codes.min()) >= 0
     assert int(codes.max()) < 16
     greedy = generate(decoder, vocab, prompts, 6)
-    assert torch.equal(generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4], top_k=1), greedy)
+    for narrow in (Sampling(top_k=1), Sampling(top_p=1e-6)):
+        assert torch.equal(generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4], sampling=narrow), greedy)
     assert torch.isinf(filter_top_k(torch.tensor([[3.0, 1.0, 2.0]]), 2)).tolist() == [[False, True, False]]
 
 
+def test_top_p_keeps_the_fewest_codes_that_reach_it() -> None:
+    logits_BV = torch.tensor([[0.5, 0.1, 0.4], [0.2, 0.7, 0.1]]).log()
+    kept = ~filter_top_p(logits_BV, 0.6).isinf()
+    assert kept.tolist() == [[True, False, True], [False, True, False]]
+
+
+def test_guidance_is_a_step_from_the_empty_caption_on_logits() -> None:
+    """Greedy codes under guidance equal a full recomputation of both streams."""
+    decoder, vocab, prompts = setup("rotary")
+    null = torch.from_numpy(Layout(vocab, 6, 20).prompt(np.empty(0, np.int64)))
+    codes_BN = generate(decoder, vocab, prompts, 6, sampling=Sampling(guidance=3.0), null_prompt=null)
+    assert not torch.equal(codes_BN, generate(decoder, vocab, prompts, 6))
+    for prompt, codes_N in zip(prompts, codes_BN, strict=True):
+        for step, code in enumerate(codes_N):
+            drawn = codes_N[:step] + vocab.image_offset
+            own, empty = (
+                decoder(torch.cat([head, drawn])[None])[0, -1, vocab.image_offset :] for head in (prompt, null)
+            )
+            assert int((empty + 3.0 * (own - empty)).argmax()) == int(code)
+    none = generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4], sampling=Sampling(guidance=1.0), null_prompt=null)
+    assert torch.equal(none, generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4]))
+
+
+def test_progress_sees_the_codes_that_are_there() -> None:
+    decoder, vocab, prompts = setup("rotary")
+    seen: list[tuple[int, int, int]] = []
+    generate(
+        decoder,
+        vocab,
+        prompts,
+        6,
+        on_token=lambda done, total, codes: seen.append((done, total, int((codes >= 0).sum()))),
+    )
+    assert seen == [(step, 6, 4 * step) for step in range(1, 7)]
+
+
 @pytest.mark.parametrize(
-    ("change", "message"), [({"temperature": 0}, "temperature"), ({"top_k": 0}, "top_k"), ({"seeds": [1]}, "seeds")]
+    ("change", "message"),
+    [
+        ({"temperature": 0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0}, "top_p"),
+        ({"guidance": -1}, "guidance"),
+        ({"guidance": 2}, "empty caption"),
+    ],
 )
-def test_senseless_settings_are_refused(change: dict[str, object], message: str) -> None:
+def test_senseless_settings_are_refused(change: dict[str, float], message: str) -> None:
     decoder, vocab, prompts = setup("rotary")
     with pytest.raises(ValueError, match=message):
-        generate(decoder, vocab, prompts, 6, **change)  # type: ignore[arg-type]
+        generate(decoder, vocab, prompts, 6, sampling=Sampling(**change))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="1 seeds for 4 prompts"):
+        generate(decoder, vocab, prompts, 6, seeds=[1])

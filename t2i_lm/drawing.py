@@ -1,0 +1,101 @@
+"""Pictures from captions: prompts, sampling, decoding.
+
+Shapes: `B` pictures, `N` image tokens, `H`, `W` pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from t2i_lm.build import Model
+from t2i_lm.models.generate import Progress, Sampling, generate
+from t2i_lm.modules.base import DecoderModule
+from t2i_lm.sections import SampleConfig
+from t2i_lm.sequence import ImageLayout, Layout
+
+Picture = np.ndarray[Any, np.dtype[np.uint8]]
+# Pictures drawn together: what the key-value cache must hold.
+DRAW_BATCH = 64
+# Pictures decoded at once.
+DECODE_BATCH = 8
+
+
+def sampling_of(settings: SampleConfig) -> Sampling:
+    """How an experiment's `samples` are drawn."""
+    return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.guidance)
+
+
+def seeds_of(seed: int, count: int) -> list[int]:
+    """One seed a picture: the first pictures are the same however many are drawn."""
+    return [seed * 1_000_003 + number for number in range(count)]
+
+
+def caption_prompts(model: Model, captions: Sequence[str]) -> list[Tensor]:
+    """Joint ids of each caption up to `<image>`, cut to the text budget."""
+    layout, text = model.layout, model.text
+    assert isinstance(layout, Layout)
+    assert text is not None
+    return [torch.from_numpy(layout.prompt(np.array(text.encode(caption), dtype=np.int64))) for caption in captions]
+
+
+def draw_captions(
+    model: Model,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling | None = None,
+    on_token: Progress | None = None,
+) -> list[Picture]:
+    """Pictures (H, W, 3) uint8 for captions; by default sampled as the experiment says."""
+    prompts = caption_prompts(model, captions)
+    return decode(model, draw_codes(model, prompts, seeds, sampling, on_token))
+
+
+def draw_uncaptioned(model: Model, seeds: Sequence[int]) -> list[Picture]:
+    """Pictures (H, W, 3) uint8 of an unconditional model, one a seed."""
+    assert isinstance(model.layout, ImageLayout)
+    return decode(model, draw_codes(model, [torch.from_numpy(model.layout.prompt())] * len(seeds), seeds))
+
+
+def draw_codes(
+    model: Model,
+    prompts: Sequence[Tensor],
+    seeds: Sequence[int],
+    sampling: Sampling | None = None,
+    on_token: Progress | None = None,
+) -> Tensor:
+    """Image codes (B, N) after prompts of joint ids, `DRAW_BATCH` at once; progress is over all of them."""
+    layout = model.layout
+    assert layout is not None
+    assert isinstance(model.module, DecoderModule)
+    null = torch.from_numpy(layout.prompt(np.empty(0, np.int64))) if isinstance(layout, Layout) else None
+    starts = range(0, len(prompts), DRAW_BATCH)
+    drawn: list[Tensor] = []
+    for start in starts:
+        part = slice(start, start + DRAW_BATCH)
+        codes_BN = generate(
+            model.module.decoder,
+            layout.vocab,
+            prompts[part],
+            layout.image_tokens,
+            seeds[part],
+            sampling or sampling_of(model.config.samples),
+            null,
+            None if on_token is None else _shifted(on_token, len(drawn), len(starts)),
+        )
+        drawn.append(codes_BN)
+    return torch.cat(drawn)
+
+
+def _shifted(on_token: Progress, before: int, batches: int) -> Callable[[int, int, Tensor], None]:
+    """Progress over all batches, `before` of which are done."""
+    return lambda done, total, codes_BN: on_token(before * total + done, batches * total, codes_BN)
+
+
+def decode(model: Model, codes_BN: Tensor) -> list[Picture]:
+    """Pictures (H, W, 3) uint8 of image codes."""
+    assert model.image is not None
+    parts = (model.image.decode(part_BN) for part_BN in torch.split(codes_BN, DECODE_BATCH))
+    return [picture.permute(1, 2, 0).numpy() for pictures in parts for picture in pictures]

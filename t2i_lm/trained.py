@@ -1,0 +1,61 @@
+"""A trained model from its run folder, without its data: what sampling and evaluation start from."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from t2i_lm.build import Model, build_model
+from t2i_lm.load import load_experiment
+from t2i_lm.runs import CONFIG
+from t2i_lm.trainer import CHECKPOINTS, find_resumable
+
+
+def find_run(path: Path) -> Path:
+    """A run folder, or the newest one in a folder of runs.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if (path / CONFIG).is_file():
+        return path
+    runs = sorted(
+        (file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{CONFIG}")), key=lambda run: run.name
+    )
+    if not runs:
+        raise ValueError(f"{path} is no run folder and holds none (a run folder has a {CONFIG})")
+    return runs[-1]
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    checkpoint = find_resumable(run / CHECKPOINTS)
+    if checkpoint is None:
+        raise ValueError(f"{run} has no whole checkpoint in {CHECKPOINTS}/")
+    return checkpoint
+
+
+def load_trained(run: Path) -> Model:
+    """The model of a run with the weights of its newest checkpoint, for evaluation.
+
+    Raises:
+        ValueError: if the run trains no picture model, or has no whole checkpoint.
+    """
+    config = load_experiment(run / CONFIG)
+    if config.task not in ("text_to_image", "unconditional"):
+        raise ValueError(f"{run} is a run of task={config.task}; expected text_to_image or unconditional")
+    checkpoint = newest_checkpoint(run)
+    # Every weight is replaced, so none is read; the architecture still comes from the backbone's own config.
+    model = build_model(replace(config, init="random", new_rows="random", aligned_rows=None))
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    try:
+        model.module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit the run's config.yaml: {error}") from error
+    model.config = config
+    model.module.eval()
+    return model

@@ -1,0 +1,123 @@
+"""The Trainer of an experiment with all its callbacks. Alone imports `callbacks`."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+
+from callbacks import (
+    DurableCheckpointIO,
+    EMASplitPerplexity,
+    NonFiniteGuard,
+    Preemption,
+    RngState,
+    RunCheckpoints,
+    RunProgress,
+    RunScalars,
+    Throughput,
+)
+from callbacks import EventLog as EventLog
+from callbacks import MetricsFile as MetricsFile
+from callbacks import Preempted as Preempted
+from callbacks import find_resumable as find_resumable
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.devices import multiplies_bfloat16
+from t2i_lm.runs import METRICS
+
+CHECKPOINTS = "checkpoints"
+
+# Warnings of Lightning that do not hold here: loading is no bottleneck, and the data module resumes exactly.
+QUIET = (
+    ".*does not have many workers.*",
+    ".*resuming from a checkpoint that ended before the epoch ended.*",
+    "The number of training batches.*",
+    ".*isinstance.treespec, LeafSpec.*",
+)
+
+
+def precision(config: ExperimentConfig) -> str:
+    """bf16-mixed where the device multiplies in bfloat16, else float32; float32 master weights either way."""
+    if config.trainer.precision != "auto":
+        return config.trainer.precision
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
+    return "bf16-mixed" if multiplies_bfloat16("cuda" if on_gpu else "cpu") else "32-true"
+
+
+def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
+    """The logger named by `log.logger`; metrics.jsonl is written whatever it is."""
+    name = config.log.logger
+    if name == "tensorboard":
+        return TensorBoardLogger(save_dir=folder, name="", version="tb", default_hp_metric=False)
+    if name == "csv":
+        return CSVLogger(save_dir=folder, name="", version="csv")
+    if name == "wandb":
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(project="t2i_lm", name=folder.name, save_dir=folder)
+    return False
+
+
+def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
+    """Puts a text beside a run's curves, where its logger is TensorBoard."""
+    logger = build_logger(config, folder)
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(tag, markdown)
+        logger.finalize("success")
+
+
+def build_trainer(config: ExperimentConfig, folder: Path, events: EventLog, resumed: bool) -> pl.Trainer:
+    """The Trainer of a run, with all callbacks. A new run is validated once before its first step.
+
+    Order matters: throughput first, so that other callbacks count as work; the guard before the meters; progress
+    after the meter that it shows; random state after all that draw; the saver last, when all have seen the step.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    trainer = config.trainer
+    metrics = folder / METRICS
+    throughput = Throughput()
+    meter: EMASplitPerplexity | RunScalars
+    if config.task == "image_tokenizer":
+        meter = RunScalars(config.log.interval, metrics)
+    else:
+        meter = EMASplitPerplexity(config.log.interval, config.log.ema, metrics, extras=[throughput])
+    saver = RunCheckpoints(folder / CHECKPOINTS, trainer.checkpoint_interval, metrics=meter.file, events=events)
+    callbacks = [
+        throughput,
+        Preemption(saver),
+        NonFiniteGuard(events=events),
+        meter,
+        RunProgress(meter, config.log.interval),
+        RngState(config.seed, events),
+        saver,
+    ]
+    if trainer.threads:
+        torch.set_num_threads(trainer.threads)
+    ranks = trainer.devices * trainer.num_nodes
+    # Buffers are tables, or counts that the module adds up itself: broadcasting them in every forward would also hang
+    # a validation in which ranks have different numbers of batches.
+    strategy = DDPStrategy(broadcast_buffers=False) if trainer.strategy == "ddp" or ranks > 1 else "auto"
+    return pl.Trainer(
+        max_steps=trainer.max_steps,
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        strategy=strategy,
+        precision=precision(config),  # type: ignore[arg-type]
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip_val=config.optim.grad_clip,
+        val_check_interval=min(trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        logger=build_logger(config, folder),
+        callbacks=callbacks,
+        plugins=[DurableCheckpointIO()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0 if resumed else -1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
