@@ -10,11 +10,13 @@ from callbacks.perplexity import EMASplitPerplexity
 from callbacks.preemption import Preempted, Preemption
 from callbacks.progress import RunProgress
 from callbacks.rng import RngState
+from callbacks.samples import Drawn, SampleGrid
 from callbacks.scalars import RunScalars
 from callbacks.throughput import Throughput
 
 __all__ = [
     "CorruptCheckpointError",
+    "Drawn",
     "DurableCheckpointIO",
     "EMASplitPerplexity",
     "EventLog",
@@ -26,6 +28,7 @@ __all__ = [
     "RunCheckpoints",
     "RunProgress",
     "RunScalars",
+    "SampleGrid",
     "SplitLossModule",
     "StepOutput",
     "Throughput",

@@ -1,6 +1,7 @@
 """What a finished run says: samples with their prompts, prompt accuracy, caption preference, the final losses."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runs import REPORT, read_run
 from t2i_lm.scene_report import caption_preference, familiar_scenes, prompt_accuracy
 from t2i_lm.sequence import Layout
+from t2i_lm.trainer import Drawn
 
 # Captions over which the generator's entropy is estimated.
 ENTROPY_SAMPLES = 20_000
@@ -142,6 +144,27 @@ def _familiar_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     texts = [json.dumps(meaning) for meaning in scenes.meanings[chosen]]
     result["preference"] = caption_preference(experiment, texts, scenes.image_ids_BN[chosen])
     return result
+
+
+def sampler(experiment: Experiment) -> Callable[[], Drawn] | None:
+    """What draws held-out prompts during training and scores those of scenes; None where nothing is to be drawn."""
+    config = experiment.config
+    if not (config.samples.interval and config.samples.grid and isinstance(experiment.layout, Layout)):
+        return None
+
+    def draw() -> Drawn:
+        assert experiment.shards is not None
+        assert experiment.text is not None
+        rows = open_split(experiment.shards, "val")[: config.samples.grid]
+        captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
+        images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, len(captions)))
+        accuracy = {}
+        if config.data.source == "scenes" and images_HW3[0].shape[0] == SIZE:
+            meanings = [json.loads(str(text)) for text in rows["meaning"]]
+            accuracy = {name: entry["right"] for name, entry in prompt_accuracy(images_HW3, meanings).items()}
+        return Drawn(captioned_grid(images_HW3, captions), accuracy)
+
+    return draw
 
 
 def truncated_share(experiment: Experiment) -> float:

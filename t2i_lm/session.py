@@ -13,7 +13,7 @@ from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.load import save_experiment
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
-from t2i_lm.report import write_report
+from t2i_lm.report import sampler, write_report
 from t2i_lm.runs import CONFIG, ENVIRONMENT, EVENTS, GROUPS, METRICS, environment, new_run_folder, read_run
 from t2i_lm.seeds import generator
 from t2i_lm.trainer import (
@@ -46,7 +46,7 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     checkpoint = find_resumable(folder / CHECKPOINTS, events if main_rank else None) if resume else None
     if main_rank:
         _open_folder(experiment, folder, events, checkpoint)
-    trainer = build_trainer(config, folder, events, resumed=checkpoint is not None)
+    trainer = build_trainer(config, folder, events, resumed=checkpoint is not None, draw=sampler(experiment))
     started = time.monotonic()
     os.environ[FOLDER_VARIABLE] = str(folder)
     try:

@@ -7,7 +7,7 @@ import torch
 
 from t2i_lm.build import Model, build_model
 from t2i_lm.load import load_experiment
-from t2i_lm.runs import CONFIG
+from t2i_lm.runs import CONFIG, read_run
 from t2i_lm.trainer import CHECKPOINTS, find_resumable
 
 
@@ -43,7 +43,7 @@ def load_trained(run: Path) -> Model:
     """The model of a run with the weights of its newest checkpoint, for evaluation.
 
     Raises:
-        ValueError: if the run trains no picture model, or has no whole checkpoint.
+        ValueError: if the run trains no picture model, has no whole checkpoint, or its tokenizers have changed.
     """
     config = load_experiment(run / CONFIG)
     if config.task not in ("text_to_image", "unconditional"):
@@ -56,6 +56,20 @@ def load_trained(run: Path) -> Model:
         model.module.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit the run's config.yaml: {error}") from error
+    _require_same_tokenizers(model, run)
     model.config = config
     model.module.eval()
     return model
+
+
+def _require_same_tokenizers(model: Model, run: Path) -> None:
+    """Ids mean something only to the tokenizers that the run was trained with."""
+    used = (read_run(run).environment.get("tokenizers") or {}).items()
+    here = {"text": model.text, "image": model.image}
+    for name, sha256 in used:
+        tokenizer = here.get(name)
+        if tokenizer is not None and tokenizer.sha256 != sha256:
+            raise ValueError(
+                f"{name}_tokenizer.path holds another file (sha256 {tokenizer.sha256[:12]}) than when "
+                f"{run} was trained ({sha256[:12]})"
+            )

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
+from callbacks import Drawn as Drawn
 from callbacks import (
     DurableCheckpointIO,
     EMASplitPerplexity,
@@ -18,6 +20,7 @@ from callbacks import (
     RunCheckpoints,
     RunProgress,
     RunScalars,
+    SampleGrid,
     Throughput,
 )
 from callbacks import EventLog as EventLog
@@ -28,7 +31,7 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.devices import multiplies_bfloat16
 from t2i_lm.runs import METRICS
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 
 # Warnings of Lightning that do not hold here: loading is no bottleneck, and the data module resumes exactly.
 QUIET = (
@@ -69,8 +72,16 @@ def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) 
         logger.finalize("success")
 
 
-def build_trainer(config: ExperimentConfig, folder: Path, events: EventLog, resumed: bool) -> pl.Trainer:
+def build_trainer(
+    config: ExperimentConfig,
+    folder: Path,
+    events: EventLog,
+    resumed: bool,
+    draw: Callable[[], Drawn] | None = None,
+) -> pl.Trainer:
     """The Trainer of a run, with all callbacks. A new run is validated once before its first step.
+
+    `draw` gives the samples of `samples.interval`.
 
     Order matters: throughput first, so that other callbacks count as work; the guard before the meters; progress
     after the meter that it shows; random state after all that draw; the saver last, when all have seen the step.
@@ -87,7 +98,7 @@ def build_trainer(config: ExperimentConfig, folder: Path, events: EventLog, resu
     else:
         meter = EMASplitPerplexity(config.log.interval, config.log.ema, metrics, extras=[throughput])
     saver = RunCheckpoints(folder / CHECKPOINTS, trainer.checkpoint_interval, metrics=meter.file, events=events)
-    callbacks = [
+    callbacks: list[pl.Callback] = [
         throughput,
         Preemption(saver),
         NonFiniteGuard(events=events),
@@ -96,6 +107,8 @@ def build_trainer(config: ExperimentConfig, folder: Path, events: EventLog, resu
         RngState(config.seed, events),
         saver,
     ]
+    if draw is not None and config.samples.interval and isinstance(meter, EMASplitPerplexity):
+        callbacks.insert(-2, SampleGrid(config.samples.interval, draw, folder / SAMPLES, meter))
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
     ranks = trainer.devices * trainer.num_nodes

@@ -110,6 +110,19 @@ def test_an_equal_run_is_equal_bit_for_bit(pretrained: Run, tiny: list[str], tmp
         assert torch.equal(tensor, weights(pretrained)[name]), name
 
 
+def test_samples_during_training_are_logged_and_change_nothing(
+    pretrained: Run, tiny: list[str], tmp_path: Path
+) -> None:
+    run = train(PRETRAINED, tmp_path, *tiny, "samples.interval=4", "samples.grid=2", "log.logger=tensorboard")
+    drawn = run.records("prompt_accuracy")
+    assert [line["step"] for line in drawn] == [4, 8]
+    assert all(0 <= share <= 1 for line in drawn for share in line["prompt_accuracy"].values())
+    assert {"step-00000004.png", "step-00000008.png"} <= {path.name for path in (run.folder / "samples").iterdir()}
+    others = [record for record in curve(run) if "prompt_accuracy" not in record]
+    assert others == curve(pretrained)
+    assert all(torch.equal(value, weights(pretrained)[name]) for name, value in weights(run).items())
+
+
 def test_accumulation_gives_the_same_losses(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     split = train(PRETRAINED, tmp_path, *tiny, "trainer.accumulate_grad_batches=4")
     same_losses(split, pretrained, 1e-5)

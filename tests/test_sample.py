@@ -1,0 +1,99 @@
+"""Drawing with a finished run through the command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_lm.runs import ENVIRONMENT, run_folders
+from t2i_lm.sample import main, parser
+from t2i_lm.train import main as train
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a red circle on a white background"
+
+
+@pytest.fixture(scope="module")
+def run(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sample")
+    experiment = str(ROOT / "experiments" / "t2i_pretrained.yaml")
+    assert train([experiment, *tiny, f"run.dir={root}", "data.caption_dropout=0.2"]) == 0
+    return run_folders(root)[-1]
+
+
+def pixels(path: Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    return np.asarray(Image.open(path))
+
+
+def test_pictures_and_a_grid_are_written_and_do_not_depend_on_their_batch(run: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue star\n\ntwo green squares\n")
+    both = ["--checkpoint", str(run.parent), PROMPT, "--prompts", str(prompts), "--out", str(tmp_path / "both")]
+    assert main(both) == 0
+    files = sorted(path.name for path in (tmp_path / "both").iterdir())
+    assert files == [
+        "000-a-red-circle-on-a-white-background.png",
+        "001-a-blue-star.png",
+        "002-two-green-squares.png",
+        "grid.png",
+    ]
+    assert pixels(tmp_path / "both" / files[0]).shape == (64, 64, 3)
+    assert main(["--checkpoint", str(run), PROMPT, "--out", str(tmp_path / "one")]) == 0
+    assert (pixels(tmp_path / "one" / files[0]) == pixels(tmp_path / "both" / files[0])).all()
+    assert main(["--checkpoint", str(run), PROMPT, "--seed", "1", "--out", str(tmp_path / "other")]) == 0
+    assert (pixels(tmp_path / "other" / files[0]) != pixels(tmp_path / "both" / files[0])).any()
+
+
+def test_by_default_a_new_folder_of_the_run_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", str(run), PROMPT, "--each", "2", "--cfg", "2", "--temperature", "0.5"]) == 0
+    out = capsys.readouterr()
+    assert "note:" not in out.err
+    written = [Path(line) for line in out.out.splitlines() if line.endswith(".png")]
+    assert len(written) == 3
+    assert all(path.is_file() and (run / "drawn") in path.parents for path in written)
+
+
+def test_a_run_whose_tokenizer_changed_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = json.loads((run / ENVIRONMENT).read_text())
+    changed = tmp_path / "run"
+    changed.mkdir()
+    for name in ("config.yaml", "checkpoints"):
+        (changed / name).symlink_to(run / name)
+    environment["tokenizers"]["image"] = "0" * 64
+    (changed / ENVIRONMENT).write_text(json.dumps(environment))
+    assert main(["--checkpoint", str(changed), PROMPT, "--out", str(tmp_path / "x")]) == 2
+    assert "image_tokenizer.path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to draw"),
+        (["  "], "a prompt is empty"),
+        (["word " * 200], "at most 42 fit"),
+        ([PROMPT, "--prompts", "absent.txt"], "no such file"),
+        ([PROMPT, "--each", "0"], "--each 0"),
+        ([PROMPT, "--top-p", "2"], "top_p=2.0"),
+        ([PROMPT, "--cfg", "-1"], "guidance=-1.0"),
+    ],
+)
+def test_bad_arguments_are_named_and_nothing_is_written(
+    arguments: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--checkpoint", str(run), *arguments, "--out", str(tmp_path / "x")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_folders_that_hold_no_run_or_would_be_overwritten_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--checkpoint", str(tmp_path), PROMPT]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    assert main(["--checkpoint", str(run), PROMPT, "--out", str(run)]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert "example:" in parser().format_help()
