@@ -24,7 +24,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("drawing", ("t2i_lm.drawing",)),
     ("session", ("t2i_lm.scene_report", "t2i_lm.align_report", "t2i_lm.report", "t2i_lm.session", "t2i_lm.dry_run")),
     ("figures", ("t2i_lm.plots", "t2i_lm.figures", "t2i_lm.arms", "t2i_lm.pairing", "t2i_lm.figure_text")),
-    ("commands", ("t2i_lm.train", "t2i_lm.ablate", "t2i_lm.prepare", "t2i_lm.export", "t2i_lm.sample")),
+    ("commands", ("t2i_lm.train", "t2i_lm.ablate", "t2i_lm.prepare", "t2i_lm.export", "t2i_lm.sample", "t2i_lm.demo")),
 ]
 MODULES = sorted(
     path
@@ -89,7 +89,7 @@ def test_only_load_knows_omegaconf() -> None:
             assert not any("omegaconf" in imported for imported in imports(path)), path
 
 
-@pytest.mark.parametrize("command", ["train", "ablate", "prepare", "export", "sample"])
+@pytest.mark.parametrize("command", ["train", "ablate", "prepare", "export", "sample", "demo"])
 def test_commands_import_torch_late(command: str) -> None:
     tree = imports(ROOT / "t2i_lm" / f"{command}.py", lazy=False)
     heavy = {"torch", "lightning.pytorch", "datasets", "diffusers", "t2i_lm.build", "t2i_lm.session"}
