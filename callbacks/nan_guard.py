@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from callbacks.events import EventLog
@@ -52,7 +53,10 @@ class NonFiniteGuard(Callback):
         """Judges the gradients of this step; runs inside the optimiser's step, before clipping."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        bad = ~torch.nn.utils.get_total_norm(gradients).isfinite().reshape(1)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):  # of sharded gradients: every rank holds a part of the sum
+            norm = norm.full_tensor()
+        bad = ~norm.isfinite().reshape(1)
         flag = bad.to(torch.float32)
         if distributed():
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)

@@ -7,6 +7,7 @@ ValueError that names the key, the value and what is allowed.
 from dataclasses import dataclass, field
 
 from t2i_lm.sections import (
+    SHARDED,
     AlignConfig,
     BackboneConfig,
     DataConfig,
@@ -72,6 +73,8 @@ class ExperimentConfig:
             raise ValueError(f"new_rows={self.new_rows!r} contradicts init='aligned', whose image rows are aligned")
         if self.task == "align":
             self._check_align()
+        if self.trainer.strategy in SHARDED:
+            self._check_sharded()
         if self.task == "image_tokenizer" and (self.freeze or self.tune != "all"):
             raise ValueError("freeze and tune are for language models, not task=image_tokenizer")
         if (self.task == "text") != (self.data.source == "text"):
@@ -97,6 +100,13 @@ class ExperimentConfig:
                 f"data.val_size={self.data.val_size}: task=align validates on whole batches of "
                 f"data.batch_size={self.data.batch_size}, since the loss depends on their size"
             )
+
+    def _check_sharded(self) -> None:
+        strategy = self.trainer.strategy
+        if self.task in ("align", "image_tokenizer"):
+            raise ValueError(f"trainer.strategy={strategy!r}: task={self.task} is small and not sharded; use ddp")
+        if self.optim.name == "muon":
+            raise ValueError(f"trainer.strategy={strategy!r}: optim.name=muon needs whole matrices; use adamw")
 
     @property
     def image_rows(self) -> str:

@@ -25,6 +25,7 @@ from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runs import REPORT, read_run
 from t2i_lm.scene_report import caption_preference, familiar_scenes, prompt_accuracy
+from t2i_lm.sections import SHARDED
 from t2i_lm.sequence import Layout
 from t2i_lm.trainer import Drawn
 
@@ -149,7 +150,8 @@ def _familiar_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
 def sampler(experiment: Experiment) -> Callable[[], Drawn] | None:
     """What draws held-out prompts during training and scores those of scenes; None where nothing is to be drawn."""
     config = experiment.config
-    if not (config.samples.interval and config.samples.grid and isinstance(experiment.layout, Layout)):
+    sharded = config.trainer.strategy in SHARDED  # no process has the whole model
+    if sharded or not (config.samples.interval and config.samples.grid and isinstance(experiment.layout, Layout)):
         return None
 
     def draw() -> Drawn:

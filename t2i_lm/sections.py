@@ -12,7 +12,8 @@ CAPTION_CHOICES = ("first", "random", "all")
 LOGGERS = ("tensorboard", "csv", "wandb", "none")
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("all", "matrices")
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "fsdp2", "hsdp")
+SHARDED = ("fsdp2", "hsdp")
 ENCODE_PRECISIONS = ("float32", "bfloat16")
 MOVQGAN_SIZES = ("67M", "102M", "270M")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
@@ -158,7 +159,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
-    strategy: str = "auto"
+    strategy: str = "auto"  # fsdp2 shards the model over all processes; hsdp within each node, and copies between nodes
     precision: str = "auto"  # bf16-mixed where the device computes in bfloat16, else 32-true
     accumulate_grad_batches: int = 1
     val_check_interval: int = 1000  # optimiser steps between validations
@@ -204,7 +205,9 @@ class SampleConfig:
     top_k: int | None = None
     top_p: float | None = None
     guidance: float = 1.0  # scale of classifier-free guidance, which needs data.caption_dropout in training; 1: none
-    interval: int | None = None  # optimiser steps between grids during training; null: only at the end
+    interval: int | None = (
+        None  # optimiser steps between grids during training; null, or a sharded model: only at the end
+    )
     preference_scenes: int = 500  # held-out scenes for caption preference (scenes only)
 
     def __post_init__(self) -> None:

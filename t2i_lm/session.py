@@ -15,7 +15,9 @@ from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.report import sampler, write_report
 from t2i_lm.runs import CONFIG, ENVIRONMENT, EVENTS, GROUPS, METRICS, environment, new_run_folder, read_run
+from t2i_lm.sections import SHARDED
 from t2i_lm.seeds import generator
+from t2i_lm.trained import load_trained
 from t2i_lm.trainer import (
     CHECKPOINTS,
     EventLog,
@@ -64,6 +66,8 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     if not trainer.strategy.broadcast(validated):
         trainer.validate(experiment.module, experiment.data, verbose=False)
     if trainer.is_global_zero:
+        if config.trainer.strategy in SHARDED and experiment.layout is not None:
+            experiment.module = load_trained(folder).module  # whole: what was trained lies in parts on all processes
         write_report(experiment, folder, trained, wall_s=time.monotonic() - started)
     return 0
 

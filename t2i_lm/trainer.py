@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks import Drawn as Drawn
 from callbacks import (
@@ -30,6 +30,8 @@ from callbacks import find_resumable as find_resumable
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.devices import multiplies_bfloat16
 from t2i_lm.runs import METRICS
+from t2i_lm.sections import SHARDED
+from t2i_lm.sharded import ShardedStrategy
 
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 
@@ -72,6 +74,18 @@ def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) 
         logger.finalize("success")
 
 
+def build_strategy(config: ExperimentConfig) -> Strategy | str:
+    """How processes share a run, by `trainer.strategy`; several processes are `ddp` where it does not say."""
+    trainer = config.trainer
+    if trainer.strategy in SHARDED:
+        return ShardedStrategy()
+    if trainer.strategy == "ddp" or trainer.devices * trainer.num_nodes > 1:
+        # Buffers are tables, or counts that the module adds up itself: broadcasting them in every forward would also
+        # hang a validation in which ranks have different numbers of batches.
+        return DDPStrategy(broadcast_buffers=False)
+    return "auto"
+
+
 def build_trainer(
     config: ExperimentConfig,
     folder: Path,
@@ -111,16 +125,12 @@ def build_trainer(
         callbacks.insert(-2, SampleGrid(config.samples.interval, draw, folder / SAMPLES, meter))
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
-    ranks = trainer.devices * trainer.num_nodes
-    # Buffers are tables, or counts that the module adds up itself: broadcasting them in every forward would also hang
-    # a validation in which ranks have different numbers of batches.
-    strategy = DDPStrategy(broadcast_buffers=False) if trainer.strategy == "ddp" or ranks > 1 else "auto"
     return pl.Trainer(
         max_steps=trainer.max_steps,
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
-        strategy=strategy,
+        strategy=build_strategy(config),
         precision=precision(config),  # type: ignore[arg-type]
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=config.optim.grad_clip,

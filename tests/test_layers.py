@@ -20,7 +20,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("data", ("t2i_lm.data", "t2i_lm.modules")),
     ("backbones", ("t2i_lm.backbones", "t2i_lm.aligned")),
     ("grid", ("t2i_lm.grid",)),
-    ("build", ("t2i_lm.build", "t2i_lm.trainer", "t2i_lm.trained")),
+    ("build", ("t2i_lm.build", "t2i_lm.trainer", "t2i_lm.sharded", "t2i_lm.trained")),
     ("drawing", ("t2i_lm.drawing",)),
     ("session", ("t2i_lm.scene_report", "t2i_lm.align_report", "t2i_lm.report", "t2i_lm.session", "t2i_lm.dry_run")),
     ("figures", ("t2i_lm.plots", "t2i_lm.figures", "t2i_lm.arms", "t2i_lm.pairing", "t2i_lm.figure_text")),

@@ -10,12 +10,17 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.losses import TokenLoss, split_sums
 from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.shard import shard
 from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
+
+# Processes that hold copies, and those that share one.
+MESH = ("replicate", "shard")
 
 
 class OptimisedModule(pl.LightningModule):
@@ -61,8 +66,22 @@ class DecoderModule(OptimisedModule):
     def __init__(self, decoder: Backbone, config: ExperimentConfig) -> None:
         super().__init__(config)
         self.decoder = decoder
+        self._sharded = False
         # Targets seen since the last optimiser step, on this rank.
         self._step_count: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Shards the decoder under a sharded strategy; called once, after its processes have found each other."""
+        mesh = self.device_mesh
+        if mesh is None or self._sharded:
+            return
+        if self.config.trainer.strategy == "hsdp":
+            trainer = self.config.trainer
+            mesh = init_device_mesh(mesh.device_type, (trainer.num_nodes, trainer.devices), mesh_dim_names=MESH)
+        else:
+            mesh = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=MESH[1:])
+        shard(self.decoder, mesh)
+        self._sharded = True
 
     def classify(self, target_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Class of each target in [0, M), and the mask of targets that count; both (B, T)."""

@@ -1,0 +1,68 @@
+"""Sharded training (`trainer.strategy: fsdp2 | hsdp`) whose checkpoints are those of an unsharded run.
+
+Lightning's strategy writes a folder without a rename and reads it unverified. Here rank 0 gathers and writes the same
+file as any other strategy does, so a run may go on under another strategy or number of processes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 through the module's `configure_model`, with whole checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__(save_distributed_checkpoint=False)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimiser's state in torch's own form, on rank 0."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        assert self.model is not None
+        state = get_optimizer_state_dict(self.model, optimizer, options=FULL)
+        if self.global_rank != 0:
+            return {}
+        return numbered(state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Rank 0 writes through the run's `CheckpointIO`."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Every rank reads the file, verified, and keeps its shards."""
+        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(Path(checkpoint_path), weights_only=True)
+        assert self.model is not None
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=FULL)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            set_optimizer_state_dict(self.model, optimizer, named(state, self.model, optimizer), options=FULL)
+        return checkpoint
+
+
+def numbered(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state keyed by position, as `Optimizer.state_dict` gives it, from one keyed by name."""
+    order = [name for group in state["param_groups"] for name in group["params"]]
+    number = {name: index for index, name in enumerate(order)}
+    groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {number[name]: entry for name, entry in state["state"].items()}, "param_groups": groups}
+
+
+def named(state: dict[str, Any], model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The inverse of `numbered`, for the parameters of this optimiser in their order."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [group | {"params": [order[index] for index in group["params"]]} for group in state["param_groups"]]
+    return {"state": {order[index]: entry for index, entry in state["state"].items()}, "param_groups": groups}

@@ -1,0 +1,71 @@
+"""Sharded runs on two CPU processes: the losses and the checkpoints of an unsharded run, in either direction."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i_lm.runs import REPORT, Run, read_run, run_folders
+from t2i_lm.train import main
+from tests.test_train import PRETRAINED, launch, launch_module, same_losses, train, weights
+
+TWO = ("trainer.devices=2", "samples.prompts=0", "samples.preference_scenes=0")
+KEPT = 6  # step of the checkpoint that a run goes on from
+
+
+@pytest.fixture(scope="module")
+def one(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(PRETRAINED, tmp_path_factory.mktemp("one"), *tiny, *TWO[1:])
+
+
+@pytest.fixture(scope="module")
+def two(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("two")
+    process = launch(PRETRAINED, root, *tiny, *TWO, "trainer.strategy=fsdp2")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return read_run(run_folders(root)[0])
+
+
+def unfinished(run: Run, folder: Path) -> Path:
+    """A copy of a run as it was after step KEPT."""
+    shutil.copytree(run.folder, folder)
+    (folder / REPORT).unlink()
+    for name in ("ckpt", "ckpt.sha256"):
+        (folder / "checkpoints" / f"step-{8:08d}.{name}").unlink()
+    assert list((folder / "checkpoints").glob(f"*{KEPT}.ckpt"))
+    return folder
+
+
+def test_two_shards_equal_one_process(one: Run, two: Run) -> None:
+    same_losses(two, one, 1e-6)
+    assert two.report is not None
+    for name, value in weights(one).items():
+        assert torch.allclose(weights(two)[name], value, atol=1e-5), name
+
+
+def test_shards_go_on_from_a_whole_runs_checkpoint(one: Run, tiny: list[str], tmp_path: Path) -> None:
+    folder = unfinished(one, tmp_path / "run")
+    changes = ["trainer.devices=2", "trainer.strategy=hsdp", f"data.cache_dir={tiny[3].split('=')[1]}"]
+    process = launch_module("t2i_lm.train", PRETRAINED, "--resume", str(folder), *changes)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    same_losses(read_run(folder), one, 1e-6)
+
+
+def test_a_whole_run_goes_on_from_shards(two: Run, tmp_path: Path) -> None:
+    folder = unfinished(two, tmp_path / "run")
+    assert main([PRETRAINED, "--resume", str(folder), "trainer.devices=1", "trainer.strategy=auto"]) == 0
+    same_losses(read_run(folder), two, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [(["optim.name=muon"], "needs whole matrices"), (["task=align"], "is small and not sharded")],
+)
+def test_what_cannot_be_sharded_is_refused(
+    overrides: list[str], message: str, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([PRETRAINED, *tiny, "trainer.strategy=fsdp2", *overrides]) == 2
+    assert message in capsys.readouterr().err
