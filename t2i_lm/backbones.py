@@ -1,8 +1,10 @@
 """The language model of an experiment: read or drawn, and which of its parameters learn."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import which
 
 from t2i_lm.assets import resolve
 from t2i_lm.config import ExperimentConfig
@@ -12,7 +14,11 @@ from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
 from t2i_lm.models.initialise import copy_text_rows, shuffle_entries
 from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
+from t2i_lm.models.shard import blocks_of
 from t2i_lm.seeds import generator
+
+# What torch.compile needs one of.
+COMPILERS = ("c++", "g++", "clang++")
 
 
 def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig:
@@ -124,3 +130,14 @@ def choose_trained(decoder: Backbone, config: ExperimentConfig) -> None:
     tune_only(decoder, config.tune)
     if config.freeze:
         freeze(decoder, config.freeze)
+
+
+def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:
+    """Recomputation and compilation of blocks, as the trainer's keys say; before a strategy wraps the decoder."""
+    if config.trainer.activation_checkpointing:
+        decoder.enable_activation_checkpointing()
+    if config.trainer.compile and not any(map(which, COMPILERS)):
+        print(f"trainer.compile: none of {', '.join(COMPILERS)} found, so blocks run eagerly", file=sys.stderr)
+    elif config.trainer.compile:
+        for block in blocks_of(decoder):
+            block.compile()

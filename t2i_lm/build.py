@@ -11,7 +11,7 @@ import torch
 
 from t2i_lm.aligned import read_aligned_rows
 from t2i_lm.assets import resolve
-from t2i_lm.backbones import build_backbone, choose_trained
+from t2i_lm.backbones import build_backbone, choose_trained, prepare_blocks
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.bags import BagDataModule
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
@@ -112,6 +112,7 @@ def build_model(config: ExperimentConfig) -> Model:
     """The expanded decoder as a text-to-image or an unconditional model, without data."""
     decoder, vocab, text, image = build_expanded(config)
     choose_trained(decoder, config)
+    prepare_blocks(decoder, config)
     if config.loss_rows == "image" and not decoder.config.weight_tying:
         for rows in (decoder.output.text, decoder.output.special):  # not in the graph, which DDP would wait for
             assert rows is not None
@@ -152,6 +153,7 @@ def build_text(config: ExperimentConfig) -> Experiment:
     """A decoder from random weights on plain text."""
     decoder = build_backbone(config)
     choose_trained(decoder, config)
+    prepare_blocks(decoder, config)
     shards, text = prepare_text(config)
     if text.vocab_size != decoder.config.vocab_size:
         raise ValueError(

@@ -118,8 +118,8 @@ def cost(config: ExperimentConfig, decoder: Backbone, length: int) -> list[str]:
         f"tokens a step: {tokens:,} (pads included); in {trainer.max_steps:,} steps: "
         f"{tokens * trainer.max_steps:.4g} tokens",
         f"compute: {flops:.4g} FLOP a token, {in_all:.3g} in all (frozen parts counted as if trained)",
-        f"memory a process (ddp): {memory_gib(config, decoder, length):.1f} GiB of weights, gradients, moments and "
-        f"activations at {config.micro_batch} sequences (an estimate)",
+        f"memory a process at {config.micro_batch} sequences, an estimate: "
+        + ", ".join(f"{name} {gib:.1f} GiB" for name, gib in memory_gib(config, decoder, length).items()),
     ]
     processes = trainer.devices * trainer.num_nodes
     for name, (peak, dollars) in GPUS.items():
@@ -131,14 +131,22 @@ def cost(config: ExperimentConfig, decoder: Backbone, length: int) -> list[str]:
     return lines
 
 
-def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> float:
-    """Estimate for one process that holds everything: float32 states, bfloat16 activations without checkpointing."""
-    model, tokens = decoder.config, config.micro_batch * length
+def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict[str, float]:
+    """Estimate by strategy: float32 weights, gradients and moments, bfloat16 activations, one gathered part."""
+    model, trainer = decoder.config, config.trainer
+    tokens = config.micro_batch * length
     states = 4 * count(decoder) + 12 * count(decoder, trainable=True)
     # A block keeps its inputs, normed inputs, queries, keys, values, gates and values for the backward pass.
-    feed_forward = 8 * model.hidden_dim / 3
-    activations = tokens * model.n_layers * (14 * model.hidden_dim + 6 * feed_forward)
-    return (states + activations) / GIB
+    block = tokens * (14 * model.hidden_dim + 6 * 8 * model.hidden_dim / 3)
+    kept = block + 2 * tokens * model.hidden_dim * model.n_layers
+    activations = kept if trainer.activation_checkpointing else block * model.n_layers
+    # While a sharded part is used it is whole: the largest is the output matrix or a block.
+    rows = decoder.output.matrix().numel()
+    gathered = 8 * max(rows, (count(decoder) - rows - decoder.tok_embeddings.matrix().numel()) // model.n_layers)
+    shares = {"ddp": 1, "hsdp": trainer.devices, "fsdp2": trainer.devices * trainer.num_nodes}
+    return {
+        name: (states / share + activations + (gathered if share > 1 else 0)) / GIB for name, share in shares.items()
+    }
 
 
 def absent_files(config: ExperimentConfig) -> list[str]:

@@ -162,6 +162,8 @@ class TrainerConfig:
     strategy: str = "auto"  # fsdp2 shards the model over all processes; hsdp within each node, and copies between nodes
     precision: str = "auto"  # bf16-mixed where the device computes in bfloat16, else 32-true
     accumulate_grad_batches: int = 1
+    activation_checkpointing: bool = False  # recomputes blocks in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile of each block; eager with a message where there is no C++ compiler
     val_check_interval: int = 1000  # optimiser steps between validations
     checkpoint_interval: int = 1000  # optimiser steps between checkpoints
     threads: int | None = None  # CPU threads a process; null: torch's default

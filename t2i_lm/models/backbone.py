@@ -47,6 +47,10 @@ class Backbone(nn.Module):
         """Final normalised hidden states (B, T, D); with a cache, of the new positions only."""
         raise NotImplementedError
 
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each block in the backward pass instead of keeping its activations."""
+        raise NotImplementedError
+
     def new_cache(self, batch: int, length: int) -> Any:
         """An empty key-value cache for `batch` sequences of at most `length` positions."""
         raise NotImplementedError

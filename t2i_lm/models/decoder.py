@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.feed_forward import FEED_FORWARDS, fan_in_normal_
@@ -221,7 +222,7 @@ class Decoder(Backbone):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self._checkpointing = config, False
         self.tok_embeddings = Embedding(config.vocab_size, config.hidden_dim)
         embed_norm = NORMS[config.model_norm] if config.post_embed_norm else lambda _: nn.Identity()
         self.post_embed_norm = embed_norm(config.hidden_dim)
@@ -259,10 +260,19 @@ class Decoder(Backbone):
                 self.get_buffer("rotary_sin")[positions_B][:, None, None],
             )
         for block in self.layers:
-            x_BTD = block(x_BTD, rotary, cache)
+            if cache is not None:
+                x_BTD = block.forward(x_BTD, rotary, cache)  # past `torch.compile`, whose graphs are of training
+            elif self._checkpointing and self.training:
+                x_BTD = checkpoint(block, x_BTD, rotary, None, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, rotary, None)
         if cache is not None:
             cache.filled += ids_BT.shape[1]
         return self.norm(x_BTD)  # type: ignore[no-any-return]
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each block in the backward pass."""
+        self._checkpointing = True
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """A static cache on the decoder's device."""

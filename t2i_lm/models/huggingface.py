@@ -106,6 +106,10 @@ class HuggingFaceDecoder(Backbone):
         output = self.body(inputs_embeds=embedded_BTD, use_cache=cache is not None, **given)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
+    def enable_activation_checkpointing(self) -> None:
+        """As `transformers` does it."""
+        self.body.gradient_checkpointing_enable({"use_reentrant": False})
+
     def new_cache(self, batch: int, length: int) -> Any:
         """A growing cache of `transformers`."""
         from transformers import DynamicCache
