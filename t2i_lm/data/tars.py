@@ -1,7 +1,7 @@
 """Captioned pictures in tar files as img2dataset writes them (webdataset): `000.jpg`, `000.txt`, `000.json`, ...
 
 Headers are read once; a sample's bytes are then read in place. Nothing is extracted to disk and nothing is unpickled:
-pictures go to Pillow, captions are UTF-8 text or the `caption` of a JSON object, every other member is passed over.
+pictures go to Pillow; captions are text, or `caption` or a list `captions` of a JSON object; others are passed over.
 """
 
 import io
@@ -66,7 +66,10 @@ def _caption(tar: io.BufferedReader, member: Member, name: str) -> object:
         raise RejectedPairError(f"caption over {MAX_CAPTION_BYTES:,} bytes", name)
     try:
         text = _read(tar, offset, size).decode("utf-8")
-        return text if suffix == ".txt" else json.loads(text)["caption"]
+        if suffix == ".txt":
+            return text
+        found = json.loads(text)
+        return found["captions"] if "captions" in found else found["caption"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise RejectedPairError("unreadable caption", name) from error
 

@@ -94,41 +94,60 @@ def test_a_cut_tar_gives_its_whole_samples_and_names_the_damage(tmp_path: Path) 
         open_tars(tmp_path / "empty")
 
 
-def test_a_folder_tars_and_parquet_of_the_same_pictures_give_the_same_shards(tiny: list[str], tmp_path: Path) -> None:
-    samples = {f"{n:04}": {".png": png(n), ".txt": f"picture number {n}".encode()} for n in range(60)}
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "tars").mkdir()
-    rows = []
-    for key, files in samples.items():
-        (tmp_path / "folder" / f"{key}.png").write_bytes(files[".png"])
-        rows.append({"file_name": f"{key}.png", "captions": [files[".txt"].decode()]})
-    (tmp_path / "folder" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    write_tar(tmp_path / "tars" / "00000.tar", dict(list(samples.items())[:35]))
-    write_tar(tmp_path / "tars" / "00001.tar", dict(list(samples.items())[35:]))
-    table = {"image": [{"bytes": f[".png"], "path": None} for f in samples.values()]}
-    table |= {"caption": [row["captions"][0] for row in rows]}  # type: ignore[misc]
-    datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(tmp_path / "pairs.parquet")
-    shards = []
-    kept = [item for item in tiny if "_size=" not in item or "batch" in item]
-    sources = {
-        "image_folder": tmp_path / "folder",
-        "webdataset": tmp_path / "tars",
-        "parquet": tmp_path / "pairs.parquet",
+Captioned = tuple[bytes, list[str]]
+
+
+def same_shards(pairs: dict[str, Captioned], suffix: str, tiny: list[str], root: Path) -> list[Path]:
+    """Token shards of the same pairs as a folder, as tars and as Parquet, after checking that they are equal."""
+    (root / "folder").mkdir()
+    (root / "tars").mkdir()
+    rows = [{"file_name": f"{key}{suffix}", "captions": captions} for key, (_, captions) in pairs.items()]
+    for key, (picture, _) in pairs.items():
+        (root / "folder" / f"{key}{suffix}").write_bytes(picture)
+    (root / "folder" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    samples = {
+        key: {suffix: picture, ".json": json.dumps({"captions": captions}).encode()}
+        for key, (picture, captions) in pairs.items()
     }
-    for source, path in sources.items():
-        cache = tmp_path / "cache" / source
-        changes = [*kept, f"data.source={source}", f"data.path={path}", f"data.cache_dir={cache}"]
+    write_tar(root / "tars" / "00000.tar", dict(list(samples.items())[:35]))
+    write_tar(root / "tars" / "00001.tar", dict(list(samples.items())[35:]))
+    table = {"image": [{"bytes": picture, "path": None} for picture, _ in pairs.values()]}
+    table |= {"captions": [captions for _, captions in pairs.values()]}  # type: ignore[misc]
+    datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(root / "pairs.parquet")
+    kept = [item for item in tiny if "_size=" not in item or "batch" in item]
+    shards = []
+    for source, path in (("image_folder", "folder"), ("webdataset", "tars"), ("parquet", "pairs.parquet")):
+        cache = root / "cache" / source
+        changes = [*kept, f"data.source={source}", f"data.path={root / path}", f"data.cache_dir={cache}"]
         assert main([PRETRAINED, *changes]) == 0
         shards.append(next(cache.glob(f"{source}-*/index.json")).parent)
-    for split, count in (("train", 57), ("val", 3)):
+    for split in ("train", "val"):
         first, *others = (open_split(folder, split) for folder in shards)
-        assert len(first) == count
         for other in others:
             assert other.features == first.features
             for ours, theirs in zip(first, other, strict=True):
                 assert (ours["image_ids"] == theirs["image_ids"]).all()
                 assert [list(ids) for ids in ours["text_ids"]] == [list(ids) for ids in theirs["text_ids"]]
-    assert "57 pictures, 57 captions" in (shards[0] / "README.md").read_text()
+    return shards
+
+
+def test_a_folder_tars_and_parquet_of_the_same_pictures_give_the_same_shards(tiny: list[str], tmp_path: Path) -> None:
+    pairs = {f"{n:04}": (png(n), [f"picture number {n}"]) for n in range(60)}
+    folder = same_shards(pairs, ".png", tiny, tmp_path)[0]
+    assert [len(open_split(folder, split)) for split in ("train", "val")] == [57, 3]
+    assert "57 pictures, 57 captions" in (folder / "README.md").read_text()
+
+
+def test_photographs_with_five_captions_give_the_same_shards_from_all_sources(
+    shared: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    source = shared / "data" / "flickr8k" / "val"
+    pairs = {}
+    for line in (source / "metadata.jsonl").read_text().splitlines()[:80]:
+        row = json.loads(line)
+        pairs[Path(row["file_name"]).stem] = ((source / row["file_name"]).read_bytes(), row["captions"])
+    folder = same_shards(pairs, ".jpg", tiny, tmp_path)[0]
+    assert {len(texts) for texts in open_split(folder, "train")["text_ids"]} == {5}
 
 
 def test_a_stream_gives_every_sample_of_every_shard_once(tiny: list[str], tmp_path: Path) -> None:
