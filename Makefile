@@ -15,8 +15,10 @@ TEXT ?=
 HELDOUT ?=
 PRETRAIN = $(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" data.val_path="$(HELDOUT)" run.dir=$(RUNS)/assets/$(1) $(ARGS)
 
+BENCHMARKS := train_step head generate loader trainer_overhead
+
 .DEFAULT_GOAL := help
-.PHONY: help setup check test tensorboard figures demo-assets exp-pretrained exp-scratch clean
+.PHONY: help setup check test tensorboard figures bench demo-assets exp-pretrained exp-scratch clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +49,11 @@ figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
 
 tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost
+
+# Each is a process of its own; one that fails does not keep the others from running, but make then fails, too.
+bench: $(STAMP)  ## side by side with peers, one JSON line each (minutes; only numbers of an idle machine count)
+	@failed=; for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS) || failed="$$failed $$name"; done; \
+	  test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
 
 demo-assets: $(STAMP)  ## rebuild the shipped weights (hours): TEXT=books.txt.gz HELDOUT=heldout.txt.gz
 	@test -f "$(TEXT)" && test -f "$(HELDOUT)" || \

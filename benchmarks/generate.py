@@ -1,0 +1,190 @@
+"""Greedy generation of image ids: our `generate` against transformers' on the same weights (goals G5 and G6).
+
+Both draw the same number of ids after prompts of one length. Ours confines ids to the image codes; so that
+transformers' draws the same ids without extra work, the other output rows are zero and never win.
+
+Shapes: `B` pictures, `T` prompt positions, `N` image tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.rounds import (
+    OURS,
+    Contender,
+    GateError,
+    Report,
+    answer,
+    can_compile,
+    compare,
+    gate,
+    interleave,
+    parser,
+    rates,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Draw = Callable[[], Tensor]  # image codes (B, N)
+
+EXAMPLE = "python -m benchmarks.generate --shape demo --batch 8 --threads 1"
+LOGITS = 1e-4  # of the largest, in float32
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    arguments = parser("generate", "Greedy generation by equal decoders, side by side.", EXAMPLE)
+    arguments.add_argument("--shape", choices=("demo", "paper"), default="demo", help="default: %(default)s")
+    arguments.add_argument("--batch", type=int, default=8, help="pictures drawn together (default: %(default)s)")
+    arguments.add_argument("--prompt", type=int, default=32, help="prompt positions (default: %(default)s)")
+    arguments.add_argument("--tokens", type=int, default=256, help="ids drawn for each (default: %(default)s)")
+    arguments.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        default="fp32",
+        help="of the weights; ids are compared in float32 (default: %(default)s)",
+    )
+    return arguments.parse_args(argv)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Builds, compares, times, reports."""
+    report = Report("generate", options)
+    import torch
+
+    from benchmarks.peers import SHAPES, build_decoder, build_llama, copy_weights
+
+    if options.quick:
+        options.batch, options.prompt, options.tokens = 2, 6, 10
+    shape = replace(SHAPES["tiny" if options.quick else options.shape], length=options.prompt + options.tokens)
+    decoder, vocab = build_decoder(shape, options.device)
+    with torch.no_grad():
+        decoder.output.text.zero_()
+        assert decoder.output.special is not None
+        decoder.output.special.zero_()
+    llama = build_llama(shape, vocab, options.device)
+    copy_weights(decoder, llama)
+    decoder.eval()
+    llama.model.eval()
+    generator = torch.Generator(options.device).manual_seed(1)
+    size = (options.batch, options.prompt)
+    prompt_BT = torch.randint(vocab.size, size, generator=generator, device=options.device)
+
+    forms = drawing_forms(decoder, llama.model, vocab, prompt_BT, options.tokens, can_compile(options))
+    with torch.no_grad():
+        logits = gate("transformers: logits", llama.logits(prompt_BT), decoder(prompt_BT), LOGITS)
+    agreement = {"logits": logits, "equal_ids": check(forms)}
+    if options.precision == "bf16":
+        decoder.to(torch.bfloat16)
+        llama.model.to(torch.bfloat16)
+        # Two roundings may prefer different ids, after which the pictures part: said, not refused.
+        agreement["equal_ids_bf16"] = shares(forms)
+    contenders = [Contender(name, family, draw) for name, (family, draw) in forms.items()]
+    seconds = interleave(contenders, options.rounds, 1, options.device)
+    report.write(
+        shape=vars(shape),
+        gate=agreement,
+        **compare(contenders, seconds),
+        ids_per_s=rates(seconds, options.batch * options.tokens),
+    )
+
+
+def drawing_forms(
+    decoder: Any, llama: Any, vocab: Any, prompt_BT: Tensor, tokens: int, compiled: bool
+) -> dict[str, tuple[str, Draw]]:
+    """Name -> (family, generation)."""
+    import torch
+    from transformers import CompileConfig
+
+    from t2i_lm.models.generate import generate
+
+    prompts = list(prompt_BT.cpu())
+
+    def theirs(**how: Any) -> Draw:
+        def draw() -> Tensor:
+            lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+            with torch.no_grad():
+                ids_BT = llama.generate(
+                    prompt_BT,
+                    attention_mask=torch.ones_like(prompt_BT),
+                    do_sample=False,
+                    pad_token_id=vocab.pad,
+                    **lengths,
+                    **how,
+                )
+            codes_BN: Tensor = ids_BT[:, prompt_BT.shape[1] :].cpu() - vocab.image_offset
+            return codes_BN
+
+        return draw
+
+    static = {"cache_implementation": "static"}
+    forms: dict[str, tuple[str, Draw]] = {
+        f"{OURS} eager": (OURS, lambda: generate(decoder, vocab, prompts, tokens)),
+        "transformers eager, growing cache": ("transformers", theirs()),
+        "transformers eager, static cache": ("transformers", theirs(**static, disable_compile=True)),
+    }
+    if compiled:
+        # The suite draws without compiling; this says what it would gain. A shallow copy shares the weights.
+        compiled_decoder = copy.copy(decoder)
+        compiled_decoder.hidden = torch.compile(decoder.hidden, dynamic=True)
+        forms[f"{OURS} compiled"] = (OURS, lambda: generate(compiled_decoder, vocab, prompts, tokens))
+        # Its own automatic compilation of the decoding step, which it leaves to GPUs unless told otherwise.
+        mode: Any = CompileConfig(mode="reduce-overhead" if prompt_BT.is_cuda else "default", fullgraph=False)
+        mode._compile_all_devices = True
+        forms["transformers compiled, static cache"] = ("transformers", theirs(**static, compile_config=mode))
+    return forms
+
+
+def shares(forms: dict[str, tuple[str, Draw]]) -> dict[str, float]:
+    """Of each form, the share of ids that are ours.
+
+    Raises:
+        GateError: if a form cannot draw.
+    """
+    import torch
+
+    found: dict[str, Tensor] = {}
+    for name, (_, draw) in forms.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compiler, about itself
+                found[name] = draw()
+        except (RuntimeError, TypeError) as error:
+            raise GateError(f"{name} cannot draw: {str(error).splitlines()[0]}") from error
+    ours = found[f"{OURS} eager"]
+    if len(torch.unique(ours)) == 1:
+        raise GateError("all ids are the same one: equal ids would prove nothing")
+    for name, codes_BN in found.items():
+        if codes_BN.shape != ours.shape:
+            raise GateError(f"{name} drew {tuple(codes_BN.shape)} ids, expected {tuple(ours.shape)}")
+    return {name: float((codes_BN == ours).double().mean()) for name, codes_BN in found.items()}
+
+
+def check(forms: dict[str, tuple[str, Draw]]) -> dict[str, float]:
+    """Every id of every form equals ours.
+
+    Raises:
+        GateError: naming the form whose ids are others.
+    """
+    equal = shares(forms)
+    for name, share in equal.items():
+        if share < 1:
+            raise GateError(f"{name}: only {share:.1%} of its greedy ids are ours: not timed")
+    return equal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return answer(measure, options(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

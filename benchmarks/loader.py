@@ -1,0 +1,149 @@
+"""Samples a second of the data module: token shards -> batches of joint ids, in one process (goal G8).
+
+The peer is the common way to read the same shards: a map-style dataset of one sample at a time, packed by the
+collate function. Files are in the page cache, since they have just been written.
+
+Shapes: `B` batch, `T` tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rounds import (
+    OURS,
+    Contender,
+    GateError,
+    Report,
+    answer,
+    compare,
+    interleave,
+    parser,
+    rates,
+)
+
+EXAMPLE = "python -m benchmarks.loader --shape paper --threads 1"
+# (image tokens, text vocabulary, image codes, positions, batch)
+SHAPES = {"demo": (64, 4096, 512, 112, 16), "paper": (1024, 50_432, 16_384, 1152, 14)}
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    arguments = parser("loader", "Batches from prepared token shards.", EXAMPLE)
+    arguments.add_argument("--shape", choices=tuple(SHAPES), default="demo", help="default: %(default)s")
+    arguments.add_argument("--samples", type=int, default=8192, help="of the shards (default: %(default)s)")
+    arguments.add_argument("--batches", type=int, default=200, help="of one repetition (default: %(default)s)")
+    return arguments.parse_args(argv)
+
+
+def open_data(folder: Path, shape: tuple[int, int, int, int, int], batches: int) -> Any:
+    """The suite's data module over a folder."""
+    from benchmarks.shards import experiment, open_alone
+    from t2i_lm.data.datamodules import PairDataModule
+    from t2i_lm.sequence import Layout
+    from t2i_lm.vocab import JointVocab
+
+    image_tokens, text_vocab, image_codes, length, batch = shape
+    layout = Layout(JointVocab(text_vocab, image_codes), image_tokens, length)
+    data = PairDataModule(experiment(batch, length, batches), folder, layout)
+    open_alone(data)
+    return data
+
+
+def one_at_a_time(data: Any) -> Callable[[], Any]:
+    """Batches in the same order, read one sample at a time."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    from t2i_lm.data.datamodules import make_sampler
+    from t2i_lm.data.tokens import choose_caption, open_split
+
+    split, layout, config = open_split(data.folder, "train"), data.layout, data.config
+
+    class Samples(Dataset[Any]):
+        def __getitem__(self, draw: Any) -> Any:
+            epoch, index = draw
+            row = split[index]
+            chosen = choose_caption(len(row["text_ids"]), config.seed, epoch, index)
+            return layout.pack([row["text_ids"][chosen]], row["image_ids"][None])[0]
+
+    sampler = make_sampler(config, len(split))
+    return lambda: DataLoader(Samples(), batch_sampler=sampler, collate_fn=torch.stack)
+
+
+def check(data: Any, theirs: Callable[[], Any], batches: int) -> dict[str, int]:
+    """Our batches equal the peer's up to trimmed pads, and a resumed stream equals the unbroken one's rest.
+
+    Raises:
+        GateError: naming the first batch that differs.
+    """
+    import torch
+
+    unbroken = [batch["ids_BT"] for batch in data.train_dataloader()]
+    if len(unbroken) != batches:
+        raise GateError(f"{len(unbroken)} batches, expected {batches}")
+    pad = data.layout.vocab.pad
+    for number, (ids_BT, whole_BT) in enumerate(zip(unbroken, theirs(), strict=True)):
+        kept = ids_BT.shape[1]
+        if not torch.equal(ids_BT, whole_BT[:, :kept]) or not bool((whole_BT[:, kept:] == pad).all()):
+            raise GateError(f"batch {number} differs from the one that is read sample by sample: not timed")
+    half = batches // 2
+    data.load_state_dict({"consumed": half * data.config.data.batch_size})
+    resumed = [batch["ids_BT"] for batch in data.train_dataloader()]
+    data.load_state_dict({"consumed": 0})
+    if len(resumed) != batches - half or not all(
+        torch.equal(after, before) for after, before in zip(resumed, unbroken[half:], strict=True)
+    ):
+        raise GateError(f"the stream resumed after batch {half} is another one: not timed")
+    return {"batches_equal": batches, "resumed_batches_equal": batches - half}
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Writes shards, compares, times, reports."""
+    report = Report("loader", options)
+    from benchmarks.shards import write_random_shards
+
+    if options.quick:
+        options.samples, options.batches = 64, 6
+    shape = SHAPES[options.shape]
+    image_tokens, text_vocab, image_codes, length, batch = shape
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_random_shards(folder, options.samples, image_tokens, text_vocab, image_codes, length)
+        data = open_data(folder, shape, options.batches)
+        theirs = one_at_a_time(data)
+        agreement = check(data, theirs, options.batches)
+
+        def read(loader: Callable[[], Any]) -> Callable[[], None]:
+            def run() -> None:
+                for _ in loader():
+                    pass
+
+            return run
+
+        contenders = [
+            Contender(OURS, OURS, read(data.train_dataloader)),
+            Contender("sample by sample", "sample by sample", read(theirs)),
+        ]
+        seconds = interleave(contenders, options.rounds, 1, "cpu")
+        report.write(
+            gate=agreement,
+            image_tokens=image_tokens,
+            batch=batch,
+            **compare(contenders, seconds),
+            samples_per_s=rates(seconds, options.batches * batch),
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return answer(measure, options(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Token shards with random ids, as `prepare` would write them, and an experiment that reads them.
+
+Shapes: `N` image tokens.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.data.datamodules import BatchDataModule
+from t2i_lm.data.tokens import pair_features, part_folder, read_part, write_index, write_part
+from t2i_lm.sections import DataConfig, LogConfig, OptimConfig, TrainerConfig
+from t2i_lm.sequence import BOUNDARY_TOKENS
+
+CAPTIONS = 5  # of each picture, as in COCO
+
+
+def write_random_shards(
+    folder: Path, samples: int, image_tokens: int, text_vocab: int, image_codes: int, length: int
+) -> None:
+    """Splits `train` and `val` (one batch's worth) of `samples` pictures with captions of random lengths."""
+    index: dict[str, Any] = {"tokenizers": {}, "source": "random", "splits": {}}
+    longest = length - image_tokens - BOUNDARY_TOKENS
+    for number, (split, count) in enumerate((("train", samples), ("val", min(samples, 16)))):
+
+        def rows(number: int = number, count: int = count) -> Iterator[dict[str, Any]]:
+            random = np.random.default_rng(number)
+            for row in range(count):
+                lengths_C = random.integers(1, longest, size=CAPTIONS, endpoint=True)
+                yield {
+                    "id": str(row),
+                    "image_ids": random.integers(image_codes, size=image_tokens).astype(np.uint16),
+                    "text_ids": [random.integers(text_vocab, size=size) for size in lengths_C],
+                    "meaning": "",
+                }
+
+        target = part_folder(folder, split, 0)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_part(target, rows, pair_features(text_vocab, image_tokens), dict)
+        index["splits"][split] = {"rows": count, "parts": [read_part(target)["sha256"]]}
+    write_index(folder, index)
+
+
+def experiment(batch: int, length: int, steps: int, precision: str = "auto", logger: str = "none") -> ExperimentConfig:
+    """The demo's settings for `steps` steps without a validation or a checkpoint between them."""
+    return ExperimentConfig(
+        name="benchmark",
+        data=DataConfig(batch_size=batch, length=length),
+        optim=OptimConfig(warmup_steps=1),
+        trainer=TrainerConfig(
+            max_steps=steps, val_check_interval=steps, checkpoint_interval=steps, precision=precision, devices=1
+        ),
+        log=LogConfig(logger=logger),
+    )
+
+
+def open_alone(data: BatchDataModule) -> None:
+    """Opens a data module that no Trainer will fit; it asks one for rank and world all the same."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    data.setup("fit")

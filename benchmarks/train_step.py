@@ -1,0 +1,275 @@
+"""One training step of our decoder against other projects' decoders with the same weights (goals G2 and G6).
+
+A step is forward, loss, backward, clipping, fused AdamW and zeroing of gradients, on random ids without pads.
+
+Shapes: `B` batch, `T` tokens, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.rounds import (
+    OURS,
+    Contender,
+    Report,
+    answer,
+    can_compile,
+    compare,
+    gate,
+    interleave,
+    parser,
+    rates,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from benchmarks.peers import Peer
+    from t2i_lm.models.decoder import Decoder
+
+EXAMPLE = "python -m benchmarks.train_step --shape demo --threads 2 --open-lm ../open_lm"
+PEERS = ("transformers", "open_lm", "litgpt")
+# Of the largest value. In float32 only the order of sums may differ; in bfloat16 roundings do as well.
+LOGITS, GRADIENTS, LOSS_FP32, LOSS_BF16 = 1e-4, 1e-3, 1e-4, 1e-2
+WARMUP = 3
+GATE_ROWS = 2  # sequences compared in float32, whose logits are held whole
+
+Loss = Callable[[], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """Something to be timed: a decoder's mean loss, in one form.
+
+    Attributes:
+        name, family: as a `Contender`'s.
+        module: whose parameters are trained.
+        loss: the mean loss of the batch.
+        precision: bf16 (autocast over float32 weights) or fp32.
+    """
+
+    name: str
+    family: str
+    module: Any
+    loss: Loss
+    precision: str
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    arguments = parser("train_step", "Training steps of equal decoders, side by side.", EXAMPLE)
+    arguments.add_argument("--shape", choices=("demo", "paper"), default="demo", help="default: %(default)s")
+    arguments.add_argument("--batch", type=int, help="sequences (default: the shape's)")
+    arguments.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
+    arguments.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all there are")
+    arguments.add_argument("--open-lm", type=Path, metavar="PATH", help="checkout of mlfoundations/open_lm")
+    return arguments.parse_args(argv)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Builds, compares, times, reports."""
+    report = Report("train_step", options)
+    import torch
+
+    from benchmarks.peers import SHAPES, build_decoder
+    from t2i_lm.devices import multiplies_bfloat16
+
+    shape = SHAPES["tiny" if options.quick else options.shape]
+    shape = replace(shape, batch=options.batch or shape.batch)
+    device = options.device
+    options.precision = options.precision or ("bf16" if multiplies_bfloat16(device) else "fp32")
+    decoder, vocab = build_decoder(shape, device)
+    generator = torch.Generator(device).manual_seed(1)
+    drawn = torch.randint(vocab.size, (shape.batch, shape.length + 1), generator=generator, device=device)
+    ids_BT, target_BT = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+    peers = find_peers(options, shape, vocab, decoder)
+    agreement = {peer.name: check_peer(decoder, peer, ids_BT[:GATE_ROWS], target_BT[:GATE_ROWS]) for peer in peers}
+
+    forms = list(loss_forms(decoder, peers, ids_BT, target_BT, options.precision, can_compile(options)))
+    agreement["losses"], first_seconds = check_forms(forms, device)
+    contenders = []
+    optimizers: dict[int, Any] = {}
+    for form in forms:
+        key = id(form.module)
+        if key not in optimizers:  # eager and compiled forms share their weights: 1.5B parameters are 24 GB
+            optimizers[key] = torch.optim.AdamW(form.module.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+        contenders.append(Contender(form.name, form.family, training_step(form, optimizers[key], device)))
+    seconds = interleave(contenders, options.rounds, 1 if options.quick else WARMUP, device)
+    tokens = shape.batch * shape.length
+    report.write(
+        shape=vars(shape),
+        parameters=sum(parameter.numel() for parameter in decoder.parameters()),
+        gate=agreement,
+        first_call_seconds=first_seconds,
+        **compare(contenders, seconds),
+        tokens_per_s=rates(seconds, tokens),
+        tflop_per_s={
+            name: float(f"{shape.flop_per_token * tokens / median(values) / 1e12:.4g}")
+            for name, values in seconds.items()
+        },
+    )
+
+
+def find_peers(options: argparse.Namespace, shape: Any, vocab: Any, decoder: Decoder) -> list[Peer]:
+    """The peers that are here and asked for, with our weights."""
+    from benchmarks import peers
+
+    found: list[Peer | None] = []
+    if "transformers" in options.peers:
+        found.append(peers.build_llama(shape, vocab, options.device))
+    if "open_lm" in options.peers and options.open_lm is not None:
+        found.append(peers.build_open_lm(shape, vocab, options.device, options.open_lm))
+    if "litgpt" in options.peers:
+        found.append(peers.build_litgpt(shape, vocab, options.device))
+    present = [peer for peer in found if peer is not None]
+    for name in sorted(set(options.peers) - {peer.name for peer in present}):
+        print(f"{name} is left out: {'give --open-lm' if name == 'open_lm' else 'not installed'}", file=sys.stderr)
+    for peer in present:
+        peers.copy_weights(decoder, peer)
+    return present
+
+
+def check_peer(decoder: Decoder, peer: Peer, ids_BT: Tensor, target_BT: Tensor) -> dict[str, float]:
+    """Logits, loss and every gradient of a peer against ours, in float32.
+
+    Raises:
+        GateError: naming what differs.
+    """
+    import torch
+
+    from benchmarks.peers import gradients
+
+    name, model = peer.name, peer.model
+    errors = {"logits": gate(f"{name}: logits", peer.logits(ids_BT), decoder(ids_BT), LOGITS)}
+    ours = decoder(ids_BT, target_BT).total / target_BT.numel()
+    theirs = materialised(peer.logits, ids_BT, target_BT)
+    errors["loss"] = gate(f"{name}: loss", theirs, ours, LOSS_FP32)
+    torch.autograd.backward([ours, theirs])
+    expected = peer.rename(gradients(decoder))
+    errors["gradients"] = max(
+        gate(f"{name}: gradient of {key}", parameter.grad, expected[key], GRADIENTS)
+        for key, parameter in model.named_parameters()
+    )
+    decoder.zero_grad()
+    model.zero_grad()
+    return errors
+
+
+def materialised(logits: Callable[[Tensor], Tensor], ids_BT: Tensor, target_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of logits that are held whole, as the peers' own training code computes it."""
+    import torch.nn.functional as F
+
+    return F.cross_entropy(logits(ids_BT).flatten(0, 1), target_BT.flatten())
+
+
+def loss_forms(
+    decoder: Decoder, peers: list[Peer], ids_BT: Tensor, target_BT: Tensor, precision: str, compiled: bool
+) -> Iterator[Form]:
+    """Everything that is timed.
+
+    A peer is compiled whole, its loss included. Of ours the layers are: the head is a loop over chunks.
+    """
+    import torch
+
+    count = target_BT.numel()
+    yield Form(f"{OURS} eager", OURS, decoder, lambda: decoder(ids_BT, target_BT).total / count, precision)
+    if compiled:
+        hidden = torch.compile(decoder.hidden)
+
+        def own_compiled() -> Tensor:
+            x_ND = hidden(ids_BT).flatten(0, 1)
+            total: Tensor = decoder.output(x_ND, target_BT.flatten()).total
+            return total / count
+
+        yield Form(f"{OURS} compiled", OURS, decoder, own_compiled, precision)
+    for peer in peers:
+
+        def whole(peer: Peer = peer) -> Tensor:
+            return materialised(peer.logits, ids_BT, target_BT)
+
+        yield Form(f"{peer.name} eager", peer.name, peer.model, whole, precision)
+        if compiled:
+            yield Form(f"{peer.name} compiled", peer.name, peer.model, torch.compile(whole), precision)
+    upstream = next((peer for peer in peers if peer.name == "open_lm"), None)
+    if upstream is not None:
+        name, module, logits = "open_lm fp32 eager", upstream.model, upstream.logits
+    else:  # the same operations, but this project's code: the name must not claim more
+        name, module, logits = "our decoder fp32 eager, whole logits (stands in for open_lm)", decoder, decoder
+    yield Form(name, name, module, lambda: materialised(logits, ids_BT, target_BT), "fp32")
+
+
+def check_forms(forms: Sequence[Form], device: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Loss and gradient norm of every form at its precision against our eager ones in float32.
+
+    Compiles what is to be compiled. Returns the loss errors and the seconds of the first call.
+
+    Raises:
+        GateError: naming the form.
+    """
+    errors: dict[str, float] = {}
+    first: dict[str, float] = {}
+    expected_loss, expected_norm = loss_and_norm(replace(forms[0], precision="fp32"), device)
+    for form in forms:
+        tolerance = LOSS_FP32 if form.precision == "fp32" else LOSS_BF16
+        start = time.perf_counter()
+        loss, norm = loss_and_norm(form, device)
+        errors[form.name] = gate(f"{form.name}: loss", loss, expected_loss, tolerance)  # waits for the device
+        first[form.name] = round(time.perf_counter() - start, 3)
+        gate(f"{form.name}: gradient norm", norm, expected_norm, 5 * tolerance)
+    return errors, first
+
+
+def loss_and_norm(form: Form, device: str) -> tuple[Tensor, Tensor]:
+    """A form's loss and the norm of its gradients, which are then zeroed."""
+    import torch
+
+    with arithmetic(form.precision, device):
+        loss = form.loss()
+    torch.autograd.backward(loss)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in form.module.parameters() if p.grad is not None])
+    form.module.zero_grad()
+    return loss.detach(), norm
+
+
+@contextmanager
+def arithmetic(precision: str, device: str) -> Iterator[None]:
+    """bf16 autocast over float32 weights, or float32."""
+    import torch
+
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+def training_step(form: Form, optimizer: Any, device: str) -> Callable[[], None]:
+    """One whole step as a function."""
+    import torch
+
+    parameters = list(form.module.parameters())
+
+    def step() -> None:
+        with arithmetic(form.precision, device):
+            loss = form.loss()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return answer(measure, options(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

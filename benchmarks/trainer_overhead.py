@@ -1,0 +1,188 @@
+"""What Lightning's Trainer with all our callbacks costs a step, against a hand-written loop (goals G1 and G3).
+
+Both train the same module from the same weights on the same batches with the same optimiser, schedule, clipping and
+precision; on a CPU their weights are then equal bit for bit. Timed is the period of a step, from the start of one to
+the start of the next, so loading, logging and callbacks count; set-up, validation and checkpoints, which are no part
+of a step, do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rounds import GateError, Report, answer, gate, parser, spread
+
+EXAMPLE = "python -m benchmarks.trainer_overhead --shape demo --steps 60 --threads 2"
+WARMUP = 5  # steps of each repetition that are not timed
+IMAGE_TOKENS = {"tiny": 8, "demo": 64, "paper": 1024}
+TOLERANCE = 1e-4  # of the largest weight, on a GPU, where sums have no fixed order
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    arguments = parser("trainer_overhead", "Trainer with all callbacks against a hand-written loop.", EXAMPLE)
+    arguments.add_argument("--shape", choices=("demo", "paper"), default="demo", help="default: %(default)s")
+    arguments.add_argument("--steps", type=int, default=60, help="of one repetition (default: %(default)s)")
+    arguments.add_argument(
+        "--precision", choices=("auto", "bf16-mixed", "32-true"), default="auto", help="default: %(default)s"
+    )
+    arguments.add_argument(
+        "--logger", choices=("tensorboard", "csv", "none"), default="tensorboard", help="default: %(default)s"
+    )
+    return arguments.parse_args(argv)
+
+
+class Clock:
+    """Starts of steps, in seconds."""
+
+    def __init__(self, device: str, steps: int) -> None:
+        self.device, self.steps = device, steps
+        self.starts: list[float] = []
+
+    def tick(self) -> None:
+        """A step begins. A GPU is waited for where timing begins and ends; in between the host may run ahead."""
+        if self.device == "cuda" and len(self.starts) in (WARMUP, self.steps - 1):
+            import torch
+
+            torch.cuda.synchronize()
+        self.starts.append(time.perf_counter())
+
+    def period(self) -> float:
+        """Mean seconds a step, warm-up left out."""
+        assert len(self.starts) == self.steps
+        return (self.starts[-1] - self.starts[WARMUP]) / (self.steps - 1 - WARMUP)
+
+
+def train_by_trainer(module: Any, data: Any, config: Any, clock: Clock, folder: Path) -> None:
+    """As `t2i_lm.train` does, without the validation before the first step."""
+    from lightning.pytorch.callbacks import Callback
+
+    from t2i_lm.trainer import EventLog, build_trainer
+
+    class Ticks(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock.tick()
+
+    trainer = build_trainer(config, folder, EventLog(folder / "events.log"), resumed=True)
+    trainer.callbacks.insert(0, Ticks())  # type: ignore[attr-defined]
+    trainer.fit(module, data)
+
+
+def train_by_hand(module: Any, data: Any, config: Any, clock: Clock) -> None:
+    """The same steps without a Trainer."""
+    import torch
+
+    from t2i_lm.trainer import precision
+
+    module.to(clock.device).train()
+    plan = module.configure_optimizers()
+    optimizer, schedule = plan["optimizer"], plan["lr_scheduler"]["scheduler"]
+    low = precision(config) == "bf16-mixed"
+    for number, loaded in enumerate(data.train_dataloader()):
+        clock.tick()
+        batch = {key: value.to(clock.device) if hasattr(value, "to") else value for key, value in loaded.items()}
+        with torch.autocast(clock.device, dtype=torch.bfloat16) if low else nullcontext():
+            loss = module.training_step(batch, number)["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        module.on_before_optimizer_step(optimizer)
+        module.configure_gradient_clipping(optimizer, config.optim.grad_clip)
+        optimizer.step()
+        schedule.step()
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Builds, compares, times, reports."""
+    report = Report("trainer_overhead", options)
+    import torch
+
+    from benchmarks.peers import SHAPES, build_decoder
+    from benchmarks.shards import experiment, open_alone, write_random_shards
+    from t2i_lm.data.datamodules import PairDataModule
+    from t2i_lm.modules.text_to_image import TextToImageModule
+    from t2i_lm.sequence import Layout
+
+    name = "tiny" if options.quick else options.shape
+    options.steps = WARMUP + 4 if options.quick else options.steps
+    if options.steps < WARMUP + 2:
+        raise ValueError(f"--steps={options.steps}: expected at least {WARMUP + 2}, of which {WARMUP} are not timed")
+    shape = SHAPES[name]
+    decoder, vocab = build_decoder(shape, "cpu")
+    weights = {key: tensor.clone() for key, tensor in decoder.state_dict().items()}
+    config = experiment(shape.batch, shape.length, options.steps, options.precision, options.logger)
+    config.trainer = replace(config.trainer, accelerator="gpu" if options.device == "cuda" else "cpu")
+    layout = Layout(vocab, IMAGE_TOKENS[name], shape.length)
+    samples = shape.batch * 32
+    with tempfile.TemporaryDirectory() as place:
+        shards = Path(place) / "shards"
+        sizes = (samples, layout.image_tokens, shape.text_vocab, shape.image_codes, shape.length)
+        write_random_shards(shards, *sizes)
+        runs = 0
+
+        def repeat(train: Callable[..., None], *more: Any) -> tuple[float, dict[str, torch.Tensor]]:
+            """Trains from the first weights; the period of a step and the last weights."""
+            decoder.load_state_dict(weights)
+            module = TextToImageModule(decoder, config, layout)
+            data = PairDataModule(config, shards, layout)
+            clock = Clock(options.device, options.steps)
+            if train is train_by_hand:
+                open_alone(data)
+            train(module, data, config, clock, *more)
+            return clock.period(), {key: tensor.detach().cpu().clone() for key, tensor in decoder.state_dict().items()}
+
+        def by_trainer() -> tuple[float, dict[str, torch.Tensor]]:
+            nonlocal runs
+            runs += 1
+            folder = Path(place) / f"run-{runs}"
+            folder.mkdir()
+            return repeat(train_by_trainer, folder)
+
+        def by_hand() -> tuple[float, dict[str, torch.Tensor]]:
+            return repeat(train_by_hand)
+
+        agreement = check(by_trainer()[1], by_hand()[1], weights, options.device)
+        periods: dict[str, list[float]] = {"trainer": [], "loop": []}
+        for number in range(options.rounds):
+            order = (("trainer", by_trainer), ("loop", by_hand))
+            for side, train in order if number % 2 == 0 else order[::-1]:
+                periods[side].append(train()[0])
+    ratios = [ours / loop for ours, loop in zip(periods["trainer"], periods["loop"], strict=True)]
+    report.write(
+        gate=agreement,
+        shape=vars(shape),
+        seconds_per_step={side: spread(values) for side, values in periods.items()},
+        overhead_percent=spread([100 * (ratio - 1) for ratio in ratios]),
+        overhead_ms=spread([1e3 * (a - b) for a, b in zip(periods["trainer"], periods["loop"], strict=True)]),
+        throughput_ratio=spread([1 / ratio for ratio in ratios]),
+    )
+
+
+def check(trained: Any, looped: Any, initial: Any, device: str) -> dict[str, float]:
+    """The weights after both kinds of training; equal bit for bit on a CPU.
+
+    Raises:
+        GateError: naming the first that differs, or if nothing was learnt.
+    """
+    import torch
+
+    if all(torch.equal(trained[key], initial[key]) for key in initial):
+        raise GateError("the weights have not changed: equal weights would prove nothing")
+    tolerance = TOLERANCE if device == "cuda" else 0.0
+    return {"weights": max(gate(f"weight {key}", trained[key], looped[key], tolerance) for key in initial)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return answer(measure, options(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
