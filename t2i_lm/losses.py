@@ -49,7 +49,7 @@ def linear_cross_entropy(
         token_weight_N = torch.ones_like(target_N, dtype=torch.float32)
     if not torch.is_grad_enabled():  # in a Function's forward it always is off
         x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
-    values = _LinearCrossEntropy.apply(x_ND.to(dtype), weight_VD.to(dtype), target_N, token_weight_N, z_loss)
+    values = _LinearCrossEntropy.apply(x_ND.to(dtype), weight_VD, target_N, token_weight_N, z_loss)
     return TokenLoss(*values)
 
 
@@ -59,6 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, token_weight_N: Tensor, z_loss: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
+        weight_VD = weight_VD.to(x_ND.dtype)  # here, so that autograd does not round the weight's gradient with it
         chunk = max(1, (GPU_LOGITS if x_ND.is_cuda else CPU_LOGITS) // len(weight_VD))
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         lse_N = torch.empty_like(nll_N)
@@ -93,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x_ND, grad_weight_VD = ctx.saved_tensors
         return (
             None if grad_x_ND is None else grad_x_ND * grad.to(grad_x_ND.dtype),
-            None if grad_weight_VD is None else grad_weight_VD * grad,
+            None if grad_weight_VD is None else grad_weight_VD.mul_(grad),  # the largest tensor there is: no copy
             None,
             None,
             None,

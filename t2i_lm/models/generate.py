@@ -151,7 +151,7 @@ def generate(
             streams.append(prefill(decoder, [null_prompt] * len(own), image_tokens))
         caches, last = [cache for cache, _ in streams], [last_BD for _, last_BD in streams]
         for step in range(image_tokens):
-            logits = [decoder.output(last_BD)[:, vocab.image_offset :] for last_BD in last]
+            logits = [decoder.output(last_BD, image_rows_only=True) for last_BD in last]
             logits_BV = logits[0] if len(logits) == 1 else logits[1] + sampling.guidance * (logits[0] - logits[1])
             logits_BV = filter_top_p(filter_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
             codes_B = draw(logits_BV, None if uniform_BN is None else uniform_BN[members, step])

@@ -43,8 +43,11 @@ class Output(TokenRows):
     """
 
     def forward(self, x: Tensor, target_N: Tensor | None = None, image_rows_only: bool = False) -> Tensor | TokenLoss:
-        """Logits over all rows; a loss over all rows, or over the image rows alone (targets are joint ids)."""
+        """Logits, or the loss of targets (joint ids): over all rows, or over the image rows alone."""
         if target_N is None:
+            if image_rows_only:
+                assert self.image is not None
+                return F.linear(x, self.image).float()
             return F.linear(x, self.matrix()).float()
         if image_rows_only:
             assert self.special is not None
