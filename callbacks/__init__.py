@@ -4,6 +4,9 @@ from callbacks.checkpoint_io import CorruptCheckpointError, DurableCheckpointIO
 from callbacks.checkpoints import RunCheckpoints, find_resumable
 from callbacks.contract import SplitLossModule, StepOutput, record_head
 from callbacks.events import EventLog
+from callbacks.fid import CocoFID, FidTask
+from callbacks.frechet import FeatureDistance, frechet_distance, kernel_distance
+from callbacks.inception import Inception
 from callbacks.metrics_file import MetricsFile
 from callbacks.nan_guard import NonFiniteGuard
 from callbacks.perplexity import EMASplitPerplexity
@@ -15,11 +18,15 @@ from callbacks.scalars import RunScalars
 from callbacks.throughput import Throughput
 
 __all__ = [
+    "CocoFID",
     "CorruptCheckpointError",
     "Drawn",
     "DurableCheckpointIO",
     "EMASplitPerplexity",
     "EventLog",
+    "FeatureDistance",
+    "FidTask",
+    "Inception",
     "MetricsFile",
     "NonFiniteGuard",
     "Preempted",
@@ -33,5 +40,7 @@ __all__ = [
     "StepOutput",
     "Throughput",
     "find_resumable",
+    "frechet_distance",
+    "kernel_distance",
     "record_head",
 ]

@@ -85,6 +85,10 @@ class Preemption(Callback):
             self.saver.save(trainer)
             raise Preempted(received, trainer.global_step)
 
+    def asked(self) -> bool:
+        """Whether any rank was signalled; for work that can be given up within a step. Every rank must call it."""
+        return self._highest(self._received) > 0
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lightning is about to put back the handlers from before the run."""
         self._installed = False

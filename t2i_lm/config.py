@@ -11,6 +11,7 @@ from t2i_lm.sections import (
     AlignConfig,
     BackboneConfig,
     DataConfig,
+    FidConfig,
     ImageTokenizerConfig,
     LogConfig,
     OptimConfig,
@@ -50,6 +51,7 @@ class ExperimentConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     log: LogConfig = field(default_factory=LogConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+    fid: FidConfig = field(default_factory=FidConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -69,6 +71,8 @@ class ExperimentConfig:
         )
         if self.task in ("text", "image_tokenizer") and self.init != "random":
             raise ValueError(f"init={self.init!r}: task={self.task} starts from random weights")
+        if self.fid.interval is not None and self.task != "text_to_image":
+            raise ValueError(f"fid.interval={self.fid.interval}: task={self.task} draws no captions; use null")
         if self.init == "aligned" and self.new_rows not in ("random", "aligned"):
             raise ValueError(f"new_rows={self.new_rows!r} contradicts init='aligned', whose image rows are aligned")
         if self.task == "align":

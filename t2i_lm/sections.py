@@ -16,6 +16,7 @@ STRATEGIES = ("auto", "ddp", "fsdp2", "hsdp")
 SHARDED = ("fsdp2", "hsdp")
 ENCODE_PRECISIONS = ("float32", "bfloat16")
 MOVQGAN_SIZES = ("67M", "102M", "270M")
+FID_FEATURES = (64, 192, 768, 2048)
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 
@@ -220,6 +221,26 @@ class SampleConfig:
         require(self.top_p is None or 0 < self.top_p <= 1, "samples.top_p", self.top_p, "null or a value in (0, 1]")
         require(self.guidance >= 0, "samples.guidance", self.guidance, "0 or more")
         require(self.interval is None or self.interval >= 1, "samples.interval", self.interval, "null or at least 1")
+
+
+@dataclass
+class FidConfig:
+    """FID against COCO's val2014 during training (`callbacks.CocoFID`); a finished run takes `t2i_lm.evaluate`."""
+
+    interval: int | None = None  # optimiser steps between measurements; null: none
+    coco: str | None = None  # folder with annotations/captions_val2014.json and val2014/*.jpg
+    weights: str | None = None  # of torch-fidelity's Inception: a file, or `hub:ORG/NAME/FILE`
+    weights_sha256: str | None = None  # another file is refused
+    features: int = 2048  # layer of the network, by its width; others than 2048 are for tests
+    prompts: int = 1000  # captions drawn; the distance depends on it
+
+    def __post_init__(self) -> None:
+        require(self.interval is None or self.interval >= 1, "fid.interval", self.interval, "null or at least 1")
+        for key in ("coco", "weights"):
+            given = getattr(self, key) is not None
+            require(self.interval is None or given, f"fid.{key}", None, f"a path for fid.interval={self.interval}")
+        require(self.features in FID_FEATURES, "fid.features", self.features, "64, 192, 768 or 2048")
+        require(self.prompts >= 2, "fid.prompts", self.prompts, "at least 2")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from t2i_lm.build import Experiment, build
+from t2i_lm.coco_fid import training_fid
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.load import save_experiment
@@ -48,7 +49,8 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     checkpoint = find_resumable(folder / CHECKPOINTS, events if main_rank else None) if resume else None
     if main_rank:
         _open_folder(experiment, folder, events, checkpoint)
-    trainer = build_trainer(config, folder, events, resumed=checkpoint is not None, draw=sampler(experiment))
+    draw, fid = sampler(experiment), training_fid(experiment)
+    trainer = build_trainer(config, folder, events, resumed=checkpoint is not None, draw=draw, fid=fid)
     started = time.monotonic()
     os.environ[FOLDER_VARIABLE] = str(folder)
     try:

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from callbacks import Drawn as Drawn
 from callbacks import (
+    CocoFID,
     DurableCheckpointIO,
     EMASplitPerplexity,
     NonFiniteGuard,
@@ -23,17 +23,22 @@ from callbacks import (
     SampleGrid,
     Throughput,
 )
+from callbacks import Drawn as Drawn
 from callbacks import EventLog as EventLog
+from callbacks import FeatureDistance as FeatureDistance
+from callbacks import FidTask as FidTask
+from callbacks import Inception as Inception
 from callbacks import MetricsFile as MetricsFile
 from callbacks import Preempted as Preempted
 from callbacks import find_resumable as find_resumable
+from callbacks import kernel_distance as kernel_distance
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.devices import multiplies_bfloat16
 from t2i_lm.runs import METRICS
 from t2i_lm.sections import SHARDED
 from t2i_lm.sharded import ShardedStrategy
 
-CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+CHECKPOINTS, SAMPLES, FID = "checkpoints", "samples", "fid"
 
 # Warnings of Lightning that do not hold here: loading is no bottleneck, and the data module resumes exactly.
 QUIET = (
@@ -92,10 +97,11 @@ def build_trainer(
     events: EventLog,
     resumed: bool,
     draw: Callable[[], Drawn] | None = None,
+    fid: tuple[FidTask, Inception] | None = None,
 ) -> pl.Trainer:
     """The Trainer of a run, with all callbacks. A new run is validated once before its first step.
 
-    `draw` gives the samples of `samples.interval`.
+    `draw` gives the samples of `samples.interval`, `fid` what `fid.interval` compares.
 
     Order matters: throughput first, so that other callbacks count as work; the guard before the meters; progress
     after the meter that it shows; random state after all that draw; the saver last, when all have seen the step.
@@ -112,9 +118,10 @@ def build_trainer(
     else:
         meter = EMASplitPerplexity(config.log.interval, config.log.ema, metrics, extras=[throughput])
     saver = RunCheckpoints(folder / CHECKPOINTS, trainer.checkpoint_interval, metrics=meter.file, events=events)
+    preemption = Preemption(saver)
     callbacks: list[pl.Callback] = [
         throughput,
-        Preemption(saver),
+        preemption,
         NonFiniteGuard(events=events),
         meter,
         RunProgress(meter, config.log.interval),
@@ -123,6 +130,8 @@ def build_trainer(
     ]
     if draw is not None and config.samples.interval and isinstance(meter, EMASplitPerplexity):
         callbacks.insert(-2, SampleGrid(config.samples.interval, draw, folder / SAMPLES, meter))
+    if fid is not None and config.fid.interval and isinstance(meter, EMASplitPerplexity):
+        callbacks.insert(-2, CocoFID(config.fid.interval, *fid, folder / FID, meter, preemption))
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
     return pl.Trainer(

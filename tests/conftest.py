@@ -86,3 +86,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "samples.prompts=2",
         "samples.preference_scenes=2",
     ]
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random weights for torch-fidelity's Inception."""
+    from tests.coco_folder import write_weights
+
+    return write_weights(tmp_path_factory.mktemp("inception") / "weights.pth")

@@ -11,20 +11,51 @@ ROOT = Path(__file__).parents[1]
 LAYERS: list[tuple[str, tuple[str, ...]]] = [
     (
         "config",
-        ("t2i_lm", "t2i_lm.config", "t2i_lm.sections", "t2i_lm.runs", "t2i_lm.assets", "t2i_lm.hub", "t2i_lm.hashing"),
+        (
+            "t2i_lm",
+            "t2i_lm.config",
+            "t2i_lm.sections",
+            "t2i_lm.runs",
+            "t2i_lm.assets",
+            "t2i_lm.hub",
+            "t2i_lm.hashing",
+            "t2i_lm.protocol",
+        ),
     ),
     ("load", ("t2i_lm.load",)),
-    ("vocab", ("t2i_lm.vocab", "t2i_lm.devices", "t2i_lm.seeds")),
+    ("vocab", ("t2i_lm.vocab", "t2i_lm.devices", "t2i_lm.seeds", "t2i_lm.parts")),
     ("sequence", ("t2i_lm.sequence", "t2i_lm.losses")),
     ("models", ("t2i_lm.models", "t2i_lm.tokenizers", "t2i_lm.optim")),
     ("data", ("t2i_lm.data", "t2i_lm.modules")),
     ("backbones", ("t2i_lm.backbones", "t2i_lm.aligned")),
     ("grid", ("t2i_lm.grid",)),
-    ("build", ("t2i_lm.build", "t2i_lm.trainer", "t2i_lm.sharded", "t2i_lm.trained")),
+    ("build", ("t2i_lm.build", "t2i_lm.trainer", "t2i_lm.sharded", "t2i_lm.trained", "t2i_lm.subject")),
     ("drawing", ("t2i_lm.drawing",)),
-    ("session", ("t2i_lm.scene_report", "t2i_lm.align_report", "t2i_lm.report", "t2i_lm.session", "t2i_lm.dry_run")),
+    (
+        "session",
+        (
+            "t2i_lm.scene_report",
+            "t2i_lm.align_report",
+            "t2i_lm.report",
+            "t2i_lm.coco_fid",
+            "t2i_lm.coco_result",
+            "t2i_lm.session",
+            "t2i_lm.dry_run",
+        ),
+    ),
     ("figures", ("t2i_lm.plots", "t2i_lm.figures", "t2i_lm.arms", "t2i_lm.pairing", "t2i_lm.figure_text")),
-    ("commands", ("t2i_lm.train", "t2i_lm.ablate", "t2i_lm.prepare", "t2i_lm.export", "t2i_lm.sample", "t2i_lm.demo")),
+    (
+        "commands",
+        (
+            "t2i_lm.train",
+            "t2i_lm.ablate",
+            "t2i_lm.prepare",
+            "t2i_lm.export",
+            "t2i_lm.sample",
+            "t2i_lm.demo",
+            "t2i_lm.evaluate",
+        ),
+    ),
 ]
 MODULES = sorted(
     path
@@ -89,7 +120,7 @@ def test_only_load_knows_omegaconf() -> None:
             assert not any("omegaconf" in imported for imported in imports(path)), path
 
 
-@pytest.mark.parametrize("command", ["train", "ablate", "prepare", "export", "sample", "demo"])
+@pytest.mark.parametrize("command", ["train", "ablate", "prepare", "export", "sample", "demo", "evaluate"])
 def test_commands_import_torch_late(command: str) -> None:
     tree = imports(ROOT / "t2i_lm" / f"{command}.py", lazy=False)
     heavy = {"torch", "lightning.pytorch", "datasets", "diffusers", "t2i_lm.build", "t2i_lm.session"}

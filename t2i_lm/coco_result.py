@@ -1,0 +1,128 @@
+"""The COCO measurement of `evaluate`: every rank's parts, then one number with its card, and a grid.
+
+Shapes: `B` pictures, `N` image tokens.
+"""
+
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from t2i_lm.assets import resolve
+from t2i_lm.coco_fid import Drawing, Reference, distances, network_card, progress, require_fitting
+from t2i_lm.data.coco import CROP, RESIZER, SIZE, Coco, Prompt, prompts_sha256, square
+from t2i_lm.drawing import decode, sampling_of
+from t2i_lm.grid import captioned_grid
+from t2i_lm.hashing import file_sha256
+from t2i_lm.parts import Parts
+from t2i_lm.protocol import Card, require_headline
+from t2i_lm.runs import environment
+from t2i_lm.subject import Subject
+from t2i_lm.trainer import Inception
+
+GRID = 16  # pictures shown
+GRID_FILE, PICTURES_FOLDER = "grid.png", "pictures"
+
+
+def measure_coco(subject: Subject, coco: Coco, prompts: list[Prompt]) -> dict[str, Any] | None:
+    """FID and KID of drawn pictures and, unless left out, of reconstructions; on rank 0.
+
+    Raises:
+        ValueError: if a caption does not fit the model, a file cannot be read or has another hash, the folder
+            belongs to another evaluation, or only `COCO FID-30k` was wanted and this is not.
+    """
+    options, model = subject.options, subject.model
+    require_fitting(model, coco, prompts)
+    sampling = sampling_of(model.config.samples)
+    if options.guidance is not None:
+        sampling = replace(sampling, guidance=options.guidance)
+    if sampling.guidance != 1 and not model.config.data.caption_dropout and subject.rank == 0:
+        print("note: this run was trained with data.caption_dropout=0: it knows no empty caption", file=sys.stderr)
+    network = Inception(resolve(options.weights), options.features, options.weights_sha256)
+    drawing = Drawing(model=model, coco=coco, prompts=prompts, sampling=sampling, seed=options.seed)
+    if options.canonical:
+        require_headline(drawing.card(network, "0" * 64))
+    network.to(next(model.module.parameters()).device)
+    reference = Reference(coco, network, options.cache)
+    drawn = _parts(subject, drawing, network, "drawn")
+    rebuilt = None if options.no_floor else _parts(subject, drawing, network, "reconstructed")
+
+    share = (subject.rank, subject.world)
+    whole = len(coco.pictures)
+    reference.parts.complete(reference.make, *share, progress("reference", whole, *share))
+    if rebuilt is not None:
+        told = progress("reconstruction", len(prompts), *share)
+        rebuilt.complete(lambda span: drawing.reconstruct(span, network), *share, told)
+    drawn.complete(lambda span: drawing.make(span, network), *share, progress("drawing", len(prompts), *share))
+    subject.wait()
+    if subject.rank:
+        return None
+
+    reference_sha256 = reference.sha256()
+    result: dict[str, Any] = {
+        "run": subject.run.name,
+        "checkpoint": subject.checkpoint.name,
+        "checkpoint_sha256": drawn.identity["checkpoint_sha256"],
+        **_number(drawing.card(network, reference_sha256), drawn, reference),
+        "environment": environment(finished=time.strftime("%Y-%m-%dT%H:%M:%S")),
+    }
+    if rebuilt is not None:
+        card = drawing.card(network, reference_sha256, "reconstructed")
+        result["floor"] = _number(card, rebuilt, reference)
+    _write_pictures(subject, drawing, drawn)
+    _say(result)
+    return result
+
+
+def _parts(subject: Subject, drawing: Drawing, network: Inception, kind: str) -> Parts:
+    """Where the features of drawn or reconstructed pictures lie."""
+    model, options = subject.model, subject.options
+    assert model.image is not None
+    identity = {
+        "pictures": kind,
+        "prompts_sha256": prompts_sha256(drawing.prompts),
+        "image_tokenizer_sha256": model.image.sha256,
+        "crop": CROP,
+        "resizer": RESIZER,
+        "size": SIZE,
+        **network_card(network),
+    }
+    if kind == "drawn":
+        identity |= {"checkpoint_sha256": file_sha256(subject.checkpoint), "seed": drawing.seed}
+        identity |= vars(drawing.sampling)
+    return Parts(subject.out / kind, identity, len(drawing.prompts), options.part)
+
+
+def _number(card: Card, measured: Parts, reference: Reference) -> dict[str, Any]:
+    """Distances with the card that they hold under."""
+    found = distances(measured, reference.parts, reference.network.width)
+    return {"title": card.title, **found, "differs": card.differences(), "card": card.as_dict()}
+
+
+def _write_pictures(subject: Subject, drawing: Drawing, drawn: Parts) -> None:
+    """A captioned grid of the first pictures and, where asked for, all of them as the metric sees them."""
+    shown = min(GRID, drawn.items)
+    first_BN = torch.cat([drawn.read(number)["codes"] for number in range(-(-shown // drawn.size))])[:shown]
+    captions = [prompt.text for prompt in drawing.prompts[:shown]]
+    captioned_grid(decode(subject.model, first_BN.long()), captions).save(subject.out / GRID_FILE)
+    if not subject.options.pictures:
+        return
+    folder = subject.out / PICTURES_FOLDER
+    folder.mkdir(exist_ok=True)
+    for number in range(len(drawn)):
+        pictures = decode(subject.model, drawn.read(number)["codes"].long())
+        for index, picture in zip(drawn.span(number), pictures, strict=True):
+            name = f"{index:05d}-{drawing.prompts[index].caption_id}.png"
+            Image.fromarray(square(Image.fromarray(picture))).save(folder / name)
+
+
+def _say(result: dict[str, Any]) -> None:
+    """The numbers, and what they may not be called."""
+    for entry in (result, result.get("floor")):
+        if entry is not None:
+            print(f"{entry['title']}: {entry['fid']:.4f}; KID {entry['kid']:.6f} +- {entry['kid_std']:.6f}")
+    for line in result["differs"]:
+        print(f"  {line}")

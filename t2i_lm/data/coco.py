@@ -1,0 +1,159 @@
+"""COCO's val2014: which captions are drawn, and pictures as the protocol sees them.
+
+`PATH/annotations/captions_val2014.json` and `PATH/val2014/*.jpg`. Read with the standard library, so that a wrong
+folder is named before torch is loaded. Shapes: `H`, `W` pixels.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i_lm.hashing import file_sha256
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+CAPTIONS, PICTURES = Path("annotations", "captions_val2014.json"), "val2014"
+SIZE, CROP, RESIZER = 256, "centre", "lanczos"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption, and the picture that it describes."""
+
+    image_id: int
+    caption_id: int
+    text: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Coco:
+    """A folder of val2014.
+
+    Attributes:
+        pictures: names of all pictures, sorted.
+        captions: (caption id, text) of each image id that has any.
+        files: name of the picture of each image id.
+    """
+
+    path: Path
+    pictures: list[str]
+    captions: dict[int, list[tuple[int, str]]]
+    files: dict[int, str]
+    captions_sha256: str
+
+    @property
+    def caption_count(self) -> int:
+        """Captions in all."""
+        return sum(len(texts) for texts in self.captions.values())
+
+
+def read_coco(path: Path) -> Coco:
+    """Reads captions and the list of pictures.
+
+    Raises:
+        ValueError: if a file or folder is absent or is not COCO's.
+    """
+    file, folder = path / CAPTIONS, path / PICTURES
+    if not file.is_file() or not folder.is_dir():
+        raise ValueError(f"--coco {path}: expected {CAPTIONS} and {PICTURES}/*.jpg in it, found no {_absent(path)}")
+    pictures = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".jpg")
+    if not pictures:
+        raise ValueError(f"--coco {path}: {folder} holds no .jpg")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        files = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
+        captions: dict[int, list[tuple[int, str]]] = {}
+        for row in content["annotations"]:
+            captions.setdefault(int(row["image_id"]), []).append((int(row["id"]), str(row["caption"])))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not COCO's captions: {type(error).__name__} {error}") from error
+    return Coco(path, pictures, captions, files, file_sha256(file))
+
+
+def _absent(path: Path) -> str:
+    return str(path / PICTURES) if (path / CAPTIONS).is_file() else str(path / CAPTIONS)
+
+
+def choose_prompts(coco: Coco, count: int, seed: int) -> list[Prompt]:
+    """One caption each of `count` pictures.
+
+    By the hash of seed and id: the same on every machine and version, and the first prompts are the same however many
+    are taken.
+
+    Raises:
+        ValueError: if there are fewer pictures with captions, or a caption is empty or its picture absent.
+    """
+    file = coco.path / CAPTIONS
+    if count > len(coco.captions):
+        raise ValueError(f"--prompts {count}: {file} has captions of {len(coco.captions)} pictures")
+    chosen, present = [], set(coco.pictures)
+    for image_id in sorted(coco.captions, key=lambda number: _rank(seed, "picture", number))[:count]:
+        caption_id, text = min(coco.captions[image_id], key=lambda caption: _rank(seed, "caption", caption[0]))
+        text = " ".join(text.split())  # some end in a line break
+        if not text:
+            raise ValueError(f"{file}: caption {caption_id} of picture {image_id} is empty")
+        name = coco.files.get(image_id, "")
+        if name not in present:
+            raise ValueError(f"{file}: picture {image_id} ({name or 'no file name'}) is not in {coco.path / PICTURES}")
+        chosen.append(Prompt(image_id, caption_id, text, name))
+    return chosen
+
+
+def _rank(seed: int, kind: str, number: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{kind}/{number}".encode()).digest()
+
+
+def prompts_sha256(prompts: Iterable[Prompt]) -> str:
+    """Hash of a prompt list: ids and texts, in order."""
+    rows = [[prompt.image_id, prompt.caption_id, prompt.text] for prompt in prompts]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def listing_sha256(coco: Coco) -> str:
+    """Hash of the pictures' names and sizes in bytes: tells folders apart without reading 6 GB."""
+    folder = coco.path / PICTURES
+    rows = [f"{name}\0{(folder / name).stat().st_size}" for name in coco.pictures]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def square(image: "Image.Image", size: int = SIZE) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """The protocol's picture (H, W, 3) uint8: centre crop to the shorter side, then LANCZOS to `size` pixels.
+
+    Drawn pictures and references both come through here; one that has this size already is unchanged.
+    """
+    import numpy as np
+    from PIL import Image
+
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    cropped = image.crop((left, top, left + side, top + side))
+    if side != size:
+        cropped = cropped.resize((size, size), Image.Resampling.LANCZOS)
+    return np.array(cropped, dtype=np.uint8)
+
+
+def read_pictures(coco: Coco, names: Sequence[str]) -> "tuple[list[Image.Image], list[bytes]]":
+    """Pictures of val2014 in RGB, and the sha256 of each file.
+
+    Raises:
+        ValueError: naming a file that cannot be read.
+    """
+    import io
+
+    from t2i_lm.data.pictures import RejectedPairError, decode_image
+
+    images, digests = [], []
+    for name in names:
+        content = (coco.path / PICTURES / name).read_bytes()
+        digests.append(hashlib.sha256(content).digest())
+        try:
+            images.append(decode_image(io.BytesIO(content), name))
+        except RejectedPairError as error:
+            raise ValueError(f"{coco.path / PICTURES / name}: {error.reason}") from error
+    return images, digests

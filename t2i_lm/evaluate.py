@@ -1,0 +1,186 @@
+"""Measures a finished run: `python -m t2i_lm.evaluate --checkpoint RUN --coco PATH --weights FILE`."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i_lm.protocol import HEADLINE, PROMPT_SEED
+
+if TYPE_CHECKING:
+    from t2i_lm.data.coco import Coco, Prompt
+    from t2i_lm.subject import Subject
+
+EXAMPLE = """example:
+  python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --coco coco --weights inception.pth
+  torchrun --nproc-per-node 8 -m t2i_lm.evaluate --checkpoint RUN --coco coco --weights FILE --prompts 10000 --cfg 3
+
+RUN is a run folder, or a folder of runs, whose newest is taken. PATH holds annotations/captions_val2014.json and
+val2014/*.jpg. FILE is torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its release v0.2.0), or
+hub:ORG/NAME/FILE[#sha256=HEX]. The same command again continues what was interrupted. Every number carries its
+protocol card, and only the canonical one is called COCO FID-30k. Distances to few pictures are biased upwards: compare
+equal --prompts only."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One thing to measure; its result becomes OUT/NAME.json.
+
+    Attributes:
+        wanted: whether the command line asks for it.
+        check: reads its inputs without torch, so that wrong ones are named in a second; what `run` then gets.
+        describe: what `--dry-run` says.
+        run: measures on every rank; what rank 0 returns is written and printed.
+    """
+
+    wanted: Callable[[argparse.Namespace], bool]
+    check: Callable[[argparse.Namespace], Any]
+    describe: Callable[[argparse.Namespace, Any], str]
+    run: Callable[["Subject", Any], dict[str, Any] | None]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="python -m t2i_lm.evaluate",
+        description="Measure a finished run: zero-shot FID and KID on COCO, and its tokenizer's floor.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = arguments.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, or folder of runs")
+    add("--coco", type=Path, metavar="PATH", help="COCO folder of val2014: measure FID and KID")
+    add("--weights", metavar="FILE", help="of torch-fidelity's Inception; needed with --coco")
+    add("--weights-sha256", metavar="HEX", help="refuse another file")
+    add("--features", type=int, default=2048, help="layer of the network, by its width (default: %(default)s)")
+    add("--prompts", type=int, default=30_000, metavar="N", help="captions, one a picture (default: %(default)s)")
+    add("--guidance", "--cfg", type=float, metavar="S", help="scale of classifier-free guidance (default: the run's)")
+    add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    add("--no-floor", action="store_true", help="leave out the reconstruction FID of the tokenizer")
+    add("--canonical", action="store_true", help=f"refuse to measure anything that is not {HEADLINE}")
+    add("--pictures", action="store_true", help="also write every drawn picture as PNG")
+    add("--part", type=int, default=256, metavar="N", help="prompts that a kill loses at most (default: %(default)s)")
+    add("--cache", type=Path, default=Path("cache"), help="features of the reference (default: %(default)s)")
+    add("--out", type=Path, help="folder to write or continue (default: in RUN/evaluations)")
+    add("--dry-run", action="store_true", help="check and describe; load no model, write nothing")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks, measures, writes one JSON a measurement; returns the exit code."""
+    options = parser().parse_args(argv)
+    try:
+        wanted = {name: row for name, row in MEASUREMENTS.items() if row.wanted(options)}
+        if not wanted:
+            raise ValueError("nothing to measure: give --coco PATH")
+        given = {name: row.check(options) for name, row in wanted.items()}
+        if options.dry_run:
+            print(*(row.describe(options, given[name]) for name, row in wanted.items()), sep="\n")
+            return 0
+        return _measure(options, wanted, given)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given: dict[str, Any]) -> int:
+    import torch
+
+    from t2i_lm.parts import write_whole
+    from t2i_lm.subject import Subject
+    from t2i_lm.trained import find_run, load_trained, newest_checkpoint
+
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    run = find_run(options.checkpoint)
+    checkpoint = newest_checkpoint(run)
+    model = load_trained(run)
+    torch.set_num_threads(model.config.trainer.threads or torch.get_num_threads())
+    if torch.cuda.is_available() and model.config.trainer.accelerator != "cpu":
+        model.module.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    out = options.out or run / "evaluations" / _default_name(options, checkpoint)
+    subject = Subject(options, run, checkpoint, model, out, rank, world)
+    if world > 1:
+        from datetime import timedelta
+
+        # Ranks wait for the slowest, which may have a part more to draw.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))
+    try:
+        for name, row in wanted.items():
+            result = row.run(subject, given[name])
+            if rank == 0 and result is not None:
+                out.mkdir(parents=True, exist_ok=True)
+                write_whole(out / f"{name}.json", json.dumps(result, indent=2) + "\n")
+                print(out / f"{name}.json")
+        subject.wait()
+    finally:
+        if world > 1:
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def _default_name(options: argparse.Namespace, checkpoint: Path) -> str:
+    """A folder that the same command finds again."""
+    guidance = "" if options.guidance is None else f"-cfg{options.guidance:g}"
+    return re.sub(r"[^\w.-]", "_", f"{checkpoint.stem}-{options.prompts}-seed{options.seed}{guidance}")
+
+
+def _check_coco(options: argparse.Namespace) -> tuple["Coco", "list[Prompt]"]:
+    """Captions and prompts.
+
+    Raises:
+        ValueError: naming the option, key or file that is wrong.
+    """
+    from t2i_lm.assets import PREFIX
+    from t2i_lm.data.coco import choose_prompts, read_coco
+    from t2i_lm.hashing import file_sha256
+    from t2i_lm.hub import PREFIX as HUB
+
+    for key, least in (("prompts", 2), ("part", 1), ("seed", 0)):
+        if getattr(options, key) < least:
+            raise ValueError(f"--{key} {getattr(options, key)}: expected at least {least}")
+    if options.features not in (64, 192, 768, 2048):
+        raise ValueError(f"--features {options.features}: expected 64, 192, 768 or 2048")
+    if options.weights is None:
+        raise ValueError("--weights: --coco needs the file of torch-fidelity's Inception, see --help")
+    if not options.weights.startswith((HUB, PREFIX)):
+        file = Path(options.weights)
+        if not file.is_file():
+            raise ValueError(f"--weights {file}: no such file")
+        if options.weights_sha256 is not None and file_sha256(file) != options.weights_sha256.lower():
+            raise ValueError(f"--weights {file} has sha256 {file_sha256(file)}, expected {options.weights_sha256}")
+    coco = read_coco(options.coco)
+    return coco, choose_prompts(coco, options.prompts, PROMPT_SEED)
+
+
+def _describe_coco(options: argparse.Namespace, given: tuple["Coco", "list[Prompt]"]) -> str:
+    from t2i_lm.data.coco import prompts_sha256
+
+    coco, prompts = given
+    lines = [
+        f"draw {len(prompts):,} captions of val2014, one a picture (sha256 {prompts_sha256(prompts)})",
+        f"compare with {len(coco.pictures):,} pictures, centre crop, lanczos to 256 pixels, no antialias in the metric",
+        f"network: torch-fidelity's Inception, {options.features} features, {options.weights}",
+        f"{-(-len(prompts) // options.part)} parts of {options.part} prompts; seed {options.seed}",
+    ]
+    return "\n".join(lines)
+
+
+def _run_coco(subject: "Subject", given: tuple["Coco", "list[Prompt]"]) -> dict[str, Any] | None:
+    from t2i_lm.coco_result import measure_coco
+
+    return measure_coco(subject, *given)
+
+
+# A further measurement is a row here, and its options in `parser`.
+MEASUREMENTS: dict[str, Measurement] = {
+    "coco": Measurement(lambda options: options.coco is not None, _check_coco, _describe_coco, _run_coco),
+}
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The card of a COCO number: everything that it depends on, and the name that only one card may bear.
+
+The same model scores 8.5 or 16 under two protocols that are both called "COCO FID". So a number here is called
+"COCO FID-30k" only where each field has its canonical value; otherwise its title says what differs. Standard library
+only.
+"""
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+HEADLINE = "COCO FID-30k"
+# Which captions and pictures are drawn from val2014 (40,504 pictures with 202,654 captions).
+PROMPT_SEED = 2014
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What was measured, against what, and how.
+
+    Attributes:
+        pictures: where the measured ones come from: `drawn` by the model, or `reconstructed` by its tokenizer alone.
+        prompt_ids: (image id, caption id) of each prompt, in order.
+        native_size: side in pixels as the tokenizer decodes; another than `size` was resized as the references are.
+        network_sha256: of the feature network's weights.
+    """
+
+    pictures: str
+    prompts: int
+    prompts_per_picture: int = 1
+    prompt_seed: int
+    prompts_sha256: str
+    captions: int
+    captions_sha256: str
+    reference: str
+    reference_pictures: int
+    reference_sha256: str
+    size: int
+    native_size: int
+    crop: str
+    resizer: str
+    antialias: bool
+    network: str
+    network_sha256: str
+    features: int
+    guidance: float = 1.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    prompt_ids: list[list[int]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def differences(self) -> list[str]:
+        """The fields that are not canonical, with both values."""
+        own = asdict(self)
+        found = [f"{key}={own[key]!r} (not {value!r})" for key, value in CANONICAL.items() if own[key] != value]
+        if not re.fullmatch("[0-9a-f]{64}", self.reference_sha256):
+            found.append(f"reference_sha256={self.reference_sha256!r} (not the hash of the pictures)")
+        return found
+
+    @property
+    def title(self) -> str:
+        """What the number may be called."""
+        if self.pictures != "drawn":
+            return f"FID of {self.pictures} pictures, n={self.prompts}"
+        return HEADLINE if not self.differences() else f"FID, n={self.prompts}, not {HEADLINE}"
+
+
+# Guidance, temperature and seed are the model's own distribution: what the study compares. The hashes of prompts and
+# captions follow from the other fields and COCO's files.
+CANONICAL: dict[str, Any] = {
+    "pictures": "drawn",
+    "prompts": 30_000,
+    "prompts_per_picture": 1,
+    "prompt_seed": PROMPT_SEED,
+    "captions": 202_654,
+    "reference": "val2014",
+    "reference_pictures": 40_504,
+    "size": 256,
+    "native_size": 256,
+    "crop": "centre",
+    "resizer": "lanczos",
+    "antialias": False,
+    "network": "inception-v3-compat",
+    "network_sha256": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    "features": 2048,
+    "guidance": 1.0,
+    "temperature": 1.0,
+    "top_k": None,
+    "top_p": None,
+    "seed": 0,
+}
+
+
+def require_headline(card: Card) -> None:
+    """Refuses the name `COCO FID-30k` to any other card.
+
+    Raises:
+        ValueError: naming each field that differs.
+    """
+    if differences := card.differences():
+        raise ValueError(f"this is no {HEADLINE}: {'; '.join(differences)}")

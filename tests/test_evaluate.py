@@ -1,0 +1,257 @@
+"""The evaluate command: torch-fidelity's number, on one rank, on two, and after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from t2i_lm.evaluate import main, parser
+from t2i_lm.parts import Parts
+from t2i_lm.runs import ENVIRONMENT, run_folders
+from t2i_lm.train import main as train
+from tests.callbacks.toy_run import finish, free_port, server
+from tests.coco_folder import CAPTION, write_coco
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("coco") / "coco", 14)
+
+
+@pytest.fixture(scope="module")
+def run(tiny: list[str], coco: Path, inception_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that measured itself twice."""
+    root = tmp_path_factory.mktemp("evaluate")
+    fid = [
+        "fid.interval=4",
+        f"fid.coco={coco}",
+        f"fid.weights={inception_weights}",
+        "fid.features=64",
+        "fid.prompts=5",
+    ]
+    experiment = str(ROOT / "experiments" / "t2i_pretrained.yaml")
+    assert train([experiment, *tiny, *fid, f"run.dir={root}", f"data.cache_dir={root}/cache"]) == 0
+    return run_folders(root)[-1]
+
+
+@pytest.fixture(scope="module")
+def command(run: Path, coco: Path, inception_weights: Path) -> list[str]:
+    given = {"checkpoint": run, "coco": coco, "weights": inception_weights, "features": 64, "prompts": 10, "part": 3}
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return [*words, "--cache", str(run.parents[1] / "cache")]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "coco.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="module")
+def unbroken(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    assert main([*command, "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["coco.json", "drawn", "grid.png", "reconstructed"]
+    return read(out)
+
+
+def test_a_run_measures_itself_and_keeps_the_network_out_of_its_checkpoints(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["fid"] for line in lines if "fid" in line}
+    assert list(measured) == [4, 8]
+    for step, found in measured.items():
+        assert found["fid"] > 0
+        assert found["title"] == "FID, n=5, not COCO FID-30k"
+        written = json.loads((run / "fid" / f"step-{step:08d}.json").read_text())
+        assert written["card"]["features"] == 64
+        assert {key: written[key] for key in found} == found
+    state = torch.load(next((run / "checkpoints").glob("*.ckpt")), weights_only=True)
+    assert all(key.startswith("decoder.") for key in state["state_dict"])
+    assert not any("FID" in name for name in state["callbacks"])
+
+
+def test_measuring_changes_nothing_of_the_run(run: Path, tiny: list[str], tmp_path: Path) -> None:
+    assert train([str(ROOT / "experiments" / "t2i_pretrained.yaml"), *tiny, f"run.dir={tmp_path}"]) == 0
+
+    def losses(folder: Path) -> list[Any]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [line[kind] for line in lines for kind in ("train", "val") if kind in line]
+
+    assert losses(run_folders(tmp_path)[-1]) == losses(run)
+
+
+def test_the_number_carries_its_card_and_not_the_headlines_name(unbroken: dict[str, Any]) -> None:
+    assert unbroken["title"] == "FID, n=10, not COCO FID-30k"
+    assert "prompts=10 (not 30000)" in unbroken["differs"]
+    card = unbroken["card"]
+    assert (card["resizer"], card["antialias"], card["size"], card["native_size"]) == ("lanczos", False, 256, 64)
+    assert len(card["prompt_ids"]) == 10
+    assert len(card["reference_sha256"]) == 64
+    floor = unbroken["floor"]
+    assert floor["title"] == "FID of reconstructed pictures, n=10"
+    assert floor["card"]["prompt_ids"] == card["prompt_ids"]
+
+
+def test_a_part_is_drawn_as_all_pictures_are(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:
+    assert main([*command, "--part", "10", "--no-floor", "--out", str(tmp_path / "out")]) == 0
+    assert read(tmp_path / "out")["fid"] == pytest.approx(unbroken["fid"], rel=1e-6)
+    assert "floor" not in read(tmp_path / "out")
+
+
+def in_process(arguments: list[str], environment: dict[str, str], parts_until_kill: int) -> None:
+    os.environ |= environment
+    torch.set_num_threads(1)
+    if parts_until_kill:
+        write = Parts.write
+        left = parts_until_kill
+
+        def killed(self: Parts, number: int, tensors: dict[str, Any]) -> None:
+            nonlocal left
+            if left == 0:
+                self.path(number).with_suffix(".1.tmp").write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            write(self, number, tensors)
+
+        Parts.write = killed  # type: ignore[method-assign]
+    os._exit(main(arguments))
+
+
+def test_an_interrupted_evaluation_ends_as_an_unbroken_one(
+    command: list[str], unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = [*command, "--out", str(tmp_path / "out")]
+    process = server.Process(target=in_process, args=(arguments, {}, 6))
+    process.start()
+    assert finish(process) == [-signal.SIGKILL]
+    assert not (tmp_path / "out" / "coco.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert len(before) == 6
+    assert main(arguments) == 0
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    resumed = read(tmp_path / "out")
+    for part in (resumed, unbroken):
+        part["environment"] = None
+    assert resumed == unbroken
+
+
+def test_two_ranks_find_the_number_of_one(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    arguments = [*command, "--out", str(tmp_path / "out")]
+    ranks = [
+        server.Process(target=in_process, args=(arguments, {**meeting, "RANK": str(rank), "LOCAL_RANK": "0"}, 0))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    assert finish(*ranks) == [0, 0]
+    two = read(tmp_path / "out")
+    for name in ("fid", "kid"):
+        assert two[name] == pytest.approx(unbroken[name], rel=1e-6)
+        assert two["floor"][name] == pytest.approx(unbroken["floor"][name], rel=1e-6)
+
+
+def test_the_number_is_torch_fidelitys_on_the_same_folders(run: Path, inception_weights: Path, tmp_path: Path) -> None:
+    """300 pictures, its own command; references of 256 pixels pass the crop and resize unchanged."""
+    coco = write_coco(tmp_path / "coco", 300, 256, 256)
+    drawn = tmp_path / "out" / "pictures"
+    given = {"checkpoint": run, "coco": coco, "weights": inception_weights, "features": 64, "prompts": 300}
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    rest = ["--no-floor", "--pictures", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    assert main([*words, *rest]) == 0
+    assert len(list(drawn.iterdir())) == 300
+    assert np.asarray(Image.open(next(drawn.iterdir()))).shape == (256, 256, 3)
+    theirs = [
+        sys.executable,
+        "-m",
+        "torch_fidelity.fidelity",
+        "--fid",
+        "--kid",
+        "--cpu",
+        "--json",
+        "--silent",
+        "--save-cpu-ram",
+    ]
+    theirs += ["--input1", str(drawn), "--input2", str(coco / "val2014"), "--kid-subset-size", "300"]
+    theirs += ["--feature-extractor-weights-path", str(inception_weights)]
+    theirs += ["--feature-layer-fid", "64", "--feature-layer-kid", "64"]
+    done = subprocess.run(
+        theirs, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    ours = read(tmp_path / "out")
+    assert ours["fid"] == pytest.approx(found["frechet_inception_distance"], rel=1e-3)
+    assert ours["kid"] == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--coco", "absent"], "found no"),
+        (["--weights", "absent.pth"], "--weights absent.pth: no such file"),
+        (["--weights-sha256", "00" * 32], "expected 0000"),
+        (["--prompts", "15"], "has captions of 14 pictures"),
+        (["--prompts", "1"], "--prompts 1: expected at least 2"),
+        (["--features", "65"], "--features 65"),
+        (["--cfg", "-1"], "guidance=-1.0"),
+        (["--canonical"], "this is no COCO FID-30k: prompts=10"),
+    ],
+)
+def test_bad_arguments_are_named_and_nothing_is_written(
+    more: list[str], message: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, *more, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_that_do_not_fit_other_tokenizers_and_other_evaluations_are_refused(
+    run: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco = write_coco(tmp_path / "coco", 4)
+    content = json.loads((coco / CAPTION).read_text())
+    content["annotations"][0]["caption"] = content["annotations"][1]["caption"] = "word " * 200
+    (coco / CAPTION).write_text(json.dumps(content))
+    out = ["--out", str(tmp_path / "out")]
+    assert main([*command, "--coco", str(coco), "--prompts", "4", *out]) == 2
+    assert "1 of 4 captions do not fit" in capsys.readouterr().err
+
+    changed = tmp_path / "run"
+    changed.mkdir()
+    for name in ("config.yaml", "checkpoints"):
+        (changed / name).symlink_to(run / name)
+    environment = json.loads((run / ENVIRONMENT).read_text())
+    environment["tokenizers"]["image"] = "0" * 64
+    (changed / ENVIRONMENT).write_text(json.dumps(environment))
+    assert main([*command, "--checkpoint", str(changed), *out]) == 2
+    assert "image_tokenizer.path holds another file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+    few = ["--prompts", "3", "--no-floor", *out]
+    assert main([*command, *few]) == 0
+    assert main([*command, *few, "--seed", "1"]) == 2
+    assert "holds parts of another evaluation (seed=0, now 1)" in capsys.readouterr().err
+
+
+def test_a_dry_run_describes_and_writes_nothing(
+    command: list[str], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(run.rglob("*"))
+    started = time.monotonic()
+    assert main([*command, "--dry-run"]) == 0
+    assert time.monotonic() - started < 1
+    assert "draw 10 captions of val2014" in capsys.readouterr().out
+    assert sorted(run.rglob("*")) == before
+    assert main(["--checkpoint", str(run)]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+    assert "example:" in parser().format_help()
