@@ -18,17 +18,26 @@ KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
 def frechet_distance(mean1_D: Tensor, cov1_DD: Tensor, mean2_D: Tensor, cov2_DD: Tensor) -> Tensor:
     """Squared Frechet distance of two Gaussians, 0-d float64 (Heusel et al. 2017, equation 6).
 
-    The eigenvalues of cov1 cov2 are those of S cov2 S with S the symmetric root of cov1, which is symmetric: `eigh` and
-    `eigvalsh` do where a general root (scipy's `sqrtm`, torchmetrics' `eigvals`) is slower and, for fewer pictures than
-    features, may return complex numbers. `eigvalsh` on cov1 cov2 itself is wrong: the product is not symmetric.
+    With any factor F F^T = cov1, the eigenvalues of cov1 cov2 are those of F^T cov2 F, which is symmetric: `eigvalsh`
+    does where a general root (scipy's `sqrtm`, torchmetrics' `eigvals`) is slower and may return complex numbers for
+    fewer pictures than features. `eigvalsh` on cov1 cov2 itself is wrong: the product is not symmetric.
     """
-    values_D, vectors_DD = torch.linalg.eigh(cov1_DD.double())
-    # Rounding makes the zeros of a singular covariance slightly negative.
-    root_DD = vectors_DD * values_D.clamp(min=0).sqrt()  # root root^T = cov1
-    cross_D = torch.linalg.eigvalsh(root_DD.mT @ cov2_DD.double() @ root_DD).clamp(min=0).sqrt()
+    cov1_DD, cov2_DD = cov1_DD.double(), cov2_DD.double()
+    factor_DD = _factor(cov1_DD)
+    # Rounding makes zeros slightly negative.
+    cross_D = torch.linalg.eigvalsh(factor_DD.mT @ cov2_DD @ factor_DD).clamp(min=0).sqrt()
     between = (mean1_D.double() - mean2_D.double()).square().sum()
-    distance: Tensor = between + cov1_DD.double().trace() + cov2_DD.double().trace() - 2 * cross_D.sum()
+    distance: Tensor = between + cov1_DD.trace() + cov2_DD.trace() - 2 * cross_D.sum()
     return distance
+
+
+def _factor(cov_DD: Tensor) -> Tensor:
+    """F with F F^T = cov: Cholesky's, ten times cheaper than eigenvectors, which do for singular covariances too."""
+    lower_DD, failed = torch.linalg.cholesky_ex(cov_DD)
+    if not failed:
+        return lower_DD
+    values_D, vectors_DD = torch.linalg.eigh(cov_DD)
+    return vectors_DD * values_D.clamp(min=0).sqrt()
 
 
 def kernel_distance(fake_ND: Tensor, real_ND: Tensor) -> tuple[float, float]:
