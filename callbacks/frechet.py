@@ -33,11 +33,13 @@ def frechet_distance(mean1_D: Tensor, cov1_DD: Tensor, mean2_D: Tensor, cov2_DD:
 
 def _factor(cov_DD: Tensor) -> Tensor:
     """F with F F^T = cov: Cholesky's, ten times cheaper than eigenvectors, which do for singular covariances too."""
+    lower_DD: Tensor
     lower_DD, failed = torch.linalg.cholesky_ex(cov_DD)
     if not failed:
         return lower_DD
     values_D, vectors_DD = torch.linalg.eigh(cov_DD)
-    return vectors_DD * values_D.clamp(min=0).sqrt()
+    factor_DD: Tensor = vectors_DD * values_D.clamp(min=0).sqrt()
+    return factor_DD
 
 
 def kernel_distance(fake_ND: Tensor, real_ND: Tensor) -> tuple[float, float]:
