@@ -15,7 +15,7 @@ TEXT ?=
 HELDOUT ?=
 PRETRAIN = $(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" data.val_path="$(HELDOUT)" run.dir=$(RUNS)/assets/$(1) $(ARGS)
 
-BENCHMARKS := train_step head generate loader trainer_overhead
+BENCHMARKS := train_step head generate loader trainer_overhead fid
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check test tensorboard figures bench demo-assets exp-pretrained exp-scratch clean
