@@ -16,11 +16,13 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.bags import BagDataModule
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
 from t2i_lm.data.preparation import prepare_pairs, prepare_text
+from t2i_lm.data.replay import ReplayDataModule, prepare_replay
 from t2i_lm.data.tokens import read_index
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import ImageRowSource, expand_vocabulary
 from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.modules.base import DecoderModule
+from t2i_lm.modules.distilled import DistilledModule
 from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
@@ -123,7 +125,10 @@ def build_model(config: ExperimentConfig) -> Model:
         module: DecoderModule = UnconditionalImageModule(decoder, config, alone)
         return Model(config=config, module=module, text=text, image=image, layout=alone)
     layout = Layout(vocab, image_tokens, config.data.length)
-    module = TextToImageModule(decoder, config, layout)
+    if config.distil.weight:
+        module = DistilledModule(decoder, config, layout, text.document_end)
+    else:
+        module = TextToImageModule(decoder, config, layout)
     return Model(config=config, module=module, text=text, image=image, layout=layout)
 
 
@@ -136,6 +141,9 @@ def build_pictures(config: ExperimentConfig) -> Experiment:
     shards = prepare_pairs(config, model.text, model.image)
     model.image.to(torch.device("cpu"))  # leaves the GPU to training
     data = PairDataModule(config, shards, model.layout)
+    if config.data.replayed:
+        assert isinstance(model.layout, Layout)
+        data = ReplayDataModule(config, shards, model.layout, prepare_replay(config, model.text))
     return Experiment(**vars(model), data=data, index=_index(shards), shards=shards)
 
 

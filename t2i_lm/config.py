@@ -6,6 +6,7 @@ ValueError that names the key, the value and what is allowed.
 
 from dataclasses import dataclass, field
 
+from t2i_lm.remedy_sections import DistilConfig, ForgettingConfig, LoraConfig, LossConfig
 from t2i_lm.sections import (
     SHARDED,
     AlignConfig,
@@ -53,6 +54,10 @@ class ExperimentConfig:
     samples: SampleConfig = field(default_factory=SampleConfig)
     fid: FidConfig = field(default_factory=FidConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -81,6 +86,7 @@ class ExperimentConfig:
             self._check_sharded()
         if self.task == "image_tokenizer" and (self.freeze or self.tune != "all"):
             raise ValueError("freeze and tune are for language models, not task=image_tokenizer")
+        self._check_remedies()
         if (self.task == "text") != (self.data.source == "text"):
             raise ValueError(f"data.source={self.data.source!r} does not fit task={self.task!r}")
         ranks = self.trainer.devices * self.trainer.num_nodes
@@ -91,6 +97,21 @@ class ExperimentConfig:
             self.data.batch_size,
             f"a multiple of {share} (trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches)",
         )
+
+    def _check_remedies(self) -> None:
+        if self.forgetting.interval is not None and self.task in ("align", "image_tokenizer"):
+            raise ValueError(f"forgetting.interval={self.forgetting.interval}: task={self.task} has no language model")
+        used = {
+            "loss": self.loss.weighted,
+            "distil.weight": self.distil.weight > 0,
+            "data.replay_ratio": self.data.replay_ratio > 0,
+            "lora.rank": self.lora.rank > 0,
+        }
+        for key in (name for name, on in used.items() if on):
+            if self.task != "text_to_image":
+                raise ValueError(f"{key} is for task=text_to_image, not task={self.task!r}")
+        if self.distil.weight and self.init not in ("pretrained", "aligned"):
+            raise ValueError(f"distil.weight={self.distil.weight}: init={self.init!r} has no language to distil from")
 
     def _check_align(self) -> None:
         if self.freeze or self.tune != "all" or self.new_rows != "random" or self.init == "aligned":
@@ -133,6 +154,11 @@ class ExperimentConfig:
                 needed["backbone.path"] = (self.backbone.path, f"a checkpoint for init={self.init}")
             if self.image_rows == "aligned":
                 needed["aligned_rows"] = (self.aligned_rows, "the file or run folder of an alignment, or latest")
+        if self.data.replay_ratio:
+            needed["data.replay_path"] = (
+                self.data.replay_path,
+                f"text for data.replay_ratio={self.data.replay_ratio}: a .txt or .txt.gz file, or a folder of them",
+            )
         for key, (path, expected) in needed.items():
             require(path is not None, key, path, expected)
 

@@ -13,14 +13,24 @@ from t2i_lm.devices import multiplies_bfloat16
 from t2i_lm.sections import OptimConfig
 
 
+def is_new_row(name: str) -> bool:
+    """Whether no language model was pre-trained with a parameter: boundary and image rows, adapters."""
+    return name.endswith((".special", ".image")) or ".lora_" in name
+
+
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
     """Parameter groups of the trainable parameters.
 
-    open_lm decays everything (`decay: all`, the default); `matrices` spares one-dimensional tensors.
+    open_lm decays everything (`decay: all`, the default); `matrices` spares one-dimensional tensors. With `l2_sp`
+    pre-trained weights are pulled to where they began (`modules/anchor.py`) instead of to zero.
     """
     trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    decayed = [p for _, p in trainable if config.decay == "all" or p.ndim >= 2]
-    spared = [p for _, p in trainable if not (config.decay == "all" or p.ndim >= 2)]
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return (config.decay == "all" or parameter.ndim >= 2) and (not config.l2_sp or is_new_row(name))
+
+    decayed = [p for name, p in trainable if decays(name, p)]
+    spared = [p for name, p in trainable if not decays(name, p)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -109,6 +109,8 @@ class DataConfig:
     cache_dir: str = "cache"  # prepared token shards
     part_size: int = 8192  # samples of one part of the shards: what a killed preparation loses at most
     workers: int = 0  # processes that load batches
+    replay_path: str | None = None  # plain text that takes the place of pairs; read where replay_ratio > 0
+    replay_ratio: float = 0.0  # share of each batch's sequences that are windows of it
 
     def __post_init__(self) -> None:
         one_of("data.source", self.source, SOURCES)
@@ -121,6 +123,17 @@ class DataConfig:
         require(0 <= self.caption_dropout < 1, "data.caption_dropout", self.caption_dropout, "a value in [0, 1)")
         require(0 <= self.max_reject_share <= 1, "data.max_reject_share", self.max_reject_share, "a value in [0, 1]")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(
+            0 <= self.replay_ratio < 1 and abs(self.replay_ratio * self.batch_size - self.replayed) < 1e-9,
+            "data.replay_ratio",
+            self.replay_ratio,
+            f"a value in [0, 1) that gives a whole number of data.batch_size={self.batch_size} sequences",
+        )
+
+    @property
+    def replayed(self) -> int:
+        """Sequences of a batch that are replayed text."""
+        return round(self.replay_ratio * self.batch_size)
 
 
 @dataclass
@@ -135,6 +148,7 @@ class OptimConfig:
     warmup_steps: int = 2000
     final_lr_ratio: float = 0.0
     grad_clip: float = 1.0
+    l2_sp: float = 0.0  # pull of pre-trained weights to where they began, in place of their decay; 0: none
 
     def __post_init__(self) -> None:
         one_of("optim.name", self.name, OPTIMIZERS)
@@ -149,6 +163,7 @@ class OptimConfig:
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "a value in [0, 1]")
+        require(self.l2_sp >= 0, "optim.l2_sp", self.l2_sp, "0 or more")
         require(self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "a positive value")
 
 

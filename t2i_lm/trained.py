@@ -7,6 +7,7 @@ import torch
 
 from t2i_lm.build import Model, build_model
 from t2i_lm.load import load_experiment
+from t2i_lm.remedy_sections import DistilConfig
 from t2i_lm.runs import CONFIG, read_run
 from t2i_lm.trainer import CHECKPOINTS, find_resumable
 
@@ -50,7 +51,8 @@ def load_trained(run: Path) -> Model:
         raise ValueError(f"{run} is a run of task={config.task}; expected text_to_image or unconditional")
     checkpoint = newest_checkpoint(run)
     # Every weight is replaced, so none is read; the architecture still comes from the backbone's own config.
-    model = build_model(replace(config, init="random", new_rows="random", aligned_rows=None))
+    plain = replace(config, init="random", new_rows="random", aligned_rows=None, distil=DistilConfig())
+    model = build_model(replace(plain, optim=replace(config.optim, l2_sp=0.0)))  # what only training compares with
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     try:
         model.module.load_state_dict(state)

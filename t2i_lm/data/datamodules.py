@@ -196,6 +196,7 @@ def make_sampler(config: ExperimentConfig, size: int, rank: int = 0, world: int 
         rank,
         world,
         config.trainer.accumulate_grad_batches,
+        config.data.replayed,
     )
 
 

@@ -14,6 +14,8 @@ from torch.utils.data import Sampler
 
 # (epoch, dataset index): what is drawn for a sample may depend on the epoch, never on the rank or the worker.
 Draw = tuple[int, int]
+# The epoch of a draw that is a window of replayed text; its index then counts the windows drawn so far.
+REPLAYED = -1
 
 
 class IndexSampler(Sampler[list[Draw]]):
@@ -27,14 +29,26 @@ class IndexSampler(Sampler[list[Draw]]):
     """
 
     def __init__(
-        self, size: int, batch_size: int, steps: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1
+        self,
+        size: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        replayed: int = 0,
     ) -> None:
-        """`batch_size` is global, `steps` are optimiser steps, `accumulate` micro-batches make one step."""
+        """`batch_size` is global, `steps` are optimiser steps, `accumulate` micro-batches make one step.
+
+        `replayed` evenly spaced draws of every batch are windows of text in place of samples.
+        """
         assert batch_size % (world * accumulate) == 0
         if size < 1:
             raise ValueError("the training set is empty")
         self.size, self.batch_size, self.steps, self.seed = size, batch_size, steps, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.replayed = replayed
         self.consumed = 0
         self._epoch = -1
         self._permutation: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -58,7 +72,13 @@ class IndexSampler(Sampler[list[Draw]]):
         indices = np.concatenate(
             [self._epoch_permutation(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
         )
-        return np.stack([epochs, indices], axis=1)
+        draws = np.stack([epochs, indices], axis=1)
+        if self.replayed:
+            before = np.arange(self.batch_size) * self.replayed // self.batch_size
+            after = (np.arange(self.batch_size) + 1) * self.replayed // self.batch_size
+            number = start // self.batch_size * self.replayed + before
+            draws[after > before] = np.stack([np.full_like(number, REPLAYED), number], axis=1)[after > before]
+        return draws
 
     def _epoch_permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch != self._epoch:

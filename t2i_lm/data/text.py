@@ -7,11 +7,12 @@ from pathlib import Path
 DOCUMENT_SEPARATOR = "\f"
 
 
-def read_documents(path: str) -> Iterator[str]:
+def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
     """Documents of a text file (`.txt`, `.txt.gz`), a folder of them, or a Hugging Face dataset.
 
     Args:
         path: file or folder; anything else is taken as `hub-name[:split]`, column `text`.
+        key: the config key that names it, for errors.
 
     Raises:
         ValueError: if there is nothing to read at `path`.
@@ -22,21 +23,21 @@ def read_documents(path: str) -> Iterator[str]:
     elif location.is_file():
         files = [location]
     else:
-        yield from _hub_documents(path)
+        yield from _hub_documents(path, key)
         return
     if not files:
-        raise ValueError(f"data.path: no .txt or .txt.gz file in {location}")
+        raise ValueError(f"{key}: no .txt or .txt.gz file in {location}")
     for file in files:
         opener = gzip.open if file.suffix == ".gz" else open
         try:
             with opener(file, "rt", encoding="utf-8") as stream:
                 text = str(stream.read())
         except (OSError, UnicodeDecodeError, EOFError) as error:
-            raise ValueError(f"data.path: {file} cannot be read as UTF-8 text: {error}") from error
+            raise ValueError(f"{key}: {file} cannot be read as UTF-8 text: {error}") from error
         yield from (document for document in text.split(DOCUMENT_SEPARATOR) if document.strip())
 
 
-def _hub_documents(name: str) -> Iterator[str]:
+def _hub_documents(name: str, key: str) -> Iterator[str]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -45,7 +46,7 @@ def _hub_documents(name: str) -> Iterator[str]:
         rows = load_dataset(repository, split=split or "train", streaming=True)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"data.path={name!r} is no file or folder here and no Hugging Face dataset in reach: {error}"
+            f"{key}={name!r} is no file or folder here and no Hugging Face dataset in reach: {error}"
         ) from error
     for row in rows:
         yield row["text"]

@@ -65,11 +65,15 @@ class Backbone(nn.Module):
         target_BT: Tensor | None = None,
         valid_BT: Tensor | None = None,
         image_rows_only: bool = False,
+        weight_N: Tensor | None = None,
     ) -> Tensor | TokenLoss:
-        """Logits (B, T, V) float32, or the loss of the N targets where `valid_BT` holds (all by default)."""
+        """Logits (B, T, V) float32, or the loss of the N targets where `valid_BT` holds (all by default).
+
+        `weight_N` are factors of the targets in the loss's `total`.
+        """
         x_BTD = self.hidden(ids_BT)
         if target_BT is None:
             return self.output(x_BTD)  # type: ignore[no-any-return]
         if valid_BT is None:
-            return self.output(x_BTD.flatten(0, 1), target_BT.flatten())  # type: ignore[no-any-return]
-        return self.output(x_BTD[valid_BT], target_BT[valid_BT], image_rows_only)  # type: ignore[no-any-return]
+            return self.output(x_BTD.flatten(0, 1), target_BT.flatten(), weight_N=weight_N)  # type: ignore[no-any-return]
+        return self.output(x_BTD[valid_BT], target_BT[valid_BT], image_rows_only, weight_N)  # type: ignore[no-any-return]

@@ -42,7 +42,13 @@ class Output(TokenRows):
     The loss lives in this forward because under FSDP2 the rows are whole only here.
     """
 
-    def forward(self, x: Tensor, target_N: Tensor | None = None, image_rows_only: bool = False) -> Tensor | TokenLoss:
+    def forward(
+        self,
+        x: Tensor,
+        target_N: Tensor | None = None,
+        image_rows_only: bool = False,
+        weight_N: Tensor | None = None,
+    ) -> Tensor | TokenLoss:
         """Logits, or the loss of targets (joint ids): over all rows, or over the image rows alone."""
         if target_N is None:
             if image_rows_only:
@@ -52,5 +58,5 @@ class Output(TokenRows):
         if image_rows_only:
             assert self.special is not None
             assert self.image is not None
-            return linear_cross_entropy(x, self.image, target_N - len(self.text) - len(self.special))
-        return linear_cross_entropy(x, self.matrix(), target_N)
+            return linear_cross_entropy(x, self.image, target_N - len(self.text) - len(self.special), weight_N)
+        return linear_cross_entropy(x, self.matrix(), target_N, weight_N)

@@ -1,9 +1,10 @@
 """What every language-modelling task shares: the step, the exact token mean and the optimiser.
 
-A step returns sums and counts per modality (`callbacks.contract`); the loss that is differentiated is the mean
-over all tokens of the *global* batch, pads excluded, however the batch is cut over ranks and micro-batches.
+A step returns sums and counts per modality (`callbacks.contract`); the loss that is differentiated is the (weighted)
+mean over all tokens of the *global* batch, pads excluded, however the batch is cut over ranks and micro-batches.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.losses import TokenLoss, split_sums
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.shard import shard
+from t2i_lm.modules.anchor import Anchor
 from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
 
 # Processes that hold copies, and those that share one.
@@ -60,6 +62,8 @@ class DecoderModule(OptimisedModule):
     """
 
     modalities: tuple[str, ...]
+    # Factor of each modality in the loss; None where all are 1, so that nothing is multiplied.
+    weight_M: Tensor | None
     # Whether the softmax is over the image rows alone; then only image targets may be valid.
     image_rows_only = False
 
@@ -67,8 +71,15 @@ class DecoderModule(OptimisedModule):
         super().__init__(config)
         self.decoder = decoder
         self._sharded = False
-        # Targets seen since the last optimiser step, on this rank.
+        # Targets seen since the last optimiser step, on this rank; each counted by its weight.
         self._step_count: Tensor | None = None
+        self.register_buffer("weight_M", None, persistent=False)
+        self.anchor = Anchor(decoder, config.optim.l2_sp) if config.optim.l2_sp else None
+
+    def set_weights(self, weights: Sequence[float]) -> None:
+        """Factors of `modalities` in the loss that is differentiated; what is reported stays unweighted."""
+        assert len(weights) == len(self.modalities)
+        self.weight_M = torch.tensor(weights)
 
     def configure_model(self) -> None:
         """Shards the decoder under a sharded strategy; called once, after its processes have found each other."""
@@ -88,17 +99,19 @@ class DecoderModule(OptimisedModule):
         raise NotImplementedError
 
     def sums(self, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Nll summed over valid targets with gradient, and nll_sum (M,), count (M,) without."""
+        """Weighted nll summed over valid targets with gradient, and nll_sum (M,), count (M,) without either."""
         input_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
         class_BT, valid_BT = self.classify(target_BT)
-        loss: TokenLoss = self.decoder(input_BT, target_BT, valid_BT, self.image_rows_only)
-        nll_sum_M, count_M = split_sums(loss.nll_N, class_BT[valid_BT], len(self.modalities))
+        class_N = class_BT[valid_BT]
+        weight_N = None if self.weight_M is None else self.weight_M[class_N]
+        loss: TokenLoss = self.decoder(input_BT, target_BT, valid_BT, self.image_rows_only, weight_N)
+        nll_sum_M, count_M = split_sums(loss.nll_N, class_N, len(self.modalities))
         return loss.total, nll_sum_M, count_M
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Loss of one micro-batch, scaled so that `on_before_optimizer_step` makes the exact mean."""
         total, nll_sum_M, count_M = self.sums(batch["ids_BT"])
-        count = count_M.sum()
+        count = count_M.sum() if self.weight_M is None else (count_M * self.weight_M).sum()
         self._step_count = count if self._step_count is None else self._step_count + count
         # Divided by the nominal size only to keep gradients of ordinary magnitude until the exact count is known.
         return {"loss": total / batch["tokens_nominal"], **self._report(batch, nll_sum_M, count_M)}
@@ -134,6 +147,8 @@ class DecoderModule(OptimisedModule):
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale.to(parameter.grad.dtype))
         self._step_count = None
+        if self.anchor is not None:
+            self.anchor.pull(optimizer)
 
     @property
     def nominal_length(self) -> int:

@@ -1,5 +1,6 @@
 """Text-to-image: captions and their pictures as one sequence (Section 2)."""
 
+import torch
 from torch import Tensor
 
 from t2i_lm.config import ExperimentConfig
@@ -7,17 +8,34 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.sequence import MODALITIES, PAD, Layout, modality_of_target
 
+# Targets of replayed text: a modality of their own behind the others, in runs that replay.
+REPLAY = len(MODALITIES)
+
 
 class TextToImageModule(DecoderModule):
-    """The expanded decoder on packed caption-image sequences, the loss split by the target's modality."""
+    """The expanded decoder on packed caption-image sequences, the loss split by the target's modality.
 
-    modalities = MODALITIES
+    With `data.replay_ratio` some sequences are plain text, which counts as `replay` and not as `text`.
+    """
+
+    modalities: tuple[str, ...] = MODALITIES
 
     def __init__(self, decoder: Backbone, config: ExperimentConfig, layout: Layout) -> None:
         super().__init__(decoder, config)
         self.layout = layout
+        loss = config.loss
+        weights = [loss.text_weight, loss.image_weight, 1.0]
+        if config.data.replay_ratio:
+            self.modalities = (*MODALITIES, "replay")
+            weights.append(loss.replay_weight)
+        if loss.weighted:
+            self.set_weights(weights)
 
     def classify(self, target_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """text, image or boundary; pads are masked out."""
+        """text, image or boundary, or replay where a sequence does not begin with a boundary; pads are masked out."""
         modality_BT = modality_of_target(target_BT, self.layout.vocab)
-        return modality_BT, modality_BT != PAD
+        valid_BT = modality_BT != PAD
+        if len(self.modalities) > REPLAY:
+            plain_B1 = target_BT[:, :1] < self.layout.vocab.text_size  # of a caption it would be <text>
+            modality_BT = torch.where(plain_B1, REPLAY, modality_BT)
+        return modality_BT, valid_BT

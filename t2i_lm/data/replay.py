@@ -1,0 +1,113 @@
+"""Text replay: a fixed share of every batch is plain text, as the language model was pre-trained on.
+
+Which positions of the sample stream are replayed, and with which window of text, is a function of the position alone:
+a resumed run goes on as an unbroken one, and every pair that is not replaced stands where it stood without replay.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock
+
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.data.datamodules import Batch, Batches, PairBatches, PairDataModule
+from t2i_lm.data.sampler import REPLAYED, Draw
+from t2i_lm.data.text import read_documents
+from t2i_lm.data.tokenise import text_rows
+from t2i_lm.data.tokens import open_split, part_folder, read_index, read_part, text_features, write_index, write_part
+from t2i_lm.sequence import Layout
+from t2i_lm.tokenizers.base import TextTokenizer
+
+
+class ReplayBatches(Batches):
+    """Pairs and windows of text in one batch, all sequences of full length."""
+
+    def __init__(self, pairs: PairBatches, windows: datasets.Dataset, seed: int) -> None:
+        """`windows` have `text_ids` of the layout's length."""
+        self.pairs, self.windows, self.seed = pairs, windows, seed
+        self._epoch = -1
+        self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        replayed_B = torch.tensor([epoch == REPLAYED for epoch, _ in draws])
+        length, pad = self.pairs.layout.length, self.pairs.layout.vocab.pad
+        ids_BT = torch.full((len(draws), length), pad, dtype=torch.int64)
+        if not replayed_B.all():
+            pairs_BT = self.pairs.__getitems__([draw for draw in draws if draw[0] != REPLAYED])["ids_BT"]
+            ids_BT[~replayed_B, : pairs_BT.shape[1]] = pairs_BT
+        if replayed_B.any():
+            rows = self.windows[[self._window(number) for epoch, number in draws if epoch == REPLAYED]]
+            ids_BT[replayed_B] = torch.from_numpy(np.stack(rows["text_ids"]).astype(np.int64))
+        return {
+            "ids_BT": ids_BT,
+            "samples": len(draws),
+            "tokens_nominal": len(draws) * length,
+            "tokens_real": (ids_BT != pad).sum(),
+        }
+
+    def _window(self, number: int) -> int:
+        """The window of a draw: every one once an epoch, in an order of its own."""
+        epoch, place = divmod(number, len(self.windows))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch, 2]).permutation(len(self.windows))
+        return int(self._order[place])
+
+
+def prepare_replay(config: ExperimentConfig, text: TextTokenizer) -> Path:
+    """Token shards of the text to replay, in rows of `data.length` ids; written once, then found again.
+
+    Raises:
+        ValueError: if there is no text or less than one row of it.
+    """
+    data = config.data
+    path = str(data.replay_path)
+    place = str(Path(path).resolve()) if Path(path).exists() else path
+    key = json.dumps(["replay", place, data.length, text.sha256])
+    folder = Path(data.cache_dir) / f"replay-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if read_index(folder) is None:
+            _write(path, text, data.length, folder)
+    return folder
+
+
+def _write(path: str, text: TextTokenizer, length: int, folder: Path) -> None:
+    target = part_folder(folder, "train", 0)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from text_rows(read_documents(path, "data.replay_path"), text, length - 1)
+
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        write_part(target, rows, text_features(text.vocab_size, length - 1), dict)
+    entry = read_part(target)
+    if not entry["rows"]:
+        raise ValueError(f"data.replay_path={path}: less text than one row of data.length={length} ids")
+    splits = {"train": {"rows": entry["rows"], "parts": [entry["sha256"]]}}
+    write_index(folder, {"tokenizers": {"text": text.sha256}, "source": "replay", "splits": splits})
+
+
+class ReplayDataModule(PairDataModule):
+    """Caption-image pairs, some of whose training sequences are replayed text."""
+
+    def __init__(self, config: ExperimentConfig, folder: Path, layout: Layout, replay: Path) -> None:
+        """`replay` are the shards of `prepare_replay`."""
+        super().__init__(config, folder, layout)
+        self.replay = replay
+
+    def setup(self, stage: str) -> None:
+        """Maps the shards of pairs and of text, checking their hashes."""
+        super().setup(stage)
+        assert isinstance(self.train_set, PairBatches)
+        self.train_set = ReplayBatches(self.train_set, open_split(self.replay, "train"), self.config.seed)
