@@ -5,6 +5,7 @@ from callbacks.checkpoints import RunCheckpoints, find_resumable
 from callbacks.contract import SplitLossModule, StepOutput, record_head
 from callbacks.events import EventLog
 from callbacks.fid import CocoFID, FidTask
+from callbacks.forgetting import Forgetting
 from callbacks.frechet import FeatureDistance, frechet_distance, kernel_distance
 from callbacks.inception import Inception
 from callbacks.metrics_file import MetricsFile
@@ -26,6 +27,7 @@ __all__ = [
     "EventLog",
     "FeatureDistance",
     "FidTask",
+    "Forgetting",
     "Inception",
     "MetricsFile",
     "NonFiniteGuard",

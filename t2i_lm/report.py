@@ -17,6 +17,7 @@ from t2i_lm.data.captions import entropy
 from t2i_lm.data.scenes import SIZE
 from t2i_lm.data.tokens import open_split
 from t2i_lm.drawing import draw_captions, draw_uncaptioned, seeds_of
+from t2i_lm.forgetting import write_completions
 from t2i_lm.grid import captioned_grid
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
@@ -66,6 +67,9 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         report |= (_unconditional_report if unconditional else _picture_report)(experiment, folder)
     elif isinstance(experiment.module, AlignmentModule):
         report |= alignment_report(experiment, folder)
+    if run.records("forgetting"):
+        report["forgetting"] = run.records("forgetting")[-1]["forgetting"]
+        write_completions(run)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     print_summary(report, folder)
     return report

@@ -11,6 +11,7 @@ from t2i_lm.build import Experiment, build
 from t2i_lm.coco_fid import training_fid
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import make_sampler
+from t2i_lm.forgetting import forgetting_probes
 from t2i_lm.load import save_experiment
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
@@ -49,8 +50,15 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     checkpoint = find_resumable(folder / CHECKPOINTS, events if main_rank else None) if resume else None
     if main_rank:
         _open_folder(experiment, folder, events, checkpoint)
-    draw, fid = sampler(experiment), training_fid(experiment)
-    trainer = build_trainer(config, folder, events, resumed=checkpoint is not None, draw=draw, fid=fid)
+    trainer = build_trainer(
+        config,
+        folder,
+        events,
+        resumed=checkpoint is not None,
+        draw=sampler(experiment),
+        fid=training_fid(experiment),
+        measure=forgetting_probes(experiment, folder),
+    )
     started = time.monotonic()
     os.environ[FOLDER_VARIABLE] = str(folder)
     try:

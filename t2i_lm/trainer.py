@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +15,7 @@ from callbacks import (
     CocoFID,
     DurableCheckpointIO,
     EMASplitPerplexity,
+    Forgetting,
     NonFiniteGuard,
     Preemption,
     RngState,
@@ -98,10 +100,12 @@ def build_trainer(
     resumed: bool,
     draw: Callable[[], Drawn] | None = None,
     fid: tuple[FidTask, Inception] | None = None,
+    measure: Callable[[pl.LightningModule], dict[str, Any]] | None = None,
 ) -> pl.Trainer:
     """The Trainer of a run, with all callbacks. A new run is validated once before its first step.
 
-    `draw` gives the samples of `samples.interval`, `fid` what `fid.interval` compares.
+    `draw` gives the samples of `samples.interval`, `fid` what `fid.interval` compares, `measure` the probes of
+    `forgetting.interval`.
 
     Order matters: throughput first, so that other callbacks count as work; the guard before the meters; progress
     after the meter that it shows; random state after all that draw; the saver last, when all have seen the step.
@@ -132,6 +136,8 @@ def build_trainer(
         callbacks.insert(-2, SampleGrid(config.samples.interval, draw, folder / SAMPLES, meter))
     if fid is not None and config.fid.interval and isinstance(meter, EMASplitPerplexity):
         callbacks.insert(-2, CocoFID(config.fid.interval, *fid, folder / FID, meter, preemption))
+    if measure is not None and config.forgetting.interval and isinstance(meter, EMASplitPerplexity):
+        callbacks.insert(-2, Forgetting(config.forgetting.interval, measure, meter))
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
     return pl.Trainer(

@@ -15,6 +15,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
             "t2i_lm",
             "t2i_lm.config",
             "t2i_lm.sections",
+            "t2i_lm.remedy_sections",
             "t2i_lm.runs",
             "t2i_lm.assets",
             "t2i_lm.hub",
@@ -26,11 +27,14 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("vocab", ("t2i_lm.vocab", "t2i_lm.devices", "t2i_lm.seeds", "t2i_lm.parts")),
     ("sequence", ("t2i_lm.sequence", "t2i_lm.losses")),
     ("models", ("t2i_lm.models", "t2i_lm.tokenizers", "t2i_lm.optim")),
-    ("data", ("t2i_lm.data", "t2i_lm.modules")),
+    ("data", ("t2i_lm.data", "t2i_lm.modules", "t2i_lm.probes")),
     ("backbones", ("t2i_lm.backbones", "t2i_lm.aligned")),
     ("grid", ("t2i_lm.grid",)),
-    ("build", ("t2i_lm.build", "t2i_lm.trainer", "t2i_lm.sharded", "t2i_lm.trained", "t2i_lm.subject")),
-    ("drawing", ("t2i_lm.drawing",)),
+    (
+        "build",
+        ("t2i_lm.build", "t2i_lm.trainer", "t2i_lm.sharded", "t2i_lm.trained", "t2i_lm.subject"),
+    ),
+    ("drawing", ("t2i_lm.drawing", "t2i_lm.forgetting")),
     (
         "session",
         (
@@ -110,7 +114,8 @@ def test_imports_point_down(path: Path) -> None:
 def test_models_do_not_know_lightning_and_config_knows_the_standard_library_alone() -> None:
     for path in (ROOT / "t2i_lm" / "models").glob("*.py"):
         assert not any("lightning" in imported for imported in imports(path)), path
-    assert imports(ROOT / "t2i_lm" / "config.py") == {"dataclasses", "t2i_lm.sections"}
+    assert imports(ROOT / "t2i_lm" / "config.py") == {"dataclasses", "t2i_lm.sections", "t2i_lm.remedy_sections"}
+    assert imports(ROOT / "t2i_lm" / "remedy_sections.py") == {"dataclasses", "t2i_lm.sections"}
     assert imports(ROOT / "t2i_lm" / "sections.py") == {"collections.abc", "dataclasses", "typing"}
 
 

@@ -1,0 +1,90 @@
+"""How well a model predicts given text ids: over all rows of its vocabulary, and over its text rows alone.
+
+After training on pictures a model may lose on text because its image and boundary rows take probability there, or
+because it no longer knows the text: the two numbers tell these apart, and one pass gives both.
+
+Shapes: `B` sequences, `T` positions, `N` targets, `D` width, `V` vocabulary; `C` targets of one chunk.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t2i_lm.models.backbone import Backbone
+
+# Logits held at once, and positions of one forward pass.
+LOGITS = 2**22
+POSITIONS = 2**13
+
+
+class TargetScores(NamedTuple):
+    """Scores of N targets, on the CPU.
+
+    Attributes:
+        all_rows_N: negative log-likelihood under the softmax over the whole vocabulary, nats, float64.
+        text_rows_N: the same, renormalised to the text rows; never larger.
+        best_of_all_N: whether the target is the likeliest id.
+        best_of_text_N: whether it is the likeliest text id.
+    """
+
+    all_rows_N: Tensor
+    text_rows_N: Tensor
+    best_of_all_N: Tensor
+    best_of_text_N: Tensor
+
+
+@torch.no_grad()
+def score_targets(decoder: Backbone, ids_BT: Tensor, target_BT: Tensor) -> TargetScores:
+    """Scores the ids where `target_BT` holds (never the first of a sequence), in row-major order.
+
+    Args:
+        decoder: expanded or not; what is not expanded has text rows alone.
+        ids_BT: text ids.
+        target_BT: which of them are targets.
+    """
+    device, weight_VD = decoder.output.text.device, decoder.output.matrix()
+    text_size = len(decoder.output.text)
+    ids_BT, wanted_BT = ids_BT.to(device), target_BT.to(device)[:, 1:]
+    x_ND, target_N1 = decoder.hidden(ids_BT[:, :-1])[wanted_BT], ids_BT[:, 1:][wanted_BT][:, None]
+    parts = []
+    chunk = max(1, LOGITS // len(weight_VD))
+    for x_CD, target_C1 in zip(torch.split(x_ND, chunk), torch.split(target_N1, chunk), strict=True):
+        logits_CV = F.linear(x_CD, weight_VD).float()
+        own_C = logits_CV.gather(1, target_C1)[:, 0].cpu().double()
+        text_C = logits_CV[:, :text_size].logsumexp(dim=1).cpu().double()
+        all_C = text_C
+        if len(weight_VD) > text_size:  # from the text rows' sum, so that it is never below it
+            all_C = torch.logaddexp(text_C, logits_CV[:, text_size:].logsumexp(dim=1).cpu().double())
+        best_C = (logits_CV.argmax(dim=1) == target_C1[:, 0]).cpu()
+        best_text_C = (logits_CV[:, :text_size].argmax(dim=1) == target_C1[:, 0]).cpu()
+        parts.append((all_C - own_C, text_C - own_C, best_C, best_text_C))
+    return TargetScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def score_continuations(decoder: Backbone, sequences: Sequence[tuple[list[int], int]]) -> list[TargetScores]:
+    """Scores the ids of each sequence from a given place on, in batches of similar length.
+
+    Args:
+        decoder: expanded or not.
+        sequences: (text ids, place of the first target, at least 1).
+    """
+    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number][0]))
+    scored: dict[int, TargetScores] = {}
+    while order:
+        longest = len(sequences[order[-1]][0])
+        size = max(1, POSITIONS // longest)
+        members, order = order[-size:], order[:-size]
+        ids_BT = torch.zeros(len(members), longest, dtype=torch.int64)  # what follows a sequence changes nothing
+        target_BT = torch.zeros(len(members), longest, dtype=torch.bool)
+        for row, number in enumerate(members):
+            ids, first = sequences[number]
+            ids_BT[row, : len(ids)] = torch.tensor(ids)
+            target_BT[row, first : len(ids)] = True
+        counts = target_BT.sum(dim=1).tolist()
+        columns = (torch.split(column, counts) for column in score_targets(decoder, ids_BT, target_BT))
+        for number, values in zip(members, zip(*columns, strict=True), strict=True):
+            scored[number] = TargetScores(*values)
+    return [scored[number] for number in range(len(sequences))]

@@ -1,0 +1,204 @@
+"""Forgetting measured during a run, and the remedies, through the command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from t2i_lm.forgetting import BASELINE, forgetting_report
+from t2i_lm.runs import Run, read_run, run_folders
+from t2i_lm.trained import load_trained
+from tests.probes.test_probes import TEXT, write_tasks
+from tests.test_train import PRETRAINED, curve, launch, main, train, weights
+
+QUICK = ["samples.prompts=0", "samples.preference_scenes=0"]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(PRETRAINED, tmp_path_factory.mktemp("plain"), *tiny, *QUICK)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text("\f".join("\n\n".join(TEXT[start : start + 20]) for start in (0, 20, 40)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def probing(book: Path) -> list[str]:
+    tasks = write_tasks(book.parent / "tasks")
+    return [
+        "forgetting.interval=3",
+        f"forgetting.text={book}",
+        f"forgetting.tasks={tasks}",
+        "forgetting.rows=6",
+        "forgetting.length=32",
+        "forgetting.completion_tokens=4",
+    ]
+
+
+@pytest.fixture(scope="module")
+def probed(tiny: list[str], probing: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("probed")
+    return train(PRETRAINED, root, *tiny, *QUICK, *probing, "log.logger=tensorboard")
+
+
+def test_forgetting_is_measured_before_during_and_after_and_changes_nothing(probed: Run, plain: Run) -> None:
+    lines = probed.records("forgetting")
+    assert [line["step"] for line in lines] == [0, 3, 6, 8]
+    assert [line["tokens_nominal"] for line in lines] == [step * 8 * 112 for step in (0, 3, 6, 8)]
+    for line in lines:
+        text = line["forgetting"]["text"]
+        assert text["text_rows"]["nll"] < text["all_rows"]["nll"]
+        assert text["text_rows"]["se"] > 0
+        assert set(line["forgetting"]["tasks"]) == {"arc", "lambada", "wino"}
+    assert lines[0]["forgetting"]["text"]["text_rows"]["change"] == 0
+    assert lines[-1]["forgetting"]["text"]["text_rows"]["change"] != 0
+    assert [record for record in curve(probed) if "forgetting" not in record] == curve(plain)
+    assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(probed).items())
+
+
+def test_a_probed_run_leaves_table_1_and_curves(probed: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert probed.report is not None
+    assert probed.report["forgetting"] == probed.records("forgetting")[-1]["forgetting"]
+    table = (probed.folder / "completions.md").read_text()
+    assert "Simply put, the theory of relativity states that" in table
+    assert f"after {8 * 8 * 112:,} tokens" in table
+    assert len((probed.folder / "completions.csv").read_text().splitlines()) > 4
+    events = EventAccumulator(str(probed.folder / "tb"))
+    events.Reload()  # type: ignore[no-untyped-call]
+    points = events.Scalars("forgetting/text/text_rows/nll")  # type: ignore[no-untyped-call]
+    assert [point.step for point in points] == [step * 8 * 112 for step in (0, 3, 6, 8)]
+
+
+def test_a_finished_run_measures_as_its_last_line(probed: Run) -> None:
+    model = load_trained(probed.folder)
+    assert (
+        forgetting_report(model, model.config.forgetting, probed.folder)
+        == (probed.records("forgetting")[-1]["forgetting"])
+    )
+
+
+def resume_from_middle(experiment: str, root: Path, whole: Run, *overrides: str) -> Run:
+    """Trains again from the whole run's older checkpoint."""
+    import shutil
+
+    folder = root / "t2i_pretrained" / whole.folder.name
+    shutil.copytree(whole.folder, folder)
+    (folder / "report.json").unlink()
+    newest = sorted((folder / "checkpoints").glob("*.ckpt"))[-1]
+    newest.unlink()
+    newest.with_name(f"{newest.name}.sha256").unlink()
+    assert main([experiment, "--resume", str(folder), *overrides]) == 0
+    return read_run(folder)
+
+
+def test_a_resumed_run_measures_as_an_unbroken_one(probed: Run, tmp_path: Path) -> None:
+    resumed = resume_from_middle(PRETRAINED, tmp_path, probed)
+    assert curve(resumed) == curve(probed)
+    assert json.loads((resumed.folder / BASELINE).read_text()) == json.loads((probed.folder / BASELINE).read_text())
+
+
+# Every remedy at once, so that they are seen to compose.
+def remedies(book: Path) -> list[str]:
+    return [
+        "loss.text_weight=0.5",
+        "optim.l2_sp=1.0",
+        "distil.weight=0.7",
+        f"data.replay_path={book}",
+        "data.replay_ratio=0.25",
+        "freeze=[norm]",
+    ]
+
+
+@pytest.fixture(scope="module")
+def remedied(tiny: list[str], probing: list[str], book: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(PRETRAINED, tmp_path_factory.mktemp("remedied"), *tiny, *QUICK, *probing, *remedies(book))
+
+
+def test_replay_is_a_modality_of_its_own_and_takes_its_share(remedied: Run, plain: Run) -> None:
+    for line in remedied.records("train"):
+        assert line["train"]["replay"]["count"] == 2 * 2 * 111  # two of eight sequences, two steps
+        assert line["scalars"]["distil_kl"] > 0
+    for line, other in zip(remedied.records("val"), plain.records("val"), strict=True):
+        assert line["val"]["replay"]["count"] == 0
+        assert line["val"]["all"]["count"] == other["val"]["all"]["count"]
+    assert remedied.records("val")[0]["val"]["text"] == plain.records("val")[0]["val"]["text"]  # nothing is weighted
+    assert remedied.environment["data_hash"] == plain.environment["data_hash"]
+    assert remedied.environment["stream_hash"] != plain.environment["stream_hash"]
+
+
+def test_remedies_resume_bit_for_bit(remedied: Run, tmp_path: Path) -> None:
+    resumed = resume_from_middle(PRETRAINED, tmp_path, remedied)
+    assert curve(resumed) == curve(remedied)
+    assert all(torch.equal(value, weights(remedied)[name]) for name, value in weights(resumed).items())
+
+
+def test_remedies_on_two_processes_equal_one(
+    remedied: Run, tiny: list[str], probing: list[str], book: Path, tmp_path: Path
+) -> None:
+    more = ["trainer.strategy=ddp", "trainer.devices=2"]
+    process = launch(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies(book), *more)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    two = read_run(run_folders(tmp_path)[0])
+    assert len(two.metrics) == len(remedied.metrics)
+    for ours, theirs in zip(two.metrics, remedied.metrics, strict=True):
+        if "forgetting" in ours:
+            mine, other = (line["forgetting"]["text"]["all_rows"]["nll"] for line in (ours, theirs))
+            assert mine == pytest.approx(other, rel=1e-6)
+            continue
+        key = "train" if "train" in ours else "val"
+        for name, entry in theirs[key].items():
+            assert ours[key][name]["count"] == entry["count"]
+            if entry["count"]:
+                assert ours[key][name]["nll"] == pytest.approx(entry["nll"], rel=1e-6), name
+
+
+def test_accumulation_weighs_as_one_batch(
+    remedied: Run, tiny: list[str], probing: list[str], book: Path, tmp_path: Path
+) -> None:
+    run = train(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies(book), "trainer.accumulate_grad_batches=4")
+    for ours, theirs in zip(run.records("val"), remedied.records("val"), strict=True):
+        assert ours["val"]["image"]["nll"] == pytest.approx(theirs["val"]["image"]["nll"], rel=1e-5)
+
+
+def test_the_stream_of_pairs_is_the_same_but_where_text_takes_a_place(book: Path) -> None:
+    from t2i_lm.data.sampler import REPLAYED, IndexSampler
+
+    plain, replay = (IndexSampler(60, 8, 20, 0, replayed=number) for number in (0, 2))
+    numbers = []
+    for step in range(20):
+        pairs, mixed = plain.global_batch(step * 8), replay.global_batch(step * 8)
+        text = mixed[:, 0] == REPLAYED
+        assert text.sum() == 2
+        assert text.reshape(4, 2).any(axis=1).sum() == 2  # spread over micro-batches and ranks
+        assert np.array_equal(mixed[~text], pairs[~text])
+        numbers += mixed[text, 1].tolist()
+    assert numbers == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["forgetting.interval=2"], "forgetting.text=null"),
+        (["forgetting.interval=2", "forgetting.text=/nowhere", "forgetting.length=8"], "forgetting.text='/nowhere'"),
+        (["data.replay_ratio=0.25"], "data.replay_path=None: expected text for data.replay_ratio=0.25"),
+        (["data.replay_ratio=0.25", "data.replay_path=/nowhere"], "data.replay_path='/nowhere'"),
+        (["data.replay_ratio=0.3"], "a whole number of data.batch_size=8"),
+        (["loss.text_weight=-1"], "loss.text_weight=-1.0: expected 0 or more"),
+        (["loss.text_weight=0", "task=unconditional"], "loss is for task=text_to_image"),
+        (["distil.weight=1", "init=random"], "no language to distil from"),
+    ],
+)
+def test_bad_settings_are_named(
+    overrides: list[str], message: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", *overrides]) == 2
+    assert message in capsys.readouterr().err
