@@ -1,9 +1,10 @@
 """The two arms that Figures 3 and 4 compare: what they must share, their curves, the gap left."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from t2i_lm.config import ExperimentConfig
 from t2i_lm.runs import Run
 
 # What two runs must share before their curves may be laid over each other.
@@ -14,6 +15,7 @@ CIRCUMSTANCES = (
     "init",
     "run.",
     "samples.",
+    "forgetting.",
     "data.cache_dir",
     "data.workers",
     "log.logger",
@@ -156,8 +158,14 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_differences(one: Run, two: Run, ignored: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
-    """Config keys whose values differ, circumstances and `ignored` left out; absent means None."""
+    """Config keys whose values differ, circumstances and `ignored` left out.
+
+    A key that one run does not have is newer than that run, whose value is then the default: what is added changes
+    nothing where it is not asked for.
+    """
     mine, other = leaves(one.config), leaves(two.config)
+    known = leaves(asdict(ExperimentConfig()))
+    mine, other = ({key: known.get(key) for key in mine | other} | values for values in (mine, other))
     keys = [key for key in mine | other if not key.startswith(CIRCUMSTANCES) and key not in ignored]
     return {key: (mine.get(key), other.get(key)) for key in keys if mine.get(key) != other.get(key)}
 

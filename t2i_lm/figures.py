@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +106,33 @@ def figure_inits(request: Request) -> Drawing:
     return _draw_group(request, INITS, title, {"text": "Text tokens", "image": "Image tokens"}, {}, "ppl")
 
 
+def figure_forgetting(request: Request) -> Drawing:
+    """Forgetting: held-out text against tokens seen, over the text rows and over all rows (Table 1, as curves)."""
+    from t2i_lm.plots import Panel
+    from t2i_lm.tradeoff import question_table, text_series
+
+    arms = find_group(request.root, FORGETTING)
+    title = "What a language model forgets as it learns to draw: held-out text"
+    panels = [
+        Panel(words, {arm: text_series(run, rows) for arm, run in arms.items()})
+        for rows, words in (("text_rows", "Softmax over the text rows"), ("all_rows", "Softmax over all rows"))
+    ]
+    drawing = _group_drawing(FORGETTING, arms, title, panels, {}, "image")
+    return replace(drawing, table="\n".join([drawing.table, "", question_table(arms)]))
+
+
+def figure_remedies(request: Request) -> Drawing:
+    """Remedies: what is kept of the language against what it costs in image loss."""
+    from t2i_lm.tradeoff import draw_tradeoff, point_of, remedy_group, scratch_of, tradeoff_table
+
+    arms = find_group(request.root, remedy_group(request.root))
+    points = [point_of(arm, run) for arm, run in arms.items()]
+    scratch = scratch_of(request.root, arms["pretrained"])
+    title = "Remedies against forgetting: text loss gained against image loss"
+    caption = f"{title}. {group_caption(arms, list(arms))}"
+    return Drawing(title, draw_tradeoff(points, caption, scratch), caption, tradeoff_table(points, scratch))
+
+
 TUNED = ("embed", "norm", "first_half", "ffn")
 FIGURE5 = Group(
     {
@@ -126,6 +153,12 @@ INITS = Group(
     f"python -m t2i_lm.train experiments/t2i_NAME.yaml with NAME one of {', '.join(BETWEEN)}",
     required=3,
 )
+FORGETTING = Group(
+    {"pretrained": "t2i_pretrained", "scratch": "t2i_scratch"},
+    "python -m t2i_lm.train experiments/t2i_pretrained.yaml forgetting.interval=100 forgetting.text=HELDOUT",
+    required=1,
+    records="forgetting",
+)
 # Name -> what chooses its runs and draws it.
 FIGURES: dict[str, Callable[[Request], Drawing]] = {
     "3": figure3,
@@ -133,6 +166,8 @@ FIGURES: dict[str, Callable[[Request], Drawing]] = {
     "5": figure5,
     "6": figure6,
     "inits": figure_inits,
+    "forgetting": figure_forgetting,
+    "remedies": figure_remedies,
 }
 
 

@@ -19,7 +19,7 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
     """Merges an experiment and checks every key and value.
 
     Args:
-        path: experiment YAML; `base.yaml` and `scale/` are looked up beside it.
+        path: experiment YAML; `base.yaml` and `scale/` are looked up beside it, or one folder up.
         scale: name of a file in `scale/`; None where the experiment stands alone (a run's config.yaml).
         overrides: `key=value` strings, dotted keys.
 
@@ -29,11 +29,12 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
     path = Path(path)
     layers = [_read(path)]
     if scale is not None:
-        overlay = path.parent / "scale" / f"{scale}.yaml"
+        beside = _shared_folder(path)
+        overlay = beside / "scale" / f"{scale}.yaml"
         if not overlay.is_file():
             known = sorted(file.stem for file in overlay.parent.glob("*.yaml"))
             raise ValueError(f"--scale {scale}: no {overlay}; known here: {', '.join(known) or 'none'}")
-        layers = [_read(path.parent / "base.yaml"), _read(overlay), *layers]
+        layers = [_read(beside / "base.yaml"), _read(overlay), *layers]
     layers.append(_parse_overrides(overrides))
     merged = OmegaConf.structured(ExperimentConfig)
     for layer in layers:
@@ -61,6 +62,12 @@ def flatten(config: ExperimentConfig) -> dict[str, Any]:
 
     walk(asdict(config), "")
     return leaves
+
+
+def _shared_folder(path: Path) -> Path:
+    """Where `base.yaml` and `scale/` of an experiment lie: beside it, or one folder up from a folder of variants."""
+    above = path.resolve().parent.parent
+    return above if not (path.parent / "base.yaml").is_file() and (above / "base.yaml").is_file() else path.parent
 
 
 def _read(path: Path) -> DictConfig:

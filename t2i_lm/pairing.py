@@ -53,11 +53,13 @@ class Group:
     """Runs that one figure compares: arm -> experiment, and the command that makes them.
 
     The first arm is the reference: the others must agree with it in PAIR_KEYS. `required` arms must be there.
+    Only runs with lines of `records` in metrics.jsonl are taken.
     """
 
     experiments: Mapping[str, str]
     command: str
     required: int = 2
+    records: str = "train"
 
 
 def find_group(root: Path, group: Group) -> dict[str, Run]:
@@ -68,9 +70,9 @@ def find_group(root: Path, group: Group) -> dict[str, Run]:
     """
     problems: list[str] = []
     (first, reference), *others = group.experiments.items()
-    candidates = {arm: _discover(root, name, problems) for arm, name in others}
+    candidates = {arm: _discover(root, name, problems, group.records) for arm, name in others}
     found = []
-    for run in _discover(root, reference, problems):
+    for run in _discover(root, reference, problems, group.records):
         fitting = {arm: [other for other in runs if not mismatches(run, other)] for arm, runs in candidates.items()}
         found.append({first: run} | {arm: runs[-1] for arm, runs in fitting.items() if runs})
     complete = max(found, key=lambda arms: (len(arms), arms[first].folder.name), default={})
@@ -80,7 +82,7 @@ def find_group(root: Path, group: Group) -> dict[str, Run]:
     return complete
 
 
-def _discover(root: Path, name: str, problems: list[str]) -> list[Run]:
+def _discover(root: Path, name: str, problems: list[str], records: str = "train") -> list[Run]:
     """Runs of an experiment with a point to draw, oldest first; `problems` collects the others."""
     runs = []
     for folder in run_folders(root, name):
@@ -89,7 +91,7 @@ def _discover(root: Path, name: str, problems: list[str]) -> list[Run]:
         except ValueError as error:
             problems.append(f"{name}/{folder.name}  {error}")
             continue
-        if run.records("train"):
+        if run.records("train") and run.records(records):
             runs.append(run)
         else:
             problems.append(f"{name}/{folder.name}  no training step logged yet")

@@ -11,7 +11,7 @@ from t2i_lm.build import Experiment, build
 from t2i_lm.coco_fid import training_fid
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import make_sampler
-from t2i_lm.forgetting import forgetting_probes
+from t2i_lm.forgetting import BASELINE, forgetting_probes
 from t2i_lm.load import save_experiment
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
@@ -91,6 +91,7 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
         print(f"resuming {folder} from step {step}", flush=True)
         return
     MetricsFile(folder / METRICS).cut_after(-1)
+    (folder / BASELINE).unlink(missing_ok=True)  # of a run that never reached a checkpoint
     save_experiment(config, folder / CONFIG)
     experiment.data.setup("fit")
     size = len(experiment.data.train_set)

@@ -13,6 +13,7 @@ EXPERIMENTS |= dict.fromkeys(
     ("uncond_pretrained", *(f"uncond_tune_{name}" for name in ("embed", "norm", "first_half", "ffn"))), "pretrained"
 )
 EXPERIMENTS |= {f"t2i_{name}": name for name in ("shuffled", "embeddings_only", "body_only", "aligned")}
+EXPERIMENTS |= dict.fromkeys(("remedy_replay", "remedy_l2_sp"), "pretrained")
 EXPERIMENTS |= dict.fromkeys(("align", "align_shuffled"), "pretrained")
 # Targets of each modality in a step of 32 sequences of 128 positions, and their loss: a floor, how
 # far above it each initialisation starts, and the steps in which that shrinks by e.
@@ -34,6 +35,7 @@ def write_run(
     steps: int | None = None,
     finished: bool = True,
     floor: float | None = 1.0043,
+    forgotten: float | None = None,
 ) -> Path:
     """Writes a run folder as a training does.
 
@@ -46,6 +48,7 @@ def write_run(
         steps: steps done; None for all of `trainer.max_steps`.
         finished: whether a report is written.
         floor: `text_floor_nll` of the report.
+        forgotten: rise of the held-out text loss by the last step; None where it was not measured.
     """
     settings = _config(name)
     for key, value in (config or {}).items():
@@ -63,6 +66,10 @@ def write_run(
     (folder / "env.json").write_text(json.dumps({**environment, "train_samples": 20000}))
     done = settings["trainer"]["max_steps"] if steps is None else steps
     lines = _lines(name, settings, done)
+    if forgotten is not None:
+        for line, change in ((_head(0, settings), 0.0), (_head(done, settings), forgotten)):
+            lines.append(line | {"forgetting": _forgetting(change)})
+        lines.sort(key=lambda line: line["step"])
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
     if finished:
@@ -122,6 +129,18 @@ def _lines(name: str, config: dict[str, Any], done: int) -> list[dict[str, Any]]
         if step % config["trainer"]["val_check_interval"] == 0:
             lines.append(head | {"val": _split(name, step, 1000 / BATCH, noise, 0.0)})
     return lines
+
+
+def _forgetting(change: float) -> dict[str, Any]:
+    """A measurement of held-out text and one task."""
+    text = {
+        rows: {"nll": 4 + more + change, "ppl": math.exp(4 + more + change), "se": 0.05, "change": change}
+        | {"change_se": 0.01 * change}
+        for rows, more in (("text_rows", 0.0), ("all_rows", 0.1))
+    }
+    task = {"text_rows": {"accuracy": 0.6 - change / 20, "se": 0.05, "change": -change / 20, "change_se": 0.03}}
+    completions = {"fact": {"prompt": "Simply put", "masked": f"it | {change}", "unmasked": "<image 3>"}}
+    return {"text": text, "tasks": {"copa": task | {"chance": 0.5}}, "completions": completions}
 
 
 def _head(step: int, config: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,10 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
             "t2i_lm.dry_run",
         ),
     ),
-    ("figures", ("t2i_lm.plots", "t2i_lm.figures", "t2i_lm.arms", "t2i_lm.pairing", "t2i_lm.figure_text")),
+    (
+        "figures",
+        ("t2i_lm.plots", "t2i_lm.figures", "t2i_lm.arms", "t2i_lm.pairing", "t2i_lm.figure_text", "t2i_lm.tradeoff"),
+    ),
     (
         "commands",
         (
@@ -58,6 +61,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
             "t2i_lm.sample",
             "t2i_lm.demo",
             "t2i_lm.evaluate",
+            "t2i_lm.remedies",
         ),
     ),
 ]
@@ -125,7 +129,7 @@ def test_only_load_knows_omegaconf() -> None:
             assert not any("omegaconf" in imported for imported in imports(path)), path
 
 
-@pytest.mark.parametrize("command", ["train", "ablate", "prepare", "export", "sample", "demo", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "ablate", "prepare", "export", "sample", "demo", "evaluate", "remedies"])
 def test_commands_import_torch_late(command: str) -> None:
     tree = imports(ROOT / "t2i_lm" / f"{command}.py", lazy=False)
     heavy = {"torch", "lightning.pytorch", "datasets", "diffusers", "t2i_lm.build", "t2i_lm.session"}

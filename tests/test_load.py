@@ -36,6 +36,19 @@ def test_layers_merge_in_order() -> None:
     assert config.data.source == "scenes"  # scale/demo.yaml
 
 
+def test_shared_files_are_looked_up_one_folder_up_too(tmp_path: Path) -> None:
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "variants").mkdir()
+    (tmp_path / "base.yaml").write_text("seed: 7\n")
+    (tmp_path / "scale" / "demo.yaml").write_text("data: {batch_size: 4}\n")
+    (tmp_path / "variants" / "mine.yaml").write_text("name: mine\n")
+    config = load_experiment(tmp_path / "variants" / "mine.yaml", "demo")
+    assert (config.seed, config.data.batch_size, config.name) == (7, 4, "mine")
+    (tmp_path / "variants" / "base.yaml").write_text("seed: 8\n")
+    with pytest.raises(ValueError, match="known here: none"):  # a folder with a base of its own is on its own
+        load_experiment(tmp_path / "variants" / "mine.yaml", "demo")
+
+
 def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
     config = load_experiment(PRETRAINED, "demo", ["seed=3"])
     save_experiment(config, tmp_path / "config.yaml")

@@ -23,7 +23,8 @@ ALLOWED = {"t2i_lm.figures", "t2i_lm.load"}
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with the runs of every figure."""
-    write_run(tmp_path / "runs", "t2i_pretrained", "20260301-100000")
+    write_run(tmp_path / "runs", "t2i_pretrained", "20260301-100000", forgotten=1.5)
+    write_run(tmp_path / "runs", "remedy_replay", "20260301-170000", forgotten=0.2)
     write_run(tmp_path / "runs", "t2i_scratch", "20260301-110000")
     write_run(tmp_path / "runs", "uncond_pretrained", "20260301-120000")
     write_run(tmp_path / "runs", "uncond_scratch", "20260301-130000")

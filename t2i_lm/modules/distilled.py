@@ -44,7 +44,7 @@ class DistilledModule(TextToImageModule):
         loss: TokenLoss = self.decoder.output(x_BTD[valid_BT], target_BT[valid_BT], weight_N=weight_N)
         text_BT = valid_BT & (class_BT != IMAGE) & (class_BT != BOUNDARY)
         divergence_N = self.divergence(x_BTD, input_BT, text_BT)
-        self._latest = divergence_N.detach().mean()
+        self._latest = divergence_N.detach().sum() / max(1, len(divergence_N))
         nll_sum_M, count_M = split_sums(loss.nll_N, class_N, len(self.modalities))
         return loss.total + self.config.distil.weight * divergence_N.sum(), nll_sum_M, count_M
 

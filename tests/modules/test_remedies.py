@@ -145,7 +145,7 @@ def test_distillation_compares_text_targets_with_the_initial_model(replay: bool)
             teacher_TV = initial(torch.cat([torch.tensor([END]), caption])[None])[0, :, :TEXT].log_softmax(-1)
             places = range(1, 1 + len(caption))  # the input there is <text>, then the caption's ids
         for row, place in enumerate(places):
-            expected += float((teacher_TV[row].exp() * (teacher_TV[row] - own_TV[place])).sum())
+            expected += float((teacher_TV[row].exp() * (teacher_TV[row] - own_TV[place])).sum().detach())
     total, nll_M, _ = module.sums(ids_BT)
     assert total.item() == pytest.approx(float(nll_M.sum()) + 0.7 * expected, rel=1e-4)
     total.backward()

@@ -18,7 +18,8 @@ from t2i_lm.probes.scores import score_continuations, score_targets
 from t2i_lm.remedy_sections import ForgettingConfig
 from t2i_lm.tokenizers.text import SentencePieceTokenizer, train_sentencepiece
 
-WORDS = "the red circle is above a blue square and the green ring lies on a grey field of stars".split()
+SENTENCE = "the red circle is above a blue square and the green ring lies on a grey field of stars"
+WORDS = SENTENCE.split()
 TEXT = [" ".join(WORDS[(start * step) % len(WORDS)] for step in range(1, 13)) for start in range(1, 60)]
 
 

@@ -1,0 +1,121 @@
+"""Trains the pre-trained arm and every remedy against forgetting, and draws them: `python -m t2i_lm.remedies`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.load import SCALES, flatten, load_experiment
+from t2i_lm.train import RESUMABLE
+
+EXAMPLE = """example:
+  python -m t2i_lm.remedies --text heldout.txt.gz --replay books.txt.gz
+  python -m t2i_lm.remedies --text heldout.txt.gz --only l2_sp --only distil trainer.max_steps=200
+
+an arm that is finished with an equal config is not trained again, one that was stopped goes on."""
+BASE = Path("experiments/t2i_pretrained.yaml")
+FOLDER = "remedies"  # beside the base experiment
+# Where a run is kept; nothing of it changes what is computed.
+PLACES = (*RESUMABLE, "run.dir", "data.cache_dir")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="python -m t2i_lm.remedies",
+        description="Train text-to-image from the language model, untouched and with each remedy; draw what it kept.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("--text", required=True, metavar="PATH", help="held-out text that forgetting is measured on")
+    arguments.add_argument("--replay", metavar="PATH", help="text to replay; without it those remedies are left out")
+    arguments.add_argument("--tasks", metavar="FOLDER", help="questions, NAME.jsonl[.gz], that are asked too")
+    arguments.add_argument("--only", action="append", metavar="NAME", help="only this remedy; may be repeated")
+    arguments.add_argument(
+        "--scale", default="demo", help=f"overlay in scale/: {', '.join(SCALES)} (default: %(default)s)"
+    )
+    arguments.add_argument("--out", type=Path, default=Path("figures"), help="where to draw (default: %(default)s)")
+    arguments.add_argument("--dry-run", action="store_true", help="print what would be trained; train nothing")
+    arguments.add_argument("overrides", nargs="*", metavar="key=value", help="for every arm")
+    return arguments
+
+
+def experiments(options: argparse.Namespace, base: Path = BASE) -> list[ExperimentConfig]:
+    """The arms to train, checked, the untouched one first.
+
+    Raises:
+        ValueError: on an unknown remedy, key or value.
+    """
+    files = {file.stem: file for file in sorted((base.parent / FOLDER).glob("*.yaml"))}
+    if not files:
+        raise ValueError(f"no remedies in {base.parent / FOLDER}")
+    for name in options.only or ():
+        if name not in files:
+            raise ValueError(f"--only {name}: expected one of {', '.join(files)}")
+    chosen = [base, *(file for name, file in files.items() if not options.only or name in options.only)]
+    overrides = [f"forgetting.text={options.text}"]
+    overrides += [f"forgetting.tasks={options.tasks}"] if options.tasks else []
+    overrides += [f"data.replay_path={options.replay}"] if options.replay else []
+    # As often as the run is validated, unless it says otherwise.
+    often = load_experiment(base, options.scale, [*overrides, *options.overrides])
+    overrides.append(f"forgetting.interval={often.forgetting.interval or often.trainer.val_check_interval}")
+    configs = [load_experiment(file, options.scale, [*overrides, *options.overrides]) for file in chosen]
+    if options.replay is None:
+        for config in [config for config in configs if config.data.replayed and config.data.replay_path is None]:
+            print(f"left out: {config.name} (it replays text: --replay PATH)")
+            configs.remove(config)
+    return configs
+
+
+def find_equal(config: ExperimentConfig) -> tuple[Path | None, bool]:
+    """The newest run folder of an equal config and whether it is finished; finished ones first."""
+    from t2i_lm.runs import CONFIG, REPORT, run_folders
+
+    wanted = _computed(config)
+    equal = []
+    for folder in run_folders(Path(config.run.dir), config.name):
+        try:
+            if _computed(load_experiment(folder / CONFIG)) == wanted:
+                equal.append(folder)
+        except ValueError:  # of a version with other keys
+            continue
+    finished = [folder for folder in equal if (folder / REPORT).is_file()]
+    if finished:
+        return finished[-1], True
+    return (equal[-1] if equal else None), False
+
+
+def _computed(config: ExperimentConfig) -> dict[str, object]:
+    return {key: value for key, value in flatten(config).items() if key not in PLACES}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what is missing and draws; returns the exit code of the first that failed, or 0."""
+    options = parser().parse_intermixed_args(argv)
+    try:
+        configs = experiments(options)
+        for config in configs:
+            config.require_paths()
+        for config in configs:
+            folder, finished = find_equal(config)
+            print(f"== {config.name}{f' (finished: {folder})' if finished else ''}", flush=True)
+            if finished or options.dry_run:
+                continue
+            from t2i_lm.session import run
+
+            if code := run(config, folder, resume=folder is not None):
+                return code
+        if options.dry_run:
+            return 0
+        from t2i_lm.figures import main as draw
+
+        figures = ["--figure", "remedies", "--figure", "forgetting"]
+        return draw([*figures, "--runs", configs[0].run.dir, "--out", str(options.out)])
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
