@@ -8,6 +8,7 @@ from shutil import which
 
 from t2i_lm.assets import resolve
 from t2i_lm.config import ExperimentConfig
+from t2i_lm.models.adapters import add_adapters
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.freeze import freeze, tune_only
@@ -126,10 +127,12 @@ def _with_positions(backbone: HuggingFaceDecoder, config: ExperimentConfig) -> H
 
 
 def choose_trained(decoder: Backbone, config: ExperimentConfig) -> None:
-    """Freezes what `tune` and `freeze` say; before a strategy wraps the decoder."""
+    """Freezes what `tune` and `freeze` say, and adds adapters; before a strategy wraps the decoder."""
     tune_only(decoder, config.tune)
     if config.freeze:
         freeze(decoder, config.freeze)
+    if config.lora.rank:
+        add_adapters(decoder, config.lora.rank, config.lora.alpha, generator(config.seed, "adapters"))
 
 
 def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:

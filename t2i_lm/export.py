@@ -87,6 +87,7 @@ def export(run: Path, out: Path, dtype: str) -> dict[str, Any]:
 
 def export_decoder(experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]) -> dict[str, Any]:
     """An expanded decoder under its library's names, its rows joined, with its id ranges."""
+    from t2i_lm.models.adapters import merge_adapters
     from t2i_lm.models.decoder import Decoder
     from t2i_lm.models.huggingface import HuggingFaceDecoder, save_huggingface
     from t2i_lm.models.open_lm import save_open_lm
@@ -95,6 +96,7 @@ def export_decoder(experiment: "Experiment", out: Path, dtype: "torch.dtype", ca
     module, layout = experiment.module, experiment.layout
     assert isinstance(module, DecoderModule)
     assert layout is not None
+    merge_adapters(module.decoder)
     if isinstance(module.decoder, HuggingFaceDecoder):
         save_huggingface(module.decoder, out, dtype)
     else:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from t2i_lm.config import ExperimentConfig
@@ -61,10 +62,15 @@ def experiments(options: argparse.Namespace, base: Path = BASE) -> list[Experime
     often = load_experiment(base, options.scale, [*overrides, *options.overrides])
     overrides.append(f"forgetting.interval={often.forgetting.interval or often.trainer.val_check_interval}")
     configs = [load_experiment(file, options.scale, [*overrides, *options.overrides]) for file in chosen]
-    if options.replay is None:
-        for config in [config for config in configs if config.data.replayed and config.data.replay_path is None]:
-            print(f"left out: {config.name} (it replays text: --replay PATH)")
-            configs.remove(config)
+    for config in list(configs):
+        if config.data.replayed and config.data.replay_path is None:
+            missing = "it replays text: --replay PATH"
+        elif config.lora.rank and find_spec("peft") is None:
+            missing = "it needs peft: pip install 't2i_lm[lora]'"
+        else:
+            continue
+        print(f"left out: {config.name} ({missing})")
+        configs.remove(config)
     return configs
 
 
