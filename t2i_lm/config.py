@@ -132,6 +132,15 @@ class ExperimentConfig:
             raise ValueError(f"trainer.strategy={strategy!r}: task={self.task} is small and not sharded; use ddp")
         if self.optim.name == "muon":
             raise ValueError(f"trainer.strategy={strategy!r}: optim.name=muon needs whole matrices; use adamw")
+        whole = {
+            "forgetting.interval": self.forgetting.interval is not None,
+            "fid.interval": self.fid.interval is not None,
+            "optim.l2_sp": self.optim.l2_sp > 0,
+            "distil.weight": self.distil.weight > 0,
+            "lora.rank": self.lora.rank > 0,
+        }
+        for key in (name for name, on in whole.items() if on):
+            raise ValueError(f"trainer.strategy={strategy!r}: {key} needs the whole model in every process; use ddp")
 
     @property
     def image_rows(self) -> str:

@@ -1,4 +1,4 @@
-"""Measures a finished run: `python -m t2i_lm.evaluate --checkpoint RUN --coco PATH --weights FILE`."""
+"""Measures a finished run: `python -m t2i_lm.evaluate --checkpoint RUN` with `--coco` or `--forgetting`."""
 
 import argparse
 import json
@@ -14,11 +14,13 @@ from t2i_lm.protocol import HEADLINE, PROMPT_SEED
 
 if TYPE_CHECKING:
     from t2i_lm.data.coco import Coco, Prompt
+    from t2i_lm.remedy_sections import ForgettingConfig
     from t2i_lm.subject import Subject
 
 EXAMPLE = """example:
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --coco coco --weights inception.pth
   torchrun --nproc-per-node 8 -m t2i_lm.evaluate --checkpoint RUN --coco coco --weights FILE --prompts 10000 --cfg 3
+  python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --forgetting heldout.txt.gz --tasks questions
 
 RUN is a run folder, or a folder of runs, whose newest is taken. PATH holds annotations/captions_val2014.json and
 val2014/*.jpg. FILE is torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its release v0.2.0), or
@@ -48,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     arguments = argparse.ArgumentParser(
         prog="python -m t2i_lm.evaluate",
-        description="Measure a finished run: zero-shot FID and KID on COCO, and its tokenizer's floor.",
+        description="Measure a finished run: zero-shot FID and KID on COCO with the tokenizer's floor; forgetting.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -59,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     add("--weights-sha256", metavar="HEX", help="refuse another file")
     add("--features", type=int, default=2048, help="layer of the network, by its width (default: %(default)s)")
     add("--prompts", type=int, default=30_000, metavar="N", help="captions, one a picture (default: %(default)s)")
+    add("--forgetting", metavar="TEXT", help="held-out text: measure what is left of the language model")
+    add("--tasks", type=Path, metavar="FOLDER", help="with --forgetting: questions, NAME.jsonl[.gz]")
     add("--guidance", "--cfg", type=float, metavar="S", help="scale of classifier-free guidance (default: the run's)")
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
     add("--no-floor", action="store_true", help="leave out the reconstruction FID of the tokenizer")
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         wanted = {name: row for name, row in MEASUREMENTS.items() if row.wanted(options)}
         if not wanted:
-            raise ValueError("nothing to measure: give --coco PATH")
+            raise ValueError("nothing to measure: give --coco PATH or --forgetting TEXT")
         given = {name: row.check(options) for name, row in wanted.items()}
         if options.dry_run:
             print(*(row.describe(options, given[name]) for name, row in wanted.items()), sep="\n")
@@ -176,9 +180,41 @@ def _run_coco(subject: "Subject", given: tuple["Coco", "list[Prompt]"]) -> dict[
     return measure_coco(subject, *given)
 
 
+def _check_forgetting(options: argparse.Namespace) -> "ForgettingConfig":
+    """What to measure.
+
+    Raises:
+        ValueError: if the text or the questions are not there.
+    """
+    from t2i_lm.remedy_sections import ForgettingConfig
+
+    if not Path(options.forgetting).exists():
+        raise ValueError(f"--forgetting {options.forgetting}: no such file or folder")
+    if options.tasks is not None and not options.tasks.is_dir():
+        raise ValueError(f"--tasks {options.tasks}: no such folder")
+    return ForgettingConfig(text=options.forgetting, tasks=None if options.tasks is None else str(options.tasks))
+
+
+def _describe_forgetting(_: argparse.Namespace, given: "ForgettingConfig") -> str:
+    tasks = f", {given.questions} questions of each task in {given.tasks}" if given.tasks else ""
+    return f"held-out text: {given.rows} rows of {given.length} ids of {given.text}{tasks}; completions"
+
+
+def _run_forgetting(subject: "Subject", given: "ForgettingConfig") -> dict[str, Any] | None:
+    if subject.rank:
+        return None
+    from t2i_lm.forgetting import forgetting_report
+
+    record = forgetting_report(subject.model, given, subject.run)
+    return {"run": subject.run.name, "checkpoint": subject.checkpoint.name, "settings": vars(given), **record}
+
+
 # A further measurement is a row here, and its options in `parser`.
 MEASUREMENTS: dict[str, Measurement] = {
     "coco": Measurement(lambda options: options.coco is not None, _check_coco, _describe_coco, _run_coco),
+    "forgetting": Measurement(
+        lambda options: options.forgetting is not None, _check_forgetting, _describe_forgetting, _run_forgetting
+    ),
 }
 
 if __name__ == "__main__":

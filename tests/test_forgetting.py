@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from t2i_lm.evaluate import main as evaluate
 from t2i_lm.forgetting import BASELINE, forgetting_report
 from t2i_lm.runs import Run, read_run, run_folders
 from t2i_lm.trained import load_trained
@@ -97,6 +98,18 @@ def resume_from_middle(experiment: str, root: Path, whole: Run, *overrides: str)
     newest.with_name(f"{newest.name}.sha256").unlink()
     assert main([experiment, "--resume", str(folder), *overrides]) == 0
     return read_run(folder)
+
+
+def test_evaluate_measures_a_finished_run(
+    probed: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--checkpoint", str(probed.folder), "--forgetting", str(book), "--out", str(tmp_path / "out")]
+    assert evaluate([*command, "--dry-run"]) == 0
+    assert "64 rows of 256 ids" in capsys.readouterr().out
+    short = ["--checkpoint", str(probed.folder), "--forgetting", str(tmp_path / "none")]
+    assert evaluate(short) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_resumed_run_measures_as_an_unbroken_one(probed: Run, tmp_path: Path) -> None:

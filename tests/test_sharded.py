@@ -62,7 +62,12 @@ def test_a_whole_run_goes_on_from_shards(two: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [(["optim.name=muon"], "needs whole matrices"), (["task=align"], "is small and not sharded")],
+    [
+        (["optim.name=muon"], "needs whole matrices"),
+        (["task=align"], "is small and not sharded"),
+        (["optim.l2_sp=0.1"], "optim.l2_sp needs the whole model"),
+        (["distil.weight=1"], "distil.weight needs the whole model"),
+    ],
 )
 def test_what_cannot_be_sharded_is_refused(
     overrides: list[str], message: str, tiny: list[str], capsys: pytest.CaptureFixture[str]
