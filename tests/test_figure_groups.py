@@ -50,7 +50,9 @@ def test_without_partners_the_command_that_makes_them_is_said(tmp_path: Path) ->
 
 def test_all_figures_are_those_whose_runs_are_there(runs: Path, tmp_path: Path) -> None:
     assert figures(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"figure5.png", "figure5.pdf"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"figure{number}.{suffix}" for number in (2, 5) for suffix in ("png", "pdf")
+    }
     assert figures(["--runs", str(runs), "--out", str(tmp_path / "out"), "--figure", "3"]) == 2
 
 

@@ -49,7 +49,15 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ),
     (
         "figures",
-        ("t2i_lm.plots", "t2i_lm.figures", "t2i_lm.arms", "t2i_lm.pairing", "t2i_lm.figure_text", "t2i_lm.tradeoff"),
+        (
+            "t2i_lm.plots",
+            "t2i_lm.figures",
+            "t2i_lm.arms",
+            "t2i_lm.pairing",
+            "t2i_lm.figure_text",
+            "t2i_lm.tradeoff",
+            "t2i_lm.published",
+        ),
     ),
     (
         "commands",

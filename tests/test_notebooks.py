@@ -88,7 +88,7 @@ def test_a_notebook_shows_and_saves_its_figure_in_jupyter(
     shown = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(shown) == 1
     printed = "".join(output.get("text", "") for output in outputs)
-    assert "gap %" in printed or "validation" in printed  # the table of final numbers
+    assert "gap %" in printed or "validation" in printed or "source" in printed  # the table of final numbers
     assert drawn_width(project, notebook) == 2400
 
 
