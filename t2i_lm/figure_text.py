@@ -71,8 +71,11 @@ def pair_caption(pair: Pair) -> str:
     return " ".join(sentences)
 
 
-def group_caption(arms: dict[str, Run], wanted: Sequence[str]) -> str:
-    """What a figure of several arms states: smoothing, scale, model, seed, length, date, data, and who is missing."""
+def group_caption(arms: dict[str, Run], wanted: Sequence[str], how: str | None = None) -> str:
+    """What a figure of several arms states: scale, model, seed, length, date, data, and who is missing.
+
+    `how` says what is drawn; by default curves and their smoothing.
+    """
     run = next(iter(arms.values()))
     log, config = run.config["log"], run.config
     seen = {arm: progress(arm_run) for arm, arm_run in arms.items()}
@@ -80,7 +83,8 @@ def group_caption(arms: dict[str, Run], wanted: Sequence[str]) -> str:
     unfinished = [arm for arm, arm_run in arms.items() if arm_run.report is None]
     return " ".join(
         [
-            f"Raw: mean loss of {log['interval']} steps. EMA: constant {log['ema']:g}, updated every "
+            how
+            or f"Raw: mean loss of {log['interval']} steps. EMA: constant {log['ema']:g}, updated every "
             f"{log['interval']} steps, bias-corrected. Validation: held-out data.",
             f"Scale {config['scale']}, seed {config['seed']}, {_length(seen)}; runs of "
             f"{' and '.join(sorted({_date(arm_run) for arm_run in arms.values()}))}.",
@@ -113,7 +117,11 @@ def _model(run: Run) -> str:
 
 
 def _length(seen: dict[str, Progress]) -> str:
-    """Steps and tokens, once where both arms are equally long."""
+    """Steps and tokens, once where all arms are equally long; what is no pad may differ (replayed text has none)."""
+    if len(seen) > 1 and len({(one.step, one.tokens) for one in seen.values()}) == 1:
+        one, real = next(iter(seen.values())), sorted(arm.real for arm in seen.values())
+        range_of = compact(real[0]) if real[0] == real[-1] else f"{compact(real[0])} to {compact(real[-1])}"
+        return f"{one.step:,} steps and {compact(one.tokens)} tokens ({range_of} without pads) in each arm"
     spans = {
         arm: f"{one.step:,} steps and {compact(one.tokens)} tokens ({compact(one.real)} without pads)"
         for arm, one in seen.items()

@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +121,7 @@ def figure_inits(request: Request) -> Drawing:
 
 def figure_forgetting(request: Request) -> Drawing:
     """Forgetting: held-out text against tokens seen, over the text rows and over all rows (Table 1, as curves)."""
-    from t2i_lm.plots import Panel
+    from t2i_lm.plots import ARM_STYLES, Panel, draw_panels
     from t2i_lm.tradeoff import question_table, text_series
 
     arms = find_group(request.root, FORGETTING)
@@ -130,8 +130,10 @@ def figure_forgetting(request: Request) -> Drawing:
         Panel(words, {arm: text_series(run, rows) for arm, run in arms.items()})
         for rows, words in (("text_rows", "Softmax over the text rows"), ("all_rows", "Softmax over all rows"))
     ]
-    drawing = _group_drawing(FORGETTING, arms, title, panels, {}, "image")
-    return replace(drawing, table="\n".join([drawing.table, "", question_table(arms)]))
+    how = "Held-out text, measured at the points; both softmaxes in one pass."
+    caption = f"{title}. {group_caption(arms, list(arms), how)}"
+    figure = draw_panels(panels, caption, {arm: ARM_STYLES[arm].label for arm in arms}, "")
+    return Drawing(title, figure, caption, "\n".join([loss_table(arms, "image"), "", question_table(arms)]))
 
 
 def figure_remedies(request: Request) -> Drawing:
@@ -142,7 +144,11 @@ def figure_remedies(request: Request) -> Drawing:
     points = [point_of(arm, run) for arm, run in arms.items()]
     scratch = scratch_of(request.root, arms["pretrained"])
     title = "Remedies against forgetting: text loss gained against image loss"
-    caption = f"{title}. {group_caption(arms, list(arms))}"
+    how = (
+        "Across: held-out text loss at the end minus before, softmax over the text rows; bars: standard error of the "
+        "paired differences of rows. Up: held-out image loss at the end. One run each."
+    )
+    caption = f"{title}. {group_caption(arms, list(arms), how)}"
     return Drawing(title, draw_tradeoff(points, caption, scratch), caption, tradeoff_table(points, scratch))
 
 

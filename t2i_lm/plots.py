@@ -108,7 +108,7 @@ def draw_panels(
         panels: what is drawn, from left to right.
         caption: text under the axes; also stored in the files' metadata by `save_figure`.
         labels: legend text of each arm.
-        smoothing: legend text of the thick curves.
+        smoothing: legend text of the thick curves; empty where curves only join the points that were measured.
         tokens_per_step: adds an axis of optimiser steps above; None where the arms differ in it.
     """
     lines = textwrap.wrap(caption, CAPTION_COLUMNS, break_on_hyphens=False)
@@ -240,6 +240,8 @@ def _legend(labels: Mapping[str, str], smoothing: str) -> list[Line2D]:
         return Line2D([], [], label=label, **{"color": GREY, "linewidth": 2.2, **look})
 
     arms = [key(label, color=ARM_STYLES[arm].colour, linestyle=ARM_STYLES[arm].dashes) for arm, label in labels.items()]
+    if not smoothing:
+        return arms
     raw = key("raw", linewidth=0.9, alpha=0.6)
     return [
         *arms,

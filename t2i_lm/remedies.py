@@ -51,6 +51,8 @@ def experiments(options: argparse.Namespace, base: Path = BASE) -> list[Experime
     files = {file.stem: file for file in sorted((base.parent / FOLDER).glob("*.yaml"))}
     if not files:
         raise ValueError(f"no remedies in {base.parent / FOLDER}")
+    if options.replay is not None and Path(options.replay).resolve() == Path(options.text).resolve():
+        raise ValueError(f"--replay {options.replay}: this is the text that --text measures on; give another one")
     for name in options.only or ():
         if name not in files:
             raise ValueError(f"--only {name}: expected one of {', '.join(files)}")

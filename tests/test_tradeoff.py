@@ -106,3 +106,5 @@ def test_one_command_trains_what_is_missing_and_draws(
     assert sorted((tmp_path / "runs").glob("*/*")) == before
     assert remedies.main(["--text", str(book), "--only", "none"]) == 2
     assert "caption_mask, distil" in capsys.readouterr().err
+    assert remedies.main(["--text", str(book), "--replay", str(book)]) == 2
+    assert "the text that --text measures on" in capsys.readouterr().err
