@@ -11,12 +11,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from callbacks.frechet import FeatureDistance, kernel_distance
 from callbacks.inception import Inception
 from callbacks.interval import collective_device, distributed
+from callbacks.periodic import Periodic, undisturbed
 from callbacks.perplexity import EMASplitPerplexity
 from callbacks.preemption import Preemption
 
@@ -43,7 +43,7 @@ class FidTask:
     batch: int = 64
 
 
-class CocoFID(Callback):
+class CocoFID(Periodic):
     """Draws every prompt on some rank every `interval` optimiser steps and compares the features with the reference's.
 
     Network and sums live here, not in the module, so no checkpoint holds them. Writes FOLDER/step-NNNNNNNN.json with
@@ -65,35 +65,20 @@ class CocoFID(Callback):
         Raises:
             ValueError: if `interval` is not positive or there are fewer than two prompts.
         """
-        if interval < 1:
-            raise ValueError(f"interval={interval}: expected at least 1")
+        super().__init__(interval)
         if task.prompts < 2:
             raise ValueError(f"prompts={task.prompts}: a Frechet distance needs at least 2")
-        self.interval, self.task, self.network = interval, task, network
+        self.task, self.network = task, network
         self.folder, self.meter, self.preemption = folder, meter, preemption
         self.latest: dict[str, Any] | None = None
-        self._last_step = 0
         self._real: FeatureDistance | None = None
         self._real_kept: Rows = Rows()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts after the step that was resumed from."""
-        self._last_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Measures where an interval ends."""
-        step = trainer.global_step
-        if step == self._last_step:
-            return
-        self._last_step = step
-        if step % self.interval:
-            return
+    def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        """Measures, and writes the number with its card."""
         head = self.meter.head(trainer) if self.meter else {"step": step}  # every rank must ask
-        pl_module.eval()
-        found = self.measure(trainer, pl_module.device)
-        pl_module.train()
+        with undisturbed(pl_module):
+            found = self.measure(trainer, pl_module.device)
         self.latest = found
         if found is None or not trainer.is_global_zero:
             return

@@ -1,18 +1,15 @@
 """What a model has forgotten, measured before, during and after training (Table 1, and as curves)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.seed import isolate_rng
 
+from callbacks.periodic import Periodic, undisturbed
 from callbacks.perplexity import EMASplitPerplexity
 
 
-class Forgetting(Callback):
+class Forgetting(Periodic):
     """Measures on rank 0 while the others wait: before the first step, every `interval` steps, after the last.
 
     Writes a line with `forgetting`, what `measure` returned, to metrics.jsonl, and its numbers to TensorBoard. Whatever
@@ -28,29 +25,21 @@ class Forgetting(Callback):
         Raises:
             ValueError: if `interval` is not positive.
         """
-        if interval < 1:
-            raise ValueError(f"interval={interval}: expected at least 1")
-        self.interval, self.measure, self.meter = interval, measure, meter
-        self._last_step = 0
+        super().__init__(interval)
+        self.measure, self.meter = measure, meter
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures the model as it was, unless the run goes on from a later step."""
-        self._last_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
-            self._write(trainer, pl_module)
+            self.due(trainer, pl_module, 0)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Measures where an interval or the run ends."""
-        step = trainer.global_step
-        if step == self._last_step:
-            return
-        self._last_step = step
-        if step % self.interval == 0 or step == trainer.max_steps:
-            self._write(trainer, pl_module)
+    def is_due(self, trainer: pl.Trainer, step: int) -> bool:
+        """Where an interval or the run ends."""
+        return super().is_due(trainer, step) or step == trainer.max_steps
 
-    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        """Measures, and writes the line."""
         head = self.meter.head(trainer)  # every rank must ask
         if not trainer.is_global_zero:
             return
@@ -60,21 +49,6 @@ class Forgetting(Callback):
             self.meter.file.append({**head, "forgetting": measured})
         for logger in trainer.loggers:
             logger.log_metrics(numbers(measured, "forgetting"), step=head["tokens_nominal"])
-
-
-@contextmanager
-def undisturbed(module: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule's mode and the random streams are as before."""
-    modes = {part: part.training for part in module.modules()}
-    # Only the device in use: asking for the state of all would open each of them.
-    devices = [module.device] if module.device.type == "cuda" else []
-    module.eval()
-    try:
-        with isolate_rng(include_cuda=False), torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def numbers(tree: dict[str, Any], prefix: str) -> dict[str, float]:

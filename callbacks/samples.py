@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
+from callbacks.periodic import Periodic, undisturbed
 from callbacks.perplexity import EMASplitPerplexity
 
 
@@ -20,11 +20,10 @@ class Drawn(NamedTuple):
     accuracy: dict[str, float]
 
 
-class SampleGrid(Callback):
+class SampleGrid(Periodic):
     """Draws on rank 0 every `interval` optimiser steps while the others wait.
 
-    Writes FOLDER/step-NNNNNNNN.png, a line with `prompt_accuracy` to metrics.jsonl, and both to TensorBoard. It must
-    draw from random streams of its own: the run's are not touched.
+    Writes FOLDER/step-NNNNNNNN.png, a line with `prompt_accuracy` to metrics.jsonl, and both to TensorBoard.
     """
 
     def __init__(self, interval: int, draw: Callable[[], Drawn], folder: Path, meter: EMASplitPerplexity) -> None:
@@ -33,31 +32,16 @@ class SampleGrid(Callback):
         Raises:
             ValueError: if `interval` is not positive.
         """
-        if interval < 1:
-            raise ValueError(f"interval={interval}: expected at least 1")
-        self.interval, self.draw, self.folder, self.meter = interval, draw, folder, meter
-        self._last_step = 0
+        super().__init__(interval)
+        self.draw, self.folder, self.meter = draw, folder, meter
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts after the step that was resumed from."""
-        self._last_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Draws where an interval ends."""
-        step = trainer.global_step
-        if step == self._last_step:
-            return
-        self._last_step = step
-        if step % self.interval:
-            return
+    def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        """Draws, and writes what was drawn."""
         head = self.meter.head(trainer)  # every rank must ask
         if not trainer.is_global_zero:
             return
-        pl_module.eval()
-        drawn = self.draw()
-        pl_module.train()
+        with undisturbed(pl_module):
+            drawn = self.draw()
         self.folder.mkdir(parents=True, exist_ok=True)
         drawn.grid.save(self.folder / f"step-{step:08d}.png")
         if self.meter.file and drawn.accuracy:

@@ -5,7 +5,8 @@ Figures are made without pyplot, so that drawing needs no display and leaves no 
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,18 @@ def draw_panels(
         smoothing: legend text of the thick curves; empty where curves only join the points that were measured.
         tokens_per_step: adds an axis of optimiser steps above; None where the arms differ in it.
     """
+    with captioned_figure(caption) as figure:
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw_panel(axes, panel, tokens_per_step)
+        figure.legend(
+            handles=_legend(labels, smoothing), loc="outside upper center", ncols=min(len(labels) + 3, LEGEND_COLUMNS)
+        )
+    return figure
+
+
+@contextmanager
+def captioned_figure(caption: str) -> Iterator[Figure]:
+    """An empty figure in the house's style; what is drawn in the block stands above the caption."""
     lines = textwrap.wrap(caption, CAPTION_COLUMNS, break_on_hyphens=False)
     below = len(lines) * LINE_HEIGHT + 0.12
     height = AXES_HEIGHT + below
@@ -119,21 +132,9 @@ def draw_panels(
         engine = figure.get_layout_engine()
         assert engine is not None
         engine.set(rect=(0, below / height, 1, 1 - below / height), wspace=0.06)  # type: ignore[call-arg]
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _draw_panel(axes, panel, tokens_per_step)
-        figure.legend(
-            handles=_legend(labels, smoothing), loc="outside upper center", ncols=min(len(labels) + 3, LEGEND_COLUMNS)
-        )
-        figure.text(
-            0.012,
-            below / height,
-            "\n".join(lines),
-            va="top",
-            ha="left",
-            fontsize=CAPTION_SIZE,
-            linespacing=1.25,
-        )
-    return figure
+        yield figure
+        text = "\n".join(lines)
+        figure.text(0.012, below / height, text, va="top", ha="left", fontsize=CAPTION_SIZE, linespacing=1.25)
 
 
 def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None:

@@ -2,15 +2,13 @@
 
 import csv
 import json
-import textwrap
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from t2i_lm.plots import AXES_HEIGHT, CAPTION_COLUMNS, CAPTION_SIZE, LINE_HEIGHT, STYLE, WIDTH
+from t2i_lm.plots import captioned_figure
 
 PUBLISHED = Path(__file__).with_name("published_fid.csv")
 # Family -> colour and marker.
@@ -62,14 +60,7 @@ def own_systems(runs: Path) -> list[System]:
 
 def draw_systems(systems: list[System], caption: str) -> Figure:
     """The scatter: one marker a system, its name beside it, one colour a family."""
-    lines = textwrap.wrap(caption, CAPTION_COLUMNS, break_on_hyphens=False)
-    below = len(lines) * LINE_HEIGHT + 0.12
-    height = AXES_HEIGHT + below
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        engine = figure.get_layout_engine()
-        assert engine is not None
-        engine.set(rect=(0, below / height, 1, 1 - below / height))  # type: ignore[call-arg]
+    with captioned_figure(caption) as figure:
         axes = figure.subplots()
         for family, (colour, marker) in FAMILIES.items():
             own = [system for system in systems if system.family == family]
@@ -93,9 +84,6 @@ def draw_systems(systems: list[System], caption: str) -> Figure:
         axes.set_ylabel("zero-shot FID on COCO")
         axes.set_xlabel("released")
         axes.legend(loc="upper right")
-        figure.text(
-            0.012, below / height, "\n".join(lines), va="top", ha="left", fontsize=CAPTION_SIZE, linespacing=1.25
-        )
     return figure
 
 

@@ -1,17 +1,15 @@
 """What a remedy keeps of the language and what it costs: points, their Pareto front, the figure and the tables."""
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from t2i_lm.arms import Series, mismatches
 from t2i_lm.pairing import Group
-from t2i_lm.plots import AXES_HEIGHT, CAPTION_COLUMNS, CAPTION_SIZE, GREY, LINE_HEIGHT, STYLE, WIDTH
+from t2i_lm.plots import GREY, captioned_figure
 from t2i_lm.runs import Run, read_run, run_folders
 
 # Experiments of this prefix are remedies; the rest of the name is the point's label.
@@ -114,14 +112,7 @@ def draw_tradeoff(points: Sequence[Point], caption: str, scratch: float | None) 
         caption: text under the axes.
         scratch: image loss from random weights, a horizontal line.
     """
-    lines = textwrap.wrap(caption, CAPTION_COLUMNS, break_on_hyphens=False)
-    below = len(lines) * LINE_HEIGHT + 0.12
-    height = AXES_HEIGHT + below
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        engine = figure.get_layout_engine()
-        assert engine is not None
-        engine.set(rect=(0, below / height, 1, 1 - below / height))  # type: ignore[call-arg]
+    with captioned_figure(caption) as figure:
         axes = figure.subplots()
         best = front(points)
         axes.plot(
@@ -162,9 +153,6 @@ def draw_tradeoff(points: Sequence[Point], caption: str, scratch: float | None) 
         axes.set_ylabel("held-out image loss (nats a token)")
         axes.set_title("down: draws better; left: forgets less", loc="left", fontsize=9, fontweight="normal")
         figure.legend(loc="outside upper center", ncols=4)
-        figure.text(
-            0.012, below / height, "\n".join(lines), va="top", ha="left", fontsize=CAPTION_SIZE, linespacing=1.25
-        )
     return figure
 
 
