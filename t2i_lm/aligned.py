@@ -31,8 +31,8 @@ def find_aligned_rows(config: ExperimentConfig) -> Path:
     named = config.aligned_rows
     assert named is not None
     if named == "latest":
-        runs = run_folders(Path(config.run.dir), EXPERIMENT)
-        found = [run / FILE for run in runs if run.name.partition(f"-{config.scale}")[1] and (run / FILE).is_file()]
+        runs = run_folders(Path(config.run.dir), EXPERIMENT, config.scale)
+        found = [run / FILE for run in runs if (run / FILE).is_file()]
         if not found:
             raise ValueError(
                 f"aligned_rows=latest: no finished run of {EXPERIMENT} at scale {config.scale} in {config.run.dir}; "

@@ -18,6 +18,7 @@ from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureData
 from t2i_lm.data.preparation import prepare_pairs, prepare_text
 from t2i_lm.data.replay import ReplayDataModule, prepare_replay
 from t2i_lm.data.tokens import read_index
+from t2i_lm.devices import uses_gpu
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import ImageRowSource, expand_vocabulary
 from t2i_lm.modules.alignment import AlignmentModule
@@ -71,7 +72,7 @@ def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
     settings = config.image_tokenizer
     assert settings.path is not None
     image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
-    if torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda"):
+    if uses_gpu(config.trainer.accelerator):
         image.to(torch.device("cuda", rank))
     if config.samples.prompts and not image.decodes:
         raise ValueError(

@@ -33,11 +33,11 @@ from t2i_lm.data.coco import (
     read_pictures,
     square,
 )
-from t2i_lm.drawing import Picture, caption_prompts, decode, draw_codes, sampling_of, seeds_of
+from t2i_lm.data.tokenise import stack_pictures
+from t2i_lm.drawing import Picture, caption_layout, caption_prompts, decode, draw_codes, sampling_of, seeds_of
 from t2i_lm.models.generate import Sampling
 from t2i_lm.parts import Parts
 from t2i_lm.protocol import CANONICAL, PROMPT_SEED, Card
-from t2i_lm.sequence import Layout
 from t2i_lm.trainer import FeatureDistance, FidTask, Inception, kernel_distance
 
 # Pictures that go through the feature network together, and pictures of one part of the reference.
@@ -53,10 +53,7 @@ def require_fitting(model: Model, coco: Coco, prompts: Sequence[Prompt]) -> None
     Raises:
         ValueError: naming the task, or the longest prompt.
     """
-    layout, text = model.layout, model.text
-    if not isinstance(layout, Layout):
-        raise ValueError(f"this is a run of task={model.config.task}, which draws without prompts")
-    assert text is not None
+    layout, text = caption_layout(model)
     lengths = [len(ids) for ids in text.encode_batch([prompt.text for prompt in prompts])]
     over = sum(length > layout.text_budget for length in lengths)
     if over:
@@ -75,13 +72,8 @@ def features_of(pictures: Sequence[Picture | Image.Image], network: Inception) -
             picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
             for picture in pictures[start : start + NETWORK_BATCH]
         ]
-        found.append(network(as_batch([square(image) for image in images])))
+        found.append(network(stack_pictures([square(image) for image in images])))
     return torch.cat(found)
-
-
-def as_batch(pictures: Sequence[Picture]) -> Tensor:
-    """Pictures (H, W, 3) of one size as (B, 3, H, W)."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 class Reference:
@@ -181,7 +173,7 @@ class Drawing:
         assert image is not None
         real, _ = read_pictures(self.coco, [self.prompts[number].file for number in span])
         codes = [
-            image.encode(as_batch([square(picture, image.image_size) for picture in real[start : start + 8]]))
+            image.encode(stack_pictures([square(picture, image.image_size) for picture in real[start : start + 8]]))
             for start in range(0, len(real), 8)
         ]
         codes_BN = torch.cat(codes).cpu()
@@ -246,7 +238,7 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
         experiment.image.to(experiment.module.device)
         pictures = decode(experiment, drawing.codes(numbers))
         experiment.image.to(torch.device("cpu"))  # leaves the GPU to training
-        return as_batch([square(Image.fromarray(picture)) for picture in pictures])
+        return stack_pictures([square(Image.fromarray(picture)) for picture in pictures])
 
     def features(network: Inception, rank: int, world: int) -> Iterator[tuple[Sequence[int], Tensor]]:
         tell = progress("reference", parts.items, rank, world)

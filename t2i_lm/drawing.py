@@ -15,6 +15,7 @@ from t2i_lm.models.generate import Progress, Sampling, generate
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.sections import SampleConfig
 from t2i_lm.sequence import ImageLayout, Layout
+from t2i_lm.tokenizers.base import TextTokenizer
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 # Pictures drawn together: what the key-value cache must hold.
@@ -33,11 +34,21 @@ def seeds_of(seed: int, count: int) -> list[int]:
     return [seed * 1_000_003 + number for number in range(count)]
 
 
+def caption_layout(model: Model) -> tuple[Layout, TextTokenizer]:
+    """What captions are laid out and encoded with.
+
+    Raises:
+        ValueError: if the model draws without them.
+    """
+    if not isinstance(model.layout, Layout):
+        raise ValueError(f"this is a run of task={model.config.task}, which draws without prompts")
+    assert model.text is not None
+    return model.layout, model.text
+
+
 def caption_prompts(model: Model, captions: Sequence[str]) -> list[Tensor]:
     """Joint ids of each caption up to `<image>`, cut to the text budget."""
-    layout, text = model.layout, model.text
-    assert isinstance(layout, Layout)
-    assert text is not None
+    layout, text = caption_layout(model)
     return [torch.from_numpy(layout.prompt(np.array(text.encode(caption), dtype=np.int64))) for caption in captions]
 
 

@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given: dict[str, Any]) -> int:
     import torch
 
+    from t2i_lm.devices import uses_gpu
     from t2i_lm.parts import write_whole
     from t2i_lm.subject import Subject
     from t2i_lm.trained import find_run, load_trained, newest_checkpoint
@@ -104,7 +105,7 @@ def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given:
     checkpoint = newest_checkpoint(run)
     model = load_trained(run)
     torch.set_num_threads(model.config.trainer.threads or torch.get_num_threads())
-    if torch.cuda.is_available() and model.config.trainer.accelerator != "cpu":
+    if uses_gpu(model.config.trainer.accelerator):
         model.module.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     out = options.out or run / "evaluations" / _default_name(options, checkpoint)
     subject = Subject(options, run, checkpoint, model, out, rank, world)

@@ -18,6 +18,7 @@ from torch import Tensor
 from t2i_lm.build import Experiment, Model
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.modules.base import DecoderModule
+from t2i_lm.parts import write_whole
 from t2i_lm.probes.completions import PROMPTS, complete
 from t2i_lm.probes.heldout import heldout_rows, text_losses
 from t2i_lm.probes.questions import Task, answer, read_tasks
@@ -95,9 +96,7 @@ class Probes:
         if self.baseline is None:
             return {}
         if not self.baseline.is_file():
-            partial = self.baseline.with_name(f"{self.baseline.name}.tmp")
-            partial.write_text(json.dumps(values) + "\n")
-            partial.replace(self.baseline)
+            write_whole(self.baseline, json.dumps(values) + "\n")
         earlier: dict[str, dict[str, list[float]]] = json.loads(self.baseline.read_text())
         return earlier
 

@@ -16,6 +16,7 @@ from t2i_lm.build import Experiment
 from t2i_lm.data.captions import entropy
 from t2i_lm.data.scenes import SIZE
 from t2i_lm.data.tokens import open_split
+from t2i_lm.devices import uses_gpu
 from t2i_lm.drawing import draw_captions, draw_uncaptioned, seeds_of
 from t2i_lm.forgetting import write_completions
 from t2i_lm.grid import captioned_grid
@@ -60,7 +61,7 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
     if isinstance(experiment.module, TextToImageModule | UnconditionalImageModule):
         torch.set_num_threads(config.trainer.threads or torch.get_num_threads())
         experiment.module.eval()
-        if torch.cuda.is_available() and config.trainer.accelerator != "cpu":  # after training it lies on the CPU
+        if uses_gpu(config.trainer.accelerator):  # after training it lies on the CPU
             experiment.module.to("cuda")
         report["row_norms"] = row_norms(experiment.module.decoder)
         unconditional = isinstance(experiment.module, UnconditionalImageModule)

@@ -62,9 +62,9 @@ def new_run_folder(root: Path, name: str, scale: str) -> Path:
     raise ValueError(f"run.dir={root}: a hundred runs of {name} started in one second")
 
 
-def run_folders(root: Path, name: str | None = None) -> list[Path]:
-    """Run folders below `root`, oldest first."""
-    found = [path.parent for path in root.glob(f"{name or '*'}/*/{CONFIG}")]
+def run_folders(root: Path, name: str | None = None, scale: str = "") -> list[Path]:
+    """Run folders below `root`, of an experiment and a scale where given, oldest first."""
+    found = [path.parent for path in root.glob(f"{name or '*'}/*/{CONFIG}") if f"-{scale}" in path.parent.name]
     return sorted(found, key=lambda folder: folder.name)
 
 

@@ -116,12 +116,9 @@ def require_fitting(model: "Model", prompts: Sequence[str]) -> None:
     Raises:
         ValueError: if the model takes no captions, or naming the first prompt that is too long.
     """
-    from t2i_lm.sequence import Layout
+    from t2i_lm.drawing import caption_layout
 
-    layout, text = model.layout, model.text
-    if not isinstance(layout, Layout):
-        raise ValueError(f"this is a run of task={model.config.task}, which draws without prompts")
-    assert text is not None
+    layout, text = caption_layout(model)
     for prompt in prompts:
         ids = len(text.encode(prompt))
         if ids > layout.text_budget:

@@ -61,7 +61,7 @@ def _configure(options: argparse.Namespace) -> tuple[ExperimentConfig, Path | No
 
     if options.resume == "latest":
         config = load_experiment(options.experiment, options.scale, options.overrides)
-        found = [path for path in run_folders(Path(config.run.dir), config.name) if f"-{options.scale}" in path.name]
+        found = run_folders(Path(config.run.dir), config.name, options.scale)
         unfinished = [path for path in found if not (path / REPORT).is_file()]
         if not unfinished:
             raise ValueError(

@@ -35,7 +35,7 @@ from callbacks import Preempted as Preempted
 from callbacks import find_resumable as find_resumable
 from callbacks import kernel_distance as kernel_distance
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.devices import multiplies_bfloat16
+from t2i_lm.devices import multiplies_bfloat16, uses_gpu
 from t2i_lm.runs import METRICS
 from t2i_lm.sections import SHARDED
 from t2i_lm.sharded import ShardedStrategy
@@ -55,8 +55,8 @@ def precision(config: ExperimentConfig) -> str:
     """bf16-mixed where the device multiplies in bfloat16, else float32; float32 master weights either way."""
     if config.trainer.precision != "auto":
         return config.trainer.precision
-    on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
-    return "bf16-mixed" if multiplies_bfloat16("cuda" if on_gpu else "cpu") else "32-true"
+    device = "cuda" if uses_gpu(config.trainer.accelerator) else "cpu"
+    return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"
 
 
 def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from t2i_lm.backbones import COMPILERS
 from t2i_lm.runs import Run, read_run, run_folders
 from t2i_lm.train import main
 
@@ -127,32 +126,6 @@ def test_samples_during_training_are_logged_and_change_nothing(
 def test_accumulation_gives_the_same_losses(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     split = train(PRETRAINED, tmp_path, *tiny, "trainer.accumulate_grad_batches=4")
     same_losses(split, pretrained, 1e-5)
-
-
-def test_recomputed_activations_give_the_same_run(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
-    run = train(PRETRAINED, tmp_path, *tiny, "trainer.activation_checkpointing=true")
-    assert curve(run) == curve(pretrained)
-
-
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
-def test_compiled_blocks_give_the_same_losses(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
-    # In a process of its own: a warning inside torch's tracer would be an error here.
-    output, _ = (process := launch(PRETRAINED, tmp_path, *tiny, "trainer.compile=true")).communicate(timeout=300)
-    assert process.returncode == 0, output
-    same_losses(read_run(run_folders(tmp_path)[0]), pretrained, 1e-5)
-
-
-def test_without_a_compiler_blocks_run_eagerly(
-    pretrained: Run,
-    tiny: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr("t2i_lm.backbones.which", lambda _: None)
-    run = train(PRETRAINED, tmp_path, *tiny, "trainer.compile=true")
-    assert "trainer.compile: none of c++" in capsys.readouterr().err
-    assert curve(run) == curve(pretrained)
 
 
 def test_bfloat16_trains_to_nearly_the_same_losses(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:

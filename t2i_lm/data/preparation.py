@@ -24,13 +24,12 @@ from t2i_lm.data.pairs import CaptionedSource, Sample, StreamedSource
 from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.sources import SPLITS, Stream, open_source
 from t2i_lm.data.text import paragraphs, read_documents
-from t2i_lm.data.tokenise import ENCODE_BATCH, PairRows, stack_pictures, text_rows
+from t2i_lm.data.tokenise import ENCODE_BATCH, PairRows, stack_pictures, write_text_split
 from t2i_lm.data.tokens import (
     pair_features,
     part_folder,
     read_index,
     read_part,
-    text_features,
     write_card,
     write_index,
     write_part,
@@ -220,17 +219,8 @@ def _write_text(config: ExperimentConfig, text: TextTokenizer, folder: Path) -> 
     data = config.data
     index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
     for split, path in (("train", data.path), ("val", data.val_path)):
-        target = part_folder(folder, split, 0)
-        if not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            documents = _track(read_documents(str(path)), f"tokenising {split} documents")
-
-            def rows(documents: Iterable[str] = documents) -> Iterator[dict[str, Any]]:
-                yield from text_rows(documents, text, data.length)
-
-            write_part(target, rows, text_features(text.vocab_size, data.length), dict)
-        entry = read_part(target)
-        index["splits"][split] = {"rows": entry["rows"], "parts": [entry["sha256"]]}
+        documents = _track(read_documents(str(path)), f"tokenising {split} documents")
+        index["splits"][split] = write_text_split(folder, split, documents, text, data.length)
     write_index(folder, index)
 
 

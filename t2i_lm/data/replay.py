@@ -6,9 +6,7 @@ a resumed run goes on as an unbroken one, and every pair that is not replaced st
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -20,8 +18,8 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, Batches, PairBatches, PairDataModule
 from t2i_lm.data.sampler import REPLAYED, Draw
 from t2i_lm.data.text import read_documents
-from t2i_lm.data.tokenise import text_rows
-from t2i_lm.data.tokens import open_split, part_folder, read_index, read_part, text_features, write_index, write_part
+from t2i_lm.data.tokenise import write_text_split
+from t2i_lm.data.tokens import open_split, read_index, write_index
 from t2i_lm.sequence import Layout
 from t2i_lm.tokenizers.base import TextTokenizer
 
@@ -83,19 +81,10 @@ def prepare_replay(config: ExperimentConfig, text: TextTokenizer) -> Path:
 
 
 def _write(path: str, text: TextTokenizer, length: int, folder: Path) -> None:
-    target = part_folder(folder, "train", 0)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        yield from text_rows(read_documents(path, "data.replay_path"), text, length - 1)
-
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        write_part(target, rows, text_features(text.vocab_size, length - 1), dict)
-    entry = read_part(target)
-    if not entry["rows"]:
+    split = write_text_split(folder, "train", read_documents(path, "data.replay_path"), text, length - 1)
+    if not split["rows"]:
         raise ValueError(f"data.replay_path={path}: less text than one row of data.length={length} ids")
-    splits = {"train": {"rows": entry["rows"], "parts": [entry["sha256"]]}}
-    write_index(folder, {"tokenizers": {"text": text.sha256}, "source": "replay", "splits": splits})
+    write_index(folder, {"tokenizers": {"text": text.sha256}, "source": "replay", "splits": {"train": split}})
 
 
 class ReplayDataModule(PairDataModule):

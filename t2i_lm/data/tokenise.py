@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from t2i_lm.data.pairs import Pair, Sample
 from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.text import paragraphs
+from t2i_lm.data.tokens import part_folder, read_part, text_features, write_part
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 
 # Pictures encoded at once.
@@ -95,3 +97,18 @@ def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Ite
         while len(ids) > length:
             yield {"text_ids": ids[: length + 1], "bytes": round(sum(sizes[1 : length + 1]))}
             del ids[:length], sizes[:length]
+
+
+def write_text_split(
+    folder: Path, split: str, documents: Iterable[str], text: TextTokenizer, length: int
+) -> dict[str, Any]:
+    """A split of `length` + 1 ids a row in one part, written where it is missing; its entry in the index.
+
+    `documents` are read only where they are needed.
+    """
+    target = part_folder(folder, split, 0)
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        write_part(target, lambda: text_rows(documents, text, length), text_features(text.vocab_size, length), dict)
+    entry = read_part(target)
+    return {"rows": entry["rows"], "parts": [entry["sha256"]]}

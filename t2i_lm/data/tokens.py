@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 
 from t2i_lm.hashing import file_sha256
+from t2i_lm.parts import write_whole
 
 # Progress is `prepare`'s own.
 datasets.disable_progress_bars()
@@ -98,9 +99,7 @@ def read_part(target: Path) -> dict[str, Any]:
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Writes `index.json`, which marks the folder as complete."""
     index = index | {"data_hash": data_hash(index)}
-    partial = folder / "index.json.tmp"
-    partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    partial.replace(folder / "index.json")
+    write_whole(folder / "index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_card(folder: Path, index: dict[str, Any], origin: str) -> None:
