@@ -6,11 +6,12 @@ Shapes: `N` targets, `D` width, `V` vocabulary, `M` classes; `C` targets of one 
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Logits held at once, in elements: what stays in a CPU's cache, and what keeps a GPU's cores busy.
+# Logits held at once, in elements: what stays in a CPU's cache, and what keeps a GPU's cores busy. But so many targets
+# at least that reading the rows for each chunk does not cost more than multiplying by them.
 CPU_LOGITS, GPU_LOGITS = 2**21, 2**27
+TARGETS = 256
 
 
 class TokenLoss(NamedTuple):
@@ -60,7 +61,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         weight_VD = weight_VD.to(x_ND.dtype)  # here, so that autograd does not round the weight's gradient with it
-        chunk = max(1, (GPU_LOGITS if x_ND.is_cuda else CPU_LOGITS) // len(weight_VD))
+        chunk = max(TARGETS, (GPU_LOGITS if x_ND.is_cuda else CPU_LOGITS) // len(weight_VD))
+        chunk = max(1, min(chunk, len(x_ND)))
+        # Reused by all chunks: fresh memory of this size costs a CPU as much time as the exponentials.
+        logits_XV = x_ND.new_empty(chunk, len(weight_VD))
+        log_prob_XV = torch.empty_like(logits_XV, dtype=torch.float32)
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         lse_N = torch.empty_like(nll_N)
         grad_x_ND = torch.empty_like(x_ND) if wants_x else None
@@ -69,8 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(x_ND), chunk):
                 part = slice(start, start + chunk)
                 x_CD, target_C1 = x_ND[part], target_N[part, None]
-                logits_CV = F.linear(x_CD, weight_VD)
-                log_prob_CV = F.log_softmax(logits_CV, dim=1, dtype=torch.float32)
+                logits_CV, log_prob_CV = logits_XV[: len(x_CD)], log_prob_XV[: len(x_CD)]
+                torch.mm(x_CD, weight_VD.T, out=logits_CV)
+                torch.log_softmax(logits_CV, dim=1, dtype=torch.float32, out=log_prob_CV)
                 log_prob_C1 = log_prob_CV.gather(1, target_C1)
                 lse_C1 = logits_CV.gather(1, target_C1).float() - log_prob_C1
                 nll_N[part], lse_N[part] = -log_prob_C1.squeeze(1), lse_C1.squeeze(1)
@@ -79,10 +85,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # d total / d logits = factor * (p - onehot / growth); the row factor is applied to (C, D), not (C, V).
                 growth_C1 = 1 + 2 * z_loss * lse_C1
                 factor_C1 = (token_weight_N[part, None] * growth_C1).to(weight_VD.dtype)
-                grad_CV = log_prob_CV.exp_().scatter_add_(1, target_C1, -1 / growth_C1).to(weight_VD.dtype)
+                grad_CV = log_prob_CV.exp_().scatter_add_(1, target_C1, -1 / growth_C1)
+                if grad_CV.dtype != logits_CV.dtype:
+                    grad_CV = logits_CV.copy_(grad_CV)
                 if grad_x_ND is not None:
                     grad_x_ND[part] = (grad_CV @ weight_VD) * factor_C1
-                if grad_weight_VD is not None:
+                if grad_weight_VD is not None and grad_CV.dtype == torch.float32:
+                    grad_weight_VD.addmm_(grad_CV.T, x_CD * factor_C1)
+                elif grad_weight_VD is not None:
                     grad_weight_VD += grad_CV.T @ (x_CD * factor_C1)
         ctx.save_for_backward(grad_x_ND, grad_weight_VD)
         ctx.mark_non_differentiable(nll_N, lse_N)
