@@ -71,12 +71,13 @@ class Layout:
             )
         special = self.vocab.special
         tail = [special("</image>"), special("</doc>")]
+        joint_BN = image_ids_BN.astype(np.int64) + self.vocab.image_offset
         ids_BT = np.full((len(text_ids), self.length), self.vocab.pad, dtype=np.int64)
-        for row_T, text, image_N in zip(ids_BT, text_ids, image_ids_BN, strict=True):
+        for row_T, text, joint_N in zip(ids_BT, text_ids, joint_BN, strict=True):
             prompt = self.prompt(text)
             end = len(prompt) + self.image_tokens
             row_T[: len(prompt)] = prompt
-            row_T[len(prompt) : end] = image_N.astype(np.int64) + self.vocab.image_offset
+            row_T[len(prompt) : end] = joint_N
             row_T[end : end + 2] = tail
         return torch.from_numpy(ids_BT)
 

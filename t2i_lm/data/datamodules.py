@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from t2i_lm.config import ExperimentConfig
+from t2i_lm.data.columns import PairColumns
 from t2i_lm.data.pairs import CaptionedSource
 from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.sampler import Draw, IndexSampler
@@ -45,10 +46,11 @@ class CaptionedIds(Batches):
 
     def __init__(self, split: datasets.Dataset, captions: str, seed: int) -> None:
         self.split, self.captions, self.seed = split, captions, seed
+        self._columns = PairColumns(split)
         # Where every caption is a sample of its own: row and caption of each.
         self._each: np.ndarray[Any, np.dtype[np.int64]] | None = None
         if captions == "all":
-            counts = np.array([len(choices) for choices in split["text_ids"]])
+            counts = self._columns.caption_counts()
             starts = np.repeat(np.cumsum(counts) - counts, counts)
             self._each = np.stack([np.repeat(np.arange(len(counts)), counts), np.arange(counts.sum()) - starts], axis=1)
 
@@ -58,12 +60,12 @@ class CaptionedIds(Batches):
     def pairs(self, draws: list[Draw]) -> tuple[list[IntArray], IntArray]:
         """A caption's text ids for each draw, and the image ids (B, N)."""
         indices = [index for _, index in draws]
-        rows = self.split[indices if self._each is None else self._each[indices, 0].tolist()]
+        rows = indices if self._each is None else self._each[indices, 0].tolist()
         texts = [
-            choices[self._choose(len(choices), epoch, index)]
-            for (epoch, index), choices in zip(draws, rows["text_ids"], strict=True)
+            self._columns.caption(row, self._choose(self._columns.count(row), epoch, index))
+            for (epoch, index), row in zip(draws, rows, strict=True)
         ]
-        return texts, np.stack(rows["image_ids"])
+        return texts, self._columns.images(rows)
 
     def _choose(self, captions: int, epoch: int, index: int) -> int:
         if self._each is not None:
