@@ -132,9 +132,9 @@ def drawing_forms(
         "transformers eager, static cache": ("transformers", theirs(**static, disable_compile=True)),
     }
     if compiled:
-        # The suite draws without compiling; this says what it would gain. A shallow copy shares the weights.
+        # As `--compile` of the commands that draw. A shallow copy shares the weights.
         compiled_decoder = copy.copy(decoder)
-        compiled_decoder.hidden = torch.compile(decoder.hidden, dynamic=True)
+        compiled_decoder.compile_steps()
         forms[f"{OURS} compiled"] = (OURS, lambda: generate(compiled_decoder, vocab, prompts, tokens))
         # Its own automatic compilation of the decoding step, which it leaves to GPUs unless told otherwise.
         mode: Any = CompileConfig(mode="reduce-overhead" if prompt_BT.is_cuda else "default", fullgraph=False)

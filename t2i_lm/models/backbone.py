@@ -44,11 +44,26 @@ class Backbone(nn.Module):
     output: Output
 
     def hidden(self, ids_BT: Tensor, cache: Any = None) -> Tensor:
-        """Final normalised hidden states (B, T, D); with a cache, of the new positions only."""
+        """Final normalised hidden states (B, T, D); an empty cache keeps what later positions need."""
+        raise NotImplementedError
+
+    def next_hidden(self, ids_B: Tensor, cache: Any, image_rows_only: bool = False) -> Tensor:
+        """Final normalised hidden states (B, D) of one more position.
+
+        `ids_B` are joint ids, or image codes where `image_rows_only`.
+        """
         raise NotImplementedError
 
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""
+        raise NotImplementedError
+
+    def compile_steps(self) -> None:
+        """Compiles `next_hidden`, where the model can.
+
+        Raises:
+            ValueError: if it cannot.
+        """
         raise NotImplementedError
 
     def new_cache(self, batch: int, length: int) -> Any:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.cache import KVCache, Window
 from t2i_lm.models.feed_forward import FEED_FORWARDS, fan_in_normal_
 from t2i_lm.models.token_rows import Embedding, Output
 
@@ -24,6 +25,7 @@ POSITIONS = ("rotary", "llama_rotary", "head_rotary", "none")
 ROTARY = ("rotary", "llama_rotary")
 ROTARY_BASE = 10_000.0
 SHORT = 512  # positions up to which `attend` may hold all scores
+Rotary = tuple[Tensor, Tensor] | None  # cosines and sines that broadcast to (B, H, T, K)
 
 
 class RMSNorm(nn.Module):
@@ -84,44 +86,6 @@ class DecoderConfig:
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected one of {', '.join(values)}")
 
 
-class KVCache:
-    """Keys and values of every layer for `length` positions, filled from the left.
-
-    Attributes:
-        filled: columns in use.
-        unused_B: leading columns of each row that hold nothing; None where no row has any.
-    """
-
-    def __init__(self, config: DecoderConfig, batch: int, length: int, like: Tensor) -> None:
-        shape = (config.n_layers, 2, batch, config.n_heads, length, config.hidden_dim // config.n_heads)
-        self.states = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.filled = 0
-        self.unused_B: Tensor | None = None
-
-    def place(self, rows: list[int], part: "KVCache", end: int) -> None:
-        """Copies what another cache holds into some rows, so that it ends at column `end`."""
-        start = end - part.filled
-        self.states[:, :, rows, :, start:end] = part.states[:, :, :, :, : part.filled]
-        if self.unused_B is None:
-            self.unused_B = torch.zeros(self.states.shape[2], dtype=torch.int64, device=self.states.device)
-        self.unused_B[rows] = start
-        self.filled = end
-
-    def mask(self) -> Tensor | None:
-        """Which columns the next position may attend to (B, 1, 1, filled + 1); None for all."""
-        if self.unused_B is None:
-            return None
-        columns_T = torch.arange(self.filled + 1, device=self.states.device)
-        return (columns_T >= self.unused_B[:, None])[:, None, None]
-
-    def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new positions and returns all keys and values so far."""
-        end = self.filled + k_BHTK.shape[2]
-        self.states[layer, 0, :, :, self.filled : end] = k_BHTK
-        self.states[layer, 1, :, :, self.filled : end] = v_BHTK
-        return self.states[layer, 0, :, :, :end], self.states[layer, 1, :, :, :end]
-
-
 def rotary_table(config: DecoderConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines (seq_len, K) of each entry's angle."""
     head_dim = config.hidden_dim // config.n_heads
@@ -147,9 +111,15 @@ def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, causal: bool, mask: T
     """Scaled dot-product attention.
 
     Torch's bfloat16 flash kernel for CPUs is slow at short sequences (5 times slower than plain products at
-    104 positions, 1.5 times at 320), so these take plain products.
+    104 positions, 1.5 times at 320), so these take plain products. Of one position it is slow, too: compiled sums,
+    which read keys and values once, make a whole step an eighth shorter.
     """
     B, H, T, K = q_BHTK.shape
+    if q_BHTK.is_cpu and T == 1 and torch.compiler.is_compiling():
+        scores_BHT1 = (q_BHTK * k_BHTK).sum(-1, keepdim=True) / math.sqrt(K)
+        if mask is not None:
+            scores_BHT1 = scores_BHT1.masked_fill(~mask.transpose(2, 3), float("-inf"))
+        return (scores_BHT1.softmax(2) * v_BHTK).sum(2, keepdim=True)
     if q_BHTK.is_cpu and q_BHTK.dtype == torch.bfloat16 and causal and T <= SHORT:
         mask_TT = torch.full((T, T), float("-inf"), dtype=q_BHTK.dtype).triu(1)
         q_XTK, k_XTK, v_XTK = (x.reshape(B * H, T, K) for x in (q_BHTK, k_BHTK, v_BHTK))
@@ -171,7 +141,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(dim), norm(dim)
         self.turn = turn_neighbours if config.positional_embedding_type == "llama_rotary" else turn_halves
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | None) -> Tensor:
         B, T, D = x_BTD.shape
         q_BTD, k_BTD, v_BTD = self.in_proj(x_BTD).chunk(3, dim=-1)
         heads = (B, T, self.n_heads, D // self.n_heads)
@@ -179,17 +149,13 @@ class Attention(nn.Module):
         k_BHTK = self.k_norm(k_BTD).view(heads).transpose(1, 2)
         v_BHTK = v_BTD.view(heads).transpose(1, 2)
         if rotary is not None:
-            cos_TK, sin_TK = rotary
-            q_BHTK = (q_BHTK * cos_TK + self.turn(q_BHTK) * sin_TK).to(v_BHTK.dtype)
-            k_BHTK = (k_BHTK * cos_TK + self.turn(k_BHTK) * sin_TK).to(v_BHTK.dtype)
-        causal, mask = True, None
-        if cache is not None:
-            # A prompt goes in whole and then one token at a time: the mask is either square or of unused columns.
-            causal = cache.filled == 0
-            assert causal or T == 1
-            mask = None if causal else cache.mask()
-            k_BHTK, v_BHTK = cache.extend(self.layer, k_BHTK, v_BHTK)
-        out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal and T > 1, mask)
+            cos, sin = rotary
+            q_BHTK = (q_BHTK * cos + self.turn(q_BHTK) * sin).to(v_BHTK.dtype)
+            k_BHTK = (k_BHTK * cos + self.turn(k_BHTK) * sin).to(v_BHTK.dtype)
+        mask = None
+        if store is not None:
+            k_BHTK, v_BHTK, mask = store.extend(self.layer, k_BHTK, v_BHTK)
+        out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal=T > 1, mask=mask)
         return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
 
 
@@ -203,8 +169,8 @@ class Block(nn.Module):
         self.attention_norm = NORMS[config.model_norm](config.hidden_dim)
         self.ffn_norm = NORMS[config.model_norm](config.hidden_dim)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, cache)
+    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, store)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))  # type: ignore[no-any-return]
 
 
@@ -223,6 +189,7 @@ class Decoder(Backbone):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config, self._checkpointing = config, False
+        self._compiled_step: Callable[[Tensor, Window, bool], Tensor] | None = None
         self.tok_embeddings = Embedding(config.vocab_size, config.hidden_dim)
         embed_norm = NORMS[config.model_norm] if config.post_embed_norm else lambda _: nn.Identity()
         self.post_embed_norm = embed_norm(config.hidden_dim)
@@ -236,29 +203,22 @@ class Decoder(Backbone):
             self.register_buffer("rotary_cos", cos_TK, persistent=False)
             self.register_buffer("rotary_sin", sin_TK, persistent=False)
 
-    def rotary(self, start: int, length: int) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines of positions [start, start + length), or None for a position-free model.
+    def rotary(self, length: int) -> Rotary:
+        """Cosines and sines (T, K) of the first positions, or None for a position-free model.
 
         Raises:
-            ValueError: if the positions run past `seq_len`.
+            ValueError: if they run past `seq_len`.
         """
         if self.config.positional_embedding_type not in ROTARY:
             return None
-        if start + length > self.config.seq_len:
-            raise ValueError(f"position {start + length} is past the decoder's seq_len={self.config.seq_len}")
-        cos_TK = self.get_buffer("rotary_cos")[start : start + length]
-        return cos_TK, self.get_buffer("rotary_sin")[start : start + length]
+        if length > self.config.seq_len:
+            raise ValueError(f"position {length} is past the decoder's seq_len={self.config.seq_len}")
+        return self.get_buffer("rotary_cos")[:length], self.get_buffer("rotary_sin")[:length]
 
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Final normalised hidden states (B, T, D); with a cache, of the new positions only."""
+        """Final normalised hidden states (B, T, D); an empty cache keeps the keys and values."""
         x_BTD = self.post_embed_norm(self.tok_embeddings(ids_BT))
-        rotary = self.rotary(cache.filled if cache else 0, ids_BT.shape[1])
-        if rotary is not None and cache is not None and cache.unused_B is not None:
-            positions_B = cache.filled - cache.unused_B
-            rotary = (
-                self.get_buffer("rotary_cos")[positions_B][:, None, None],
-                self.get_buffer("rotary_sin")[positions_B][:, None, None],
-            )
+        rotary = self.rotary(ids_BT.shape[1])
         for block in self.layers:
             if cache is not None:
                 x_BTD = block.forward(x_BTD, rotary, cache)  # past `torch.compile`, whose graphs are of training
@@ -267,16 +227,42 @@ class Decoder(Backbone):
             else:
                 x_BTD = block(x_BTD, rotary, None)
         if cache is not None:
-            cache.filled += ids_BT.shape[1]
+            cache.prefilled(ids_BT.shape[1])
         return self.norm(x_BTD)  # type: ignore[no-any-return]
+
+    def next_hidden(self, ids_B: Tensor, cache: KVCache, image_rows_only: bool = False) -> Tensor:
+        """Final normalised hidden states (B, D) of one more position."""
+        step = self._compiled_step or self._step
+        return step(ids_B, cache.next_window(), image_rows_only)
+
+    def _step(self, ids_B: Tensor, window: Window, image_rows_only: bool) -> Tensor:
+        x_B1D = self.post_embed_norm(self.tok_embeddings(ids_B[:, None], image_rows_only))
+        rotary: Rotary = None
+        if self.config.positional_embedding_type in ROTARY:
+            cos_B11K = self.get_buffer("rotary_cos")[window.position_B][:, None, None]
+            rotary = cos_B11K, self.get_buffer("rotary_sin")[window.position_B][:, None, None]
+        for block in self.layers:
+            x_B1D = block.forward(x_B1D, rotary, window)
+        return self.norm(x_B1D)[:, 0]  # type: ignore[no-any-return]
+
+    def compile_steps(self) -> None:
+        """Compiles `next_hidden`: some seconds at the first pictures, then less time a token."""
+        self._compiled_step = torch.compile(self._step)
 
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each block in the backward pass."""
         self._checkpointing = True
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        """A static cache on the decoder's device."""
-        return KVCache(self.config, batch, length, self.output.text)
+        """A static cache on the decoder's device.
+
+        Raises:
+            ValueError: if the length is past `seq_len`.
+        """
+        self.rotary(length)
+        config = self.config
+        head_dim = config.hidden_dim // config.n_heads
+        return KVCache(config.n_layers, batch, config.n_heads, length, head_dim, self.output.text)
 
     @torch.no_grad()
     def reset_parameters(self, generator: Generator) -> None:

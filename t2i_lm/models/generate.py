@@ -157,8 +157,7 @@ def generate(
             codes_B = draw(logits_BV, None if uniform_BN is None else uniform_BN[members, step])
             codes_BN[members, step] = codes_B
             if step + 1 < image_tokens:
-                ids_B1 = (codes_B + vocab.image_offset)[:, None]
-                last = [decoder.hidden(ids_B1, cache)[:, -1] for cache in caches]
+                last = [decoder.next_hidden(codes_B, cache, image_rows_only=True) for cache in caches]
             done += 1
             if on_token is not None:
                 on_token(done, len(batches) * image_tokens, codes_BN)
@@ -200,12 +199,13 @@ def continue_text(
     cache = decoder.new_cache(1, len(prompt) + tokens)
     text_size = None if all_rows else decoder.config.vocab_size
     uniform_1N = None if seed is None else uniforms([seed], tokens)
-    ids_BT, added = prompt[None], []
+    last_BD, added = decoder.hidden(prompt[None], cache)[:, -1], []
     for step in range(tokens):
-        logits_BV = decoder.output(decoder.hidden(ids_BT, cache)[:, -1])[:, :text_size] / temperature
+        logits_BV = decoder.output(last_BD)[:, :text_size] / temperature
         chosen_B = draw(logits_BV, None if uniform_1N is None else uniform_1N[:, step])
         if int(chosen_B) == stop:
             break
         added.append(int(chosen_B))
-        ids_BT = chosen_B[:, None]
+        if step + 1 < tokens:
+            last_BD = decoder.next_hidden(chosen_B, cache)
     return torch.tensor(added, dtype=torch.int64)

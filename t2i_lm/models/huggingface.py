@@ -98,10 +98,16 @@ class HuggingFaceDecoder(Backbone):
         Raises:
             ValueError: if the sequence is longer than the model's positions.
         """
+        return self._hidden(self.tok_embeddings(ids_BT), cache)
+
+    def next_hidden(self, ids_B: Tensor, cache: Any, image_rows_only: bool = False) -> Tensor:
+        """Final normalised hidden states (B, D) of one more position."""
+        return self._hidden(self.tok_embeddings(ids_B[:, None], image_rows_only), cache)[:, 0]
+
+    def _hidden(self, embedded_BTD: Tensor, cache: Any) -> Tensor:
         seen = 0 if cache is None else cache.get_seq_length()
-        if seen + ids_BT.shape[1] > self.config.seq_len:
-            raise ValueError(f"position {seen + ids_BT.shape[1]} is past the backbone's {self.config.seq_len}")
-        embedded_BTD = self.tok_embeddings(ids_BT)
+        if seen + embedded_BTD.shape[1] > self.config.seq_len:
+            raise ValueError(f"position {seen + embedded_BTD.shape[1]} is past the backbone's {self.config.seq_len}")
         given = {} if cache is None else {self._cache_argument: cache}
         output = self.body(inputs_embeds=embedded_BTD, use_cache=cache is not None, **given)
         return output.last_hidden_state  # type: ignore[no-any-return]
@@ -109,6 +115,10 @@ class HuggingFaceDecoder(Backbone):
     def enable_activation_checkpointing(self) -> None:
         """As `transformers` does it."""
         self.body.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compile_steps(self) -> None:
+        """Its growing cache would be compiled anew for every token."""
+        raise ValueError("--compile: a backbone of transformers draws with a growing cache, which is not compiled")
 
     def new_cache(self, batch: int, length: int) -> Any:
         """A growing cache of `transformers`."""

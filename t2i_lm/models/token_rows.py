@@ -30,9 +30,12 @@ class TokenRows(nn.Module):
 
 
 class Embedding(TokenRows):
-    """Token ids -> rows."""
+    """Joint ids -> rows; with `image_rows_only`, image codes -> image rows, for which no matrix is put together."""
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, image_rows_only: bool = False) -> Tensor:
+        if image_rows_only:
+            assert self.image is not None
+            return F.embedding(ids_BT, self.image)
         return F.embedding(ids_BT, self.matrix())
 
 

@@ -1,7 +1,10 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
+from t2i_lm.backbones import COMPILERS
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.generate import Sampling, filter_top_k, filter_top_p, generate
@@ -110,3 +113,21 @@ def test_senseless_settings_are_refused(change: dict[str, float], message: str) 
         generate(decoder, vocab, prompts, 6, sampling=Sampling(**change))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 seeds for 4 prompts"):
         generate(decoder, vocab, prompts, 6, seeds=[1])
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+@pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
+def test_compiled_steps_draw_the_same_ids(positional: str) -> None:
+    """For prompts of one length and of several, whose columns are masked."""
+    decoder, vocab, prompts = setup(positional)
+    alike = [prompts[0], prompts[2]]
+    expected = generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4]), generate(decoder, vocab, alike, 6)
+    decoder.compile_steps()
+    assert torch.equal(generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4]), expected[0])
+    assert torch.equal(generate(decoder, vocab, alike, 6), expected[1])
+
+
+def test_more_positions_than_the_decoder_has_are_refused_before_drawing() -> None:
+    decoder, vocab, prompts = setup("rotary")
+    with pytest.raises(ValueError, match="seq_len=32"):
+        generate(decoder, vocab, prompts, 30)

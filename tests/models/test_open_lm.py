@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from t2i_lm.models.decoder import Decoder, KVCache
+from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.open_lm import decoder_config, load_open_lm, open_lm_state_dict, save_open_lm
 from tests.models.open_lm_variants import BASE, IDS_BT, VARIANTS, figures, measure_upstream, weights
 
@@ -125,17 +125,17 @@ def test_head_rotary_is_position_free() -> None:
     assert torch.allclose(one_layer(ids_BT)[:, -1], one_layer(swapped_BT)[:, -1], atol=1e-5)
     one_rotary = tiny("rotary", n_layers=1)
     assert not torch.allclose(one_rotary(ids_BT)[:, -1], one_rotary(swapped_BT)[:, -1], atol=1e-3)
-    assert rotary.rotary(0, 4) is not None
-    assert free.rotary(0, 4) is None
+    assert rotary.rotary(4) is not None
+    assert free.rotary(4) is None
 
 
 @pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
 def test_cached_decoding_equals_full_recomputation(positional: str) -> None:
     decoder = tiny(positional)
     ids_BT = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(1))
-    cache = KVCache(decoder.config, 3, 20, decoder.output.text)
+    cache = decoder.new_cache(3, 20)
     parts = [decoder.output(decoder.hidden(ids_BT[:, :12], cache))]
-    parts += [decoder.output(decoder.hidden(ids_BT[:, t : t + 1], cache)) for t in range(12, 20)]
+    parts += [decoder.output(decoder.next_hidden(ids_BT[:, t], cache))[:, None] for t in range(12, 20)]
     assert torch.allclose(torch.cat(parts, dim=1), decoder(ids_BT), atol=1e-5)
 
 
