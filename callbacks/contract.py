@@ -27,7 +27,8 @@ class StepOutput(TypedDict, total=False):
 class SplitLossModule(Protocol):
     """A module whose loss is split by modality.
 
-    It may have a method `scalars() -> dict[str, float]`: more values of the moment, written with the training loss.
+    It may have a method `scalars() -> dict[str, float]`: more values of the moment, written with the training loss. Its
+    `gradient_norm` is set before each update to the total norm of the gradient as it is then (`NonFiniteGuard`).
     """
 
     modalities: tuple[str, ...]

@@ -24,7 +24,8 @@ class NonFiniteGuard(Callback):
       that the host never waits for the device. Skips are counted on the device and read every `check_every` steps.
     - elsewhere, and on the CPU, the gradients are removed: torch's optimisers pass over parameters without one.
 
-    Modules need do nothing. One all-reduce of one number a step, and none on one rank.
+    Modules need do nothing, and may take the norm from their `gradient_norm`. One all-reduce of one number a step,
+    and none on one rank.
     """
 
     def __init__(self, limit: int = 5, check_every: int = 50, events: EventLog | None = None) -> None:
@@ -56,6 +57,7 @@ class NonFiniteGuard(Callback):
         norm = torch.nn.utils.get_total_norm(gradients)
         if isinstance(norm, DTensor):  # of sharded gradients: every rank holds a part of the sum
             norm = norm.full_tensor()
+        pl_module.gradient_norm = norm
         bad = ~norm.isfinite().reshape(1)
         flag = bad.to(torch.float32)
         if distributed():

@@ -181,6 +181,7 @@ class EMASplitPerplexity(Callback):
             f"{key}/{name}/{field}": entry[field] for name, entry in values.items() for field in DRAWN & entry.keys()
         }
         scalars |= {f"{key}/{name}": value for name, value in more.get("scalars", {}).items()}
+        scalars |= {f"throughput/{name}": value for name, value in more.get("throughput", {}).items()}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=seen["tokens_nominal"])
 

@@ -16,6 +16,12 @@ class HasLatest(Protocol):
     latest: dict[str, float]
 
 
+class HasNote(Protocol):
+    """A callback that has something to say about speed."""
+
+    def note(self) -> str: ...
+
+
 class RunProgress(Callback):
     """Shows optimiser steps, speed, the latest losses and the time left.
 
@@ -23,15 +29,15 @@ class RunProgress(Callback):
     the interval that it ends.
     """
 
-    def __init__(self, scalars: HasLatest, every: int = 10, shown: int = 4) -> None:
-        """`every` is the number of steps between plain lines; `shown` scalars are printed.
+    def __init__(self, scalars: HasLatest, every: int = 10, shown: int = 4, throughput: HasNote | None = None) -> None:
+        """`every` is the number of steps between plain lines; `shown` scalars and `throughput`'s note are printed.
 
         Raises:
             ValueError: if `every` is less than 1.
         """
         if every < 1:
             raise ValueError(f"every={every}: expected at least 1")
-        self.scalars, self.every, self.shown = scalars, every, shown
+        self.scalars, self.every, self.shown, self.throughput = scalars, every, shown, throughput
         self._bar: Progress | None = None
         self._started = self._tokens = 0.0
         self._first_step = self._last_step = 0
@@ -97,7 +103,8 @@ class RunProgress(Callback):
         speed = self._tokens / max(time.monotonic() - self._started, 1e-9)
         unit = "tokens" if "tokens_nominal" in outputs else "pictures"
         losses = "  ".join(f"{name} {value:.3f}" for name, value in list(self.scalars.latest.items())[: self.shown])
-        return f"{speed:,.0f} {unit}/s  {losses}"
+        note = self.throughput.note() if self.throughput else ""
+        return "  ".join(part for part in (f"{speed:,.0f} {unit}/s", losses, note) if part)
 
 
 def _clock(seconds: float) -> str:

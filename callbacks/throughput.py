@@ -9,6 +9,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+# Share of the time from which waiting for data is worth a word.
+WAITING = 0.02
+
 
 class Throughput(Callback):
     """Tokens a second over each logging interval, validations left out.
@@ -18,16 +21,21 @@ class Throughput(Callback):
     List it first, so that other callbacks' work counts as work and not as waiting.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flop_per_token: float | None = None, peak: float | None = None) -> None:
+        """`flop_per_token` are operations of a position in training, `peak` what a device does a second at most."""
+        self.flop_per_token, self.peak = flop_per_token, peak
+        self._steps = self._steps_left = 0  # optimiser steps of the interval, and after it
         self._work = self._wait = 0.0  # seconds of the interval
         self._mark = 0.0
         self._validated = False  # since the last batch
         self._seen: dict[str, int] | None = None  # unknown where a resumed run begins
-        self._device = torch.device("cpu")
+        self._device, self._world, self._step = torch.device("cpu"), 1, 0
+        self.latest: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
-        self._device = pl_module.device
+        self._device, self._world = pl_module.device, trainer.world_size
+        self._step = trainer.global_step
         self._work = self._wait = 0.0
         self._mark, self._validated = time.perf_counter(), False
         self._seen = None if trainer.global_step else {}
@@ -45,6 +53,9 @@ class Throughput(Callback):
     ) -> None:
         """Work ends."""
         self._work += self._lap()
+        self._steps += trainer.global_step - self._step
+        self._step = trainer.global_step
+        self._steps_left = trainer.max_steps - self._step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes that the time until the next batch is not waiting."""
@@ -54,18 +65,35 @@ class Throughput(Callback):
         """The interval's `throughput`.
 
         `samples_per_s`, `tokens_per_s` (positions) and `tokens_real_per_s` (pads excluded) are over all ranks;
-        `data_wait` (share of the time) and `memory_mib` (peak) are this rank's. The first interval of a resumed
-        run is in part another process's work and has no rates.
+        `tflop_per_s` and `mfu` (their share of the peak) are of one device; `data_wait` (share of the time) and
+        `memory_mib` (peak) are this rank's; `eta_s` is the time left at this speed, validations left out. The first
+        interval of a resumed run is in part another process's work and has no rates.
         """
         seconds, wait = self._work + self._wait, self._wait
         before, self._seen = self._seen, dict(seen)
+        steps, self._steps = self._steps, 0
         self._work = self._wait = 0.0
         fields: dict[str, float] = {}
         if before is not None and seconds > 0:
             for name, count in seen.items():
                 fields[f"{name.removesuffix('_nominal')}_per_s"] = round((count - before.get(name, 0)) / seconds, 3)
+            if self.flop_per_token is not None:
+                done = fields["tokens_per_s"] * self.flop_per_token / self._world
+                fields["tflop_per_s"] = float(f"{done / 1e12:.4g}")
+                if self.peak is not None:
+                    fields["mfu"] = round(done / self.peak, 4)
             fields["data_wait"] = round(wait / seconds, 4)
-        return {"throughput": {**fields, "memory_mib": self._memory()}}
+            fields["eta_s"] = round(seconds / max(1, steps) * self._steps_left, 3)
+        self.latest = {**fields, "memory_mib": self._memory()}
+        return {"throughput": self.latest}
+
+    def note(self) -> str:
+        """The latest interval for a line of progress: MFU where it is known, waiting where it matters, memory."""
+        latest = self.latest
+        parts = [f"{latest['mfu']:.1%} MFU"] if "mfu" in latest else []
+        parts += [f"{latest['data_wait']:.0%} waiting for data"] if latest.get("data_wait", 0) >= WAITING else []
+        parts += [f"{latest['memory_mib'] / 1024:.1f} GiB"] if latest else []
+        return "  ".join(parts)
 
     def _lap(self) -> float:
         now = time.perf_counter()

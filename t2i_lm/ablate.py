@@ -8,6 +8,7 @@ from pathlib import Path
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.load import SCALES, load_experiment
 from t2i_lm.models.freeze import FREEZE_GROUPS, TUNE_SETS
+from t2i_lm.train import FAILURES
 
 EXAMPLE = f"""example:
   python -m t2i_lm.ablate --freeze ffn --freeze norm
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from t2i_lm.figures import main as draw
 
             return draw(["--figure", "5", "--runs", configs[0].run.dir, "--out", str(options.out)])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -139,8 +139,14 @@ def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:
     """Recomputation and compilation of blocks, as the trainer's keys say; before a strategy wraps the decoder."""
     if config.trainer.activation_checkpointing:
         decoder.enable_activation_checkpointing()
-    if config.trainer.compile and not any(map(which, COMPILERS)):
-        print(f"trainer.compile: none of {', '.join(COMPILERS)} found, so blocks run eagerly", file=sys.stderr)
-    elif config.trainer.compile:
+    if config.trainer.compile and can_compile("trainer.compile"):
         for block in blocks_of(decoder):
             block.compile()
+
+
+def can_compile(key: str) -> bool:
+    """Whether there is a C++ compiler; says where there is none, naming what asked for it."""
+    found = any(map(which, COMPILERS))
+    if not found:
+        print(f"{key}: none of {', '.join(COMPILERS)} found, so nothing is compiled", file=sys.stderr)
+    return found

@@ -2,6 +2,54 @@
 
 import torch
 
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.sections import TrainerConfig, require
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+
+
+def require_device(trainer: TrainerConfig) -> None:
+    """Checks that a run's processors are here and can compute as it asks.
+
+    Raises:
+        ValueError: naming the key and what is possible here.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    possible = [name for name in ACCELERATORS if name not in ("gpu", "cuda") or gpus]
+    if not torch.backends.mps.is_available():
+        possible.remove("mps")
+    require(trainer.accelerator in possible, "trainer.accelerator", trainer.accelerator, f"here {', '.join(possible)}")
+    if uses_gpu(trainer.accelerator):
+        here = f"at most {gpus}, the GPUs of this machine (trainer.num_nodes counts machines)"
+        require(trainer.devices <= gpus, "trainer.devices", trainer.devices, here)
+        slow = trainer.precision == "bf16-mixed" and not multiplies_bfloat16("cuda")
+        name = torch.cuda.get_device_name()
+        require(not slow, "trainer.precision", trainer.precision, f"32-true: {name} does not multiply in bfloat16")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's or the machine's memory is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def memory_advice(config: ExperimentConfig) -> str:
+    """What ran out of memory, and which keys lower what it takes."""
+    trainer, data = config.trainer, config.data
+    accumulate = 2 * trainer.accumulate_grad_batches
+    ways = [f"trainer.accumulate_grad_batches={accumulate} (the same steps in smaller parts)"]
+    if config.micro_batch % 2 or config.task == "align":
+        ways = ["a smaller data.batch_size"]
+    if not trainer.activation_checkpointing:
+        ways.append("trainer.activation_checkpointing=true (slower by a third)")
+    if trainer.devices * trainer.num_nodes > 1 and trainer.strategy != "fsdp2":
+        ways.append("trainer.strategy=fsdp2 (each process holds a part of the model)")
+    return (
+        f"out of memory with a micro-batch of {config.micro_batch} sequences of up to {data.length} positions "
+        f"(data.batch_size={data.batch_size} on {trainer.devices * trainer.num_nodes} processes, "
+        f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}). Less is used with: {'; '.join(ways)}. "
+        "--dry-run estimates it"
+    )
+
 
 def uses_gpu(accelerator: str) -> bool:
     """Whether `trainer.accelerator` means a CUDA device here."""

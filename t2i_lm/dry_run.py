@@ -15,6 +15,7 @@ from t2i_lm import hub
 from t2i_lm.assets import find
 from t2i_lm.backbones import choose_trained, empty_backbone
 from t2i_lm.config import ExperimentConfig
+from t2i_lm.flops import PEAKS, flop_per_token, formula
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import group_table, overlaps
@@ -23,8 +24,8 @@ from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ
 from t2i_lm.trainer import precision
 
-# Peak bfloat16 FLOP a second without sparsity, and an assumed price in dollars an hour.
-GPUS = {"A100": (312e12, 2.0), "H100": (989e12, 3.0)}
+# GPUs that hours are stated for, and an assumed price in dollars an hour.
+GPUS = {"A100": 2.0, "H100": 3.0}
 # Model FLOP utilisation that hours are stated at. open_lm's own code reached 0.28 to 0.34 on A100s.
 MFU = 0.4
 GIB = 2**30
@@ -108,21 +109,20 @@ def describe(config: ExperimentConfig) -> str:
 
 def cost(config: ExperimentConfig, decoder: Backbone, length: int) -> list[str]:
     """Tokens, compute, memory a GPU and GPU-hours of sequences of `length` positions."""
-    trainer, model = config.trainer, decoder.config
+    trainer = config.trainer
     tokens = config.data.batch_size * length
-    # 6 FLOP for each parameter of a product and token, 12 L D T for attention (the convention of PaLM's MFU).
-    products = count(decoder) - decoder.tok_embeddings.matrix().numel()
-    flops = 6 * products + 12 * model.n_layers * model.hidden_dim * length
+    flops = flop_per_token(decoder, length)
     in_all = flops * tokens * trainer.max_steps
     lines = [
         f"tokens a step: {tokens:,} (pads included); in {trainer.max_steps:,} steps: "
         f"{tokens * trainer.max_steps:.4g} tokens",
-        f"compute: {flops:.4g} FLOP a token, {in_all:.3g} in all (frozen parts counted as if trained)",
+        f"{formula(decoder, length, None)}; {in_all:.3g} in all (frozen parts counted as if trained)",
         f"memory a process at {config.micro_batch} sequences, an estimate: "
         + ", ".join(f"{name} {gib:.1f} GiB" for name, gib in memory_gib(config, decoder, length).items()),
     ]
     processes = trainer.devices * trainer.num_nodes
-    for name, (peak, dollars) in GPUS.items():
+    for name, dollars in GPUS.items():
+        peak = PEAKS[name]
         hours = in_all / (MFU * peak) / 3600
         lines.append(
             f"{name} at {MFU:.0%} of {peak / 1e12:.0f} TFLOP/s: {hours:,.4g} GPU-hours, {hours / processes:,.3g} h on "

@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tasks", type=Path, metavar="FOLDER", help="with --forgetting: questions, NAME.jsonl[.gz]")
     add("--guidance", "--cfg", type=float, metavar="S", help="scale of classifier-free guidance (default: the run's)")
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    add("--compile", action="store_true", help="compile the drawing step; ids may differ where nearly tied")
     add("--no-floor", action="store_true", help="leave out the reconstruction FID of the tokenizer")
     add("--canonical", action="store_true", help=f"refuse to measure anything that is not {HEADLINE}")
     add("--pictures", action="store_true", help="also write every drawn picture as PNG")
@@ -107,6 +108,10 @@ def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given:
     torch.set_num_threads(model.config.trainer.threads or torch.get_num_threads())
     if uses_gpu(model.config.trainer.accelerator):
         model.module.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    if options.compile:
+        from t2i_lm.drawing import compile_drawing
+
+        compile_drawing(model)
     out = options.out or run / "evaluations" / _default_name(options, checkpoint)
     subject = Subject(options, run, checkpoint, model, out, rank, world)
     if world > 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.load import SCALES, flatten, load_experiment
-from t2i_lm.train import RESUMABLE
+from t2i_lm.train import FAILURES, RESUMABLE
 
 EXAMPLE = """example:
   python -m t2i_lm.remedies --text heldout.txt.gz --replay books.txt.gz
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         figures = ["--figure", "remedies", "--figure", "forgetting"]
         return draw([*figures, "--runs", configs[0].run.dir, "--out", str(options.out)])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

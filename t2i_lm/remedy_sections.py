@@ -34,23 +34,24 @@ class ForgettingConfig:
 
 @dataclass
 class LossConfig:
-    """Factors of each modality in the loss that is differentiated; what is logged stays unweighted.
+    """What is differentiated; what is logged stays the plain loss.
 
-    The loss is the weighted mean over targets. Boundary tokens keep 1.
+    The loss is the mean over targets, weighted by modality (boundary tokens keep 1), with the z-loss added to each.
     """
 
     text_weight: float = 1.0  # 0: captions condition the pictures but are not learnt
     image_weight: float = 1.0
     replay_weight: float = 1.0  # of data.replay_path's text
+    z: float = 0.0  # factor of logsumexp squared, which keeps logits small (PaLM's z-loss, there 1e-4); 0: none
 
     def __post_init__(self) -> None:
-        for key in ("text_weight", "image_weight", "replay_weight"):
+        for key in ("text_weight", "image_weight", "replay_weight", "z"):
             require(getattr(self, key) >= 0, f"loss.{key}", getattr(self, key), "0 or more")
 
     @property
     def weighted(self) -> bool:
-        """Whether any factor is not 1."""
-        return any(value != 1 for value in vars(self).values())
+        """Whether any modality's factor is not 1."""
+        return (self.text_weight, self.image_weight, self.replay_weight) != (1, 1, 1)
 
 
 @dataclass

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--temperature", type=float, help="divides the logits (default: the run's)")
     arguments.add_argument("--top-k", type=int, help="codes kept at each step (default: the run's)")
     arguments.add_argument("--top-p", type=float, help="probability kept at each step (default: the run's)")
+    arguments.add_argument("--compile", action="store_true", help="compile the drawing step: pays for many pictures")
     arguments.add_argument("--out", type=Path, help="folder to write (default: RUN/drawn/DATE-TIME)")
     return arguments
 
@@ -58,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out}: exists and is not an empty folder; nothing is overwritten")
         model = load_trained(run)
+        if options.compile:
+            from t2i_lm.drawing import compile_drawing
+
+            compile_drawing(model)
         files = sample(model, prompts, options.each, options.seed, chosen_sampling(model, options), out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,6 +11,8 @@ from t2i_lm.build import Experiment, build
 from t2i_lm.coco_fid import training_fid
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import make_sampler
+from t2i_lm.devices import is_out_of_memory, memory_advice, require_device
+from t2i_lm.flops import flop_per_token, formula
 from t2i_lm.forgetting import BASELINE, forgetting_probes
 from t2i_lm.load import save_experiment
 from t2i_lm.models.freeze import group_table, overlaps
@@ -26,6 +28,7 @@ from t2i_lm.trainer import (
     MetricsFile,
     Preempted,
     build_trainer,
+    device_name,
     find_resumable,
     precision,
 )
@@ -38,6 +41,7 @@ STREAM_STEPS = 1000
 
 def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     """Trains an experiment; returns the exit code."""
+    require_device(config.trainer)
     experiment = build(config)
     inherited = os.environ.get(FOLDER_VARIABLE)
     main_rank = inherited is None and os.environ.get("RANK", "0") == "0"
@@ -58,6 +62,7 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
         draw=sampler(experiment),
         fid=training_fid(experiment),
         measure=forgetting_probes(experiment, folder),
+        flop_per_token=_flop_per_token(experiment),
     )
     started = time.monotonic()
     os.environ[FOLDER_VARIABLE] = str(folder)
@@ -68,6 +73,10 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
             events.write("preempted", str(order))
             print(f"{order}; saved. Continue with --resume {folder}")
         return order.exit_code
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(memory_advice(config)) from error
     finally:
         if main_rank:
             del os.environ[FOLDER_VARIABLE]
@@ -106,12 +115,19 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
         new_rows_seed=generator(config.seed, "new rows").initial_seed(),
         train_samples=size,
         parameters=sum(parameter.numel() for parameter in experiment.module.parameters()),
+        flop_per_token=_flop_per_token(experiment),
     )
     (folder / ENVIRONMENT).write_text(json.dumps(details, indent=2) + "\n")
     if isinstance(experiment.module, DecoderModule):
         decoder = experiment.module.decoder
         table = "\n".join([group_table(decoder), *overlaps(decoder, config.freeze)])
+        print(formula(decoder, experiment.module.nominal_length, device_name(config)), flush=True)
         (folder / GROUPS).write_text(f"{table}\n")
         if any(not parameter.requires_grad for parameter in experiment.module.parameters()):
             print(table, flush=True)
     print(f"run folder: {folder}", flush=True)
+
+
+def _flop_per_token(experiment: Experiment) -> float | None:
+    module = experiment.module
+    return flop_per_token(module.decoder, module.nominal_length) if isinstance(module, DecoderModule) else None

@@ -15,6 +15,9 @@ EXAMPLE = """example:
 
 keys are those of t2i_lm/config.py; `--dry-run` prints all of them resolved, and what the run would cost."""
 
+# What a run says in one line; anything else is a fault of this suite and keeps its traceback.
+FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from t2i_lm.session import run  # torch and Lightning, only once the config is known to be right
 
         return run(config, folder, resume=options.resume is not None)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

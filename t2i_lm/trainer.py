@@ -36,6 +36,7 @@ from callbacks import find_resumable as find_resumable
 from callbacks import kernel_distance as kernel_distance
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.devices import multiplies_bfloat16, uses_gpu
+from t2i_lm.flops import peak_flops
 from t2i_lm.runs import METRICS
 from t2i_lm.sections import SHARDED
 from t2i_lm.sharded import ShardedStrategy
@@ -57,6 +58,17 @@ def precision(config: ExperimentConfig) -> str:
         return config.trainer.precision
     device = "cuda" if uses_gpu(config.trainer.accelerator) else "cpu"
     return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"
+
+
+def peak(config: ExperimentConfig) -> float | None:
+    """Operations a second that the device at hand does at most in the run's precision, where this is known."""
+    name = device_name(config)
+    return peak_flops(name) if name is not None and precision(config) == "bf16-mixed" else None
+
+
+def device_name(config: ExperimentConfig) -> str | None:
+    """The GPU that a run would use, as its driver calls it."""
+    return torch.cuda.get_device_name() if uses_gpu(config.trainer.accelerator) else None
 
 
 def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
@@ -101,11 +113,12 @@ def build_trainer(
     draw: Callable[[], Drawn] | None = None,
     fid: tuple[FidTask, Inception] | None = None,
     measure: Callable[[pl.LightningModule], dict[str, Any]] | None = None,
+    flop_per_token: float | None = None,
 ) -> pl.Trainer:
     """The Trainer of a run, with all callbacks. A new run is validated once before its first step.
 
     `draw` gives the samples of `samples.interval`, `fid` what `fid.interval` compares, `measure` the probes of
-    `forgetting.interval`.
+    `forgetting.interval`; `flop_per_token` is what MFU is reckoned by.
 
     Order matters: throughput first, so that other callbacks count as work; the guard before the meters; progress
     after the meter that it shows; random state after all that draw; the saver last, when all have seen the step.
@@ -115,7 +128,7 @@ def build_trainer(
         warnings.filterwarnings("ignore", message=message)
     trainer = config.trainer
     metrics = folder / METRICS
-    throughput = Throughput()
+    throughput = Throughput(flop_per_token, peak(config))
     meter: EMASplitPerplexity | RunScalars
     if config.task == "image_tokenizer":
         meter = RunScalars(config.log.interval, metrics)
@@ -128,7 +141,7 @@ def build_trainer(
         preemption,
         NonFiniteGuard(events=events),
         meter,
-        RunProgress(meter, config.log.interval),
+        RunProgress(meter, config.log.interval, throughput=throughput),
         RngState(config.seed, events),
         saver,
     ]

@@ -28,7 +28,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("sequence", ("t2i_lm.sequence", "t2i_lm.losses")),
     ("models", ("t2i_lm.models", "t2i_lm.tokenizers", "t2i_lm.optim")),
     ("data", ("t2i_lm.data", "t2i_lm.modules", "t2i_lm.probes")),
-    ("backbones", ("t2i_lm.backbones", "t2i_lm.aligned")),
+    ("backbones", ("t2i_lm.backbones", "t2i_lm.aligned", "t2i_lm.flops")),
     ("grid", ("t2i_lm.grid",)),
     (
         "build",

@@ -32,6 +32,7 @@ def test_value_and_gradients_equal_the_materialised_loss(
     budget: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "CPU_LOGITS", budget)
+    monkeypatch.setattr(losses, "TARGETS", 1)
     x_ND, weight_VD, target_N, token_weight_N = inputs()
     expected, expected_nll_N = materialised(x_ND, weight_VD, target_N, token_weight_N, z_loss)
     expected_grads = torch.autograd.grad(expected * 3, (x_ND, weight_VD))
@@ -54,6 +55,13 @@ def test_in_bfloat16_the_error_is_the_materialised_losss_own() -> None:
         )
     for reference, fused, true in zip(theirs, ours, exact, strict=True):
         assert (fused - true).norm() <= 1.25 * (reference - true).norm()
+
+
+def test_no_targets_are_no_loss() -> None:
+    x_ND, weight_VD, target_N, _ = inputs(targets=0)
+    loss = linear_cross_entropy(x_ND, weight_VD, target_N)
+    assert loss.total.item() == 0
+    assert loss.nll_N.shape == (0,)
 
 
 def test_frozen_rows_need_no_gradient() -> None:

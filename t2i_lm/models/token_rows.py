@@ -43,7 +43,12 @@ class Output(TokenRows):
     """Hidden states (..., D) -> logits (..., V) in float32, or the loss of given targets.
 
     The loss lives in this forward because under FSDP2 the rows are whole only here.
+
+    Attributes:
+        z_loss: factor of each target's squared logsumexp in the loss's `total`.
     """
+
+    z_loss = 0.0
 
     def forward(
         self,
@@ -61,5 +66,6 @@ class Output(TokenRows):
         if image_rows_only:
             assert self.special is not None
             assert self.image is not None
-            return linear_cross_entropy(x, self.image, target_N - len(self.text) - len(self.special), weight_N)
-        return linear_cross_entropy(x, self.matrix(), target_N, weight_N)
+            target_N = target_N - len(self.text) - len(self.special)
+            return linear_cross_entropy(x, self.image, target_N, weight_N, self.z_loss)
+        return linear_cross_entropy(x, self.matrix(), target_N, weight_N, self.z_loss)

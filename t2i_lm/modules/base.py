@@ -26,7 +26,15 @@ MESH = ("replicate", "shard")
 
 
 class OptimisedModule(pl.LightningModule):
-    """A module trained as its experiment's `optim` says."""
+    """A module trained as its experiment's `optim` says.
+
+    Attributes:
+        gradient_norm: total norm of this step's gradient, 0-d, where a callback has taken it (`callbacks.contract`).
+        gradient_scale: what this step's gradient is multiplied by before it is clipped, 0-d; None for 1.
+    """
+
+    gradient_norm: Tensor | None = None
+    gradient_scale: Tensor | None = None
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__()
@@ -45,14 +53,21 @@ class OptimisedModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the total norm.
+        """Multiplies the gradient by `gradient_scale` and clips its total norm, in one pass over it.
 
         Lightning's own way refuses a fused optimiser under mixed precision, since a float16 gradient scaler would
         unscale inside the optimiser's step, after clipping. There is no scaler in bfloat16.
         """
         assert gradient_clip_val is not None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if self.gradient_norm is None else self.gradient_norm
+        scale = torch.ones_like(norm) if self.gradient_scale is None else self.gradient_scale
+        # As torch.nn.utils.clip_grad_norm_ would of the scaled gradient.
+        factor = scale * (gradient_clip_val / (norm * scale + 1e-6)).clamp(max=1)
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.dtype))
+        self.gradient_norm = self.gradient_scale = None
 
 
 class DecoderModule(OptimisedModule):
@@ -70,6 +85,7 @@ class DecoderModule(OptimisedModule):
     def __init__(self, decoder: Backbone, config: ExperimentConfig) -> None:
         super().__init__(config)
         self.decoder = decoder
+        decoder.output.z_loss = config.loss.z
         self._sharded = False
         # Targets seen since the last optimiser step, on this rank; each counted by its weight.
         self._step_count: Tensor | None = None
@@ -131,9 +147,9 @@ class DecoderModule(OptimisedModule):
         }
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Rescales the accumulated, rank-averaged gradient to the mean over the global batch's tokens.
+        """Finds what makes the accumulated, rank-averaged gradient the mean over the global batch's tokens.
 
-        Runs before clipping. Lightning divides each micro-batch's loss by `accumulate_grad_batches` and DDP
+        Clipping applies it. Lightning divides each micro-batch's loss by `accumulate_grad_batches` and DDP
         averages over ranks; each divided by `tokens_nominal` of its micro-batch, equal everywhere.
         """
         assert self._step_count is not None
@@ -141,11 +157,7 @@ class DecoderModule(OptimisedModule):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
         nominal = self.config.data.batch_size * self.nominal_length
-        scale = nominal / count
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale.to(parameter.grad.dtype))
+        self.gradient_scale = nominal / count
         self._step_count = None
         if self.anchor is not None:
             self.anchor.pull(optimizer)

@@ -188,7 +188,8 @@ def test_tensorboard_gets_stable_tags_against_tokens_and_a_layout(tmp_path: Path
 
 
 def test_speed_memory_and_waiting_are_in_the_training_lines(tmp_path: Path) -> None:
-    meter = EMASplitPerplexity(2, 0.5, tmp_path / "metrics.jsonl", extras=[Throughput()])
+    throughput = Throughput(flop_per_token=1e6, peak=1e12)
+    meter = EMASplitPerplexity(2, 0.5, tmp_path / "metrics.jsonl", extras=[throughput])
     first, second = fit(tmp_path, [[(1.0, 1)] * 3] * 4, [[(1.0, 1)] * 3], meter)[::2]
     for line in (first, second):
         speed = line["throughput"]
@@ -196,7 +197,22 @@ def test_speed_memory_and_waiting_are_in_the_training_lines(tmp_path: Path) -> N
         assert 0 < speed["tokens_real_per_s"] < speed["tokens_per_s"]
         assert 0 <= speed["data_wait"] <= 1
         assert speed["memory_mib"] > 10
+        assert speed["tflop_per_s"] == pytest.approx(speed["tokens_per_s"] / 1e6, rel=1e-3)
+        assert speed["mfu"] == pytest.approx(speed["tflop_per_s"], rel=1e-3, abs=1e-4)
+    assert first["throughput"]["eta_s"] > second["throughput"]["eta_s"] == 0
+    assert "GiB" in throughput.note()
+    assert "MFU" in throughput.note()
     assert "throughput" not in meter.seen
+
+
+def test_speed_is_drawn_in_tensorboard(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="tb", default_hp_metric=False)
+    meter = EMASplitPerplexity(2, 0.5, tmp_path / "metrics.jsonl", extras=[Throughput(1e6)])
+    fit(tmp_path, [[(1.0, 1)] * 3] * 4, [[(1.0, 1)] * 3], meter, logger=logger)
+    tags = set(EventAccumulator(str(tmp_path / "tb")).Reload().Tags()["scalars"])
+    expected = ("tokens_per_s", "tokens_real_per_s", "tflop_per_s", "data_wait", "memory_mib", "eta_s")
+    assert {f"throughput/{name}" for name in expected} <= tags
+    assert "throughput/mfu" not in tags  # of a device whose peak is not known
 
 
 @pytest.mark.parametrize(
