@@ -28,7 +28,7 @@ from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
-from t2i_lm.seeds import generator
+from t2i_lm.seeds import generator, seeded
 from t2i_lm.sequence import ImageLayout, Layout
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.image import open_image_tokenizer
@@ -175,10 +175,8 @@ def build_text(config: ExperimentConfig) -> Experiment:
 
 def build_image_tokenizer(config: ExperimentConfig) -> Experiment:
     """An image tokenizer from random weights on pictures."""
-    state = torch.get_rng_state()
-    torch.manual_seed(config.seed)  # diffusers draws from the global stream
-    model = PatchedVQ(config.image_tokenizer.model)
-    torch.set_rng_state(state)
+    with seeded(config.seed):  # diffusers draws from the global stream
+        model = PatchedVQ(config.image_tokenizer.model)
     module = ImageTokenizerModule(model, config)
     return Experiment(config=config, module=module, data=PictureDataModule(config))
 

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Generator, nn
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.optim import is_new_row
+from t2i_lm.seeds import seeded
 
 
 def add_adapters(model: Backbone, rank: int, alpha: float, generator: Generator) -> None:
@@ -28,8 +28,7 @@ def add_adapters(model: Backbone, rank: int, alpha: float, generator: Generator)
     if not layers:
         raise ValueError(f"lora.rank={rank}: no linear layer learns that an adapter could stand beside")
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad and is_new_row(name)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    with seeded(generator):
         peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learning or ".lora_" in name)

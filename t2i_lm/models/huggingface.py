@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import Embedding, Output
+from t2i_lm.seeds import seeded
 
 # Relative to the largest logit: what reordered float32 sums may differ by.
 TOLERANCE = 1e-4
@@ -128,9 +129,7 @@ class HuggingFaceDecoder(Backbone):
 
     def reset_parameters(self, generator: Generator) -> None:
         """The architecture's own initialisation."""
-        seed = int(torch.randint(2**31, (), generator=generator))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(generator):
             fresh = _transformers().AutoModelForCausalLM.from_config(self.hf_config, dtype=torch.float32)
         self.load_state_dict(HuggingFaceDecoder(fresh).state_dict())
 
