@@ -11,6 +11,7 @@ import torch
 from t2i_lm.aligned import FILE, write_aligned_rows
 from t2i_lm.build import Experiment
 from t2i_lm.data.tokens import open_split
+from t2i_lm.markdown import markdown_table
 from t2i_lm.models.align import Neighbours, hubness, nearest_text_tokens
 from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.trainer import write_text
@@ -36,7 +37,7 @@ def alignment_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     shown = sorted(rows[1:], key=lambda row: -int(row[1]))[:SHOWN]
-    write_text(experiment.config, folder, "nearest text tokens", _markdown([rows[0], *shown]))
+    write_text(experiment.config, folder, "nearest text tokens", markdown_table(rows[0], shown))
     norms = {"image": image_ID.norm(dim=1).mean(), "text": text_VD.norm(dim=1).mean()}
     return {
         "retrieval": _retrieval(experiment, module),
@@ -81,8 +82,3 @@ def _table(experiment: Experiment, neighbours: Neighbours) -> list[list[Any]]:
             row += [pieces.setdefault(token, experiment.text.decode([token])), f"{cosine:.4f}"]
         table.append(row)
     return table
-
-
-def _markdown(rows: list[list[Any]]) -> str:
-    lines = ["| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

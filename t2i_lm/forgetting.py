@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from t2i_lm.build import Experiment, Model
+from t2i_lm.markdown import markdown_table
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.parts import write_whole
@@ -177,12 +178,6 @@ def write_completions(run: Run) -> list[Path]:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
-    lines += [f"| {' | '.join(_cell(value) for value in row.values())} |" for row in rows]
-    paths[1].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table = markdown_table(list(rows[0]), (list(row.values()) for row in rows))
+    paths[1].write_text(f"{table}\n", encoding="utf-8")
     return paths
-
-
-def _cell(text: str) -> str:
-    """A text that Markdown shows as it is, in one line."""
-    return text.strip().replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")

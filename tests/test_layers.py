@@ -29,7 +29,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("models", ("t2i_lm.models", "t2i_lm.tokenizers", "t2i_lm.optim")),
     ("data", ("t2i_lm.data", "t2i_lm.modules", "t2i_lm.probes")),
     ("backbones", ("t2i_lm.backbones", "t2i_lm.aligned", "t2i_lm.flops")),
-    ("grid", ("t2i_lm.grid",)),
+    ("grid", ("t2i_lm.grid", "t2i_lm.markdown")),
     (
         "build",
         ("t2i_lm.build", "t2i_lm.trainer", "t2i_lm.sharded", "t2i_lm.trained", "t2i_lm.subject"),
