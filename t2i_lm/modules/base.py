@@ -120,9 +120,16 @@ class DecoderModule(OptimisedModule):
         class_BT, valid_BT = self.classify(target_BT)
         class_N = class_BT[valid_BT]
         weight_N = None if self.weight_M is None else self.weight_M[class_N]
-        loss: TokenLoss = self.decoder(input_BT, target_BT, valid_BT, self.image_rows_only, weight_N)
+        loss = self.token_loss(input_BT, target_BT, class_BT, valid_BT, weight_N)
         nll_sum_M, count_M = split_sums(loss.nll_N, class_N, len(self.modalities))
         return loss.total, nll_sum_M, count_M
+
+    def token_loss(
+        self, input_BT: Tensor, target_BT: Tensor, class_BT: Tensor, valid_BT: Tensor, weight_N: Tensor | None
+    ) -> TokenLoss:
+        """Loss of the N valid targets, each times its weight in `total` (None: 1); a subclass may add terms to that."""
+        loss: TokenLoss = self.decoder(input_BT, target_BT, valid_BT, self.image_rows_only, weight_N)
+        return loss
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Loss of one micro-batch, scaled so that `on_before_optimizer_step` makes the exact mean."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.losses import TokenLoss, split_sums
+from t2i_lm.losses import TokenLoss
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.sequence import BOUNDARY, IMAGE, Layout
@@ -32,21 +32,18 @@ class DistilledModule(TextToImageModule):
         self._teacher = [copy.deepcopy(decoder).requires_grad_(False).eval()]
         self._latest: Tensor | None = None
 
-    def sums(self, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the base module's, the divergence added to the first."""
+    def token_loss(
+        self, input_BT: Tensor, target_BT: Tensor, class_BT: Tensor, valid_BT: Tensor, weight_N: Tensor | None
+    ) -> TokenLoss:
+        """As the base module's, the divergence added to `total`; without gradient it would be thrown away."""
         if not torch.is_grad_enabled():
-            return super().sums(ids_BT)
-        input_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-        class_BT, valid_BT = self.classify(target_BT)
-        class_N = class_BT[valid_BT]
+            return super().token_loss(input_BT, target_BT, class_BT, valid_BT, weight_N)
         x_BTD = self.decoder.hidden(input_BT)
-        weight_N = None if self.weight_M is None else self.weight_M[class_N]
         loss: TokenLoss = self.decoder.output(x_BTD[valid_BT], target_BT[valid_BT], weight_N=weight_N)
         text_BT = valid_BT & (class_BT != IMAGE) & (class_BT != BOUNDARY)
         divergence_N = self.divergence(x_BTD, input_BT, text_BT)
         self._latest = divergence_N.detach().sum() / max(1, len(divergence_N))
-        nll_sum_M, count_M = split_sums(loss.nll_N, class_N, len(self.modalities))
-        return loss.total + self.config.distil.weight * divergence_N.sum(), nll_sum_M, count_M
+        return loss._replace(total=loss.total + self.config.distil.weight * divergence_N.sum())
 
     def divergence(self, x_BTD: Tensor, input_BT: Tensor, text_BT: Tensor) -> Tensor:
         """KL(initial || trained) (N,) in nats where `text_BT` holds, with gradient to the hidden states."""
