@@ -3,6 +3,7 @@
 Shapes: `B` pictures, `N` image tokens, `H`, `W` pixels, `D` feature width.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,21 +48,25 @@ TELL_EVERY = 10.0
 Told = Callable[[int], None]
 
 
-def require_fitting(model: Model, coco: Coco, prompts: Sequence[Prompt]) -> None:
-    """Checks that the model takes captions and every prompt is whole in its sequence.
+def count_cut(model: Model, coco: Coco, prompts: Sequence[Prompt], tell: bool = True) -> int:
+    """How many captions are longer than the model's sequence takes: they are cut, as training cuts its own.
+
+    `tell` says on stderr which is the longest; the card keeps the number, and the result is then not canonical.
 
     Raises:
-        ValueError: naming the task, or the longest prompt.
+        ValueError: if the model takes no captions.
     """
     layout, text = caption_layout(model)
     lengths = [len(ids) for ids in text.encode_batch([prompt.text for prompt in prompts])]
     over = sum(length > layout.text_budget for length in lengths)
-    if over:
+    if over and tell:
         longest = max(range(len(prompts)), key=lengths.__getitem__)
-        raise ValueError(
-            f"{coco.path / CAPTIONS}: {over} of {len(prompts)} captions do not fit: {prompts[longest].caption_id} has "
-            f"{lengths[longest]} ids, but data.length={model.config.data.length} leaves {layout.text_budget}"
+        print(
+            f"note: {coco.path / CAPTIONS}: {over} of {len(prompts)} captions are cut to the {layout.text_budget} ids "
+            f"that data.length={model.config.data.length} leaves; {prompts[longest].caption_id} has {lengths[longest]}",
+            file=sys.stderr,
         )
+    return over
 
 
 def features_of(pictures: Sequence[Picture | Image.Image], network: Inception) -> Tensor:
@@ -122,13 +127,14 @@ def network_card(network: Inception) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A model and the captions that it is to draw."""
+    """A model and the captions that it is to draw, `cut` of which are longer than its sequence takes."""
 
     model: Model
     coco: Coco
     prompts: list[Prompt]
     sampling: Sampling
     seed: int
+    cut: int = 0
 
     def codes(self, numbers: Sequence[int]) -> Tensor:
         """Image codes (B, N) of some prompts; each depends on its prompt, number and the seed alone."""
@@ -140,7 +146,7 @@ class Drawing:
     def card(self, network: Inception, reference_sha256: str, pictures: str = "drawn") -> Card:
         """The card of a number made with this."""
         assert self.model.image is not None
-        sampling: dict[str, Any] = asdict(self.sampling) if pictures == "drawn" else {}
+        drawn: dict[str, Any] = {**asdict(self.sampling), "prompts_cut": self.cut} if pictures == "drawn" else {}
         return Card(
             pictures=pictures,
             prompts=len(self.prompts),
@@ -158,7 +164,7 @@ class Drawing:
             seed=self.seed,
             prompt_ids=[[prompt.image_id, prompt.caption_id] for prompt in self.prompts],
             **network_card(network),
-            **sampling,
+            **drawn,
         )
 
     def make(self, span: range, network: Inception) -> dict[str, Tensor]:
@@ -215,7 +221,7 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
     """What `fid.interval` measures during training; None where it is null.
 
     Raises:
-        ValueError: if COCO, the weights or a caption cannot be used.
+        ValueError: if COCO or the weights cannot be used, or the model takes no captions.
     """
     config = experiment.config
     settings = config.fid
@@ -225,11 +231,10 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
     assert settings.weights is not None
     coco = read_coco(Path(settings.coco))
     prompts = choose_prompts(coco, settings.prompts, PROMPT_SEED)
-    require_fitting(experiment, coco, prompts)
+    cut = count_cut(experiment, coco, prompts, tell=os.environ.get("LOCAL_RANK", "0") == "0")
     network = Inception(resolve(settings.weights), settings.features, settings.weights_sha256)
-    drawing = Drawing(
-        model=experiment, coco=coco, prompts=prompts, sampling=sampling_of(config.samples), seed=config.seed
-    )
+    sampling = sampling_of(config.samples)
+    drawing = Drawing(model=experiment, coco=coco, prompts=prompts, sampling=sampling, seed=config.seed, cut=cut)
     reference = Reference(coco, network, Path(config.data.cache_dir))
     parts = reference.parts
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from t2i_lm.assets import resolve
-from t2i_lm.coco_fid import Drawing, Reference, distances, network_card, progress, require_fitting
+from t2i_lm.coco_fid import Drawing, Reference, count_cut, distances, network_card, progress
 from t2i_lm.data.coco import CROP, RESIZER, SIZE, Coco, Prompt, prompts_sha256, square
 from t2i_lm.drawing import decode, sampling_of
 from t2i_lm.grid import captioned_grid
@@ -31,18 +31,18 @@ def measure_coco(subject: Subject, coco: Coco, prompts: list[Prompt]) -> dict[st
     """FID and KID of drawn pictures and, unless left out, of reconstructions; on rank 0.
 
     Raises:
-        ValueError: if a caption does not fit the model, a file cannot be read or has another hash, the folder
-            belongs to another evaluation, or only `COCO FID-30k` was wanted and this is not.
+        ValueError: if the model takes no captions, a file cannot be read or has another hash, the folder belongs to
+            another evaluation, or only `COCO FID-30k` was wanted and this is not.
     """
     options, model = subject.options, subject.model
-    require_fitting(model, coco, prompts)
+    cut = count_cut(model, coco, prompts, tell=subject.rank == 0)
     sampling = sampling_of(model.config.samples)
     if options.guidance is not None:
         sampling = replace(sampling, guidance=options.guidance)
     if sampling.guidance != 1 and not model.config.data.caption_dropout and subject.rank == 0:
         print("note: this run was trained with data.caption_dropout=0: it knows no empty caption", file=sys.stderr)
     network = Inception(resolve(options.weights), options.features, options.weights_sha256)
-    drawing = Drawing(model=model, coco=coco, prompts=prompts, sampling=sampling, seed=options.seed)
+    drawing = Drawing(model=model, coco=coco, prompts=prompts, sampling=sampling, seed=options.seed, cut=cut)
     if options.canonical:
         require_headline(drawing.card(network, "0" * 64))
     network.to(next(model.module.parameters()).device)

@@ -25,8 +25,8 @@ EXAMPLE = """example:
 RUN is a run folder, or a folder of runs, whose newest is taken. PATH holds annotations/captions_val2014.json and
 val2014/*.jpg. FILE is torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its release v0.2.0), or
 hub:ORG/NAME/FILE[#sha256=HEX]. The same command again continues what was interrupted. Every number carries its
-protocol card, and only the canonical one is called COCO FID-30k. Distances to few pictures are biased upwards: compare
-equal --prompts only."""
+protocol card, and only the canonical one is called COCO FID-30k. Captions too long for the run's data.length are cut
+as in training and counted in the card. Distances to few pictures are biased upwards: compare equal --prompts only."""
 
 
 @dataclass(frozen=True)

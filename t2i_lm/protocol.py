@@ -21,6 +21,7 @@ class Card:
     Attributes:
         pictures: where the measured ones come from: `drawn` by the model, or `reconstructed` by its tokenizer alone.
         prompt_ids: (image id, caption id) of each prompt, in order.
+        prompts_cut: captions that were longer than the model's sequence takes, and were cut to it as in training.
         native_size: side in pixels as the tokenizer decodes; another than `size` was resized as the references are.
         network_sha256: of the feature network's weights.
     """
@@ -28,6 +29,7 @@ class Card:
     pictures: str
     prompts: int
     prompts_per_picture: int = 1
+    prompts_cut: int = 0
     prompt_seed: int
     prompts_sha256: str
     captions: int
@@ -76,6 +78,7 @@ CANONICAL: dict[str, Any] = {
     "pictures": "drawn",
     "prompts": 30_000,
     "prompts_per_picture": 1,
+    "prompts_cut": 0,
     "prompt_seed": PROMPT_SEED,
     "captions": 202_654,
     "reference": "val2014",

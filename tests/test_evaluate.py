@@ -220,17 +220,36 @@ def test_bad_arguments_are_named_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_captions_that_do_not_fit_other_tokenizers_and_other_evaluations_are_refused(
-    run: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_captions_that_are_too_long_are_cut_as_in_training_and_counted(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     coco = write_coco(tmp_path / "coco", 4)
     content = json.loads((coco / CAPTION).read_text())
-    content["annotations"][0]["caption"] = content["annotations"][1]["caption"] = "word " * 200
-    (coco / CAPTION).write_text(json.dumps(content))
-    out = ["--out", str(tmp_path / "out")]
-    assert main([*command, "--coco", str(coco), "--prompts", "4", *out]) == 2
-    assert "1 of 4 captions do not fit" in capsys.readouterr().err
 
+    def measured(words: int, out: Path) -> dict[str, Any]:
+        content["annotations"][0]["caption"] = content["annotations"][1]["caption"] = "word " * words
+        (coco / CAPTION).write_text(json.dumps(content))
+        assert main([*command, "--coco", str(coco), "--prompts", "4", "--out", str(out)]) == 0
+        return read(out)
+
+    cut = measured(200, tmp_path / "cut")
+    assert "1 of 4 captions are cut to the 42 ids that data.length=112 leaves" in capsys.readouterr().err
+    assert cut["card"]["prompts_cut"] == 1
+    assert "prompts_cut=1 (not 0)" in cut["differs"]
+    assert cut["floor"]["card"]["prompts_cut"] == 0  # reconstructions need no caption
+    longer = measured(300, tmp_path / "longer")  # equal in what is kept
+    assert (longer["fid"], longer["kid"]) == (cut["fid"], cut["kid"])
+    capsys.readouterr()
+    out = tmp_path / "canonical"
+    assert main([*command, "--coco", str(coco), "--prompts", "4", "--canonical", "--out", str(out)]) == 2
+    assert "prompts_cut=1 (not 0)" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_other_tokenizers_and_other_evaluations_are_refused(
+    run: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
     changed = tmp_path / "run"
     changed.mkdir()
     for name in ("config.yaml", "checkpoints"):
