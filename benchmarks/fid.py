@@ -1,32 +1,42 @@
-"""The Frechet term against scipy's root and torchmetrics' own: `python benchmarks/fid.py [--width 2048] [--rounds 3]`.
+"""The Frechet term against scipy's root and torchmetrics' own (goal G7).
 
-Full-rank covariances in float64, one thread, interleaved. Seconds are processor time, which on one thread leaves out
-what neighbours take; the ratio is the median over rounds of peer time / our time within a round. Gate: all three agree
-to 1e-10 (scipy) and 1e-8 (torchmetrics), else nothing is reported and the exit code is 1. Prints one JSON line.
+Full-rank covariances in float64. On one thread `--processor-time` leaves out what neighbours take.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
-import numpy as np
-import scipy
-import scipy.linalg
-import torch
-import torchmetrics
-from torch import Tensor
-from torchmetrics.image.fid import _compute_fid
+from benchmarks.rounds import OURS, Contender, Report, answer, compare, gate, interleave, parser
 
-from callbacks import frechet_distance
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+    Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+
+EXAMPLE = "python -m benchmarks.fid --width 2048 --processor-time"
+# How far ours may be from each peer's distance, relative to it.
+TOLERANCE = {"scipy": 1e-10, "torchmetrics": 1e-8}
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    arguments = parser("fid", "Frechet distance of two Gaussians, on the CPU.", EXAMPLE)
+    arguments.add_argument("--width", type=int, default=2048, help="of the features (default: %(default)s)")
+    arguments.add_argument("--processor-time", action="store_true", help="time the processor and not the wall")
+    arguments.set_defaults(threads=1, device="cpu")
+    return arguments.parse_args(argv)
 
 
 def gaussians(width: int) -> Statistics:
     """Means and covariances of two sets of 2 x `width` features whose spectrum decays as 1/k, as Inception's do."""
+    import torch
+
     draw = torch.Generator().manual_seed(0)
     scale_D = torch.arange(1, width + 1, dtype=torch.float64).rsqrt()
     found = []
@@ -39,42 +49,54 @@ def gaussians(width: int) -> Statistics:
 
 def scipy_root(mean1_D: Tensor, cov1_DD: Tensor, mean2_D: Tensor, cov2_DD: Tensor) -> Tensor:
     """pytorch-fid's and clean-fid's way."""
+    import numpy as np
+    import scipy.linalg
+
     root_DD = scipy.linalg.sqrtm((cov1_DD @ cov2_DD).numpy())
     between = (mean1_D - mean2_D).square().sum()
     return between + cov1_DD.trace() + cov2_DD.trace() - 2 * float(np.trace(np.real(root_DD)))
 
 
-WAYS: dict[str, Callable[..., Tensor]] = {"ours": frechet_distance, "scipy": scipy_root, "torchmetrics": _compute_fid}
-TOLERANCE = {"scipy": 1e-10, "torchmetrics": 1e-8}
+def ways() -> dict[str, Callable[..., Tensor]]:
+    """Every contender's distance of two means and covariances."""
+    from torchmetrics.image.fid import _compute_fid
+
+    from callbacks import frechet_distance
+
+    return {OURS: frechet_distance, "scipy": scipy_root, "torchmetrics": _compute_fid}
 
 
-def main() -> int:
-    """Measures; returns the exit code."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--width", type=int, default=2048)
-    arguments.add_argument("--rounds", type=int, default=3)
-    options = arguments.parse_args()
-    torch.set_num_threads(1)
-    given = gaussians(options.width)
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    values: dict[str, float] = {}
-    for _ in range(options.rounds):
-        for name, way in WAYS.items():
-            started = time.process_time()
-            values[name] = float(way(*given))
-            seconds[name].append(time.process_time() - started)
-    errors = {name: abs(values[name] / values["ours"] - 1) for name in TOLERANCE}
-    if any(errors[name] > limit for name, limit in TOLERANCE.items()):
-        print(f"error: the distances differ: {values}", file=sys.stderr)
-        return 1
-    ratios = {
-        name: statistics.median(peer / own for peer, own in zip(seconds[name], seconds["ours"], strict=True))
-        for name in TOLERANCE
-    }
-    versions = {module.__name__: module.__version__ for module in (torch, scipy, torchmetrics)}
-    line = {"benchmark": "frechet", "width": options.width, "threads": 1, "cpu_seconds": seconds, "ratio": ratios}
-    print(json.dumps({**line, "relative_error": errors, "versions": versions}))
-    return 0
+def check(found: dict[str, Callable[..., Tensor]], given: Statistics) -> dict[str, float]:
+    """Our relative distance from each peer's value.
+
+    Raises:
+        GateError: if it is above the tolerance.
+    """
+    ours = found[OURS](*given)
+    return {peer: gate(f"{peer}: distance", ours, found[peer](*given), limit) for peer, limit in TOLERANCE.items()}
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Compares, times, reports.
+
+    Raises:
+        ValueError: on a GPU, where scipy does not compute.
+    """
+    if options.device != "cpu":
+        raise ValueError(f"--device {options.device}: expected cpu, where the distance is computed")
+    report = Report("fid", options)
+    given = gaussians(64 if options.quick else options.width)
+    found = ways()
+    agreed = check(found, given)  # also each one's first call
+    contenders = [Contender(name, name, partial(way, *given)) for name, way in found.items()]
+    clock = time.process_time if options.processor_time else time.perf_counter
+    seconds = interleave(contenders, options.rounds, warmup=0, device="cpu", clock=clock)
+    report.write(gate=agreed, **compare(contenders, seconds))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return answer(measure, options(argv))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generate, head, loader, peers, rounds, train_step, trainer_overhead
+from benchmarks import fid, generate, head, loader, peers, rounds, train_step, trainer_overhead
 from tests.test_layers import MODULES, imports
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +24,7 @@ SCRIPTS = {
     "generate": ("times_ours", "ids_per_s"),
     "loader": ("times_ours", "samples_per_s"),
     "trainer_overhead": ("overhead_percent", "throughput_ratio"),
+    "fid": ("times_ours", "fastest"),
 }
 SHARED = ("benchmark", "date", "machine", "versions", "threads", "load", "noisy", "settings", "gate")
 
@@ -77,7 +78,7 @@ def test_help_needs_no_heavy_import() -> None:
     assert done.stdout.strip() == "set()", done.stderr
 
 
-@pytest.mark.parametrize("module", [train_step, head, generate, loader, trainer_overhead])
+@pytest.mark.parametrize("module", [train_step, head, generate, loader, trainer_overhead, fid])
 def test_help_has_an_example_that_parses(module: Any) -> None:
     command = module.EXAMPLE.split()
     assert command[:3] == ["python", "-m", module.__name__]
@@ -124,6 +125,14 @@ def test_another_loss_in_the_head_is_not_timed(
     out, err = capsys.readouterr()
     assert not out
     assert "t2i_lm fused: loss in fp32 differs" in err
+
+
+def test_another_distance_is_not_timed() -> None:
+    given, found = fid.gaussians(16), fid.ways()
+    assert fid.check(found, given).keys() == {"scipy", "torchmetrics"}
+    found["scipy"] = lambda *statistics: fid.scipy_root(*statistics) * (1 + 1e-9)
+    with pytest.raises(rounds.GateError, match="scipy: distance differs"):
+        fid.check(found, given)
 
 
 def test_other_ids_are_not_timed() -> None:
