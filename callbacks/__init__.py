@@ -17,6 +17,7 @@ from callbacks.rng import RngState
 from callbacks.samples import Drawn, SampleGrid
 from callbacks.scalars import RunScalars
 from callbacks.throughput import Throughput
+from callbacks.wall_time import WallTime
 
 __all__ = [
     "CocoFID",
@@ -41,6 +42,7 @@ __all__ = [
     "SplitLossModule",
     "StepOutput",
     "Throughput",
+    "WallTime",
     "find_resumable",
     "frechet_distance",
     "kernel_distance",

@@ -43,7 +43,7 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         experiment: the trained experiment.
         folder: its run folder.
         steps: optimiser steps taken.
-        wall_s: seconds that training took, preparation left out.
+        wall_s: seconds that training took over all sessions of the run, preparation left out.
     """
     run, config = read_run(folder), experiment.config
     last = run.records("train")[-1] if run.records("train") else {}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from t2i_lm.trainer import (
     device_name,
     find_resumable,
     precision,
+    seconds_trained,
 )
 
 # A launched rank finds the folder that rank 0 made here.
@@ -64,7 +64,6 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
         measure=forgetting_probes(experiment, folder),
         flop_per_token=_flop_per_token(experiment),
     )
-    started = time.monotonic()
     os.environ[FOLDER_VARIABLE] = str(folder)
     try:
         trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint, weights_only=True)
@@ -87,7 +86,7 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     if trainer.is_global_zero:
         if config.trainer.strategy in SHARDED and experiment.layout is not None:
             experiment.module = load_trained(folder).module  # whole: what was trained lies in parts on all processes
-        write_report(experiment, folder, trained, wall_s=time.monotonic() - started)
+        write_report(experiment, folder, trained, wall_s=seconds_trained(trainer))
     return 0
 
 

@@ -24,6 +24,7 @@ from callbacks import (
     RunScalars,
     SampleGrid,
     Throughput,
+    WallTime,
 )
 from callbacks import Drawn as Drawn
 from callbacks import EventLog as EventLog
@@ -142,6 +143,7 @@ def build_trainer(
         NonFiniteGuard(events=events),
         meter,
         RunProgress(meter, config.log.interval, throughput=throughput),
+        WallTime(),
         RngState(config.seed, events),
         saver,
     ]
@@ -172,3 +174,9 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def seconds_trained(trainer: pl.Trainer) -> float:
+    """How long a run has trained, over all its sessions; of one that was killed, up to its last checkpoint."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next(callback.seconds for callback in callbacks if isinstance(callback, WallTime))

@@ -248,6 +248,23 @@ def test_a_run_killed_while_it_reports_only_reports_again(pretrained: Run, tiny:
     assert again.report["val"] == pretrained.report["val"]
 
 
+def test_the_time_of_a_run_is_that_of_all_its_sessions(pretrained: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "t2i_pretrained" / pretrained.folder.name
+    shutil.copytree(pretrained.folder, folder)
+    (folder / "report.json").unlink()
+    sorted((folder / "checkpoints").glob("*.ckpt"))[-1].unlink()  # as if it had been killed after step 6
+    newest = sorted((folder / "checkpoints").glob("*.ckpt"))[-1]
+    before: float = torch.load(newest, weights_only=True)["callbacks"]["WallTime"]["seconds"]
+    started = time.monotonic()
+    assert main([PRETRAINED, "--resume", str(folder)]) == 0
+    elapsed = time.monotonic() - started
+    again = read_run(folder)
+    assert again.report is not None
+    assert pretrained.report is not None
+    assert 0 < before < pretrained.report["wall_s"] + 0.05  # rounded
+    assert before < again.report["wall_s"] + 0.05 < before + elapsed + 0.1
+
+
 def test_another_config_is_refused_on_resume(
     pretrained: Run, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
