@@ -186,12 +186,12 @@ def tokenizer_numbers(tokenizer: Any, pictures: Any) -> dict[str, Any]:
     import torch
 
     from t2i_lm.data.captions import ATTRIBUTES
-    from t2i_lm.data.scene_checker import check
+    from t2i_lm.data.scene_checker import check, shares_right
     from t2i_lm.data.scene_source import SceneSource
 
     squares, pictures_seen = 0.0, 0
     used = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
-    right: dict[str, list[bool]] = {}
+    read_back: list[dict[str, bool | None]] = []
     everything = frozenset(ATTRIBUTES)
     for start in range(0, len(pictures), SCORE_BATCH):
         indices = range(start, min(start + SCORE_BATCH, len(pictures)))
@@ -206,15 +206,13 @@ def tokenizer_numbers(tokenizer: Any, pictures: Any) -> dict[str, Any]:
                 meaning = pictures.source[index].meaning
                 assert meaning is not None
                 asked = everything if meaning["family"] == "pair" else everything - {"relation"}
-                for name, value in check(picture, meaning, asked).items():
-                    if value is not None:
-                        right.setdefault(name, []).append(value)
+                read_back.append(check(picture, meaning, asked))
     return {
         "pictures": pictures_seen,
         "psnr_db": -10 * math.log10(squares / pictures_seen),
         "codes_used": float((used > 0).double().mean()),
         "parameters": sum(parameter.numel() for parameter in tokenizer.model.parameters()),
-        "checker_right": {name: sum(values) / len(values) for name, values in right.items()},
+        "checker_right": {name: entry["right"] for name, entry in shares_right(read_back).items()},
     }
 
 

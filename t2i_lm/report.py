@@ -26,7 +26,7 @@ from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runs import REPORT, read_run
-from t2i_lm.scene_report import caption_preference, familiar_scenes, prompt_accuracy
+from t2i_lm.scene_report import accuracy_ceiling, caption_preference, familiar_scenes, prompt_accuracy
 from t2i_lm.sections import SHARDED
 from t2i_lm.sequence import Layout
 from t2i_lm.trainer import Drawn
@@ -127,6 +127,7 @@ def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
         if count and experiment.image.image_size == SIZE:  # the checker reads pictures of this size alone
             meanings = [json.loads(str(text)) for text in rows["meaning"]]
             result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
+            result["ceiling"] = accuracy_ceiling(experiment, "val")
         held_out = split[: min(config.samples.preference_scenes, len(split))]
         result["preference"] = caption_preference(experiment, held_out["meaning"], held_out["image_ids"])
         result["familiar"] = _familiar_report(experiment, folder)
@@ -146,6 +147,7 @@ def _familiar_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
         captioned_grid(images_HW3[: settings.grid], captions[: settings.grid]).save(folder / "samples" / FAMILIAR_GRID)
         if experiment.image is not None and experiment.image.image_size == SIZE:
             result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
+            result["ceiling"] = accuracy_ceiling(experiment, "train")
     chosen = slice(settings.preference_scenes)
     texts = [json.dumps(meaning) for meaning in scenes.meanings[chosen]]
     result["preference"] = caption_preference(experiment, texts, scenes.image_ids_BN[chosen])
@@ -199,7 +201,8 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
     for words, part in (("", report), (", trained colour-kind pairs", report.get("familiar") or {})):
         right, preferred = part.get("samples", {}).get("accuracy"), part.get("preference")
         if right:
-            _print_shares(console, f"right in samples{words}", right, "right")
+            limits = part["ceiling"]["accuracy"]
+            _print_shares(console, f"right in samples{words} (at most)", right, "right", limits)
         if preferred:
             _print_shares(console, f"true caption preferred (chance 0.5){words}", preferred, "preferred")
     for name in ("retrieval", "nearest_text_tokens"):
@@ -211,5 +214,10 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
             console.print(f"  {folder / name}", highlight=False, soft_wrap=True)
 
 
-def _print_shares(console: Console, title: str, values: dict[str, Any], share: str) -> None:
-    console.print(f"{title}: " + ", ".join(f"{name} {entry[share]:.0%}" for name, entry in values.items()))
+def _print_shares(
+    console: Console, title: str, values: dict[str, Any], share: str, limits: dict[str, Any] | None = None
+) -> None:
+    """One line; behind each value its limit in brackets, where there is one."""
+    limit = {name: f" ({entry[share]:.0%})" for name, entry in (limits or {}).items()}
+    parts = (f"{name} {entry[share]:.0%}{limit.get(name, '')}" for name, entry in values.items())
+    console.print(f"{title}: " + ", ".join(parts))

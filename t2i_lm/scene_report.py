@@ -1,12 +1,13 @@
 """What only generated scenes allow: is the picture what was asked, and does the model know its caption?
 
-Shapes: `B` pictures, `N` image tokens.
+Shapes: `B` pictures, `H`, `W` pixels, `N` image tokens.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,26 @@ from rich.progress import track
 from torch import Tensor
 
 from t2i_lm.build import Experiment
+from t2i_lm.data import captions as caption_code
+from t2i_lm.data import scene_checker, scenes
 from t2i_lm.data.captions import ATTRIBUTES, altered, describe
-from t2i_lm.data.scene_checker import check
+from t2i_lm.data.scene_checker import check, shares_right
+from t2i_lm.data.scene_source import SceneSource
 from t2i_lm.data.scenes import draw_scene, render, scene_from_meaning
 from t2i_lm.data.tokenise import ENCODE_BATCH, stack_pictures
+from t2i_lm.drawing import Picture, decode
+from t2i_lm.hashing import file_sha256
 from t2i_lm.modules.text_to_image import TextToImageModule
+from t2i_lm.parts import write_whole
 from t2i_lm.sequence import IMAGE, Layout, modality_of_target
+from t2i_lm.tokenizers.base import ImageTokenizer
 
 # Sequences scored at once for caption preference.
 SCORE_BATCH = 50
+# Scenes whose reconstructions say what samples can reach.
+CEILING_SCENES = 1000
+# What its number depends on besides the tokenizer: another version of this code measures anew.
+CEILING_CODE = (scenes, caption_code, scene_checker)
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,6 @@ def familiar_scenes(experiment: Experiment, size: int) -> Scenes:
     known = {draw_scene(data.seed, "train", index) for index in range(data.train_size or 0)}
     captions: list[str] = []
     meanings: list[dict[str, Any]] = []
-    ids: list[Any] = []
     pictures: list[Any] = []
     for index in count(data.train_size or 0):
         if len(captions) == size:
@@ -57,22 +68,63 @@ def familiar_scenes(experiment: Experiment, size: int) -> Scenes:
         captions.append(describe(scene, style).text)
         meanings.append(scene.meaning() | {"style": style})
         pictures.append(np.asarray(render(scene, image.image_size)))
-    for start in range(0, len(pictures), ENCODE_BATCH):
-        ids.append(image.encode(stack_pictures(pictures[start : start + ENCODE_BATCH])).cpu().numpy())
-    return Scenes(captions, meanings, np.concatenate(ids) if ids else np.empty((0, 0), dtype=np.int64))
+    return Scenes(captions, meanings, _encode(image, pictures))
 
 
-def prompt_accuracy(
-    images: list[np.ndarray[Any, np.dtype[np.uint8]]], meanings: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _encode(image: ImageTokenizer, pictures: list[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Ids (B, N) of pictures (H, W, 3), `ENCODE_BATCH` at a time."""
+    starts = range(0, len(pictures), ENCODE_BATCH)
+    ids = [image.encode(stack_pictures(pictures[start : start + ENCODE_BATCH])).cpu().numpy() for start in starts]
+    return np.concatenate(ids) if ids else np.empty((0, 0), dtype=np.int64)
+
+
+def prompt_accuracy(images: Sequence[Picture], meanings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Share of pictures right in each attribute that their caption asks for, and how many it asked."""
-    right: dict[str, list[bool]] = {}
-    for picture, meaning in zip(images, meanings, strict=True):
-        caption = describe(scene_from_meaning(_scene_part(meaning)), meaning["style"])
-        for name, value in check(picture, meaning, caption.mentioned).items():
-            if value is not None:
-                right.setdefault(name, []).append(value)
-    return {name: {"right": sum(values) / len(values), "of": len(values)} for name, values in right.items()}
+
+    def results() -> Iterator[dict[str, bool | None]]:
+        for picture, meaning in zip(images, meanings, strict=True):
+            caption = describe(scene_from_meaning(_scene_part(meaning)), meaning["style"])
+            yield check(picture, meaning, caption.mentioned)
+
+    return shares_right(results())
+
+
+def accuracy_ceiling(experiment: Experiment, split: str) -> dict[str, Any]:
+    """`prompt_accuracy` of the image tokenizer's reconstructions of scenes: what samples can reach at most.
+
+    A sample is decoded from the same codes, so what the tokenizer blurs no model draws. Measured once for a tokenizer,
+    a split and a seed of the scenes, and kept in `data.cache_dir`.
+
+    Args:
+        experiment: with an image tokenizer of 64 pixels.
+        split: `val` holds a pair that training never shows in every scene, `train` none.
+
+    Returns:
+        `scenes`, how many they are, and their `accuracy`.
+    """
+    data, image = experiment.config.data, experiment.image
+    assert image is not None
+    identity = {
+        "image_tokenizer_sha256": image.sha256,
+        "low_precision": image.low_precision,
+        "scenes": CEILING_SCENES,
+        "split": split,
+        "seed": data.seed,
+        "code": [file_sha256(Path(str(module.__file__))) for module in CEILING_CODE],
+    }
+    file = Path(data.cache_dir) / "ceilings" / f"{image.sha256[:12]}-{CEILING_SCENES}-{split}-seed{data.seed}.json"
+    if file.is_file():
+        found: dict[str, Any] = json.loads(file.read_text())
+        if found.pop("identity") == identity:
+            return found
+    source = SceneSource(CEILING_SCENES, split, data.seed)
+    pairs = [source[index] for index in range(len(source))]
+    codes_BN = torch.from_numpy(_encode(image, [np.asarray(pair.image) for pair in pairs]))
+    accuracy = prompt_accuracy(decode(experiment, codes_BN), [pair.meaning or {} for pair in pairs])
+    found = {"scenes": len(pairs), "accuracy": accuracy}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps({**found, "identity": identity}, indent=2) + "\n")
+    return found
 
 
 def caption_preference(experiment: Experiment, texts: Sequence[Any], image_ids: Any) -> dict[str, Any]:

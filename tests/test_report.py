@@ -1,13 +1,16 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from t2i_lm import scene_report
 from t2i_lm.build import build
 from t2i_lm.data.scene_source import SceneSource
 from t2i_lm.data.scenes import TRAIN_PAIRS, draw_scene, scene_from_meaning
 from t2i_lm.grid import MARGIN, PIXELS, captioned_grid
 from t2i_lm.load import load_experiment
+from t2i_lm.markdown import markdown_table
 from t2i_lm.scene_report import familiar_scenes, prompt_accuracy
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +28,36 @@ def test_accuracy_is_one_for_the_scenes_asked_for_and_low_for_others() -> None:
     shifted = prompt_accuracy(pictures[1:] + pictures[:1], meanings)
     assert shifted["all"]["right"] < 0.1
     assert shifted["background"]["right"] < 0.4
+
+
+def test_the_ceiling_of_accuracy_is_what_reconstructions_still_show_and_is_kept(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [*tiny, "image_tokenizer.path=asset:image_tokenizer", f"data.cache_dir={tmp_path}"]
+    experiment = build(load_experiment(ROOT / "experiments" / "t2i_scratch.yaml", "demo", given))
+    monkeypatch.setattr(scene_report, "CEILING_SCENES", 60)
+    found = scene_report.accuracy_ceiling(experiment, "val")
+    assert found["scenes"] == 60
+    right = {name: entry["right"] for name, entry in found["accuracy"].items()}
+    assert right["any_colour"] == 1
+    assert 0.9 < right["kind"] <= 1
+    assert right["all"] <= min(right["colour"], right["kind"])
+    file = next((tmp_path / "ceilings").iterdir())
+    written = file.stat().st_mtime_ns
+    assert scene_report.accuracy_ceiling(experiment, "val") == found
+    assert file.stat().st_mtime_ns == written
+
+    content = json.loads(file.read_text())
+    content["identity"]["code"][0] = "0" * 64  # by another version of the scenes
+    content["accuracy"] = {}
+    file.write_text(json.dumps(content))
+    assert scene_report.accuracy_ceiling(experiment, "val") == found
+    assert file.stat().st_mtime_ns != written
+
+
+def test_a_table_shows_every_text_in_its_own_cell() -> None:
+    table = markdown_table(["id", "token"], [[1, "|"], [2, "\n"], [3, " a\\<b>\nc "]])
+    assert table.split("\n") == ["| id | token |", "|---|---|", "| 1 | \\| |", "| 2 |  |", "| 3 | a\\\\&lt;b><br>c |"]
 
 
 def test_a_grid_shows_every_picture_with_its_caption() -> None:

@@ -61,6 +61,9 @@ def test_a_run_leaves_everything_behind(pretrained: Run) -> None:
     assert 0 <= pretrained.report["samples"]["accuracy"]["background"]["right"] <= 1
     assert 0 <= pretrained.report["familiar"]["samples"]["accuracy"]["background"]["right"] <= 1
     assert pretrained.report["familiar"]["preference"]["colour"]["of"] == 2
+    for part in (pretrained.report, pretrained.report["familiar"]):
+        assert part["ceiling"]["scenes"] == 1000
+        assert part["samples"]["accuracy"].keys() <= part["ceiling"]["accuracy"].keys()
     assert (folder / "samples" / "grid_familiar.png").is_file()
     assert pretrained.report["text_floor_nll"] > 0
     assert pretrained.report["truncated_captions"] < 0.5

@@ -4,6 +4,7 @@ Exact on rendered scenes, tolerant of blur and of an image tokenizer's errors; a
 that a half-trained model's blobs count as wrong and never as a crash.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -102,6 +103,16 @@ def check(image_HW3: Image, meaning: dict[str, Any], mentioned: frozenset[str]) 
     }
     result["all"] = all(value for value in result.values() if value is not None)
     return result
+
+
+def shares_right(results: Iterable[dict[str, bool | None]]) -> dict[str, dict[str, float]]:
+    """For each attribute of `check`'s results the share `right`, and how many pictures it is `of`: those asked."""
+    values: dict[str, list[bool]] = {}
+    for result in results:
+        for name, value in result.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    return {name: {"right": sum(column) / len(column), "of": len(column)} for name, column in values.items()}
 
 
 def _relation_holds(reading: SceneReading, meaning: dict[str, Any]) -> bool:
