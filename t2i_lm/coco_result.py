@@ -1,19 +1,23 @@
-"""The COCO measurement of `evaluate`: every rank's parts, then one number with its card, and a grid.
+"""The COCO measurement of `evaluate`: every rank's parts, then one number with its card, CLIP scores, and a grid.
 
-Shapes: `B` pictures, `N` image tokens.
+Shapes: `B` pictures, `N` image tokens; of the scores `N` pictures.
 """
 
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from t2i_lm.assets import resolve
+from t2i_lm.clip import Clip
 from t2i_lm.coco_fid import Drawing, Reference, count_cut, distances, network_card, progress
 from t2i_lm.data.coco import CROP, RESIZER, SIZE, Coco, Prompt, prompts_sha256, square
+from t2i_lm.data.tokenise import stack_pictures
 from t2i_lm.drawing import decode, sampling_of
 from t2i_lm.grid import captioned_grid
 from t2i_lm.hashing import file_sha256
@@ -28,7 +32,7 @@ GRID_FILE, PICTURES_FOLDER = "grid.png", "pictures"
 
 
 def measure_coco(subject: Subject, coco: Coco, prompts: list[Prompt]) -> dict[str, Any] | None:
-    """FID and KID of drawn pictures and, unless left out, of reconstructions; on rank 0.
+    """FID, KID and where asked for CLIP score of drawn pictures and, unless left out, reconstructions; on rank 0.
 
     Raises:
         ValueError: if the model takes no captions, a file cannot be read or has another hash, the folder belongs to
@@ -42,13 +46,19 @@ def measure_coco(subject: Subject, coco: Coco, prompts: list[Prompt]) -> dict[st
     if sampling.guidance != 1 and not model.config.data.caption_dropout and subject.rank == 0:
         print("note: this run was trained with data.caption_dropout=0: it knows no empty caption", file=sys.stderr)
     network = Inception(resolve(options.weights), options.features, options.weights_sha256)
+    clip = None if options.clip is None else Clip(options.clip)
     drawing = Drawing(model=model, coco=coco, prompts=prompts, sampling=sampling, seed=options.seed, cut=cut)
     if options.canonical:
         require_headline(drawing.card(network, "0" * 64))
-    network.to(next(model.module.parameters()).device)
+    device = next(model.module.parameters()).device
+    network.to(device)
     reference = Reference(coco, network, options.cache)
     drawn = _parts(subject, drawing, network, "drawn")
     rebuilt = None if options.no_floor else _parts(subject, drawing, network, "reconstructed")
+    scored: dict[str, Parts] = {}
+    if clip is not None:
+        clip.to(device)
+        scored = {parts.folder.name: _scores(parts, clip) for parts in (drawn, rebuilt) if parts is not None}
 
     share = (subject.rank, subject.world)
     whole = len(coco.pictures)
@@ -57,6 +67,10 @@ def measure_coco(subject: Subject, coco: Coco, prompts: list[Prompt]) -> dict[st
         told = progress("reconstruction", len(prompts), *share)
         rebuilt.complete(lambda span: drawing.reconstruct(span, network), *share, told)
     drawn.complete(lambda span: drawing.make(span, network), *share, progress("drawing", len(prompts), *share))
+    for parts in (drawn, rebuilt):
+        if clip is not None and parts is not None:
+            told = progress(f"CLIP score, {parts.folder.name}", len(prompts), *share)
+            scored[parts.folder.name].complete(partial(_score, drawing, parts, clip), *share, told)
     subject.wait()
     if subject.rank:
         return None
@@ -67,11 +81,12 @@ def measure_coco(subject: Subject, coco: Coco, prompts: list[Prompt]) -> dict[st
         "checkpoint": subject.checkpoint.name,
         "checkpoint_sha256": drawn.identity["checkpoint_sha256"],
         **_number(drawing.card(network, reference_sha256), drawn, reference),
+        **_clip_number(scored.get("drawn"), clip),
         "environment": environment(finished=time.strftime("%Y-%m-%dT%H:%M:%S")),
     }
     if rebuilt is not None:
         card = drawing.card(network, reference_sha256, "reconstructed")
-        result["floor"] = _number(card, rebuilt, reference)
+        result["floor"] = _number(card, rebuilt, reference) | _clip_number(scored.get("reconstructed"), clip)
     _write_pictures(subject, drawing, drawn)
     _say(result)
     return result
@@ -94,6 +109,28 @@ def _parts(subject: Subject, drawing: Drawing, network: Inception, kind: str) ->
         identity |= {"checkpoint_sha256": file_sha256(subject.checkpoint), "seed": drawing.seed}
         identity |= vars(drawing.sampling)
     return Parts(subject.out / kind, identity, len(drawing.prompts), options.part)
+
+
+def _scores(measured: Parts, clip: Clip) -> Parts:
+    """Where the CLIP scores of measured pictures lie: a part for each of theirs, made by the same rank."""
+    folder = measured.folder.with_name(f"{measured.folder.name}-clip")
+    return Parts(folder, {**measured.identity, **clip.card}, measured.items, measured.size)
+
+
+def _score(drawing: Drawing, measured: Parts, clip: Clip, span: range) -> dict[str, Tensor]:
+    """Scores of one part's pictures, as FID sees them, with their prompts."""
+    codes_BN = measured.read(span.start // measured.size)["codes"].long()
+    pictures = [square(Image.fromarray(picture)) for picture in decode(drawing.model, codes_BN)]
+    return {"scores": clip(stack_pictures(pictures), [drawing.prompts[number].text for number in span])}
+
+
+def _clip_number(scored: Parts | None, clip: Clip | None) -> dict[str, Any]:
+    """Mean CLIP score, never below 0, with its standard error and the model that gave it."""
+    if scored is None or clip is None:
+        return {}
+    scores_N = torch.cat([scored.read(number)["scores"] for number in range(len(scored))]).double()
+    error = float(scores_N.std() / len(scores_N) ** 0.5)
+    return {"clip": {"score": max(0.0, float(scores_N.mean())), "se": error, "n": len(scores_N), **clip.card}}
 
 
 def _number(card: Card, measured: Parts, reference: Reference) -> dict[str, Any]:
@@ -124,5 +161,8 @@ def _say(result: dict[str, Any]) -> None:
     for entry in (result, result.get("floor")):
         if entry is not None:
             print(f"{entry['title']}: {entry['fid']:.4f}; KID {entry['kid']:.6f} +- {entry['kid_std']:.6f}")
+            if "clip" in entry:
+                clip = entry["clip"]
+                print(f"  CLIP score {clip['score']:.4f} +- {clip['se']:.4f} ({clip['clip_model']})")
     for line in result["differs"]:
         print(f"  {line}")

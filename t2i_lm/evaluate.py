@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,12 @@ val2014/*.jpg. FILE is torch-fidelity's weights-inception-2015-12-05-6726825d.pt
 hub:ORG/NAME/FILE[#sha256=HEX]. The same command again continues what was interrupted. Every number carries its
 protocol card, and only the canonical one is called COCO FID-30k. Captions too long for the run's data.length are cut
 as in training and counted in the card. Distances to few pictures are biased upwards: compare equal --prompts only."""
+
+# Options that say nothing without another.
+BELONGS = {
+    "clip": "coco",
+    "tasks": "forgetting",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     arguments = argparse.ArgumentParser(
         prog="python -m t2i_lm.evaluate",
-        description="Measure a finished run: zero-shot FID and KID on COCO with the tokenizer's floor; forgetting.",
+        description="Measure a finished run: zero-shot FID, KID and CLIP score on COCO with the tokenizer's floor; "
+        "forgetting.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="of torch-fidelity's Inception; needed with --coco")
     add("--weights-sha256", metavar="HEX", help="refuse another file")
     add("--features", type=int, default=2048, help="layer of the network, by its width (default: %(default)s)")
+    add("--clip", metavar="MODEL", help="with --coco: also the CLIP score, by a CLIP folder or hub:ORG/NAME[@REVISION]")
     add("--prompts", type=int, default=30_000, metavar="N", help="captions, one a picture (default: %(default)s)")
     add("--forgetting", metavar="TEXT", help="held-out text: measure what is left of the language model")
     add("--tasks", type=Path, metavar="FOLDER", help="with --forgetting: questions, NAME.jsonl[.gz]")
@@ -83,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = {name: row for name, row in MEASUREMENTS.items() if row.wanted(options)}
         if not wanted:
             raise ValueError("nothing to measure: give --coco PATH or --forgetting TEXT")
+        for key, whole in BELONGS.items():
+            if getattr(options, key) not in (None, False) and getattr(options, whole) is None:
+                raise ValueError(f"{_flag(key)}: says nothing without {_flag(whole)}")
         given = {name: row.check(options) for name, row in wanted.items()}
         if options.dry_run:
             print(*(row.describe(options, given[name]) for name, row in wanted.items()), sep="\n")
@@ -133,6 +145,10 @@ def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given:
     return 0
 
 
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
 def _default_name(options: argparse.Namespace, checkpoint: Path) -> str:
     """A folder that the same command finds again."""
     guidance = "" if options.guidance is None else f"-cfg{options.guidance:g}"
@@ -149,6 +165,7 @@ def _check_coco(options: argparse.Namespace) -> tuple["Coco", "list[Prompt]"]:
     from t2i_lm.data.coco import choose_prompts, read_coco
     from t2i_lm.hashing import file_sha256
     from t2i_lm.hub import PREFIX as HUB
+    from t2i_lm.hub import require_model
 
     for key, least in (("prompts", 2), ("part", 1), ("seed", 0)):
         if getattr(options, key) < least:
@@ -163,6 +180,10 @@ def _check_coco(options: argparse.Namespace) -> tuple["Coco", "list[Prompt]"]:
             raise ValueError(f"--weights {file}: no such file")
         if options.weights_sha256 is not None and file_sha256(file) != options.weights_sha256.lower():
             raise ValueError(f"--weights {file} has sha256 {file_sha256(file)}, expected {options.weights_sha256}")
+    if options.clip is not None:
+        if find_spec("transformers") is None:
+            raise ValueError("--clip needs transformers: pip install 't2i_lm[clip]'")
+        require_model(options.clip, "clip", "--clip")
     coco = read_coco(options.coco)
     return coco, choose_prompts(coco, options.prompts, PROMPT_SEED)
 
@@ -177,6 +198,8 @@ def _describe_coco(options: argparse.Namespace, given: tuple["Coco", "list[Promp
         f"network: torch-fidelity's Inception, {options.features} features, {options.weights}",
         f"{-(-len(prompts) // options.part)} parts of {options.part} prompts; seed {options.seed}",
     ]
+    if options.clip is not None:
+        lines.append(f"CLIP score of the same pictures and captions, by {options.clip}")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 The cache is looked at first, so what was fetched once works offline. Without a file, the whole repository is meant.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,3 +90,27 @@ def fetch(reference: str) -> Path:
         if digest != wanted.sha256:
             raise ValueError(f"{reference}: the file at {path} has sha256 {digest}")
     return path
+
+
+def require_model(reference: str, kind: str, key: str) -> None:
+    """Checks without the network that a reference is a repository, or a folder that `transformers` takes for a `kind`.
+
+    Args:
+        reference: a folder, or `hub:ORG/NAME[@REVISION]`.
+        kind: the `model_type` that its config must name.
+        key: the option, for errors.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if reference.startswith(PREFIX):
+        if parse(reference).file is not None:
+            raise ValueError(f"{key} {reference}: expected a whole repository, hub:ORG/NAME[@REVISION]")
+        return
+    config = Path(reference, "config.json")
+    try:
+        found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{key} {reference}: expected a folder of a {kind} model, {config} cannot be read") from error
+    if found != kind:
+        raise ValueError(f"{key} {reference}: {config} says model_type={found!r}, expected {kind!r}")

@@ -41,6 +41,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
             "t2i_lm.scene_report",
             "t2i_lm.align_report",
             "t2i_lm.report",
+            "t2i_lm.clip",
             "t2i_lm.coco_fid",
             "t2i_lm.coco_result",
             "t2i_lm.session",
