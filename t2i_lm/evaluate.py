@@ -1,4 +1,4 @@
-"""Measures a finished run: `python -m t2i_lm.evaluate --checkpoint RUN` with `--coco` or `--forgetting`."""
+"""Measures a finished run: `python -m t2i_lm.evaluate --checkpoint RUN`, `--coco`, `--forgetting` or `--lm-eval`."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from t2i_lm.protocol import HEADLINE, PROMPT_SEED
 
 if TYPE_CHECKING:
     from t2i_lm.data.coco import Coco, Prompt
+    from t2i_lm.harness_result import ChosenTasks
     from t2i_lm.remedy_sections import ForgettingConfig
     from t2i_lm.subject import Subject
 
@@ -22,17 +23,23 @@ EXAMPLE = """example:
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --coco coco --weights inception.pth
   torchrun --nproc-per-node 8 -m t2i_lm.evaluate --checkpoint RUN --coco coco --weights FILE --prompts 10000 --cfg 3
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --forgetting heldout.txt.gz --tasks questions
+  python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --lm-eval hellaswag,mmlu --lm-eval-limit 200
 
 RUN is a run folder, or a folder of runs, whose newest is taken. PATH holds annotations/captions_val2014.json and
 val2014/*.jpg. FILE is torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its release v0.2.0), or
 hub:ORG/NAME/FILE[#sha256=HEX]. The same command again continues what was interrupted. Every number carries its
 protocol card, and only the canonical one is called COCO FID-30k. Captions too long for the run's data.length are cut
-as in training and counted in the card. Distances to few pictures are biased upwards: compare equal --prompts only."""
+as in training and counted in the card. Distances to few pictures are biased upwards: compare equal --prompts only.
+TASKS are lm-evaluation-harness' names (tasks, groups, tags), separated by commas."""
 
 # Options that say nothing without another.
 BELONGS = {
     "clip": "coco",
     "tasks": "forgetting",
+    "lm_eval_limit": "lm_eval",
+    "lm_eval_tasks": "lm_eval",
+    "lm_eval_all_rows": "lm_eval",
+    "no_before": "lm_eval",
 }
 
 
@@ -58,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="python -m t2i_lm.evaluate",
         description="Measure a finished run: zero-shot FID, KID and CLIP score on COCO with the tokenizer's floor; "
-        "forgetting.",
+        "forgetting; tasks of lm-evaluation-harness.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -72,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", type=int, default=30_000, metavar="N", help="captions, one a picture (default: %(default)s)")
     add("--forgetting", metavar="TEXT", help="held-out text: measure what is left of the language model")
     add("--tasks", type=Path, metavar="FOLDER", help="with --forgetting: questions, NAME.jsonl[.gz]")
+    add("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, before training and after (extra lm-eval)")
+    add("--lm-eval-tasks", type=Path, metavar="FOLDER", help="with --lm-eval: your own tasks, YAML; their code is run")
+    add("--lm-eval-limit", type=int, metavar="N", help="with --lm-eval: questions of each task (default: all)")
+    add("--lm-eval-all-rows", action="store_true", help="with --lm-eval: over image rows too, not the text rows alone")
+    add("--no-before", action="store_true", help="with --lm-eval: leave out the model before training")
     add("--guidance", "--cfg", type=float, metavar="S", help="scale of classifier-free guidance (default: the run's)")
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
     add("--compile", action="store_true", help="compile the drawing step; ids may differ where nearly tied")
@@ -91,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         wanted = {name: row for name, row in MEASUREMENTS.items() if row.wanted(options)}
         if not wanted:
-            raise ValueError("nothing to measure: give --coco PATH or --forgetting TEXT")
+            raise ValueError("nothing to measure: give --coco PATH, --forgetting TEXT or --lm-eval TASKS")
         for key, whole in BELONGS.items():
             if getattr(options, key) not in (None, False) and getattr(options, whole) is None:
                 raise ValueError(f"{_flag(key)}: says nothing without {_flag(whole)}")
@@ -238,11 +250,47 @@ def _run_forgetting(subject: "Subject", given: "ForgettingConfig") -> dict[str, 
     return {"run": subject.run.name, "checkpoint": subject.checkpoint.name, "settings": vars(given), **record}
 
 
+def _check_lm_eval(options: argparse.Namespace) -> "ChosenTasks":
+    """The tasks.
+
+    Raises:
+        ValueError: if the harness is not installed or knows no such task, or an option is wrong.
+    """
+    if find_spec("lm_eval") is None:
+        raise ValueError("--lm-eval needs lm-evaluation-harness: pip install 't2i_lm[lm-eval]'")
+    folder, limit = options.lm_eval_tasks, options.lm_eval_limit
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--lm-eval-tasks {folder}: no such folder")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--lm-eval-limit {limit}: expected at least 1")
+    from t2i_lm.harness_result import choose_tasks
+
+    return choose_tasks(options.lm_eval, folder)
+
+
+def _describe_lm_eval(options: argparse.Namespace, given: "ChosenTasks") -> str:
+    limit = "all" if options.lm_eval_limit is None else f"at most {options.lm_eval_limit}"
+    rows = "all rows" if options.lm_eval_all_rows else "the text rows alone"
+    models = "the trained model" if options.no_before else "the model before training and after it"
+    return f"lm-evaluation-harness: {limit} questions each of {', '.join(given.names)}, over {rows}, by {models}"
+
+
+def _run_lm_eval(subject: "Subject", given: "ChosenTasks") -> dict[str, Any] | None:
+    if subject.rank:
+        return None
+    from t2i_lm.harness_result import measure_tasks
+
+    return measure_tasks(subject, given)
+
+
 # A further measurement is a row here, and its options in `parser`.
 MEASUREMENTS: dict[str, Measurement] = {
     "coco": Measurement(lambda options: options.coco is not None, _check_coco, _describe_coco, _run_coco),
     "forgetting": Measurement(
         lambda options: options.forgetting is not None, _check_forgetting, _describe_forgetting, _run_forgetting
+    ),
+    "lm_eval": Measurement(
+        lambda options: options.lm_eval is not None, _check_lm_eval, _describe_lm_eval, _run_lm_eval
     ),
 }
 

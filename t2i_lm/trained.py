@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from t2i_lm.build import Model, build_model
+from t2i_lm.config import ExperimentConfig
 from t2i_lm.load import load_experiment
 from t2i_lm.remedy_sections import DistilConfig
 from t2i_lm.runs import CONFIG, read_run
@@ -46,13 +47,10 @@ def load_trained(run: Path) -> Model:
     Raises:
         ValueError: if the run trains no picture model, has no whole checkpoint, or its tokenizers have changed.
     """
-    config = load_experiment(run / CONFIG)
-    if config.task not in ("text_to_image", "unconditional"):
-        raise ValueError(f"{run} is a run of task={config.task}; expected text_to_image or unconditional")
+    config = _picture_config(run)
     checkpoint = newest_checkpoint(run)
     # Every weight is replaced, so none is read; the architecture still comes from the backbone's own config.
-    plain = replace(config, init="random", new_rows="random", aligned_rows=None, distil=DistilConfig())
-    model = build_model(replace(plain, optim=replace(config.optim, l2_sp=0.0)))  # what only training compares with
+    model = build_model(_untaught(replace(config, init="random", new_rows="random", aligned_rows=None)))
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     try:
         model.module.load_state_dict(state)
@@ -62,6 +60,32 @@ def load_trained(run: Path) -> Model:
     model.config = config
     model.module.eval()
     return model
+
+
+def load_initial(run: Path) -> Model:
+    """The model of a run as it was before its first step, for evaluation: built again from the run's config and seed.
+
+    Raises:
+        ValueError: if the run trains no picture model, what it started from is gone, or its tokenizers have changed.
+    """
+    config = _picture_config(run)
+    model = build_model(_untaught(config))
+    _require_same_tokenizers(model, run)
+    model.config = config
+    model.module.eval()
+    return model
+
+
+def _picture_config(run: Path) -> ExperimentConfig:
+    config = load_experiment(run / CONFIG)
+    if config.task not in ("text_to_image", "unconditional"):
+        raise ValueError(f"{run} is a run of task={config.task}; expected text_to_image or unconditional")
+    return config
+
+
+def _untaught(config: ExperimentConfig) -> ExperimentConfig:
+    """Without what only training compares with."""
+    return replace(config, distil=DistilConfig(), optim=replace(config.optim, l2_sp=0.0))
 
 
 def _require_same_tokenizers(model: Model, run: Path) -> None:

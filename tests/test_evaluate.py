@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,9 @@ def test_a_dry_run_describes_and_writes_nothing(
     assert main(["--checkpoint", str(run)]) == 2
     assert "nothing to measure" in capsys.readouterr().err
     assert "example:" in parser().format_help()
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
+def test_without_the_harness_the_command_that_installs_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", "runs", "--lm-eval", "piqa"]) == 2
+    assert "pip install 't2i_lm[lm-eval]'" in capsys.readouterr().err

@@ -44,6 +44,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
             "t2i_lm.clip",
             "t2i_lm.coco_fid",
             "t2i_lm.coco_result",
+            "t2i_lm.harness_result",
             "t2i_lm.session",
             "t2i_lm.dry_run",
         ),
