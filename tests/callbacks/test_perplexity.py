@@ -75,7 +75,7 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[meter, *[extra for extra in meter.extras if isinstance(extra, pl.Callback)]],
+        callbacks=[*[extra for extra in meter.extras if isinstance(extra, pl.Callback)], meter],
     )
     trainer.fit(Scripted(train, val, modalities), batches(len(train)), batches(len(val)))
     assert meter.file is not None
