@@ -115,10 +115,17 @@ def draw_panels(
     with captioned_figure(caption) as figure:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw_panel(axes, panel, tokens_per_step)
-        figure.legend(
-            handles=_legend(labels, smoothing), loc="outside upper center", ncols=min(len(labels) + 3, LEGEND_COLUMNS)
-        )
+        _place_legend(figure, _legend(labels, smoothing))
     return figure
+
+
+def _place_legend(figure: Figure, handles: list[Line2D]) -> None:
+    """Above the axes, in as many columns as are not cut off."""
+    for columns in range(min(len(handles), LEGEND_COLUMNS), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 @contextmanager

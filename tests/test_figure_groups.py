@@ -71,3 +71,16 @@ def test_a_pair_alone_is_no_figure_of_initialisations(tmp_path: Path) -> None:
         write_run(tmp_path, name)
     with pytest.raises(ValueError, match="NAME one of shuffled"):
         FIGURES["inits"](Request(tmp_path))
+
+
+def test_a_legend_of_many_arms_is_not_cut_off(tmp_path: Path) -> None:
+    names = ("scratch", "pretrained", "shuffled", "body_only", "embeddings_only", "aligned")
+    for hour, name in enumerate(names):
+        write_run(tmp_path, f"t2i_{name}", f"20260301-{hour + 10}0000")
+    figure = FIGURES["inits"](Request(tmp_path)).figure
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(names) + 3
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
