@@ -34,6 +34,7 @@ class PairColumns:
 
     def __init__(self, split: datasets.Dataset) -> None:
         """Maps; reads nothing but offsets."""
+        self._split = split
         batches = split.with_format("arrow")[:].select(["image_ids", "text_ids"]).to_batches()
         self._begin = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self._batches = []
@@ -49,8 +50,12 @@ class PairColumns:
                 )
             )
 
+    def __reduce__(self) -> tuple[type["PairColumns"], tuple[datasets.Dataset]]:
+        # A loader's worker that is not forked maps the files anew: pickled views would be copies of all ids.
+        return PairColumns, (self._split,)
+
     def __len__(self) -> int:
-        return int(self._begin[-1])
+        return len(self._split)
 
     def caption_counts(self) -> Offsets:
         """Captions of each row."""

@@ -45,7 +45,7 @@ class CaptionedIds(Batches):
     """Prepared caption-image pairs; subclasses say what a batch of them looks like."""
 
     def __init__(self, split: datasets.Dataset, captions: str, seed: int) -> None:
-        self.split, self.captions, self.seed = split, captions, seed
+        self.captions, self.seed = captions, seed
         self._columns = PairColumns(split)
         # Where every caption is a sample of its own: row and caption of each.
         self._each: np.ndarray[Any, np.dtype[np.int64]] | None = None
@@ -55,7 +55,7 @@ class CaptionedIds(Batches):
             self._each = np.stack([np.repeat(np.arange(len(counts)), counts), np.arange(counts.sum()) - starts], axis=1)
 
     def __len__(self) -> int:
-        return len(self.split if self._each is None else self._each)
+        return len(self._columns if self._each is None else self._each)
 
     def pairs(self, draws: list[Draw]) -> tuple[list[IntArray], IntArray]:
         """A caption's text ids for each draw, and the image ids (B, N)."""

@@ -1,3 +1,4 @@
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,16 @@ def test_columns_are_the_rows_of_the_split(tmp_path: Path) -> None:
     images = columns.images([4, 0, 4, 2])
     assert np.array_equal(images, np.stack(split[[4, 0, 4, 2]]["image_ids"]))
     assert images.dtype == np.uint16
+
+
+def test_a_worker_that_is_not_forked_maps_the_files_and_gets_no_copy(tmp_path: Path) -> None:
+    write(tmp_path)
+    columns = PairColumns(open_split(tmp_path, "train"))
+    sent = pickle.dumps(columns)
+    assert columns.images([4]).tobytes() not in sent
+    again = pickle.loads(sent)
+    assert np.array_equal(again.images([3, 0]), columns.images([3, 0]))
+    assert np.array_equal(again.caption(2, 1), columns.caption(2, 1))
 
 
 def test_every_caption_can_be_a_sample_of_its_own(tmp_path: Path) -> None:
