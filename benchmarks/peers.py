@@ -40,13 +40,6 @@ class Shape:
     batch: int
     length: int
 
-    @property
-    def flop_per_token(self) -> float:
-        """Training FLOP a token, 6 N + 12 L D T with N the parameters of matrix products (PaLM's convention)."""
-        vocab = JointVocab(self.text_vocab, self.image_codes).size
-        layer = 4 * self.width**2 + 3 * self.width * swiglu_width(self.width)
-        return 6.0 * (self.layers * layer + vocab * self.width) + 12.0 * self.layers * self.width * self.length
-
 
 SHAPES = {
     "tiny": Shape(32, 2, 2, text_vocab=64, image_codes=32, batch=2, length=24),

@@ -82,6 +82,7 @@ def measure(options: argparse.Namespace) -> None:
 
     from benchmarks.peers import SHAPES, build_decoder
     from t2i_lm.devices import multiplies_bfloat16
+    from t2i_lm.flops import flop_per_token
 
     shape = SHAPES["tiny" if options.quick else options.shape]
     shape = replace(shape, batch=options.batch or shape.batch)
@@ -113,7 +114,7 @@ def measure(options: argparse.Namespace) -> None:
         **compare(contenders, seconds),
         tokens_per_s=rates(seconds, tokens),
         tflop_per_s={
-            name: float(f"{shape.flop_per_token * tokens / median(values) / 1e12:.4g}")
+            name: float(f"{flop_per_token(decoder, shape.length) * tokens / median(values) / 1e12:.4g}")
             for name, values in seconds.items()
         },
     )

@@ -16,10 +16,10 @@ from t2i_lm.clip import Clip
 from t2i_lm.data.coco import choose_prompts, read_coco
 from t2i_lm.evaluate import main
 from t2i_lm.protocol import PROMPT_SEED
-from tests.callbacks.toy_run import finish, free_port, server
+from tests.callbacks.toy_run import finish, server
 from tests.clip_folder import POSITIONS, write_clip
 from tests.coco_folder import write_coco
-from tests.test_evaluate import in_process
+from tests.test_evaluate import in_process, on_two_ranks
 from tests.test_train import PRETRAINED, train
 
 CAPTIONS = ["a red circle", "two blue squares on a green ground", "a", "a ring? (yellow) 3 of them"]
@@ -115,15 +115,7 @@ def test_the_score_of_an_evaluation_is_torchmetrics_on_its_pictures(
 def test_two_ranks_and_an_interrupted_evaluation_find_the_same_score(
     unbroken: Path, command: list[str], tmp_path: Path
 ) -> None:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    arguments = [*command, "--out", str(tmp_path / "two")]
-    ranks = [
-        server.Process(target=in_process, args=(arguments, {**meeting, "RANK": str(rank), "LOCAL_RANK": "0"}, 0))
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    assert finish(*ranks) == [0, 0]
+    on_two_ranks([*command, "--out", str(tmp_path / "two")])
     assert read(tmp_path / "two")["clip"] == read(unbroken)["clip"]
 
     arguments = [*command, "--out", str(tmp_path / "killed")]

@@ -131,6 +131,18 @@ def in_process(arguments: list[str], environment: dict[str, str], parts_until_ki
     os._exit(main(arguments))
 
 
+def on_two_ranks(arguments: list[str]) -> None:
+    """Runs the command as two processes, which must both succeed."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        server.Process(target=in_process, args=(arguments, {**meeting, "RANK": str(rank), "LOCAL_RANK": "0"}, 0))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    assert finish(*ranks) == [0, 0]
+
+
 def test_an_interrupted_evaluation_ends_as_an_unbroken_one(
     command: list[str], unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -150,15 +162,7 @@ def test_an_interrupted_evaluation_ends_as_an_unbroken_one(
 
 
 def test_two_ranks_find_the_number_of_one(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    arguments = [*command, "--out", str(tmp_path / "out")]
-    ranks = [
-        server.Process(target=in_process, args=(arguments, {**meeting, "RANK": str(rank), "LOCAL_RANK": "0"}, 0))
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    assert finish(*ranks) == [0, 0]
+    on_two_ranks([*command, "--out", str(tmp_path / "out")])
     two = read(tmp_path / "out")
     for name in ("fid", "kid"):
         assert two[name] == pytest.approx(unbroken[name], rel=1e-6)

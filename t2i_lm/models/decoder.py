@@ -211,9 +211,12 @@ class Decoder(Backbone):
         """
         if self.config.positional_embedding_type not in ROTARY:
             return None
-        if length > self.config.seq_len:
-            raise ValueError(f"position {length} is past the decoder's seq_len={self.config.seq_len}")
+        self._require_positions(length)
         return self.get_buffer("rotary_cos")[:length], self.get_buffer("rotary_sin")[:length]
+
+    def _require_positions(self, length: int) -> None:
+        if self.config.positional_embedding_type in ROTARY and length > self.config.seq_len:
+            raise ValueError(f"position {length} is past the decoder's seq_len={self.config.seq_len}")
 
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final normalised hidden states (B, T, D); an empty cache keeps the keys and values."""
@@ -257,9 +260,9 @@ class Decoder(Backbone):
         """A static cache on the decoder's device.
 
         Raises:
-            ValueError: if the length is past `seq_len`.
+            ValueError: if a decoder with positions has fewer.
         """
-        self.rotary(length)
+        self._require_positions(length)
         config = self.config
         head_dim = config.hidden_dim // config.n_heads
         return KVCache(config.n_layers, batch, config.n_heads, length, head_dim, self.output.text)
