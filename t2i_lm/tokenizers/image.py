@@ -20,6 +20,8 @@ def open_image_tokenizer(path: Path, image_size: int, expect: str | None = None)
     Raises:
         ValueError: if there is none, or it cannot be read.
     """
+    if not path.exists():
+        raise ValueError(f"image_tokenizer.path={path}: no such file or folder")
     if path.is_file():
         return MoVQGAN.from_checkpoint(path, image_size, expect)
     if expect is not None:

@@ -98,3 +98,8 @@ def test_a_diffusers_folder_gives_the_same_ids_as_diffusers_own_model(tmp_path: 
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="does not fit its config"):
         open_image_tokenizer(tmp_path, 32)
+
+
+def test_an_absent_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"image_tokenizer\.path=.*movqgan\.ckpt: no such file or folder"):
+        open_image_tokenizer(tmp_path / "movqgan.ckpt", 32)
