@@ -1,4 +1,4 @@
-"""The hash that names a file's content."""
+"""The hashes that name what files hold."""
 
 import hashlib
 from pathlib import Path
@@ -8,3 +8,13 @@ def file_sha256(path: Path) -> str:
     """Hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# What a folder of a model may keep its weights in.
+WEIGHTS = (".safetensors", ".pt", ".bin")
+
+
+def weights_sha256(path: Path) -> dict[str, str]:
+    """Hash of a weights file, or of every one in a folder, by its name."""
+    files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS) if path.is_dir() else [path]
+    return {file.name: file_sha256(file) for file in files}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from t2i_lm.assets import resolve
 from t2i_lm.build import Experiment, build
 from t2i_lm.coco_fid import training_fid
 from t2i_lm.config import ExperimentConfig
@@ -13,6 +14,7 @@ from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.devices import is_out_of_memory, memory_advice, require_device
 from t2i_lm.flops import flop_per_token, formula
 from t2i_lm.forgetting import BASELINE, forgetting_probes
+from t2i_lm.hashing import weights_sha256
 from t2i_lm.load import save_experiment
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
@@ -107,6 +109,7 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
     details = environment(
         data_hash=experiment.index.get("data_hash"),
         tokenizers=experiment.index.get("tokenizers"),
+        backbone=_backbone_hashes(config),
         stream_hash=make_sampler(config, size).stream_hash(samples),
         precision=precision(config),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -125,6 +128,12 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
         if any(not parameter.requires_grad for parameter in experiment.module.parameters()):
             print(table, flush=True)
     print(f"run folder: {folder}", flush=True)
+
+
+def _backbone_hashes(config: ExperimentConfig) -> dict[str, str] | None:
+    """Of the weights that the run starts from; None where it starts from random ones."""
+    path = config.backbone.path
+    return None if path is None or config.init == "random" else weights_sha256(resolve(path))
 
 
 def _flop_per_token(experiment: Experiment) -> float | None:
