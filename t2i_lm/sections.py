@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SOURCES = ("scenes", "image_folder", "parquet", "webdataset", "hub", "hub_stream", "text")
+OPENED_BY_PATH = ("image_folder", "parquet", "webdataset", "text")
 CAPTION_CHOICES = ("first", "random", "all")
 LOGGERS = ("tensorboard", "csv", "wandb", "none")
 OPTIMIZERS = ("adamw", "muon")
@@ -96,7 +97,7 @@ class DataConfig:
 
     source: str = "scenes"
     path: str | None = None  # file, folder or hub name, for every source but `scenes`
-    val_path: str | None = None  # held-out data; null: `path`'s own validation part
+    val_path: str | None = None  # held-out data; null: PATH/val or every 20th of `path` (text needs it)
     train_size: int | None = None  # samples taken from the source; null: all
     val_size: int | None = None
     seed: int = 0  # of generated scenes and of a validation split made here; not the run's seed
@@ -114,6 +115,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         one_of("data.source", self.source, SOURCES)
+        expected = f"null where data.source={self.source}; {', '.join(OPENED_BY_PATH)} read one"
+        require(self.val_path is None or self.source in OPENED_BY_PATH, "data.val_path", self.val_path, expected)
         one_of("data.captions", self.captions, CAPTION_CHOICES)
         for key in ("batch_size", "length", "part_size"):
             require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "at least 1")

@@ -127,55 +127,83 @@ def held_out(size: int, split: str) -> list[int]:
     return [index for index in range(size) if (index % HELD_OUT_EVERY == 0) == (split == "val")]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a split lies.
+
+    Attributes:
+        path: file or folder.
+        key: what gave it, for errors.
+        split: `train` or `val`; None where all that lies there is the split's.
+    """
+
+    path: Path
+    key: str
+    split: str | None
+
+    @classmethod
+    def of(cls, data: DataConfig, split: str, files: str) -> "Place":
+        """`data.path` and `data.val_path`; or PATH/train and PATH/val; or PATH, of which every 20th is held out.
+
+        `files` is the pattern of the files that a folder of samples holds.
+        """
+        root = Path(str(data.path))
+        if data.val_path is not None:
+            key = "path" if split == "train" else "val_path"
+            return cls(Path(str(getattr(data, key))), f"data.{key}", None)
+        parts = [root / name for name in SPLITS]
+        if all(part.is_dir() and any(part.glob(files)) for part in parts):
+            return cls(root / split, "data.path", None)
+        return cls(root, "data.path", split)
+
+    def own(self, size: int) -> Sequence[int]:
+        """Which of all samples there are the split's."""
+        return range(size) if self.split is None else held_out(size, self.split)
+
+
 def image_folder(data: DataConfig, split: str, size: int) -> CaptionedSource:
-    """`PATH/train` and `PATH/val`, or one folder of which every 20th picture is held out."""
-    root = Path(str(data.path))
-    parts = [root / name for name in SPLITS]
-    has_parts = all((part / METADATA).is_file() for part in parts)
-    folder = root / split if has_parts else root
-    if not (folder / METADATA).is_file():
+    """A folder of pictures with `metadata.jsonl`."""
+    place = Place.of(data, split, METADATA)
+    table = place.path / METADATA
+    if not table.is_file():
         raise ValueError(
-            f"data.path={data.path}: no {METADATA} in {root} or in {root}/train and {root}/val; each line is "
+            f"{place.key}={place.path}: no {METADATA} in {place.path}, or in its folders train and val; each line is "
             '{"file_name": "x.jpg", "captions": ["a caption"]}'
         )
     rows = []
-    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
             row["file_name"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / METADATA} line {number}: no JSON object with file_name ({error})") from error
+            raise ValueError(f"{table} line {number}: no JSON object with file_name ({error})") from error
         rows.append(row)
-    if not has_parts:
-        rows = [rows[index] for index in held_out(len(rows), split)]
-    return ImageFolder(folder, rows)
+    return ImageFolder(place.path, [rows[index] for index in place.own(len(rows))])
 
 
 def parquet(data: DataConfig, split: str, size: int) -> CaptionedSource:
     """Parquet files (one, or a folder of them) with a picture and a caption column."""
     import datasets
 
-    root = Path(str(data.path))
-    files = [root] if root.is_file() else sorted(root.glob("*.parquet"))
+    place = Place.of(data, split, "*.parquet")
+    files = [place.path] if place.path.is_file() else sorted(place.path.glob("*.parquet"))
     if not files:
-        raise ValueError(f"data.path={data.path}: no Parquet file there")
+        raise ValueError(f"{place.key}={place.path}: no Parquet file there")
     cache = str(Path(data.cache_dir) / "parquet")
     try:
         rows = datasets.load_dataset(
             "parquet", data_files=[str(file) for file in files], split="train", cache_dir=cache
         )
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:
-        raise ValueError(f"data.path={data.path} cannot be read as Parquet: {error.__cause__ or error}") from error
-    return Table(rows, str(root), held_out(len(rows), split))
+        raise ValueError(f"{place.key}={place.path} cannot be read as Parquet: {error.__cause__ or error}") from error
+    return Table(rows, str(place.path), place.own(len(rows)))
 
 
 def webdataset(data: DataConfig, split: str, size: int) -> CaptionedSource:
-    """Tar files as img2dataset writes them: `PATH/train` and `PATH/val`, or one folder with every 20th held out."""
-    root = Path(str(data.path))
-    if all((root / name).is_dir() for name in SPLITS):
-        return open_tars(root / split)
-    tars = open_tars(root)
-    return TarFolder([tars.members[index] for index in held_out(len(tars), split)])
+    """Tar files (one, or a folder of them) as img2dataset writes them."""
+    place = Place.of(data, split, "*.tar")
+    tars = open_tars(place.path, place.key)
+    return TarFolder([tars.members[index] for index in place.own(len(tars))])
 
 
 def hub(data: DataConfig, split: str, size: int) -> CaptionedSource:

@@ -114,13 +114,13 @@ def scan(path: Path) -> Iterator[Member]:
         yield Member(path, "end", damage=damage)
 
 
-def open_tars(path: Path) -> TarFolder:
-    """A tar file, or the tar files of a folder.
+def open_tars(path: Path, key: str = "data.path") -> TarFolder:
+    """A tar file, or the tar files of a folder; `key` gave the path, for errors.
 
     Raises:
         ValueError: if there is none.
     """
     tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
     if not tars:
-        raise ValueError(f"data.path={path}: no tar file there")
+        raise ValueError(f"{key}={path}: no tar file there")
     return TarFolder([member for tar in tars for member in scan(tar)])

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from t2i_lm.data.pictures import MAX_PIXELS, RejectedPairError, centre_crop, decode_image
 from t2i_lm.data.sources import open_source
 from t2i_lm.sections import DataConfig
+from tests.data.tar_file import write_tar
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -72,6 +74,25 @@ def test_the_crop_is_central_and_square() -> None:
     assert np.array_equal(centre_crop(same, 16), np.asarray(same))
 
 
+def write_pairs(folder: Path, source: str, captions: list[str]) -> None:
+    """One picture a caption, as a source of this kind reads them."""
+    folder.mkdir()
+    images = [encoded(picture(), "JPEG").getvalue() for _ in captions]
+    if source == "parquet":
+        cells = [{"bytes": image, "path": None} for image in images]
+        datasets.Dataset.from_dict({"image": cells, "caption": captions}).to_parquet(str(folder / "part.parquet"))
+    elif source == "webdataset":
+        pairs = zip(images, captions, strict=True)
+        samples = {f"{n:05}": {".jpg": image, ".txt": text.encode()} for n, (image, text) in enumerate(pairs)}
+        write_tar(folder / "00000.tar", samples)
+    else:
+        rows = []
+        for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            (folder / f"{number}.jpg").write_bytes(image)
+            rows.append(json.dumps({"file_name": f"{number}.jpg", "captions": [caption]}))
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     rows = []
@@ -88,6 +109,26 @@ def test_a_folder_without_parts_holds_every_twentieth_picture_out(folder: Path) 
     assert (len(train), len(val)) == (38, 2)
     assert val[1].captions == ["caption 20", "another"]
     assert not {train[i].id for i in range(38)} & {val[i].id for i in range(2)}
+
+
+@pytest.mark.parametrize("source", ["image_folder", "parquet", "webdataset"])
+def test_held_out_pictures_lie_in_a_folder_beside_or_at_a_path_of_their_own(source: str, tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        write_pairs(tmp_path / split, source, [f"{split} {number}" for number in range(count)])
+    beside = DataConfig(source=source, path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    named = replace(beside, path=str(tmp_path / "train"), val_path=str(tmp_path / "val"))
+    for data in (beside, named):
+        train, val = (open_source(data, split, 16) for split in ("train", "val"))
+        assert [train[i].captions for i in range(len(train))] == [["train 0"], ["train 1"], ["train 2"]]
+        assert [val[i].captions for i in range(len(val))] == [["val 0"], ["val 1"]]
+    absent = replace(named, val_path=str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match=r"data\.val_path=.*absent"):
+        open_source(absent, "val", 16)
+
+
+def test_a_source_that_reads_no_held_out_path_refuses_one() -> None:
+    with pytest.raises(ValueError, match=r"data\.val_path='x': expected null where data\.source=hub"):
+        DataConfig(source="hub", path="a/b", val_path="x")
 
 
 def test_a_folder_without_metadata_says_what_is_expected(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from t2i_lm.data.tokens import open_split
 from t2i_lm.load import load_experiment
 from t2i_lm.prepare import main
 from t2i_lm.sections import DataConfig
+from tests.data.tar_file import write_tar
 
 ROOT = Path(__file__).parents[2]
 PRETRAINED = str(ROOT / "experiments" / "t2i_pretrained.yaml")
@@ -29,16 +30,6 @@ def png(seed: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
-
-
-def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for key, files in samples.items():
-            for suffix, content in files.items():
-                entry = tarfile.TarInfo(f"{key}{suffix}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
-    return path
 
 
 def test_samples_are_read_in_place_and_in_order(tmp_path: Path) -> None:
