@@ -5,10 +5,8 @@ Shapes: `B` pictures, `N` image tokens, `H`, `W` pixels, `D` feature width.
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +37,11 @@ from t2i_lm.drawing import Picture, caption_layout, caption_prompts, decode, dra
 from t2i_lm.models.generate import Sampling
 from t2i_lm.parts import Parts
 from t2i_lm.protocol import CANONICAL, PROMPT_SEED, Card
+from t2i_lm.telling import lines
 from t2i_lm.trainer import FeatureDistance, FidTask, Inception, kernel_distance
 
 # Pictures that go through the feature network together, and pictures of one part of the reference.
 NETWORK_BATCH, REFERENCE_PART = 32, 256
-# Seconds between two lines of progress.
-TELL_EVERY = 10.0
-Told = Callable[[int], None]
 
 
 def count_cut(model: Model, coco: Coco, prompts: Sequence[Prompt], tell: bool = True) -> int:
@@ -199,24 +195,6 @@ def distances(measured: Parts, reference: Parts, width: int) -> dict[str, float]
     return {"fid": float(metric.compute()), "kid": kid, "kid_std": deviation}
 
 
-def progress(what: str, items: int, rank: int, world: int) -> Told:
-    """Lines on stderr with the rate and what is left, from rank 0 for all ranks."""
-    started, done, told = time.monotonic(), 0, 0.0
-
-    def tell(more: int) -> None:
-        nonlocal done, told
-        done += more
-        now, shown = time.monotonic(), min(items, done * world)
-        if rank or (now - told < TELL_EVERY and shown < items):
-            return
-        told = now
-        rate = shown / max(now - started, 1e-9)
-        left = timedelta(seconds=round((items - shown) / rate))
-        print(f"{what}: {shown:,} of {items:,} pictures, {rate:.3g} a second, {left} left", file=sys.stderr, flush=True)
-
-    return tell
-
-
 def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
     """What `fid.interval` measures during training; None where it is null.
 
@@ -246,7 +224,7 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
         return stack_pictures([square(Image.fromarray(picture)) for picture in pictures])
 
     def features(network: Inception, rank: int, world: int) -> Iterator[tuple[Sequence[int], Tensor]]:
-        tell = progress("reference", parts.items, rank, world)
+        tell = lines("reference", parts.items, rank, world)
         for number in range(rank, len(parts), world):
             parts.complete_one(number, reference.make)
             tell(len(parts.span(number)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2i_lm.assets import resolve
 from t2i_lm.clip import Clip
-from t2i_lm.coco_fid import Drawing, Reference, count_cut, distances, network_card, progress
+from t2i_lm.coco_fid import Drawing, Reference, count_cut, distances, network_card
 from t2i_lm.data.coco import CROP, RESIZER, SIZE, Coco, Prompt, prompts_sha256, square
 from t2i_lm.data.tokenise import stack_pictures
 from t2i_lm.drawing import decode, sampling_of
@@ -25,6 +25,7 @@ from t2i_lm.parts import Parts
 from t2i_lm.protocol import Card, require_headline
 from t2i_lm.runs import environment
 from t2i_lm.subject import Subject
+from t2i_lm.telling import lines
 from t2i_lm.trainer import Inception
 
 GRID = 16  # pictures shown
@@ -62,14 +63,14 @@ def measure_coco(subject: Subject, coco: Coco, prompts: list[Prompt]) -> dict[st
 
     share = (subject.rank, subject.world)
     whole = len(coco.pictures)
-    reference.parts.complete(reference.make, *share, progress("reference", whole, *share))
+    reference.parts.complete(reference.make, *share, lines("reference", whole, *share))
     if rebuilt is not None:
-        told = progress("reconstruction", len(prompts), *share)
+        told = lines("reconstruction", len(prompts), *share)
         rebuilt.complete(lambda span: drawing.reconstruct(span, network), *share, told)
-    drawn.complete(lambda span: drawing.make(span, network), *share, progress("drawing", len(prompts), *share))
+    drawn.complete(lambda span: drawing.make(span, network), *share, lines("drawing", len(prompts), *share))
     for parts in (drawn, rebuilt):
         if clip is not None and parts is not None:
-            told = progress(f"CLIP score, {parts.folder.name}", len(prompts), *share)
+            told = lines(f"CLIP score, {parts.folder.name}", len(prompts), *share)
             scored[parts.folder.name].complete(partial(_score, drawing, parts, clip), *share, told)
     subject.wait()
     if subject.rank:

@@ -24,7 +24,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
         ),
     ),
     ("load", ("t2i_lm.load",)),
-    ("vocab", ("t2i_lm.vocab", "t2i_lm.devices", "t2i_lm.seeds", "t2i_lm.parts")),
+    ("vocab", ("t2i_lm.vocab", "t2i_lm.devices", "t2i_lm.seeds", "t2i_lm.parts", "t2i_lm.telling")),
     ("sequence", ("t2i_lm.sequence", "t2i_lm.losses")),
     ("models", ("t2i_lm.models", "t2i_lm.tokenizers", "t2i_lm.optim")),
     ("data", ("t2i_lm.data", "t2i_lm.modules", "t2i_lm.probes")),

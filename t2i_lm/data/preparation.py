@@ -6,6 +6,7 @@ GPUs or several plain processes share it, and one that was killed loses at most 
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from filelock import FileLock, Timeout
-from rich.progress import Progress, track
 
 from t2i_lm.assets import resolve
 from t2i_lm.config import ExperimentConfig
@@ -34,6 +34,7 @@ from t2i_lm.data.tokens import (
     write_index,
     write_part,
 )
+from t2i_lm.telling import Told, progress
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
 
@@ -86,8 +87,11 @@ def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTok
             source = open_source(config.data, split, image.image_size)
             parts, total = cut(source, _limit(config, split), config.data.part_size)
             counts[split] = len(parts)
-            with _progress(total, f"tokenising {split} pictures") as advance:
-                _write_parts(parts, folder, split, text, image, advance)
+            if total is not None:  # what an earlier process has left
+                ready = sum(part_folder(folder, split, number).exists() for number in range(len(parts)))
+                total = max(0, total - ready * config.data.part_size)
+            with progress(f"tokenising {split} pictures", total, *_share()) as tell:
+                _write_parts(parts, folder, split, text, image, tell)
         with _alone(folder):
             if read_index(folder) is None:
                 _finish_pairs(config, counts, tokenizers, folder)
@@ -117,7 +121,7 @@ def _write_parts(
     split: str,
     text: TextTokenizer,
     image: ImageTokenizer,
-    advance: Callable[[], None],
+    tell: Told,
 ) -> None:
     """Writes the parts that are missing and free, until none is missing."""
     features = pair_features(text.vocab_size, image.grid[0] * image.grid[1])
@@ -129,7 +133,7 @@ def _write_parts(
             try:
                 with FileLock(target.with_name(f"{target.name}.lock"), timeout=0):
                     if not target.exists():
-                        rows = PairRows(parts[number](), text, image, advance)
+                        rows = PairRows(parts[number](), text, image, tell)
                         write_part(target, rows, features, rows.details)
                         idle = False
             except Timeout:
@@ -219,8 +223,9 @@ def _write_text(config: ExperimentConfig, text: TextTokenizer, folder: Path) -> 
     data = config.data
     index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
     for split, path in (("train", data.path), ("val", data.val_path)):
-        documents = _track(read_documents(str(path)), f"tokenising {split} documents")
-        index["splits"][split] = write_text_split(folder, split, documents, text, data.length)
+        with progress(f"tokenising {split} text", None, *_share(), unit="documents") as tell:
+            documents = _counted(read_documents(str(path)), tell)
+            index["splits"][split] = write_text_split(folder, split, documents, text, data.length)
     write_index(folder, index)
 
 
@@ -236,25 +241,15 @@ def _train_text_tokenizer(config: ExperimentConfig) -> Path:
     return path
 
 
-def _track(items: Iterable[Any], what: str) -> Iterator[Any]:
-    """Progress with ETA on a terminal, one line otherwise."""
-    if sys.stderr.isatty():
-        yield from track(items, description=what)
-    else:
-        print(what, file=sys.stderr, flush=True)
-        yield from items
+def _counted(items: Iterable[str], tell: Told) -> Iterator[str]:
+    for item in items:
+        yield item
+        tell(1)
 
 
-@contextmanager
-def _progress(total: int | None, what: str) -> Iterator[Callable[[], None]]:
-    """A function to call for each item: a bar with ETA on a terminal, one line otherwise."""
-    if not sys.stderr.isatty():
-        print(what, file=sys.stderr, flush=True)
-        yield lambda: None
-        return
-    with Progress() as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+def _share() -> tuple[int, int]:
+    """This process's rank, and how many there are, as `torchrun` says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def equal_ids(config: ExperimentConfig, image: ImageTokenizer, pictures: int = 256) -> tuple[float, int]:

@@ -5,7 +5,7 @@ Shapes: `B` pictures, `C` = 3 channels, `H`, `W` pixels, `N` image ids.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from t2i_lm.data.pairs import Pair, Sample
 from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.text import paragraphs
 from t2i_lm.data.tokens import part_folder, read_part, text_features, write_part
+from t2i_lm.telling import Told
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 
 # Pictures encoded at once.
@@ -37,7 +38,7 @@ class PairRows:
     samples: Iterable[Sample]
     text: TextTokenizer
     image: ImageTokenizer
-    advance: Callable[[], None] = lambda: None
+    tell: Told = lambda more: None
     rejects: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     caption_tokens: Counter[int] = field(default_factory=Counter)
@@ -46,7 +47,7 @@ class PairRows:
         """One row a usable sample, in order; pictures are encoded `ENCODE_BATCH` at a time."""
         batch: list[tuple[Pair, np.ndarray[Any, np.dtype[np.uint8]]]] = []
         for read in self.samples:
-            self.advance()
+            self.tell(1)
             try:
                 pair = read()
                 batch.append((pair, centre_crop(pair.image, self.image.image_size)))
