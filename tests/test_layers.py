@@ -71,6 +71,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
             "t2i_lm.sample",
             "t2i_lm.demo",
             "t2i_lm.evaluate",
+            "t2i_lm.measurements",
             "t2i_lm.remedies",
         ),
     ),
