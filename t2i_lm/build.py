@@ -1,6 +1,5 @@
 """The composition root: ExperimentConfig -> the module that is trained, its tokenizers and its data."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureData
 from t2i_lm.data.preparation import prepare_pairs, prepare_text
 from t2i_lm.data.replay import ReplayDataModule, prepare_replay
 from t2i_lm.data.tokens import read_index
-from t2i_lm.devices import uses_gpu
+from t2i_lm.devices import local_rank, uses_gpu
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import ImageRowSource, expand_vocabulary
 from t2i_lm.modules.alignment import AlignmentModule
@@ -95,7 +94,7 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
     Raises:
         ValueError: if the text tokenizer is not the backbone's, or the aligned rows belong to other tokenizers.
     """
-    text, image = open_text(config), open_image(config, int(os.environ.get("LOCAL_RANK", "0")))
+    text, image = open_text(config), open_image(config, local_rank())
     decoder = build_backbone(config)
     if text.vocab_size > decoder.config.vocab_size:
         raise ValueError(

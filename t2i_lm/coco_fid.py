@@ -3,7 +3,6 @@
 Shapes: `B` pictures, `N` image tokens, `H`, `W` pixels, `D` feature width.
 """
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from t2i_lm.data.coco import (
     square,
 )
 from t2i_lm.data.tokenise import stack_pictures
+from t2i_lm.devices import local_rank
 from t2i_lm.drawing import Picture, caption_layout, caption_prompts, decode, draw_codes, sampling_of, seeds_of
 from t2i_lm.models.generate import Sampling
 from t2i_lm.parts import Parts
@@ -209,7 +209,7 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
     assert settings.weights is not None
     coco = read_coco(Path(settings.coco))
     prompts = choose_prompts(coco, settings.prompts, PROMPT_SEED)
-    cut = count_cut(experiment, coco, prompts, tell=os.environ.get("LOCAL_RANK", "0") == "0")
+    cut = count_cut(experiment, coco, prompts, tell=local_rank() == 0)
     network = Inception(resolve(settings.weights), settings.features, settings.weights_sha256)
     sampling = sampling_of(config.samples)
     drawing = Drawing(model=experiment, coco=coco, prompts=prompts, sampling=sampling, seed=config.seed, cut=cut)

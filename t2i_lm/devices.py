@@ -1,5 +1,7 @@
 """What the processor at hand can do."""
 
+import os
+
 import torch
 
 from t2i_lm.config import ExperimentConfig
@@ -54,6 +56,11 @@ def memory_advice(config: ExperimentConfig) -> str:
 def uses_gpu(accelerator: str) -> bool:
     """Whether `trainer.accelerator` means a CUDA device here."""
     return torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, as `torchrun` and Lightning say; that of its GPU, too."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def multiplies_bfloat16(device: str) -> bool:

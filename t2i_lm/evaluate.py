@@ -96,7 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given: dict[str, Any]) -> int:
     import torch
 
-    from t2i_lm.devices import uses_gpu
     from t2i_lm.parts import write_whole
     from t2i_lm.subject import Subject
     from t2i_lm.trained import find_run, load_trained, newest_checkpoint
@@ -106,8 +105,6 @@ def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given:
     checkpoint = newest_checkpoint(run)
     model = load_trained(run)
     torch.set_num_threads(model.config.trainer.threads or torch.get_num_threads())
-    if uses_gpu(model.config.trainer.accelerator):
-        model.module.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     if options.compile:
         from t2i_lm.drawing import compile_drawing
 

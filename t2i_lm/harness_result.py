@@ -8,10 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from t2i_lm.build import Model
-from t2i_lm.devices import uses_gpu
 from t2i_lm.forgetting import summary
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.runs import environment
@@ -98,12 +95,9 @@ def _decoder(model: Model) -> Any:
 
 def _initial(subject: Subject) -> Model:
     try:
-        initial = load_initial(subject.run)
+        return load_initial(subject.run)
     except ValueError as error:
         raise ValueError(f"the model before training: {error} (--no-before leaves it out)") from error
-    if uses_gpu(initial.config.trainer.accelerator):
-        initial.module.to(torch.device("cuda", 0))
-    return initial
 
 
 def _run(model: Model, chosen: ChosenTasks, limit: int | None, all_rows: bool) -> dict[str, Any]:

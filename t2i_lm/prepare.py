@@ -1,7 +1,6 @@
 """Writes an experiment's token shards: `python -m t2i_lm.prepare`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from t2i_lm.build import open_image, prepare
         from t2i_lm.data.preparation import equal_ids
         from t2i_lm.data.tokens import read_index
+        from t2i_lm.devices import local_rank
 
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        rank = local_rank()
         if options.check:
             share, ids = equal_ids(config, open_image(config, rank))
             print(f"{share:.4%} of {ids:,} ids are equal in bfloat16 and float32")

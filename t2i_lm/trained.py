@@ -7,6 +7,7 @@ import torch
 
 from t2i_lm.build import Model, build_model
 from t2i_lm.config import ExperimentConfig
+from t2i_lm.devices import local_rank, uses_gpu
 from t2i_lm.load import load_experiment
 from t2i_lm.remedy_sections import DistilConfig
 from t2i_lm.runs import CONFIG, read_run
@@ -57,9 +58,7 @@ def load_trained(run: Path) -> Model:
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit the run's config.yaml: {error}") from error
     _require_same_tokenizers(model, run)
-    model.config = config
-    model.module.eval()
-    return model
+    return _ready(model, config)
 
 
 def load_initial(run: Path) -> Model:
@@ -71,8 +70,15 @@ def load_initial(run: Path) -> Model:
     config = _picture_config(run)
     model = build_model(_untaught(config))
     _require_same_tokenizers(model, run)
+    return _ready(model, config)
+
+
+def _ready(model: Model, config: ExperimentConfig) -> Model:
+    """For evaluation as the run's own config says, on the GPU that its image tokenizer is on."""
     model.config = config
     model.module.eval()
+    if uses_gpu(config.trainer.accelerator):
+        model.module.to(torch.device("cuda", local_rank()))
     return model
 
 
