@@ -59,8 +59,24 @@ def uses_gpu(accelerator: str) -> bool:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, as `torchrun` and Lightning say; that of its GPU, too."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """The number of this process on its machine; that of its GPU, too."""
+    return _number("LOCAL_RANK", "SLURM_LOCALID", 0)
+
+
+def global_rank() -> int:
+    """The number of this process among all."""
+    return _number("RANK", "SLURM_PROCID", 0)
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
+
+
+def _number(torchrun: str, srun: str, alone: int) -> int:
+    """What the launcher says: torchrun or Lightning, or else Slurm's `srun` of several tasks."""
+    under_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return int(os.environ.get(torchrun, os.environ[srun] if under_srun else alone))
 
 
 def multiplies_bfloat16(device: str) -> bool:

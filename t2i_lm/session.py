@@ -11,7 +11,7 @@ from t2i_lm.build import Experiment, build
 from t2i_lm.coco_fid import training_fid
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.data.datamodules import make_sampler
-from t2i_lm.devices import is_out_of_memory, memory_advice, require_device
+from t2i_lm.devices import global_rank, is_out_of_memory, memory_advice, require_device
 from t2i_lm.flops import flop_per_token, formula
 from t2i_lm.forgetting import BASELINE, forgetting_probes
 from t2i_lm.hashing import weights_sha256
@@ -46,11 +46,11 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     require_device(config.trainer)
     experiment = build(config)
     inherited = os.environ.get(FOLDER_VARIABLE)
-    main_rank = inherited is None and os.environ.get("RANK", "0") == "0"
+    main_rank = inherited is None and global_rank() == 0
     if folder is None:
         if main_rank:
             folder = new_run_folder(Path(config.run.dir), config.name, config.scale)
-        else:  # only rank 0 writes; under torchrun the others never need the folder's name
+        else:  # only rank 0 writes; under torchrun and srun the others never need the folder's name
             folder = Path(inherited or config.run.dir)
     events = EventLog(folder / EVENTS)
     checkpoint = find_resumable(folder / CHECKPOINTS, events if main_rank else None) if resume else None

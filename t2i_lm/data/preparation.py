@@ -6,7 +6,6 @@ GPUs or several plain processes share it, and one that was killed loses at most 
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -34,6 +33,7 @@ from t2i_lm.data.tokens import (
     write_index,
     write_part,
 )
+from t2i_lm.devices import global_rank, world_size
 from t2i_lm.telling import Told, progress
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
@@ -90,7 +90,7 @@ def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTok
             if total is not None:  # what an earlier process has left
                 ready = sum(part_folder(folder, split, number).exists() for number in range(len(parts)))
                 total = max(0, total - ready * config.data.part_size)
-            with progress(f"tokenising {split} pictures", total, *_share()) as tell:
+            with progress(f"tokenising {split} pictures", total, global_rank(), world_size()) as tell:
                 _write_parts(parts, folder, split, text, image, tell)
         with _alone(folder):
             if read_index(folder) is None:
@@ -223,7 +223,7 @@ def _write_text(config: ExperimentConfig, text: TextTokenizer, folder: Path) -> 
     data = config.data
     index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
     for split, path in (("train", data.path), ("val", data.val_path)):
-        with progress(f"tokenising {split} text", None, *_share(), unit="documents") as tell:
+        with progress(f"tokenising {split} text", None, global_rank(), world_size(), unit="documents") as tell:
             documents = _counted(read_documents(str(path)), tell)
             index["splits"][split] = write_text_split(folder, split, documents, text, data.length)
     write_index(folder, index)
@@ -245,11 +245,6 @@ def _counted(items: Iterable[str], tell: Told) -> Iterator[str]:
     for item in items:
         yield item
         tell(1)
-
-
-def _share() -> tuple[int, int]:
-    """This process's rank, and how many there are, as `torchrun` says."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def equal_ids(config: ExperimentConfig, image: ImageTokenizer, pictures: int = 256) -> tuple[float, int]:
