@@ -126,8 +126,9 @@ def drawing_forms(
         return draw
 
     static = {"cache_implementation": "static"}
+    graphs = ", CUDA graphs" if prompt_BT.is_cuda else ""
     forms: dict[str, tuple[str, Draw]] = {
-        f"{OURS} eager": (OURS, lambda: generate(decoder, vocab, prompts, tokens)),
+        f"{OURS} eager{graphs}": (OURS, lambda: generate(decoder, vocab, prompts, tokens)),
         "transformers eager, growing cache": ("transformers", theirs()),
         "transformers eager, static cache": ("transformers", theirs(**static, disable_compile=True)),
     }
@@ -135,7 +136,7 @@ def drawing_forms(
         # As `--compile` of the commands that draw. A shallow copy shares the weights.
         compiled_decoder = copy.copy(decoder)
         compiled_decoder.compile_steps()
-        forms[f"{OURS} compiled"] = (OURS, lambda: generate(compiled_decoder, vocab, prompts, tokens))
+        forms[f"{OURS} compiled{graphs}"] = (OURS, lambda: generate(compiled_decoder, vocab, prompts, tokens))
         # Its own automatic compilation of the decoding step, which it leaves to GPUs unless told otherwise.
         mode: Any = CompileConfig(mode="reduce-overhead" if prompt_BT.is_cuda else "default", fullgraph=False)
         mode._compile_all_devices = True
@@ -144,7 +145,7 @@ def drawing_forms(
 
 
 def shares(forms: dict[str, tuple[str, Draw]]) -> dict[str, float]:
-    """Of each form, the share of ids that are ours.
+    """Of each form, the share of ids that are those of the first, which is ours.
 
     Raises:
         GateError: if a form cannot draw.
@@ -159,7 +160,7 @@ def shares(forms: dict[str, tuple[str, Draw]]) -> dict[str, float]:
                 found[name] = draw()
         except (RuntimeError, TypeError) as error:
             raise GateError(f"{name} cannot draw: {str(error).splitlines()[0]}") from error
-    ours = found[f"{OURS} eager"]
+    ours = next(iter(found.values()))
     if len(torch.unique(ours)) == 1:
         raise GateError("all ids are the same one: equal ids would prove nothing")
     for name, codes_BN in found.items():

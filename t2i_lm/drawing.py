@@ -3,7 +3,7 @@
 Shapes: `B` pictures, `N` image tokens, `H`, `W` pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -96,27 +96,9 @@ def draw_codes(
     assert layout is not None
     assert isinstance(model.module, DecoderModule)
     null = torch.from_numpy(layout.prompt(np.empty(0, np.int64))) if isinstance(layout, Layout) else None
-    starts = range(0, len(prompts), DRAW_BATCH)
-    drawn: list[Tensor] = []
-    for start in starts:
-        part = slice(start, start + DRAW_BATCH)
-        codes_BN = generate(
-            model.module.decoder,
-            layout.vocab,
-            prompts[part],
-            layout.image_tokens,
-            seeds[part],
-            sampling or sampling_of(model.config.samples),
-            null,
-            None if on_token is None else _shifted(on_token, len(drawn), len(starts)),
-        )
-        drawn.append(codes_BN)
-    return torch.cat(drawn)
-
-
-def _shifted(on_token: Progress, before: int, batches: int) -> Callable[[int, int, Tensor], None]:
-    """Progress over all batches, `before` of which are done."""
-    return lambda done, total, codes_BN: on_token(before * total + done, batches * total, codes_BN)
+    sampling = sampling or sampling_of(model.config.samples)
+    decoder, count = model.module.decoder, layout.image_tokens
+    return generate(decoder, layout.vocab, prompts, count, seeds, sampling, null, on_token, DRAW_BATCH)
 
 
 def decode(model: Model, codes_BN: Tensor) -> list[Picture]:

@@ -8,51 +8,82 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# What attention needs of a store: keys and values (B, H, T, K) to attend to, and which columns count (None: all).
+from t2i_lm.models.cuda_graph import StepGraphs
+
+# What attention needs of a store: keys and values (B, H, T, K) to attend to, and what is added to scores (None: 0).
 Extended = tuple[Tensor, Tensor, Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
-    """What one step reads and writes: the columns of a cache up to the new one.
+    """What one step reads and writes: the first columns of a cache.
 
-    Where that is depends on tensors and their shapes alone, so that one compiled graph serves all steps.
+    Where that is depends on tensors and their shapes alone, so that one compiled graph serves all steps. All are views
+    of the cache, which the next step changes.
 
     Attributes:
-        keys, values: of each layer (B, H, T, K), views; the last column is written.
+        keys, values: of each layer (B, H, T, K).
+        column_1: the column that is written; None is the last.
         position_B: position of the new token in each sequence.
-        mask_B11T: the columns that hold something after the step; None where all do.
+        mask_B11T: 0 at the columns that hold something after the step, else minus infinity; None where all do.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
+    column_1: Tensor | None
     position_B: Tensor
     mask_B11T: Tensor | None
 
     def extend(self, layer: int, k_BH1K: Tensor, v_BH1K: Tensor) -> Extended:
         """Writes one position and returns all."""
         k_BHTK, v_BHTK = self.keys[layer], self.values[layer]
-        k_BHTK[:, :, -1:], v_BHTK[:, :, -1:] = k_BH1K, v_BH1K
+        if self.column_1 is None:
+            k_BHTK[:, :, -1:], v_BHTK[:, :, -1:] = k_BH1K, v_BH1K
+        else:
+            k_BHTK.index_copy_(2, self.column_1, k_BH1K)
+            v_BHTK.index_copy_(2, self.column_1, v_BH1K)
         return k_BHTK, v_BHTK, self.mask_B11T
 
 
 class KVCache:
-    """Keys and values of every layer for `length` columns, filled from the left, all sequences alike.
+    """Keys and values of every layer, filled from the left, all sequences alike.
+
+    A step attends to the filled columns, their number rounded up to a multiple of `bucket`. At 1 it reads no more than
+    there is, and its shapes are others at every step. Within a larger bucket only values of tensors change,
+    so that one CUDA graph serves all its steps.
 
     Attributes:
         filled: columns in use.
-        first_B: of each sequence the first column in use; other than 0 where prompts differ in length.
+        graphs: of the steps, on CUDA with buckets.
     """
 
-    def __init__(self, layers: int, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        """Dtype and device are those of `like`."""
-        shape = (batch, heads, length, head_dim)
-        self.keys = [like.new_zeros(shape) for _ in range(layers)]
-        self.values = [like.new_zeros(shape) for _ in range(layers)]
-        self.filled = 0
-        self.first_B = torch.zeros(batch, dtype=torch.int64, device=like.device)
-        self._ragged = False
-        self._columns_T = torch.arange(length, device=like.device)
+    def __init__(self, layers: int, heads: int, head_dim: int, like: Tensor, bucket: int = 1) -> None:
+        """Dtype and device are those of `like`. It holds nothing before `reset`."""
+        self.bucket, self.filled = bucket, 0
+        self.graphs: StepGraphs | None = None
+        self._layers, self._heads, self._head_dim, self._like = layers, heads, head_dim, like
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._windows: dict[int, Window] = {}
+
+    def reset(self, batch: int, length: int) -> None:
+        """Empties it for `batch` sequences of at most `length` columns; one of that size keeps memory and graphs."""
+        length = self._rounded(length)
+        shape = (batch, self._heads, length, self._head_dim)
+        if not self.keys or self.keys[0].shape != shape:
+            self.keys, self.values, self._windows, self.graphs = [], [], {}, None  # freed before more is taken
+            self.keys = [self._like.new_zeros(shape) for _ in range(self._layers)]
+            self.values = [self._like.new_zeros(shape) for _ in range(self._layers)]
+            self._mask_B11L = self._like.new_empty(batch, 1, 1, length)
+            self._position_B = torch.empty(batch, dtype=torch.int64, device=self._like.device)
+            self._column_1 = torch.empty(1, dtype=torch.int64, device=self._like.device)
+            if self.bucket > 1 and self._like.is_cuda:
+                self.graphs = StepGraphs()
+        self.filled, self._ragged = 0, False
+        self._mask_B11L.fill_(float("-inf"))
+
+    def _rounded(self, columns: int) -> int:
+        return -(-columns // self.bucket) * self.bucket
 
     def extend(self, layer: int, k_BHSK: Tensor, v_BHSK: Tensor) -> Extended:
         """Writes the prompts of an empty cache and returns them; `prefilled` ends it."""
@@ -64,24 +95,35 @@ class KVCache:
     def prefilled(self, length: int) -> None:
         """Says that all layers have written the prompts."""
         self.filled = length
+        self._position_B.fill_(length - 1)
+        self._mask_B11L[..., :length].zero_()
 
-    def place(self, rows: list[int], part: "KVCache", end: int) -> None:
+    def place(self, rows_R: Tensor, part: "KVCache", end: int) -> None:
         """Copies what another cache holds into some sequences, so that it ends before column `end`."""
         start = end - part.filled
         for whole, other in zip([*self.keys, *self.values], [*part.keys, *part.values], strict=True):
-            whole[rows, :, start:end] = other[:, :, : part.filled]
-        self.first_B[rows] = start
+            whole[rows_R, :, start:end] = other[:, :, : part.filled]
+        self._position_B[rows_R] = part.filled - 1
+        self._mask_B11L[rows_R, :, :, start:end] = 0
         self.filled, self._ragged = end, True
 
     def next_window(self) -> Window:
-        """The window of the next step, whose column then counts as filled."""
-        self.filled += 1
-        end = self.filled
-        columns_T = self._columns_T[:end]
-        mask_B11T = (columns_T >= self.first_B[:, None])[:, None, None] if self._ragged else None
-        return Window(
+        """The window of the next step, whose column then counts as filled: within a bucket the same object."""
+        column, self.filled = self.filled, self.filled + 1
+        self._column_1.fill_(column)
+        self._position_B.add_(1)
+        self._mask_B11L[..., column].zero_()
+        end = self._rounded(self.filled)
+        if end in self._windows:
+            return self._windows[end]
+        fixed = self.bucket > 1
+        window = Window(
             [whole[:, :, :end] for whole in self.keys],
             [whole[:, :, :end] for whole in self.values],
-            columns_T[-1] - self.first_B,
-            mask_B11T,
+            self._column_1 if fixed else None,
+            self._position_B,
+            self._mask_B11L[..., :end] if fixed or self._ragged else None,
         )
+        if fixed:
+            self._windows[end] = window
+        return window

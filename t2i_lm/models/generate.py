@@ -80,27 +80,27 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def prefill(decoder: Backbone, prompts: Sequence[Tensor], room: int) -> tuple[Any, Tensor]:
-    """A cache that holds all prompts and has room for more ids, and the last hidden states (B, D).
+def prefill(decoder: Backbone, prompts: Sequence[Tensor], cache: Any) -> Tensor:
+    """Puts all prompts into an empty cache; their last hidden states (B, D).
 
     Prompts of one length go in together. Others lie in the cache so that all end at one column.
     """
     device = decoder.output.text.device
     lengths = [len(prompt) for prompt in prompts]
-    cache = decoder.new_cache(len(prompts), max(lengths) + room)
     if len(set(lengths)) == 1:
-        return cache, decoder.hidden(torch.stack(list(prompts)).to(device), cache)[:, -1]
+        return decoder.hidden(torch.stack(list(prompts)).to(device), cache)[:, -1]
     last_BD: Tensor | None = None
     for length in sorted(set(lengths)):
         members = [index for index, other in enumerate(lengths) if other == length]
         part = decoder.new_cache(len(members), length)
         part_BD = decoder.hidden(torch.stack([prompts[index] for index in members]).to(device), part)[:, -1]
-        cache.place(members, part, max(lengths))
+        rows_R = torch.tensor(members, device=device)
+        cache.place(rows_R, part, max(lengths))
         if last_BD is None:
             last_BD = part_BD.new_empty(len(prompts), part_BD.shape[1])
-        last_BD[members] = part_BD
+        last_BD[rows_R] = part_BD
     assert last_BD is not None
-    return cache, last_BD
+    return last_BD
 
 
 @torch.no_grad()
@@ -113,6 +113,7 @@ def generate(
     sampling: Sampling | None = None,
     null_prompt: Tensor | None = None,
     on_token: Progress | None = None,
+    at_once: int | None = None,
 ) -> Tensor:
     """Draws pictures: exactly `image_tokens` ids each, confined to the image codes.
 
@@ -127,6 +128,7 @@ def generate(
         sampling: how; the default draws from the model's own distribution.
         null_prompt: the prompt of an empty caption, for guidance.
         on_token: progress.
+        at_once: pictures drawn together, which the cache must hold; None draws all.
 
     Returns:
         Image codes (B, N) int64 in [0, vocab.image_size), row-major, on the CPU.
@@ -140,22 +142,26 @@ def generate(
     if sampling.guidance != 1 and null_prompt is None:
         raise ValueError(f"guidance={sampling.guidance}: needs the prompt of an empty caption")
     device = decoder.output.text.device
-    uniform_BN = None if seeds is None else uniforms(seeds, image_tokens).to(device)
     codes_BN = torch.full((len(prompts), image_tokens), -1, device=device)
-    done, batches = 0, _batches(decoder, prompts)
+    done, batches = 0, _batches(decoder, prompts, at_once or len(prompts))
+    caches: list[Any] = [None] if sampling.guidance == 1 else [None, None]  # kept from batch to batch
     for members in batches:
-        own = [prompts[index] for index in members]
-        streams = [prefill(decoder, own, image_tokens)]
-        if sampling.guidance != 1:
-            assert null_prompt is not None
-            streams.append(prefill(decoder, [null_prompt] * len(own), image_tokens))
-        caches, last = [cache for cache, _ in streams], [last_BD for _, last_BD in streams]
+        rows_B = torch.tensor(members, device=device)  # one copy to the device instead of one a token
+        uniform_BN = None if seeds is None else uniforms([seeds[index] for index in members], image_tokens).to(device)
+        streams = [[prompts[index] for index in members]]
+        if null_prompt is not None and sampling.guidance != 1:
+            streams.append([null_prompt] * len(members))
+        last = []
+        for number, heads in enumerate(streams):
+            length = max(len(head) for head in heads) + image_tokens
+            caches[number] = decoder.drawing_cache(len(heads), length, caches[number])
+            last.append(prefill(decoder, heads, caches[number]))
         for step in range(image_tokens):
             logits = [decoder.output(last_BD, image_rows_only=True) for last_BD in last]
             logits_BV = logits[0] if len(logits) == 1 else logits[1] + sampling.guidance * (logits[0] - logits[1])
             logits_BV = filter_top_p(filter_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
-            codes_B = draw(logits_BV, None if uniform_BN is None else uniform_BN[members, step])
-            codes_BN[members, step] = codes_B
+            codes_B = draw(logits_BV, None if uniform_BN is None else uniform_BN[:, step])
+            codes_BN[rows_B, step] = codes_B
             if step + 1 < image_tokens:
                 last = [decoder.next_hidden(codes_B, cache, image_rows_only=True) for cache in caches]
             done += 1
@@ -164,12 +170,13 @@ def generate(
     return codes_BN.cpu()
 
 
-def _batches(decoder: Backbone, prompts: Sequence[Tensor]) -> list[list[int]]:
-    """Prompts that are drawn together: all, or those of one length where the cache cannot hold several."""
-    if decoder.ragged_cache:
-        return [list(range(len(prompts)))]
-    lengths = sorted({len(prompt) for prompt in prompts})
-    return [[index for index, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
+def _batches(decoder: Backbone, prompts: Sequence[Tensor], at_once: int) -> list[list[int]]:
+    """Prompts that are drawn together: neighbours, and of one length where the cache cannot hold several."""
+    batches: dict[tuple[int, int], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        length = 0 if decoder.ragged_cache else len(prompt)
+        batches.setdefault((index // at_once, length), []).append(index)
+    return list(batches.values())
 
 
 @torch.no_grad()

@@ -133,7 +133,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
     def _continue(self, prompts: Sequence[Tensor], tokens: int, stops: Sequence[Sequence[str]]) -> list[str]:
         """Texts after prompts; what an answer would hold behind its stop text is left out."""
         rows, end = len(self._decoder.output.text), self._text.document_end
-        cache, last_BD = prefill(self._decoder, prompts, tokens)
+        cache = self._decoder.new_cache(len(prompts), max(map(len, prompts)) + tokens)
+        last_BD = prefill(self._decoder, prompts, cache)
         added: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         open_rows = set(range(len(prompts)))

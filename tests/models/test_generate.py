@@ -97,6 +97,20 @@ def test_progress_sees_the_codes_that_are_there() -> None:
     assert seen == [(step, 6, 4 * step) for step in range(1, 7)]
 
 
+def test_progress_is_over_all_batches() -> None:
+    decoder, vocab, prompts = setup("rotary")
+    seen: list[tuple[int, int, int]] = []
+    generate(
+        decoder,
+        vocab,
+        prompts,
+        2,
+        on_token=lambda done, total, codes: seen.append((done, total, int((codes >= 0).sum()))),
+        at_once=3,
+    )
+    assert seen == [(1, 4, 3), (2, 4, 6), (3, 4, 7), (4, 4, 8)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,0 +1,153 @@
+"""Windows that grow by buckets: what a CUDA graph needs, and that ids stay the same."""
+
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from t2i_lm.backbones import COMPILERS
+from t2i_lm.models.cache import KVCache, Window
+from t2i_lm.models.cuda_graph import StepGraphs
+from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.generate import Sampling, generate
+from t2i_lm.sequence import Layout
+from t2i_lm.vocab import JointVocab
+from tests.models.test_generate import setup
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+ALIKE, RAGGED = (0, 2), (0, 1, 2, 3)
+
+
+def ways(decoder: Decoder, vocab: JointVocab, prompts: list[torch.Tensor], **how: Any) -> list[torch.Tensor]:
+    """Ids drawn greedily, from seeds, and with guidance."""
+    null = torch.from_numpy(Layout(vocab, 6, 20).prompt(np.empty(0, np.int64)))
+    guided = {"sampling": Sampling(guidance=3.0), "null_prompt": null}
+    seeds = {"seeds": list(range(len(prompts)))}
+    return [generate(decoder, vocab, prompts, 6, **how, **own) for own in ({}, seeds, guided)]  # type: ignore[arg-type]
+
+
+def recomputed(decoder: Decoder, vocab: JointVocab, prompt: torch.Tensor) -> torch.Tensor:
+    """Greedy ids without a cache."""
+    ids = prompt
+    for _ in range(6):
+        code = decoder(ids[None])[0, -1, vocab.image_offset :].argmax()
+        ids = torch.cat([ids, code[None] + vocab.image_offset])
+    return ids[len(prompt) :] - vocab.image_offset
+
+
+@pytest.mark.parametrize("members", [ALIKE, RAGGED])
+@pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
+def test_buckets_draw_the_ids_of_growing_windows_and_of_full_recomputation(
+    positional: str, members: tuple[int, ...]
+) -> None:
+    decoder, vocab, every = setup(positional)
+    prompts = [every[member] for member in members]
+    growing = ways(decoder, vocab, prompts)
+    for bucket in (4, 128):  # 6 ids cross a border of the first
+        decoder.bucket = bucket
+        for found, expected in zip(ways(decoder, vocab, prompts), growing, strict=True):
+            assert torch.equal(found, expected)
+    greedy = torch.stack([recomputed(decoder, vocab, prompt) for prompt in prompts])
+    assert torch.equal(growing[0], greedy)
+
+
+@pytest.mark.parametrize("bucket", [1, 4])
+def test_batches_that_share_a_cache_draw_the_ids_of_one(bucket: int) -> None:
+    """Of prompts of one length and of several in turn, the last batch being smaller."""
+    decoder, vocab, every = setup("rotary")
+    prompts = [every[member] for member in (0, 2, 3, 1, 2, 0, 1)]
+    expected = ways(decoder, vocab, prompts)
+    decoder.bucket = bucket
+    for found, together in zip(ways(decoder, vocab, prompts, at_once=2), expected, strict=True):
+        assert torch.equal(found, together)
+
+
+def test_a_used_cache_keeps_its_memory_and_forgets_what_was_in_it() -> None:
+    decoder, _, every = setup("rotary")
+    decoder.bucket = 4
+    ids_BT = torch.stack([every[0], every[2]])
+
+    def steps(cache: KVCache) -> torch.Tensor:
+        decoder.hidden(ids_BT, cache)
+        return torch.stack([decoder.next_hidden(ids_BT[:, 0], cache) for _ in range(4)])
+
+    with torch.no_grad():
+        cache = decoder.drawing_cache(2, 13)
+        expected = steps(cache)
+        keys, windows = cache.keys[0], dict(cache._windows)
+        for whole in [*cache.keys, *cache.values]:
+            whole.fill_(7.0)
+        assert decoder.drawing_cache(2, 16, cache) is cache  # both are four buckets
+        assert torch.equal(steps(cache), expected)
+        assert cache.keys[0] is keys
+        assert cache._windows == windows
+        assert decoder.drawing_cache(2, 17, cache) is cache
+        assert cache.keys[0].shape[2] == 20
+        assert not cache._windows
+
+
+@pytest.mark.parametrize("members", [ALIKE, RAGGED])
+def test_steps_within_a_bucket_see_the_same_tensors(members: tuple[int, ...]) -> None:
+    decoder, _, every = setup("rotary")
+    decoder.bucket = 8
+    cache = decoder.drawing_cache(len(members), 20)
+    lengths = [len(every[member]) for member in members]
+    if members == ALIKE:
+        cache.prefilled(lengths[0])
+    else:
+        for row, length in enumerate(lengths):
+            part = decoder.new_cache(1, length)
+            part.prefilled(length)
+            cache.place(torch.tensor([row]), part, max(lengths))
+    filled, seen = cache.filled, set[Window]()
+    while cache.filled < 20:
+        window = cache.next_window()
+        seen.add(window)
+        assert window.column_1 is not None
+        assert window.mask_B11T is not None
+        assert int(window.column_1) == cache.filled - 1
+        done = cache.filled - filled
+        assert window.position_B.tolist() == [length - 1 + done for length in lengths]
+        assert (window.mask_B11T[:, 0, 0] == 0).sum(1).tolist() == [length + done for length in lengths]
+        assert window.keys[0].shape[2] == window.mask_B11T.shape[3] == -(-cache.filled // 8) * 8
+    assert len(seen) == len({column // 8 for column in range(filled, 20)})
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+def test_compiled_steps_in_buckets_draw_the_same_ids() -> None:
+    decoder, vocab, prompts = setup("rotary")
+    expected = generate(decoder, vocab, prompts[:2], 6)
+    decoder.bucket = 8
+    decoder.compile_steps()
+    assert torch.equal(generate(decoder, vocab, prompts[:2], 6), expected)
+
+
+@on_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("members", [ALIKE, RAGGED])
+def test_graphs_draw_the_ids_of_growing_windows(
+    members: tuple[int, ...], compiled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder, vocab, every = setup("rotary")
+    decoder.cuda()
+    prompts = [every[member] for member in members] * 2
+    decoder.bucket = 1
+    growing = ways(decoder, vocab, prompts)
+    decoder.bucket = 8
+    if compiled:
+        decoder.compile_steps()
+    for at_once in (None, len(members)):
+        for found, expected in zip(ways(decoder, vocab, prompts, at_once=at_once), growing, strict=True):
+            assert torch.equal(found, expected)
+    assert "without CUDA graphs" not in capsys.readouterr().err
+
+
+@on_cuda
+def test_a_step_that_cannot_be_captured_runs_without(capsys: pytest.CaptureFixture[str]) -> None:
+    graphs, ids_B = StepGraphs(), torch.tensor([1, 2], device="cuda")
+    for _ in range(2):
+        assert graphs.run("key", lambda own_B: own_B + int(own_B.sum()), ids_B).tolist() == [4, 5]
+    assert capsys.readouterr().err.count("drawing goes on without CUDA graphs") == 1
+    assert StepGraphs().run("key", lambda own_B: own_B * 2, ids_B).tolist() == [2, 4]
