@@ -33,7 +33,16 @@ from t2i_lm.data.coco import (
 )
 from t2i_lm.data.tokenise import stack_pictures
 from t2i_lm.devices import local_rank
-from t2i_lm.drawing import Picture, caption_layout, caption_prompts, decode, draw_codes, sampling_of, seeds_of
+from t2i_lm.drawing import (
+    Picture,
+    caption_layout,
+    caption_prompts,
+    decode,
+    draw_codes,
+    sampling_of,
+    seeds_of,
+    weights_dtype,
+)
 from t2i_lm.models.generate import Sampling
 from t2i_lm.parts import Parts
 from t2i_lm.protocol import CANONICAL, PROMPT_SEED, Card
@@ -142,7 +151,9 @@ class Drawing:
     def card(self, network: Inception, reference_sha256: str, pictures: str = "drawn") -> Card:
         """The card of a number made with this."""
         assert self.model.image is not None
-        drawn: dict[str, Any] = {**asdict(self.sampling), "prompts_cut": self.cut} if pictures == "drawn" else {}
+        drawn: dict[str, Any] = {}
+        if pictures == "drawn":
+            drawn = {**asdict(self.sampling), "prompts_cut": self.cut, "weights": weights_dtype(self.model)}
         return Card(
             pictures=pictures,
             prompts=len(self.prompts),

@@ -28,6 +28,7 @@ TASKS are lm-evaluation-harness' names (tasks, groups, tags), separated by comma
 # Options that say nothing without another.
 BELONGS = {
     "clip": "coco",
+    "bf16": "coco",
     "tasks": "forgetting",
     "lm_eval_limit": "lm_eval",
     "lm_eval_tasks": "lm_eval",
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--guidance", "--cfg", type=float, metavar="S", help="scale of classifier-free guidance (default: the run's)")
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
     add("--compile", action="store_true", help="compile the drawing step; ids may differ where nearly tied")
+    add("--bf16", action="store_true", help="with --coco alone: draw with weights in bfloat16, said in the card")
     add("--no-floor", action="store_true", help="leave out the reconstruction FID of the tokenizer")
     add("--canonical", action="store_true", help=f"refuse to measure anything that is not {HEADLINE}")
     add("--pictures", action="store_true", help="also write every drawn picture as PNG")
@@ -83,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for key, whole in BELONGS.items():
             if getattr(options, key) not in (None, False) and getattr(options, whole) is None:
                 raise ValueError(f"{_flag(key)}: says nothing without {_flag(whole)}")
+        if options.bf16 and len(wanted) > 1:
+            raise ValueError("--bf16 rounds the weights for all that follows: measure the rest in a command of its own")
         given = {name: row.check(options) for name, row in wanted.items()}
         if options.dry_run:
             print(*(row.describe(options, given[name]) for name, row in wanted.items()), sep="\n")
@@ -96,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given: dict[str, Any]) -> int:
     import torch
 
+    from t2i_lm.drawing import prepare_drawing
     from t2i_lm.parts import write_whole
     from t2i_lm.subject import Subject
     from t2i_lm.trained import find_run, load_trained, newest_checkpoint
@@ -105,10 +110,7 @@ def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given:
     checkpoint = newest_checkpoint(run)
     model = load_trained(run)
     torch.set_num_threads(model.config.trainer.threads or torch.get_num_threads())
-    if options.compile:
-        from t2i_lm.drawing import compile_drawing
-
-        compile_drawing(model)
+    prepare_drawing(model, bf16=options.bf16, compiled=options.compile)
     out = options.out or run / "evaluations" / _default_name(options, checkpoint)
     subject = Subject(options, run, checkpoint, model, out, rank, world)
     if world > 1:

@@ -24,6 +24,7 @@ class Card:
         prompts_cut: captions that were longer than the model's sequence takes, and were cut to it as in training.
         native_size: side in pixels as the tokenizer decodes; another than `size` was resized as the references are.
         network_sha256: of the feature network's weights.
+        weights: number format of the model's weights while it draws.
     """
 
     pictures: str
@@ -49,6 +50,7 @@ class Card:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    weights: str = "float32"
     seed: int = 0
     prompt_ids: list[list[int]] = field(default_factory=list)
 
@@ -73,7 +75,7 @@ class Card:
 
 
 # Guidance, temperature and seed are the model's own distribution: what the study compares. The hashes of prompts and
-# captions follow from the other fields and COCO's files.
+# captions follow from the other fields and COCO's files. How weights are rounded is the model's affair, and disclosed.
 CANONICAL: dict[str, Any] = {
     "pictures": "drawn",
     "prompts": 30_000,

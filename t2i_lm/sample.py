@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--top-k", type=int, help="codes kept at each step (default: the run's)")
     arguments.add_argument("--top-p", type=float, help="probability kept at each step (default: the run's)")
     arguments.add_argument("--compile", action="store_true", help="compile the drawing step: pays for many pictures")
+    arguments.add_argument("--bf16", action="store_true", help="weights in bfloat16: faster, above all on a GPU")
     arguments.add_argument("--out", type=Path, help="folder to write (default: RUN/drawn/DATE-TIME)")
     return arguments
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompts = read_prompts(options.prompt, options.prompts)
         if options.each < 1:
             raise ValueError(f"--each {options.each}: expected at least 1")
+        from t2i_lm.drawing import prepare_drawing
         from t2i_lm.trained import find_run, load_trained
 
         run = find_run(options.checkpoint)
@@ -59,10 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out}: exists and is not an empty folder; nothing is overwritten")
         model = load_trained(run)
-        if options.compile:
-            from t2i_lm.drawing import compile_drawing
-
-            compile_drawing(model)
+        prepare_drawing(model, bf16=options.bf16, compiled=options.compile)
         files = sample(model, prompts, options.each, options.seed, chosen_sampling(model, options), out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

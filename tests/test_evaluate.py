@@ -106,6 +106,19 @@ def test_the_number_carries_its_card_and_not_the_headlines_name(unbroken: dict[s
     assert floor["card"]["prompt_ids"] == card["prompt_ids"]
 
 
+def test_weights_in_bfloat16_are_disclosed_and_are_another_evaluation(
+    command: list[str], unbroken: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert unbroken["card"]["weights"] == "float32"
+    out = ["--no-floor", "--out", str(tmp_path / "out")]
+    assert main([*command, "--bf16", *out]) == 0
+    assert read(tmp_path / "out")["card"]["weights"] == "bfloat16"
+    assert main([*command, *out]) == 2
+    assert "weights" in capsys.readouterr().err
+    assert main([*command, "--bf16", "--forgetting", __file__, *out]) == 2
+    assert "--bf16 rounds the weights" in capsys.readouterr().err
+
+
 def test_a_part_is_drawn_as_all_pictures_are(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:
     assert main([*command, "--part", "10", "--no-floor", "--out", str(tmp_path / "out")]) == 0
     assert read(tmp_path / "out")["fid"] == pytest.approx(unbroken["fid"], rel=1e-6)
@@ -180,17 +193,8 @@ def test_the_number_is_torch_fidelitys_on_the_same_folders(run: Path, inception_
     assert main([*words, *rest]) == 0
     assert len(list(drawn.iterdir())) == PICTURES
     assert np.asarray(Image.open(next(drawn.iterdir()))).shape == (256, 256, 3)
-    theirs = [
-        sys.executable,
-        "-m",
-        "torch_fidelity.fidelity",
-        "--fid",
-        "--kid",
-        "--cpu",
-        "--json",
-        "--silent",
-        "--save-cpu-ram",
-    ]
+    theirs = [sys.executable, "-m", "torch_fidelity.fidelity"]
+    theirs += ["--fid", "--kid", "--cpu", "--json", "--silent", "--save-cpu-ram"]
     theirs += ["--input1", str(drawn), "--input2", str(coco / "val2014"), "--kid-subset-size"]
     theirs += [str(min(PICTURES, 1000))]
     theirs += ["--feature-extractor-weights-path", str(inception_weights)]

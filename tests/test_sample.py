@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from t2i_lm.drawing import caption_prompts, draw_codes, prepare_drawing, weights_dtype
 from t2i_lm.runs import ENVIRONMENT, run_folders
 from t2i_lm.sample import main, parser
 from t2i_lm.train import main as train
+from t2i_lm.trained import load_trained
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red circle on a white background"
@@ -44,6 +47,16 @@ def test_pictures_and_a_grid_are_written_and_do_not_depend_on_their_batch(run: P
     assert (pixels(tmp_path / "one" / files[0]) == pixels(tmp_path / "both" / files[0])).all()
     assert main(["--checkpoint", str(run), PROMPT, "--seed", "1", "--out", str(tmp_path / "other")]) == 0
     assert (pixels(tmp_path / "other" / files[0]) != pixels(tmp_path / "both" / files[0])).any()
+
+
+def test_rounded_weights_draw_nearly_the_same_codes(run: Path) -> None:
+    float32, bfloat16 = load_trained(run), load_trained(run)
+    prepare_drawing(bfloat16, bf16=True, compiled=False)
+    assert (weights_dtype(float32), weights_dtype(bfloat16)) == ("float32", "bfloat16")
+    codes = [draw_codes(model, caption_prompts(model, [PROMPT] * 8), range(8)) for model in (float32, bfloat16)]
+    assert (codes[0][:, 0] == codes[1][:, 0]).float().mean() >= 0.75  # where a code differs, so do those that follow
+    buffer = bfloat16.module.decoder.get_buffer("rotary_cos")
+    assert buffer.dtype == torch.float32
 
 
 def test_by_default_a_new_folder_of_the_run_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
