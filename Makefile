@@ -18,7 +18,7 @@ PRETRAIN = $(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" da
 BENCHMARKS := train_step head generate loader trainer_overhead fid
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test tensorboard figures bench demo-assets exp-pretrained exp-scratch clean
+.PHONY: help setup check test tensorboard figures bench bench-gpu demo-assets exp-pretrained exp-scratch clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,19 @@ tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
 bench: $(STAMP)  ## side by side with peers, one JSON line each (minutes; only numbers of an idle machine count)
 	@failed=; for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS) || failed="$$failed $$name"; done; \
 	  test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
+
+# What the paper's shape takes on one GPU of 80 GB; OPEN_LM=CHECKOUT adds open_lm's own code.
+OPEN_LM ?=
+ON_GPU := "trainer_overhead --shape paper --compile --accumulate 64 --steps 192 --rounds 3" \
+  "train_step --shape paper --peers transformers" "train_step --shape paper --peers litgpt" \
+  $(if $(OPEN_LM),"train_step --shape paper --peers open_lm --open-lm $(OPEN_LM)") \
+  "head --tokens 16128 --precision bf16" \
+  "generate --shape paper --prompt 64 --tokens 1024 --precision bf16 --batch 64 --rounds 3" \
+  "generate --shape paper --prompt 64 --tokens 1024 --precision bf16 --batch 256 --rounds 3 --alone"
+
+bench-gpu: $(STAMP)  ## the same at the paper's shape on one GPU of 80 GB
+	@failed=; for script in $(ON_GPU); do echo "benchmarks.$$script"; $(PY) -m benchmarks.$$script --device cuda $(ARGS) || \
+	  failed="$$failed $${script%% *}"; done; test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
 
 demo-assets: $(STAMP)  ## rebuild the shipped weights (hours): TEXT=books.txt.gz HELDOUT=heldout.txt.gz
 	@test -f "$(TEXT)" && test -f "$(HELDOUT)" || \

@@ -47,14 +47,21 @@ def write_random_shards(
     write_index(folder, index)
 
 
-def experiment(batch: int, length: int, steps: int, precision: str = "auto", logger: str = "none") -> ExperimentConfig:
-    """The demo's settings for `steps` steps without a validation or a checkpoint between them."""
+def experiment(
+    batch: int, length: int, steps: int, precision: str = "auto", logger: str = "none", accumulate: int = 1
+) -> ExperimentConfig:
+    """The demo's settings for `steps` steps of `accumulate` times `batch`, with no validation or checkpoint between."""
     return ExperimentConfig(
         name="benchmark",
-        data=DataConfig(batch_size=batch, length=length),
+        data=DataConfig(batch_size=batch * accumulate, length=length),
         optim=OptimConfig(warmup_steps=1),
         trainer=TrainerConfig(
-            max_steps=steps, val_check_interval=steps, checkpoint_interval=steps, precision=precision, devices=1
+            max_steps=steps,
+            val_check_interval=steps,
+            checkpoint_interval=steps,
+            precision=precision,
+            devices=1,
+            accumulate_grad_batches=accumulate,
         ),
         log=LogConfig(logger=logger),
     )

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import GateError, Report, answer, gate, parser, spread
+from benchmarks.rounds import GateError, Report, answer, can_compile, gate, parser, spread
 
 EXAMPLE = "python -m benchmarks.trainer_overhead --shape demo --steps 60 --threads 2"
 WARMUP = 5  # steps of each repetition that are not timed
@@ -30,7 +30,13 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     arguments = parser("trainer_overhead", "Trainer with all callbacks against a hand-written loop.", EXAMPLE)
     arguments.add_argument("--shape", choices=("demo", "paper"), default="demo", help="default: %(default)s")
-    arguments.add_argument("--steps", type=int, default=60, help="of one repetition (default: %(default)s)")
+    arguments.add_argument(
+        "--steps", type=int, default=60, help="micro-batches of one repetition (default: %(default)s)"
+    )
+    arguments.add_argument(
+        "--accumulate", type=int, default=1, help="micro-batches of an optimiser step (default: %(default)s)"
+    )
+    arguments.add_argument("--compile", action="store_true", help="compile each block, as trainer.compile does")
     arguments.add_argument(
         "--precision", choices=("auto", "bf16-mixed", "32-true"), default="auto", help="default: %(default)s"
     )
@@ -41,14 +47,14 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Clock:
-    """Starts of steps, in seconds."""
+    """Starts of micro-batches, in seconds."""
 
     def __init__(self, device: str, steps: int) -> None:
         self.device, self.steps = device, steps
         self.starts: list[float] = []
 
     def tick(self) -> None:
-        """A step begins. A GPU is waited for where timing begins and ends; in between the host may run ahead."""
+        """A micro-batch begins. A GPU is waited for where timing begins and ends; in between the host may run ahead."""
         if self.device == "cuda" and len(self.starts) in (WARMUP, self.steps - 1):
             import torch
 
@@ -56,7 +62,7 @@ class Clock:
         self.starts.append(time.perf_counter())
 
     def period(self) -> float:
-        """Mean seconds a step, warm-up left out."""
+        """Mean seconds a micro-batch, warm-up left out."""
         assert len(self.starts) == self.steps
         return (self.starts[-1] - self.starts[WARMUP]) / (self.steps - 1 - WARMUP)
 
@@ -86,17 +92,21 @@ def train_by_hand(module: Any, data: Any, config: Any, clock: Clock) -> None:
     plan = module.configure_optimizers()
     optimizer, schedule = plan["optimizer"], plan["lr_scheduler"]["scheduler"]
     low = precision(config) == "bf16-mixed"
+    accumulate = config.trainer.accumulate_grad_batches
+    optimizer.zero_grad(set_to_none=True)
     for number, loaded in enumerate(data.train_dataloader()):
         clock.tick()
         batch = {key: value.to(clock.device) if hasattr(value, "to") else value for key, value in loaded.items()}
         with torch.autocast(clock.device, dtype=torch.bfloat16) if low else nullcontext():
-            loss = module.training_step(batch, number)["loss"]
-        optimizer.zero_grad(set_to_none=True)
+            loss = module.training_step(batch, number)["loss"] / accumulate
         loss.backward()
+        if (number + 1) % accumulate:
+            continue
         module.on_before_optimizer_step(optimizer)
         module.configure_gradient_clipping(optimizer, config.optim.grad_clip)
         optimizer.step()
         schedule.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -106,21 +116,32 @@ def measure(options: argparse.Namespace) -> None:
 
     from benchmarks.peers import SHAPES, build_decoder
     from benchmarks.shards import experiment, open_alone, write_random_shards
+    from t2i_lm.backbones import prepare_blocks
     from t2i_lm.data.datamodules import PairDataModule
+    from t2i_lm.flops import flop_per_token
     from t2i_lm.modules.text_to_image import TextToImageModule
     from t2i_lm.sequence import Layout
+    from t2i_lm.trainer import peak
 
     name = "tiny" if options.quick else options.shape
-    options.steps = WARMUP + 4 if options.quick else options.steps
-    if options.steps < WARMUP + 2:
-        raise ValueError(f"--steps={options.steps}: expected at least {WARMUP + 2}, of which {WARMUP} are not timed")
+    options.steps = WARMUP + 5 if options.quick else options.steps
+    if options.steps < WARMUP + 2 or options.accumulate < 1 or options.steps % options.accumulate:
+        raise ValueError(
+            f"--steps={options.steps}: expected a multiple of --accumulate={options.accumulate}, at least {WARMUP + 2}, "
+            f"of which {WARMUP} are not timed"
+        )
     shape = SHAPES[name]
     decoder, vocab = build_decoder(shape, "cpu")
     weights = {key: tensor.clone() for key, tensor in decoder.state_dict().items()}
-    config = experiment(shape.batch, shape.length, options.steps, options.precision, options.logger)
-    config.trainer = replace(config.trainer, accelerator="gpu" if options.device == "cuda" else "cpu")
+    accumulate = options.accumulate
+    config = experiment(
+        shape.batch, shape.length, options.steps // accumulate, options.precision, options.logger, accumulate
+    )
+    accelerator = "gpu" if options.device == "cuda" else "cpu"
+    config.trainer = replace(config.trainer, accelerator=accelerator, compile=options.compile and can_compile(options))
+    prepare_blocks(decoder, config)
     layout = Layout(vocab, IMAGE_TOKENS[name], shape.length)
-    samples = shape.batch * 32
+    samples = shape.batch * 32 * accumulate
     with tempfile.TemporaryDirectory() as place:
         shards = Path(place) / "shards"
         sizes = (samples, layout.image_tokens, shape.text_vocab, shape.image_codes, shape.length)
@@ -154,6 +175,8 @@ def measure(options: argparse.Namespace) -> None:
             order = (("trainer", by_trainer), ("loop", by_hand))
             for side, train in order if number % 2 == 0 else order[::-1]:
                 periods[side].append(train()[0])
+    tokens = shape.batch * shape.length
+    flop, peak_flop = flop_per_token(decoder, shape.length) * tokens, peak(config)
     ratios = [ours / loop for ours, loop in zip(periods["trainer"], periods["loop"], strict=True)]
     report.write(
         gate=agreement,
@@ -161,6 +184,8 @@ def measure(options: argparse.Namespace) -> None:
         seconds_per_step={side: spread(values) for side, values in periods.items()},
         overhead_percent=spread([100 * (ratio - 1) for ratio in ratios]),
         overhead_ms=spread([1e3 * (a - b) for a, b in zip(periods["trainer"], periods["loop"], strict=True)]),
+        tokens_per_s={side: spread([tokens / value for value in values]) for side, values in periods.items()},
+        mfu=None if peak_flop is None else spread([flop / value / peak_flop for value in periods["trainer"]]),
         throughput_ratio=spread([1 / ratio for ratio in ratios]),
     )
 
