@@ -18,6 +18,7 @@ CIRCUMSTANCES = (
     "forgetting.",
     "data.cache_dir",
     "data.workers",
+    "data.trim",
     "log.logger",
     "trainer.accelerator",
     "trainer.devices",

@@ -109,13 +109,14 @@ class DataConfig:
     cache_dir: str = "cache"  # prepared token shards
     part_size: int = 8192  # samples of one part of the shards: what a killed preparation loses at most
     workers: int = 0  # processes that load batches
+    trim: int = 8  # a micro-batch is as long as its longest sequence, rounded up to a multiple of this
     replay_path: str | None = None  # plain text that takes the place of pairs; read where replay_ratio > 0
     replay_ratio: float = 0.0  # share of each batch's sequences that are windows of it
 
     def __post_init__(self) -> None:
         one_of("data.source", self.source, SOURCES)
         one_of("data.captions", self.captions, CAPTION_CHOICES)
-        for key in ("batch_size", "length", "part_size"):
+        for key in ("batch_size", "length", "part_size", "trim"):
             require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "at least 1")
         for key in ("train_size", "val_size"):
             value = getattr(self, key)
