@@ -25,6 +25,7 @@ CIRCUMSTANCES = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.threads",
+    "trainer.packing",
     "trainer.checkpoint_interval",
 )
 # Paths whose contents the data hash already compares.

