@@ -181,6 +181,7 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     activation_checkpointing: bool = False  # recomputes blocks in the backward pass: less memory, a third more time
     packing: bool = False  # layers without pads: same loss and gradients; a demo step on a CPU takes 6 % less time
+    fp8: bool = False  # layers multiply in float8 (extra `fp8`, NVIDIA from Ada on): changes curves, not comparable
     compile: bool = False  # torch.compile of each block; eager with a message where there is no C++ compiler
     val_check_interval: int = 1000  # optimiser steps between validations
     checkpoint_interval: int = 1000  # optimiser steps between checkpoints
