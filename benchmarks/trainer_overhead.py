@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace) -> None:
     options.steps = WARMUP + 5 if options.quick else options.steps
     if options.steps < WARMUP + 2 or options.accumulate < 1 or options.steps % options.accumulate:
         raise ValueError(
-            f"--steps={options.steps}: expected a multiple of --accumulate={options.accumulate}, at least {WARMUP + 2}, "
+            f"--steps={options.steps}: expected a multiple of --accumulate={options.accumulate} from {WARMUP + 2} on, "
             f"of which {WARMUP} are not timed"
         )
     shape = SHAPES[name]

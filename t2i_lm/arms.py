@@ -18,12 +18,14 @@ CIRCUMSTANCES = (
     "forgetting.",
     "data.cache_dir",
     "data.workers",
+    "data.trim",
     "log.logger",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.threads",
+    "trainer.packing",
     "trainer.checkpoint_interval",
 )
 # Paths whose contents the data hash already compares.

@@ -11,6 +11,7 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.models.adapters import add_adapters
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder, DecoderConfig
+from t2i_lm.models.float8 import float8_layers
 from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
 from t2i_lm.models.initialise import copy_text_rows, shuffle_entries
@@ -136,7 +137,15 @@ def choose_trained(decoder: Backbone, config: ExperimentConfig) -> None:
 
 
 def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:
-    """Recomputation and compilation of blocks, as the trainer's keys say; before a strategy wraps the decoder."""
+    """Packing, recomputation and compilation, as the trainer's keys say; before a strategy wraps the decoder.
+
+    Raises:
+        ValueError: if the backbone cannot be packed or has no layers for float8, which training alone turns on.
+    """
+    if config.trainer.packing:
+        decoder.enable_packing()
+    if config.trainer.fp8:
+        float8_layers(decoder)
     if config.trainer.activation_checkpointing:
         decoder.enable_activation_checkpointing()
     if config.trainer.compile and can_compile("trainer.compile"):

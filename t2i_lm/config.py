@@ -86,6 +86,9 @@ class ExperimentConfig:
             self._check_sharded()
         if self.task == "image_tokenizer" and (self.freeze or self.tune != "all"):
             raise ValueError("freeze and tune are for language models, not task=image_tokenizer")
+        for key in ("packing", "fp8"):
+            if getattr(self.trainer, key) and self.task in ("align", "image_tokenizer"):
+                raise ValueError(f"trainer.{key}=True: expected false, task={self.task} trains no language model")
         self._check_remedies()
         if (self.task == "text") != (self.data.source == "text"):
             raise ValueError(f"data.source={self.data.source!r} does not fit task={self.task!r}")

@@ -1,6 +1,7 @@
 """What the processor at hand can do."""
 
 import os
+from importlib.util import find_spec
 
 import torch
 
@@ -8,6 +9,7 @@ from t2i_lm.config import ExperimentConfig
 from t2i_lm.sections import TrainerConfig, require
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+FLOAT8_CAPABILITY = (8, 9)
 
 
 def require_device(trainer: TrainerConfig) -> None:
@@ -27,6 +29,18 @@ def require_device(trainer: TrainerConfig) -> None:
         slow = trainer.precision == "bf16-mixed" and not multiplies_bfloat16("cuda")
         name = torch.cuda.get_device_name()
         require(not slow, "trainer.precision", trainer.precision, f"32-true: {name} does not multiply in bfloat16")
+    if trainer.fp8:
+        _require_float8(trainer)
+
+
+def _require_float8(trainer: TrainerConfig) -> None:
+    gpu = uses_gpu(trainer.accelerator)
+    name = torch.cuda.get_device_name() if gpu else "this processor"
+    capable = gpu and torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY
+    here = f"false: {name} does not multiply in float8 (GPUs of NVIDIA from Ada and Hopper on do)"
+    require(capable, "trainer.fp8", trainer.fp8, here)
+    if find_spec("torchao") is None:
+        raise ValueError("trainer.fp8=True: it needs torchao, which is not installed: pip install 't2i_lm[fp8]'")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

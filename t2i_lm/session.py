@@ -86,8 +86,9 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     if not trainer.strategy.broadcast(validated):
         trainer.validate(experiment.module, experiment.data, verbose=False)
     if trainer.is_global_zero:
-        if config.trainer.strategy in SHARDED and experiment.layout is not None:
-            experiment.module = load_trained(folder).module  # whole: what was trained lies in parts on all processes
+        if (config.trainer.strategy in SHARDED or config.trainer.fp8) and experiment.layout is not None:
+            # Whole, where what was trained lies in parts on all processes; and without the roundings of float8.
+            experiment.module = load_trained(folder).module
         write_report(experiment, folder, trained, wall_s=seconds_trained(trainer))
     return 0
 

@@ -22,6 +22,13 @@ def test_an_accelerator_that_is_not_here_is_refused_with_those_that_are(accelera
     require_device(TrainerConfig(accelerator="cpu", devices=2, precision="bf16-mixed"))
 
 
+def test_float8_is_refused_where_the_processor_does_not_multiply_in_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"trainer\.fp8=True: expected false: this processor does not multiply in float8"
+    ):
+        require_device(TrainerConfig(accelerator="cpu", fp8=True))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_gpus_than_there_are_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.devices=99"):

@@ -75,6 +75,20 @@ def test_a_bad_override_names_the_key_and_what_is_allowed(override: str, message
         load_experiment(PRETRAINED, "demo", ["trainer.max_steps=300", *override.split()])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.packing=true", "trainer.compile=true"], "trainer.packing=True: expected false with trainer.compile"),
+        (["trainer.packing=true", "task=align"], "trainer.packing=True: expected false, task=align"),
+        (["trainer.fp8=true", "task=align"], "trainer.fp8=True: expected false, task=align"),
+        (["data.trim=0"], "data.trim=0: expected at least 1"),
+    ],
+)
+def test_speed_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_experiment(PRETRAINED, "demo", overrides)
+
+
 def test_an_unknown_scale_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="demo, flickr8k, paper"):
         load_experiment(PRETRAINED, "huge")

@@ -63,6 +63,15 @@ def test_runs_that_do_not_pair_are_listed_with_what_differs(
     assert "python -m t2i_lm.train experiments/t2i_scratch.yaml --scale demo" in message
 
 
+def test_what_changes_speed_alone_is_no_difference(runs: Path) -> None:
+    quick = {"data.trim": 32, "trainer.packing": True, "trainer.threads": 4}
+    write_run(runs, "t2i_scratch", "20260302-100000", config=quick)
+    assert chosen(runs) == ("20260301-100000", "20260302-100000")
+    assert not find_pair(runs).other_differences()
+    write_run(runs, "t2i_scratch", "20260303-100000", config=quick | {"trainer.fp8": True})
+    assert find_pair(runs).other_differences() == {"trainer.fp8": (False, True)}
+
+
 def test_two_unknown_data_hashes_do_not_match(tmp_path: Path) -> None:
     for name in ("t2i_pretrained", "t2i_scratch"):
         write_run(tmp_path, name, data_hash=None)

@@ -22,7 +22,8 @@ def one(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def two(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("two")
-    process = launch(PRETRAINED, root, *tiny, *TWO, "trainer.strategy=fsdp2")
+    # Packed, too: neither changes a loss.
+    process = launch(PRETRAINED, root, *tiny, *TWO, "trainer.strategy=fsdp2", "trainer.packing=true")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return read_run(run_folders(root)[0])

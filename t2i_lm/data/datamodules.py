@@ -26,8 +26,6 @@ from t2i_lm.sequence import ImageLayout, IntArray, Layout
 
 # `ids_BT` int64, `samples` int, `tokens_nominal` int (positions), `tokens_real` 0-d int64 (pads excluded).
 Batch = dict[str, Any]
-# A micro-batch is cut to its longest sequence, rounded up to this many positions: fewer pads to compute.
-TRIM = 8
 
 
 class Batches(Dataset[Batch]):
@@ -79,11 +77,17 @@ class PairBatches(CaptionedIds):
     """Caption-image pairs as packed batches: `ids_BT` joint ids and how much they are."""
 
     def __init__(
-        self, split: datasets.Dataset, layout: Layout | ImageLayout, captions: str, seed: int, dropout: float = 0.0
+        self,
+        split: datasets.Dataset,
+        layout: Layout | ImageLayout,
+        captions: str,
+        seed: int,
+        trim: int,
+        dropout: float = 0.0,
     ) -> None:
-        """`dropout` is the share of captions left empty."""
+        """`trim` is what a batch's length is a multiple of, `dropout` the share of captions left empty."""
         super().__init__(split, captions, seed)
-        self.layout, self.dropout = layout, dropout
+        self.layout, self.trim, self.dropout = layout, trim, dropout
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         texts, image_ids_BN = self.pairs(draws)
@@ -94,7 +98,7 @@ class PairBatches(CaptionedIds):
             ]
         ids_BT = self.layout.pack(texts, image_ids_BN)
         used_B = (ids_BT != self.layout.vocab.pad).sum(dim=1)
-        longest = -(-int(used_B.max()) // TRIM) * TRIM
+        longest = -(-int(used_B.max()) // self.trim) * self.trim
         return {
             "ids_BT": ids_BT[:, : min(self.layout.length, longest)],
             "samples": len(draws),
@@ -213,9 +217,9 @@ class PairDataModule(BatchDataModule):
         """Maps the shards, checking their hashes."""
         data, seed = self.config.data, self.config.seed
         self.train_set = PairBatches(
-            open_split(self.folder, "train"), self.layout, data.captions, seed, data.caption_dropout
+            open_split(self.folder, "train"), self.layout, data.captions, seed, data.trim, data.caption_dropout
         )
-        self.val_set = PairBatches(open_split(self.folder, "val"), self.layout, "first", seed)
+        self.val_set = PairBatches(open_split(self.folder, "val"), self.layout, "first", seed, data.trim)
 
 
 class TextDataModule(BatchDataModule):

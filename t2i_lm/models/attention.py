@@ -9,13 +9,16 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from t2i_lm.models.cache import KVCache, Window
+from t2i_lm.models.packed import Packed
 
 POSITIONS = ("rotary", "llama_rotary", "head_rotary", "none")
 ROTARY = ("rotary", "llama_rotary")
 ROTARY_BASE = 10_000.0
 SHORT = 512  # positions up to which `attend` may hold all scores
+HALF = (torch.float16, torch.bfloat16)
 Rotary = tuple[Tensor, Tensor] | None  # cosines and sines that broadcast to (B, H, T, K)
 
 
@@ -60,6 +63,22 @@ def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, causal: bool, mask: T
     return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=causal)
 
 
+def attend_packed(q_1HNK: Tensor, k_1HNK: Tensor, v_1HNK: Tensor, packed: Packed) -> Tensor:
+    """Causal attention within each of the packed sequences.
+
+    A kernel that starts again at every sequence exists for half precision on GPUs; elsewhere queries, keys and values
+    are padded once more, a small part of the whole work.
+    """
+    if q_1HNK.is_cuda and v_1HNK.dtype in HALF and q_1HNK.shape[-1] % 8 == 0:
+        q_NHK, k_NHK, v_NHK = (x[0].transpose(0, 1).to(v_1HNK.dtype) for x in (q_1HNK, k_1HNK, v_1HNK))
+        ends_S, T = packed.ends_S, packed.shape[1]
+        out_NHK = varlen_attn(q_NHK, k_NHK, v_NHK, ends_S, ends_S, T, T, window_size=(-1, 0))
+        assert isinstance(out_NHK, Tensor)
+        return out_NHK.transpose(0, 1)[None]
+    out_BHTK = attend(packed.pad(q_1HNK), packed.pad(k_1HNK), packed.pad(v_1HNK), causal=True)
+    return packed.unpad(out_BHTK)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with a fused query-key-value projection."""
 
@@ -72,7 +91,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(dim), norm(dim)
         self.turn = turn_neighbours if positions == "llama_rotary" else turn_halves
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | Packed | None) -> Tensor:
         B, T, D = x_BTD.shape
         q_BTD, k_BTD, v_BTD = self.in_proj(x_BTD).chunk(3, dim=-1)
         heads = (B, T, self.n_heads, D // self.n_heads)
@@ -83,8 +102,11 @@ class Attention(nn.Module):
             cos, sin = rotary
             q_BHTK = (q_BHTK * cos + self.turn(q_BHTK) * sin).to(v_BHTK.dtype)
             k_BHTK = (k_BHTK * cos + self.turn(k_BHTK) * sin).to(v_BHTK.dtype)
-        mask = None
-        if store is not None:
-            k_BHTK, v_BHTK, mask = store.extend(self.layer, k_BHTK, v_BHTK)
-        out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal=T > 1, mask=mask)
+        if isinstance(store, Packed):
+            out_BHTK = attend_packed(q_BHTK, k_BHTK, v_BHTK, store)
+        else:
+            mask = None
+            if store is not None:
+                k_BHTK, v_BHTK, mask = store.extend(self.layer, k_BHTK, v_BHTK)
+            out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal=T > 1, mask=mask)
         return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]

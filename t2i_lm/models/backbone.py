@@ -47,6 +47,10 @@ class Backbone(nn.Module):
         """Final normalised hidden states (B, T, D); an empty cache keeps what later positions need."""
         raise NotImplementedError
 
+    def wanted_hidden(self, ids_BT: Tensor, wanted_BT: Tensor) -> Tensor:
+        """Final normalised hidden states (N, D) of the N positions where `wanted_BT` holds."""
+        return self.hidden(ids_BT)[wanted_BT]
+
     def next_hidden(self, ids_B: Tensor, cache: Any, image_rows_only: bool = False) -> Tensor:
         """Final normalised hidden states (B, D) of one more position.
 
@@ -56,6 +60,14 @@ class Backbone(nn.Module):
 
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""
+        raise NotImplementedError
+
+    def enable_packing(self) -> None:
+        """Leaves pads out of `wanted_hidden`, where the model can.
+
+        Raises:
+            ValueError: if it cannot.
+        """
         raise NotImplementedError
 
     def compile_steps(self) -> None:
@@ -94,9 +106,9 @@ class Backbone(nn.Module):
 
         `weight_N` are factors of the targets in the loss's `total`.
         """
-        x_BTD = self.hidden(ids_BT)
         if target_BT is None:
-            return self.output(x_BTD)  # type: ignore[no-any-return]
+            return self.output(self.hidden(ids_BT))  # type: ignore[no-any-return]
         if valid_BT is None:
-            return self.output(x_BTD.flatten(0, 1), target_BT.flatten(), weight_N=weight_N)  # type: ignore[no-any-return]
-        return self.output(x_BTD[valid_BT], target_BT[valid_BT], image_rows_only, weight_N)  # type: ignore[no-any-return]
+            return self.output(self.hidden(ids_BT).flatten(0, 1), target_BT.flatten(), weight_N=weight_N)  # type: ignore[no-any-return]
+        x_ND = self.wanted_hidden(ids_BT, valid_BT)
+        return self.output(x_ND, target_BT[valid_BT], image_rows_only, weight_N)  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.cache import KVCache, Window
 from t2i_lm.models.feed_forward import FEED_FORWARDS, fan_in_normal_
 from t2i_lm.models.norms import NORMS
+from t2i_lm.models.packed import Packed
 from t2i_lm.models.token_rows import Embedding, Output
 
 CUDA_BUCKET = 128  # 9 graphs for 1,088 positions, of which a step reads 64 more on average than it must
@@ -67,7 +68,7 @@ class Block(nn.Module):
         self.attention_norm = NORMS[config.model_norm](config.hidden_dim)
         self.ffn_norm = NORMS[config.model_norm](config.hidden_dim)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | Packed | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, store)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))  # type: ignore[no-any-return]
 
@@ -90,7 +91,7 @@ class Decoder(Backbone):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.config, self._checkpointing = config, False
+        self.config, self._checkpointing, self._packing = config, False, False
         self._compiled_step: Callable[[Tensor, Window, bool], Tensor] | None = None
         self.tok_embeddings = Embedding(config.vocab_size, config.hidden_dim)
         embed_norm = NORMS[config.model_norm] if config.post_embed_norm else lambda _: nn.Identity()
@@ -123,17 +124,29 @@ class Decoder(Backbone):
 
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final normalised hidden states (B, T, D); an empty cache keeps the keys and values."""
-        x_BTD = self.post_embed_norm(self.tok_embeddings(ids_BT))
-        rotary = self.rotary(ids_BT.shape[1])
-        for block in self.layers:
-            if cache is not None:
-                x_BTD = block.forward(x_BTD, rotary, cache)  # past `torch.compile`, whose graphs are of training
-            elif self._checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, rotary, None, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, rotary, None)
+        x_BTD = self._hidden(ids_BT, self.rotary(ids_BT.shape[1]), cache)
         if cache is not None:
             cache.prefilled(ids_BT.shape[1])
+        return x_BTD
+
+    def wanted_hidden(self, ids_BT: Tensor, wanted_BT: Tensor) -> Tensor:
+        """Final normalised hidden states (N, D) where wanted, without computing what they do not depend on."""
+        if not self._packing:
+            return super().wanted_hidden(ids_BT, wanted_BT)
+        packed, rotary = Packed.up_to_last(wanted_BT), self.rotary(ids_BT.shape[1])
+        if rotary is not None:
+            rotary = rotary[0][packed.position_N], rotary[1][packed.position_N]
+        return self._hidden(packed.pack(ids_BT), rotary, packed)[0, packed.wanted_M]
+
+    def _hidden(self, ids_BT: Tensor, rotary: Rotary, store: KVCache | Packed | None) -> Tensor:
+        x_BTD = self.post_embed_norm(self.tok_embeddings(ids_BT))
+        for block in self.layers:
+            if isinstance(store, KVCache):
+                x_BTD = block.forward(x_BTD, rotary, store)  # past `torch.compile`, whose graphs are of training
+            elif self._checkpointing and self.training:
+                x_BTD = checkpoint(block, x_BTD, rotary, store, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, rotary, store)
         return self.norm(x_BTD)  # type: ignore[no-any-return]
 
     def next_hidden(self, ids_B: Tensor, cache: KVCache, image_rows_only: bool = False) -> Tensor:
@@ -160,6 +173,10 @@ class Decoder(Backbone):
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each block in the backward pass."""
         self._checkpointing = True
+
+    def enable_packing(self) -> None:
+        """Computes in `wanted_hidden` only what is needed."""
+        self._packing = True
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """A static cache on the decoder's device.

@@ -117,6 +117,10 @@ class HuggingFaceDecoder(Backbone):
         """As `transformers` does it."""
         self.body.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def enable_packing(self) -> None:
+        """Its attention is the library's own."""
+        raise ValueError("trainer.packing=True: a backbone of transformers is not packed; expected false")
+
     def compile_steps(self) -> None:
         """Its growing cache would be compiled anew for every token."""
         raise ValueError("--compile: a backbone of transformers draws with a growing cache, which is not compiled")

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.losses import TokenLoss, split_sums
 from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.float8 import use_float8
 from t2i_lm.models.shard import shard
 from t2i_lm.modules.anchor import Anchor
 from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
@@ -86,7 +87,7 @@ class DecoderModule(OptimisedModule):
         super().__init__(config)
         self.decoder = decoder
         decoder.output.z_loss = config.loss.z
-        self._sharded = False
+        self._configured = False
         # Targets seen since the last optimiser step, on this rank; each counted by its weight.
         self._step_count: Tensor | None = None
         self.register_buffer("weight_M", None, persistent=False)
@@ -98,9 +99,14 @@ class DecoderModule(OptimisedModule):
         self.weight_M = torch.tensor(weights)
 
     def configure_model(self) -> None:
-        """Shards the decoder under a sharded strategy; called once, after its processes have found each other."""
+        """Float8 layers and shards, as the trainer's keys say; once, after its processes have found each other."""
+        if self._configured:
+            return
+        self._configured = True
+        if self.config.trainer.fp8:
+            use_float8(self.decoder)
         mesh = self.device_mesh
-        if mesh is None or self._sharded:
+        if mesh is None:
             return
         if self.config.trainer.strategy == "hsdp":
             trainer = self.config.trainer
@@ -108,7 +114,6 @@ class DecoderModule(OptimisedModule):
         else:
             mesh = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=MESH[1:])
         shard(self.decoder, mesh)
-        self._sharded = True
 
     def classify(self, target_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Class of each target in [0, M), and the mask of targets that count; both (B, T)."""

@@ -1,6 +1,6 @@
 """Distillation from the frozen initial language model, on the text of captions and of replay.
 
-Shapes: `B` batch, `T` positions, `N` text targets, `D` width, `V` text rows.
+Shapes: `B` batch, `T` positions, `N` text targets, `M` all targets, `D` width, `V` text rows.
 """
 
 import copy
@@ -38,15 +38,15 @@ class DistilledModule(TextToImageModule):
         """As the base module's, the divergence added to `total`; without gradient it would be thrown away."""
         if not torch.is_grad_enabled():
             return super().token_loss(input_BT, target_BT, class_BT, valid_BT, weight_N)
-        x_BTD = self.decoder.hidden(input_BT)
-        loss: TokenLoss = self.decoder.output(x_BTD[valid_BT], target_BT[valid_BT], weight_N=weight_N)
+        x_MD = self.decoder.wanted_hidden(input_BT, valid_BT)
+        loss: TokenLoss = self.decoder.output(x_MD, target_BT[valid_BT], weight_N=weight_N)
         text_BT = valid_BT & (class_BT != IMAGE) & (class_BT != BOUNDARY)
-        divergence_N = self.divergence(x_BTD, input_BT, text_BT)
+        divergence_N = self.divergence(x_MD[text_BT[valid_BT]], input_BT, text_BT)
         self._latest = divergence_N.detach().sum() / max(1, len(divergence_N))
         return loss._replace(total=loss.total + self.config.distil.weight * divergence_N.sum())
 
-    def divergence(self, x_BTD: Tensor, input_BT: Tensor, text_BT: Tensor) -> Tensor:
-        """KL(initial || trained) (N,) in nats where `text_BT` holds, with gradient to the hidden states."""
+    def divergence(self, x_ND: Tensor, input_BT: Tensor, text_BT: Tensor) -> Tensor:
+        """KL(initial || trained) (N,) in nats where `text_BT` holds, with gradient to the hidden states there."""
         text = self.decoder.output.text
         teacher = self._teacher[0].to(text.device)
         rows_N, places_N = text_BT.nonzero(as_tuple=True)
@@ -59,7 +59,7 @@ class DistilledModule(TextToImageModule):
             used = int(places_of_teacher_N.max()) + 1 if len(places_N) else 1
             teacher_ND = teacher.hidden(shifted_BT[:, :used])[rows_N, places_of_teacher_N]
             log_teacher_NV = F.linear(teacher_ND, teacher.output.text).float().log_softmax(dim=1)
-        log_own_NV = F.linear(x_BTD[rows_N, places_N], text).float().log_softmax(dim=1)
+        log_own_NV = F.linear(x_ND, text).float().log_softmax(dim=1)
         return (log_teacher_NV.exp() * (log_teacher_NV - log_own_NV)).sum(dim=1)
 
     def scalars(self) -> dict[str, Any]:

@@ -127,6 +127,15 @@ def test_a_run_from_pretrained_to_an_export_that_transformers_loads(tiny: list[s
     assert main([str(ROOT / "experiments" / "t2i_scratch.yaml"), *overrides, "samples.prompts=0"]) == 0
 
 
+def test_packing_is_refused_before_data_are_prepared(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"backbone.path={folder_of('Llama', tmp_path)}", f"data.cache_dir={tmp_path}/cache"]
+    assert main([str(ROOT / "experiments" / "t2i_pretrained.yaml"), *tiny, *overrides, "trainer.packing=true"]) == 2
+    assert "trainer.packing=True: a backbone of transformers is not packed" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_model_that_caps_its_logits_is_refused() -> None:
     sizes = SIZES | {"intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 1, "pad_token_id": 1}
     torch.manual_seed(0)

@@ -1,0 +1,62 @@
+"""The sequences of a batch end to end, without what stands behind their ends.
+
+Shapes: `B` sequences, `T` positions of the padded batch, `N` packed tokens, `M` of them wanted; `1` before `N` where
+they are one sequence to the layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Which tokens of a batch are computed: of each sequence those up to the last whose state is wanted.
+
+    What comes later cannot change these, since attention is causal.
+
+    Attributes:
+        shape: B and T.
+        place_N: of each packed token in the flattened batch.
+        position_N: in its sequence.
+        ends_S: where each sequence begins, and the end of the last (B + 1), int32.
+        wanted_M: packed tokens whose states are wanted, in the batch's order.
+    """
+
+    shape: tuple[int, int]
+    place_N: Tensor
+    position_N: Tensor
+    ends_S: Tensor
+    wanted_M: Tensor
+
+    @classmethod
+    def up_to_last(cls, wanted_BT: Tensor) -> "Packed":
+        """All that the states depend on which are wanted."""
+        B, T = wanted_BT.shape
+        position_T = torch.arange(T, device=wanted_BT.device)
+        length_B = (wanted_BT * (position_T + 1)).amax(dim=1)
+        place_N = (position_T < length_B[:, None]).flatten().nonzero().squeeze(1)
+        return cls(
+            shape=(B, T),
+            place_N=place_N,
+            position_N=place_N % T,
+            ends_S=F.pad(length_B.cumsum(0), (1, 0)).int(),
+            wanted_M=wanted_BT.flatten()[place_N].nonzero().squeeze(1),
+        )
+
+    def pack(self, ids_BT: Tensor) -> Tensor:
+        """The packed tokens (1, N) of a batch."""
+        return ids_BT.flatten()[self.place_N][None]
+
+    def pad(self, x_1HNK: Tensor) -> Tensor:
+        """Packed values as a batch (B, H, T, K), with zeros behind the ends."""
+        B, T = self.shape
+        x_NHK = x_1HNK[0].transpose(0, 1)
+        padded = x_NHK.new_zeros(B * T, *x_NHK.shape[1:]).index_copy(0, self.place_N, x_NHK)
+        return padded.view(B, T, *x_NHK.shape[1:]).transpose(1, 2)
+
+    def unpad(self, x_BHTK: Tensor) -> Tensor:
+        """The packed part (1, H, N, K) of a batch."""
+        return x_BHTK.transpose(1, 2).flatten(0, 1)[self.place_N].transpose(0, 1)[None]
