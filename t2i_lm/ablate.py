@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2i_lm.config import ExperimentConfig
+from t2i_lm.jobs import Job, run_jobs
 from t2i_lm.load import SCALES, load_experiment
 from t2i_lm.models.freeze import FREEZE_GROUPS, TUNE_SETS
 from t2i_lm.train import FAILURES
@@ -13,7 +14,7 @@ from t2i_lm.train import FAILURES
 EXAMPLE = f"""example:
   python -m t2i_lm.ablate --freeze ffn --freeze norm
   python -m t2i_lm.ablate --tune first_half experiments/uncond_pretrained.yaml --scale demo
-  python -m t2i_lm.ablate --all
+  python -m t2i_lm.ablate --all --jobs 2
 
 groups to freeze (exactly those named; of groups that overlap, the union): {", ".join(FREEZE_GROUPS)}
 sets to tune (the paper's; everything else is frozen): {", ".join(TUNE_SETS)}"""
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--freeze", action="append", metavar="GROUP", help="freeze this group; may be repeated")
     what.add_argument("--tune", metavar="SET", help="tune this set and freeze the rest")
     what.add_argument("--all", action="store_true", help="run the six arms of Figure 5 and draw it")
+    arguments.add_argument("--jobs", type=int, default=1, help="of --all: arms at once (default: %(default)s)")
     arguments.add_argument("--out", type=Path, default=Path("figures"), help="of --all: where Figure 5 is written")
     arguments.add_argument("--dry-run", action="store_true", help="print what would be trained; train nothing")
     arguments.add_argument(
@@ -89,12 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         for config in configs:
             config.require_paths()
-        from t2i_lm.session import run
-
-        for config in configs:
-            print(f"== {config.name}", flush=True)
-            if code := run(config, None, resume=False):
-                return code
+        if code := run_jobs([Job(config) for config in configs], options.jobs):
+            return code
         if options.all:
             from t2i_lm.figures import main as draw
 

@@ -33,6 +33,8 @@ def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig
     source: str | Path | None = backbone.config
     if source is None and backbone.path is not None:
         path = resolve(backbone.path)
+        if not path.exists():
+            raise ValueError(f"backbone.path={backbone.path}: no such file or folder")
         source = (path if path.is_dir() else path.parent) / "config.json"
     if source is None:
         raise ValueError("backbone.config=null: give a preset, a model JSON, or backbone.path with a config.json")

@@ -7,11 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from t2i_lm.config import ExperimentConfig
+from t2i_lm.jobs import Job, run_jobs
 from t2i_lm.load import SCALES, flatten, load_experiment
 from t2i_lm.train import FAILURES, RESUMABLE
 
 EXAMPLE = """example:
-  python -m t2i_lm.remedies --text heldout.txt.gz --replay books.txt.gz
+  python -m t2i_lm.remedies --text heldout.txt.gz --replay books.txt.gz --jobs 2
   python -m t2i_lm.remedies --text heldout.txt.gz --only l2_sp --only distil trainer.max_steps=200
 
 an arm that is finished with an equal config is not trained again, one that was stopped goes on."""
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--scale", default="demo", help=f"overlay in scale/: {', '.join(SCALES)} (default: %(default)s)"
     )
+    arguments.add_argument("--jobs", type=int, default=1, help="arms trained at once (default: %(default)s)")
     arguments.add_argument("--out", type=Path, default=Path("figures"), help="where to draw (default: %(default)s)")
     arguments.add_argument("--dry-run", action="store_true", help="print what would be trained; train nothing")
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="for every arm")
@@ -105,17 +107,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs = experiments(options)
         for config in configs:
             config.require_paths()
+        jobs = []
         for config in configs:
             folder, finished = find_equal(config)
-            print(f"== {config.name}{f' (finished: {folder})' if finished else ''}", flush=True)
-            if finished or options.dry_run:
-                continue
-            from t2i_lm.session import run
-
-            if code := run(config, folder, resume=folder is not None):
-                return code
+            if finished:
+                print(f"== {config.name} (finished: {folder})", flush=True)
+            else:
+                jobs.append(Job(config, folder))
         if options.dry_run:
+            print(*(f"== {job.config.name}" for job in jobs), sep="\n")
             return 0
+        if code := run_jobs(jobs, options.jobs):
+            return code
         from t2i_lm.figures import main as draw
 
         figures = ["--figure", "remedies", "--figure", "forgetting"]

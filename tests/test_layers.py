@@ -66,6 +66,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
         (
             "t2i_lm.train",
             "t2i_lm.ablate",
+            "t2i_lm.jobs",
             "t2i_lm.prepare",
             "t2i_lm.export",
             "t2i_lm.sample",

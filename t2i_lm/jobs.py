@@ -1,0 +1,154 @@
+"""Several runs of one command: one after another here, or some at a time in processes of their own."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from t2i_lm.config import ExperimentConfig
+from t2i_lm.sections import require
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to make, or with `folder` to go on with."""
+
+    config: ExperimentConfig
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A job in a process of its own, in one of as many slots as run at a time."""
+
+    job: Job
+    process: BaseProcess
+    slot: int
+    log: Path
+    started: float
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int = 1) -> int:
+    """Makes all runs; stops at the first that fails.
+
+    Of several at once each has its share of the processor's cores, or a GPU, and a log in the folder of runs. Two runs
+    with a core each take less time than one after another with two: threads wait for each other.
+
+    Returns:
+        0, or the exit code of the first that failed. A signal to stop reaches every run, which saves itself.
+
+    Raises:
+        ValueError: if runs that are to go on at once take several devices each.
+    """
+    require(at_once >= 1, "--jobs", at_once, "at least 1")
+    if at_once == 1 or len(jobs) < 2:
+        return _one_after_another(jobs)
+    for job in jobs:
+        devices = job.config.trainer.devices
+        require(devices == 1, "trainer.devices", devices, "1 with --jobs, whose runs have one device each")
+    return _at_once(jobs, min(at_once, len(jobs)))
+
+
+def _one_after_another(jobs: Sequence[Job]) -> int:
+    from t2i_lm.session import run
+
+    for job in jobs:
+        print(f"== {job.config.name}", flush=True)
+        if code := run(job.config, job.folder, resume=job.folder is not None):
+            return code
+    return 0
+
+
+def _at_once(jobs: Sequence[Job], slots: int) -> int:
+    import torch
+
+    gpus = _visible(torch.cuda.device_count())
+    threads = max(1, torch.get_num_threads() // slots)
+    waiting, running, free = list(jobs), list[Running](), list(range(slots))
+    failed, started = 0, time.monotonic()
+
+    def stop(number: int, _: object) -> None:
+        nonlocal failed
+        failed = failed or 128 + number
+        for one in running:
+            if one.process.pid is not None:
+                os.kill(one.process.pid, number)
+
+    with _handled(stop):
+        while running or (waiting and not failed):
+            while waiting and free and not failed:
+                slot = free.pop(0)
+                running.append(_start(waiting.pop(0), slot, threads, gpus[slot % len(gpus)] if gpus else None))
+            ended = wait([one.process.sentinel for one in running], timeout=1.0)
+            for one in [one for one in running if one.process.sentinel in ended]:
+                one.process.join()
+                running.remove(one)
+                free.append(one.slot)
+                code = one.process.exitcode or 0
+                failed = failed or (code if code >= 0 else 128 - code)
+                _tell(one, code, len(jobs) - len(waiting) - len(running), len(jobs), time.monotonic() - started)
+    return failed
+
+
+def _start(job: Job, slot: int, threads: int, gpu: str | None) -> Running:
+    log = Path(job.config.run.dir) / f"{job.config.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    trainer = replace(job.config.trainer, threads=job.config.trainer.threads or threads)
+    job = replace(job, config=replace(job.config, trainer=trainer))
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=(job, log, gpu))
+    process.start()
+    print(f"== {job.config.name}: started, {log}", flush=True)
+    return Running(job, process, slot, log, time.monotonic())
+
+
+def _child(job: Job, log: Path, gpu: str | None) -> None:
+    """A run whose output goes to its log."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything looks for GPUs
+    from t2i_lm.session import run
+    from t2i_lm.train import FAILURES
+
+    try:
+        code = run(job.config, job.folder, resume=job.folder is not None)
+    except FAILURES as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def _visible(count: int) -> list[str]:
+    """The GPUs at hand, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(number) for number in range(count)])[:count]
+
+
+def _tell(one: Running, code: int, done: int, jobs: int, seconds: float) -> None:
+    took = timedelta(seconds=round(time.monotonic() - one.started))
+    if code:
+        print(f"== {one.job.config.name}: failed with code {code} after {took}; its last lines:", file=sys.stderr)
+        print(*one.log.read_text(errors="replace").splitlines()[-5:], sep="\n", file=sys.stderr)
+        return
+    left = timedelta(seconds=round(seconds / done * (jobs - done)))
+    print(f"== {one.job.config.name}: finished after {took}; {done} of {jobs}, about {left} left", flush=True)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Both signals to stop go to the handler meanwhile."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
