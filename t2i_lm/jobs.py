@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -14,15 +15,27 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from t2i_lm.config import ExperimentConfig
+from t2i_lm.load import flatten, load_experiment
+from t2i_lm.runs import CONFIG, REPORT, run_folders
 from t2i_lm.sections import require
+from t2i_lm.train import FAILURES, RESUMABLE
+
+# Where a run is kept; nothing of it changes what is computed.
+PLACES = (*RESUMABLE, "run.dir", "data.cache_dir")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to make, or with `folder` to go on with."""
+    """A run to make, or with `folder` to go on with; `label` tells it from others of the same experiment."""
 
     config: ExperimentConfig
     folder: Path | None = None
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.config.name} {self.label}".strip()
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,38 @@ class Running:
     slot: int
     log: Path
     started: float
+
+
+def unfinished(jobs: Sequence[Job]) -> list[Job]:
+    """Those that no finished run of an equal config stands for; one that was stopped goes on. Says which are done."""
+    missing = []
+    for job in jobs:
+        folder, finished = find_equal(job.config)
+        if finished:
+            print(f"== {job.name} (finished: {folder})", flush=True)
+        else:
+            missing.append(replace(job, folder=folder))
+    return missing
+
+
+def find_equal(config: ExperimentConfig) -> tuple[Path | None, bool]:
+    """The newest run folder of an equal config and whether it is finished; finished ones first."""
+    wanted = _computed(config)
+    equal = []
+    for folder in run_folders(Path(config.run.dir), config.name):
+        try:
+            if _computed(load_experiment(folder / CONFIG)) == wanted:
+                equal.append(folder)
+        except ValueError:  # of a version with other keys
+            continue
+    finished = [folder for folder in equal if (folder / REPORT).is_file()]
+    if finished:
+        return finished[-1], True
+    return (equal[-1] if equal else None), False
+
+
+def _computed(config: ExperimentConfig) -> dict[str, object]:
+    return {key: value for key, value in flatten(config).items() if key not in PLACES}
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int = 1) -> int:
@@ -61,7 +106,7 @@ def _one_after_another(jobs: Sequence[Job]) -> int:
     from t2i_lm.session import run
 
     for job in jobs:
-        print(f"== {job.config.name}", flush=True)
+        print(f"== {job.name}", flush=True)
         if code := run(job.config, job.folder, resume=job.folder is not None):
             return code
     return 0
@@ -99,13 +144,13 @@ def _at_once(jobs: Sequence[Job], slots: int) -> int:
 
 
 def _start(job: Job, slot: int, threads: int, gpu: str | None) -> Running:
-    log = Path(job.config.run.dir) / f"{job.config.name}.log"
+    log = Path(job.config.run.dir) / (re.sub(r"[^\w.=-]", "_", job.name) + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     trainer = replace(job.config.trainer, threads=job.config.trainer.threads or threads)
     job = replace(job, config=replace(job.config, trainer=trainer))
     process = multiprocessing.get_context("spawn").Process(target=_child, args=(job, log, gpu))
     process.start()
-    print(f"== {job.config.name}: started, {log}", flush=True)
+    print(f"== {job.name}: started, {log}", flush=True)
     return Running(job, process, slot, log, time.monotonic())
 
 
@@ -117,7 +162,6 @@ def _child(job: Job, log: Path, gpu: str | None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything looks for GPUs
     from t2i_lm.session import run
-    from t2i_lm.train import FAILURES
 
     try:
         code = run(job.config, job.folder, resume=job.folder is not None)
@@ -136,11 +180,11 @@ def _visible(count: int) -> list[str]:
 def _tell(one: Running, code: int, done: int, jobs: int, seconds: float) -> None:
     took = timedelta(seconds=round(time.monotonic() - one.started))
     if code:
-        print(f"== {one.job.config.name}: failed with code {code} after {took}; its last lines:", file=sys.stderr)
+        print(f"== {one.job.name}: failed with code {code} after {took}; its last lines:", file=sys.stderr)
         print(*one.log.read_text(errors="replace").splitlines()[-5:], sep="\n", file=sys.stderr)
         return
     left = timedelta(seconds=round(seconds / done * (jobs - done)))
-    print(f"== {one.job.config.name}: finished after {took}; {done} of {jobs}, about {left} left", flush=True)
+    print(f"== {one.job.name}: finished after {took}; {done} of {jobs}, about {left} left", flush=True)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.jobs import Job, run_jobs
-from t2i_lm.load import SCALES, flatten, load_experiment
-from t2i_lm.train import FAILURES, RESUMABLE
+from t2i_lm.jobs import Job, run_jobs, unfinished
+from t2i_lm.load import SCALES, load_experiment
+from t2i_lm.train import FAILURES
 
 EXAMPLE = """example:
   python -m t2i_lm.remedies --text heldout.txt.gz --replay books.txt.gz --jobs 2
@@ -18,8 +18,6 @@ EXAMPLE = """example:
 an arm that is finished with an equal config is not trained again, one that was stopped goes on."""
 BASE = Path("experiments/t2i_pretrained.yaml")
 FOLDER = "remedies"  # beside the base experiment
-# Where a run is kept; nothing of it changes what is computed.
-PLACES = (*RESUMABLE, "run.dir", "data.cache_dir")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,28 +76,6 @@ def experiments(options: argparse.Namespace, base: Path = BASE) -> list[Experime
     return configs
 
 
-def find_equal(config: ExperimentConfig) -> tuple[Path | None, bool]:
-    """The newest run folder of an equal config and whether it is finished; finished ones first."""
-    from t2i_lm.runs import CONFIG, REPORT, run_folders
-
-    wanted = _computed(config)
-    equal = []
-    for folder in run_folders(Path(config.run.dir), config.name):
-        try:
-            if _computed(load_experiment(folder / CONFIG)) == wanted:
-                equal.append(folder)
-        except ValueError:  # of a version with other keys
-            continue
-    finished = [folder for folder in equal if (folder / REPORT).is_file()]
-    if finished:
-        return finished[-1], True
-    return (equal[-1] if equal else None), False
-
-
-def _computed(config: ExperimentConfig) -> dict[str, object]:
-    return {key: value for key, value in flatten(config).items() if key not in PLACES}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what is missing and draws; returns the exit code of the first that failed, or 0."""
     options = parser().parse_intermixed_args(argv)
@@ -107,15 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs = experiments(options)
         for config in configs:
             config.require_paths()
-        jobs = []
-        for config in configs:
-            folder, finished = find_equal(config)
-            if finished:
-                print(f"== {config.name} (finished: {folder})", flush=True)
-            else:
-                jobs.append(Job(config, folder))
+        jobs = unfinished([Job(config) for config in configs])
         if options.dry_run:
-            print(*(f"== {job.config.name}" for job in jobs), sep="\n")
+            print(*(f"== {job.name}" for job in jobs), sep="\n")
             return 0
         if code := run_jobs(jobs, options.jobs):
             return code

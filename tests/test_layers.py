@@ -58,6 +58,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
             "t2i_lm.pairing",
             "t2i_lm.figure_text",
             "t2i_lm.tradeoff",
+            "t2i_lm.sweep_figure",
             "t2i_lm.published",
         ),
     ),
@@ -74,6 +75,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
             "t2i_lm.evaluate",
             "t2i_lm.measurements",
             "t2i_lm.remedies",
+            "t2i_lm.sweep",
         ),
     ),
 ]
@@ -141,7 +143,9 @@ def test_only_load_knows_omegaconf() -> None:
             assert not any("omegaconf" in imported for imported in imports(path)), path
 
 
-@pytest.mark.parametrize("command", ["train", "ablate", "prepare", "export", "sample", "demo", "evaluate", "remedies"])
+@pytest.mark.parametrize(
+    "command", ["train", "ablate", "prepare", "export", "sample", "demo", "evaluate", "remedies", "sweep"]
+)
 def test_commands_import_torch_late(command: str) -> None:
     tree = imports(ROOT / "t2i_lm" / f"{command}.py", lazy=False)
     heavy = {"torch", "lightning.pytorch", "datasets", "diffusers", "t2i_lm.build", "t2i_lm.session"}
