@@ -11,7 +11,9 @@ from t2i_lm.figure_text import group_caption
 from t2i_lm.plots import ARM_STYLES, GREY, ArmStyle, captioned_figure
 from t2i_lm.runs import Run
 
+OTHER = ArmStyle("", GREY, "x")  # of an experiment that no figure of the paper has
 MODALITIES = {"image": "Image tokens", "text": "Text tokens"}
+LAST = 0.1  # share of the steps whose training loss is averaged
 LOG_RATIO = 3.0  # of the largest to the smallest value, from which on the axis is logarithmic
 
 
@@ -28,12 +30,22 @@ class Outcome:
         last = self.run.records("val")[-1]["val"].get(modality, {})
         return float(last["nll"]) if "nll" in last else None
 
+    def trained(self, modality: str) -> float | None:
+        """Mean training loss of the last tenth of the steps: of new samples, where each is seen once."""
+        lines = self.run.records("train")
+        late = [line for line in lines if line["step"] > (1 - LAST) * lines[-1]["step"] and modality in line["train"]]
+        if not late:
+            return None
+        sums = [line["train"][modality] for line in late]
+        return float(sum(part["nll_sum"] for part in sums) / sum(part["count"] for part in sums))
 
-def losses(outcomes: Sequence[Outcome], modality: str) -> dict[str, dict[str, list[float]]]:
-    """Losses by arm and value, one a seed."""
+
+def losses(outcomes: Sequence[Outcome], modality: str, training: bool = False) -> dict[str, dict[str, list[float]]]:
+    """Held-out or training losses by arm and value, one a seed."""
     found: dict[str, dict[str, list[float]]] = {}
     for outcome in outcomes:
-        if (nll := outcome.nll(modality)) is not None:
+        nll = outcome.trained(modality) if training else outcome.nll(modality)
+        if nll is not None:
             found.setdefault(outcome.arm, {}).setdefault(outcome.value, []).append(nll)
     return found
 
@@ -44,14 +56,17 @@ def best_of(values: Mapping[str, Sequence[float]]) -> str:
 
 
 def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
-    """Every arm's losses at every value, and distances from the first arm's: at equal values and at each one's best."""
+    """Every arm's losses at every value, and distances from the first arm's: at equal values and at each one's best.
+
+    `training` is the mean of the last tenth of the steps.
+    """
     lines: list[str] = []
     for modality, words in MODALITIES.items():
-        arms = losses(outcomes, modality)
+        arms, trained = losses(outcomes, modality), losses(outcomes, modality, training=True)
         if not arms:
             continue
         first = next(iter(arms))
-        head = f"{f'{words.lower()}, nats':<26}{key:>14}{'held-out':>12}{'range':>16}{f'- {first}':>16}"
+        head = f"{f'{words.lower()}, nats':<26}{key:>14}{'held-out':>12}{'range':>16}{f'- {first}':>16}{'training':>12}"
         lines += [*([""] if lines else []), head]
         for arm, values in arms.items():
             best = best_of(values)
@@ -60,7 +75,8 @@ def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
                 base = arms[first].get(value)
                 gap = "" if base is None or arm == first else f"{fmean(found) - fmean(base):+.4f}"
                 mark = " *" if value == best and len(values) > 1 else ""
-                lines.append(f"{arm:<26}{value:>14}{fmean(found):>12.4f}{span:>16}{gap:>16}{mark}")
+                numbers = f"{fmean(found):>12.4f}{span:>16}{gap:>16}{fmean(trained[arm][value]):>12.4f}"
+                lines.append(f"{arm:<26}{value:>14}{numbers}{mark}")
         floor = fmean(arms[first][best_of(arms[first])])
         for arm in list(arms)[1:]:
             own = fmean(arms[arm][best_of(arms[arm])])
@@ -74,7 +90,10 @@ def sweep_caption(key: str, outcomes: Sequence[Outcome]) -> str:
     arms = {outcome.arm: outcome.run for outcome in outcomes}
     seeds = sorted({outcome.run.config["seed"] for outcome in outcomes})
     bars = f"; points are means and bars ranges over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
-    how = f"Held-out loss at the end of training against {key}, all else equal; rings: each arm's best{bars}."
+    how = (
+        f"Held-out loss at the end of training against {key}, all else equal; rings: each arm's best{bars}. Pale: "
+        "training loss of the last tenth of the steps, of new samples where each is seen once."
+    )
     return f"Sweep of {key}. {group_caption(arms, list(arms), how)}"
 
 
@@ -85,8 +104,12 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
     with captioned_figure(caption) as figure:
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         for axes, (modality, arms) in zip(panels, shown.items(), strict=True):
+            trained = losses(outcomes, modality, training=True)
             for arm, values in arms.items():
                 _draw_arm(axes, arm, values, places, f"{modality}/{arm}")
+                means = sorted((places[value], fmean(found)) for value, found in trained.get(arm, {}).items())
+                look = ARM_STYLES.get(arm, OTHER)
+                axes.plot(*zip(*means, strict=True), color=look.colour, marker=look.marker, markersize=4, alpha=0.4)
             _label(axes, key, places)
             axes.set_title(MODALITIES[modality])
         panels[0].set_ylabel("held-out loss (nats a token)")
@@ -97,7 +120,7 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
 def _draw_arm(
     axes: Axes, arm: str, values: Mapping[str, Sequence[float]], places: Mapping[str, float], gid: str
 ) -> None:
-    look = ARM_STYLES.get(arm, ArmStyle(arm.replace("_", " "), GREY, "x"))
+    look = ARM_STYLES.get(arm, OTHER)
     means = {value: fmean(found) for value, found in sorted(values.items(), key=lambda item: places[item[0]])}
     line = [places[value] for value in means]
     below = [mean - min(values[value]) for value, mean in means.items()]
@@ -109,7 +132,7 @@ def _draw_arm(
         color=look.colour,
         linestyle=look.dashes,
         marker=look.marker,
-        label=look.label,
+        label=look.label or arm.replace("_", " "),
         gid=gid,
     )
     if len(means) > 1:
