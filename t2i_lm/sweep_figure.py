@@ -112,7 +112,7 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
                 axes.plot(*zip(*means, strict=True), color=look.colour, marker=look.marker, markersize=4, alpha=0.4)
             _label(axes, key, places)
             axes.set_title(MODALITIES[modality])
-        panels[0].set_ylabel("held-out loss (nats a token)")
+        panels[0].set_ylabel("loss (nats a token)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
