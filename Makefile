@@ -57,7 +57,7 @@ bench: $(STAMP)  ## side by side with peers, one JSON line each (minutes; only n
 
 # What the paper's shape takes on one GPU of 80 GB; OPEN_LM=CHECKOUT adds open_lm's own code.
 OPEN_LM ?=
-ON_GPU := "trainer_overhead --shape paper --compile --accumulate 64 --steps 192 --rounds 3" \
+ON_GPU := "trainer_overhead --shape paper --compile --accumulate 64 --steps 320 --rounds 3" \
   "train_step --shape paper --peers transformers" "train_step --shape paper --peers litgpt" \
   $(if $(OPEN_LM),"train_step --shape paper --peers open_lm --open-lm $(OPEN_LM)") \
   "head --tokens 16128 --precision bf16" \

@@ -49,13 +49,15 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 class Clock:
     """Starts of micro-batches, in seconds."""
 
-    def __init__(self, device: str, steps: int) -> None:
+    def __init__(self, device: str, steps: int, accumulate: int) -> None:
+        """Timed from the first to the last whole optimiser step behind the warm-up."""
         self.device, self.steps = device, steps
+        self.first, self.last = -(-WARMUP // accumulate) * accumulate, steps - accumulate
         self.starts: list[float] = []
 
     def tick(self) -> None:
         """A micro-batch begins. A GPU is waited for where timing begins and ends; in between the host may run ahead."""
-        if self.device == "cuda" and len(self.starts) in (WARMUP, self.steps - 1):
+        if self.device == "cuda" and len(self.starts) in (self.first, self.last):
             import torch
 
             torch.cuda.synchronize()
@@ -64,7 +66,7 @@ class Clock:
     def period(self) -> float:
         """Mean seconds a micro-batch, warm-up left out."""
         assert len(self.starts) == self.steps
-        return (self.starts[-1] - self.starts[WARMUP]) / (self.steps - 1 - WARMUP)
+        return (self.starts[self.last] - self.starts[self.first]) / (self.last - self.first)
 
 
 def train_by_trainer(module: Any, data: Any, config: Any, clock: Clock, folder: Path) -> None:
@@ -125,15 +127,16 @@ def measure(options: argparse.Namespace) -> None:
 
     name = "tiny" if options.quick else options.shape
     options.steps = WARMUP + 5 if options.quick else options.steps
-    if options.steps < WARMUP + 2 or options.accumulate < 1 or options.steps % options.accumulate:
+    accumulate = options.accumulate
+    least = -(-WARMUP // max(1, accumulate)) * accumulate + 2 * accumulate
+    if accumulate < 1 or options.steps < least or options.steps % accumulate:
         raise ValueError(
-            f"--steps={options.steps}: expected a multiple of --accumulate={options.accumulate} from {WARMUP + 2} on, "
-            f"of which {WARMUP} are not timed"
+            f"--steps={options.steps}: expected a multiple of --accumulate={accumulate} from {least} on, of which the "
+            f"first {least - 2 * accumulate} and the last {accumulate} are not timed"
         )
     shape = SHAPES[name]
     decoder, vocab = build_decoder(shape, "cpu")
     weights = {key: tensor.clone() for key, tensor in decoder.state_dict().items()}
-    accumulate = options.accumulate
     config = experiment(
         shape.batch, shape.length, options.steps // accumulate, options.precision, options.logger, accumulate
     )
@@ -153,7 +156,7 @@ def measure(options: argparse.Namespace) -> None:
             decoder.load_state_dict(weights)
             module = TextToImageModule(decoder, config, layout)
             data = PairDataModule(config, shards, layout)
-            clock = Clock(options.device, options.steps)
+            clock = Clock(options.device, options.steps, accumulate)
             if train is train_by_hand:
                 open_alone(data)
             train(module, data, config, clock, *more)

@@ -108,7 +108,9 @@ def _parts(subject: Subject, drawing: Drawing, network: Inception, kind: str) ->
     }
     if kind == "drawn":
         identity |= {"checkpoint_sha256": file_sha256(subject.checkpoint), "seed": drawing.seed}
-        identity |= {**vars(drawing.sampling), "weights": weights_dtype(model)}
+        identity |= vars(drawing.sampling)
+        if options.bf16:
+            identity["weights"] = weights_dtype(model)
     return Parts(subject.out / kind, identity, len(drawing.prompts), options.part)
 
 

@@ -100,12 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given: dict[str, Any]) -> int:
     import torch
 
+    from t2i_lm.devices import global_rank, world_size
     from t2i_lm.drawing import prepare_drawing
     from t2i_lm.parts import write_whole
     from t2i_lm.subject import Subject
     from t2i_lm.trained import find_run, load_trained, newest_checkpoint
 
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = global_rank(), world_size()
+    if world > 1 and "RANK" not in os.environ:
+        raise ValueError("several tasks of srun share an evaluation through torchrun: srun torchrun ..., see --help")
     run = find_run(options.checkpoint)
     checkpoint = newest_checkpoint(run)
     model = load_trained(run)
@@ -139,7 +142,8 @@ def _flag(key: str) -> str:
 def _default_name(options: argparse.Namespace, checkpoint: Path) -> str:
     """A folder that the same command finds again."""
     guidance = "" if options.guidance is None else f"-cfg{options.guidance:g}"
-    return re.sub(r"[^\w.-]", "_", f"{checkpoint.stem}-{options.prompts}-seed{options.seed}{guidance}")
+    weights = "-bf16" if options.bf16 else ""
+    return re.sub(r"[^\w.-]", "_", f"{checkpoint.stem}-{options.prompts}-seed{options.seed}{guidance}{weights}")
 
 
 if __name__ == "__main__":

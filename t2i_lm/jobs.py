@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -48,6 +48,12 @@ class Running:
     log: Path
     started: float
 
+    def send(self, number: int) -> None:
+        """A signal; nothing where the process has ended."""
+        with suppress(ProcessLookupError):
+            assert self.process.pid is not None
+            os.kill(self.process.pid, number)
+
 
 def unfinished(jobs: Sequence[Job]) -> list[Job]:
     """Those that no finished run of an equal config stands for; one that was stopped goes on. Says which are done."""
@@ -81,11 +87,12 @@ def _computed(config: ExperimentConfig) -> dict[str, object]:
     return {key: value for key, value in flatten(config).items() if key not in PLACES}
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int = 1) -> int:
-    """Makes all runs; stops at the first that fails.
+def run_jobs(jobs: Sequence[Job], at_once: int = 1, keep_going: bool = False) -> int:
+    """Makes all runs; stops at the first that fails, or goes on with the others.
 
-    Of several at once each has its share of the processor's cores, or a GPU, and a log in the folder of runs. Two runs
-    with a core each take less time than one after another with two: threads wait for each other.
+    Of several at once each has its share of the processor's cores, the next of the GPUs in turn, and a log in the
+    folder of runs. Two runs with a core each take less time than one after another with two, whose
+    threads wait for each other.
 
     Returns:
         0, or the exit code of the first that failed. A signal to stop reaches every run, which saves itself.
@@ -95,57 +102,79 @@ def run_jobs(jobs: Sequence[Job], at_once: int = 1) -> int:
     """
     require(at_once >= 1, "--jobs", at_once, "at least 1")
     if at_once == 1 or len(jobs) < 2:
-        return _one_after_another(jobs)
+        return _one_after_another(jobs, keep_going)
     for job in jobs:
         devices = job.config.trainer.devices
         require(devices == 1, "trainer.devices", devices, "1 with --jobs, whose runs have one device each")
-    return _at_once(jobs, min(at_once, len(jobs)))
+    return _at_once(jobs, min(at_once, len(jobs)), keep_going)
 
 
-def _one_after_another(jobs: Sequence[Job]) -> int:
-    from t2i_lm.session import run
-
+def _one_after_another(jobs: Sequence[Job], keep_going: bool) -> int:
+    failed = 0
     for job in jobs:
         print(f"== {job.name}", flush=True)
-        if code := run(job.config, job.folder, resume=job.folder is not None):
-            return code
-    return 0
+        code = _run(job)
+        failed = failed or code
+        if code > 128 or (code and not keep_going):  # above 128: stopped by a signal
+            break
+    return failed
 
 
-def _at_once(jobs: Sequence[Job], slots: int) -> int:
+def _run(job: Job) -> int:
+    from t2i_lm.session import run
+
+    try:
+        return run(job.config, job.folder, resume=job.folder is not None)
+    except FAILURES as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _at_once(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
     import torch
 
     gpus = _visible(torch.cuda.device_count())
     threads = max(1, torch.get_num_threads() // slots)
     waiting, running, free = list(jobs), list[Running](), list(range(slots))
-    failed, started = 0, time.monotonic()
+    codes, signals, started = list[int](), list[int](), time.monotonic()
 
     def stop(number: int, _: object) -> None:
-        nonlocal failed
-        failed = failed or 128 + number
+        signals.append(number)
         for one in running:
-            if one.process.pid is not None:
-                os.kill(one.process.pid, number)
+            one.send(number)
+
+    def goes_on() -> bool:
+        return bool(waiting) and not signals and (keep_going or not any(codes))
 
     with _handled(stop):
-        while running or (waiting and not failed):
-            while waiting and free and not failed:
-                slot = free.pop(0)
-                running.append(_start(waiting.pop(0), slot, threads, gpus[slot % len(gpus)] if gpus else None))
-            ended = wait([one.process.sentinel for one in running], timeout=1.0)
-            for one in [one for one in running if one.process.sentinel in ended]:
+        try:
+            while running or goes_on():
+                while free and goes_on():
+                    slot = free.pop(0)
+                    running.append(_start(waiting.pop(0), slot, threads, gpus[slot % len(gpus)] if gpus else None))
+                    for number in signals:  # that came while it was being started
+                        running[-1].send(number)
+                ended = wait([one.process.sentinel for one in running], timeout=1.0)
+                for one in [one for one in running if one.process.sentinel in ended]:
+                    running.remove(one)
+                    one.process.join()
+                    free.append(one.slot)
+                    code = one.process.exitcode or 0
+                    codes.append(code if code >= 0 else 128 - code)
+                    _tell(one, codes[-1], len(codes), len(jobs), time.monotonic() - started)
+        finally:  # whatever went wrong here: no run is left without a parent
+            for one in running:
+                one.send(signal.SIGTERM)
                 one.process.join()
-                running.remove(one)
-                free.append(one.slot)
-                code = one.process.exitcode or 0
-                failed = failed or (code if code >= 0 else 128 - code)
-                _tell(one, code, len(jobs) - len(waiting) - len(running), len(jobs), time.monotonic() - started)
-    return failed
+    if signals:
+        return 128 + signals[0]
+    return next((code for code in codes if code), 0)
 
 
 def _start(job: Job, slot: int, threads: int, gpu: str | None) -> Running:
     log = Path(job.config.run.dir) / (re.sub(r"[^\w.=-]", "_", job.name) + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
     trainer = replace(job.config.trainer, threads=job.config.trainer.threads or threads)
     job = replace(job, config=replace(job.config, trainer=trainer))
     process = multiprocessing.get_context("spawn").Process(target=_child, args=(job, log, gpu))
@@ -161,14 +190,10 @@ def _child(job: Job, log: Path, gpu: str | None) -> None:
         os.dup2(file.fileno(), 2)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything looks for GPUs
-    from t2i_lm.session import run
+    import torch
 
-    try:
-        code = run(job.config, job.folder, resume=job.folder is not None)
-    except FAILURES as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    sys.exit(code)
+    torch.set_num_threads(job.config.trainer.threads or torch.get_num_threads())
+    sys.exit(_run(job))
 
 
 def _visible(count: int) -> list[str]:

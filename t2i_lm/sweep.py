@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from t2i_lm.jobs import Job, find_equal, run_jobs, unfinished
-from t2i_lm.load import SCALES, load_experiment
+from t2i_lm.load import SCALES, flatten, load_experiment
 from t2i_lm.train import FAILURES
 
 EXAMPLE = """example:
@@ -73,6 +73,7 @@ def planned(options: argparse.Namespace, folder: Path = FOLDER) -> tuple[str, di
     key, several, fixed = split_keys(options.keys)
     order = [key, *(other for other in several if other != key)]
     jobs: dict[tuple[str, ...], Job] = {}
+    seen: list[dict[str, object]] = []
     for arm, *values in product(dict.fromkeys(options.arm or ARMS), *(several[name] for name in order)):
         file = folder / f"{arm}.yaml"
         if not file.is_file():
@@ -82,6 +83,11 @@ def planned(options: argparse.Namespace, folder: Path = FOLDER) -> tuple[str, di
         config = load_experiment(file, options.scale, [*QUIET, *fixed, *chosen])
         config.run.dir = str(Path(config.run.dir) / "sweep")
         config.require_paths()
+        if config.task not in ("text_to_image", "unconditional", "text"):
+            raise ValueError(f"--arm {arm}: task={config.task} has no loss of text or image tokens")
+        if (settings := flatten(config)) in seen:
+            raise ValueError(f"{' '.join(chosen)}: two of the values given are the same")
+        seen.append(settings)
         jobs[arm, *values] = Job(config, label=" ".join(chosen))
     return key, jobs
 
@@ -95,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(*(f"== {job.name}" for job in missing), sep="\n")
             return 0
-        if code := run_jobs(missing, options.jobs):
-            return code
+        failed = run_jobs(missing, options.jobs, keep_going=True)
+        if failed > 128:  # stopped by a signal
+            return failed
         from t2i_lm.plots import save_figure
         from t2i_lm.runs import read_run
         from t2i_lm.sweep_figure import Outcome, draw_sweep, sweep_caption, sweep_table
@@ -104,18 +111,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcomes = []
         for (arm, value, *_), job in jobs.items():
             found, finished = find_equal(job.config)
-            assert found is not None
-            assert finished
+            if found is None or not finished:
+                print(f"not drawn: {job.name} has not finished", file=sys.stderr)
+                continue
             outcomes.append(Outcome(arm.removeprefix("t2i_"), value, read_run(found)))
+        if not outcomes:
+            return failed
         caption = sweep_caption(key, outcomes)
         stem = options.out / f"figure_sweep_{key.replace('.', '_')}"
         for path in save_figure(draw_sweep(key, outcomes, caption), stem, f"Sweep of {key}", caption):
             print(path)
         print(f"\n{sweep_table(key, outcomes)}")
+        return failed
     except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ class Outcome:
     def trained(self, modality: str) -> float | None:
         """Mean training loss of the last tenth of the steps: of new samples, where each is seen once."""
         lines = self.run.records("train")
+        if not lines:
+            return None
         late = [line for line in lines if line["step"] > (1 - LAST) * lines[-1]["step"] and modality in line["train"]]
         if not late:
             return None
@@ -75,7 +77,8 @@ def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
                 base = arms[first].get(value)
                 gap = "" if base is None or arm == first else f"{fmean(found) - fmean(base):+.4f}"
                 mark = " *" if value == best and len(values) > 1 else ""
-                numbers = f"{fmean(found):>12.4f}{span:>16}{gap:>16}{fmean(trained[arm][value]):>12.4f}"
+                late = f"{fmean(trained[arm][value]):.4f}" if value in trained.get(arm, {}) else ""
+                numbers = f"{fmean(found):>12.4f}{span:>16}{gap:>16}{late:>12}"
                 lines.append(f"{arm:<26}{value:>14}{numbers}{mark}")
         floor = fmean(arms[first][best_of(arms[first])])
         for arm in list(arms)[1:]:

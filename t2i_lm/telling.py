@@ -14,16 +14,17 @@ TELL_EVERY = 10.0
 
 def lines(what: str, items: int | None, rank: int = 0, world: int = 1, unit: str = "pictures") -> Told:
     """Lines on stderr with the rate and what is left, from rank 0 for all ranks; `items` of all, None where unknown."""
-    started, done, told = time.monotonic(), 0, 0.0
+    started, done, told, ended = time.monotonic(), 0, 0.0, False
 
     def tell(more: int) -> None:
-        nonlocal done, told
+        nonlocal done, told, ended
         done += more
         now = time.monotonic()
         shown = done * world if items is None else min(items, done * world)
-        if rank or (now - told < TELL_EVERY and shown != items):
+        last = shown == items and not ended  # said once, whatever the time: other ranks may go on
+        if rank or (now - told < TELL_EVERY and not last):
             return
-        told = now
+        told, ended = now, ended or last
         rate = shown / max(now - started, 1e-9)
         if items is None:
             said = f"{shown:,} {unit}, {rate:.3g} a second"

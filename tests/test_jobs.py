@@ -59,6 +59,27 @@ def test_one_that_fails_is_named_with_its_last_words_and_nothing_more_is_begun(
     assert "never" not in captured.out
 
 
+def test_others_go_on_where_they_may(tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    good = replace(arms(tmp_path, *tiny)[0], name="good")
+    bad = replace(
+        good, name="broken", backbone=replace(good.backbone, path=str(tmp_path / "absent")), init="pretrained"
+    )
+    assert run_jobs([Job(bad), Job(good)], keep_going=True) == 2
+    assert "absent: no such file" in capfd.readouterr().err
+    assert [folder.parent.name for folder in run_folders(tmp_path)] == ["good"]
+
+
+def test_a_signal_before_a_run_has_begun_is_no_crash(tiny: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "t2i_lm.ablate", "--all", "--jobs", "2", *tiny, *QUIET, f"run.dir={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    assert "started" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "Traceback" not in output
+
+
 def test_runs_of_several_devices_are_not_made_at_once(tiny: list[str], tmp_path: Path) -> None:
     jobs = [Job(config) for config in arms(tmp_path, *tiny, "trainer.devices=2")]
     with pytest.raises(ValueError, match=r"trainer\.devices=2: expected 1 with --jobs"):

@@ -18,6 +18,13 @@ def test_lines_come_at_intervals_and_at_the_end(capsys: pytest.CaptureFixture[st
     assert re.fullmatch(r"tokenising: 1,000 of 1,000 pictures, \S+ a second, 0:00:00 left", said[1])
 
 
+def test_work_that_is_more_than_was_thought_does_not_fill_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    tell = lines("tokenising", 100, 0, world=4)
+    for _ in range(100):
+        tell(1)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
 def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (1, 0):
         lines("drawing", 8, rank, world=2)(4)

@@ -49,12 +49,14 @@ EQUAL_IDS = 0.999
 def cache_folder(config: ExperimentConfig, tokenizers: dict[str, str]) -> Path:
     """Where the shards of an experiment's data lie: named by everything that decides their content."""
     data = config.data
-    path = Path(data.path).resolve() if data.path and Path(data.path).exists() else data.path
+    path, val_path = (
+        Path(given).resolve() if given and Path(given).exists() else given for given in (data.path, data.val_path)
+    )
     key = {
         "format": FORMAT,
         "source": data.source,
         "path": str(path),
-        "val_path": data.val_path,
+        "val_path": None if val_path is None else str(val_path),
         "hold_out_pairs": data.hold_out_pairs,
         "sizes": [data.train_size, data.val_size],
         "part_size": data.part_size,
@@ -87,10 +89,13 @@ def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTok
             source = open_source(config.data, split, image.image_size)
             parts, total = cut(source, _limit(config, split), config.data.part_size)
             counts[split] = len(parts)
-            if total is not None:  # what an earlier process has left
-                ready = sum(part_folder(folder, split, number).exists() for number in range(len(parts)))
-                total = max(0, total - ready * config.data.part_size)
-            with progress(f"tokenising {split} pictures", total, global_rank(), world_size()) as tell:
+            size = config.data.part_size
+            missing = [number for number in range(len(parts)) if not part_folder(folder, split, number).exists()]
+            # How much of what is left falls to this process is known only where it is alone.
+            left = None
+            if total is not None and world_size() == 1:
+                left = sum(min(size, total - number * size) for number in missing)
+            with progress(f"tokenising {split} pictures", left, global_rank()) as tell:
                 _write_parts(parts, folder, split, text, image, tell)
         with _alone(folder):
             if read_index(folder) is None:
@@ -223,7 +228,7 @@ def _write_text(config: ExperimentConfig, text: TextTokenizer, folder: Path) -> 
     data = config.data
     index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
     for split, path in (("train", data.path), ("val", data.val_path)):
-        with progress(f"tokenising {split} text", None, global_rank(), world_size(), unit="documents") as tell:
+        with progress(f"tokenising {split} text", None, unit="documents") as tell:
             documents = _counted(read_documents(str(path)), tell)
             index["splits"][split] = write_text_split(folder, split, documents, text, data.length)
     write_index(folder, index)

@@ -166,8 +166,9 @@ def image_folder(data: DataConfig, split: str, size: int) -> CaptionedSource:
     place = Place.of(data, split, METADATA)
     table = place.path / METADATA
     if not table.is_file():
+        beside = "" if data.val_path else " or in its folders train and val"
         raise ValueError(
-            f"{place.key}={place.path}: no {METADATA} in {place.path}, or in its folders train and val; each line is "
+            f"{place.key}={place.path}: no {METADATA} in {place.path}{beside}; each line is "
             '{"file_name": "x.jpg", "captions": ["a caption"]}'
         )
     rows = []
