@@ -7,8 +7,9 @@ from pathlib import Path
 
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.jobs import Job, run_jobs
-from t2i_lm.load import SCALES, load_experiment
+from t2i_lm.load import load_experiment
 from t2i_lm.models.freeze import FREEZE_GROUPS, TUNE_SETS
+from t2i_lm.options import add_jobs, add_scale
 from t2i_lm.train import FAILURES
 
 EXAMPLE = f"""example:
@@ -31,14 +32,12 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    arguments.add_argument(
-        "--scale", default="demo", help=f"overlay in scale/: {', '.join(SCALES)} (default: %(default)s)"
-    )
+    add_scale(arguments)
     what = arguments.add_mutually_exclusive_group(required=True)
     what.add_argument("--freeze", action="append", metavar="GROUP", help="freeze this group; may be repeated")
     what.add_argument("--tune", metavar="SET", help="tune this set and freeze the rest")
     what.add_argument("--all", action="store_true", help="run the six arms of Figure 5 and draw it")
-    arguments.add_argument("--jobs", type=int, default=1, help="of --all: arms at once (default: %(default)s)")
+    add_jobs(arguments)
     arguments.add_argument("--out", type=Path, default=Path("figures"), help="of --all: where Figure 5 is written")
     arguments.add_argument("--dry-run", action="store_true", help="print what would be trained; train nothing")
     arguments.add_argument(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -72,15 +73,21 @@ def find_equal(config: ExperimentConfig) -> tuple[Path | None, bool]:
     wanted = _computed(config)
     equal = []
     for folder in run_folders(Path(config.run.dir), config.name):
-        try:
-            if _computed(load_experiment(folder / CONFIG)) == wanted:
-                equal.append(folder)
-        except ValueError:  # of a version with other keys
-            continue
+        if _computed_in(folder / CONFIG) == wanted:
+            equal.append(folder)
     finished = [folder for folder in equal if (folder / REPORT).is_file()]
     if finished:
         return finished[-1], True
     return (equal[-1] if equal else None), False
+
+
+@cache
+def _computed_in(file: Path) -> dict[str, object] | None:
+    """Of a run's config, which never changes; read once, however many jobs ask. None where it has other keys."""
+    try:
+        return _computed(load_experiment(file))
+    except ValueError:
+        return None
 
 
 def _computed(config: ExperimentConfig) -> dict[str, object]:

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.load import SCALES, load_experiment
+from t2i_lm.load import load_experiment
+from t2i_lm.options import add_scale
 
 EXAMPLE = """example:
   python -m t2i_lm.prepare experiments/t2i_pretrained.yaml --scale demo data.train_size=1000
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments.add_argument("experiment", type=Path, help="experiment YAML")
-    arguments.add_argument("--scale", default="demo", help=f"one of {', '.join(SCALES)} (default: %(default)s)")
+    add_scale(arguments)
     arguments.add_argument("--check", action="store_true", help="only measure how many ids bfloat16 would leave equal")
     arguments.add_argument("overrides", nargs="*", metavar="key=value")
     options = arguments.parse_intermixed_args(argv)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.jobs import Job, run_jobs, unfinished
-from t2i_lm.load import SCALES, load_experiment
+from t2i_lm.load import load_experiment
+from t2i_lm.options import add_jobs, add_scale
 from t2i_lm.train import FAILURES
 
 EXAMPLE = """example:
@@ -32,10 +33,8 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--replay", metavar="PATH", help="text to replay; without it those remedies are left out")
     arguments.add_argument("--tasks", metavar="FOLDER", help="questions, NAME.jsonl[.gz], that are asked too")
     arguments.add_argument("--only", action="append", metavar="NAME", help="only this remedy; may be repeated")
-    arguments.add_argument(
-        "--scale", default="demo", help=f"overlay in scale/: {', '.join(SCALES)} (default: %(default)s)"
-    )
-    arguments.add_argument("--jobs", type=int, default=1, help="arms trained at once (default: %(default)s)")
+    add_scale(arguments)
+    add_jobs(arguments)
     arguments.add_argument("--out", type=Path, default=Path("figures"), help="where to draw (default: %(default)s)")
     arguments.add_argument("--dry-run", action="store_true", help="print what would be trained; train nothing")
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="for every arm")

@@ -7,7 +7,8 @@ from itertools import product
 from pathlib import Path
 
 from t2i_lm.jobs import Job, find_equal, run_jobs, unfinished
-from t2i_lm.load import SCALES, flatten, load_experiment
+from t2i_lm.load import flatten, load_experiment
+from t2i_lm.options import add_jobs, add_scale
 from t2i_lm.train import FAILURES
 
 EXAMPLE = """example:
@@ -33,10 +34,8 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--arm", action="append", metavar="NAME", help=f"experiment; may be repeated (default: {', '.join(ARMS)})"
     )
-    arguments.add_argument(
-        "--scale", default="demo", help=f"overlay in scale/: {', '.join(SCALES)} (default: %(default)s)"
-    )
-    arguments.add_argument("--jobs", type=int, default=1, help="runs made at once (default: %(default)s)")
+    add_scale(arguments)
+    add_jobs(arguments)
     arguments.add_argument("--out", type=Path, default=Path("figures"), help="where to draw (default: %(default)s)")
     arguments.add_argument("--dry-run", action="store_true", help="print what would be trained; train nothing")
     arguments.add_argument("keys", nargs="*", metavar="key=value[,value...]", help="swept, or for every run")

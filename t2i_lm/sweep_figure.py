@@ -8,13 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from t2i_lm.figure_text import group_caption
-from t2i_lm.plots import ARM_STYLES, GREY, ArmStyle, captioned_figure
+from t2i_lm.plots import ARM_STYLES, GREY, LOG_RATIO, ArmStyle, captioned_figure
 from t2i_lm.runs import Run
 
 OTHER = ArmStyle("", GREY, "x")  # of an experiment that no figure of the paper has
 MODALITIES = {"image": "Image tokens", "text": "Text tokens"}
 LAST = 0.1  # share of the steps whose training loss is averaged
-LOG_RATIO = 3.0  # of the largest to the smallest value, from which on the axis is logarithmic
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,7 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
         for axes, (modality, arms) in zip(panels, shown.items(), strict=True):
             trained = losses(outcomes, modality, training=True)
             for arm, values in arms.items():
-                _draw_arm(axes, arm, values, places, f"{modality}/{arm}")
-                means = sorted((places[value], fmean(found)) for value, found in trained.get(arm, {}).items())
-                look = ARM_STYLES.get(arm, OTHER)
-                axes.plot(*zip(*means, strict=True), color=look.colour, marker=look.marker, markersize=4, alpha=0.4)
+                _draw_arm(axes, arm, values, trained.get(arm, {}), places, f"{modality}/{arm}")
             _label(axes, key, places)
             axes.set_title(MODALITIES[modality])
         panels[0].set_ylabel("loss (nats a token)")
@@ -121,9 +117,16 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
 
 
 def _draw_arm(
-    axes: Axes, arm: str, values: Mapping[str, Sequence[float]], places: Mapping[str, float], gid: str
+    axes: Axes,
+    arm: str,
+    values: Mapping[str, Sequence[float]],
+    trained: Mapping[str, Sequence[float]],
+    places: Mapping[str, float],
+    gid: str,
 ) -> None:
     look = ARM_STYLES.get(arm, OTHER)
+    pale = sorted((places[value], fmean(found)) for value, found in trained.items())
+    axes.plot(*zip(*pale, strict=True), color=look.colour, marker=look.marker, markersize=4, alpha=0.4)
     means = {value: fmean(found) for value, found in sorted(values.items(), key=lambda item: places[item[0]])}
     line = [places[value] for value in means]
     below = [mean - min(values[value]) for value, mean in means.items()]

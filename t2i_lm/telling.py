@@ -37,13 +37,13 @@ def lines(what: str, items: int | None, rank: int = 0, world: int = 1, unit: str
 
 
 @contextmanager
-def progress(what: str, items: int | None, rank: int = 0, world: int = 1, unit: str = "pictures") -> Iterator[Told]:
-    """`lines`, or a bar of this process's items where stderr is a terminal."""
+def progress(what: str, items: int | None, rank: int = 0, unit: str = "pictures") -> Iterator[Told]:
+    """`lines` of this process's items, or a bar where stderr is a terminal."""
     if not sys.stderr.isatty():
-        yield lines(what, items, rank, world, unit)
+        yield lines(what, items, rank, unit=unit)
         return
     from rich.progress import Progress
 
     with Progress(disable=rank > 0) as bar:
-        task = bar.add_task(what, total=None if items is None else -(-items // world))
+        task = bar.add_task(what, total=items)
         yield lambda more: bar.advance(task, more)

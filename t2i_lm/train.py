@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.load import SCALES, load_experiment
+from t2i_lm.load import load_experiment
+from t2i_lm.options import add_scale
 
 EXAMPLE = """example:
   python -m t2i_lm.train experiments/t2i_pretrained.yaml --scale demo trainer.max_steps=50
@@ -28,9 +29,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments.add_argument("experiment", type=Path, help="experiment YAML; base.yaml and scale/ lie beside it")
-    arguments.add_argument(
-        "--scale", default="demo", help=f"overlay in scale/: {', '.join(SCALES)} (default: %(default)s)"
-    )
+    add_scale(arguments)
     arguments.add_argument("--resume", metavar="RUN", help="run folder to continue, or `latest`")
     arguments.add_argument("--dry-run", action="store_true", help="print config, parameters and cost; train nothing")
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3")

@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
             "t2i_lm.protocol",
         ),
     ),
-    ("load", ("t2i_lm.load",)),
+    ("load", ("t2i_lm.load", "t2i_lm.options")),
     ("vocab", ("t2i_lm.vocab", "t2i_lm.devices", "t2i_lm.seeds", "t2i_lm.parts", "t2i_lm.telling")),
     ("sequence", ("t2i_lm.sequence", "t2i_lm.losses")),
     ("models", ("t2i_lm.models", "t2i_lm.tokenizers", "t2i_lm.optim")),

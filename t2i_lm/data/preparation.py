@@ -90,11 +90,10 @@ def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTok
             parts, total = cut(source, _limit(config, split), config.data.part_size)
             counts[split] = len(parts)
             size = config.data.part_size
-            missing = [number for number in range(len(parts)) if not part_folder(folder, split, number).exists()]
             # How much of what is left falls to this process is known only where it is alone.
             left = None
             if total is not None and world_size() == 1:
-                left = sum(min(size, total - number * size) for number in missing)
+                left = sum(min(size, total - number * size) for number in _missing(folder, split, len(parts)))
             with progress(f"tokenising {split} pictures", left, global_rank()) as tell:
                 _write_parts(parts, folder, split, text, image, tell)
         with _alone(folder):
@@ -120,6 +119,11 @@ def cut(source: CaptionedSource | StreamedSource, limit: int | None, part_size: 
     return [partial(samples, start) for start in range(0, size, part_size)], size
 
 
+def _missing(folder: Path, split: str, parts: int) -> list[int]:
+    """Numbers of the parts that nobody has finished."""
+    return [number for number in range(parts) if not part_folder(folder, split, number).exists()]
+
+
 def _write_parts(
     parts: list[Part],
     folder: Path,
@@ -130,7 +134,7 @@ def _write_parts(
 ) -> None:
     """Writes the parts that are missing and free, until none is missing."""
     features = pair_features(text.vocab_size, image.grid[0] * image.grid[1])
-    while missing := [number for number in range(len(parts)) if not part_folder(folder, split, number).exists()]:
+    while missing := _missing(folder, split, len(parts)):
         idle = True
         for number in missing:
             target = part_folder(folder, split, number)

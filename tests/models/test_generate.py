@@ -84,31 +84,28 @@ def test_guidance_is_a_step_from_the_empty_caption_on_logits() -> None:
     assert torch.equal(none, generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4]))
 
 
-def test_progress_sees_the_codes_that_are_there() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "at_once", "expected"),
+    [
+        pytest.param(6, None, [(step, 6, 4 * step) for step in range(1, 7)], id="one batch"),
+        pytest.param(2, 3, [(1, 4, 3), (2, 4, 6), (3, 4, 7), (4, 4, 8)], id="over all batches"),
+    ],
+)
+def test_progress_sees_the_codes_that_are_there(
+    tokens: int, at_once: int | None, expected: list[tuple[int, int, int]]
+) -> None:
+    """(tokens drawn, tokens in all, codes that are there) after each."""
     decoder, vocab, prompts = setup("rotary")
     seen: list[tuple[int, int, int]] = []
     generate(
         decoder,
         vocab,
         prompts,
-        6,
+        tokens,
         on_token=lambda done, total, codes: seen.append((done, total, int((codes >= 0).sum()))),
+        at_once=at_once,
     )
-    assert seen == [(step, 6, 4 * step) for step in range(1, 7)]
-
-
-def test_progress_is_over_all_batches() -> None:
-    decoder, vocab, prompts = setup("rotary")
-    seen: list[tuple[int, int, int]] = []
-    generate(
-        decoder,
-        vocab,
-        prompts,
-        2,
-        on_token=lambda done, total, codes: seen.append((done, total, int((codes >= 0).sum()))),
-        at_once=3,
-    )
-    assert seen == [(1, 4, 3), (2, 4, 6), (3, 4, 7), (4, 4, 8)]
+    assert seen == expected
 
 
 @pytest.mark.parametrize(
