@@ -4,6 +4,7 @@
 ValueError that names the key, the value and what is allowed.
 """
 
+import json
 from dataclasses import dataclass, field
 
 from t2i_lm.remedy_sections import DistilConfig, ForgettingConfig, LoraConfig, LossConfig
@@ -86,9 +87,8 @@ class ExperimentConfig:
             self._check_sharded()
         if self.task == "image_tokenizer" and (self.freeze or self.tune != "all"):
             raise ValueError("freeze and tune are for language models, not task=image_tokenizer")
-        for key in ("packing", "fp8"):
-            if getattr(self.trainer, key) and self.task in ("align", "image_tokenizer"):
-                raise ValueError(f"trainer.{key}=True: expected false, task={self.task} trains no language model")
+        if self.task in ("align", "image_tokenizer"):
+            self._check_no_language_model()
         self._check_remedies()
         if (self.task == "text") != (self.data.source == "text"):
             raise ValueError(f"data.source={self.data.source!r} does not fit task={self.task!r}")
@@ -101,9 +101,16 @@ class ExperimentConfig:
             f"a multiple of {share} (trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches)",
         )
 
+    def _check_no_language_model(self) -> None:
+        for key, value, plain in (
+            ("trainer.packing", self.trainer.packing, False),
+            ("trainer.fp8", self.trainer.fp8, False),
+            ("loss.backend", self.loss.backend, "fused"),
+            ("forgetting.interval", self.forgetting.interval, None),
+        ):
+            require(value == plain, key, value, f"{json.dumps(plain)}, task={self.task} trains no language model")
+
     def _check_remedies(self) -> None:
-        if self.forgetting.interval is not None and self.task in ("align", "image_tokenizer"):
-            raise ValueError(f"forgetting.interval={self.forgetting.interval}: task={self.task} has no language model")
         used = {
             "loss": self.loss.weighted,
             "distil.weight": self.distil.weight > 0,

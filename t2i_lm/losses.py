@@ -3,9 +3,11 @@
 Shapes: `N` targets, `D` width, `V` vocabulary, `M` classes; `C` targets of one chunk.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Logits held at once, in elements: what stays in a CPU's cache, and what keeps a GPU's cores busy. But so many targets
@@ -109,6 +111,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def torch_linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None, z_loss: float = 0.0
+) -> TokenLoss:
+    """As `linear_cross_entropy`, by torch's own chunked loss: products in float32, under autocast too.
+
+    Of bfloat16 states and rows it would return losses rounded to bfloat16.
+    """
+    x_ND, weight_VD = x_ND.float(), weight_VD.float()
+    with torch.autocast(x_ND.device.type, enabled=False):
+        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, min(TARGETS, len(x_ND))))
+        nll_N = F.linear_cross_entropy(x_ND, weight_VD, target_N, reduction="none", options=chunks)
+        lse_N = nll_N + (x_ND * weight_VD[target_N]).sum(1)  # the loss plus the target's logit
+        loss_N = nll_N + z_loss * lse_N.square() if z_loss else nll_N
+        total = (loss_N if token_weight_N is None else token_weight_N * loss_N).sum()
+    return TokenLoss(total, nll_N.detach(), lse_N.detach())
+
+
+# loss.backend -> a function as `linear_cross_entropy`.
+BACKENDS: dict[str, Callable[..., TokenLoss]] = {
+    "fused": linear_cross_entropy,
+    "torch": torch_linear_cross_entropy,
+}
+
+
+def loss_backend(name: str) -> Callable[..., TokenLoss]:
+    """What `loss.backend` names.
+
+    Raises:
+        ValueError: if this torch does not have it.
+    """
+    if name == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ValueError(f"loss.backend=torch: torch {torch.__version__} has no chunked loss; use loss.backend=fused")
+    return BACKENDS[name]
 
 
 def split_sums(nll_N: Tensor, class_N: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ Standard library only. A wrong value raises a ValueError that names the key, the
 
 from dataclasses import dataclass, field
 
-from t2i_lm.sections import require
+from t2i_lm.sections import one_of, require
+
+LOSS_BACKENDS = ("fused", "torch")
 
 
 @dataclass
@@ -42,9 +44,11 @@ class LossConfig:
     text_weight: float = 1.0  # 0: captions condition the pictures but are not learnt
     image_weight: float = 1.0
     replay_weight: float = 1.0  # of data.replay_path's text
+    backend: str = "fused"  # or torch: its own chunked loss, in float32 and slower, for comparison
     z: float = 0.0  # factor of logsumexp squared, which keeps logits small (PaLM's z-loss, there 1e-4); 0: none
 
     def __post_init__(self) -> None:
+        one_of("loss.backend", self.backend, LOSS_BACKENDS)
         for key in ("text_weight", "image_weight", "replay_weight", "z"):
             require(getattr(self, key) >= 0, f"loss.{key}", getattr(self, key), "0 or more")
 

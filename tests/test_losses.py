@@ -1,5 +1,7 @@
 """The fused loss against the materialised one, in value and gradient, chunked and whole."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,16 @@ from torch import Tensor
 
 import t2i_lm.losses as losses
 from t2i_lm.devices import multiplies_bfloat16
-from t2i_lm.losses import linear_cross_entropy
+from t2i_lm.losses import BACKENDS, TokenLoss, loss_backend
+from t2i_lm.remedy_sections import LOSS_BACKENDS
+
+Backend = Callable[..., TokenLoss]
+needs_torchs = pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch has none")
+
+
+@pytest.fixture(params=["fused", pytest.param("torch", marks=needs_torchs)])
+def linear_cross_entropy(request: pytest.FixtureRequest) -> Backend:
+    return BACKENDS[request.param]
 
 
 def inputs(targets: int = 50, dim: int = 24, vocabulary: int = 90) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,7 +40,7 @@ def materialised(
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("budget", [90, 90 * 7, 2**21])
 def test_value_and_gradients_equal_the_materialised_loss(
-    budget: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
+    linear_cross_entropy: Backend, budget: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "CPU_LOGITS", budget)
     monkeypatch.setattr(losses, "TARGETS", 1)
@@ -45,7 +56,7 @@ def test_value_and_gradients_equal_the_materialised_loss(
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-def test_in_bfloat16_the_error_is_the_materialised_losss_own() -> None:
+def test_in_bfloat16_the_error_is_the_materialised_losss_own(linear_cross_entropy: Backend) -> None:
     x_ND, weight_VD, target_N, token_weight_N = inputs(400, 64, 300)
     exact = torch.autograd.grad(materialised(x_ND, weight_VD, target_N, token_weight_N, 0.0)[0], (x_ND, weight_VD))
     with torch.autocast("cpu", torch.bfloat16):
@@ -57,21 +68,31 @@ def test_in_bfloat16_the_error_is_the_materialised_losss_own() -> None:
         assert (fused - true).norm() <= 1.25 * (reference - true).norm()
 
 
-def test_no_targets_are_no_loss() -> None:
+def test_no_targets_are_no_loss(linear_cross_entropy: Backend) -> None:
     x_ND, weight_VD, target_N, _ = inputs(targets=0)
     loss = linear_cross_entropy(x_ND, weight_VD, target_N)
     assert loss.total.item() == 0
     assert loss.nll_N.shape == (0,)
 
 
-def test_frozen_rows_need_no_gradient() -> None:
+def test_frozen_rows_need_no_gradient(linear_cross_entropy: Backend) -> None:
     x_ND, weight_VD, target_N, _ = inputs()
     loss = linear_cross_entropy(x_ND, weight_VD.detach(), target_N)
-    loss.total.backward()
+    torch.autograd.backward(loss.total)
     assert x_ND.grad is not None
     assert weight_VD.grad is None
     with torch.no_grad():
         assert linear_cross_entropy(x_ND, weight_VD, target_N).total.item() == pytest.approx(loss.total.item())
+
+
+def test_every_backend_of_a_config_is_there() -> None:
+    assert set(LOSS_BACKENDS) == set(BACKENDS)
+
+
+def test_a_torch_without_a_chunked_loss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    with pytest.raises(ValueError, match=r"loss\.backend=torch: torch .* has no chunked loss; use loss\.backend=fused"):
+        loss_backend("torch")
 
 
 def test_a_processor_is_asked_before_bfloat16_is_used() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from t2i_lm.runs import REPORT, Run, read_run, run_folders
 from t2i_lm.train import main
+from tests.test_losses import needs_torchs
 from tests.test_train import PRETRAINED, launch, launch_module, same_losses, train, weights
 
 TWO = ("trainer.devices=2", "samples.prompts=0", "samples.preference_scenes=0")
@@ -44,6 +45,14 @@ def test_two_shards_equal_one_process(one: Run, two: Run) -> None:
     assert two.report is not None
     for name, value in weights(one).items():
         assert torch.allclose(weights(two)[name], value, atol=1e-5), name
+
+
+@needs_torchs
+def test_torchs_own_loss_trains_the_same_in_shards(one: Run, tiny: list[str], tmp_path: Path) -> None:
+    process = launch(PRETRAINED, tmp_path, *tiny, *TWO, "trainer.strategy=fsdp2", "loss.backend=torch")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    same_losses(read_run(run_folders(tmp_path)[0]), one, 1e-6)
 
 
 def test_shards_go_on_from_a_whole_runs_checkpoint(one: Run, tiny: list[str], tmp_path: Path) -> None:

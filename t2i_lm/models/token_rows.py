@@ -3,6 +3,8 @@
 Shapes: `B` batch, `T` tokens, `N` targets, `D` width, `V` vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,9 +47,11 @@ class Output(TokenRows):
     The loss lives in this forward because under FSDP2 the rows are whole only here.
 
     Attributes:
+        loss: what computes the loss, of `losses.BACKENDS`.
         z_loss: factor of each target's squared logsumexp in the loss's `total`.
     """
 
+    loss: Callable[..., TokenLoss] = staticmethod(linear_cross_entropy)
     z_loss = 0.0
 
     def forward(
@@ -67,5 +71,5 @@ class Output(TokenRows):
             assert self.special is not None
             assert self.image is not None
             target_N = target_N - len(self.text) - len(self.special)
-            return linear_cross_entropy(x, self.image, target_N, weight_N, self.z_loss)
-        return linear_cross_entropy(x, self.matrix(), target_N, weight_N, self.z_loss)
+            return self.loss(x, self.image, target_N, weight_N, self.z_loss)
+        return self.loss(x, self.matrix(), target_N, weight_N, self.z_loss)

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.losses import TokenLoss, split_sums
+from t2i_lm.losses import TokenLoss, loss_backend, split_sums
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.float8 import use_float8
 from t2i_lm.models.shard import shard
@@ -86,7 +86,7 @@ class DecoderModule(OptimisedModule):
     def __init__(self, decoder: Backbone, config: ExperimentConfig) -> None:
         super().__init__(config)
         self.decoder = decoder
-        decoder.output.z_loss = config.loss.z
+        decoder.output.loss, decoder.output.z_loss = loss_backend(config.loss.backend), config.loss.z
         self._configured = False
         # Targets seen since the last optimiser step, on this rank; each counted by its weight.
         self._step_count: Tensor | None = None
