@@ -8,58 +8,86 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 
+# What Lightning calls the fetch of a training batch.
+FETCH = ".train_dataloader_next"
 # Share of the time from which waiting for data is worth a word.
 WAITING = 0.02
 
 
+class FetchClock(Profiler):
+    """Seconds that training waits for its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = self._began = 0.0
+
+    def start(self, action_name: str) -> None:
+        """A fetch begins, where it is training's."""
+        if action_name.endswith(FETCH):
+            self._began = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        """A fetch ends."""
+        if action_name.endswith(FETCH):
+            self.seconds += time.perf_counter() - self._began
+
+
 class Throughput(Callback):
-    """Tokens a second over each logging interval, validations left out.
+    """Tokens a second over each logging interval, validations and what follows them before the next batch left out.
 
     On a GPU the host runs ahead of the device within an interval; its end waits for the device, so the sums of an
-    interval are right where those of a step are not. A `data_wait` near 0 means that loading is fast enough.
-    List it first, so that other callbacks' work counts as work and not as waiting.
+    interval are right where those of a step are not. A `data_wait` near 0 means that loading is fast enough: it is the
+    share of the time in which the next batch is fetched, by Lightning's own marks, so a Trainer with a profiler of
+    its own has none.
     """
 
     def __init__(self, flop_per_token: float | None = None, peak: float | None = None) -> None:
         """`flop_per_token` are operations of a position in training, `peak` what a device does a second at most."""
         self.flop_per_token, self.peak = flop_per_token, peak
+        self.clock = FetchClock()
         self._steps = self._steps_left = 0  # optimiser steps of the interval, and after it
-        self._work = self._wait = 0.0  # seconds of the interval
-        self._mark = 0.0
-        self._validated = False  # since the last batch
+        self._began = self._waited = 0.0  # when the interval began, and what had been waited for by then
+        self._paused: tuple[float, float] | None = None  # both when a validation began, until the next batch
         self._seen: dict[str, int] | None = None  # unknown where a resumed run begins
         self._device, self._world, self._step = torch.device("cpu"), 1, 0
         self.latest: dict[str, float] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Has fetches marked."""
+        if isinstance(trainer.profiler, PassThroughProfiler):
+            trainer.profiler = self.clock
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
         self._device, self._world = pl_module.device, trainer.world_size
         self._step = trainer.global_step
-        self._work = self._wait = 0.0
-        self._mark, self._validated = time.perf_counter(), False
+        self._began, self._waited, self._paused = time.perf_counter(), self.clock.seconds, None
         self._seen = None if trainer.global_step else {}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Waiting ends, work begins; the time of a validation counts as neither."""
-        waited = self._lap()
-        self._wait += 0.0 if self._validated else waited
-        self._validated = False
+        """Leaves out a validation and what came after it."""
+        if self._paused is not None:
+            began, waited = self._paused
+            self._began += time.perf_counter() - began
+            self._waited += self.clock.seconds - waited
+            self._paused = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Work ends."""
-        self._work += self._lap()
+        """Counts optimiser steps."""
         self._steps += trainer.global_step - self._step
         self._step = trainer.global_step
         self._steps_left = trainer.max_steps - self._step
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes that the time until the next batch is not waiting."""
-        self._validated = True
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes when the pause began."""
+        if not trainer.sanity_checking:
+            self._paused = time.perf_counter(), self.clock.seconds
 
     def record(self, seen: dict[str, int]) -> dict[str, Any]:
         """The interval's `throughput`.
@@ -69,10 +97,11 @@ class Throughput(Callback):
         `memory_mib` (peak) are this rank's; `eta_s` is the time left at this speed, validations left out. The first
         interval of a resumed run is in part another process's work and has no rates.
         """
-        seconds, wait = self._work + self._wait, self._wait
+        now, waited = time.perf_counter(), self.clock.seconds
+        seconds, wait = now - self._began, waited - self._waited
+        self._began, self._waited = now, waited
         before, self._seen = self._seen, dict(seen)
         steps, self._steps = self._steps, 0
-        self._work = self._wait = 0.0
         fields: dict[str, float] = {}
         if before is not None and seconds > 0:
             for name, count in seen.items():
@@ -94,11 +123,6 @@ class Throughput(Callback):
         parts += [f"{latest['data_wait']:.0%} waiting for data"] if latest.get("data_wait", 0) >= WAITING else []
         parts += [f"{latest['memory_mib'] / 1024:.1f} GiB"] if latest else []
         return "  ".join(parts)
-
-    def _lap(self) -> float:
-        now = time.perf_counter()
-        passed, self._mark = now - self._mark, now
-        return passed
 
     def _memory(self) -> int:
         """Peak MiB: of the GPU where there is one, else of the process."""

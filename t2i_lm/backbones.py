@@ -1,5 +1,6 @@
 """The language model of an experiment: read or drawn, and which of its parameters learn."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -157,7 +158,8 @@ def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:
 
 def can_compile(key: str) -> bool:
     """Whether there is a C++ compiler; says where there is none, naming what asked for it."""
-    found = any(map(which, COMPILERS))
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    found = any(map(which, wanted))
     if not found:
-        print(f"{key}: none of {', '.join(COMPILERS)} found, so nothing is compiled", file=sys.stderr)
+        print(f"{key}: none of {', '.join(wanted)} found, so nothing is compiled", file=sys.stderr)
     return found

@@ -10,6 +10,8 @@ from t2i_lm.sections import TrainerConfig, require
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 FLOAT8_CAPABILITY = (8, 9)
+# In messages of plain RuntimeErrors: of the CPU's allocator, and of CUDA and its libraries, which have their own.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def require_device(trainer: TrainerConfig) -> None:
@@ -45,7 +47,7 @@ def _require_float8(trainer: TrainerConfig) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a GPU's or the machine's memory is used up."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 def memory_advice(config: ExperimentConfig) -> str:

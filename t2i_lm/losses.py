@@ -68,6 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Reused by all chunks: fresh memory of this size costs a CPU as much time as the exponentials.
         logits_XV = x_ND.new_empty(chunk, len(weight_VD))
         log_prob_XV = torch.empty_like(logits_XV, dtype=torch.float32)
+        minus_one_X1 = log_prob_XV.new_full((chunk, 1), -1.0)
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         lse_N = torch.empty_like(nll_N)
         grad_x_ND = torch.empty_like(x_ND) if wants_x else None
@@ -84,18 +85,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 nll_N[part], lse_N[part] = -log_prob_C1.squeeze(1), lse_C1.squeeze(1)
                 if not (wants_x or wants_weight):
                     continue
-                # d total / d logits = factor * (p - onehot / growth); the row factor is applied to (C, D), not (C, V).
-                growth_C1 = 1 + 2 * z_loss * lse_C1
-                factor_C1 = (token_weight_N[part, None] * growth_C1).to(weight_VD.dtype)
-                grad_CV = log_prob_CV.exp_().scatter_add_(1, target_C1, -1 / growth_C1)
+                # d total / d logits = weight * (growth * p - onehot); the weight is applied to (C, D), not (C, V), and
+                # all before the cast is in float32, where a growth of 1.002 is not yet 1.
+                grad_CV = log_prob_CV.exp_()
+                if z_loss:
+                    grad_CV *= 1 + 2 * z_loss * lse_C1
+                grad_CV.scatter_add_(1, target_C1, minus_one_X1[: len(x_CD)])
+                factor_C1 = token_weight_N[part, None]
+                scaled_CD = (x_CD * factor_C1).to(x_CD.dtype)
                 if grad_CV.dtype != logits_CV.dtype:
                     grad_CV = logits_CV.copy_(grad_CV)
                 if grad_x_ND is not None:
                     grad_x_ND[part] = (grad_CV @ weight_VD) * factor_C1
                 if grad_weight_VD is not None and grad_CV.dtype == torch.float32:
-                    grad_weight_VD.addmm_(grad_CV.T, x_CD * factor_C1)
+                    grad_weight_VD.addmm_(grad_CV.T, scaled_CD)
                 elif grad_weight_VD is not None:
-                    grad_weight_VD += grad_CV.T @ (x_CD * factor_C1)
+                    grad_weight_VD += grad_CV.T @ scaled_CD
         ctx.save_for_backward(grad_x_ND, grad_weight_VD)
         ctx.mark_non_differentiable(nll_N, lse_N)
         total = (token_weight_N * (nll_N + z_loss * lse_N.square())).sum()
@@ -124,7 +129,8 @@ def torch_linear_cross_entropy(
     with torch.autocast(x_ND.device.type, enabled=False):
         chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, min(TARGETS, len(x_ND))))
         nll_N = F.linear_cross_entropy(x_ND, weight_VD, target_N, reduction="none", options=chunks)
-        lse_N = nll_N + (x_ND * weight_VD[target_N]).sum(1)  # the loss plus the target's logit
+        with torch.set_grad_enabled(torch.is_grad_enabled() and z_loss > 0):
+            lse_N = nll_N + (x_ND * weight_VD[target_N]).sum(1)  # the loss plus the target's logit
         loss_N = nll_N + z_loss * lse_N.square() if z_loss else nll_N
         total = (loss_N if token_weight_N is None else token_weight_N * loss_N).sum()
     return TokenLoss(total, nll_N.detach(), lse_N.detach())

@@ -2,8 +2,11 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 
 from t2i_lm.assets import resolve
@@ -16,6 +19,7 @@ from t2i_lm.flops import flop_per_token, formula
 from t2i_lm.forgetting import BASELINE, forgetting_probes
 from t2i_lm.hashing import weights_sha256
 from t2i_lm.load import save_experiment
+from t2i_lm.losses import loss_backend
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.report import sampler, write_report
@@ -44,6 +48,7 @@ STREAM_STEPS = 1000
 def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     """Trains an experiment; returns the exit code."""
     require_device(config.trainer)
+    loss_backend(config.loss.backend)
     experiment = build(config)
     inherited = os.environ.get(FOLDER_VARIABLE)
     main_rank = inherited is None and global_rank() == 0
@@ -66,9 +71,10 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
         measure=forgetting_probes(experiment, folder),
         flop_per_token=_flop_per_token(experiment),
     )
-    os.environ[FOLDER_VARIABLE] = str(folder)
     try:
-        trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint, weights_only=True)
+        with _told_to_ranks(folder, main_rank):
+            trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint, weights_only=True)
+        _finish(experiment, folder, trainer)
     except Preempted as order:
         if trainer.is_global_zero:
             events.write("preempted", str(order))
@@ -78,10 +84,23 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
         if not is_out_of_memory(error):
             raise
         raise MemoryError(memory_advice(config)) from error
+    return 0
+
+
+@contextmanager
+def _told_to_ranks(folder: Path, main_rank: bool) -> Iterator[None]:
+    """While ranks may be launched."""
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    try:
+        yield
     finally:
         if main_rank:
             del os.environ[FOLDER_VARIABLE]
-    trained = int(trainer.global_step)
+
+
+def _finish(experiment: Experiment, folder: Path, trainer: pl.Trainer) -> None:
+    """Validates after the last step, where that was not done, and writes the report."""
+    config, trained = experiment.config, int(trainer.global_step)
     validated = trainer.is_global_zero and any(r["step"] == trained for r in read_run(folder).records("val"))
     if not trainer.strategy.broadcast(validated):
         trainer.validate(experiment.module, experiment.data, verbose=False)
@@ -90,7 +109,6 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
             # Whole, where what was trained lies in parts on all processes; and without the roundings of float8.
             experiment.module = load_trained(folder).module
         write_report(experiment, folder, trained, wall_s=seconds_trained(trainer))
-    return 0
 
 
 def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpoint: Path | None) -> None:
@@ -100,6 +118,7 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
         step = int(checkpoint.stem.removeprefix("step-"))
         events.write("resumed", f"from {checkpoint.name}")
         print(f"resuming {folder} from step {step}", flush=True)
+        _print_formula(experiment)
         return
     MetricsFile(folder / METRICS).cut_after(-1)
     (folder / BASELINE).unlink(missing_ok=True)  # of a run that never reached a checkpoint
@@ -124,11 +143,17 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
     if isinstance(experiment.module, DecoderModule):
         decoder = experiment.module.decoder
         table = "\n".join([group_table(decoder), *overlaps(decoder, config.freeze)])
-        print(formula(decoder, experiment.module.nominal_length, device_name(config)), flush=True)
+        _print_formula(experiment)
         (folder / GROUPS).write_text(f"{table}\n")
         if any(not parameter.requires_grad for parameter in experiment.module.parameters()):
             print(table, flush=True)
     print(f"run folder: {folder}", flush=True)
+
+
+def _print_formula(experiment: Experiment) -> None:
+    module = experiment.module
+    if isinstance(module, DecoderModule):
+        print(formula(module.decoder, module.nominal_length, device_name(experiment.config)), flush=True)
 
 
 def _backbone_hashes(config: ExperimentConfig) -> dict[str, str] | None:

@@ -90,8 +90,9 @@ def _picture_config(run: Path) -> ExperimentConfig:
 
 
 def _untaught(config: ExperimentConfig) -> ExperimentConfig:
-    """Without what only training compares with."""
-    return replace(config, distil=DistilConfig(), optim=replace(config.optim, l2_sp=0.0))
+    """Without what only training computes or compares with."""
+    optim, loss = replace(config.optim, l2_sp=0.0), replace(config.loss, backend="fused")
+    return replace(config, distil=DistilConfig(), optim=optim, loss=loss)
 
 
 def _require_same_tokenizers(model: Model, run: Path) -> None:

@@ -121,7 +121,7 @@ def build_trainer(
     `draw` gives the samples of `samples.interval`, `fid` what `fid.interval` compares, `measure` the probes of
     `forgetting.interval`; `flop_per_token` is what MFU is reckoned by.
 
-    Order matters: throughput first, so that other callbacks count as work; the guard before the meters; progress
+    Order matters: throughput before the meter that asks it; the guard before the meters; progress
     after the meter that it shows; random state after all that draw; the saver last, when all have seen the step.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

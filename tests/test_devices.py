@@ -1,8 +1,11 @@
 """What this machine cannot do is refused by name, and an exhausted memory says which keys help."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from t2i_lm import session
 from t2i_lm.config import ExperimentConfig
 from t2i_lm.devices import is_out_of_memory, memory_advice, require_device
 from t2i_lm.dry_run import plan
@@ -10,7 +13,11 @@ from t2i_lm.flops import PEAKS, flop_per_token, formula, peak_flops, product_par
 from t2i_lm.load import load_experiment
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.sections import DataConfig, TrainerConfig
+from t2i_lm.train import main
+from t2i_lm.trained import load_trained
 from tests.test_dry_run import EXPERIMENTS
+from tests.test_losses import needs_torchs
+from tests.test_train import PRETRAINED, train
 
 
 @pytest.mark.parametrize("accelerator", ["tpu", "gpu", "cuda"])
@@ -42,6 +49,37 @@ def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.ones(2) @ torch.ones(3)
     assert not is_out_of_memory(raised.value)
+    for message in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"):
+        assert is_out_of_memory(RuntimeError(message))
+
+
+def test_memory_that_is_used_up_while_the_report_draws_names_the_keys(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(session, "write_report", draw)
+    assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", "trainer.max_steps=4"]) == 2
+    assert "out of memory with a micro-batch of" in capsys.readouterr().err
+
+
+def test_a_loss_that_this_torch_lacks_is_refused_before_anything_is_prepared(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    monkeypatch.setattr(session, "build", None)
+    assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", "loss.backend=torch"]) == 2
+    assert "use loss.backend=fused" in capsys.readouterr().err
+
+
+@needs_torchs
+def test_a_model_trained_by_torchs_loss_is_opened_without_it(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(PRETRAINED, tmp_path, *tiny, "trainer.max_steps=4", "loss.backend=torch")
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
+    assert load_trained(run.folder).config.loss.backend == "torch"
 
 
 def test_the_advice_names_the_micro_batch_and_keys_that_lower_it() -> None:

@@ -38,12 +38,12 @@ def materialised(
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-@pytest.mark.parametrize("budget", [90, 90 * 7, 2**21])
+@pytest.mark.parametrize("chunk", [1, 7, 2**21])
 def test_value_and_gradients_equal_the_materialised_loss(
-    linear_cross_entropy: Backend, budget: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
+    linear_cross_entropy: Backend, chunk: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "CPU_LOGITS", budget)
-    monkeypatch.setattr(losses, "TARGETS", 1)
+    monkeypatch.setattr(losses, "CPU_LOGITS", 1)
+    monkeypatch.setattr(losses, "TARGETS", chunk)
     x_ND, weight_VD, target_N, token_weight_N = inputs()
     expected, expected_nll_N = materialised(x_ND, weight_VD, target_N, token_weight_N, z_loss)
     expected_grads = torch.autograd.grad(expected * 3, (x_ND, weight_VD))
@@ -56,16 +56,34 @@ def test_value_and_gradients_equal_the_materialised_loss(
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-def test_in_bfloat16_the_error_is_the_materialised_losss_own(linear_cross_entropy: Backend) -> None:
-    x_ND, weight_VD, target_N, token_weight_N = inputs(400, 64, 300)
-    exact = torch.autograd.grad(materialised(x_ND, weight_VD, target_N, token_weight_N, 0.0)[0], (x_ND, weight_VD))
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_in_bfloat16_the_error_is_the_materialised_losss_own(
+    linear_cross_entropy: Backend, weighted: bool, z_loss: float
+) -> None:
+    x_ND, weight_VD, target_N, token_weight_N = inputs(512, 64, 2000)
+    given = x_ND, weight_VD, target_N, token_weight_N if weighted else torch.ones_like(token_weight_N), z_loss
+    exact = torch.autograd.grad(materialised(*given)[0], (x_ND, weight_VD))
     with torch.autocast("cpu", torch.bfloat16):
-        theirs = torch.autograd.grad(materialised(x_ND, weight_VD, target_N, token_weight_N, 0.0)[0], (x_ND, weight_VD))
-        ours = torch.autograd.grad(
-            linear_cross_entropy(x_ND, weight_VD, target_N, token_weight_N).total, (x_ND, weight_VD)
-        )
+        theirs = torch.autograd.grad(materialised(*given)[0], (x_ND, weight_VD))
+        ours = torch.autograd.grad(linear_cross_entropy(*given).total, (x_ND, weight_VD))
     for reference, fused, true in zip(theirs, ours, exact, strict=True):
         assert (fused - true).norm() <= 1.25 * (reference - true).norm()
+
+
+def test_in_bfloat16_the_z_loss_still_shrinks_the_logits(linear_cross_entropy: Backend) -> None:
+    x_ND, weight_VD, target_N, _ = inputs(512, 64, 2000)
+    weight_VD = (weight_VD / 8).detach().requires_grad_()  # logits of size 1
+
+    def summed_gradient(z_loss: float) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(x_ND, weight_VD, target_N, None, z_loss)
+        return torch.autograd.grad(loss.total, weight_VD)[0].sum(0)
+
+    # Over the rows, a target's logit gradient sums to nothing, and the z-loss' part of it to 2 z lse.
+    lse_N = F.linear(x_ND, weight_VD).logsumexp(dim=1).detach()
+    expected_D = (2e-4 * lse_N[:, None] * x_ND).sum(0)
+    assert (summed_gradient(1e-4) - summed_gradient(0.0) - expected_D).norm() <= 0.5 * expected_D.norm()
 
 
 def test_no_targets_are_no_loss(linear_cross_entropy: Backend) -> None:

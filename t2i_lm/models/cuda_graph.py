@@ -6,12 +6,14 @@ Shapes: `B` sequences, `D` width.
 import sys
 from collections.abc import Callable, Hashable
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 # Steps before a capture: what compiles, loads or tunes itself at its first calls must not do so during it.
 WARM_UP = 3
+_CAPTURING = Lock()  # a stream takes part in one capture at a time
 
 
 class StepGraphs:
@@ -35,6 +37,8 @@ class StepGraphs:
         if key not in self._graphs and not self._refused:
             try:
                 self._graphs[key] = self._capture(step, ids_B)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 self._refused = True
                 cause = error.__context__ or error  # what went wrong, not that the capture could not end well
@@ -49,8 +53,8 @@ class StepGraphs:
     def _capture(self, step: Callable[[Tensor], Tensor], ids_B: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         graph, own_B = torch.cuda.CUDAGraph(), ids_B.clone()
         outer, inner = torch.cuda.current_stream(ids_B.device), _side_stream(ids_B.device)
-        inner.wait_stream(outer)
-        with torch.cuda.stream(inner):
+        with _CAPTURING, torch.cuda.stream(inner):
+            inner.wait_stream(outer)
             for _ in range(WARM_UP):
                 step(own_B)
             # Other threads (a loader's, the demo's page) may use the device meanwhile: their work is not captured.

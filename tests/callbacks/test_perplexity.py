@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from callbacks import EMASplitPerplexity, RunScalars, Throughput
 
@@ -46,9 +48,27 @@ class Scripted(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def batches(number: int) -> DataLoader[Any]:
-    """As many batches, of nothing."""
-    return DataLoader(TensorDataset(torch.zeros(number)))
+class Slow(pl.Callback):
+    """Takes its time after a batch, or in a validation."""
+
+    def __init__(self, seconds: float, validation: float = 0.0) -> None:
+        self.seconds, self.validation = seconds, validation
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        time.sleep(self.seconds)
+
+    def on_validation_end(self, *_: Any) -> None:
+        time.sleep(self.validation)
+
+
+def batches(number: int, seconds: float = 0.0) -> DataLoader[Any]:
+    """As many batches, of nothing, each after some seconds."""
+
+    def collate(rows: list[Any]) -> Any:
+        time.sleep(seconds)
+        return default_collate(rows)
+
+    return DataLoader(TensorDataset(torch.zeros(number)), collate_fn=collate)
 
 
 def fit(
@@ -60,6 +80,8 @@ def fit(
     accumulate: int = 1,
     sanity: int = 0,
     logger: Any = False,
+    others: Sequence[pl.Callback] = (),
+    loading: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Runs the script; the lines that it wrote."""
     trainer = pl.Trainer(
@@ -75,9 +97,9 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*[extra for extra in meter.extras if isinstance(extra, pl.Callback)], meter],
+        callbacks=[*[extra for extra in meter.extras if isinstance(extra, pl.Callback)], meter, *others],
     )
-    trainer.fit(Scripted(train, val, modalities), batches(len(train)), batches(len(val)))
+    trainer.fit(Scripted(train, val, modalities), batches(len(train), loading), batches(len(val)))
     assert meter.file is not None
     return meter.file.read()
 
@@ -203,6 +225,19 @@ def test_speed_memory_and_waiting_are_in_the_training_lines(tmp_path: Path) -> N
     assert "GiB" in throughput.note()
     assert "MFU" in throughput.note()
     assert "throughput" not in meter.seen
+
+
+@pytest.mark.parametrize(("working", "loading"), [(0.1, 0.0), (0.0, 0.1)])
+def test_waiting_is_for_data_alone_and_validations_are_left_out(tmp_path: Path, working: float, loading: float) -> None:
+    throughput = Throughput()
+    meter = EMASplitPerplexity(2, 0.5, tmp_path / "metrics.jsonl", extras=[throughput])
+    slow = Slow(working, validation=1.0)
+    written = fit(tmp_path, [[(1.0, 1)] * 3] * 6, [[(1.0, 1)] * 3], meter, others=[slow], loading=loading)
+    speeds = [line["throughput"] for line in written if "throughput" in line][1:]
+    assert len(speeds) == 2
+    for speed in speeds:
+        assert speed["data_wait"] > 0.5 if loading else speed["data_wait"] < 0.2
+        assert speed["samples_per_s"] > 4 / 1.0
 
 
 def test_speed_is_drawn_in_tensorboard(tmp_path: Path) -> None:
