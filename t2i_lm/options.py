@@ -4,6 +4,9 @@ import argparse
 
 from t2i_lm.load import SCALES
 
+# Of commands that compare losses: no pictures, unless asked for after these.
+NO_PICTURES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.interval=null")
+
 
 def add_scale(arguments: argparse.ArgumentParser) -> None:
     """`--scale`: how big."""

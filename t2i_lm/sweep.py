@@ -8,7 +8,7 @@ from pathlib import Path
 
 from t2i_lm.jobs import Job, find_equal, run_jobs, unfinished
 from t2i_lm.load import flatten, load_experiment
-from t2i_lm.options import add_jobs, add_scale
+from t2i_lm.options import NO_PICTURES, add_jobs, add_scale
 from t2i_lm.train import FAILURES
 
 EXAMPLE = """example:
@@ -19,8 +19,6 @@ Values of a key are separated by commas. One key is swept; several values of `se
 finished with an equal config is not trained again, what was stopped goes on. The runs are kept in RUN.DIR/sweep."""
 FOLDER = Path("experiments")
 ARMS = ("t2i_pretrained", "t2i_scratch")
-# A sweep compares losses: no pictures, unless asked for.
-QUIET = ("samples.prompts=0", "samples.preference_scenes=0", "samples.interval=null")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +77,7 @@ def planned(options: argparse.Namespace, folder: Path = FOLDER) -> tuple[str, di
             known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "base")
             raise ValueError(f"--arm {arm}: expected one of {', '.join(known)}")
         chosen = [f"{name}={value}" for name, value in zip(order, values, strict=True)]
-        config = load_experiment(file, options.scale, [*QUIET, *fixed, *chosen])
+        config = load_experiment(file, options.scale, [*NO_PICTURES, *fixed, *chosen])
         config.run.dir = str(Path(config.run.dir) / "sweep")
         config.require_paths()
         if config.task not in ("text_to_image", "unconditional", "text"):

@@ -108,3 +108,13 @@ def test_one_command_trains_what_is_missing_and_draws(
     assert "caption_mask, distil" in capsys.readouterr().err
     assert remedies.main(["--text", str(book), "--replay", str(book)]) == 2
     assert "the text that --text measures on" in capsys.readouterr().err
+
+
+def test_no_pictures_are_drawn_unless_asked_for() -> None:
+    plain, asked = (
+        remedies.experiments(remedies.parser().parse_intermixed_args(["--text", "x", *more]), BASE)
+        for more in ([], ["samples.prompts=64"])
+    )
+    assert {config.samples.prompts for config in plain} == {0}
+    assert {config.samples.interval for config in plain} == {None}
+    assert {config.samples.prompts for config in asked} == {64}
