@@ -50,13 +50,17 @@ figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
 tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost
 
+# A checkout of open_lm, whose own code then takes training steps beside ours, here and on a GPU.
+OPEN_LM ?=
+
 # Each is a process of its own; one that fails does not keep the others from running, but make then fails, too.
-bench: $(STAMP)  ## side by side with peers, one JSON line each (minutes; only numbers of an idle machine count)
-	@failed=; for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS) || failed="$$failed $$name"; done; \
+bench: $(STAMP)  ## side by side with peers, one JSON line each (minutes of an idle machine; OPEN_LM=CHECKOUT adds open_lm)
+	@failed=; for name in $(BENCHMARKS); do \
+	  set --; if test "$$name" = train_step && test -n "$(OPEN_LM)"; then set -- --open-lm "$(OPEN_LM)"; fi; \
+	  $(PY) -m benchmarks.$$name "$$@" $(ARGS) || failed="$$failed $$name"; done; \
 	  test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
 
-# What the paper's shape takes on one GPU of 80 GB; OPEN_LM=CHECKOUT adds open_lm's own code.
-OPEN_LM ?=
+# What the paper's shape takes on one GPU of 80 GB.
 ON_GPU := "trainer_overhead --shape paper --compile --accumulate 64 --steps 320 --rounds 3" \
   "train_step --shape paper --peers transformers" "train_step --shape paper --peers litgpt" \
   $(if $(OPEN_LM),"train_step --shape paper --peers open_lm --open-lm $(OPEN_LM)") \

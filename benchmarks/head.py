@@ -60,7 +60,7 @@ def whole(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
 
 
 def torch_chunked(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """Torch's own chunked loss, of releases that have it."""
+    """Torch's own chunked loss, of releases that have it, in its faster form: the mean alone."""
     import torch.nn.functional as F
     from torch.nn import LinearCrossEntropyOptions
 
@@ -68,13 +68,21 @@ def torch_chunked(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
     return F.linear_cross_entropy(x_ND, weight_VD, target_N, options=chunks)
 
 
+def torch_single(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+    """Torch's chunked loss as `loss.backend=torch` asks for it: the loss of each target, and its logsumexp."""
+    from t2i_lm.losses import torch_linear_cross_entropy
+
+    return torch_linear_cross_entropy(x_ND, weight_VD, target_N).total / len(target_N)
+
+
 def variants(precision: str, compiled: bool) -> dict[str, tuple[str, HeadLoss]]:
-    """Name -> (family, loss). Torch's own takes no notice of autocast, so it would compute in float32 all the same."""
+    """Name -> (family, loss). Torch's own take no notice of autocast: they would compute in float32 all the same."""
     import torch
 
     found: dict[str, tuple[str, HeadLoss]] = {f"{OURS} fused": (OURS, fused), "whole logits eager": ("whole", whole)}
     if precision == "fp32" and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["torch chunked"] = ("torch chunked", torch_chunked)
+        found["loss.backend=torch"] = ("loss.backend=torch", torch_single)
     if compiled:
         found["whole logits compiled"] = ("whole", torch.compile(whole))
     return found

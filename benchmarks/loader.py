@@ -41,16 +41,16 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments.parse_args(argv)
 
 
-def open_data(folder: Path, shape: tuple[int, int, int, int, int], batches: int) -> Any:
+def open_data(folder: Path, scale: str, batches: int) -> Any:
     """The suite's data module over a folder."""
     from benchmarks.shards import experiment, open_alone
     from t2i_lm.data.datamodules import PairDataModule
     from t2i_lm.sequence import Layout
     from t2i_lm.vocab import JointVocab
 
-    image_tokens, text_vocab, image_codes, length, batch = shape
+    image_tokens, text_vocab, image_codes, length, batch = SHAPES[scale]
     layout = Layout(JointVocab(text_vocab, image_codes), image_tokens, length)
-    data = PairDataModule(experiment(batch, length, batches), folder, layout)
+    data = PairDataModule(experiment(batch, length, batches, scale=scale), folder, layout)
     open_alone(data)
     return data
 
@@ -110,12 +110,11 @@ def measure(options: argparse.Namespace) -> None:
 
     if options.quick:
         options.samples, options.batches = 64, 6
-    shape = SHAPES[options.shape]
-    image_tokens, text_vocab, image_codes, length, batch = shape
+    image_tokens, text_vocab, image_codes, length, batch = SHAPES[options.shape]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_random_shards(folder, options.samples, image_tokens, text_vocab, image_codes, length)
-        data = open_data(folder, shape, options.batches)
+        data = open_data(folder, options.shape, options.batches)
         theirs = one_at_a_time(data)
         agreement = check(data, theirs, options.batches)
 

@@ -7,6 +7,7 @@ compared through that one map.
 Shapes: `B` batch, `T` tokens, `D` width, `V` vocabulary.
 """
 
+import copy
 import importlib.util
 import sys
 import types
@@ -83,6 +84,18 @@ def build_decoder(shape: Shape, device: str) -> tuple[Decoder, JointVocab]:
     generator = torch.Generator(device).manual_seed(0)
     decoder.reset_parameters(generator)
     return decoder, expand_vocabulary(decoder, shape.image_codes, generator)
+
+
+def compiled_by_block(decoder: Decoder, **how: Any) -> Decoder:
+    """A copy with the same parameters, compiled as by `trainer.compile`: each block, nothing around them.
+
+    `how` is torch.compile's.
+    """
+    own = copy.copy(decoder)
+    own._modules = {**decoder._modules, "layers": nn.ModuleList(copy.copy(block) for block in decoder.layers)}
+    for block in own.layers:
+        block.compile(**how)
+    return own
 
 
 def copy_weights(decoder: Decoder, peer: Peer) -> None:

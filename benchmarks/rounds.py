@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 OURS = "t2i_lm"
 # Load average above which somebody else was computing too, and the line says so.
 NOISY_LOAD = 0.3
+# Option -> how it saves memory.
+SMALLER = {
+    "batch": "a smaller --batch",
+    "peers": "fewer --peers",
+    "alone": "--alone",
+    "tokens": "fewer --tokens",
+    "shape": "--shape demo",
+}
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "torchmetrics", "litgpt", "t2i_lm")
 
 
@@ -74,13 +82,26 @@ def _count(text: str) -> int:
 
 
 def answer(measure: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """Runs a benchmark; its exit code is 1 where the contenders disagree or cannot be built."""
+    """Runs a benchmark; its exit code is 1 where the contenders disagree or cannot be built, 2 where a GPU is full."""
     try:
         measure(options)
     except (GateError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        smaller = [what for key, what in SMALLER.items() if key in vars(options)]
+        print(f"error: out of GPU memory; what takes less: {', '.join(smaller)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is a GPU's memory that did not suffice."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 class Report:

@@ -19,6 +19,7 @@ from t2i_lm.sections import DataConfig, LogConfig, OptimConfig, TrainerConfig
 from t2i_lm.sequence import BOUNDARY_TOKENS
 
 CAPTIONS = 5  # of each picture, as in COCO
+TRIM = {"paper": 32}  # data.trim of scales where it is not the default
 
 
 def write_random_shards(
@@ -48,12 +49,22 @@ def write_random_shards(
 
 
 def experiment(
-    batch: int, length: int, steps: int, precision: str = "auto", logger: str = "none", accumulate: int = 1
+    batch: int,
+    length: int,
+    steps: int,
+    precision: str = "auto",
+    logger: str = "none",
+    accumulate: int = 1,
+    scale: str = "demo",
 ) -> ExperimentConfig:
-    """The demo's settings for `steps` steps of `accumulate` times `batch`, with no validation or checkpoint between."""
+    """Settings for `steps` steps of `accumulate` times `batch`, with no validation or checkpoint between.
+
+    They are the demo's but for what is given and how the `scale` rounds lengths.
+    """
+    trim = TRIM.get(scale, DataConfig.trim)
     return ExperimentConfig(
         name="benchmark",
-        data=DataConfig(batch_size=batch * accumulate, length=length),
+        data=DataConfig(batch_size=batch * accumulate, length=length, trim=trim),
         optim=OptimConfig(warmup_steps=1),
         trainer=TrainerConfig(
             max_steps=steps,

@@ -1,6 +1,7 @@
 """One training step of our decoder against other projects' decoders with the same weights (goals G2 and G6).
 
 A step is forward, loss, backward, clipping, fused AdamW and zeroing of gradients, on random ids without pads.
+Ours is timed in the two forms that training has: eager, and compiled block by block (`trainer.compile`).
 
 Shapes: `B` batch, `T` tokens, `V` vocabulary.
 """
@@ -17,18 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rounds import (
-    OURS,
-    Contender,
-    Report,
-    answer,
-    can_compile,
-    compare,
-    gate,
-    interleave,
-    parser,
-    rates,
-)
+from benchmarks.rounds import OURS, Contender, Report, answer, can_compile, compare, gate, interleave, parser, rates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +31,13 @@ PEERS = ("transformers", "open_lm", "litgpt")
 # Of the largest value. In float32 only the order of sums may differ; in bfloat16 roundings do as well.
 LOGITS, GRADIENTS, LOSS_FP32, LOSS_BF16 = 1e-4, 1e-3, 1e-4, 1e-2
 WARMUP = 3
-GATE_ROWS = 2  # sequences compared in float32, whose logits are held whole
+GATE_ROWS = 2  # sequences that are computed in float32 together, a peer's logits held whole
+# Sequences where the shape's own do not fit. Estimated for ours and one peer at the paper's 1.5B parameters, in GB:
+#   weights 2 x 6, AdamW's state 2 x 12, weights rounded to bfloat16 3 (later gradients: 6, as activations go)   39
+#   activations under autocast, 24 layers x 109 kB a token (Llama's some 15 more), 8 x 1,152 tokens           24-28
+#   a peer's whole logits, bfloat16 and float32 with gradients: 16 bytes each of 66,823 a token                  10
+# Together 73 to 77 of an 80 GB card's 83. The 14 sequences of each of the paper's 64 GPUs would take about 100.
+BATCH = {"paper": 8}
 
 Loss = Callable[[], "Tensor"]
 
@@ -68,7 +64,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     arguments = parser("train_step", "Training steps of equal decoders, side by side.", EXAMPLE)
     arguments.add_argument("--shape", choices=("demo", "paper"), default="demo", help="default: %(default)s")
-    arguments.add_argument("--batch", type=int, help="sequences (default: the shape's)")
+    arguments.add_argument("--batch", type=int, help="sequences (default: 16; 8 at the paper's shape)")
     arguments.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
     arguments.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all there are")
     arguments.add_argument("--open-lm", type=Path, metavar="PATH", help="checkout of mlfoundations/open_lm")
@@ -84,8 +80,8 @@ def measure(options: argparse.Namespace) -> None:
     from t2i_lm.devices import multiplies_bfloat16
     from t2i_lm.flops import flop_per_token
 
-    shape = SHAPES["tiny" if options.quick else options.shape]
-    shape = replace(shape, batch=options.batch or shape.batch)
+    name = "tiny" if options.quick else options.shape
+    shape = replace(SHAPES[name], batch=options.batch or BATCH.get(name, SHAPES[name].batch))
     device = options.device
     options.precision = options.precision or ("bf16" if multiplies_bfloat16(device) else "fp32")
     decoder, vocab = build_decoder(shape, device)
@@ -96,7 +92,9 @@ def measure(options: argparse.Namespace) -> None:
     agreement = {peer.name: check_peer(decoder, peer, ids_BT[:GATE_ROWS], target_BT[:GATE_ROWS]) for peer in peers}
 
     forms = list(loss_forms(decoder, peers, ids_BT, target_BT, options.precision, can_compile(options)))
-    agreement["losses"], first_seconds = check_forms(forms, device)
+    if name != "paper":
+        forms.append(float32_form(decoder, peers, ids_BT, target_BT))
+    agreement["losses"], first_seconds = check_forms(forms, expected_loss_and_norm(decoder, ids_BT, target_BT), device)
     contenders = []
     optimizers: dict[int, Any] = {}
     for form in forms:
@@ -175,23 +173,19 @@ def materialised(logits: Callable[[Tensor], Tensor], ids_BT: Tensor, target_BT: 
 def loss_forms(
     decoder: Decoder, peers: list[Peer], ids_BT: Tensor, target_BT: Tensor, precision: str, compiled: bool
 ) -> Iterator[Form]:
-    """Everything that is timed.
+    """What is timed at one precision.
 
-    A peer is compiled whole, its loss included. Of ours the layers are: the head is a loop over chunks.
+    A peer is compiled whole, its loss included; ours by block, since that is what a run can have.
     """
     import torch
+
+    from benchmarks.peers import compiled_by_block
 
     count = target_BT.numel()
     yield Form(f"{OURS} eager", OURS, decoder, lambda: decoder(ids_BT, target_BT).total / count, precision)
     if compiled:
-        hidden = torch.compile(decoder.hidden)
-
-        def own_compiled() -> Tensor:
-            x_ND = hidden(ids_BT).flatten(0, 1)
-            total: Tensor = decoder.output(x_ND, target_BT.flatten()).total
-            return total / count
-
-        yield Form(f"{OURS} compiled", OURS, decoder, own_compiled, precision)
+        by_block = compiled_by_block(decoder)
+        yield Form(f"{OURS} compiled", OURS, decoder, lambda: by_block(ids_BT, target_BT).total / count, precision)
     for peer in peers:
 
         def whole(peer: Peer = peer) -> Tensor:
@@ -200,15 +194,34 @@ def loss_forms(
         yield Form(f"{peer.name} eager", peer.name, peer.model, whole, precision)
         if compiled:
             yield Form(f"{peer.name} compiled", peer.name, peer.model, torch.compile(whole), precision)
+
+
+def float32_form(decoder: Decoder, peers: list[Peer], ids_BT: Tensor, target_BT: Tensor) -> Form:
+    """What open_lm does in float32: its own code where it is here. Left out at the paper's shape, for its memory."""
     upstream = next((peer for peer in peers if peer.name == "open_lm"), None)
     if upstream is not None:
         name, module, logits = "open_lm fp32 eager", upstream.model, upstream.logits
     else:  # the same operations, but this project's code: the name must not claim more
         name, module, logits = "our decoder fp32 eager, whole logits (stands in for open_lm)", decoder, decoder
-    yield Form(name, name, module, lambda: materialised(logits, ids_BT, target_BT), "fp32")
+    return Form(name, name, module, lambda: materialised(logits, ids_BT, target_BT), "fp32")
 
 
-def check_forms(forms: Sequence[Form], device: str) -> tuple[dict[str, float], dict[str, float]]:
+def expected_loss_and_norm(decoder: Decoder, ids_BT: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Our eager mean loss and its gradient's norm in float32, a few sequences at a time for want of memory."""
+    import torch
+
+    losses = []
+    for start in range(0, len(ids_BT), GATE_ROWS):
+        few = slice(start, start + GATE_ROWS)
+        loss = decoder(ids_BT[few], target_BT[few]).total / target_BT.numel()
+        torch.autograd.backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses).sum(), take_norm(decoder)
+
+
+def check_forms(
+    forms: Sequence[Form], expected: tuple[Tensor, Tensor], device: str
+) -> tuple[dict[str, float], dict[str, float]]:
     """Loss and gradient norm of every form at its precision against our eager ones in float32.
 
     Compiles what is to be compiled. Returns the loss errors and the seconds of the first call.
@@ -218,27 +231,33 @@ def check_forms(forms: Sequence[Form], device: str) -> tuple[dict[str, float], d
     """
     errors: dict[str, float] = {}
     first: dict[str, float] = {}
-    expected_loss, expected_norm = loss_and_norm(replace(forms[0], precision="fp32"), device)
     for form in forms:
         tolerance = LOSS_FP32 if form.precision == "fp32" else LOSS_BF16
         start = time.perf_counter()
         loss, norm = loss_and_norm(form, device)
-        errors[form.name] = gate(f"{form.name}: loss", loss, expected_loss, tolerance)  # waits for the device
+        errors[form.name] = gate(f"{form.name}: loss", loss, expected[0], tolerance)  # waits for the device
         first[form.name] = round(time.perf_counter() - start, 3)
-        gate(f"{form.name}: gradient norm", norm, expected_norm, 5 * tolerance)
+        gate(f"{form.name}: gradient norm", norm, expected[1], 5 * tolerance)
     return errors, first
 
 
 def loss_and_norm(form: Form, device: str) -> tuple[Tensor, Tensor]:
-    """A form's loss and the norm of its gradients, which are then zeroed."""
+    """A form's loss and the norm of its gradients."""
     import torch
 
     with arithmetic(form.precision, device):
         loss = form.loss()
     torch.autograd.backward(loss)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in form.module.parameters() if p.grad is not None])
-    form.module.zero_grad()
-    return loss.detach(), norm
+    return loss.detach(), take_norm(form.module)
+
+
+def take_norm(module: Any) -> Tensor:
+    """The norm of all gradients, which are then let go."""
+    import torch
+
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    module.zero_grad()
+    return norm
 
 
 @contextmanager
