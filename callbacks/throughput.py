@@ -56,8 +56,8 @@ class Throughput(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Has fetches marked."""
-        if isinstance(trainer.profiler, PassThroughProfiler):
-            trainer.profiler = self.clock
+        if isinstance(trainer.profiler, PassThroughProfiler):  # type: ignore[attr-defined]
+            trainer.profiler = self.clock  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
