@@ -1,6 +1,7 @@
 """When checkpoints are saved, which are kept, and which one a run resumes from."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,14 +208,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step-*{SUFFIX}"), key=step_of)
 
 
-def find_resumable(folder: Path, events: EventLog | None = None) -> Path | None:
-    """The newest checkpoint that is whole, or None; damaged ones are told in `events`."""
+def find_resumable(folder: Path, tell: Callable[[str, str], None] | None = None) -> Path | None:
+    """The newest checkpoint that is whole, or None; `tell` hears of damaged ones, a kind of event and its text."""
     for path in reversed(checkpoints(folder)):
         try:
             verify(path)
         except CorruptCheckpointError as error:
-            if events:
-                events.write("corrupt-checkpoint", f"{error}; falling back to the one before")
+            if tell:
+                tell("corrupt-checkpoint", f"{error}; falling back to the one before")
         else:
             return path
     return None

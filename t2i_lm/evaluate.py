@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from t2i_lm.hashing import file_sha256
 from t2i_lm.measurements import MEASUREMENTS, Measurement
 from t2i_lm.protocol import HEADLINE
+from t2i_lm.runs import find_run
 
 EXAMPLE = """example:
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --coco coco --weights inception.pth
@@ -20,7 +22,9 @@ EXAMPLE = """example:
 
 RUN is a run folder, or a folder of runs, whose newest is taken. PATH holds annotations/captions_val2014.json and
 val2014/*.jpg. FILE is torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its release v0.2.0), or
-hub:ORG/NAME/FILE[#sha256=HEX]. The same command again continues what was interrupted. Every number carries its
+hub:ORG/NAME/FILE[#sha256=HEX]. The same command again continues what was interrupted; a result of other settings is
+never replaced, so these need an --out of their own. TEXT is a .txt or .txt.gz file of documents, a folder of them, or
+a Hugging Face dataset, NAME[:SPLIT], column text; other settings of forgetting are the run's. Every number carries its
 protocol card, and only the canonical one is called COCO FID-30k. Captions too long for the run's data.length are cut
 as in training and counted in the card. Distances to few pictures are biased upwards: compare equal --prompts only.
 TASKS are lm-evaluation-harness' names (tasks, groups, tags), separated by commas."""
@@ -30,6 +34,9 @@ BELONGS = {
     "clip": "coco",
     "bf16": "coco",
     "tasks": "forgetting",
+    "rows": "forgetting",
+    "length": "forgetting",
+    "questions": "tasks",
     "lm_eval_limit": "lm_eval",
     "lm_eval_tasks": "lm_eval",
     "lm_eval_all_rows": "lm_eval",
@@ -56,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", type=int, default=30_000, metavar="N", help="captions, one a picture (default: %(default)s)")
     add("--forgetting", metavar="TEXT", help="held-out text: measure what is left of the language model")
     add("--tasks", type=Path, metavar="FOLDER", help="with --forgetting: questions, NAME.jsonl[.gz]")
+    add("--rows", type=int, metavar="N", help="with --forgetting: rows of TEXT (default: the run's forgetting.rows)")
+    add("--length", type=int, metavar="N", help="with --forgetting: ids of a row (default: the run's)")
+    add("--questions", type=int, metavar="N", help="with --tasks: questions of each task (default: the run's)")
     add("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, before training and after (extra lm-eval)")
     add("--lm-eval-tasks", type=Path, metavar="FOLDER", help="with --lm-eval: your own tasks, YAML; their code is run")
     add("--lm-eval-limit", type=int, metavar="N", help="with --lm-eval: questions of each task (default: all)")
@@ -88,33 +98,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.bf16 and len(wanted) > 1:
             raise ValueError("--bf16 rounds the weights for all that follows: measure the rest in a command of its own")
         given = {name: row.check(options) for name, row in wanted.items()}
-        if options.dry_run:
-            print(*(row.describe(options, given[name]) for name, row in wanted.items()), sep="\n")
-            return 0
-        return _measure(options, wanted, given)
+        return _measure(options, wanted, given, find_run(options.checkpoint))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given: dict[str, Any]) -> int:
+def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given: dict[str, Any], run: Path) -> int:
     import torch
 
     from t2i_lm.devices import global_rank, world_size
     from t2i_lm.drawing import prepare_drawing
     from t2i_lm.parts import write_whole
     from t2i_lm.subject import Subject
-    from t2i_lm.trained import find_run, load_trained, newest_checkpoint
+    from t2i_lm.trained import load_trained, newest_checkpoint, picture_config
 
     rank, world = global_rank(), world_size()
     if world > 1 and "RANK" not in os.environ:
         raise ValueError("several tasks of srun share an evaluation through torchrun: srun torchrun ..., see --help")
-    run = find_run(options.checkpoint)
-    checkpoint = newest_checkpoint(run)
-    model = load_trained(run)
+    config, checkpoint = picture_config(run), newest_checkpoint(run)
+    out = options.out or run / "evaluations" / _default_name(options, checkpoint)
+    sha256 = {"checkpoint_sha256": file_sha256(checkpoint)}
+    made_with = {name: sha256 | row.made_with(options, given[name], config) for name, row in wanted.items()}
+    for name in wanted:
+        _require_replaceable(out / f"{name}.json", made_with[name])
+    if options.dry_run:
+        print(f"measure {checkpoint}, write to {out}")
+        print(*(row.describe(options, given[name]) for name, row in wanted.items()), sep="\n")
+        return 0
+    model = load_trained(run, checkpoint)
     torch.set_num_threads(model.config.trainer.threads or torch.get_num_threads())
     prepare_drawing(model, bf16=options.bf16, compiled=options.compile)
-    out = options.out or run / "evaluations" / _default_name(options, checkpoint)
     subject = Subject(options, run, checkpoint, model, out, rank, world)
     if world > 1:
         from datetime import timedelta
@@ -126,13 +140,34 @@ def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given:
             result = row.run(subject, given[name])
             if rank == 0 and result is not None:
                 out.mkdir(parents=True, exist_ok=True)
-                write_whole(out / f"{name}.json", json.dumps(result, indent=2) + "\n")
+                content = {**result, "made_with": made_with[name]}
+                write_whole(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
                 print(out / f"{name}.json")
         subject.wait()
     finally:
         if world > 1:
             torch.distributed.destroy_process_group()
     return 0
+
+
+def _require_replaceable(file: Path, asked: dict[str, Any]) -> None:
+    """Lets only a result be replaced that was made with what is asked for now.
+
+    Raises:
+        ValueError: if there is another one, naming what differs.
+    """
+    if not file.is_file():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        # COCO results of earlier versions say it in their card.
+        made = found.get("made_with") or {**found, **found["card"]}
+        differing = [key for key, value in asked.items() if made.get(key) != value]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not say what it was made with; give another folder: --out FOLDER") from error
+    if differing:
+        said = "; ".join(f"{key}={made.get(key)!r}, now {asked[key]!r}" for key in differing)
+        raise ValueError(f"{file} holds another result ({said}); give another folder: --out FOLDER")
 
 
 def _flag(key: str) -> str:

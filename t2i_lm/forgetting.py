@@ -2,11 +2,14 @@
 
 The numbers of a record are means over rows of text or questions, `se` their standard error; where the model was
 measured before training, `change` is the mean of the paired differences and `change_se` its own, much smaller error.
+Differences are taken between equal rows and equal questions alone: the file from before training says which it holds.
 """
 
 import csv
+import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,12 @@ from t2i_lm.remedy_sections import ForgettingConfig
 from t2i_lm.runs import Run
 from t2i_lm.tokenizers.base import TextTokenizer
 
-# Values of each row and question before training, in the run folder.
+# Values of each row and question before training, and hashes of these, in the run folder.
 BASELINE = "forgetting_before.json"
 # Table 1 of a run, in its folder.
 TABLE = "completions"
+# Of each group (`text`, `tasks/NAME`) and name in it, a value a row or question.
+Values = dict[str, dict[str, list[float]]]
 
 
 class Probes:
@@ -41,20 +46,25 @@ class Probes:
         self.settings, self.text, self.baseline = settings, text, baseline
         self._rows: tuple[Tensor, int] | None = None
         self._tasks: list[Task] | None = None
+        self._told = False
 
     def __call__(self, decoder: Backbone) -> dict[str, Any]:
         """Measures a decoder in evaluation mode.
 
         Returns:
-            `text` (`all_rows`, `text_rows`), `tasks` (by name) and `completions`; what JSON can hold.
+            `text` (`all_rows`, `text_rows`), `tasks` (by name) and `completions`, and in `note` what has no `change`
+            though the model was measured before training, and why; what JSON can hold.
 
         Raises:
             ValueError: if text or questions cannot be read, or the rows are longer than the model's positions.
         """
         settings, limit = self.settings, decoder.config.seq_len
         if settings.length > limit:
-            raise ValueError(f"forgetting.length={settings.length}: the backbone has {limit} positions")
-        values: dict[str, dict[str, list[float]]] = {}
+            raise ValueError(
+                f"forgetting.length={settings.length}: the backbone has {limit} positions; "
+                f"give at most so many (evaluate: --length {limit})"
+            )
+        values: Values = {}
         if settings.text is not None:
             if self._rows is None:
                 self._rows = heldout_rows(settings.text, self.text, settings.rows, settings.length)
@@ -63,7 +73,7 @@ class Probes:
             self._tasks = [] if settings.tasks is None else read_tasks(Path(settings.tasks), settings.questions)
         for task in self._tasks:
             values[f"tasks/{task.name}"] = answer(decoder, self.text, task, limit)
-        before = self._before(values)
+        before, note = self._before(values)
         record: dict[str, Any] = {"text": {}, "tasks": {}}
         for group, columns in values.items():
             entry = {
@@ -81,6 +91,11 @@ class Probes:
             name: complete(decoder, self.text, prompt, settings.completion_tokens, limit)
             for name, prompt in {**PROMPTS, **{prompt: prompt for prompt in settings.prompts}}.items()
         }
+        if note is not None:
+            record["note"] = note
+            if not self._told:
+                print(f"note: {note}", file=sys.stderr)
+            self._told = True
         return record
 
     def _per_byte(self, entry: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -92,14 +107,35 @@ class Probes:
             values["bits_per_byte"] = values["nll"] * targets / math.log(2) / size
         return {"rows": len(ids_RT), "targets": targets}
 
-    def _before(self, values: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
-        """Each row's and question's value before training; written where this is before training."""
+    def _identity(self) -> dict[str, str]:
+        """Hashes of the text tokenizer, of the ids of all rows, and of each task's questions."""
+        identity = {f"tasks/{task.name}": task.sha256 for task in self._tasks or ()}
+        if self._rows is not None:
+            ids_RT, _ = self._rows
+            content = f"{list(ids_RT.shape)} ".encode() + ids_RT.numpy().tobytes()
+            identity["text"] = hashlib.sha256(content).hexdigest()
+        return {"text_tokenizer": self.text.sha256, **identity}
+
+    def _before(self, values: Values) -> tuple[Values, str | None]:
+        """Values before training of the rows and questions that are measured now, and what is to be said of others.
+
+        Written where this is before training.
+        """
         if self.baseline is None:
-            return {}
+            return {}, None
+        identity = self._identity()
         if not self.baseline.is_file():
-            write_whole(self.baseline, json.dumps(values) + "\n")
-        earlier: dict[str, dict[str, list[float]]] = json.loads(self.baseline.read_text())
-        return earlier
+            write_whole(self.baseline, json.dumps({"identity": identity, "values": values}) + "\n")
+        found = json.loads(self.baseline.read_text())
+        name = self.baseline.name
+        if "identity" not in found:  # written by an earlier version
+            return {}, f"no change of anything: {name} does not say which rows and questions it holds"
+        differing = {key for key, value in identity.items() if found["identity"].get(key) != value}
+        other = [group for group in values if differing & {group, "text_tokenizer"}]
+        earlier = {group: found["values"][group] for group in values if group not in other}
+        if not other:
+            return earlier, None
+        return earlier, f"no change of {', '.join(other)}: {name} holds other rows or questions, or another tokenizer's"
 
 
 def summary(unit: str, values: Sequence[float], before: Sequence[float] | None = None) -> dict[str, float]:

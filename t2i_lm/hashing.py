@@ -1,6 +1,7 @@
 """The hashes that name what files hold."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -8,6 +9,14 @@ def file_sha256(path: Path) -> str:
     """Hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path, suffixes: Sequence[str]) -> str:
+    """Hash of the names and bytes of all files below a folder that end in one of `suffixes`."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 # What a folder of a model may keep its weights in.

@@ -4,8 +4,11 @@ Torch is imported late, so that `--help` and a wrong option are answered at once
 """
 
 import argparse
+import hashlib
+import json
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from t2i_lm.protocol import PROMPT_SEED
 
 if TYPE_CHECKING:
+    from t2i_lm.config import ExperimentConfig
     from t2i_lm.data.coco import Coco, Prompt
     from t2i_lm.harness_result import ChosenTasks
     from t2i_lm.remedy_sections import ForgettingConfig
@@ -27,12 +31,14 @@ class Measurement:
         wanted: whether the command line asks for it.
         check: reads its inputs without torch, so that wrong ones are named in a second; what `run` then gets.
         describe: what `--dry-run` says.
+        made_with: what a result depends on beside the checkpoint; one of other values is not replaced.
         run: measures on every rank; what rank 0 returns is written and printed.
     """
 
     wanted: Callable[[argparse.Namespace], bool]
     check: Callable[[argparse.Namespace], Any]
     describe: Callable[[argparse.Namespace, Any], str]
+    made_with: Callable[[argparse.Namespace, Any, "ExperimentConfig"], dict[str, Any]]
     run: Callable[["Subject", Any], dict[str, Any] | None]
 
 
@@ -84,39 +90,121 @@ def _describe_coco(options: argparse.Namespace, given: tuple["Coco", "list[Promp
     return "\n".join(lines)
 
 
+def _coco_made_with(
+    options: argparse.Namespace, given: tuple["Coco", "list[Prompt]"], config: "ExperimentConfig"
+) -> dict[str, Any]:
+    """Named as in the card, by which results are known that do not say it themselves."""
+    from t2i_lm.data.coco import prompts_sha256
+
+    coco, prompts = given
+    return {
+        "prompts": len(prompts),
+        "prompts_sha256": prompts_sha256(prompts),
+        "captions_sha256": coco.captions_sha256,
+        "features": options.features,
+        "seed": options.seed,
+        "guidance": config.samples.guidance if options.guidance is None else options.guidance,
+        "weights": "bfloat16" if options.bf16 else "float32",
+    }
+
+
 def _run_coco(subject: "Subject", given: tuple["Coco", "list[Prompt]"]) -> dict[str, Any] | None:
     from t2i_lm.coco_result import measure_coco
 
-    return measure_coco(subject, *given)
+    result = measure_coco(subject, *given)
+    file = subject.out / "coco.json"
+    if result is not None and file.is_file():
+        _keep(json.loads(file.read_text()), result, file)
+    return result
 
 
-def _check_forgetting(options: argparse.Namespace) -> "ForgettingConfig":
-    """What to measure.
+def _keep(earlier: dict[str, Any], result: dict[str, Any], file: Path) -> None:
+    """Adds what an earlier command measured of the same pictures and this one was not asked for."""
+    kept = []
+    if "floor" in earlier and "floor" not in result:
+        result["floor"] = earlier["floor"]
+        kept.append("floor")
+    for entry, before in ((result, earlier), (result.get("floor", {}), earlier.get("floor", {}))):
+        if "clip" in before and "clip" not in entry:
+            entry["clip"] = before["clip"]
+            kept.append("CLIP score")
+    if kept:
+        print(f"note: {file} keeps its {' and '.join(dict.fromkeys(kept))}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class AskedForgetting:
+    """What to measure, and hashes of its text (None of a hub's) and of each task's questions."""
+
+    settings: "ForgettingConfig"
+    text_sha256: str | None
+    tasks_sha256: dict[str, str]
+
+
+def _check_forgetting(options: argparse.Namespace) -> AskedForgetting:
+    """The run's own settings with what the command changes.
 
     Raises:
-        ValueError: if the text or the questions are not there.
+        ValueError: if there is no run, or the text or the questions cannot be read.
     """
-    from t2i_lm.remedy_sections import ForgettingConfig
+    from t2i_lm.load import load_experiment
+    from t2i_lm.probes.questions import read_tasks
+    from t2i_lm.runs import CONFIG, find_run
 
-    if not Path(options.forgetting).exists():
-        raise ValueError(f"--forgetting {options.forgetting}: no such file or folder")
+    sizes = {key: getattr(options, key) for key in ("rows", "length", "questions")}
+    chosen = {key: value for key, value in sizes.items() if value is not None}
+    for key, value in chosen.items():
+        if value < 1:
+            raise ValueError(f"--{key} {value}: expected at least 1")
     if options.tasks is not None and not options.tasks.is_dir():
         raise ValueError(f"--tasks {options.tasks}: no such folder")
-    return ForgettingConfig(text=options.forgetting, tasks=None if options.tasks is None else str(options.tasks))
+    own = load_experiment(find_run(options.checkpoint) / CONFIG).forgetting
+    tasks = None if options.tasks is None else str(options.tasks)
+    settings = replace(own, text=options.forgetting, tasks=tasks, **chosen)
+    asked = [] if options.tasks is None else read_tasks(options.tasks, settings.questions, "--tasks")
+    return AskedForgetting(settings, _text_sha256(options.forgetting), {task.name: task.sha256 for task in asked})
 
 
-def _describe_forgetting(_: argparse.Namespace, given: "ForgettingConfig") -> str:
-    tasks = f", {given.questions} questions of each task in {given.tasks}" if given.tasks else ""
-    return f"held-out text: {given.rows} rows of {given.length} ids of {given.text}{tasks}; completions"
+def _text_sha256(path: str) -> str | None:
+    """Hash of a text's documents; of one on a hub only the first is read, and there is none.
+
+    Raises:
+        ValueError: if it has no document or cannot be read.
+    """
+    from t2i_lm.data.text import DOCUMENT_SEPARATOR, read_documents
+
+    documents = read_documents(path, "--forgetting")
+    first = next(documents, None)
+    if first is None:
+        raise ValueError(f"--forgetting {path}: there is no text in it")
+    if not Path(path).exists():
+        return None
+    digest = hashlib.sha256(first.encode())
+    for document in documents:
+        digest.update(f"{DOCUMENT_SEPARATOR}{document}".encode())
+    return digest.hexdigest()
 
 
-def _run_forgetting(subject: "Subject", given: "ForgettingConfig") -> dict[str, Any] | None:
+def _describe_forgetting(_: argparse.Namespace, given: AskedForgetting) -> str:
+    settings = given.settings
+    names = ", ".join(given.tasks_sha256)
+    tasks = f", {settings.questions} questions each of {names} in {settings.tasks}" if names else ""
+    return f"held-out text: {settings.rows} rows of {settings.length} ids of {settings.text}{tasks}; completions"
+
+
+def _forgetting_made_with(_: argparse.Namespace, given: AskedForgetting, __: "ExperimentConfig") -> dict[str, Any]:
+    kept = {key: value for key, value in vars(given.settings).items() if key not in ("interval", "text", "tasks")}
+    text = {"text": given.settings.text} if given.text_sha256 is None else {"text_sha256": given.text_sha256}
+    return {**text, **kept, "tasks_sha256": given.tasks_sha256}
+
+
+def _run_forgetting(subject: "Subject", given: AskedForgetting) -> dict[str, Any] | None:
     if subject.rank:
         return None
     from t2i_lm.forgetting import forgetting_report
 
-    record = forgetting_report(subject.model, given, subject.run)
-    return {"run": subject.run.name, "checkpoint": subject.checkpoint.name, "settings": vars(given), **record}
+    record = forgetting_report(subject.model, given.settings, subject.run)
+    return {"run": subject.run.name, "checkpoint": subject.checkpoint.name, "settings": vars(given.settings), **record}
 
 
 def _check_lm_eval(options: argparse.Namespace) -> "ChosenTasks":
@@ -144,6 +232,19 @@ def _describe_lm_eval(options: argparse.Namespace, given: "ChosenTasks") -> str:
     return f"lm-evaluation-harness: {limit} questions each of {', '.join(given.names)}, over {rows}, by {models}"
 
 
+def _lm_eval_made_with(options: argparse.Namespace, given: "ChosenTasks", config: "ExperimentConfig") -> dict[str, Any]:
+    from t2i_lm.hashing import folder_sha256
+
+    folder = options.lm_eval_tasks
+    return {
+        "tasks": given.names,
+        "folder_sha256": None if folder is None else folder_sha256(folder, (".yaml", ".yml", ".py")),
+        "limit": options.lm_eval_limit,
+        "rows": "all" if options.lm_eval_all_rows else "text",
+        "before": config.init != "random" and not options.no_before,
+    }
+
+
 def _run_lm_eval(subject: "Subject", given: "ChosenTasks") -> dict[str, Any] | None:
     if subject.rank:
         return None
@@ -154,11 +255,17 @@ def _run_lm_eval(subject: "Subject", given: "ChosenTasks") -> dict[str, Any] | N
 
 # A further measurement is a row here, and its options in the parser of `evaluate`.
 MEASUREMENTS: dict[str, Measurement] = {
-    "coco": Measurement(lambda options: options.coco is not None, _check_coco, _describe_coco, _run_coco),
+    "coco": Measurement(
+        lambda options: options.coco is not None, _check_coco, _describe_coco, _coco_made_with, _run_coco
+    ),
     "forgetting": Measurement(
-        lambda options: options.forgetting is not None, _check_forgetting, _describe_forgetting, _run_forgetting
+        lambda options: options.forgetting is not None,
+        _check_forgetting,
+        _describe_forgetting,
+        _forgetting_made_with,
+        _run_forgetting,
     ),
     "lm_eval": Measurement(
-        lambda options: options.lm_eval is not None, _check_lm_eval, _describe_lm_eval, _run_lm_eval
+        lambda options: options.lm_eval is not None, _check_lm_eval, _describe_lm_eval, _lm_eval_made_with, _run_lm_eval
     ),
 }

@@ -205,6 +205,8 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
             _print_shares(console, f"right in samples{words} (at most)", right, "right", limits)
         if preferred:
             _print_shares(console, f"true caption preferred (chance 0.5){words}", preferred, "preferred")
+    if note := report.get("forgetting", {}).get("note"):
+        console.print(f"forgetting: {note}", highlight=False, soft_wrap=True)
     for name in ("retrieval", "nearest_text_tokens"):
         if name in report:
             console.print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in report[name].items()))

@@ -68,6 +68,22 @@ def run_folders(root: Path, name: str | None = None, scale: str = "") -> list[Pa
     return sorted(found, key=lambda folder: folder.name)
 
 
+def find_run(path: Path) -> Path:
+    """A run folder, or the newest one in a folder of runs.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if (path / CONFIG).is_file():
+        return path
+    runs = sorted(
+        (file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{CONFIG}")), key=lambda run: run.name
+    )
+    if not runs:
+        raise ValueError(f"{path} is no run folder and holds none (a run folder has a {CONFIG})")
+    return runs[-1]
+
+
 def read_run(folder: Path) -> Run:
     """Reads a run folder; a last line of metrics torn by a kill is left out.
 

@@ -58,7 +58,7 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
         else:  # only rank 0 writes; under torchrun and srun the others never need the folder's name
             folder = Path(inherited or config.run.dir)
     events = EventLog(folder / EVENTS)
-    checkpoint = find_resumable(folder / CHECKPOINTS, events if main_rank else None) if resume else None
+    checkpoint = find_resumable(folder / CHECKPOINTS, events.write if main_rank else None) if resume else None
     if main_rank:
         _open_folder(experiment, folder, events, checkpoint)
     trainer = build_trainer(

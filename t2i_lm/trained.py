@@ -1,5 +1,6 @@
 """A trained model from its run folder, without its data: what sampling and evaluation start from."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,57 +8,52 @@ import torch
 
 from t2i_lm.build import Model, build_model
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.devices import local_rank, uses_gpu
+from t2i_lm.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.load import load_experiment
 from t2i_lm.remedy_sections import DistilConfig
 from t2i_lm.runs import CONFIG, read_run
+from t2i_lm.runs import find_run as find_run
 from t2i_lm.trainer import CHECKPOINTS, find_resumable
 
 
-def find_run(path: Path) -> Path:
-    """A run folder, or the newest one in a folder of runs.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if (path / CONFIG).is_file():
-        return path
-    runs = sorted(
-        (file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{CONFIG}")), key=lambda run: run.name
-    )
-    if not runs:
-        raise ValueError(f"{path} is no run folder and holds none (a run folder has a {CONFIG})")
-    return runs[-1]
-
-
 def newest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint of a run.
+    """The newest whole checkpoint of a run; a newer one that is damaged is named on stderr.
 
     Raises:
         ValueError: if there is none.
     """
-    checkpoint = find_resumable(run / CHECKPOINTS)
+    damaged: list[str] = []
+    checkpoint = find_resumable(run / CHECKPOINTS, lambda _, text: damaged.append(text))
+    if global_rank() == 0:
+        for text in damaged:
+            print(f"note: {text}", file=sys.stderr)
     if checkpoint is None:
         raise ValueError(f"{run} has no whole checkpoint in {CHECKPOINTS}/")
+    if damaged and global_rank() == 0:
+        print(f"note: {checkpoint} is used", file=sys.stderr)
     return checkpoint
 
 
-def load_trained(run: Path) -> Model:
-    """The model of a run with the weights of its newest checkpoint, for evaluation.
+def load_trained(run: Path, checkpoint: Path | None = None) -> Model:
+    """The model of a run with the weights of a checkpoint, for evaluation.
+
+    Args:
+        run: the run folder.
+        checkpoint: one of its checkpoints, known to be whole; its newest whole one where this is None.
 
     Raises:
         ValueError: if the run trains no picture model, has no whole checkpoint, or its tokenizers have changed.
     """
-    config = _picture_config(run)
-    checkpoint = newest_checkpoint(run)
+    config = picture_config(run)
+    checkpoint = checkpoint or newest_checkpoint(run)
     # Every weight is replaced, so none is read; the architecture still comes from the backbone's own config.
     model = build_model(_untaught(replace(config, init="random", new_rows="random", aligned_rows=None)))
+    _require_same_tokenizers(model, run)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     try:
         model.module.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit the run's config.yaml: {error}") from error
-    _require_same_tokenizers(model, run)
     return _ready(model, config)
 
 
@@ -67,7 +63,7 @@ def load_initial(run: Path) -> Model:
     Raises:
         ValueError: if the run trains no picture model, what it started from is gone, or its tokenizers have changed.
     """
-    config = _picture_config(run)
+    config = picture_config(run)
     model = build_model(_untaught(config))
     _require_same_tokenizers(model, run)
     return _ready(model, config)
@@ -82,7 +78,12 @@ def _ready(model: Model, config: ExperimentConfig) -> Model:
     return model
 
 
-def _picture_config(run: Path) -> ExperimentConfig:
+def picture_config(run: Path) -> ExperimentConfig:
+    """A run's config.
+
+    Raises:
+        ValueError: if it cannot be read, or the run trains no picture model.
+    """
     config = load_experiment(run / CONFIG)
     if config.task not in ("text_to_image", "unconditional"):
         raise ValueError(f"{run} is a run of task={config.task}; expected text_to_image or unconditional")

@@ -141,6 +141,10 @@ def test_a_finished_evaluation_is_scored_without_drawing_and_its_fid_stays(
     assert drawn == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "drawn").iterdir()}
     assert read(tmp_path / "out")["clip"] == read(unbroken)["clip"]
     assert read(tmp_path / "out")["fid"] == read(unbroken)["fid"]
+    capsys.readouterr()
+    assert main([*plain, *out]) == 0  # what was scored stays
+    assert read(tmp_path / "out")["clip"] == read(unbroken)["clip"]
+    assert "coco.json keeps its CLIP score" in capsys.readouterr().err
 
     other = write_clip(tmp_path / "other", seed=1)
     assert main([*plain, *out, "--clip", str(other)]) == 2
@@ -153,6 +157,9 @@ def test_reconstructions_are_scored_beside_their_floor(command: list[str], tmp_p
     result = read(tmp_path / "out")
     assert result["floor"]["clip"]["n"] == 3
     assert result["floor"]["clip"]["score"] != result["clip"]["score"]
+    at = command.index("--clip")
+    assert main([*command[:at], *command[at + 2 :], "--prompts", "3", "--out", str(tmp_path / "out")]) == 0
+    assert read(tmp_path / "out")["floor"] == result["floor"]  # with neither --clip nor a floor
 
 
 def test_wrong_models_are_named_before_anything_is_loaded(

@@ -114,7 +114,7 @@ def test_weights_in_bfloat16_are_disclosed_and_are_another_evaluation(
     assert main([*command, "--bf16", *out]) == 0
     assert read(tmp_path / "out")["card"]["weights"] == "bfloat16"
     assert main([*command, *out]) == 2
-    assert "weights" in capsys.readouterr().err
+    assert "weights='bfloat16', now 'float32'" in capsys.readouterr().err
     assert main([*command, "--bf16", "--forgetting", __file__, *out]) == 2
     assert "--bf16 rounds the weights" in capsys.readouterr().err
 
@@ -273,6 +273,15 @@ def test_other_tokenizers_and_other_evaluations_are_refused(
     few = ["--prompts", "3", "--no-floor", *out]
     assert main([*command, *few]) == 0
     assert main([*command, *few, "--seed", "1"]) == 2
+    assert "coco.json holds another result (seed=0, now 1); give another folder: --out" in capsys.readouterr().err
+    content = read(tmp_path / "out")
+    del content["made_with"]  # as earlier versions wrote it: its card says the same
+    (tmp_path / "out" / "coco.json").write_text(json.dumps(content))
+    assert main([*command, *few, "--seed", "1"]) == 2
+    assert "coco.json holds another result (seed=0, now 1)" in capsys.readouterr().err
+    assert main([*command, *few]) == 0
+    (tmp_path / "out" / "coco.json").unlink()
+    assert main([*command, *few, "--seed", "1"]) == 2
     assert "holds parts of another evaluation (seed=0, now 1)" in capsys.readouterr().err
 
 
@@ -283,7 +292,11 @@ def test_a_dry_run_describes_and_writes_nothing(
     started = time.monotonic()
     assert main([*command, "--dry-run"]) == 0
     assert time.monotonic() - started < 1
-    assert "draw 10 captions of val2014" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "draw 10 captions of val2014" in said
+    assert f"measure {run / 'checkpoints' / 'step-00000008.ckpt'}, write to {run / 'evaluations'}" in said
+    assert main([*command, "--checkpoint", str(run / "nowhere"), "--dry-run"]) == 2
+    assert f"{run / 'nowhere'} is no run folder and holds none" in capsys.readouterr().err
     assert sorted(run.rglob("*")) == before
     assert main(["--checkpoint", str(run)]) == 2
     assert "nothing to measure" in capsys.readouterr().err

@@ -40,11 +40,12 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
 def _hub_documents(name: str, key: str) -> Iterator[str]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     repository, _, split = name.partition(":")
     try:
         rows = load_dataset(repository, split=split or "train", streaming=True)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, HFValidationError) as error:
         raise ValueError(
             f"{key}={name!r} is no file or folder here and no Hugging Face dataset in reach: {error}"
         ) from error

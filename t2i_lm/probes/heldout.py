@@ -31,7 +31,9 @@ def heldout_rows(path: str, text: TextTokenizer, rows: int, length: int) -> tupl
     """
     found = list(text_rows(read_documents(path, "forgetting.text"), text, length))
     if not found:
-        raise ValueError(f"forgetting.text={path}: less text than one row of forgetting.length={length} ids")
+        raise ValueError(
+            f"forgetting.text={path}: less text than one row of forgetting.length={length} ids (evaluate: --length)"
+        )
     kept = min(rows, len(found))
     chosen = [found[number * len(found) // kept] for number in range(kept)]
     ids_RT = torch.from_numpy(np.array([row["text_ids"] for row in chosen], dtype=np.int64))

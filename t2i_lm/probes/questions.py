@@ -9,18 +9,22 @@ A task is a file NAME.jsonl or NAME.jsonl.gz; its lines have one of three forms:
 Zero-shot. A query that ends a line (ARC, PIQA) is answered after `Answer:`; every other continuation follows after a
 space. Likelihood is counted from the first id in which context and context + continuation differ. Every text stands at
 the beginning of a document, after the tokenizer's end of document.
+
+Torch is imported late: commands read the files before they load a model.
 """
 
 import gzip
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from t2i_lm.models.backbone import Backbone
-from t2i_lm.probes.scores import TargetScores, score_continuations
-from t2i_lm.tokenizers.base import TextTokenizer
+if TYPE_CHECKING:
+    from t2i_lm.models.backbone import Backbone
+    from t2i_lm.probes.scores import TargetScores
+    from t2i_lm.tokenizers.base import TextTokenizer
 
 FORMS = {
     "choices": ("query", "choices", "gold"),
@@ -52,46 +56,64 @@ class Task:
             return 0.0
         return sum(1 / len(question.options) for question in self.questions) / len(self.questions)
 
+    @property
+    def sha256(self) -> str:
+        """Hash of the questions, in order."""
+        asked = [self.form, [asdict(question) for question in self.questions]]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
-def read_tasks(folder: Path, limit: int) -> list[Task]:
+
+def read_tasks(folder: Path, limit: int, key: str = "forgetting.tasks") -> list[Task]:
     """The tasks of a folder by name, at most `limit` evenly spaced questions of each.
 
+    Args:
+        folder: of files NAME.jsonl or NAME.jsonl.gz.
+        limit: questions of each.
+        key: the config key or option that names the folder, for errors.
+
     Raises:
-        ValueError: if there is none, or a line has none of the three forms.
+        ValueError: if there is none, two files have one name, or a line has none of the three forms.
     """
-    files = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz") for file in folder.glob(pattern))
+    files: dict[str, Path] = {}
+    for file in sorted(file for pattern in ("*.jsonl", "*.jsonl.gz") for file in folder.glob(pattern)):
+        name = file.name.removesuffix(".gz").removesuffix(".jsonl")
+        if name in files:
+            raise ValueError(f"{key}={folder}: {files[name].name} and {file.name} are both the task {name}; keep one")
+        files[name] = file
     if not files:
-        raise ValueError(f"forgetting.tasks={folder}: no .jsonl or .jsonl.gz file there")
-    return [_read_task(file, limit) for file in files]
+        raise ValueError(f"{key}={folder}: no .jsonl or .jsonl.gz file there")
+    return [_read_task(name, file, limit, key) for name, file in files.items()]
 
 
-def _read_task(file: Path, limit: int) -> Task:
+def _read_task(name: str, file: Path, limit: int, key: str) -> Task:
     opener = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8") as stream:
             lines = [line for line in stream if line.strip()]
     except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise ValueError(f"forgetting.tasks: {file} cannot be read: {error}") from error
+        raise ValueError(f"{key}: {file} cannot be read: {error}") from error
     if not lines:
-        raise ValueError(f"forgetting.tasks: {file} is empty")
+        raise ValueError(f"{key}: {file} is empty")
     numbers = [place * len(lines) // min(limit, len(lines)) for place in range(min(limit, len(lines)))]
     forms, questions = set(), []
     for number in numbers:
         try:
             form, question = _question(json.loads(lines[number]))
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"forgetting.tasks: {file} line {number + 1}: {error}") from error
+            raise ValueError(f"{key}: {file} line {number + 1}: {error}") from error
         forms.add(form)
         questions.append(question)
     if len(forms) > 1:
-        raise ValueError(f"forgetting.tasks: {file} mixes the forms {', '.join(sorted(forms))}")
-    return Task(file.name.split(".")[0], forms.pop(), questions)
+        raise ValueError(f"{key}: {file} mixes the forms {', '.join(sorted(forms))}")
+    return Task(name, forms.pop(), questions)
 
 
 def _question(line: dict[str, Any]) -> tuple[str, Question]:
     form = next((name for name, keys in FORMS.items() if all(key in line for key in keys)), None)
     if form is None:
         raise ValueError(f"expected the keys {' or '.join(', '.join(keys) for keys in FORMS.values())}")
+    for key in FORMS[form]:
+        _require_text(key, line[key])
     if form == "choices":
         # The space belongs to the answer: tokenizers put it before a word.
         query = line["query"] + ("Answer:" if line["query"].endswith("\n") else "")
@@ -106,7 +128,16 @@ def _question(line: dict[str, Any]) -> tuple[str, Question]:
     return form, Question(options, gold)
 
 
-def encode_option(text: TextTokenizer, context: str, continuation: str, limit: int) -> tuple[list[int], int]:
+def _require_text(key: str, value: Any) -> None:
+    """A text, or a list of texts where the key's name is a plural; `gold` is a number and not looked at."""
+    if key in ("choices", "context_options"):
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise ValueError(f"{key}={value!r}: expected a list of texts")
+    elif key != "gold" and not isinstance(value, str):
+        raise ValueError(f"{key}={value!r}: expected a text")
+
+
+def encode_option(text: "TextTokenizer", context: str, continuation: str, limit: int) -> tuple[list[int], int]:
     """Ids of an option after the end of a document, and the place of the first that is scored.
 
     A context that does not fit `limit` ids loses its beginning.
@@ -120,7 +151,7 @@ def encode_option(text: TextTokenizer, context: str, continuation: str, limit: i
     return ids[over:], max(1, first - over)
 
 
-def answer(decoder: Backbone, text: TextTokenizer, task: Task, limit: int) -> dict[str, list[float]]:
+def answer(decoder: "Backbone", text: "TextTokenizer", task: Task, limit: int) -> dict[str, list[float]]:
     """One value a question, 1 where it is answered rightly.
 
     Args:
@@ -134,6 +165,8 @@ def answer(decoder: Backbone, text: TextTokenizer, task: Task, limit: int) -> di
         `..._norm`: by likelihood a character of the choice (lm-evaluation-harness' `acc_norm`). Of a cloze also
         `..._nll`: nats of the whole continuation.
     """
+    from t2i_lm.probes.scores import score_continuations
+
     encoded = [
         encode_option(text, context, continuation, limit)
         for question in task.questions
@@ -148,7 +181,7 @@ def answer(decoder: Backbone, text: TextTokenizer, task: Task, limit: int) -> di
     return values
 
 
-def _judge(form: str, question: Question, options: list[TargetScores]) -> dict[str, float]:
+def _judge(form: str, question: Question, options: "list[TargetScores]") -> dict[str, float]:
     rows = {
         "text_rows": [float(option.text_rows_N.sum()) for option in options],
         "all_rows": [float(option.all_rows_N.sum()) for option in options],

@@ -69,7 +69,7 @@ def test_each_of_a_hundred_damages_is_found_before_reading_and_falls_back(
         assert newest.read_bytes() != intact
         with pytest.raises(CorruptCheckpointError, match=newest.name):
             DurableCheckpointIO().load_checkpoint(newest)
-        assert find_resumable(folder, events) == checkpoint_path(folder, 1)
+        assert find_resumable(folder, events.write) == checkpoint_path(folder, 1)
         newest.write_bytes(intact)
     assert events.counts() == {"corrupt-checkpoint": 100}
 

@@ -134,7 +134,8 @@ def run(toy: Toy) -> int:
     random.seed(1)
     np.random.seed(1)
     trainer, module, data = build(toy)
-    checkpoint = find_resumable(toy.folder / CHECKPOINTS, EventLog(toy.folder / EVENTS) if toy.rank == 0 else None)
+    events = EventLog(toy.folder / EVENTS)
+    checkpoint = find_resumable(toy.folder / CHECKPOINTS, events.write if toy.rank == 0 else None)
     if toy.rank == 0:
         MetricsFile(toy.folder / METRICS).cut_after(step_of(checkpoint) if checkpoint else -1)
     if checkpoint is None:

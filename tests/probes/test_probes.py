@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_questions_are_answered_by_the_likelier_option(
     assert {name: (task.form, len(task.questions), task.chance) for name, task in tasks.items()} == {
         "arc": ("choices", 2, 0.5),
         "wino": ("contexts", 2, 0.5),
-        "lambada": ("cloze", 1, 0.0),
+        "lambada.v2": ("cloze", 1, 0.0),
     }
     for name, task in tasks.items():
         values = answer(decoder, text, task, 64)
@@ -134,7 +135,7 @@ def test_questions_are_answered_by_the_likelier_option(
                 logits_TV = decoder(torch.tensor([ids]))[0, :-1, : text.vocab_size]
             nll_T = -logits_TV.log_softmax(dim=-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
             direct.append(float(nll_T[first - 1 :].sum()))
-        if name == "lambada":
+        if name == "lambada.v2":
             assert values["text_rows_nll"] == pytest.approx(direct, abs=1e-4)
             assert values["all_rows_nll"][0] > values["text_rows_nll"][0]
             continue
@@ -158,7 +159,14 @@ def test_a_long_context_loses_its_beginning(text: SentencePieceTokenizer) -> Non
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [('\n{"query": "x"}\n', "lambada.v2.jsonl line 2: expected the keys"), ("\n{", "line 2")],
+    [
+        ('\n{"query": "x"}\n', "lambada.v2.jsonl line 2: expected the keys"),
+        ("\n{", "line 2"),
+        ('\n{"query": 3, "choices": ["a"], "gold": 0}', "lambada.v2.jsonl line 2: query=3: expected a text"),
+        ('\n{"query": "x", "choices": "ab", "gold": 0}', "line 2: choices='ab': expected a list of texts"),
+        ('\n{"context_options": ["a", 4], "continuation": "b", "gold": 0}', "line 2: context_options="),
+        ('\n{"context": null, "continuation": "b"}', "line 2: context=None: expected a text"),
+    ],
 )
 def test_a_bad_line_is_named(extra: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
@@ -168,6 +176,17 @@ def test_a_bad_line_is_named(extra: str, message: str, tmp_path: Path) -> None:
 def test_a_folder_without_tasks_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"forgetting\.tasks"):
         read_tasks(tmp_path, 9)
+
+
+def test_a_task_is_its_files_name_and_no_two_files_have_one(tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path / "tasks")
+    for name in ("arc.easy.jsonl", "arc.challenge.jsonl"):
+        (folder / name).write_text((folder / "arc.jsonl").read_text())
+    names = [task.name for task in read_tasks(folder, 9)]
+    assert sorted(names) == ["arc", "arc.challenge", "arc.easy", "lambada.v2", "wino"]
+    (folder / "wino.jsonl").write_text((folder / "arc.jsonl").read_text())
+    with pytest.raises(ValueError, match=r"wino\.jsonl and wino\.jsonl\.gz are both the task wino"):
+        read_tasks(folder, 9)
 
 
 def test_completions_tell_leaking_image_rows_from_forgetting(decoder: Decoder, text: SentencePieceTokenizer) -> None:
@@ -214,8 +233,51 @@ def test_the_first_measurement_is_what_later_ones_are_compared_with(
     assert entry["change"] == pytest.approx(entry["nll"] - first["text"]["text_rows"]["nll"])
     assert entry["change"] > 0
     json.dumps(later, allow_nan=False)
-    with pytest.raises(ValueError, match=r"forgetting\.length=65: the backbone has 64"):
+    with pytest.raises(ValueError, match=r"forgetting\.length=65: the backbone has 64.*--length 64"):
         Probes(ForgettingConfig(text=book, length=65), text)(decoder)
+
+
+def test_only_equal_rows_and_questions_of_one_tokenizer_are_compared(
+    decoder: Decoder, text: SentencePieceTokenizer, book: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = write_tasks(tmp_path / "tasks")
+    settings = ForgettingConfig(text=book, rows=5, length=32, tasks=str(tasks), completion_tokens=1)
+    baseline = tmp_path / "before.json"
+    Probes(settings, text, baseline)(decoder)
+
+    def compared(settings: ForgettingConfig, text: SentencePieceTokenizer = text) -> tuple[set[str], str]:
+        """What has a change, which must be 0, and what is said, once, of the rest."""
+        probes = Probes(settings, text, baseline)
+        record = probes(decoder)
+        assert probes(decoder) == record
+        groups = {"text": record["text"], **record["tasks"]}
+        changes = {name: entry["all_rows"].get("change") for name, entry in groups.items()}
+        assert all(change in (None, 0) for change in changes.values())
+        note = record.get("note", "")
+        assert capsys.readouterr().err == (f"note: {note}\n" if note else "")
+        return {name for name, change in changes.items() if change is not None}, note
+
+    everything = {"text", "arc", "lambada.v2", "wino"}
+    assert compared(settings) == (everything, "")
+    other = tmp_path / "other.txt"  # as many rows of as many ids
+    other.write_text(" ".join(reversed(Path(book).read_text().split(" "))))
+    found, note = compared(replace(settings, text=str(other)))
+    assert found == everything - {"text"}
+    assert note.startswith("no change of text: before.json holds other rows")
+    assert compared(replace(settings, length=31))[0] == everything - {"text"}
+    lines = (tasks / "arc.jsonl").read_text().splitlines()
+    (tasks / "arc.jsonl").write_text("\n".join([lines[0].replace("the red", "the blue"), *lines[1:]]))
+    assert compared(settings)[0] == everything - {"arc"}
+    (tasks / "arc.jsonl").write_text("\n".join(lines))
+    assert compared(replace(settings, questions=2))[0] == everything - {"arc"}
+    again = train_sentencepiece(iter(TEXT), text.vocab_size - 4, tmp_path / "again.model")
+    assert again.sha256 != text.sha256
+    assert compared(settings, again)[0] == set()
+
+    baseline.write_text(json.dumps(json.loads(baseline.read_text())["values"]))  # as earlier versions wrote it
+    found, note = compared(settings)
+    assert not found
+    assert "before.json does not say which rows and questions it holds" in note
 
 
 def test_the_formats_of_real_tasks_are_read(shared: Path) -> None:
