@@ -4,7 +4,6 @@
 ValueError that names the key, the value and what is allowed.
 """
 
-import json
 from dataclasses import dataclass, field
 
 from t2i_lm.remedy_sections import DistilConfig, ForgettingConfig, LoraConfig, LossConfig
@@ -102,13 +101,13 @@ class ExperimentConfig:
         )
 
     def _check_no_language_model(self) -> None:
-        for key, value, plain in (
-            ("trainer.packing", self.trainer.packing, False),
-            ("trainer.fp8", self.trainer.fp8, False),
-            ("loss.backend", self.loss.backend, "fused"),
-            ("forgetting.interval", self.forgetting.interval, None),
+        for key, value, plain, word in (
+            ("trainer.packing", self.trainer.packing, False, "false"),
+            ("trainer.fp8", self.trainer.fp8, False, "false"),
+            ("loss.backend", self.loss.backend, "fused", "fused"),
+            ("forgetting.interval", self.forgetting.interval, None, "null"),
         ):
-            require(value == plain, key, value, f"{json.dumps(plain)}, task={self.task} trains no language model")
+            require(value == plain, key, value, f"{word}, task={self.task} trains no language model")
 
     def _check_remedies(self) -> None:
         used = {

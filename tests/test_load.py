@@ -82,7 +82,7 @@ def test_a_bad_override_names_the_key_and_what_is_allowed(override: str, message
         (["trainer.packing=true", "task=align"], "trainer.packing=True: expected false, task=align"),
         (["trainer.fp8=true", "task=align"], "trainer.fp8=True: expected false, task=align"),
         (["loss.backend=liger"], "loss.backend='liger': expected one of fused, torch"),
-        (["loss.backend=torch", "task=align"], "loss.backend='torch': expected \"fused\", task=align"),
+        (["loss.backend=torch", "task=align"], "loss.backend='torch': expected fused, task=align"),
         (["data.trim=0"], "data.trim=0: expected at least 1"),
     ],
 )
