@@ -135,7 +135,9 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict
     """Estimate by strategy: float32 weights, gradients and moments, bfloat16 activations, one gathered part."""
     model, trainer = decoder.config, config.trainer
     tokens = config.micro_batch * length
-    states = 4 * count(decoder) + 12 * count(decoder, trainable=True)
+    trained = count(decoder, trainable=True)
+    accumulates = trainer.accumulate_grad_batches > 1
+    states = 4 * count(decoder) + 12 * trained
     # A block keeps its inputs, normed inputs, queries, keys, values, gates and values for the backward pass.
     block = tokens * (14 * model.hidden_dim + 6 * 8 * model.hidden_dim / 3)
     kept = block + 2 * tokens * model.hidden_dim * model.n_layers
@@ -143,10 +145,10 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict
     # While a sharded part is used it is whole: the largest is the output matrix or a block.
     rows = decoder.output.matrix().numel()
     gathered = 8 * max(rows, (count(decoder) - rows - decoder.tok_embeddings.matrix().numel()) // model.n_layers)
+    # Gradients that wait for the last micro-batch of a step are whole, too.
+    whole = gathered + (4 * trained if accumulates else 0)
     shares = {"ddp": 1, "hsdp": trainer.devices, "fsdp2": trainer.devices * trainer.num_nodes}
-    return {
-        name: (states / share + activations + (gathered if share > 1 else 0)) / GIB for name, share in shares.items()
-    }
+    return {name: (states / share + activations + (whole if share > 1 else 0)) / GIB for name, share in shares.items()}
 
 
 def absent_files(config: ExperimentConfig) -> list[str]:

@@ -181,7 +181,7 @@ class TrainerConfig:
     num_nodes: int = 1
     strategy: str = "auto"  # fsdp2 shards the model over all processes; hsdp within each node, and copies between nodes
     precision: str = "auto"  # bf16-mixed where the device computes in bfloat16, else 32-true
-    accumulate_grad_batches: int = 1
+    accumulate_grad_batches: int = 1  # parts of a step, reduced together; under fsdp2 and hsdp gradients are then whole
     activation_checkpointing: bool = False  # recomputes blocks in the backward pass: less memory, a third more time
     packing: bool = False  # layers without pads: same loss and gradients; a demo step on a CPU takes 6 % less time
     fp8: bool = False  # layers multiply in float8 (extra `fp8`, NVIDIA from Ada on): changes curves, not comparable

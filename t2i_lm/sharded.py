@@ -4,6 +4,8 @@ Lightning's strategy writes a folder without a rename and reads it unverified. H
 file as any other strategy does, so a run may go on under another strategy or number of processes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -26,6 +29,22 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def __init__(self) -> None:
         super().__init__(save_distributed_checkpoint=False)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Leaves gradients unreduced inside, as DDP does: one reduction for all micro-batches of a step, not one each.
+
+        Until then every process holds the gradients of the whole model.
+        """
+        assert self.model is not None
+        parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for part in parts:
+            part.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.set_requires_gradient_sync(True, recurse=False)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimiser's state in torch's own form, on rank 0."""

@@ -44,12 +44,14 @@ from t2i_lm.sharded import ShardedStrategy
 
 CHECKPOINTS, SAMPLES, FID = "checkpoints", "samples", "fid"
 
-# Warnings of Lightning that do not hold here: loading is no bottleneck, and the data module resumes exactly.
+# Warnings of Lightning that do not hold here: loading is no bottleneck, the data module resumes exactly, and it is the
+# module that completes a batch.
 QUIET = (
     ".*does not have many workers.*",
     ".*resuming from a checkpoint that ended before the epoch ended.*",
     "The number of training batches.*",
     ".*isinstance.treespec, LeafSpec.*",
+    "You have overridden .on_before_batch_transfer. in .LightningModule.*",
 )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from t2i_lm.dry_run import describe, plan
+from t2i_lm.dry_run import GIB, count, describe, memory_gib, plan
 from t2i_lm.load import load_experiment
 from t2i_lm.train import main
 
@@ -28,6 +28,18 @@ def test_frozen_parts_are_counted() -> None:
     text = describe(load_experiment(PRETRAINED, "paper", ["tune=embed"]))
     assert "273,707,008 trainable" in text
     assert describe(load_experiment(PRETRAINED, "paper", ["freeze=[ffn]"])) != text
+
+
+def test_shards_hold_whole_gradients_while_micro_batches_add_up() -> None:
+    needs = []
+    for parts in (1, 4):
+        changes = ["trainer.devices=8", f"trainer.accumulate_grad_batches={parts}", f"data.batch_size={8 * parts}"]
+        config = load_experiment(PRETRAINED, "demo", changes)
+        planned = plan(config)
+        needs.append(memory_gib(config, planned.model, 112))
+    assert needs[0]["ddp"] == needs[1]["ddp"]
+    for name in ("fsdp2", "hsdp"):
+        assert needs[1][name] - needs[0][name] == pytest.approx(4 * count(planned.model, trainable=True) / GIB)
 
 
 @pytest.mark.parametrize("name", ["t2i_scratch", "text_lm", "image_tokenizer"])

@@ -1,5 +1,6 @@
 """Sharded runs on two CPU processes: the losses and the checkpoints of an unsharded run, in either direction."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from t2i_lm.runs import REPORT, Run, read_run, run_folders
 from t2i_lm.train import main
+from tests.callbacks.toy_run import free_port
 from tests.test_losses import needs_torchs
 from tests.test_train import PRETRAINED, launch, launch_module, same_losses, train, weights
 
@@ -53,6 +55,33 @@ def test_torchs_own_loss_trains_the_same_in_shards(one: Run, tiny: list[str], tm
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     same_losses(read_run(run_folders(tmp_path)[0]), one, 1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_micro_batches_of_a_step_are_reduced_together(one: Run, tiny: list[str], tmp_path: Path, strategy: str) -> None:
+    file, root = tmp_path / "reductions.json", tmp_path / "runs"
+    changes = [*TWO, f"trainer.strategy={strategy}", "trainer.accumulate_grad_batches=4", f"run.dir={root}"]
+    process = launch_module("tests.collectives", str(file), PRETRAINED, *tiny, *changes)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    same_losses(read_run(run_folders(root)[0]), one, 1e-6)
+    counts = json.loads(file.read_text())
+    assert [count > 0 for count in counts] == [False, False, False, True] * 8
+
+
+def test_two_nodes_that_hold_copies_equal_one_process(one: Run, tiny: list[str], tmp_path: Path) -> None:
+    """A mesh (2, 1): a node is one process, the whole model its shard."""
+    changes = [*TWO[1:], "trainer.strategy=hsdp", "trainer.num_nodes=2", "trainer.accumulate_grad_batches=2"]
+    where = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    command = ["-m", "t2i_lm.train", PRETRAINED, *tiny, *changes, f"run.dir={tmp_path}"]
+    nodes = [launch_module("torch.distributed.run", *where, f"--node-rank={rank}", *command) for rank in range(2)]
+    for node in nodes:
+        output, _ = node.communicate(timeout=300)
+        assert node.returncode == 0, output
+    (folder,) = run_folders(tmp_path)
+    same_losses(read_run(folder), one, 1e-6)
+    for name, value in weights(one).items():
+        assert torch.allclose(weights(read_run(folder))[name], value, atol=1e-5), name
 
 
 def test_shards_go_on_from_a_whole_runs_checkpoint(one: Run, tiny: list[str], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from t2i_lm.data.sampler import Draw, IndexSampler
 from t2i_lm.data.sources import open_sized
 from t2i_lm.data.tokenise import stack_pictures
 from t2i_lm.data.tokens import choose_caption, leaves_out_caption, open_split
+from t2i_lm.devices import uses_gpu
 from t2i_lm.sequence import ImageLayout, IntArray, Layout
 
 # `ids_BT` int64, `samples` int, `tokens_nominal` int (positions), `tokens_real` 0-d int64 (pads excluded).
@@ -181,6 +182,7 @@ class BatchDataModule(pl.LightningDataModule):
             collate_fn=_same,
             num_workers=self.config.data.workers,
             persistent_workers=self.config.data.workers > 0,
+            pin_memory=uses_gpu(self.config.trainer.accelerator),  # so that the host need not wait for a copy
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from t2i_lm.losses import TokenLoss
 from t2i_lm.models.token_rows import Embedding, Output
+from t2i_lm.models.wanted import Wanted
 
 
 class BackboneShape(Protocol):
@@ -47,9 +48,13 @@ class Backbone(nn.Module):
         """Final normalised hidden states (B, T, D); an empty cache keeps what later positions need."""
         raise NotImplementedError
 
-    def wanted_hidden(self, ids_BT: Tensor, wanted_BT: Tensor) -> Tensor:
-        """Final normalised hidden states (N, D) of the N positions where `wanted_BT` holds."""
-        return self.hidden(ids_BT)[wanted_BT]
+    def wanted(self, wanted_BT: Tensor) -> Wanted:
+        """What `wanted_hidden` takes for the N positions where the mask holds; of one on a GPU, waits for it."""
+        return Wanted.where(wanted_BT)
+
+    def wanted_hidden(self, ids_BT: Tensor, wanted: Wanted) -> Tensor:
+        """Final normalised hidden states (N, D) of N positions."""
+        return wanted.of(self.hidden(ids_BT))
 
     def next_hidden(self, ids_B: Tensor, cache: Any, image_rows_only: bool = False) -> Tensor:
         """Final normalised hidden states (B, D) of one more position.
@@ -98,17 +103,20 @@ class Backbone(nn.Module):
         self,
         ids_BT: Tensor,
         target_BT: Tensor | None = None,
-        valid_BT: Tensor | None = None,
+        valid: Tensor | Wanted | None = None,
         image_rows_only: bool = False,
         weight_N: Tensor | None = None,
     ) -> Tensor | TokenLoss:
-        """Logits (B, T, V) float32, or the loss of the N targets where `valid_BT` holds (all by default).
+        """Logits (B, T, V) float32, or the loss of the N targets that are valid (all by default).
 
-        `weight_N` are factors of the targets in the loss's `total`.
+        `valid` is a mask (B, T), or what `wanted` has made of it on the host. `weight_N` are factors of the targets in
+        the loss's `total`.
         """
         if target_BT is None:
             return self.output(self.hidden(ids_BT))  # type: ignore[no-any-return]
-        if valid_BT is None:
+        if valid is None:
             return self.output(self.hidden(ids_BT).flatten(0, 1), target_BT.flatten(), weight_N=weight_N)  # type: ignore[no-any-return]
-        x_ND = self.wanted_hidden(ids_BT, valid_BT)
-        return self.output(x_ND, target_BT[valid_BT], image_rows_only, weight_N)  # type: ignore[no-any-return]
+        if isinstance(valid, Tensor):
+            valid = self.wanted(valid)
+        x_ND = self.wanted_hidden(ids_BT, valid)
+        return self.output(x_ND, valid.of(target_BT), image_rows_only, weight_N)  # type: ignore[no-any-return]

@@ -21,6 +21,7 @@ from t2i_lm.models.feed_forward import FEED_FORWARDS, fan_in_normal_
 from t2i_lm.models.norms import NORMS
 from t2i_lm.models.packed import Packed
 from t2i_lm.models.token_rows import Embedding, Output
+from t2i_lm.models.wanted import Wanted
 
 CUDA_BUCKET = 128  # 9 graphs for 1,088 positions, of which a step reads 64 more on average than it must
 
@@ -129,14 +130,18 @@ class Decoder(Backbone):
             cache.prefilled(ids_BT.shape[1])
         return x_BTD
 
-    def wanted_hidden(self, ids_BT: Tensor, wanted_BT: Tensor) -> Tensor:
+    def wanted(self, wanted_BT: Tensor) -> Wanted:
+        """Where the mask holds, and what is computed for it."""
+        return Wanted.where(wanted_BT, self._packing)
+
+    def wanted_hidden(self, ids_BT: Tensor, wanted: Wanted) -> Tensor:
         """Final normalised hidden states (N, D) where wanted, without computing what they do not depend on."""
-        if not self._packing:
-            return super().wanted_hidden(ids_BT, wanted_BT)
-        packed, rotary = Packed.up_to_last(wanted_BT), self.rotary(ids_BT.shape[1])
+        packed, rotary = wanted.packed, self.rotary(ids_BT.shape[1])
+        if packed is None:
+            return super().wanted_hidden(ids_BT, wanted)
         if rotary is not None:
             rotary = rotary[0][packed.position_N], rotary[1][packed.position_N]
-        return self._hidden(packed.pack(ids_BT), rotary, packed)[0, packed.wanted_M]
+        return self._hidden(packed.pack(ids_BT), rotary, packed)[0].index_select(0, packed.wanted_M)
 
     def _hidden(self, ids_BT: Tensor, rotary: Rotary, store: KVCache | Packed | None) -> Tensor:
         x_BTD = self.post_embed_norm(self.tok_embeddings(ids_BT))

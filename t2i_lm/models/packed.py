@@ -4,18 +4,17 @@ Shapes: `B` sequences, `T` positions of the padded batch, `N` packed tokens, `M`
 they are one sequence to the layers.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """Which tokens of a batch are computed: of each sequence those up to the last whose state is wanted.
 
-    What comes later cannot change these, since attention is causal.
+    What comes later cannot change these, since attention is causal. A named tuple, as `Wanted` is.
 
     Attributes:
         shape: B and T.
@@ -33,7 +32,7 @@ class Packed:
 
     @classmethod
     def up_to_last(cls, wanted_BT: Tensor) -> "Packed":
-        """All that the states depend on which are wanted."""
+        """All that the states depend on which are wanted; of a mask on a GPU, waits for it."""
         B, T = wanted_BT.shape
         position_T = torch.arange(T, device=wanted_BT.device)
         length_B = (wanted_BT * (position_T + 1)).amax(dim=1)
@@ -48,7 +47,7 @@ class Packed:
 
     def pack(self, ids_BT: Tensor) -> Tensor:
         """The packed tokens (1, N) of a batch."""
-        return ids_BT.flatten()[self.place_N][None]
+        return ids_BT.flatten().index_select(0, self.place_N)[None]
 
     def pad(self, x_1HNK: Tensor) -> Tensor:
         """Packed values as a batch (B, H, T, K), with zeros behind the ends."""
@@ -59,4 +58,5 @@ class Packed:
 
     def unpad(self, x_BHTK: Tensor) -> Tensor:
         """The packed part (1, H, N, K) of a batch."""
-        return x_BHTK.transpose(1, 2).flatten(0, 1)[self.place_N].transpose(0, 1)[None]
+        x_XHK = x_BHTK.transpose(1, 2).flatten(0, 1)
+        return x_XHK.index_select(0, self.place_N).transpose(0, 1)[None]

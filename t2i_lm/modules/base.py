@@ -5,11 +5,12 @@ mean over all tokens of the *global* batch, pads excluded, however the batch is 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
@@ -19,6 +20,7 @@ from t2i_lm.losses import TokenLoss, loss_backend, split_sums
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.float8 import use_float8
 from t2i_lm.models.shard import shard
+from t2i_lm.models.wanted import Wanted
 from t2i_lm.modules.anchor import Anchor
 from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
 
@@ -71,6 +73,20 @@ class OptimisedModule(pl.LightningModule):
         self.gradient_norm = self.gradient_scale = None
 
 
+class Targets(NamedTuple):
+    """The targets of a batch that count, found on the host, so that a step never waits for the device.
+
+    Attributes:
+        wanted: where they are among all (B, T) targets.
+        class_N: class of each of the N targets.
+        more: what else a module finds there.
+    """
+
+    wanted: Wanted
+    class_N: Tensor
+    more: Any = None
+
+
 class DecoderModule(OptimisedModule):
     """A decoder trained on next-token prediction.
 
@@ -119,26 +135,39 @@ class DecoderModule(OptimisedModule):
         """Class of each target in [0, M), and the mask of targets that count; both (B, T)."""
         raise NotImplementedError
 
-    def sums(self, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted nll summed over valid targets with gradient, and nll_sum (M,), count (M,) without either."""
-        input_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-        class_BT, valid_BT = self.classify(target_BT)
-        class_N = class_BT[valid_BT]
-        weight_N = None if self.weight_M is None else self.weight_M[class_N]
-        loss = self.token_loss(input_BT, target_BT, class_BT, valid_BT, weight_N)
-        nll_sum_M, count_M = split_sums(loss.nll_N, class_N, len(self.modalities))
+    def find_targets(self, ids_BT: Tensor) -> Targets:
+        """The targets of a batch that count; of ids on a GPU, waits for them."""
+        class_BT, valid_BT = self.classify(ids_BT[:, 1:])
+        wanted = self.decoder.wanted(valid_BT)
+        return Targets(wanted, wanted.of(class_BT))
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Adds the batch's `targets` while its ids are on the host; pinned, so that no copy waits for a GPU."""
+        targets = self.find_targets(batch["ids_BT"])
+        if self.device.type == "cuda":
+            targets = apply_to_collection(targets, Tensor, Tensor.pin_memory)
+        return batch | {"targets": targets}
+
+    def sums(self, ids_BT: Tensor, targets: Targets | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted nll summed over valid targets with gradient, and nll_sum (M,), count (M,) without either.
+
+        `targets` are those of `find_targets`, which are found here where they are not given.
+        """
+        if targets is None:
+            targets = self.find_targets(ids_BT)
+        weight_N = None if self.weight_M is None else self.weight_M[targets.class_N]
+        loss = self.token_loss(ids_BT[:, :-1], ids_BT[:, 1:], targets, weight_N)
+        nll_sum_M, count_M = split_sums(loss.nll_N, targets.class_N, len(self.modalities))
         return loss.total, nll_sum_M, count_M
 
-    def token_loss(
-        self, input_BT: Tensor, target_BT: Tensor, class_BT: Tensor, valid_BT: Tensor, weight_N: Tensor | None
-    ) -> TokenLoss:
+    def token_loss(self, input_BT: Tensor, target_BT: Tensor, targets: Targets, weight_N: Tensor | None) -> TokenLoss:
         """Loss of the N valid targets, each times its weight in `total` (None: 1); a subclass may add terms to that."""
-        loss: TokenLoss = self.decoder(input_BT, target_BT, valid_BT, self.image_rows_only, weight_N)
+        loss: TokenLoss = self.decoder(input_BT, target_BT, targets.wanted, self.image_rows_only, weight_N)
         return loss
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Loss of one micro-batch, scaled so that `on_before_optimizer_step` makes the exact mean."""
-        total, nll_sum_M, count_M = self.sums(batch["ids_BT"])
+        total, nll_sum_M, count_M = self.sums(batch["ids_BT"], batch.get("targets"))
         count = count_M.sum() if self.weight_M is None else (count_M * self.weight_M).sum()
         self._step_count = count if self._step_count is None else self._step_count + count
         # Divided by the nominal size only to keep gradients of ordinary magnitude until the exact count is known.
@@ -146,7 +175,7 @@ class DecoderModule(OptimisedModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Sums and counts of one batch."""
-        _, nll_sum_M, count_M = self.sums(batch["ids_BT"])
+        _, nll_sum_M, count_M = self.sums(batch["ids_BT"], batch.get("targets"))
         return self._report(batch, nll_sum_M, count_M)
 
     def _report(self, batch: dict[str, Any], nll_sum_M: Tensor, count_M: Tensor) -> dict[str, Any]:
