@@ -111,6 +111,7 @@ def train_by_trainer(module: Any, data: Any, config: Any, clock: Clock, folder: 
 def train_by_hand(module: Any, data: Any, config: Any, clock: Clock) -> None:
     """The same steps without a Trainer."""
     import torch
+    from lightning.fabric.utilities import move_data_to_device
 
     from t2i_lm.trainer import precision
 
@@ -122,7 +123,7 @@ def train_by_hand(module: Any, data: Any, config: Any, clock: Clock) -> None:
     optimizer.zero_grad(set_to_none=True)
     for number, loaded in enumerate(data.train_dataloader()):
         clock.tick()
-        batch = {key: value.to(clock.device) if hasattr(value, "to") else value for key, value in loaded.items()}
+        batch = move_data_to_device(module.on_before_batch_transfer(loaded, 0), module.device)
         with torch.autocast(clock.device, dtype=torch.bfloat16) if low else nullcontext():
             loss = module.training_step(batch, number)["loss"] / accumulate
         loss.backward()

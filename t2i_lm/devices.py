@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 
 from t2i_lm.config import ExperimentConfig
-from t2i_lm.sections import TrainerConfig, require
+from t2i_lm.sections import SHARDED, TrainerConfig, require
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 FLOAT8_CAPABILITY = (8, 9)
@@ -57,6 +57,8 @@ def memory_advice(config: ExperimentConfig) -> str:
     ways = [f"trainer.accumulate_grad_batches={accumulate} (the same steps in smaller parts)"]
     if config.micro_batch % 2 or config.task == "align":
         ways = ["a smaller data.batch_size"]
+    elif trainer.strategy in SHARDED and trainer.accumulate_grad_batches == 1:
+        ways = [f"{ways[0][:-1]}, between which whole gradients are held)"]
     if not trainer.activation_checkpointing:
         ways.append("trainer.activation_checkpointing=true (slower by a third)")
     if trainer.devices * trainer.num_nodes > 1 and trainer.strategy != "fsdp2":

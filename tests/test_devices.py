@@ -1,5 +1,6 @@
 """What this machine cannot do is refused by name, and an exhausted memory says which keys help."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,13 @@ def test_a_model_trained_by_torchs_loss_is_opened_without_it(
 
 def test_the_advice_names_the_micro_batch_and_keys_that_lower_it() -> None:
     trainer = TrainerConfig(devices=2, accumulate_grad_batches=2, max_steps=3000)
-    advice = memory_advice(ExperimentConfig(trainer=trainer, data=DataConfig(batch_size=64)))
+    config = ExperimentConfig(trainer=trainer, data=DataConfig(batch_size=64))
+    advice = memory_advice(config)
     assert "micro-batch of 16 sequences" in advice
     for way in ("accumulate_grad_batches=4", "activation_checkpointing=true", "strategy=fsdp2"):
         assert f"trainer.{way}" in advice
+    sharded = replace(trainer, accumulate_grad_batches=1, strategy="fsdp2")
+    assert "parts, between which whole gradients are held)" in memory_advice(replace(config, trainer=sharded))
     odd = ExperimentConfig(trainer=TrainerConfig(activation_checkpointing=True), data=DataConfig(batch_size=3))
     assert "with: a smaller data.batch_size. " in memory_advice(odd)
 
