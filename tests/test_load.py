@@ -28,6 +28,17 @@ def test_the_two_arms_differ_in_one_key_beside_their_name() -> None:
     assert {key for key in pretrained if pretrained[key] != scratch[key]} == {"name", "init"}
 
 
+def test_a_run_to_sample_from_differs_in_empty_captions_alone() -> None:
+    for scale in ("demo", "flickr8k", "paper"):
+        needs = PAPER_PATHS if scale == "paper" else ["data.path=x"]
+        pretrained, sampling = (
+            flatten(load_experiment(path, scale, needs)) for path in (PRETRAINED, PRETRAINED.with_stem("t2i_sampling"))
+        )
+        changed = {key for key in pretrained if pretrained[key] != sampling[key]}
+        assert changed == {"name", "data.caption_dropout"}
+        assert sampling["data.caption_dropout"] == 0.1
+
+
 def test_layers_merge_in_order() -> None:
     config = load_experiment(PRETRAINED, "demo", ["optim.lr=0.5", "optim.betas=[0.8,0.9]"])
     assert config.optim.lr == 0.5
