@@ -121,6 +121,11 @@ class ExperimentConfig:
                 raise ValueError(f"{key} is for task=text_to_image, not task={self.task!r}")
         if self.distil.weight and self.init not in ("pretrained", "aligned"):
             raise ValueError(f"distil.weight={self.distil.weight}: init={self.init!r} has no language to distil from")
+        if self.optim.l2_sp and self.lora.rank:
+            raise ValueError(
+                f"optim.l2_sp={self.optim.l2_sp} contradicts lora.rank={self.lora.rank}, which leaves all pre-trained "
+                "weights where they began: expected one of them to be 0"
+            )
 
     def _check_align(self) -> None:
         if self.freeze or self.tune != "all" or self.new_rows != "random" or self.init == "aligned":

@@ -1,19 +1,18 @@
-"""Forgetting measured during a run, and the remedies, through the command line."""
+"""Forgetting measured during a run, and wrong settings of it and of the remedies, through the command line."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from t2i_lm.evaluate import main as evaluate
 from t2i_lm.forgetting import BASELINE, forgetting_report
-from t2i_lm.runs import Run, read_run, run_folders
+from t2i_lm.runs import Run, read_run
 from t2i_lm.trained import load_trained
 from tests.probes.test_probes import TEXT, write_tasks
-from tests.test_train import PRETRAINED, curve, launch, main, train, weights
+from tests.test_train import PRETRAINED, curve, main, train, weights
 
 QUICK = ["samples.prompts=0", "samples.preference_scenes=0"]
 
@@ -247,85 +246,6 @@ def test_a_resumed_run_measures_as_an_unbroken_one(probed: Run, tmp_path: Path) 
     assert json.loads((resumed.folder / BASELINE).read_text()) == json.loads((probed.folder / BASELINE).read_text())
 
 
-# Every remedy at once, so that they are seen to compose.
-def remedies(book: Path) -> list[str]:
-    return [
-        "loss.text_weight=0.5",
-        "optim.l2_sp=1.0",
-        "distil.weight=0.7",
-        f"data.replay_path={book}",
-        "data.replay_ratio=0.25",
-        "freeze=[norm]",
-    ]
-
-
-@pytest.fixture(scope="module")
-def remedied(tiny: list[str], probing: list[str], book: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(PRETRAINED, tmp_path_factory.mktemp("remedied"), *tiny, *QUICK, *probing, *remedies(book))
-
-
-def test_replay_is_a_modality_of_its_own_and_takes_its_share(remedied: Run, plain: Run) -> None:
-    for line in remedied.records("train"):
-        assert line["train"]["replay"]["count"] == 2 * 2 * 111  # two of eight sequences, two steps
-        assert line["scalars"]["distil_kl"] > 0
-    for line, other in zip(remedied.records("val"), plain.records("val"), strict=True):
-        assert line["val"]["replay"]["count"] == 0
-        assert line["val"]["all"]["count"] == other["val"]["all"]["count"]
-    assert remedied.records("val")[0]["val"]["text"] == plain.records("val")[0]["val"]["text"]  # nothing is weighted
-    assert remedied.environment["data_hash"] == plain.environment["data_hash"]
-    assert remedied.environment["stream_hash"] != plain.environment["stream_hash"]
-
-
-def test_remedies_resume_bit_for_bit(remedied: Run, tmp_path: Path) -> None:
-    resumed = resume_from_middle(PRETRAINED, tmp_path, remedied)
-    assert curve(resumed) == curve(remedied)
-    assert all(torch.equal(value, weights(remedied)[name]) for name, value in weights(resumed).items())
-
-
-def test_remedies_on_two_processes_equal_one(
-    remedied: Run, tiny: list[str], probing: list[str], book: Path, tmp_path: Path
-) -> None:
-    more = ["trainer.strategy=ddp", "trainer.devices=2"]
-    process = launch(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies(book), *more)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    two = read_run(run_folders(tmp_path)[0])
-    assert len(two.metrics) == len(remedied.metrics)
-    for ours, theirs in zip(two.metrics, remedied.metrics, strict=True):
-        if "forgetting" in ours:
-            mine, other = (line["forgetting"]["text"]["all_rows"]["nll"] for line in (ours, theirs))
-            assert mine == pytest.approx(other, rel=1e-6)
-            continue
-        key = "train" if "train" in ours else "val"
-        for name, entry in theirs[key].items():
-            assert ours[key][name]["count"] == entry["count"]
-            if entry["count"]:
-                assert ours[key][name]["nll"] == pytest.approx(entry["nll"], rel=1e-6), name
-
-
-def test_accumulation_weighs_as_one_batch(
-    remedied: Run, tiny: list[str], probing: list[str], book: Path, tmp_path: Path
-) -> None:
-    run = train(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies(book), "trainer.accumulate_grad_batches=4")
-    for ours, theirs in zip(run.records("val"), remedied.records("val"), strict=True):
-        assert ours["val"]["image"]["nll"] == pytest.approx(theirs["val"]["image"]["nll"], rel=1e-5)
-
-
-def test_the_stream_of_pairs_is_the_same_but_where_text_takes_a_place(book: Path) -> None:
-    from t2i_lm.data.sampler import REPLAYED, IndexSampler
-
-    plain, replay = (IndexSampler(60, 8, 20, 0, replayed=number) for number in (0, 2))
-    numbers = []
-    for step in range(20):
-        pairs, mixed = plain.global_batch(step * 8), replay.global_batch(step * 8)
-        text = mixed[:, 0] == REPLAYED
-        assert text.sum() == 2
-        assert text.reshape(4, 2).any(axis=1).sum() == 2  # spread over micro-batches and ranks
-        assert np.array_equal(mixed[~text], pairs[~text])
-        numbers += mixed[text, 1].tolist()
-    assert numbers == list(range(40))
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -337,6 +257,8 @@ def test_the_stream_of_pairs_is_the_same_but_where_text_takes_a_place(book: Path
         (["loss.text_weight=-1"], "loss.text_weight=-1.0: expected 0 or more"),
         (["loss.text_weight=0", "task=unconditional"], "loss is for task=text_to_image"),
         (["distil.weight=1", "init=random"], "no language to distil from"),
+        (["optim.l2_sp=1", "lora.rank=2"], "optim.l2_sp=1.0 contradicts lora.rank=2"),
+        (["optim.l2_sp=1", "freeze=[text_rows,norm,attention,ffn]"], "leave no pre-trained weight that learns"),
     ],
 )
 def test_bad_settings_are_named(

@@ -16,10 +16,16 @@ class Anchor(nn.Module):
     """
 
     def __init__(self, model: nn.Module, strength: float) -> None:
-        """Copies the values of the moment."""
+        """Copies the values of the moment.
+
+        Raises:
+            ValueError: if no pre-trained weight learns.
+        """
         super().__init__()
         self.strength = strength
         self._anchored = [p for name, p in model.named_parameters() if p.requires_grad and not is_new_row(name)]
+        if not self._anchored:
+            raise ValueError(f"optim.l2_sp={strength}: freeze and tune leave no pre-trained weight that learns; use 0")
         for number, parameter in enumerate(self._anchored):
             self.register_buffer(f"start_{number}", parameter.detach().clone(), persistent=False)
 
