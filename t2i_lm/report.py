@@ -219,7 +219,7 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
 def _print_shares(
     console: Console, title: str, values: dict[str, Any], share: str, limits: dict[str, Any] | None = None
 ) -> None:
-    """One line; behind each value its limit in brackets, where there is one."""
+    """One line; behind each value its standard error, and its limit in brackets where there is one."""
     limit = {name: f" ({entry[share]:.0%})" for name, entry in (limits or {}).items()}
-    parts = (f"{name} {entry[share]:.0%}{limit.get(name, '')}" for name, entry in values.items())
+    parts = (f"{name} {entry[share]:.0%} +- {entry['se']:.0%}{limit.get(name, '')}" for name, entry in values.items())
     console.print(f"{title}: " + ", ".join(parts))

@@ -19,7 +19,7 @@ from t2i_lm.build import Experiment
 from t2i_lm.data import captions as caption_code
 from t2i_lm.data import scene_checker, scenes
 from t2i_lm.data.captions import ATTRIBUTES, altered, describe
-from t2i_lm.data.scene_checker import check, shares_right
+from t2i_lm.data.scene_checker import check, share_error, shares_right
 from t2i_lm.data.scene_source import SceneSource
 from t2i_lm.data.scenes import draw_scene, render, scene_from_meaning
 from t2i_lm.data.tokenise import ENCODE_BATCH, stack_pictures
@@ -79,7 +79,7 @@ def _encode(image: ImageTokenizer, pictures: list[Any]) -> np.ndarray[Any, np.dt
 
 
 def prompt_accuracy(images: Sequence[Picture], meanings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Share of pictures right in each attribute that their caption asks for, and how many it asked."""
+    """Share of pictures right in each attribute that their caption asks for, its standard error, and how many asked."""
 
     def results() -> Iterator[dict[str, bool | None]]:
         for picture, meaning in zip(images, meanings, strict=True):
@@ -131,7 +131,8 @@ def caption_preference(experiment: Experiment, texts: Sequence[Any], image_ids: 
     """How often a picture is likelier under its own caption than under one with one attribute altered.
 
     Over scenes given by the JSON of their meaning and their image ids, each attribute where the caption mentions
-    it; chance is 0.5. The picture's likelihood is that of its image tokens alone.
+    it; chance is 0.5. The picture's likelihood is that of its image tokens alone. A tie counts half, so that the
+    binomial standard error `se` is then too large, never too small.
     """
     meanings = [json.loads(str(text)) for text in texts]
     if not meanings:
@@ -150,9 +151,9 @@ def caption_preference(experiment: Experiment, texts: Sequence[Any], image_ids: 
                 others.append(both[1])
         if members:
             true_B, other_B = own_nll_B[members], picture_nll(experiment, others, image_ids_BN[members])
-            # A tie counts half.
             wins = (true_B < other_B).double() + 0.5 * (true_B == other_B).double()
-            result[attribute] = {"preferred": float(wins.mean()), "of": len(members)}
+            preferred, of = float(wins.mean()), len(members)
+            result[attribute] = {"preferred": preferred, "se": share_error(preferred, of), "of": of}
     return result
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from t2i_lm.data.scenes import TRAIN_PAIRS, draw_scene, scene_from_meaning
 from t2i_lm.grid import MARGIN, PIXELS, captioned_grid
 from t2i_lm.load import load_experiment
 from t2i_lm.markdown import markdown_table
+from t2i_lm.report import print_summary
 from t2i_lm.scene_report import familiar_scenes, prompt_accuracy
 
 ROOT = Path(__file__).parents[1]
@@ -23,11 +25,28 @@ def test_accuracy_is_one_for_the_scenes_asked_for_and_low_for_others() -> None:
     pictures = [np.asarray(pair.image) for pair in pairs]
     perfect = prompt_accuracy(pictures, meanings)
     assert {name: entry["right"] for name, entry in perfect.items()} == dict.fromkeys(perfect, 1.0)
+    assert {entry["se"] for entry in perfect.values()} == {0.0}
     assert perfect["relation"]["of"] == sum(meaning["family"] == "pair" for meaning in meanings)
     assert perfect["background"]["of"] < 60  # some captions leave it out
     shifted = prompt_accuracy(pictures[1:] + pictures[:1], meanings)
     assert shifted["all"]["right"] < 0.1
     assert shifted["background"]["right"] < 0.4
+    for entry in shifted.values():
+        assert entry["se"] == pytest.approx(math.sqrt(entry["right"] * (1 - entry["right"]) / entry["of"]))
+
+
+def test_the_summary_says_how_sure_shares_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right, limit = {"right": 0.25, "se": 0.0541, "of": 64}, {"right": 0.981, "se": 0.004, "of": 1000}
+    report = {
+        **{"experiment": "x", "scale": "demo", "seed": 0, "steps": 1, "wall_s": 1, "val": None},
+        "samples": {"accuracy": {"kind": right}},
+        "ceiling": {"accuracy": {"kind": limit}},
+        "preference": {"size": {"preferred": 0.83, "se": 0.0168, "of": 500}},
+    }
+    print_summary(report, tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "right in samples (at most): kind 25% +- 5% (98%)" in printed
+    assert "true caption preferred (chance 0.5): size 83% +- 2%" in printed
 
 
 def test_the_ceiling_of_accuracy_is_what_reconstructions_still_show_and_is_kept(

@@ -62,6 +62,9 @@ def test_a_run_leaves_everything_behind(pretrained: Run) -> None:
     assert 0 <= pretrained.report["familiar"]["samples"]["accuracy"]["background"]["right"] <= 1
     assert pretrained.report["familiar"]["preference"]["colour"]["of"] == 2
     for part in (pretrained.report, pretrained.report["familiar"]):
+        for share, entries in (("right", part["samples"]["accuracy"]), ("preferred", part["preference"])):
+            for entry in entries.values():
+                assert entry["se"] == pytest.approx(math.sqrt(entry[share] * (1 - entry[share]) / entry["of"]))
         assert part["ceiling"]["scenes"] == 1000
         assert part["samples"]["accuracy"].keys() <= part["ceiling"]["accuracy"].keys()
     assert (folder / "samples" / "grid_familiar.png").is_file()

@@ -4,6 +4,7 @@ Exact on rendered scenes, tolerant of blur and of an image tokenizer's errors; a
 that a half-trained model's blobs count as wrong and never as a crash.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -76,14 +77,22 @@ def read_scene(image_HW3: Image) -> SceneReading:
 def check(image_HW3: Image, meaning: dict[str, Any], mentioned: frozenset[str]) -> dict[str, bool | None]:
     """Whether a picture shows what was asked, per attribute.
 
+    `colour` asks for every described colour, `any_colour` for one of them, `kind` for every shape in its colour, `size`
+    for every shape in its colour and size; `relation` finds the two shapes by their colours. So a wrong colour is a
+    wrong kind, size and relation too, and a wrong kind a wrong size.
+
+    What `all` does not judge: further shapes, unless the caption gives a number (`count`; those of groups alone do),
+    even where it closes with "and nothing else"; and where shapes lie, beyond `relation`. `exact` refuses further
+    shapes. `size` asks for the sizes of both shapes of a pair, even where the caption gives one.
+
     Args:
         image_HW3: picture of 64 x 64 pixels.
         meaning: `Scene.meaning()` of what was asked.
         mentioned: attributes that the caption asserts; the others are not judged.
 
     Returns:
-        For each of `CHECKS` True, False, or None where the caption does not ask; `all` judges their union.
-        `colour` and `kind` ask for every described shape, `any_colour` for one asked colour.
+        For each of `CHECKS` True, False, or None where the caption does not ask; `all` whether none of them is False,
+        `exact` whether there are also exactly as many shapes as described.
     """
     reading = read_scene(image_HW3)
     asked = meaning["objects"]
@@ -101,18 +110,24 @@ def check(image_HW3: Image, meaning: dict[str, Any], mentioned: frozenset[str]) 
         "relation": _relation_holds(reading, meaning) if "relation" in mentioned else None,
         "count": len(reading.objects) == len(asked) if "count" in mentioned else None,
     }
-    result["all"] = all(value for value in result.values() if value is not None)
-    return result
+    everything = all(value for value in result.values() if value is not None)
+    return {**result, "all": everything, "exact": everything and len(reading.objects) == len(asked)}
 
 
 def shares_right(results: Iterable[dict[str, bool | None]]) -> dict[str, dict[str, float]]:
-    """For each attribute of `check`'s results the share `right`, and how many pictures it is `of`: those asked."""
+    """For each key of `check`'s results the share `right`, its standard error `se`, and how many were asked, `of`."""
     values: dict[str, list[bool]] = {}
     for result in results:
         for name, value in result.items():
             if value is not None:
                 values.setdefault(name, []).append(value)
-    return {name: {"right": sum(column) / len(column), "of": len(column)} for name, column in values.items()}
+    shares = {name: (sum(column) / len(column), len(column)) for name, column in values.items()}
+    return {name: {"right": right, "se": share_error(right, of), "of": of} for name, (right, of) in shares.items()}
+
+
+def share_error(share: float, of: int) -> float:
+    """Binomial standard error of a share; 0 where all or none are right, which says nothing of how sure that is."""
+    return math.sqrt(share * (1 - share) / of)
 
 
 def _relation_holds(reading: SceneReading, meaning: dict[str, Any]) -> bool:
