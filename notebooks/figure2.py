@@ -15,7 +15,8 @@
 # # Figure 2
 #
 # Zero-shot FID on COCO of published text-to-image systems, auto-regressive and diffusion, against their release date;
-# our runs are added where `python -m t2i_lm.evaluate --coco` has measured them.
+# our runs are added where `python -m t2i_lm.evaluate --coco` has measured them: hollow where they are no COCO FID-30k,
+# in the table alone where they are of other than 2,048 features.
 #
 # The published numbers, each with its source, are in `t2i_lm/published_fid.csv`. Open this file with jupytext, or run
 # it as a script.

@@ -64,14 +64,11 @@ class Drawing:
 
 def figure2(request: Request) -> Drawing:
     """Figure 2: published zero-shot COCO FIDs by release date, and those of our runs (Section 1)."""
-    from t2i_lm.published import draw_systems, own_systems, published_systems, system_table
+    from t2i_lm.published import draw_systems, own_systems, published_systems, system_table, systems_caption
 
     systems = [*published_systems(), *own_systems(request.root)]
     title = "Figure 2. Zero-shot FID on COCO of auto-regressive and diffusion models against their release date"
-    caption = (
-        f"{title}. Each published value is its authors' own, under a protocol of their own: differences of resizer, "
-        "network or captions move such numbers by several points. Sources are in t2i_lm/published_fid.csv."
-    )
+    caption = f"{title}. {systems_caption(systems)}"
     return Drawing(title, draw_systems(systems, caption), caption, system_table(systems))
 
 
