@@ -104,14 +104,20 @@ def draw_codes(
     sampling: Sampling | None = None,
     on_token: Progress | None = None,
 ) -> Tensor:
-    """Image codes (B, N) after prompts of joint ids, `DRAW_BATCH` at once; progress is over all of them."""
+    """Image codes (B, N) after prompts of joint ids, `DRAW_BATCH` at once; progress is over all of them.
+
+    All prompts end at the column of the longest that fits, so that each picture is a function of its prompt and seed
+    as far as `generate` can make it.
+    """
     layout = model.layout
     assert layout is not None
     assert isinstance(model.module, DecoderModule)
-    null = torch.from_numpy(layout.prompt(np.empty(0, np.int64))) if isinstance(layout, Layout) else None
+    null = end = None
+    if isinstance(layout, Layout):
+        null, end = torch.from_numpy(layout.prompt(np.empty(0, np.int64))), layout.prompt_budget
     sampling = sampling or sampling_of(model.config.samples)
     decoder, count = model.module.decoder, layout.image_tokens
-    return generate(decoder, layout.vocab, prompts, count, seeds, sampling, null, on_token, DRAW_BATCH)
+    return generate(decoder, layout.vocab, prompts, count, seeds, sampling, null, on_token, DRAW_BATCH, end)
 
 
 def decode(model: Model, codes_BN: Tensor) -> list[Picture]:

@@ -17,7 +17,9 @@ EXAMPLE = """example:
   python -m t2i_lm.sample --checkpoint runs/t2i_pretrained --prompts prompts.txt --temperature 0.7 --out drawn
 
 RUN is a run folder, or a folder of runs, whose newest is taken. A picture depends on its prompt, the seed and its
-number alone, not on what is drawn beside it. --cfg needs a run trained with data.caption_dropout above 0."""
+number, not on what is drawn beside it; but sums over another number of pictures may be rounded differently, above all
+on a GPU or with --compile, and an id of two nearly equally likely ones is then another. --cfg needs a run trained with
+data.caption_dropout above 0."""
 SLUG = 40  # characters of a prompt in its file's name
 
 
