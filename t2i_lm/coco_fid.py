@@ -37,11 +37,11 @@ from t2i_lm.drawing import (
     Picture,
     caption_layout,
     caption_prompts,
+    computing,
     decode,
     draw_codes,
     sampling_of,
     seeds_of,
-    weights_dtype,
 )
 from t2i_lm.models.generate import Sampling
 from t2i_lm.parts import Parts
@@ -142,18 +142,18 @@ class Drawing:
     cut: int = 0
 
     def codes(self, numbers: Sequence[int]) -> Tensor:
-        """Image codes (B, N) of some prompts; each depends on its prompt, number and the seed alone."""
+        """Image codes (B, N) of some prompts; each depends on its prompt, number and the seed, see `generate`."""
         seeds = seeds_of(self.seed, len(self.prompts))
         captions = [self.prompts[number].text for number in numbers]
         prompts = caption_prompts(self.model, captions)
         return draw_codes(self.model, prompts, [seeds[number] for number in numbers], self.sampling)
 
     def card(self, network: Inception, reference_sha256: str, pictures: str = "drawn") -> Card:
-        """The card of a number made with this."""
+        """The card of a number that is made with this now."""
         assert self.model.image is not None
         drawn: dict[str, Any] = {}
         if pictures == "drawn":
-            drawn = {**asdict(self.sampling), "prompts_cut": self.cut, "weights": weights_dtype(self.model)}
+            drawn = {**asdict(self.sampling), "prompts_cut": self.cut, **computing(self.model)}
         return Card(
             pictures=pictures,
             prompts=len(self.prompts),
@@ -194,7 +194,10 @@ class Drawing:
 
 
 def distances(measured: Parts, reference: Parts, width: int) -> dict[str, float]:
-    """Frechet and kernel distance of features that lie in parts; summed in order, whoever made them."""
+    """Frechet and kernel distance of features that lie in parts; summed in order, whoever made them.
+
+    The subsets of the kernel distance are drawn from all measured and all reference pictures, as during training.
+    """
     metric = FeatureDistance(width, sync_on_compute=False)
     kept: dict[bool, list[Tensor]] = {False: [], True: []}
     for parts, real in ((measured, False), (reference, True)):
@@ -241,6 +244,9 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
             tell(len(parts.span(number)))
             yield parts.span(number), parts.read(number)["features"]
 
-    # Content hashes would need all pictures read before the first step: the listing's names the folder here.
-    card = replace(drawing.card(network, ""), reference_sha256=f"listing {parts.identity['listing_sha256']}")
-    return FidTask(len(prompts), draw, features, {"title": card.title, **card.as_dict()}), network
+    def card() -> dict[str, Any]:
+        # Content hashes would need all pictures read before the first step: the listing's names the folder here.
+        found = replace(drawing.card(network, ""), reference_sha256=f"listing {parts.identity['listing_sha256']}")
+        return {"title": found.title, **found.as_dict()}
+
+    return FidTask(len(prompts), draw, features, card), network

@@ -18,11 +18,11 @@ from t2i_lm.clip import Clip
 from t2i_lm.coco_fid import Drawing, Reference, count_cut, distances, network_card
 from t2i_lm.data.coco import CROP, RESIZER, SIZE, Coco, Prompt, prompts_sha256, square
 from t2i_lm.data.tokenise import stack_pictures
-from t2i_lm.drawing import decode, sampling_of, weights_dtype
+from t2i_lm.drawing import computing, decode, sampling_of
 from t2i_lm.grid import captioned_grid
 from t2i_lm.hashing import file_sha256
 from t2i_lm.parts import Parts
-from t2i_lm.protocol import Card, require_headline
+from t2i_lm.protocol import CANONICAL, Card, require_headline
 from t2i_lm.runs import environment
 from t2i_lm.subject import Subject
 from t2i_lm.telling import lines
@@ -109,8 +109,7 @@ def _parts(subject: Subject, drawing: Drawing, network: Inception, kind: str) ->
     if kind == "drawn":
         identity |= {"checkpoint_sha256": file_sha256(subject.checkpoint), "seed": drawing.seed}
         identity |= vars(drawing.sampling)
-        if options.bf16:
-            identity["weights"] = weights_dtype(model)
+        identity |= {key: value for key, value in computing(model).items() if value != CANONICAL[key]}
     return Parts(subject.out / kind, identity, len(drawing.prompts), options.part)
 
 

@@ -57,22 +57,14 @@ def page(model: "Model") -> Any:
     import gradio
 
     from t2i_lm.drawing import sampling_of
-    from t2i_lm.models.generate import Sampling
-    from t2i_lm.sample import require_fitting
 
     usual = sampling_of(model.config.samples)
 
-    def draw(
-        prompt: str, seed: float, temperature: float, top_p: float, guidance: float
-    ) -> "Iterator[tuple[Picture, Picture]]":
-        if not prompt.strip():
-            raise gradio.Error("the prompt is empty")
+    def draw(prompt: str, *numbers: float | None) -> "Iterator[tuple[Picture, Picture]]":
         try:
-            require_fitting(model, [prompt])
-            sampling = Sampling(temperature, usual.top_k, top_p, guidance)
+            yield from answer(model, prompt, *numbers)
         except ValueError as error:
             raise gradio.Error(str(error)) from error
-        yield from frames(model, prompt, sampling, int(seed))
 
     with gradio.Blocks(title="t2i_lm") as blocks:
         prompt = gradio.Textbox(START, label="prompt")
@@ -88,6 +80,38 @@ def page(model: "Model") -> Any:
         inputs = [prompt, seed, temperature, top_p, guidance]
         gradio.on([button.click, prompt.submit], draw, inputs, [picture, tokens])
     return blocks
+
+
+def answer(
+    model: "Model",
+    prompt: str,
+    seed: float | None,
+    temperature: float | None,
+    top_p: float | None,
+    guidance: float | None,
+) -> "Iterator[tuple[Picture, Picture]]":
+    """The `frames` of what the page's boxes hold; None is a cleared box.
+
+    Raises:
+        ValueError: if the prompt is empty or does not fit, a box is cleared, or a number in it is senseless.
+    """
+    from dataclasses import replace
+
+    from t2i_lm.drawing import sampling_of
+    from t2i_lm.sample import require_fitting
+
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    if seed is None or temperature is None or top_p is None or guidance is None:
+        boxes = {"seed": seed, "temperature": temperature, "top-p": top_p, "guidance": guidance}
+        empty = ", ".join(name for name, value in boxes.items() if value is None)
+        raise ValueError(f"{empty}: expected a number, the box is empty")
+    if not float(seed).is_integer():
+        raise ValueError(f"seed={seed}: expected a whole number")
+    require_fitting(model, [prompt])
+    usual = sampling_of(model.config.samples)
+    sampling = replace(usual, temperature=temperature, top_p=top_p, guidance=guidance)
+    yield from frames(model, prompt, sampling, int(seed))
 
 
 def frames(model: "Model", prompt: str, sampling: "Sampling", seed: int) -> "Iterator[tuple[Picture, Picture]]":

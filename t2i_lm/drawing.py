@@ -12,6 +12,7 @@ from torch import Tensor
 
 from t2i_lm.backbones import can_compile
 from t2i_lm.build import Model
+from t2i_lm.models.float8 import multiplies_in_float8
 from t2i_lm.models.generate import Progress, Sampling, generate
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.sections import SampleConfig
@@ -56,9 +57,15 @@ def prepare_drawing(model: Model, bf16: bool, compiled: bool) -> None:
         decoder.compile_steps()
 
 
-def weights_dtype(model: Model) -> str:
-    """Number format of the weights that draw."""
-    return str(next(model.module.parameters()).dtype).removeprefix("torch.")
+def computing(model: Model) -> dict[str, Any]:
+    """How the model computes what it draws, as it is now: `weights`, `compiled` and `fp8` of a protocol card.
+
+    `weights` joins the number formats by `+` where there are several.
+    """
+    assert isinstance(model.module, DecoderModule)
+    decoder = model.module.decoder
+    formats = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in decoder.parameters()})
+    return {"weights": "+".join(formats), "compiled": decoder.draws_compiled, "fp8": multiplies_in_float8(decoder)}
 
 
 def caption_layout(model: Model) -> tuple[Layout, TextTokenizer]:
@@ -104,14 +111,20 @@ def draw_codes(
     sampling: Sampling | None = None,
     on_token: Progress | None = None,
 ) -> Tensor:
-    """Image codes (B, N) after prompts of joint ids, `DRAW_BATCH` at once; progress is over all of them."""
+    """Image codes (B, N) after prompts of joint ids, `DRAW_BATCH` at once; progress is over all of them.
+
+    All prompts end at the column of the longest that fits, so that each picture is a function of its prompt and seed
+    as far as `generate` can make it.
+    """
     layout = model.layout
     assert layout is not None
     assert isinstance(model.module, DecoderModule)
-    null = torch.from_numpy(layout.prompt(np.empty(0, np.int64))) if isinstance(layout, Layout) else None
+    null = end = None
+    if isinstance(layout, Layout):
+        null, end = torch.from_numpy(layout.prompt(np.empty(0, np.int64))), layout.prompt_budget
     sampling = sampling or sampling_of(model.config.samples)
     decoder, count = model.module.decoder, layout.image_tokens
-    return generate(decoder, layout.vocab, prompts, count, seeds, sampling, null, on_token, DRAW_BATCH)
+    return generate(decoder, layout.vocab, prompts, count, seeds, sampling, null, on_token, DRAW_BATCH, end)
 
 
 def decode(model: Model, codes_BN: Tensor) -> list[Picture]:

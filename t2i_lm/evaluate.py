@@ -177,7 +177,7 @@ def _flag(key: str) -> str:
 def _default_name(options: argparse.Namespace, checkpoint: Path) -> str:
     """A folder that the same command finds again."""
     guidance = "" if options.guidance is None else f"-cfg{options.guidance:g}"
-    weights = "-bf16" if options.bf16 else ""
+    weights = "-bf16" * options.bf16 + "-compiled" * options.compile
     return re.sub(r"[^\w.-]", "_", f"{checkpoint.stem}-{options.prompts}-seed{options.seed}{guidance}{weights}")
 
 

@@ -1,9 +1,14 @@
-"""Long work in parts, each a file: what a kill has left is taken up, what belongs to other work is refused."""
+"""Long work in parts, each a file: what a kill has left is taken up, what belongs to other work is refused.
+
+And files and folders that appear whole or not at all.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +108,26 @@ def write_whole(path: Path, text: str) -> None:
     own = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     own.write_text(text, encoding="utf-8")
     own.replace(path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write files into, which becomes `path` at the end; after an error nothing of it is left.
+
+    Where `path` is an empty folder already, it is kept, and the files move into it at the end.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    name = f"{path.name}.{os.getpid()}.tmp"
+    own = path / name if path.is_dir() else path.with_name(name)
+    try:
+        own.mkdir(parents=True)
+        yield own
+        if own.parent == path:
+            for file in sorted(own.iterdir()):
+                file.rename(path / file.name)
+        else:
+            own.rename(path)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)

@@ -1,8 +1,8 @@
 """The card of a COCO number: everything that it depends on, and the name that only one card may bear.
 
 The same model scores 8.5 or 16 under two protocols that are both called "COCO FID". So a number here is called
-"COCO FID-30k" only where each field has its canonical value; otherwise its title says what differs. Standard library
-only.
+"COCO FID-30k" only where each field of `CANONICAL` has its value; otherwise its title says what differs. Standard
+library only.
 """
 
 import re
@@ -12,6 +12,11 @@ from typing import Any
 HEADLINE = "COCO FID-30k"
 # Which captions and pictures are drawn from val2014 (40,504 pictures with 202,654 captions).
 PROMPT_SEED = 2014
+# A published list of these hashes does not exist: two numbers are comparable where theirs are equal.
+NOTE = (
+    "the hashes of captions, prompts and reference pictures were recorded as found, and not checked against a "
+    "published list"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +27,14 @@ class Card:
         pictures: where the measured ones come from: `drawn` by the model, or `reconstructed` by its tokenizer alone.
         prompt_ids: (image id, caption id) of each prompt, in order.
         prompts_cut: captions that were longer than the model's sequence takes, and were cut to it as in training.
+        captions_sha256: of COCO's file of captions.
+        reference_sha256: of all reference pictures; `kid_reference` says from how many KID's subsets are drawn.
         native_size: side in pixels as the tokenizer decodes; another than `size` was resized as the references are.
         network_sha256: of the feature network's weights.
         weights: number format of the model's weights while it draws.
+        compiled: whether compiled code draws.
+        fp8: whether layers multiply in float8 while they draw.
+        note: what the card does not vouch for.
     """
 
     pictures: str
@@ -38,6 +48,7 @@ class Card:
     reference: str
     reference_pictures: int
     reference_sha256: str
+    kid_reference: str = "all"
     size: int
     native_size: int
     crop: str
@@ -51,7 +62,10 @@ class Card:
     top_k: int | None = None
     top_p: float | None = None
     weights: str = "float32"
+    compiled: bool = False
+    fp8: bool = False
     seed: int = 0
+    note: str = NOTE
     prompt_ids: list[list[int]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,8 +76,9 @@ class Card:
         """The fields that are not canonical, with both values."""
         own = asdict(self)
         found = [f"{key}={own[key]!r} (not {value!r})" for key, value in CANONICAL.items() if own[key] != value]
-        if not re.fullmatch("[0-9a-f]{64}", self.reference_sha256):
-            found.append(f"reference_sha256={self.reference_sha256!r} (not the hash of the pictures)")
+        for key, what in HASHES.items():
+            if not re.fullmatch("[0-9a-f]{64}", own[key]):
+                found.append(f"{key}={own[key]!r} (not the hash of {what})")
         return found
 
     @property
@@ -74,8 +89,8 @@ class Card:
         return HEADLINE if not self.differences() else f"FID, n={self.prompts}, not {HEADLINE}"
 
 
-# Guidance, temperature and seed are the model's own distribution: what the study compares. The hashes of prompts and
-# captions follow from the other fields and COCO's files. How weights are rounded is the model's affair, and disclosed.
+# Guidance, temperature and seed are the model's own distribution: what the study compares. It is drawn in float32 by
+# code that is not compiled: other roundings draw other pictures. Of the hashes only the form is checked, see `NOTE`.
 CANONICAL: dict[str, Any] = {
     "pictures": "drawn",
     "prompts": 30_000,
@@ -85,6 +100,7 @@ CANONICAL: dict[str, Any] = {
     "captions": 202_654,
     "reference": "val2014",
     "reference_pictures": 40_504,
+    "kid_reference": "all",
     "size": 256,
     "native_size": 256,
     "crop": "centre",
@@ -97,7 +113,15 @@ CANONICAL: dict[str, Any] = {
     "temperature": 1.0,
     "top_k": None,
     "top_p": None,
+    "weights": "float32",
+    "compiled": False,
+    "fp8": False,
     "seed": 0,
+}
+HASHES = {
+    "prompts_sha256": "the prompts",
+    "captions_sha256": "the file of captions",
+    "reference_sha256": "the pictures",
 }
 
 

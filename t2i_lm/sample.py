@@ -17,7 +17,9 @@ EXAMPLE = """example:
   python -m t2i_lm.sample --checkpoint runs/t2i_pretrained --prompts prompts.txt --temperature 0.7 --out drawn
 
 RUN is a run folder, or a folder of runs, whose newest is taken. A picture depends on its prompt, the seed and its
-number alone, not on what is drawn beside it. --cfg needs a run trained with data.caption_dropout above 0."""
+number, not on what is drawn beside it; but sums over another number of pictures may be rounded differently, above all
+on a GPU or with --compile, and an id of two nearly equally likely ones is then another. --cfg needs a run trained with
+data.caption_dropout above 0."""
 SLUG = 40  # characters of a prompt in its file's name
 
 
@@ -130,19 +132,21 @@ def require_fitting(model: "Model", prompts: Sequence[str]) -> None:
 
 
 def sample(model: "Model", prompts: Sequence[str], each: int, seed: int, sampling: "Sampling", out: Path) -> list[Path]:
-    """Draws `each` pictures of every prompt and writes them, all or none.
+    """Draws `each` pictures of every prompt and writes them into `out`, all or none.
 
     Returns:
         The files: one PNG a picture, then the grid.
 
     Raises:
         ValueError: if a prompt does not fit.
+        OSError: if the files cannot be written.
     """
     from PIL import Image
     from rich.progress import Progress
 
     from t2i_lm.drawing import draw_captions, seeds_of
     from t2i_lm.grid import captioned_grid
+    from t2i_lm.parts import whole_folder
 
     require_fitting(model, prompts)
     captions = [prompt for prompt in prompts for _ in range(each)]
@@ -155,14 +159,15 @@ def sample(model: "Model", prompts: Sequence[str], each: int, seed: int, samplin
             sampling,
             lambda done, total, _: progress.update(task, completed=done, total=total),
         )
-    out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for number, (picture, caption) in enumerate(zip(images_HW3, captions, strict=True)):
-        slug = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:SLUG]
-        files.append(out / f"{number:03d}-{slug}.png")
-        Image.fromarray(picture).save(files[-1])
-    captioned_grid(images_HW3, captions).save(out / "grid.png")
-    return [*files, out / "grid.png"]
+    names = []
+    with whole_folder(out) as folder:
+        for number, (picture, caption) in enumerate(zip(images_HW3, captions, strict=True)):
+            slug = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:SLUG]
+            names.append(f"{number:03d}-{slug}.png")
+            Image.fromarray(picture).save(folder / names[-1])
+        names.append("grid.png")
+        captioned_grid(images_HW3, captions).save(folder / names[-1])
+    return [out / name for name in names]
 
 
 if __name__ == "__main__":

@@ -48,6 +48,11 @@ class Layout:
         """Text tokens that fit (122 in the paper)."""
         return self.length - self.image_tokens - BOUNDARY_TOKENS
 
+    @property
+    def prompt_budget(self) -> int:
+        """Positions of the longest prompt."""
+        return self.length - self.image_tokens - 2  # `</image>` and `</doc>` follow the picture
+
     def prompt(self, text_ids: IntArray) -> IntArray:
         """Everything up to and including `<image>`, cut to the text budget; 1-d int64."""
         special = self.vocab.special

@@ -1,8 +1,9 @@
 """Which captions are drawn, what a picture looks like to the metric, and what may be called COCO FID-30k."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,21 @@ from PIL import Image
 
 from t2i_lm.data.coco import choose_prompts, listing_sha256, prompts_sha256, read_coco, read_pictures, square
 from t2i_lm.parts import Parts
-from t2i_lm.protocol import CANONICAL, HEADLINE, Card, require_headline
+from t2i_lm.protocol import CANONICAL, HEADLINE, NOTE, Card, require_headline
 from tests.coco_folder import CAPTION, write_coco
 
 HASH = "0" * 64
+# Fields of a card that may have other values under the headline's name. Every other one refuses it.
+RECORDED: dict[str, Any] = {
+    # Of what was found: there is no published list to compare with, and the card's note says so.
+    "prompts_sha256": "1" * 64,
+    "captions_sha256": "1" * 64,
+    "reference_sha256": "1" * 64,
+    # They follow from the captions and `prompt_seed`, and `prompts_sha256` is their hash.
+    "prompt_ids": [[1, 2]],
+    # No property of the number.
+    "note": "another wording",
+}
 
 
 @pytest.fixture
@@ -80,13 +92,27 @@ def test_only_the_canonical_card_bears_the_name() -> None:
     card = Card(prompts_sha256=HASH, captions_sha256=HASH, reference_sha256=HASH, **CANONICAL)
     assert card.title == HEADLINE
     require_headline(card)
-    for key, value in CANONICAL.items():
-        other = replace(card, **{key: "other" if isinstance(value, str) else 7})
+    for key in (field.name for field in fields(Card)):
+        if key in RECORDED:
+            require_headline(replace(card, **{key: RECORDED[key]}))
+            continue
+        value = getattr(card, key)
+        changed = not value if isinstance(value, bool) else "other" if isinstance(value, str) else 7
+        other = replace(card, **{key: changed})
         assert other.title != HEADLINE
-        with pytest.raises(ValueError, match=rf"{key}=.*not "):
+        with pytest.raises(ValueError, match=rf"no {HEADLINE}: {key}={getattr(other, key)!r} \(not {value!r}\)"):
             require_headline(other)
     assert HEADLINE not in replace(card, pictures="reconstructed").title
-    assert replace(card, reference_sha256="listing").title != HEADLINE
+    for key in ("prompts_sha256", "captions_sha256", "reference_sha256"):
+        with pytest.raises(ValueError, match=rf"{key}='listing' \(not the hash"):
+            require_headline(replace(card, **{key: "listing"}))
+
+
+def test_a_card_says_that_its_hashes_were_not_checked() -> None:
+    card = Card(prompts_sha256=HASH, captions_sha256=HASH, reference_sha256=HASH, **CANONICAL)
+    assert card.as_dict()["note"] == NOTE
+    for word in ("captions", "reference", "recorded", "not checked against a published list"):
+        assert word in NOTE
 
 
 def test_parts_are_whole_belong_to_one_work_and_are_made_once(tmp_path: Path) -> None:

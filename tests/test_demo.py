@@ -1,12 +1,13 @@
 """The web page's frames, and the page itself where gradio is installed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_lm.demo import PIXELS, UNDRAWN, frames, main, page
+from t2i_lm.demo import PIXELS, UNDRAWN, answer, frames, main, page
 from t2i_lm.drawing import draw_captions
 from t2i_lm.models.generate import Sampling
 from t2i_lm.trained import load_trained
@@ -36,9 +37,38 @@ def test_an_error_in_the_thread_reaches_the_page(run: Path) -> None:
         list(frames(model, PROMPT, Sampling(), 3))
 
 
+def test_what_the_boxes_hold_is_drawn(run: Path) -> None:
+    model = load_trained(run)
+    seen = list(answer(model, PROMPT, 3.0, 0.5, 0.9, 1.0))
+    expected = list(frames(model, PROMPT, Sampling(temperature=0.5, top_p=0.9), 3))
+    assert all((a == b).all() for pair in zip(seen, expected, strict=True) for a, b in zip(*pair, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": "word " * 200}, r"prompt 'word word.* ids, but at most 42 fit"),
+        ({"seed": None}, "seed: expected a number, the box is empty"),
+        ({"temperature": None, "guidance": None}, "temperature, guidance: expected a number"),
+        ({"seed": 1.5}, "seed=1.5: expected a whole number"),
+        ({"seed": float("nan")}, "seed=nan: expected a whole number"),
+        ({"top_p": 0.0}, "top_p=0"),
+    ],
+)
+def test_boxes_that_cannot_be_drawn_are_named(run: Path, change: dict[str, Any], message: str) -> None:
+    boxes = {"prompt": PROMPT, "seed": 0, "temperature": 1.0, "top_p": 1.0, "guidance": 1.0}
+    with pytest.raises(ValueError, match=message):
+        next(answer(load_trained(run), **boxes | change))
+
+
 def test_the_page_draws_from_its_sliders(run: Path) -> None:
-    pytest.importorskip("gradio")
+    gradio = pytest.importorskip("gradio")
     blocks = page(load_trained(run))
+    (handler,) = {function.fn for function in blocks.fns.values()}
+    assert len(list(handler(PROMPT, 3, 1.0, 1.0, 1.0))) == 8
+    with pytest.raises(gradio.Error, match="seed: expected a number"):
+        next(handler(PROMPT, None, 1.0, 1.0, 1.0))
     assert {"prompt", "seed", "temperature", "top-p", "guidance (1: none)"} <= {
         getattr(block, "label", None) for block in blocks.blocks.values()
     }

@@ -98,25 +98,13 @@ def test_the_number_carries_its_card_and_not_the_headlines_name(unbroken: dict[s
     assert unbroken["title"] == "FID, n=10, not COCO FID-30k"
     assert "prompts=10 (not 30000)" in unbroken["differs"]
     card = unbroken["card"]
+    assert (card["weights"], card["compiled"], card["fp8"]) == ("float32", False, False)
     assert (card["resizer"], card["antialias"], card["size"], card["native_size"]) == ("lanczos", False, 256, 64)
     assert len(card["prompt_ids"]) == 10
     assert len(card["reference_sha256"]) == 64
     floor = unbroken["floor"]
     assert floor["title"] == "FID of reconstructed pictures, n=10"
     assert floor["card"]["prompt_ids"] == card["prompt_ids"]
-
-
-def test_weights_in_bfloat16_are_disclosed_and_are_another_evaluation(
-    command: list[str], unbroken: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert unbroken["card"]["weights"] == "float32"
-    out = ["--no-floor", "--out", str(tmp_path / "out")]
-    assert main([*command, "--bf16", *out]) == 0
-    assert read(tmp_path / "out")["card"]["weights"] == "bfloat16"
-    assert main([*command, *out]) == 2
-    assert "weights='bfloat16', now 'float32'" in capsys.readouterr().err
-    assert main([*command, "--bf16", "--forgetting", __file__, *out]) == 2
-    assert "--bf16 rounds the weights" in capsys.readouterr().err
 
 
 def test_a_part_is_drawn_as_all_pictures_are(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Drawing with a finished run through the command line."""
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_lm.drawing import caption_prompts, draw_codes, prepare_drawing, weights_dtype
+from t2i_lm.drawing import caption_prompts, computing, draw_codes, prepare_drawing
+from t2i_lm.models.float8 import use_float8
 from t2i_lm.runs import ENVIRONMENT, run_folders
 from t2i_lm.sample import main, parser
 from t2i_lm.train import main as train
@@ -30,10 +32,13 @@ def pixels(path: Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
     return np.asarray(Image.open(path))
 
 
-def test_pictures_and_a_grid_are_written_and_do_not_depend_on_their_batch(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--bf16"]])
+def test_pictures_and_a_grid_are_written_and_do_not_depend_on_their_batch(
+    more: list[str], run: Path, tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a blue star\n\ntwo green squares\n")
-    both = ["--checkpoint", str(run.parent), PROMPT, "--prompts", str(prompts), "--out", str(tmp_path / "both")]
+    both = ["--checkpoint", str(run.parent), PROMPT, "--prompts", str(prompts), "--out", str(tmp_path / "both"), *more]
     assert main(both) == 0
     files = sorted(path.name for path in (tmp_path / "both").iterdir())
     assert files == [
@@ -43,20 +48,40 @@ def test_pictures_and_a_grid_are_written_and_do_not_depend_on_their_batch(run: P
         "grid.png",
     ]
     assert pixels(tmp_path / "both" / files[0]).shape == (64, 64, 3)
-    assert main(["--checkpoint", str(run), PROMPT, "--out", str(tmp_path / "one")]) == 0
+    assert main(["--checkpoint", str(run), PROMPT, "--out", str(tmp_path / "one"), *more]) == 0
     assert (pixels(tmp_path / "one" / files[0]) == pixels(tmp_path / "both" / files[0])).all()
-    assert main(["--checkpoint", str(run), PROMPT, "--seed", "1", "--out", str(tmp_path / "other")]) == 0
+    assert main(["--checkpoint", str(run), PROMPT, "--seed", "1", "--out", str(tmp_path / "other"), *more]) == 0
     assert (pixels(tmp_path / "other" / files[0]) != pixels(tmp_path / "both" / files[0])).any()
 
 
 def test_rounded_weights_draw_nearly_the_same_codes(run: Path) -> None:
     float32, bfloat16 = load_trained(run), load_trained(run)
     prepare_drawing(bfloat16, bf16=True, compiled=False)
-    assert (weights_dtype(float32), weights_dtype(bfloat16)) == ("float32", "bfloat16")
+    plain = {"compiled": False, "fp8": False}
+    assert (computing(float32), computing(bfloat16)) == (
+        {"weights": "float32"} | plain,
+        {"weights": "bfloat16"} | plain,
+    )
     codes = [draw_codes(model, caption_prompts(model, [PROMPT] * 8), range(8)) for model in (float32, bfloat16)]
     assert (codes[0][:, 0] == codes[1][:, 0]).float().mean() >= 0.75  # where a code differs, so do those that follow
     buffer = bfloat16.module.decoder.get_buffer("rotary_cos")
     assert buffer.dtype == torch.float32
+
+
+def test_how_a_model_computes_is_said_as_it_is_now(run: Path) -> None:
+    model = load_trained(run)
+    decoder = model.module.decoder
+    decoder.layers[0].feed_forward.w3.bfloat16()  # type: ignore[union-attr]
+    assert computing(model) == {"weights": "bfloat16+float32", "compiled": False, "fp8": False}
+    decoder.compile_steps()  # type: ignore[operator]  # compiles at its first call
+    assert computing(model) == {"weights": "bfloat16+float32", "compiled": True, "fp8": False}
+
+
+def test_float8_is_said(run: Path) -> None:
+    pytest.importorskip("torchao")
+    model = load_trained(run)
+    use_float8(model.module.decoder, emulate=True)  # type: ignore[arg-type]
+    assert computing(model) == {"weights": "float32", "compiled": False, "fp8": True}
 
 
 def test_by_default_a_new_folder_of_the_run_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +125,32 @@ def test_bad_arguments_are_named_and_nothing_is_written(
     assert main(["--checkpoint", str(run), *arguments, "--out", str(tmp_path / "x")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_error_while_pictures_are_written_leaves_none(
+    there: bool, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(name: str) -> Path:
+        out = tmp_path / name / "drawn"
+        out.parent.mkdir()
+        if there:
+            out.mkdir()
+        code = main(["--checkpoint", str(run), PROMPT, "--each", "3", "--out", str(out)])
+        assert code == (0 if name == "whole" else 2)
+        return out
+
+    *pictures, grid = (path.stat().st_size for path in sorted(draw("whole").iterdir()))
+    assert len(pictures) == 3
+    assert max(pictures) < grid
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(pictures), hard))  # the grid does not go onto the disk
+    try:
+        failed = draw("failed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in capsys.readouterr().err
+    assert sorted(failed.parent.rglob("*")) == ([failed] if there else [])
 
 
 def test_folders_that_hold_no_run_or_would_be_overwritten_are_named(

@@ -24,6 +24,7 @@ def test_the_papers_layout() -> None:
 
 def test_long_captions_are_cut_to_the_budget() -> None:
     assert LAYOUT.text_budget == 6
+    assert LAYOUT.prompt_budget == len(LAYOUT.prompt(np.arange(50)))
     row_T = LAYOUT.pack([np.arange(50)], np.zeros((1, 4), dtype=np.int64))[0]
     assert (row_T == VOCAB.pad).sum() == 0
     assert row_T[2:8].tolist() == list(range(6))

@@ -83,6 +83,11 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def draws_compiled(self) -> bool:
+        """Whether `next_hidden` runs compiled code."""
+        raise NotImplementedError
+
     def new_cache(self, batch: int, length: int) -> Any:
         """An empty key-value cache for `batch` sequences of at most `length` positions."""
         raise NotImplementedError

@@ -175,6 +175,11 @@ class Decoder(Backbone):
         """Compiles `next_hidden`: some seconds at the first pictures, then less time a token."""
         self._compiled_step = torch.compile(self._step)
 
+    @property
+    def draws_compiled(self) -> bool:
+        """Whether the step is compiled; the blocks that `trainer.compile` compiles are passed by."""
+        return self._compiled_step is not None
+
     def enable_activation_checkpointing(self) -> None:
         """Recomputes each block in the backward pass."""
         self._checkpointing = True

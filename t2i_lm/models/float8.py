@@ -31,6 +31,11 @@ def float8_layers(model: Backbone) -> list[str]:
     return names
 
 
+def multiplies_in_float8(model: nn.Module) -> bool:
+    """Whether any layer does."""
+    return any(type(part).__name__ == "Float8Linear" for part in model.modules())  # without an import of torchao
+
+
 def use_float8(model: Backbone, emulate: bool = False) -> None:
     """Lets `float8_layers` multiply in float8, forwards and backwards; parameters keep their names and values.
 

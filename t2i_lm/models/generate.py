@@ -13,6 +13,8 @@ from torch import Tensor
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.vocab import JointVocab
 
+# Rows of a batch at least, but in float32: products of a single one are rounded as no others.
+LEAST_ROWS = 2
 # Called after each token with (tokens drawn, tokens in all, codes so far (B, N), -1 where none is yet).
 Progress = Callable[[int, int, Tensor], None]
 
@@ -80,14 +82,15 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def prefill(decoder: Backbone, prompts: Sequence[Tensor], cache: Any) -> Tensor:
+def prefill(decoder: Backbone, prompts: Sequence[Tensor], cache: Any, end: int | None = None) -> Tensor:
     """Puts all prompts into an empty cache; their last hidden states (B, D).
 
-    Prompts of one length go in together. Others lie in the cache so that all end at one column.
+    Prompts of one length are computed together. Several lengths lie in the cache so that all end before one column:
+    `end`, which then holds for prompts of one length, too, or that of the longest.
     """
     device = decoder.output.text.device
     lengths = [len(prompt) for prompt in prompts]
-    if len(set(lengths)) == 1:
+    if end is None and len(set(lengths)) == 1:
         return decoder.hidden(torch.stack(list(prompts)).to(device), cache)[:, -1]
     last_BD: Tensor | None = None
     for length in sorted(set(lengths)):
@@ -95,7 +98,7 @@ def prefill(decoder: Backbone, prompts: Sequence[Tensor], cache: Any) -> Tensor:
         part = decoder.new_cache(len(members), length)
         part_BD = decoder.hidden(torch.stack([prompts[index] for index in members]).to(device), part)[:, -1]
         rows_R = torch.tensor(members, device=device)
-        cache.place(rows_R, part, max(lengths))
+        cache.place(rows_R, part, end or max(lengths))
         if last_BD is None:
             last_BD = part_BD.new_empty(len(prompts), part_BD.shape[1])
         last_BD[rows_R] = part_BD
@@ -114,10 +117,15 @@ def generate(
     null_prompt: Tensor | None = None,
     on_token: Progress | None = None,
     at_once: int | None = None,
+    prompt_end: int | None = None,
 ) -> Tensor:
     """Draws pictures: exactly `image_tokens` ids each, confined to the image codes.
 
-    A picture's ids depend on its prompt and seed, not on its neighbours.
+    With `prompt_end` a picture's ids depend on its prompt and seed, not on its neighbours, as far as a product rounds
+    each row alike among any number of rows. On CPUs it does in bfloat16; in float32 the last bits may differ, those of
+    GPUs and of compiled code too, and an id of two nearly equally likely ones is then another (float8 layers scale a
+    whole batch by its largest value). Without it, columns move with a batch's longest prompt, which in bfloat16 changes
+    most pictures.
 
     Args:
         decoder: an expanded decoder.
@@ -129,18 +137,23 @@ def generate(
         null_prompt: the prompt of an empty caption, for guidance.
         on_token: progress.
         at_once: pictures drawn together, which the cache must hold; None draws all.
+        prompt_end: column of the cache before which every prompt ends, at least the longest one's length; None takes
+            that of the longest in each batch. A backbone without a ragged cache has one length in a batch anyway.
 
     Returns:
         Image codes (B, N) int64 in [0, vocab.image_size), row-major, on the CPU.
 
     Raises:
-        ValueError: if there are not as many seeds as prompts, or guidance has no null prompt.
+        ValueError: if there are not as many seeds as prompts, guidance has no null prompt, or a prompt is too long.
     """
     sampling = sampling or Sampling()
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
     if sampling.guidance != 1 and null_prompt is None:
         raise ValueError(f"guidance={sampling.guidance}: needs the prompt of an empty caption")
+    longest = max(map(len, prompts), default=0)
+    if prompt_end is not None and prompt_end < longest:
+        raise ValueError(f"prompt_end={prompt_end}: expected at least {longest}, the longest prompt")
     device = decoder.output.text.device
     codes_BN = torch.full((len(prompts), image_tokens), -1, device=device)
     done, batches = 0, _batches(decoder, prompts, at_once or len(prompts))
@@ -153,9 +166,10 @@ def generate(
             streams.append([null_prompt] * len(members))
         last = []
         for number, heads in enumerate(streams):
-            length = max(len(head) for head in heads) + image_tokens
+            end = prompt_end if decoder.ragged_cache and number == 0 else None  # null prompts are all alike
+            length = (end or max(map(len, heads))) + image_tokens
             caches[number] = decoder.drawing_cache(len(heads), length, caches[number])
-            last.append(prefill(decoder, heads, caches[number]))
+            last.append(prefill(decoder, heads, caches[number], end))
         for step in range(image_tokens):
             logits = [decoder.output(last_BD, image_rows_only=True) for last_BD in last]
             logits_BV = logits[0] if len(logits) == 1 else logits[1] + sampling.guidance * (logits[0] - logits[1])
@@ -171,12 +185,16 @@ def generate(
 
 
 def _batches(decoder: Backbone, prompts: Sequence[Tensor], at_once: int) -> list[list[int]]:
-    """Prompts that are drawn together: neighbours, and of one length where the cache cannot hold several."""
+    """Prompts that are drawn together: neighbours, and of one length where the cache cannot hold several.
+
+    One alone is drawn twice where its roundings are not float32's.
+    """
+    least = 1 if decoder.output.text.dtype == torch.float32 else LEAST_ROWS
     batches: dict[tuple[int, int], list[int]] = {}
     for index, prompt in enumerate(prompts):
         length = 0 if decoder.ragged_cache else len(prompt)
         batches.setdefault((index // at_once, length), []).append(index)
-    return list(batches.values())
+    return [members + members[-1:] * (least - len(members)) for members in batches.values()]
 
 
 @torch.no_grad()
@@ -193,7 +211,7 @@ def continue_text(
 
     Args:
         decoder: expanded or not.
-        prompt: one-dimensional text ids, at least one.
+        prompt: one-dimensional text ids, at least one, on any device.
         tokens: ids to add at most.
         stop: id that ends the text; it is not returned.
         seed: of the draw; None decodes greedily.
@@ -201,12 +219,13 @@ def continue_text(
         all_rows: whether image and boundary ids may be drawn too; otherwise their rows are masked.
 
     Returns:
-        The added ids, one-dimensional int64, joint ids where `all_rows`.
+        The added ids, one-dimensional int64 on the CPU, joint ids where `all_rows`.
     """
     cache = decoder.new_cache(1, len(prompt) + tokens)
     text_size = None if all_rows else decoder.config.vocab_size
-    uniform_1N = None if seed is None else uniforms([seed], tokens)
-    last_BD, added = decoder.hidden(prompt[None], cache)[:, -1], []
+    device = decoder.output.text.device
+    uniform_1N = None if seed is None else uniforms([seed], tokens).to(device)
+    last_BD, added = decoder.hidden(prompt[None].to(device), cache)[:, -1], []
     for step in range(tokens):
         logits_BV = decoder.output(last_BD)[:, :text_size] / temperature
         chosen_B = draw(logits_BV, None if uniform_1N is None else uniform_1N[:, step])

@@ -125,6 +125,11 @@ class HuggingFaceDecoder(Backbone):
         """Its growing cache would be compiled anew for every token."""
         raise ValueError("--compile: a backbone of transformers draws with a growing cache, which is not compiled")
 
+    @property
+    def draws_compiled(self) -> bool:
+        """Whether its blocks are compiled, by `trainer.compile`: they draw, too."""
+        return any(part._compiled_call_impl is not None for part in self.body.modules())
+
     def new_cache(self, batch: int, length: int) -> Any:
         """A growing cache of `transformers`."""
         from transformers import DynamicCache

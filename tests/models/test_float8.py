@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i_lm.models.adapters import add_adapters
-from t2i_lm.models.float8 import float8_layers, use_float8
+from t2i_lm.models.float8 import float8_layers, multiplies_in_float8, use_float8
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.optim import adamw
 from t2i_lm.sections import OptimConfig, TrainerConfig
@@ -68,8 +68,10 @@ def test_training_alone_turns_it_on() -> None:
     decoder, layout = make(VARIANTS[0])
     module = TextToImageModule(decoder, replace(PLAIN, trainer=TrainerConfig(fp8=True)), layout)
     assert not converted(decoder)
+    assert not multiplies_in_float8(decoder)
     for _ in range(2):  # training and validation
         module.configure_model()
+        assert multiplies_in_float8(decoder)
         assert converted(decoder) == set(float8_layers(decoder))
 
 

@@ -1,4 +1,5 @@
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from t2i_lm.backbones import COMPILERS
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.generate import Sampling, filter_top_k, filter_top_p, generate
+from t2i_lm.models.generate import Sampling, continue_text, draw, filter_top_k, filter_top_p, generate, uniforms
 from t2i_lm.sequence import Layout
 from t2i_lm.vocab import JointVocab
 from tests.models.test_open_lm import tiny
@@ -33,12 +34,35 @@ def test_greedy_ids_equal_full_recomputation(positional: str) -> None:
             ids = torch.cat([ids, code[None] + vocab.image_offset])
 
 
-def test_a_pictures_ids_do_not_depend_on_its_batch() -> None:
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pictures_ids_do_not_depend_on_its_batch(dtype: torch.dtype, positional: str, guidance: float) -> None:
+    """At the demo's width, where bfloat16 products of one row are rounded as no others."""
+    decoder = tiny(positional, seq_len=64, hidden_dim=256, n_heads=4)
+    layout = Layout(expand_vocabulary(decoder, 512, torch.Generator().manual_seed(0)), 20, 60)
+    for parameter in decoder.parameters():
+        parameter.data = parameter.data.to(dtype)
+    prompts = [torch.from_numpy(layout.prompt(np.arange(n))) for n in (3, 20, 3, 8, 34, 11, 27, 8)]
+    how: dict[str, Any] = {
+        "sampling": Sampling(guidance=guidance),
+        "null_prompt": torch.from_numpy(layout.prompt(np.empty(0, np.int64))),
+        "prompt_end": layout.prompt_budget,
+    }
+    seeds = list(range(8))
+    together = generate(decoder, layout.vocab, prompts, 20, seeds, **how)
+    for at_once in (1, 2, 3, 5):
+        assert torch.equal(generate(decoder, layout.vocab, prompts, 20, seeds, at_once=at_once, **how), together)
+    backwards = generate(decoder, layout.vocab, prompts[::-1], 20, seeds[::-1], at_once=3, **how)
+    assert torch.equal(backwards.flip(0), together)
+
+
+def test_a_common_end_of_prompts_draws_the_ids_of_full_recomputation() -> None:
     decoder, vocab, prompts = setup("rotary")
-    together = generate(decoder, vocab, prompts, 6, seeds=[10, 11, 12, 13])
-    for index, prompt in enumerate(prompts):
-        alone = generate(decoder, vocab, [prompt], 6, seeds=[10 + index])
-        assert torch.equal(alone[0], together[index])
+    expected = generate(decoder, vocab, prompts, 6)
+    assert torch.equal(generate(decoder, vocab, prompts, 6, prompt_end=14), expected)
+    with pytest.raises(ValueError, match="prompt_end=11: expected at least 12"):
+        generate(decoder, vocab, prompts, 6, prompt_end=11)
 
 
 def test_draws_follow_the_models_distribution() -> None:
@@ -124,6 +148,41 @@ def test_senseless_settings_are_refused(change: dict[str, float], message: str) 
         generate(decoder, vocab, prompts, 6, sampling=Sampling(**change))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 seeds for 4 prompts"):
         generate(decoder, vocab, prompts, 6, seeds=[1])
+
+
+@pytest.mark.parametrize("all_rows", [False, True])
+@pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
+def test_a_continued_text_equals_full_recomputation(positional: str, all_rows: bool) -> None:
+    """Greedily and from a seed, over the text rows or all, up to the stop id."""
+    decoder, vocab, _ = setup(positional)
+    text_size, tokens = decoder.config.vocab_size, 12
+    with torch.no_grad():
+        decoder.output.image *= 4  # so that unmasked image rows win some steps, and masked ones must not
+    prompt = torch.tensor([7, 3, 11, 3])
+
+    def recomputed(uniform_N: torch.Tensor | None) -> list[int]:
+        ids = prompt
+        for step in range(tokens):
+            logits_1V = decoder(ids[None])[:, -1, : None if all_rows else text_size] / 0.8
+            ids = torch.cat([ids, draw(logits_1V, None if uniform_N is None else uniform_N[step : step + 1])])
+        return ids[len(prompt) :].tolist()
+
+    for seed in (None, 5):
+        expected = recomputed(None if seed is None else uniforms([seed], tokens)[0])
+        found = continue_text(decoder, prompt, tokens, -1, seed, temperature=0.8, all_rows=all_rows)
+        assert found.tolist() == expected
+        assert any(token >= vocab.image_offset for token in expected) == all_rows
+        stop = expected[4]
+        found = continue_text(decoder, prompt, tokens, stop, seed, temperature=0.8, all_rows=all_rows)
+        assert found.tolist() == expected[: expected.index(stop)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_text_is_continued_on_a_gpu(seed: int | None) -> None:
+    decoder, _, _ = setup("rotary")
+    expected = continue_text(decoder, torch.tensor([7, 3]), 8, -1, seed)
+    assert torch.equal(continue_text(decoder.cuda(), torch.tensor([7, 3]), 8, -1, seed), expected)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")

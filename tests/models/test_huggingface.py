@@ -12,6 +12,7 @@ from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import FREEZE_GROUPS, freeze, group_members, tune_only
 from t2i_lm.models.generate import generate
 from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
+from t2i_lm.models.shard import blocks_of
 from t2i_lm.runs import read_run, run_folders
 from t2i_lm.train import main
 
@@ -94,6 +95,14 @@ def test_greedy_ids_with_a_cache_equal_full_recomputation(folder: Path) -> None:
             logits = backbone(ids[None])[0, -1, vocab.image_offset :]
             assert int(code) == int(logits.argmax())
             ids = torch.cat([ids, code[None] + vocab.image_offset])
+
+
+def test_compiled_blocks_draw_too(folder: Path) -> None:
+    backbone = load_huggingface(folder)
+    assert not backbone.draws_compiled
+    for block in blocks_of(backbone):
+        block.compile()  # at its first call
+    assert backbone.draws_compiled
 
 
 def test_a_random_arm_inherits_nothing_and_follows_its_seed(folder: Path) -> None:

@@ -1,0 +1,53 @@
+"""How the model computed: in the card, in what may be taken up again, and in the name that the number may bear."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from t2i_lm.backbones import COMPILERS
+from t2i_lm.evaluate import _default_name, main, parser
+from tests.test_evaluate import coco, command, read, run
+
+__all__ = ["coco", "command", "run"]
+
+
+def test_a_runs_last_number_is_that_of_its_evaluation(run: Path, command: list[str], tmp_path: Path) -> None:
+    last = json.loads((run / "fid" / "step-00000008.json").read_text())
+    same = ["--prompts", "5", "--part", "5", "--seed", str(last["card"]["seed"]), "--no-floor"]
+    assert main([*command, *same, "--out", str(tmp_path / "out")]) == 0
+    found = read(tmp_path / "out")
+    for name in ("fid", "kid", "kid_std"):
+        assert found[name] == pytest.approx(last[name], rel=1e-6)
+    differ = {key for key in found["card"] if found["card"][key] != last["card"][key]}
+    assert differ == {"reference_sha256"}
+
+
+def test_weights_in_bfloat16_are_disclosed_and_are_another_evaluation(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--no-floor", "--out", str(tmp_path / "out")]
+    assert main([*command, "--bf16", *out]) == 0
+    assert read(tmp_path / "out")["card"]["weights"] == "bfloat16"
+    assert "weights='bfloat16' (not 'float32')" in read(tmp_path / "out")["differs"]
+    assert main([*command, *out]) == 2
+    assert "weights='bfloat16', now 'float32'" in capsys.readouterr().err
+    assert main([*command, "--bf16", "--canonical", "--out", str(tmp_path / "canonical")]) == 2
+    assert "weights='bfloat16' (not 'float32')" in capsys.readouterr().err
+    assert main([*command, "--bf16", "--forgetting", __file__, *out]) == 2
+    assert "--bf16 rounds the weights" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+def test_compiled_drawing_is_disclosed_and_is_another_evaluation(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--prompts", "2", "--no-floor", "--out", str(tmp_path / "out")]
+    assert main([*command, "--compile", *out]) == 0
+    assert read(tmp_path / "out")["card"]["compiled"] is True
+    assert "compiled=True (not False)" in read(tmp_path / "out")["differs"]
+    assert main([*command, *out]) == 2
+    assert "compiled=True, now None" in capsys.readouterr().err
+    names = {_default_name(parser().parse_args([*command, *more]), Path("a.ckpt")) for more in ([], ["--compile"])}
+    assert names == {"a-10-seed0", "a-10-seed0-compiled"}
