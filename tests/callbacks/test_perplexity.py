@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from callbacks import EMASplitPerplexity, RunScalars, Throughput
+from callbacks import EMASplitPerplexity, RunScalars
 
 SPLIT = ("text", "image", "boundary")
 Sums = list[tuple[float, int]]  # (nll_sum, count) of each modality in one micro-batch
@@ -46,19 +46,6 @@ class Scripted(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.5)
-
-
-class Slow(pl.Callback):
-    """Takes its time after a batch, or in a validation."""
-
-    def __init__(self, seconds: float, validation: float = 0.0) -> None:
-        self.seconds, self.validation = seconds, validation
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        time.sleep(self.seconds)
-
-    def on_validation_end(self, *_: Any) -> None:
-        time.sleep(self.validation)
 
 
 def batches(number: int, seconds: float = 0.0) -> DataLoader[Any]:
@@ -207,47 +194,6 @@ def test_tensorboard_gets_stable_tags_against_tokens_and_a_layout(tmp_path: Path
     assert [event.step for event in read.Scalars("train/text/ppl_ema")] == [20, 40, 60, 80]
     assert [event.step for event in read.Scalars("val/image/nll")] == [40, 80]
     assert "custom_scalars__config__" in tags["tensors"]
-
-
-def test_speed_memory_and_waiting_are_in_the_training_lines(tmp_path: Path) -> None:
-    throughput = Throughput(flop_per_token=1e6, peak=1e12)
-    meter = EMASplitPerplexity(2, 0.5, tmp_path / "metrics.jsonl", extras=[throughput])
-    first, second = fit(tmp_path, [[(1.0, 1)] * 3] * 4, [[(1.0, 1)] * 3], meter)[::2]
-    for line in (first, second):
-        speed = line["throughput"]
-        assert speed["tokens_per_s"] == pytest.approx(20 * speed["samples_per_s"] / 2, rel=1e-3)
-        assert 0 < speed["tokens_real_per_s"] < speed["tokens_per_s"]
-        assert 0 <= speed["data_wait"] <= 1
-        assert speed["memory_mib"] > 10
-        assert speed["tflop_per_s"] == pytest.approx(speed["tokens_per_s"] / 1e6, rel=1e-3)
-        assert speed["mfu"] == pytest.approx(speed["tflop_per_s"], rel=1e-3, abs=1e-4)
-    assert first["throughput"]["eta_s"] > second["throughput"]["eta_s"] == 0
-    assert "GiB" in throughput.note()
-    assert "MFU" in throughput.note()
-    assert "throughput" not in meter.seen
-
-
-@pytest.mark.parametrize(("working", "loading"), [(0.1, 0.0), (0.0, 0.1)])
-def test_waiting_is_for_data_alone_and_validations_are_left_out(tmp_path: Path, working: float, loading: float) -> None:
-    throughput = Throughput()
-    meter = EMASplitPerplexity(2, 0.5, tmp_path / "metrics.jsonl", extras=[throughput])
-    slow = Slow(working, validation=1.0)
-    written = fit(tmp_path, [[(1.0, 1)] * 3] * 6, [[(1.0, 1)] * 3], meter, others=[slow], loading=loading)
-    speeds = [line["throughput"] for line in written if "throughput" in line][1:]
-    assert len(speeds) == 2
-    for speed in speeds:
-        assert speed["data_wait"] > 0.5 if loading else speed["data_wait"] < 0.2
-        assert speed["samples_per_s"] > 4 / 1.0
-
-
-def test_speed_is_drawn_in_tensorboard(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path, name="", version="tb", default_hp_metric=False)
-    meter = EMASplitPerplexity(2, 0.5, tmp_path / "metrics.jsonl", extras=[Throughput(1e6)])
-    fit(tmp_path, [[(1.0, 1)] * 3] * 4, [[(1.0, 1)] * 3], meter, logger=logger)
-    tags = set(EventAccumulator(str(tmp_path / "tb")).Reload().Tags()["scalars"])
-    expected = ("tokens_per_s", "tokens_real_per_s", "tflop_per_s", "data_wait", "memory_mib", "eta_s")
-    assert {f"throughput/{name}" for name in expected} <= tags
-    assert "throughput/mfu" not in tags  # of a device whose peak is not known
 
 
 @pytest.mark.parametrize(
