@@ -60,12 +60,11 @@ def test_a_run_leaves_everything_behind(pretrained: Run) -> None:
     assert pretrained.report is not None
     assert pretrained.report["familiar"]["preference"]["colour"]["of"] == 2
     for part in (pretrained.report, pretrained.report["familiar"]):
-        accuracy = part["samples"]["accuracy"]
-        for share, entries in (("right", accuracy), ("preferred", part["preference"])):
+        for share, entries in (("right", part["samples"]["accuracy"]), ("preferred", part["preference"])):
             for entry in entries.values():
                 assert entry["se"] == pytest.approx(math.sqrt(entry[share] * (1 - entry[share]) / entry["of"]))
         assert part["ceiling"]["scenes"] == 1000
-        assert accuracy.keys() <= part["ceiling"]["accuracy"].keys()
+        assert part["samples"]["accuracy"].keys() <= part["ceiling"]["accuracy"].keys()
     assert (folder / "samples" / "grid_familiar.png").is_file()
     assert pretrained.report["text_floor_nll"] > 0
     assert pretrained.report["truncated_captions"] < 0.5
