@@ -9,7 +9,7 @@ import pytest
 
 from t2i_lm.figures import FIGURES, Request
 from t2i_lm.figures import main as figures
-from t2i_lm.protocol import CANONICAL, Card
+from t2i_lm.protocol import CANONICAL, HASHES, Card
 from t2i_lm.published import own_systems, published_systems, systems_caption
 
 
@@ -30,15 +30,12 @@ def test_a_number_that_is_not_its_authors_own_is_so_called_in_table_and_caption(
 
 def evaluated(runs: Path, fid: float, **card: Any) -> None:
     """An evaluation as `evaluate --coco` leaves it, canonical but for some fields of its card."""
-    made = Card(**{**NAMES, **CANONICAL, "reference_sha256": "0" * 64, **card})
+    made = Card(**{**dict.fromkeys(HASHES, "0" * 64), **CANONICAL, **card})
     folder = runs / "t2i_pretrained" / "20260301-100000-paper" / "evaluations" / f"step-{fid}"
     folder.mkdir(parents=True)
     result = {"run": "20260301-100000-paper", "title": made.title, "fid": fid, "differs": made.differences()}
     result |= {"card": made.as_dict(), "environment": {"finished": "2026-03-02T10:00:00"}}
     (folder / "coco.json").write_text(json.dumps(result))
-
-
-NAMES = {"prompts_sha256": "", "captions_sha256": ""}
 
 
 def test_only_comparable_evaluations_look_like_published_ones(tmp_path: Path) -> None:
