@@ -96,6 +96,8 @@ def measure(options: argparse.Namespace) -> None:
             agreement["logits"] = gate("transformers: logits", llama.logits(few_BT), decoder(few_BT), LOGITS)
     agreement |= check(draw_all(forms), lambda codes_BN: recompute(decoder, vocab, few_BT, codes_BN), options.device)
     if options.precision == "bf16":
+        from t2i_lm.drawing import round_weights
+
         for model in (decoder,) if llama is None else (decoder, llama.model):
             round_weights(model)
         # Two roundings may prefer different ids, after which the pictures part: said, not refused.
@@ -162,19 +164,13 @@ def drawing_forms(
     return forms
 
 
-def round_weights(model: Any) -> None:
-    """Weights in bfloat16, positions in float32: as `t2i_lm.drawing.prepare_drawing` does."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-
-
 def draw_all(forms: dict[str, tuple[str, Draw]]) -> dict[str, Tensor]:
     """Image codes (B, N) of every form.
 
     Raises:
         GateError: if a form cannot draw, for another reason than a full GPU.
     """
-    import torch
+    from t2i_lm.devices import is_gpu_full
 
     found: dict[str, Tensor] = {}
     for name, (_, draw) in forms.items():
@@ -182,9 +178,9 @@ def draw_all(forms: dict[str, tuple[str, Draw]]) -> dict[str, Tensor]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the compiler, about itself
                 found[name] = draw()
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, TypeError) as error:
+            if is_gpu_full(error):
+                raise
             raise GateError(f"{name} cannot draw: {str(error).splitlines()[0]}") from error
     return found
 

@@ -89,19 +89,14 @@ def answer(measure: Callable[[argparse.Namespace], None], options: argparse.Name
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if not out_of_memory(error):
+        from t2i_lm.devices import is_gpu_full
+
+        if not is_gpu_full(error):
             raise
         smaller = [what for key, what in SMALLER.items() if key in vars(options)]
         print(f"error: out of GPU memory; what takes less: {', '.join(smaller)}", file=sys.stderr)
         return 2
     return 0
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is a GPU's memory that did not suffice."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
 
 
 class Report:

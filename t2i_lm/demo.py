@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             import gradio  # noqa: F401
         except ImportError as error:
             raise ValueError("the page needs gradio: pip install 't2i_lm[demo]'") from error
-        from t2i_lm.trained import find_run, load_trained
+        from t2i_lm.runs import find_run
+        from t2i_lm.trained import load_trained
 
         page(load_trained(find_run(options.checkpoint))).launch(server_name="127.0.0.1", server_port=options.port)
     except (ValueError, OSError) as error:

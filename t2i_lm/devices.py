@@ -10,8 +10,8 @@ from t2i_lm.sections import SHARDED, TrainerConfig, require
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 FLOAT8_CAPABILITY = (8, 9)
-# In messages of plain RuntimeErrors: of the CPU's allocator, and of CUDA and its libraries, which have their own.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+# In messages of plain RuntimeErrors: of CUDA and its libraries, which do not ask torch's allocator.
+GPU_FULL = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def require_device(trainer: TrainerConfig) -> None:
@@ -45,9 +45,14 @@ def _require_float8(trainer: TrainerConfig) -> None:
         raise ValueError("trainer.fp8=True: it needs torchao, which is not installed: pip install 't2i_lm[fp8]'")
 
 
+def is_gpu_full(error: BaseException) -> bool:
+    """Whether an error says that a GPU's memory is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in GPU_FULL)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a GPU's or the machine's memory is used up."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+    return is_gpu_full(error) or "DefaultCPUAllocator" in str(error)
 
 
 def memory_advice(config: ExperimentConfig) -> str:

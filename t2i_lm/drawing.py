@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i_lm.backbones import can_compile
 from t2i_lm.build import Model
@@ -51,10 +51,15 @@ def prepare_drawing(model: Model, bf16: bool, compiled: bool) -> None:
     assert isinstance(model.module, DecoderModule)
     decoder = model.module.decoder
     if bf16:
-        for parameter in decoder.parameters():
-            parameter.data = parameter.data.bfloat16()
+        round_weights(decoder)
     if compiled and can_compile("--compile"):
         decoder.compile_steps()
+
+
+def round_weights(model: nn.Module) -> None:
+    """Rounds all weights to bfloat16, and no buffer: positions stay in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
 
 
 def computing(model: Model) -> dict[str, Any]:

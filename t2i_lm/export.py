@@ -62,8 +62,8 @@ def export(run: Path, out: Path, dtype: str) -> dict[str, Any]:
 
     from t2i_lm.build import build
     from t2i_lm.load import load_experiment
-    from t2i_lm.runs import CONFIG, read_run
-    from t2i_lm.trained import find_run, newest_checkpoint
+    from t2i_lm.runs import CONFIG, find_run, read_run
+    from t2i_lm.trained import newest_checkpoint
 
     run = find_run(run)
     checkpoint = newest_checkpoint(run)

@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.each < 1:
             raise ValueError(f"--each {options.each}: expected at least 1")
         from t2i_lm.drawing import prepare_drawing
-        from t2i_lm.trained import find_run, load_trained
+        from t2i_lm.runs import find_run
+        from t2i_lm.trained import load_trained
 
         run = find_run(options.checkpoint)
         out = options.out or run / "drawn" / time.strftime("%Y%m%d-%H%M%S")

@@ -12,7 +12,6 @@ from t2i_lm.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.load import load_experiment
 from t2i_lm.remedy_sections import DistilConfig
 from t2i_lm.runs import CONFIG, read_run
-from t2i_lm.runs import find_run as find_run
 from t2i_lm.trainer import CHECKPOINTS, find_resumable
 
 

@@ -62,3 +62,11 @@ def test_a_real_run_without_its_paths_is_refused_early(capsys: pytest.CaptureFix
 def test_an_unknown_group_lists_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(PRETRAINED), "--dry-run", "freeze=[nothing_like_this]"]) == 2
     assert "nothing_like_this" in capsys.readouterr().err
+
+
+def test_dry_run_trains_nothing(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(PRETRAINED), *tiny, f"run.dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "max_steps: 8" in output
+    assert "parameters:" in output
+    assert not list(tmp_path.iterdir())

@@ -278,14 +278,6 @@ def test_another_config_is_refused_on_resume(
     assert "optim.lr=0.7" in capsys.readouterr().err
 
 
-def test_dry_run_trains_nothing(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", "--dry-run"]) == 0
-    output = capsys.readouterr().out
-    assert "max_steps: 8" in output
-    assert "parameters:" in output
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_wrong_tokenizer_for_the_backbone_is_refused(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

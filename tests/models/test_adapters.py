@@ -11,8 +11,9 @@ from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import freeze
 from t2i_lm.models.open_lm import decoder_config, load_open_lm
+from t2i_lm.runs import find_run
 from t2i_lm.train import main
-from t2i_lm.trained import find_run, load_trained
+from t2i_lm.trained import load_trained
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
