@@ -14,6 +14,7 @@ from torch import Tensor
 # at least that reading the rows for each chunk does not cost more than multiplying by them.
 CPU_LOGITS, GPU_LOGITS = 2**21, 2**27
 TARGETS = 256
+ROWS = 1024  # multiplied by at once on a CPU: its float32 product by all rows takes twice the time
 
 
 class TokenLoss(NamedTuple):
@@ -67,8 +68,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, min(chunk, len(x_ND)))
         # Reused by all chunks: fresh memory of this size costs a CPU as much time as the exponentials.
         logits_XV = x_ND.new_empty(chunk, len(weight_VD))
-        log_prob_XV = torch.empty_like(logits_XV, dtype=torch.float32)
-        minus_one_X1 = log_prob_XV.new_full((chunk, 1), -1.0)
+        half = logits_XV.dtype != torch.float32
+        prob_XV = torch.empty_like(logits_XV, dtype=torch.float32) if half else logits_XV
+        minus_one_X1 = prob_XV.new_full((chunk, 1), -1.0)
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         lse_N = torch.empty_like(nll_N)
         grad_x_ND = torch.empty_like(x_ND) if wants_x else None
@@ -77,30 +79,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(x_ND), chunk):
                 part = slice(start, start + chunk)
                 x_CD, target_C1 = x_ND[part], target_N[part, None]
-                logits_CV, log_prob_CV = logits_XV[: len(x_CD)], log_prob_XV[: len(x_CD)]
-                torch.mm(x_CD, weight_VD.T, out=logits_CV)
-                torch.log_softmax(logits_CV, dim=1, dtype=torch.float32, out=log_prob_CV)
-                log_prob_C1 = log_prob_CV.gather(1, target_C1)
-                lse_C1 = logits_CV.gather(1, target_C1).float() - log_prob_C1
-                nll_N[part], lse_N[part] = -log_prob_C1.squeeze(1), lse_C1.squeeze(1)
+                logits_CV, prob_CV = logits_XV[: len(x_CD)], prob_XV[: len(x_CD)]
+                _multiply(x_CD, weight_VD, logits_CV)
+                # A CPU's softmax would convert in fresh memory.
+                values_CV = prob_CV.copy_(logits_CV) if half and x_ND.is_cpu else logits_CV
+                highest_C1 = values_CV.amax(1, keepdim=True).float()
+                below_C1 = highest_C1 - values_CV.gather(1, target_C1).float()
+                torch.softmax(values_CV, dim=1, dtype=torch.float32, out=prob_CV)
+                # The highest probability is the inverse of the sum that all of them were divided by.
+                log_sum_C1 = prob_CV.amax(1, keepdim=True).log_().neg_()
+                lse_C1 = highest_C1 + log_sum_C1
+                nll_N[part], lse_N[part] = (below_C1 + log_sum_C1).squeeze(1), lse_C1.squeeze(1)
                 if not (wants_x or wants_weight):
                     continue
                 # d total / d logits = weight * (growth * p - onehot); the weight is applied to (C, D), not (C, V), and
                 # all before the cast is in float32, where a growth of 1.002 is not yet 1.
-                grad_CV = log_prob_CV.exp_()
+                grad_CV = prob_CV
                 if z_loss:
                     grad_CV *= 1 + 2 * z_loss * lse_C1
                 grad_CV.scatter_add_(1, target_C1, minus_one_X1[: len(x_CD)])
                 factor_C1 = token_weight_N[part, None]
                 scaled_CD = (x_CD * factor_C1).to(x_CD.dtype)
-                if grad_CV.dtype != logits_CV.dtype:
+                if half:
                     grad_CV = logits_CV.copy_(grad_CV)
                 if grad_x_ND is not None:
                     grad_x_ND[part] = (grad_CV @ weight_VD) * factor_C1
-                if grad_weight_VD is not None and grad_CV.dtype == torch.float32:
-                    grad_weight_VD.addmm_(grad_CV.T, scaled_CD)
-                elif grad_weight_VD is not None:
+                if grad_weight_VD is not None and half:
                     grad_weight_VD += grad_CV.T @ scaled_CD
+                elif grad_weight_VD is not None:
+                    grad_weight_VD.addmm_(grad_CV.T, scaled_CD)
         ctx.save_for_backward(grad_x_ND, grad_weight_VD)
         ctx.mark_non_differentiable(nll_N, lse_N)
         total = (token_weight_N * (nll_N + z_loss * lse_N.square())).sum()
@@ -116,6 +123,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _multiply(x_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
+    """The logits of a chunk into `out_CV`."""
+    rows = len(weight_VD) if x_CD.is_cuda else ROWS
+    for start in range(0, len(weight_VD), rows):
+        some = slice(start, start + rows)
+        torch.mm(x_CD, weight_VD[some].T, out=out_CV[:, some])
 
 
 def torch_linear_cross_entropy(
