@@ -1,7 +1,8 @@
 """Samples a second of the data module: token shards -> batches of joint ids, in one process (goal G8).
 
 The peer is the common way to read the same shards: a map-style dataset of one sample at a time, packed by the
-collate function. Files are in the page cache, since they have just been written.
+collate function. Files are in the page cache, since they have just been written; on Linux ours is also timed
+without: opened, and then dropped from memory.
 
 Shapes: `B` batch, `T` tokens.
 """
@@ -9,9 +10,12 @@ Shapes: `B` batch, `T` tokens.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +107,26 @@ def check(data: Any, theirs: Callable[[], Any], batches: int) -> dict[str, int]:
     return {"batches_equal": batches, "resumed_batches_equal": batches - half}
 
 
+def drop_from_memory(data: Any) -> bool:
+    """Opens the shards anew, which reads them for their hashes, and has the system forget them; whether it did."""
+    data.setup("fit")
+    return all(_forget(path) for path in data.folder.rglob("*.arrow"))
+
+
+def _forget(path: Path) -> bool:
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    with path.open("rb") as file:
+        os.fsync(file)  # what is not on the disk yet would be kept
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:  # the start stays, which is mapped
+            return not os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size // 2, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:  # some file systems cannot say
+            return False
+
+
 def measure(options: argparse.Namespace) -> None:
     """Writes shards, compares, times, reports."""
     report = Report("loader", options)
@@ -112,7 +136,7 @@ def measure(options: argparse.Namespace) -> None:
         options.samples, options.batches = 64, 6
     image_tokens, text_vocab, image_codes, length, batch = SHAPES[options.shape]
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+        folder, aside = Path(place, "warm"), Path(place, "cold")
         write_random_shards(folder, options.samples, image_tokens, text_vocab, image_codes, length)
         data = open_data(folder, options.shape, options.batches)
         theirs = one_at_a_time(data)
@@ -129,6 +153,13 @@ def measure(options: argparse.Namespace) -> None:
             Contender(OURS, OURS, read(data.train_dataloader)),
             Contender("sample by sample", "sample by sample", read(theirs)),
         ]
+        shutil.copytree(folder, aside)  # what the others have mapped would stay in memory
+        unread = open_data(aside, options.shape, options.batches)
+        if drop_from_memory(unread):
+            cold = f"{OURS}, files not in memory"
+            contenders.append(Contender(cold, cold, read(unread.train_dataloader), partial(drop_from_memory, unread)))
+        else:
+            print("files cannot be dropped from memory here: cold reading is left out", file=sys.stderr)
         seconds = interleave(contenders, options.rounds, 1, "cpu")
         report.write(
             gate=agreement,

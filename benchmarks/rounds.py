@@ -52,11 +52,13 @@ class Contender:
         name: what its times are listed under.
         family: implementation; of its forms (eager, compiled) the fastest counts.
         run: one repetition of the work.
+        before: what makes it ready each time, not timed.
     """
 
     name: str
     family: str
     run: Callable[[], object]
+    before: Callable[[], object] = bool  # nothing
 
 
 def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -206,6 +208,7 @@ def interleave(
     """
     for contender in contenders:
         for _ in range(warmup):
+            contender.before()
             contender.run()
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     gc.collect()
@@ -214,6 +217,7 @@ def interleave(
         for number in range(rounds):
             shift = number % len(contenders)
             for contender in [*contenders[shift:], *contenders[:shift]]:
+                contender.before()
                 seconds[contender.name].append(seconds_of(contender.run, device, clock))
             gc.collect()
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -190,6 +191,25 @@ def test_every_round_has_every_contender_in_a_rotated_order() -> None:
     seconds = rounds.interleave(contenders, rounds=3, warmup=1, device="cpu")
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_what_makes_a_contender_ready_is_not_timed() -> None:
+    times = iter(range(100))
+    contender = rounds.Contender("a", "a", lambda: next(times), lambda: [next(times) for _ in range(5)])
+    seconds = rounds.interleave([contender], rounds=2, warmup=1, device="cpu", clock=lambda: float(next(times)))
+    assert seconds == {"a": [2.0, 2.0]}
+    assert next(times) == 1 + 5 + 2 * (5 + 3)
+
+
+def test_files_that_were_dropped_are_read_again(tmp_path: Path) -> None:
+    shards.write_random_shards(tmp_path, 256, 1024, 50_432, 16_384, 1152)
+    data = loader.open_data(tmp_path, "paper", 8)
+
+    if not loader.drop_from_memory(data):
+        pytest.skip("not on this file system")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+    assert sum(1 for _ in data.train_dataloader()) == 8
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_inblock > before
 
 
 def test_ratios_are_within_rounds_between_the_fastest_forms() -> None:
