@@ -81,11 +81,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 x_CD, target_C1 = x_ND[part], target_N[part, None]
                 logits_CV, prob_CV = logits_XV[: len(x_CD)], prob_XV[: len(x_CD)]
                 _multiply(x_CD, weight_VD, logits_CV)
-                # A CPU's softmax would convert in fresh memory.
-                values_CV = prob_CV.copy_(logits_CV) if half and x_ND.is_cpu else logits_CV
-                highest_C1 = values_CV.amax(1, keepdim=True).float()
-                below_C1 = highest_C1 - values_CV.gather(1, target_C1).float()
-                torch.softmax(values_CV, dim=1, dtype=torch.float32, out=prob_CV)
+                if half:  # torch's softmax would convert in fresh memory
+                    prob_CV.copy_(logits_CV)
+                highest_C1 = prob_CV.amax(1, keepdim=True)
+                below_C1 = highest_C1 - prob_CV.gather(1, target_C1)
+                torch.softmax(prob_CV, dim=1, out=prob_CV)
                 # The highest probability is the inverse of the sum that all of them were divided by.
                 log_sum_C1 = prob_CV.amax(1, keepdim=True).log_().neg_()
                 lse_C1 = highest_C1 + log_sum_C1
