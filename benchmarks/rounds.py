@@ -58,7 +58,7 @@ class Contender:
     name: str
     family: str
     run: Callable[[], object]
-    before: Callable[[], object] = bool  # nothing
+    before: Callable[[], object] = lambda: None
 
 
 def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:

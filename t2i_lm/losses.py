@@ -1,6 +1,6 @@
 """The loss: a fused output projection with cross-entropy, and its sums and counts per modality (Figure 4).
 
-Shapes: `N` targets, `D` width, `V` vocabulary, `M` classes; `C` targets of one chunk.
+Shapes: `N` targets, `D` width, `V` vocabulary, `M` classes; `C` targets of one chunk, `X` of the largest.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 # at least that reading the rows for each chunk does not cost more than multiplying by them.
 CPU_LOGITS, GPU_LOGITS = 2**21, 2**27
 TARGETS = 256
-ROWS = 1024  # multiplied by at once on a CPU: its float32 product by all rows takes twice the time
+ROWS = 1024  # multiplied by at once on a CPU, whose float32 product by all rows can take 1.6 times as long
 
 
 class TokenLoss(NamedTuple):
@@ -68,8 +68,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, min(chunk, len(x_ND)))
         # Reused by all chunks: fresh memory of this size costs a CPU as much time as the exponentials.
         logits_XV = x_ND.new_empty(chunk, len(weight_VD))
-        half = logits_XV.dtype != torch.float32
-        prob_XV = torch.empty_like(logits_XV, dtype=torch.float32) if half else logits_XV
+        converts = logits_XV.dtype != torch.float32
+        prob_XV = torch.empty_like(logits_XV, dtype=torch.float32) if converts else logits_XV
         minus_one_X1 = prob_XV.new_full((chunk, 1), -1.0)
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         lse_N = torch.empty_like(nll_N)
@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 x_CD, target_C1 = x_ND[part], target_N[part, None]
                 logits_CV, prob_CV = logits_XV[: len(x_CD)], prob_XV[: len(x_CD)]
                 _multiply(x_CD, weight_VD, logits_CV)
-                if half:  # torch's softmax would convert in fresh memory
+                if converts:  # torch's softmax would, into fresh memory
                     prob_CV.copy_(logits_CV)
                 highest_C1 = prob_CV.amax(1, keepdim=True)
                 below_C1 = highest_C1 - prob_CV.gather(1, target_C1)
@@ -100,11 +100,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_CV.scatter_add_(1, target_C1, minus_one_X1[: len(x_CD)])
                 factor_C1 = token_weight_N[part, None]
                 scaled_CD = (x_CD * factor_C1).to(x_CD.dtype)
-                if half:
+                if converts:
                     grad_CV = logits_CV.copy_(grad_CV)
                 if grad_x_ND is not None:
                     grad_x_ND[part] = (grad_CV @ weight_VD) * factor_C1
-                if grad_weight_VD is not None and half:
+                if grad_weight_VD is not None and converts:
                     grad_weight_VD += grad_CV.T @ scaled_CD
                 elif grad_weight_VD is not None:
                     grad_weight_VD.addmm_(grad_CV.T, scaled_CD)
@@ -127,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _multiply(x_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
     """The logits of a chunk into `out_CV`."""
-    rows = len(weight_VD) if x_CD.is_cuda else ROWS
+    rows = ROWS if x_CD.is_cpu else len(weight_VD)
     for start in range(0, len(weight_VD), rows):
         some = slice(start, start + rows)
         torch.mm(x_CD, weight_VD[some].T, out=out_CV[:, some])

@@ -1,5 +1,7 @@
 """What differs is not timed: the gates of the benchmarks, given something wrong."""
 
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +111,17 @@ def test_other_batches_and_another_resumed_stream_are_not_timed() -> None:
         loader.check(stream(True), lambda: padded, 4)
     with pytest.raises(rounds.GateError, match="batch 3 differs"):
         loader.check(stream(False), lambda: [*padded[:3], torch.tensor([[3, 0, 7]])], 4)
+
+
+def test_files_that_stay_in_memory_are_not_timed_as_read_from_the_disk(tmp_path: Path) -> None:
+    mapped = tmp_path / "train" / "data.arrow"
+    mapped.parent.mkdir()
+    mapped.write_bytes(bytes(2**20))
+    data = SimpleNamespace(folder=tmp_path, setup=lambda stage: None)
+    with mapped.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as pages:
+        assert not any(pages[::4096])  # what a process has mapped stays
+        with pytest.raises(rounds.GateError, match="are in memory: not timed"):
+            loader.must_drop(data)
 
 
 def test_another_training_is_not_timed() -> None:
