@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -159,12 +158,9 @@ def _versions() -> dict[str, str]:
 
 def can_compile(options: argparse.Namespace) -> bool:
     """Whether torch.compile's contenders take part; says why not."""
-    if options.no_compile or options.quick:
-        return False
-    compiler = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    if compiler is None:
-        print("no C++ compiler: contenders of torch.compile are left out", file=sys.stderr)
-    return compiler is not None
+    from t2i_lm import backbones
+
+    return not (options.no_compile or options.quick) and backbones.can_compile("contenders of torch.compile")
 
 
 def gate(what: str, found: Tensor, expected: Tensor, tolerance: float) -> float:
