@@ -78,6 +78,7 @@ def group_caption(arms: dict[str, Run], wanted: Sequence[str], how: str | None =
     """
     run = next(iter(arms.values()))
     log, config = run.config["log"], run.config
+    seeds = sorted({arm_run.config["seed"] for arm_run in arms.values()})
     seen = {arm: progress(arm_run) for arm, arm_run in arms.items()}
     absent = [arm for arm in wanted if arm not in arms]
     unfinished = [arm for arm, arm_run in arms.items() if arm_run.report is None]
@@ -86,7 +87,8 @@ def group_caption(arms: dict[str, Run], wanted: Sequence[str], how: str | None =
             how
             or f"Raw: mean loss of {log['interval']} steps. EMA: constant {log['ema']:g}, updated every "
             f"{log['interval']} steps, bias-corrected. Validation: held-out data.",
-            f"Scale {config['scale']}, seed {config['seed']}, {_length(seen)}; runs of "
+            f"Scale {config['scale']}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}, "
+            f"{_length(seen)}; runs of "
             f"{' and '.join(sorted({_date(arm_run) for arm_run in arms.values()}))}.",
             *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),

@@ -13,10 +13,12 @@ from t2i_lm.train import FAILURES
 
 EXAMPLE = """example:
   python -m t2i_lm.sweep optim.lr=1.5e-3,3e-3,6e-3 --jobs 2
+  python -m t2i_lm.sweep seed=0,1,2 --jobs 2
   python -m t2i_lm.sweep optim.lr=3e-3,6e-3 seed=0,1,2 --arm t2i_pretrained --arm t2i_scratch --arm t2i_shuffled
 
-Values of a key are separated by commas. One key is swept; several values of `seed` beside it give a range. What is
-finished with an equal config is not trained again, what was stopped goes on. The runs are kept in RUN.DIR/sweep."""
+Values of a key are separated by commas. One key is swept; several values of `seed` beside it give a range, and alone
+means and standard deviations. What is finished with an equal config is not trained again, what was stopped goes on.
+The runs are kept in RUN.DIR/sweep."""
 FOLDER = Path("experiments")
 ARMS = ("t2i_pretrained", "t2i_scratch")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +13,7 @@ from t2i_lm.runs import Run
 
 OTHER = ArmStyle("", GREY, "x")  # of an experiment that no figure of the paper has
 MODALITIES = {"image": "Image tokens", "text": "Text tokens"}
+SEED = "seed"  # swept alone: repetitions, of which none is the best
 LAST = 0.1  # share of the steps whose training loss is averaged
 
 
@@ -59,7 +60,7 @@ def best_of(values: Mapping[str, Sequence[float]]) -> str:
 def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
     """Every arm's losses at every value, and distances from the first arm's: at equal values and at each one's best.
 
-    `training` is the mean of the last tenth of the steps.
+    Of seeds, means and standard deviations. `training` is the mean of the last tenth of the steps.
     """
     lines: list[str] = []
     for modality, words in MODALITIES.items():
@@ -75,10 +76,13 @@ def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
                 span = f"{min(found):.4f}-{max(found):.4f}" if len(found) > 1 else ""
                 base = arms[first].get(value)
                 gap = "" if base is None or arm == first else f"{fmean(found) - fmean(base):+.4f}"
-                mark = " *" if value == best and len(values) > 1 else ""
+                mark = " *" if value == best and len(values) > 1 and key != SEED else ""
                 late = f"{fmean(trained[arm][value]):.4f}" if value in trained.get(arm, {}) else ""
                 numbers = f"{fmean(found):>12.4f}{span:>16}{gap:>16}{late:>12}"
                 lines.append(f"{arm:<26}{value:>14}{numbers}{mark}")
+        if key == SEED:
+            lines += _over_seeds(arms, first)
+            continue
         floor = fmean(arms[first][best_of(arms[first])])
         for arm in list(arms)[1:]:
             own = fmean(arms[arm][best_of(arms[arm])])
@@ -87,13 +91,30 @@ def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def _over_seeds(arms: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> list[str]:
+    """Each arm's mean and that of its distances from the first arm at equal seeds, with standard deviations."""
+    lines = []
+    for arm, values in arms.items():
+        lines.append(f"{arm}: {_mean([fmean(found) for found in values.values()])}")
+        gaps = [fmean(found) - fmean(arms[first][seed]) for seed, found in values.items() if seed in arms[first]]
+        if gaps and arm != first:
+            lines.append(f"{arm} - {first}, at equal seeds: {_mean(gaps, '+')}")
+    return lines
+
+
+def _mean(numbers: Sequence[float], sign: str = "") -> str:
+    spread = f", standard deviation {stdev(numbers):.4f}" if len(numbers) > 1 else ""
+    return f"mean {fmean(numbers):{sign}.4f} nats{spread} ({len(numbers)} seeds)"
+
+
 def sweep_caption(key: str, outcomes: Sequence[Outcome]) -> str:
     """What the figure says under it."""
-    arms = {outcome.arm: outcome.run for outcome in outcomes}
     seeds = sorted({outcome.run.config["seed"] for outcome in outcomes})
+    arms = {f"{outcome.arm} {outcome.value} {outcome.run.config['seed']}": outcome.run for outcome in outcomes}
     bars = f"; points are means and bars ranges over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+    marks = "" if key == SEED else f"; rings: each arm's best{bars}"
     how = (
-        f"Held-out loss at the end of training against {key}, all else equal; rings: each arm's best{bars}. Pale: "
+        f"Held-out loss at the end of training against {key}, all else equal{marks}. Pale: "
         "training loss of the last tenth of the steps, of new samples where each is seen once."
     )
     return f"Sweep of {key}. {group_caption(arms, list(arms), how)}"
@@ -108,7 +129,7 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
         for axes, (modality, arms) in zip(panels, shown.items(), strict=True):
             trained = losses(outcomes, modality, training=True)
             for arm, values in arms.items():
-                _draw_arm(axes, arm, values, trained.get(arm, {}), places, f"{modality}/{arm}")
+                _draw_arm(axes, key, arm, values, trained.get(arm, {}), places, f"{modality}/{arm}")
             _label(axes, key, places)
             axes.set_title(MODALITIES[modality])
         panels[0].set_ylabel("loss (nats a token)")
@@ -118,6 +139,7 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
 
 def _draw_arm(
     axes: Axes,
+    key: str,
     arm: str,
     values: Mapping[str, Sequence[float]],
     trained: Mapping[str, Sequence[float]],
@@ -126,7 +148,10 @@ def _draw_arm(
 ) -> None:
     look = ARM_STYLES.get(arm, OTHER)
     pale = sorted((places[value], fmean(found)) for value, found in trained.items())
-    axes.plot(*zip(*pale, strict=True), color=look.colour, marker=look.marker, markersize=4, alpha=0.4)
+    pale_line = "none" if key == SEED else "-"
+    axes.plot(
+        *zip(*pale, strict=True), color=look.colour, linestyle=pale_line, marker=look.marker, markersize=4, alpha=0.4
+    )
     means = {value: fmean(found) for value, found in sorted(values.items(), key=lambda item: places[item[0]])}
     line = [places[value] for value in means]
     below = [mean - min(values[value]) for value, mean in means.items()]
@@ -136,12 +161,12 @@ def _draw_arm(
         list(means.values()),
         yerr=[below, above] if any(above) else None,
         color=look.colour,
-        linestyle=look.dashes,
+        linestyle="none" if key == SEED else look.dashes,
         marker=look.marker,
         label=look.label or arm.replace("_", " "),
         gid=gid,
     )
-    if len(means) > 1:
+    if len(means) > 1 and key != SEED:
         best = best_of(values)
         ring = {"marker": "o", "markersize": 15, "fillstyle": "none", "linestyle": "none", "color": look.colour}
         axes.plot([places[best]], [means[best]], gid=f"{gid}/best", **ring)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """A sweep: which runs it makes, what it draws, and what it says."""
 
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
@@ -98,3 +99,24 @@ def test_the_table_compares_at_equal_values_and_at_each_ones_best(tmp_path: Path
     assert len(rows) == 6  # three values, two modalities
     assert sum(row.endswith("*") for row in rows) == 2
     assert sum(line.startswith("scratch - pretrained, each at its best (*):") for line in table) == 2
+
+
+def test_of_seeds_alone_none_is_the_best_and_means_are_paired(tmp_path: Path) -> None:
+    found = []
+    for arm in ("pretrained", "scratch"):
+        for seed in (0, 1, 2):
+            folder = write_run(tmp_path, f"t2i_{arm}", f"20260301-1{seed}0000", config={"seed": seed})
+            found.append(Outcome(arm, str(seed), read_run(folder)))
+    table = sweep_table("seed", found)
+    assert "*" not in table
+    assert "best" not in table
+    pretrained, scratch = ([run.nll("image") for run in found if run.arm == arm] for arm in ("pretrained", "scratch"))
+    gaps = [theirs - ours for ours, theirs in zip(pretrained, scratch, strict=True)]
+    stated = f"mean {fmean(gaps):+.4f} nats, standard deviation {stdev(gaps):.4f} (3 seeds)"
+    assert f"scratch - pretrained, at equal seeds: {stated}" in table
+    caption = sweep_caption("seed", found)
+    assert "best" not in caption
+    assert "seeds 0, 1, 2," in caption
+    image, _ = draw_sweep("seed", found, caption).axes
+    assert not [line for line in image.lines if (line.get_gid() or "").endswith("/best")]
+    assert {line.get_linestyle() for line in image.lines} == {"None"}, "seeds have no order"
