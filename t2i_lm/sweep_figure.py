@@ -80,15 +80,19 @@ def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
                 late = f"{fmean(trained[arm][value]):.4f}" if value in trained.get(arm, {}) else ""
                 numbers = f"{fmean(found):>12.4f}{span:>16}{gap:>16}{late:>12}"
                 lines.append(f"{arm:<26}{value:>14}{numbers}{mark}")
-        if key == SEED:
-            lines += _over_seeds(arms, first)
-            continue
-        floor = fmean(arms[first][best_of(arms[first])])
-        for arm in list(arms)[1:]:
-            own = fmean(arms[arm][best_of(arms[arm])])
-            percent = 100 * (own - floor) / own
-            lines.append(f"{arm} - {first}, each at its best (*): {own - floor:+.4f} nats, {percent:+.1f} % of {arm}'s")
+        lines += _over_seeds(arms, first) if key == SEED else _at_best(arms, first)
     return "\n".join(lines)
+
+
+def _at_best(arms: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> list[str]:
+    """Each arm's distance from the first arm, both at their best values."""
+    lines = []
+    floor = fmean(arms[first][best_of(arms[first])])
+    for arm in list(arms)[1:]:
+        own = fmean(arms[arm][best_of(arms[arm])])
+        percent = 100 * (own - floor) / own
+        lines.append(f"{arm} - {first}, each at its best (*): {own - floor:+.4f} nats, {percent:+.1f} % of {arm}'s")
+    return lines
 
 
 def _over_seeds(arms: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> list[str]:
@@ -146,12 +150,10 @@ def _draw_arm(
     places: Mapping[str, float],
     gid: str,
 ) -> None:
-    look = ARM_STYLES.get(arm, OTHER)
+    look, unordered = ARM_STYLES.get(arm, OTHER), key == SEED
     pale = sorted((places[value], fmean(found)) for value, found in trained.items())
-    pale_line = "none" if key == SEED else "-"
-    axes.plot(
-        *zip(*pale, strict=True), color=look.colour, linestyle=pale_line, marker=look.marker, markersize=4, alpha=0.4
-    )
+    faint = {"linestyle": "none" if unordered else "-", "marker": look.marker, "markersize": 4, "alpha": 0.4}
+    axes.plot(*zip(*pale, strict=True), color=look.colour, **faint)  # type: ignore[arg-type]
     means = {value: fmean(found) for value, found in sorted(values.items(), key=lambda item: places[item[0]])}
     line = [places[value] for value in means]
     below = [mean - min(values[value]) for value, mean in means.items()]
@@ -161,12 +163,12 @@ def _draw_arm(
         list(means.values()),
         yerr=[below, above] if any(above) else None,
         color=look.colour,
-        linestyle="none" if key == SEED else look.dashes,
+        linestyle="none" if unordered else look.dashes,
         marker=look.marker,
         label=look.label or arm.replace("_", " "),
         gid=gid,
     )
-    if len(means) > 1 and key != SEED:
+    if len(means) > 1 and not unordered:
         best = best_of(values)
         ring = {"marker": "o", "markersize": 15, "fillstyle": "none", "linestyle": "none", "color": look.colour}
         axes.plot([places[best]], [means[best]], gid=f"{gid}/best", **ring)  # type: ignore[arg-type]

@@ -61,7 +61,9 @@ def test_a_run_leaves_everything_behind(pretrained: Run) -> None:
     assert pretrained.report["familiar"]["preference"]["colour"]["of"] == 2
     for part in (pretrained.report, pretrained.report["familiar"]):
         for share, entries in (("right", part["samples"]["accuracy"]), ("preferred", part["preference"])):
+            assert "background" in entries
             for entry in entries.values():
+                assert 0 <= entry[share] <= 1
                 assert entry["se"] == pytest.approx(math.sqrt(entry[share] * (1 - entry[share]) / entry["of"]))
         assert part["ceiling"]["scenes"] == 1000
         assert part["samples"]["accuracy"].keys() <= part["ceiling"]["accuracy"].keys()
