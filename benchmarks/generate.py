@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace) -> None:
             agreement["logits"] = gate("transformers: logits", llama.logits(few_BT), decoder(few_BT), LOGITS)
     agreement |= check(draw_all(forms), lambda codes_BN: recompute(decoder, vocab, few_BT, codes_BN), options.device)
     if options.precision == "bf16":
-        from t2i_lm.drawing import round_weights
+        from t2i_lm.generation.images import round_weights
 
         for model in (decoder,) if llama is None else (decoder, llama.model):
             round_weights(model)
@@ -170,7 +170,7 @@ def draw_all(forms: dict[str, tuple[str, Draw]]) -> dict[str, Tensor]:
     Raises:
         GateError: if a form cannot draw, for another reason than a full GPU.
     """
-    from t2i_lm.devices import is_gpu_full
+    from t2i_lm.runtime.devices import is_gpu_full
 
     found: dict[str, Tensor] = {}
     for name, (_, draw) in forms.items():

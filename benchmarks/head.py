@@ -47,7 +47,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def fused(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
     """This project's."""
-    from t2i_lm.losses import linear_cross_entropy
+    from t2i_lm.models.cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(x_ND, weight_VD, target_N).total / len(target_N)
 
@@ -70,7 +70,7 @@ def torch_chunked(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
 
 def torch_single(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
     """Torch's chunked loss as `loss.backend=torch` asks for it: the loss of each target, and its logsumexp."""
-    from t2i_lm.losses import torch_linear_cross_entropy
+    from t2i_lm.models.cross_entropy import torch_linear_cross_entropy
 
     return torch_linear_cross_entropy(x_ND, weight_VD, target_N).total / len(target_N)
 

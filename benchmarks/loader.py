@@ -51,8 +51,8 @@ def open_data(folder: Path, scale: str, batches: int) -> Any:
     """The suite's data module over a folder."""
     from benchmarks.shards import experiment, open_alone
     from t2i_lm.data.datamodules import PairDataModule
-    from t2i_lm.sequence import Layout
-    from t2i_lm.vocab import JointVocab
+    from t2i_lm.tokenizers.joint_vocab import JointVocab
+    from t2i_lm.tokenizers.layout import Layout
 
     image_tokens, text_vocab, image_codes, length, batch = SHAPES[scale]
     layout = Layout(JointVocab(text_vocab, image_codes), image_tokens, length)
@@ -67,7 +67,7 @@ def one_at_a_time(data: Any) -> Callable[[], Any]:
     from torch.utils.data import DataLoader, Dataset
 
     from t2i_lm.data.datamodules import make_sampler
-    from t2i_lm.data.tokens import choose_caption, open_split
+    from t2i_lm.data.shards.format import choose_caption, open_split
 
     split, layout, config = open_split(data.folder, "train"), data.layout, data.config
 

@@ -23,7 +23,7 @@ from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.feed_forward import swiglu_width
 from t2i_lm.models.open_lm import open_lm_state_dict
-from t2i_lm.vocab import JointVocab
+from t2i_lm.tokenizers.joint_vocab import JointVocab
 
 Tensors = dict[str, Tensor]
 NORM_EPS = 1e-5  # of our RMSNorm

@@ -90,7 +90,7 @@ def answer(measure: Callable[[argparse.Namespace], None], options: argparse.Name
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        from t2i_lm.devices import is_gpu_full
+        from t2i_lm.runtime.devices import is_gpu_full
 
         if not is_gpu_full(error):
             raise
@@ -158,9 +158,9 @@ def _versions() -> dict[str, str]:
 
 def can_compile(options: argparse.Namespace) -> bool:
     """Whether torch.compile's contenders take part; says why not."""
-    from t2i_lm import backbones
+    from t2i_lm.models import factory
 
-    return not (options.no_compile or options.quick) and backbones.can_compile("contenders of torch.compile")
+    return not (options.no_compile or options.quick) and factory.can_compile("contenders of torch.compile")
 
 
 def gate(what: str, found: Tensor, expected: Tensor, tolerance: float) -> float:

@@ -12,11 +12,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 
-from t2i_lm.config import ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import DataConfig, LogConfig, OptimConfig, TrainerConfig
 from t2i_lm.data.datamodules import BatchDataModule
-from t2i_lm.data.tokens import pair_features, part_folder, read_part, write_index, write_part
-from t2i_lm.sections import DataConfig, LogConfig, OptimConfig, TrainerConfig
-from t2i_lm.sequence import BOUNDARY_TOKENS
+from t2i_lm.data.shards.format import pair_features, part_folder, read_part, write_index, write_part
+from t2i_lm.tokenizers.layout import BOUNDARY_TOKENS
 
 CAPTIONS = 5  # of each picture, as in COCO
 TRIM = {"paper": 32}  # data.trim of scales where it is not the default

@@ -77,8 +77,8 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.peers import SHAPES, build_decoder
-    from t2i_lm.devices import multiplies_bfloat16
-    from t2i_lm.flops import flop_per_token
+    from t2i_lm.models.flops import flop_per_token
+    from t2i_lm.runtime.devices import multiplies_bfloat16
 
     name = "tiny" if options.quick else options.shape
     shape = replace(SHAPES[name], batch=options.batch or BATCH.get(name, SHAPES[name].batch))

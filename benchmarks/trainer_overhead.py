@@ -94,7 +94,7 @@ def train_by_trainer(module: Any, data: Any, config: Any, clock: Clock, folder: 
     """As `t2i_lm.train` does, without the validation before the first step."""
     from lightning.pytorch.callbacks import Callback
 
-    from t2i_lm.trainer import EventLog, build_trainer
+    from t2i_lm.training.trainer import EventLog, build_trainer
 
     class Ticks(Callback):
         def on_train_batch_start(self, *_: Any) -> None:
@@ -113,7 +113,7 @@ def train_by_hand(module: Any, data: Any, config: Any, clock: Clock) -> None:
     import torch
     from lightning.fabric.utilities import move_data_to_device
 
-    from t2i_lm.trainer import precision
+    from t2i_lm.training.trainer import precision
 
     module.to(clock.device).train()
     plan = module.configure_optimizers()
@@ -144,12 +144,12 @@ def measure(options: argparse.Namespace) -> None:
 
     from benchmarks.peers import SHAPES, build_decoder
     from benchmarks.shards import experiment, open_alone, write_random_shards
-    from t2i_lm.backbones import prepare_blocks
     from t2i_lm.data.datamodules import PairDataModule
-    from t2i_lm.flops import flop_per_token
+    from t2i_lm.models.factory import prepare_blocks
+    from t2i_lm.models.flops import flop_per_token
     from t2i_lm.modules.text_to_image import TextToImageModule
-    from t2i_lm.sequence import Layout
-    from t2i_lm.trainer import peak
+    from t2i_lm.tokenizers.layout import Layout
+    from t2i_lm.training.trainer import peak
 
     name = "tiny" if options.quick else options.shape
     options.steps = WARMUP + 5 if options.quick else options.steps

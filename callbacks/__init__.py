@@ -1,20 +1,20 @@
 """Lightning callbacks of the suite: a leaf package that knows modules only by their step outputs."""
 
-from callbacks.checkpoint_io import CorruptCheckpointError, DurableCheckpointIO
+from callbacks.base.contract import SplitLossModule, StepOutput, record_head
 from callbacks.checkpoints import RunCheckpoints, find_resumable
-from callbacks.contract import SplitLossModule, StepOutput, record_head
-from callbacks.events import EventLog
-from callbacks.fid import CocoFID, FidTask
+from callbacks.coco_fid import CocoFID, FidTask
+from callbacks.files.checkpoint_io import CorruptCheckpointError, DurableCheckpointIO
+from callbacks.files.event_log import EventLog
+from callbacks.files.metrics_file import MetricsFile
 from callbacks.forgetting import Forgetting
-from callbacks.frechet import FeatureDistance, frechet_distance, kernel_distance
-from callbacks.inception import Inception
-from callbacks.metrics_file import MetricsFile
-from callbacks.nan_guard import NonFiniteGuard
+from callbacks.metrics.frechet import FeatureDistance, frechet_distance, kernel_distance
+from callbacks.metrics.inception import Inception
+from callbacks.nonfinite_guard import NonFiniteGuard
 from callbacks.perplexity import EMASplitPerplexity
 from callbacks.preemption import Preempted, Preemption
 from callbacks.progress import RunProgress
-from callbacks.rng import RngState
-from callbacks.samples import Drawn, SampleGrid
+from callbacks.rng_state import RngState
+from callbacks.sample_grid import Drawn, SampleGrid
 from callbacks.scalars import RunScalars
 from callbacks.throughput import Throughput
 from callbacks.wall_time import WallTime

@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from callbacks.checkpoint_io import SUFFIX, CorruptCheckpointError, DurableCheckpointIO, digest_of, sweep, verify
-from callbacks.events import EventLog
-from callbacks.interval import distributed
-from callbacks.metrics_file import MetricsFile
+from callbacks.base.interval_sums import distributed
+from callbacks.files.checkpoint_io import SUFFIX, CorruptCheckpointError, DurableCheckpointIO, digest_of, sweep, verify
+from callbacks.files.event_log import EventLog
+from callbacks.files.metrics_file import MetricsFile
 
 
 class RunCheckpoints(Checkpoint):

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from callbacks.periodic import Periodic, undisturbed
+from callbacks.base.periodic import Periodic, undisturbed
 from callbacks.perplexity import EMASplitPerplexity
 
 

@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from callbacks.contract import Extras, StepOutput, record_head
-from callbacks.interval import IntervalSums, to_double
-from callbacks.metrics_file import MetricsFile
+from callbacks.base.contract import Extras, StepOutput, record_head
+from callbacks.base.interval_sums import IntervalSums, to_double
+from callbacks.files.metrics_file import MetricsFile
 
 # The modality that the aggregate `all_no_boundary` leaves out: near-deterministic separators.
 BOUNDARY = "boundary"

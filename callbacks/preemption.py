@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.base.interval_sums import distributed
 from callbacks.checkpoints import RunCheckpoints
-from callbacks.interval import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds after the first signal in which another is taken for its echo from a launcher.

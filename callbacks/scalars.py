@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.contract import record_head
-from callbacks.interval import IntervalSums, to_double
-from callbacks.metrics_file import MetricsFile
+from callbacks.base.contract import record_head
+from callbacks.base.interval_sums import IntervalSums, to_double
+from callbacks.files.metrics_file import MetricsFile
 
 
 class RunScalars(Callback):

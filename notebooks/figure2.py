@@ -18,8 +18,8 @@
 # our runs are added where `python -m t2i_lm.evaluate --coco` has measured them: hollow where they are no COCO FID-30k,
 # in the table alone where they are of other than 2,048 features.
 #
-# The published numbers, each with its source, are in `t2i_lm/published_fid.csv`. Open this file with jupytext, or run
-# it as a script.
+# The published numbers, each with its source, are in `t2i_lm/plots/published_fid.csv`. Open this file with jupytext, or
+# run it as a script.
 
 # %%
 # %matplotlib inline

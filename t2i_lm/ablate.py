@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.config import ExperimentConfig
-from t2i_lm.jobs import Job, run_jobs
-from t2i_lm.load import load_experiment
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import load_experiment
 from t2i_lm.models.freeze import FREEZE_GROUPS, TUNE_SETS
-from t2i_lm.options import add_jobs, add_scale
+from t2i_lm.runtime.command_line import add_jobs, add_scale
 from t2i_lm.train import FAILURES
+from t2i_lm.training.jobs import Job, run_jobs
 
 EXAMPLE = f"""example:
   python -m t2i_lm.ablate --freeze ffn --freeze norm
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         configs = experiments(options)
         if options.dry_run:
-            from t2i_lm.dry_run import describe
+            from t2i_lm.experiment.dry_run import describe
 
             for config in configs:
                 print(describe(config))

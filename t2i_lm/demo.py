@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from t2i_lm.build import Model
+    from t2i_lm.experiment.build import Model
     from t2i_lm.models.generate import Sampling
 
     Picture = np.ndarray[Any, np.dtype[np.uint8]]
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             import gradio  # noqa: F401
         except ImportError as error:
             raise ValueError("the page needs gradio: pip install 't2i_lm[demo]'") from error
-        from t2i_lm.runs import find_run
-        from t2i_lm.trained import load_trained
+        from t2i_lm.experiment.restore import load_trained
+        from t2i_lm.storage.run_folder import find_run
 
         page(load_trained(find_run(options.checkpoint))).launch(server_name="127.0.0.1", server_port=options.port)
     except (ValueError, OSError) as error:
@@ -57,7 +57,7 @@ def page(model: "Model") -> Any:
     """The page as a gradio `Blocks`."""
     import gradio
 
-    from t2i_lm.drawing import sampling_of
+    from t2i_lm.generation.images import sampling_of
 
     usual = sampling_of(model.config.samples)
 
@@ -98,7 +98,7 @@ def answer(
     """
     from dataclasses import replace
 
-    from t2i_lm.drawing import sampling_of
+    from t2i_lm.generation.images import sampling_of
     from t2i_lm.sample import require_fitting
 
     if not prompt.strip():
@@ -117,7 +117,7 @@ def answer(
 
 def frames(model: "Model", prompt: str, sampling: "Sampling", seed: int) -> "Iterator[tuple[Picture, Picture]]":
     """The picture and its grid of ids after every row of the grid, undrawn parts grey; the last is complete."""
-    from t2i_lm.drawing import caption_prompts, draw_codes
+    from t2i_lm.generation.images import caption_prompts, draw_codes
 
     assert model.image is not None
     columns = model.image.grid[1]
@@ -149,7 +149,7 @@ def _frame(model: "Model", codes_N: "Tensor") -> "tuple[Picture, Picture]":
     from matplotlib import colormaps
     from PIL import Image
 
-    from t2i_lm.drawing import decode
+    from t2i_lm.generation.images import decode
 
     assert model.image is not None
     undrawn_hw = (codes_N < 0).view(model.image.grid).numpy()

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.hashing import file_sha256
-from t2i_lm.measurements import MEASUREMENTS, Measurement
-from t2i_lm.protocol import HEADLINE
-from t2i_lm.runs import find_run
+from t2i_lm.evaluation.measurements import MEASUREMENTS, Measurement
+from t2i_lm.evaluation.protocol_card import HEADLINE
+from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.run_folder import find_run
 
 EXAMPLE = """example:
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --coco coco --weights inception.pth
@@ -107,11 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given: dict[str, Any], run: Path) -> int:
     import torch
 
-    from t2i_lm.devices import global_rank, world_size
-    from t2i_lm.drawing import prepare_drawing
-    from t2i_lm.parts import write_whole
-    from t2i_lm.subject import Subject
-    from t2i_lm.trained import load_trained, newest_checkpoint, picture_config
+    from t2i_lm.evaluation.base import Subject
+    from t2i_lm.experiment.restore import load_trained, newest_checkpoint, picture_config
+    from t2i_lm.generation.images import prepare_drawing
+    from t2i_lm.runtime.devices import global_rank, world_size
+    from t2i_lm.storage.resumable import write_whole
 
     rank, world = global_rank(), world_size()
     if world > 1 and "RANK" not in os.environ:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from t2i_lm.build import Experiment
+    from t2i_lm.experiment.build import Experiment
 
 EXAMPLE = "example: python -m t2i_lm.export runs/text_lm/20260102-030405-demo --out my_lm"
 # Openings of the completions shown on a language model's card.
@@ -60,10 +60,10 @@ def export(run: Path, out: Path, dtype: str) -> dict[str, Any]:
     """
     import torch
 
-    from t2i_lm.build import build
-    from t2i_lm.load import load_experiment
-    from t2i_lm.runs import CONFIG, find_run, read_run
-    from t2i_lm.trained import newest_checkpoint
+    from t2i_lm.config.load import load_experiment
+    from t2i_lm.experiment.build import build
+    from t2i_lm.experiment.restore import newest_checkpoint
+    from t2i_lm.storage.run_folder import CONFIG, find_run, read_run
 
     run = find_run(run)
     checkpoint = newest_checkpoint(run)
@@ -87,9 +87,9 @@ def export(run: Path, out: Path, dtype: str) -> dict[str, Any]:
 
 def export_decoder(experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]) -> dict[str, Any]:
     """An expanded decoder under its library's names, its rows joined, with its id ranges."""
-    from t2i_lm.models.adapters import merge_adapters
     from t2i_lm.models.decoder import Decoder
     from t2i_lm.models.huggingface import HuggingFaceDecoder, save_huggingface
+    from t2i_lm.models.lora import merge_adapters
     from t2i_lm.models.open_lm import save_open_lm
     from t2i_lm.modules.base import DecoderModule
 
@@ -109,7 +109,7 @@ def export_language_model(
     experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]
 ) -> dict[str, Any]:
     """A backbone with its tokenizer; held-out bits a byte and ten completions of the weights as shipped."""
-    from t2i_lm.data.tokens import open_split
+    from t2i_lm.data.shards.format import open_split
     from t2i_lm.models.decoder import Decoder
     from t2i_lm.models.open_lm import load_open_lm, save_open_lm
     from t2i_lm.modules.text import TextModule
@@ -185,9 +185,9 @@ def tokenizer_numbers(tokenizer: Any, pictures: Any) -> dict[str, Any]:
     """PSNR, codes used and, for scenes, what the checker still reads from reconstructions of held-out pictures."""
     import torch
 
-    from t2i_lm.data.captions import ATTRIBUTES
-    from t2i_lm.data.scene_checker import check, shares_right
-    from t2i_lm.data.scene_source import SceneSource
+    from t2i_lm.data.scenes.captions import ATTRIBUTES
+    from t2i_lm.data.scenes.checker import check, shares_right
+    from t2i_lm.data.scenes.source import SceneSource
 
     squares, pictures_seen = 0.0, 0
     used = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)

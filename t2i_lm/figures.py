@@ -9,15 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2i_lm.arms import Pair, progress, scalar_series, series
-from t2i_lm.figure_text import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
-from t2i_lm.pairing import Group, find_group, find_pair
+from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
+from t2i_lm.plots.curves import Pair, progress, scalar_series, series
+from t2i_lm.plots.pairing import Group, find_group, find_pair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from t2i_lm.plots import Panel
-    from t2i_lm.runs import Run
+    from t2i_lm.plots.panels import Panel
+    from t2i_lm.storage.run_folder import Run
 
 EXAMPLE = """example:
   python -m t2i_lm.figures
@@ -57,14 +57,14 @@ class Drawing:
 
     def save(self, stem: Path) -> list[Path]:
         """Writes STEM.png and STEM.pdf."""
-        from t2i_lm.plots import save_figure
+        from t2i_lm.plots.panels import save_figure
 
         return save_figure(self.figure, stem, self.title, self.caption)
 
 
 def figure2(request: Request) -> Drawing:
     """Figure 2: published zero-shot COCO FIDs by release date, and those of our runs (Section 1)."""
-    from t2i_lm.published import draw_systems, own_systems, published_systems, system_table, systems_caption
+    from t2i_lm.plots.published import draw_systems, own_systems, published_systems, system_table, systems_caption
 
     systems = [*published_systems(), *own_systems(request.root)]
     title = "Figure 2. Zero-shot FID on COCO of auto-regressive and diffusion models against their release date"
@@ -95,7 +95,7 @@ def figure5(request: Request) -> Drawing:
 
 def figure6(request: Request) -> Drawing:
     """Figure 6: contrastive alignment of image rows with text rows, loss and temperature (Section 3.2)."""
-    from t2i_lm.plots import Panel
+    from t2i_lm.plots.panels import Panel
 
     arms = find_group(request.root, FIGURE6)
     pairs = arms["align"].config["data"]["batch_size"]
@@ -118,8 +118,8 @@ def figure_inits(request: Request) -> Drawing:
 
 def figure_forgetting(request: Request) -> Drawing:
     """Forgetting: held-out text against tokens seen, over the text rows and over all rows (Table 1, as curves)."""
-    from t2i_lm.plots import ARM_STYLES, Panel, draw_panels
-    from t2i_lm.tradeoff import question_table, text_series
+    from t2i_lm.plots.panels import ARM_STYLES, Panel, draw_panels
+    from t2i_lm.plots.tradeoff import question_table, text_series
 
     arms = find_group(request.root, FORGETTING)
     title = "What a language model forgets as it learns to draw: held-out text"
@@ -135,7 +135,7 @@ def figure_forgetting(request: Request) -> Drawing:
 
 def figure_remedies(request: Request) -> Drawing:
     """Remedies: what is kept of the language against what it costs in image loss."""
-    from t2i_lm.tradeoff import draw_tradeoff, point_of, remedy_group, scratch_of, tradeoff_table
+    from t2i_lm.plots.tradeoff import draw_tradeoff, point_of, remedy_group, scratch_of, tradeoff_table
 
     arms = find_group(request.root, remedy_group(request.root))
     points = [point_of(arm, run) for arm, run in arms.items()]
@@ -204,7 +204,7 @@ def _draw_group(
     unit: str = "nll",
 ) -> Drawing:
     """Curves of all arms, one panel a modality; the reference comes last and is drawn on top."""
-    from t2i_lm.plots import Panel
+    from t2i_lm.plots.panels import Panel
 
     arms = find_group(request.root, group)
     order = [*list(arms)[1:], next(iter(arms))]
@@ -219,7 +219,7 @@ def _draw_group(
 def _group_drawing(
     group: Group, arms: "dict[str, Run]", title: str, panels: "list[Panel]", labels: dict[str, str], modality: str
 ) -> Drawing:
-    from t2i_lm.plots import ARM_STYLES, draw_panels
+    from t2i_lm.plots.panels import ARM_STYLES, draw_panels
 
     caption = f"{title}. {group_caption(arms, list(group.experiments))}"
     legend = {arm: labels.get(arm, ARM_STYLES[arm].label) for arm in panels[0].series}
@@ -229,7 +229,7 @@ def _group_drawing(
 
 def _draw_pair(pair: Pair, title: str, modalities: dict[str, str], how: str) -> Drawing:
     """Perplexity curves of both arms, one panel a modality."""
-    from t2i_lm.plots import ARM_STYLES, Panel, draw_panels
+    from t2i_lm.plots.panels import ARM_STYLES, Panel, draw_panels
 
     floor = pair.text_floor_nll()
     panels = [

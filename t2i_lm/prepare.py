@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.load import load_experiment
-from t2i_lm.options import add_scale
+from t2i_lm.config.load import load_experiment
+from t2i_lm.runtime.command_line import add_scale
 
 EXAMPLE = """example:
   python -m t2i_lm.prepare experiments/t2i_pretrained.yaml --scale demo data.train_size=1000
@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.require_paths()
         if options.check and config.task == "text":
             raise ValueError(f"--check: task={config.task} has no pictures")
-        from t2i_lm.build import open_image, prepare
-        from t2i_lm.data.preparation import equal_ids
-        from t2i_lm.data.tokens import read_index
-        from t2i_lm.devices import local_rank
+        from t2i_lm.data.shards.format import read_index
+        from t2i_lm.data.shards.prepare import equal_ids
+        from t2i_lm.experiment.build import open_image, prepare
+        from t2i_lm.runtime.devices import local_rank
 
         rank = local_rank()
         if options.check:

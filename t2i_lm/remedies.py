@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from t2i_lm.config import ExperimentConfig
-from t2i_lm.jobs import Job, run_jobs, unfinished
-from t2i_lm.load import load_experiment
-from t2i_lm.options import NO_PICTURES, add_jobs, add_scale
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import load_experiment
+from t2i_lm.runtime.command_line import NO_PICTURES, add_jobs, add_scale
 from t2i_lm.train import FAILURES
+from t2i_lm.training.jobs import Job, run_jobs, unfinished
 
 EXAMPLE = """example:
   python -m t2i_lm.remedies --text heldout.txt.gz --replay books.txt.gz --jobs 2 trainer.max_steps=1000

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from t2i_lm.build import Model
+    from t2i_lm.experiment.build import Model
     from t2i_lm.models.generate import Sampling
 
 EXAMPLE = """example:
@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompts = read_prompts(options.prompt, options.prompts)
         if options.each < 1:
             raise ValueError(f"--each {options.each}: expected at least 1")
-        from t2i_lm.drawing import prepare_drawing
-        from t2i_lm.runs import find_run
-        from t2i_lm.trained import load_trained
+        from t2i_lm.experiment.restore import load_trained
+        from t2i_lm.generation.images import prepare_drawing
+        from t2i_lm.storage.run_folder import find_run
 
         run = find_run(options.checkpoint)
         out = options.out or run / "drawn" / time.strftime("%Y%m%d-%H%M%S")
@@ -99,7 +99,7 @@ def chosen_sampling(model: "Model", options: argparse.Namespace) -> "Sampling":
     """
     from dataclasses import replace
 
-    from t2i_lm.drawing import sampling_of
+    from t2i_lm.generation.images import sampling_of
 
     named = {
         "temperature": options.temperature,
@@ -123,7 +123,7 @@ def require_fitting(model: "Model", prompts: Sequence[str]) -> None:
     Raises:
         ValueError: if the model takes no captions, or naming the first prompt that is too long.
     """
-    from t2i_lm.drawing import caption_layout
+    from t2i_lm.generation.images import caption_layout
 
     layout, text = caption_layout(model)
     for prompt in prompts:
@@ -145,9 +145,9 @@ def sample(model: "Model", prompts: Sequence[str], each: int, seed: int, samplin
     from PIL import Image
     from rich.progress import Progress
 
-    from t2i_lm.drawing import draw_captions, seeds_of
-    from t2i_lm.grid import captioned_grid
-    from t2i_lm.parts import whole_folder
+    from t2i_lm.generation.grid import captioned_grid
+    from t2i_lm.generation.images import draw_captions, seeds_of
+    from t2i_lm.storage.resumable import whole_folder
 
     require_fitting(model, prompts)
     captions = [prompt for prompt in prompts for _ in range(each)]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from t2i_lm.jobs import Job, find_equal, run_jobs, unfinished
-from t2i_lm.load import flatten, load_experiment
-from t2i_lm.options import NO_PICTURES, add_jobs, add_scale
+from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.runtime.command_line import NO_PICTURES, add_jobs, add_scale
 from t2i_lm.train import FAILURES
+from t2i_lm.training.jobs import Job, find_equal, run_jobs, unfinished
 
 EXAMPLE = """example:
   python -m t2i_lm.sweep optim.lr=1.5e-3,3e-3,6e-3 --jobs 2
@@ -103,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         failed = run_jobs(missing, options.jobs, keep_going=True)
         if failed > 128:  # stopped by a signal
             return failed
-        from t2i_lm.plots import save_figure
-        from t2i_lm.runs import read_run
-        from t2i_lm.sweep_figure import Outcome, draw_sweep, sweep_caption, sweep_table
+        from t2i_lm.plots.panels import save_figure
+        from t2i_lm.plots.sweep import Outcome, draw_sweep, sweep_caption, sweep_table
+        from t2i_lm.storage.run_folder import read_run
 
         outcomes = []
         for (arm, value, *_), job in jobs.items():

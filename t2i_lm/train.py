@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.config import ExperimentConfig
-from t2i_lm.load import load_experiment
-from t2i_lm.options import add_scale
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import load_experiment
+from t2i_lm.runtime.command_line import add_scale
 
 EXAMPLE = """example:
   python -m t2i_lm.train experiments/t2i_pretrained.yaml --scale demo trainer.max_steps=50
@@ -42,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, folder = _configure(options)
         if options.dry_run:
-            from t2i_lm.dry_run import describe
+            from t2i_lm.experiment.dry_run import describe
 
             print(describe(config))
             return 0
         config.require_paths()
-        from t2i_lm.session import run  # torch and Lightning, only once the config is known to be right
+        from t2i_lm.training.run import run  # torch and Lightning, only once the config is known to be right
 
         return run(config, folder, resume=options.resume is not None)
     except FAILURES as error:
@@ -59,7 +59,7 @@ def _configure(options: argparse.Namespace) -> tuple[ExperimentConfig, Path | No
     """The resolved config and the run folder: an existing one when resuming, else None."""
     if options.resume is None:
         return load_experiment(options.experiment, options.scale, options.overrides), None
-    from t2i_lm.runs import CONFIG, REPORT, run_folders
+    from t2i_lm.storage.run_folder import CONFIG, REPORT, run_folders
 
     if options.resume == "latest":
         config = load_experiment(options.experiment, options.scale, options.overrides)
@@ -96,7 +96,7 @@ RESUMABLE = (
 
 
 def _mismatch(saved: ExperimentConfig, resumed: ExperimentConfig) -> str | None:
-    from t2i_lm.load import flatten
+    from t2i_lm.config.load import flatten
 
     before, after = flatten(saved), flatten(resumed)
     for key, value in before.items():

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.strategies import Strategy
 from torch.distributed.tensor.debug import CommDebugMode
 
-from t2i_lm.devices import global_rank
+from t2i_lm.runtime.devices import global_rank
 from t2i_lm.train import main
 
 # Operations that bring gradients together; all-gathers bring weights.

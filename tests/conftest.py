@@ -40,10 +40,10 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that shrink a demo experiment to seconds: real parts, tiny and untrained, in a folder of their own."""
-    from t2i_lm.data.scene_source import SceneSource
+    from t2i_lm.config.sections import VQModelConfig
+    from t2i_lm.data.scenes.source import SceneSource
     from t2i_lm.models.decoder import Decoder
     from t2i_lm.models.open_lm import decoder_config, save_open_lm
-    from t2i_lm.sections import VQModelConfig
     from t2i_lm.tokenizers.text import train_sentencepiece
     from t2i_lm.tokenizers.vq import PatchedVQ, save_tokenizer
 
@@ -91,6 +91,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of random weights for torch-fidelity's Inception."""
-    from tests.coco_folder import write_weights
+    from tests.data.coco_folder import write_weights
 
     return write_weights(tmp_path_factory.mktemp("inception") / "weights.pth")

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from t2i_lm.ablate import main
-from t2i_lm.build import build
+from t2i_lm.config.load import load_experiment
+from t2i_lm.experiment.build import build
 from t2i_lm.export import main as export
-from t2i_lm.load import load_experiment
 from t2i_lm.models.freeze import FREEZE_GROUPS, group_members
 from t2i_lm.models.open_lm import load_open_lm
 from t2i_lm.modules.unconditional import UnconditionalImageModule
-from t2i_lm.runs import Run, read_run, run_folders
+from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main as train
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks import fid, generate, head, loader, peers, rounds, shards, train_step, trainer_overhead
-from t2i_lm.sections import DataConfig
+from t2i_lm.config.sections import DataConfig
 from tests.test_layers import MODULES, imports
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from t2i_lm.demo import PIXELS, UNDRAWN, answer, frames, main, page
-from t2i_lm.drawing import draw_captions
+from t2i_lm.experiment.restore import load_trained
+from t2i_lm.generation.images import draw_captions
 from t2i_lm.models.generate import Sampling
-from t2i_lm.trained import load_trained
 from tests.test_sample import PROMPT, run
 
 __all__ = ["run"]

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from t2i_lm.evaluate import main, parser
-from t2i_lm.parts import Parts
-from t2i_lm.runs import ENVIRONMENT, run_folders
+from t2i_lm.storage.resumable import Parts
+from t2i_lm.storage.run_folder import ENVIRONMENT, run_folders
 from t2i_lm.train import main as train
 from tests.callbacks.toy_run import finish, free_port, server
-from tests.coco_folder import CAPTION, write_coco
+from tests.data.coco_folder import CAPTION, write_coco
 
 ROOT = Path(__file__).parents[1]
 # The full check takes the network's last layer, and more pictures than that has features: FID_PICTURES=2500.

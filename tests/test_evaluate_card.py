@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from t2i_lm.backbones import COMPILERS
 from t2i_lm.evaluate import _default_name, main, parser
+from t2i_lm.models.factory import COMPILERS
 from tests.test_evaluate import coco, command, read, run
 
 __all__ = ["coco", "command", "run"]

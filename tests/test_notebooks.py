@@ -13,11 +13,11 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-from tests.synthetic_runs import write_run
+from tests.plots.synthetic_runs import write_run
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
-ALLOWED = {"t2i_lm.figures", "t2i_lm.load"}
+ALLOWED = {"t2i_lm.figures", "t2i_lm.config.load"}
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_lm.build import build
-from t2i_lm.data.preparation import prepare_pairs, prepare_text
-from t2i_lm.data.tokenise import text_rows
-from t2i_lm.data.tokens import open_split, read_index
-from t2i_lm.load import load_experiment
+from t2i_lm.config.load import load_experiment
+from t2i_lm.data.shards.format import open_split, read_index
+from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
+from t2i_lm.data.shards.tokenize import text_rows
+from t2i_lm.experiment.build import build
 from t2i_lm.prepare import main
 from t2i_lm.tokenizers.text import SentencePieceTokenizer, train_sentencepiece
 from t2i_lm.tokenizers.vq import VQTokenizer

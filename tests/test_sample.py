@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_lm.drawing import caption_prompts, computing, draw_codes, prepare_drawing
+from t2i_lm.experiment.restore import load_trained
+from t2i_lm.generation.images import caption_prompts, computing, draw_codes, prepare_drawing
 from t2i_lm.models.float8 import use_float8
-from t2i_lm.runs import ENVIRONMENT, run_folders
 from t2i_lm.sample import main, parser
+from t2i_lm.storage.run_folder import ENVIRONMENT, run_folders
 from t2i_lm.train import main as train
-from t2i_lm.trained import load_trained
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red circle on a white background"

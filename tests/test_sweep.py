@@ -5,10 +5,10 @@ from statistics import fmean, stdev
 
 import pytest
 
-from t2i_lm.runs import read_run, run_folders
+from t2i_lm.plots.sweep import Outcome, draw_sweep, sweep_caption, sweep_table
+from t2i_lm.storage.run_folder import read_run, run_folders
 from t2i_lm.sweep import main, parser, planned, split_keys
-from t2i_lm.sweep_figure import Outcome, draw_sweep, sweep_caption, sweep_table
-from tests.synthetic_runs import write_run
+from tests.plots.synthetic_runs import write_run
 
 SWEPT = ["optim.lr=1e-3,3e-3", "seed=0,1"]
 

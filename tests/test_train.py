@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from t2i_lm.runs import Run, read_run, run_folders
+from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
 
 ROOT = Path(__file__).parents[1]

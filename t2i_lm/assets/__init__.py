@@ -3,7 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
-from t2i_lm import hub
+from t2i_lm.storage import hub
 
 PREFIX = "asset:"
 

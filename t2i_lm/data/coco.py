@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i_lm.hashing import file_sha256
+from t2i_lm.storage.hashing import file_sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,7 +146,7 @@ def read_pictures(coco: Coco, names: Sequence[str]) -> "tuple[list[Image.Image],
     """
     import io
 
-    from t2i_lm.data.pictures import RejectedPairError, decode_image
+    from t2i_lm.data.images import RejectedPairError, decode_image
 
     images, digests = [], []
     for name in names:

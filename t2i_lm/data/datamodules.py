@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from t2i_lm.config import ExperimentConfig
-from t2i_lm.data.columns import PairColumns
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.data.images import RejectedPairError, centre_crop
 from t2i_lm.data.pairs import CaptionedSource
-from t2i_lm.data.pictures import RejectedPairError, centre_crop
 from t2i_lm.data.sampler import Draw, IndexSampler
+from t2i_lm.data.shards.columns import PairColumns
+from t2i_lm.data.shards.format import choose_caption, leaves_out_caption, open_split
+from t2i_lm.data.shards.tokenize import stack_pictures
 from t2i_lm.data.sources import open_sized
-from t2i_lm.data.tokenise import stack_pictures
-from t2i_lm.data.tokens import choose_caption, leaves_out_caption, open_split
-from t2i_lm.devices import uses_gpu
-from t2i_lm.sequence import ImageLayout, IntArray, Layout
+from t2i_lm.runtime.devices import uses_gpu
+from t2i_lm.tokenizers.layout import ImageLayout, IntArray, Layout
 
 # `ids_BT` int64, `samples` int, `tokens_nominal` int (positions), `tokens_real` 0-d int64 (pads excluded).
 Batch = dict[str, Any]

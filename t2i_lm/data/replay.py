@@ -14,14 +14,14 @@ import numpy.typing as npt
 import torch
 from filelock import FileLock
 
-from t2i_lm.config import ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, Batches, PairBatches, PairDataModule
 from t2i_lm.data.sampler import REPLAYED, Draw
+from t2i_lm.data.shards.format import open_split, read_index, write_index
+from t2i_lm.data.shards.tokenize import write_text_split
 from t2i_lm.data.text import read_documents
-from t2i_lm.data.tokenise import write_text_split
-from t2i_lm.data.tokens import open_split, read_index, write_index
-from t2i_lm.sequence import Layout
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.layout import Layout
 
 
 class ReplayBatches(Batches):

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from t2i_lm.config.sections import DataConfig
+from t2i_lm.data.images import RejectedPairError, captions_of, decode_image
 from t2i_lm.data.pairs import CaptionedSource, Pair, Sample, StreamedSource
-from t2i_lm.data.pictures import RejectedPairError, captions_of, decode_image
-from t2i_lm.data.scene_source import SceneSource
+from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.tars import TarFolder, open_tars
-from t2i_lm.sections import DataConfig
 
 # Share of a source without a validation part of its own that is held out, by position.
 HELD_OUT_EVERY = 20

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from t2i_lm.models.cache import KVCache, Window
-from t2i_lm.models.packed import Packed
+from t2i_lm.models.packing import Packed
 
 POSITIONS = ("rotary", "llama_rotary", "head_rotary", "none")
 ROTARY = ("rotary", "llama_rotary")

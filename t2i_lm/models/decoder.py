@@ -19,7 +19,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.cache import KVCache, Window
 from t2i_lm.models.feed_forward import FEED_FORWARDS, fan_in_normal_
 from t2i_lm.models.norms import NORMS
-from t2i_lm.models.packed import Packed
+from t2i_lm.models.packing import Packed
 from t2i_lm.models.token_rows import Embedding, Output
 from t2i_lm.models.wanted import Wanted
 

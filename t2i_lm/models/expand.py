@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.feed_forward import fan_in_normal_
 from t2i_lm.models.token_rows import TokenRows
-from t2i_lm.vocab import SPECIALS, JointVocab
+from t2i_lm.tokenizers.joint_vocab import SPECIALS, JointVocab
 
 # Of `mean_rows`: how much of the random draw is added, so that no two rows start equal.
 MEAN_NOISE = 0.01

@@ -3,7 +3,7 @@
 from torch import nn
 
 from t2i_lm.models.backbone import Backbone
-from t2i_lm.models.shard import blocks_of
+from t2i_lm.models.fsdp import blocks_of
 
 # What the sizes of a float8 product must be multiples of.
 MULTIPLE = 16

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from t2i_lm.models.backbone import Backbone
-from t2i_lm.vocab import JointVocab
+from t2i_lm.tokenizers.joint_vocab import JointVocab
 
 # Rows of a batch at least, but in float32: products of a single one are rounded as no others.
 LEAST_ROWS = 2

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import Embedding, Output
-from t2i_lm.seeds import seeded
+from t2i_lm.runtime.seeds import seeded
 
 # Relative to the largest logit: what reordered float32 sums may differ by.
 TOLERANCE = 1e-4

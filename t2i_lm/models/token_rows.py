@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i_lm.losses import TokenLoss, linear_cross_entropy
+from t2i_lm.models.cross_entropy import TokenLoss, linear_cross_entropy
 
 
 class TokenRows(nn.Module):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from t2i_lm.models.packed import Packed
+from t2i_lm.models.packing import Packed
 
 
 class Wanted(NamedTuple):

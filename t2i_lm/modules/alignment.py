@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from t2i_lm.config import ExperimentConfig
-from t2i_lm.models.align import bag_of_words, contrastive_nll, gather
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.models.contrastive import bag_of_words, contrastive_nll, gather
 from t2i_lm.models.token_rows import Embedding
 from t2i_lm.modules.base import OptimisedModule
 

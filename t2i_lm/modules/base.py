@@ -1,7 +1,8 @@
 """What every language-modelling task shares: the step, the exact token mean and the optimiser.
 
-A step returns sums and counts per modality (`callbacks.contract`); the loss that is differentiated is the (weighted)
-mean over all tokens of the *global* batch, pads excluded, however the batch is cut over ranks and micro-batches.
+A step returns sums and counts per modality (`callbacks.base.contract`); the loss that is differentiated is the
+(weighted) mean over all tokens of the *global* batch, pads excluded, however the batch is cut over ranks and
+micro-batches.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from t2i_lm.config import ExperimentConfig
-from t2i_lm.losses import TokenLoss, loss_backend, split_sums
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.cross_entropy import TokenLoss, loss_backend, split_sums
 from t2i_lm.models.float8 import use_float8
-from t2i_lm.models.shard import shard
+from t2i_lm.models.fsdp import shard
 from t2i_lm.models.wanted import Wanted
-from t2i_lm.modules.anchor import Anchor
-from t2i_lm.optim import OPTIMIZERS, cosine_with_warmup
+from t2i_lm.modules.l2_sp import Anchor
+from t2i_lm.modules.optim import OPTIMIZERS, cosine_with_warmup
 
 # Processes that hold copies, and those that share one.
 MESH = ("replicate", "shard")
@@ -32,7 +33,7 @@ class OptimisedModule(pl.LightningModule):
     """A module trained as its experiment's `optim` says.
 
     Attributes:
-        gradient_norm: total norm of this step's gradient, 0-d, where a callback has taken it (`callbacks.contract`).
+        gradient_norm: total norm of this step's gradient, 0-d, where a callback took it (`callbacks.base.contract`).
         gradient_scale: what this step's gradient is multiplied by before it is clipped, 0-d; None for 1.
     """
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from t2i_lm.config import ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.modules.base import OptimisedModule
 from t2i_lm.tokenizers.pixels import to_uint8, to_unit
 from t2i_lm.tokenizers.vq import PatchedVQ

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from t2i_lm.config import ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.modules.base import DecoderModule
-from t2i_lm.sequence import MODALITIES, PAD, Layout, modality_of_target
+from t2i_lm.tokenizers.layout import MODALITIES, PAD, Layout, modality_of_target
 
 # Targets of replayed text: a modality of their own behind the others, in runs that replay.
 REPLAY = len(MODALITIES)

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from t2i_lm.config import ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.modules.base import DecoderModule
-from t2i_lm.sequence import BOUNDARY, IMAGE, ImageLayout, modality_of_target
+from t2i_lm.tokenizers.layout import BOUNDARY, IMAGE, ImageLayout, modality_of_target
 
 
 class UnconditionalImageModule(DecoderModule):

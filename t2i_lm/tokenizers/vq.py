@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from t2i_lm.hashing import file_sha256
-from t2i_lm.sections import VQModelConfig
+from t2i_lm.config.sections import VQModelConfig
+from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.tokenizers import movqgan
 from t2i_lm.tokenizers.pixels import to_uint8, to_unit
 

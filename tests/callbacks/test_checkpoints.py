@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 
 import callbacks.checkpoints
 from callbacks import CorruptCheckpointError, EventLog, RunCheckpoints, find_resumable
-from callbacks.checkpoint_io import digest_of, verify
 from callbacks.checkpoints import checkpoint_path, checkpoints, step_of
+from callbacks.files.checkpoint_io import digest_of, verify
 from tests.callbacks.toy_model import Toy
 from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, build, lines
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from callbacks import DurableCheckpointIO, EventLog, find_resumable
-from callbacks.checkpoint_io import digest_of
 from callbacks.checkpoints import checkpoints, step_of
+from callbacks.files.checkpoint_io import digest_of
 from tests.callbacks.toy_model import Toy
 from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, finish, free_port, lines, run_to_end, start
 

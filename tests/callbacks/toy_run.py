@@ -40,8 +40,8 @@ from callbacks import (
     Throughput,
     find_resumable,
 )
-from callbacks.checkpoint_io import _HashingFile
 from callbacks.checkpoints import step_of
+from callbacks.files.checkpoint_io import _HashingFile
 from tests.callbacks.toy_model import Toy, ToyData, ToyModule
 
 METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "events.log", "checkpoints"
@@ -189,9 +189,9 @@ def _watch_saves(toy: Toy, at: int, then: str) -> None:
         def __init__(self, file: Any) -> None:
             self.write = watched(file.write)
 
-    import callbacks.checkpoint_io
+    import callbacks.files.checkpoint_io
 
-    callbacks.checkpoint_io._HashingFile = WatchedFile  # type: ignore[misc]
+    callbacks.files.checkpoint_io._HashingFile = WatchedFile  # type: ignore[misc]
     os.fsync = watched(os.fsync)
     os.replace = watched(os.replace)
 

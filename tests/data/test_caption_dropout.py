@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_lm.build import Experiment, build
-from t2i_lm.config import ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import load_experiment
+from t2i_lm.config.sections import DataConfig, OptimConfig, TrainerConfig
 from t2i_lm.data.datamodules import PairBatches, PairDataModule, make_sampler
 from t2i_lm.data.sampler import Draw
-from t2i_lm.data.tokens import pair_features, part_folder, read_part, write_index, write_part
-from t2i_lm.drawing import caption_prompts, draw_codes
-from t2i_lm.load import load_experiment
+from t2i_lm.data.shards.format import pair_features, part_folder, read_part, write_index, write_part
+from t2i_lm.experiment.build import Experiment, build
+from t2i_lm.generation.images import caption_prompts, draw_codes
 from t2i_lm.models.generate import Sampling
-from t2i_lm.sections import DataConfig, OptimConfig, TrainerConfig
-from t2i_lm.sequence import Layout
-from t2i_lm.vocab import JointVocab
+from t2i_lm.tokenizers.joint_vocab import JointVocab
+from t2i_lm.tokenizers.layout import Layout
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = Layout(JointVocab(100, 8), image_tokens=4, length=24)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_lm.data.pictures import MAX_PIXELS, RejectedPairError, centre_crop, decode_image
+from t2i_lm.config.sections import DataConfig
+from t2i_lm.data.images import MAX_PIXELS, RejectedPairError, centre_crop, decode_image
 from t2i_lm.data.sources import open_source
-from t2i_lm.sections import DataConfig
 from tests.data.tar_file import write_tar
 
 

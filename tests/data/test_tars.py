@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_lm.data.pictures import RejectedPairError
+from t2i_lm.config.load import load_experiment
+from t2i_lm.config.sections import DataConfig
+from t2i_lm.data.images import RejectedPairError
+from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.sources import open_source
 from t2i_lm.data.tars import open_tars
-from t2i_lm.data.tokens import open_split
-from t2i_lm.load import load_experiment
 from t2i_lm.prepare import main
-from t2i_lm.sections import DataConfig
 from tests.data.tar_file import write_tar
 
 ROOT = Path(__file__).parents[2]

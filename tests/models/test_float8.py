@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from t2i_lm.models.adapters import add_adapters
+from t2i_lm.config.sections import OptimConfig, TrainerConfig
 from t2i_lm.models.float8 import float8_layers, multiplies_in_float8, use_float8
+from t2i_lm.models.lora import add_adapters
+from t2i_lm.modules.optim import adamw
 from t2i_lm.modules.text_to_image import TextToImageModule
-from t2i_lm.optim import adamw
-from t2i_lm.sections import OptimConfig, TrainerConfig
-from tests.models.test_packed import PLAIN, VARIANTS, batches, make
+from tests.models.test_packing import PLAIN, VARIANTS, batches, make
 
 LINEAR = ("attention.in_proj", "attention.out_proj", "feed_forward.w12", "feed_forward.w3")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from t2i_lm.config.sections import OptimConfig
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import (
@@ -16,8 +17,7 @@ from t2i_lm.models.freeze import (
     tune_only,
 )
 from t2i_lm.models.open_lm import decoder_config
-from t2i_lm.optim import adamw
-from t2i_lm.sections import OptimConfig
+from t2i_lm.modules.optim import adamw
 
 
 def expanded(**changes: object) -> Decoder:

@@ -10,10 +10,10 @@ import torch
 from t2i_lm.export import main as export
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import FREEZE_GROUPS, freeze, group_members, tune_only
+from t2i_lm.models.fsdp import blocks_of
 from t2i_lm.models.generate import generate
 from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
-from t2i_lm.models.shard import blocks_of
-from t2i_lm.runs import read_run, run_folders
+from t2i_lm.storage.run_folder import read_run, run_folders
 from t2i_lm.train import main
 
 transformers = pytest.importorskip("transformers")

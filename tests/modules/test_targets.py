@@ -9,19 +9,19 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2i_lm.config import ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.remedy_sections import DistilConfig, LossConfig
+from t2i_lm.config.sections import DataConfig, OptimConfig
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.open_lm import decoder_config
 from t2i_lm.modules.base import DecoderModule, Targets
-from t2i_lm.modules.distilled import DistilledModule
+from t2i_lm.modules.distillation import DistilledModule
+from t2i_lm.modules.optim import OPTIMIZERS
 from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
-from t2i_lm.optim import OPTIMIZERS
-from t2i_lm.remedy_sections import DistilConfig, LossConfig
-from t2i_lm.sections import DataConfig, OptimConfig
-from t2i_lm.sequence import ImageLayout, Layout
+from t2i_lm.tokenizers.layout import ImageLayout, Layout
 from tests.test_train import PRETRAINED, train
 
 TEXT, IMAGES, LENGTH, END = 50, 12, 20, 2

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.joint_vocab import SPECIALS
 from t2i_lm.tokenizers.text import (
     JsonTokenizer,
     SentencePieceTokenizer,
@@ -14,7 +15,6 @@ from t2i_lm.tokenizers.text import (
     open_text_tokenizer,
     train_sentencepiece,
 )
-from t2i_lm.vocab import SPECIALS
 
 
 @pytest.fixture(scope="module")

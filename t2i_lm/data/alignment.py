@@ -1,0 +1,87 @@
+"""Caption-image pairs as bags of tokens, for contrastive alignment (Section 3.2).
+
+Shapes: `B` pairs, `N` image tokens, `L` caption tokens of all pairs.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.data.datamodules import Batch, BatchDataModule, CaptionedIds
+from t2i_lm.data.sampler import Draw
+from t2i_lm.data.shards.format import open_split
+from t2i_lm.tokenizers.layout import IntArray
+
+
+class BagBatches(CaptionedIds):
+    """Pairs without order or boundary tokens.
+
+    A batch holds `image_ids_BN` (codes), `text_ids_L` and `text_starts_B` (captions one after the other), and
+    `hashes_B2` of each caption and picture, by which duplicates are known across ranks.
+    """
+
+    def __init__(self, split: datasets.Dataset, captions: str, seed: int, shuffle_pairs: bool = False) -> None:
+        """With `shuffle_pairs`, every picture keeps the caption of another sample for the whole run."""
+        super().__init__(split, captions, seed)
+        self._partner: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        if shuffle_pairs:
+            cycle = np.random.default_rng([seed, 1]).permutation(len(self))
+            self._partner = np.empty_like(cycle)
+            self._partner[cycle] = np.roll(cycle, 1)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        texts, image_ids_BN = self.pairs(draws)
+        if self._partner is not None:
+            texts, _ = self.pairs([(epoch, int(self._partner[index])) for epoch, index in draws])
+        lengths_B = np.array([len(text) for text in texts])
+        tokens = int(lengths_B.sum()) + image_ids_BN.size
+        hashes = [[_hash(text), _hash(image)] for text, image in zip(texts, image_ids_BN, strict=True)]
+        return {
+            "image_ids_BN": torch.from_numpy(image_ids_BN.astype(np.int64)),
+            "text_ids_L": torch.from_numpy(np.concatenate(texts).astype(np.int64)),
+            "text_starts_B": torch.from_numpy(np.cumsum(lengths_B) - lengths_B),
+            "hashes_B2": torch.tensor(hashes),
+            "samples": len(draws),
+            "tokens_nominal": tokens,
+            "tokens_real": torch.tensor(tokens),
+        }
+
+
+def _hash(ids: IntArray) -> int:
+    digest = hashlib.blake2b(ids.astype(np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+class BagDataModule(BatchDataModule):
+    """Prepared pairs as bags. Validation leaves out what does not fill a batch: the loss depends on its size."""
+
+    def __init__(self, config: ExperimentConfig, folder: Path) -> None:
+        super().__init__(config)
+        self.folder = folder
+
+    def setup(self, stage: str) -> None:
+        """Maps the shards, checking their hashes.
+
+        Raises:
+            ValueError: if a split has fewer pairs than a batch.
+        """
+        data, seed, shuffle = self.config.data, self.config.seed, self.config.align.shuffle_pairs
+        self.train_set = BagBatches(open_split(self.folder, "train"), data.captions, seed, shuffle)
+        self.val_set = BagBatches(open_split(self.folder, "val"), "first", seed, shuffle)
+        for name, split in (("train", self.train_set), ("val", self.val_set)):
+            if len(split) < data.batch_size:
+                raise ValueError(f"data.batch_size={data.batch_size}: the {name} split has only {len(split)} pairs")
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Whole global batches of consecutive pairs, this rank's share of each."""
+        assert self.trainer is not None
+        size, share = self.config.data.batch_size, self.config.micro_batch
+        first = self.trainer.global_rank * share
+        starts = range(first, len(self.val_set) - size + first + 1, size)
+        return self._loader(self.val_set, [[(0, index) for index in range(start, start + share)] for start in starts])

@@ -1,0 +1,1 @@
+"""Generated scenes: layout, captions, images, and a checker that reads them back."""

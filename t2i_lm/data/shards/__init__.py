@@ -1,0 +1,1 @@
+"""Token shards: format, preparation and columns."""

@@ -1,0 +1,180 @@
+"""Token shards: Arrow files written by `datasets`, memory-mapped, beside an index with counts and hashes.
+
+A folder holds `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. A part is written beside its
+place and then renamed, with its own `part.json`, so a preparation that was killed goes on after the last whole
+part. Pair shards have columns `id`, `image_ids` (fixed-size uint16), `text_ids` (all captions, a list of lists)
+and `meaning` (JSON, scenes only); text shards have `text_ids` (length + 1 ids: neighbours overlap by one, so
+every token is a target once) and `bytes`. Text and image ids are kept apart because their joint vocabulary does
+not fit uint16.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.resumable import write_whole
+
+# Progress is `prepare`'s own.
+datasets.disable_progress_bars()
+
+PART = "part.json"
+CARD_BIN = 10  # caption lengths of one row of a card's histogram
+Rows = Callable[[], Iterator[dict[str, Any]]]
+
+
+def text_features(text_vocab: int, length: int) -> datasets.Features:
+    """Schema of text shards of rows of `length` + 1 ids."""
+    ids = datasets.Value("uint16" if text_vocab <= 2**16 else "uint32")
+    return datasets.Features({"text_ids": datasets.List(ids, length=length + 1), "bytes": datasets.Value("int32")})
+
+
+def pair_features(text_vocab: int, image_tokens: int) -> datasets.Features:
+    """Schema of caption-image shards."""
+    ids = datasets.Value("uint16" if text_vocab <= 2**16 else "uint32")
+    return datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "image_ids": datasets.List(datasets.Value("uint16"), length=image_tokens),
+            "text_ids": datasets.List(datasets.List(ids)),
+            "meaning": datasets.Value("string"),
+        }
+    )
+
+
+def part_folder(folder: Path, split: str, number: int) -> Path:
+    """Where a part of a split lies."""
+    return folder / split / f"part-{number:05d}"
+
+
+def write_part(target: Path, rows: Rows, features: datasets.Features, details: Callable[[], dict[str, Any]]) -> None:
+    """Writes one part; there is a whole one or none.
+
+    Args:
+        target: its folder.
+        rows: what it holds.
+        features: its schema.
+        details: further fields of its `part.json`, asked for when all rows are written.
+    """
+    work = target.with_name(f"{target.name}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    # A fixed fingerprint: the library would otherwise pickle the generator to hash it.
+    stream = rows()
+    first = next(stream, None)
+    count = 0
+    (work / "data").mkdir(parents=True)
+    if first is not None:  # `datasets` cannot write a part of which nothing could be used
+        try:
+            dataset = datasets.Dataset.from_generator(
+                lambda: chain([first], stream),
+                features=features,
+                cache_dir=str(work / "cache"),
+                fingerprint=f"{target.parent.name}-{target.name}",
+            )
+        except datasets.exceptions.DatasetGenerationError as error:  # it wraps whatever the rows raise
+            raise error.__cause__ or error from error
+        assert isinstance(dataset, datasets.Dataset)
+        dataset.save_to_disk(str(work / "data"))
+        count = len(dataset)
+    shards = {file.name: file_sha256(file) for file in sorted((work / "data").glob("*.arrow"))}
+    entry = {"rows": count, "sha256": shards, **details()}
+    (work / "data" / PART).write_text(json.dumps(entry, indent=2) + "\n")
+    (work / "data").rename(target)
+    shutil.rmtree(work)
+
+
+def read_part(target: Path) -> dict[str, Any]:
+    """The `part.json` of a whole part."""
+    entry: dict[str, Any] = json.loads((target / PART).read_text())
+    return entry
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Writes `index.json`, which marks the folder as complete."""
+    index = index | {"data_hash": data_hash(index)}
+    write_whole(folder / "index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_card(folder: Path, index: dict[str, Any], origin: str) -> None:
+    """Writes `README.md`: what the pairs are, how many, how long their captions, and what was left out."""
+    lines = ["# Token shards", "", f"Source: {index['source']}, {origin}.", ""]
+    lines += [f"{name.capitalize()} tokenizer sha256: `{digest}`" for name, digest in index["tokenizers"].items()]
+    for split, entry in index["splits"].items():
+        lengths = {int(length): count for length, count in entry["caption_tokens"].items()}
+        captions = sum(lengths.values())
+        mean = sum(length * count for length, count in lengths.items()) / max(1, captions)
+        lines += [
+            "",
+            f"## {split}",
+            "",
+            f"{entry['rows']:,} pictures, {captions:,} captions of {mean:.1f} ids on average.",
+        ]
+        lines += [f"Left out: {count:,} ({reason})." for reason, count in sorted(entry["rejects"].items())]
+        lines += ["", "| caption ids | captions |", "|---|---|"]
+        for low in range(0, max(lengths, default=0) + 1, CARD_BIN):
+            count = sum(lengths.get(length, 0) for length in range(low, low + CARD_BIN))
+            lines.append(f"| {low} to {low + CARD_BIN - 1} | {count:,} |")
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def data_hash(index: dict[str, Any]) -> str:
+    """Hash of a prepared folder's contents: shard hashes and tokenizer hashes, not where it lies."""
+    content = {key: index[key] for key in ("splits", "tokenizers") if key in index}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a complete folder, None where there is none.
+
+    Raises:
+        ValueError: if the index is not JSON.
+    """
+    path = folder / "index.json"
+    if not path.is_file():
+        return None
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged; delete {folder} to prepare it again") from error
+    return index
+
+
+def open_split(folder: Path, split: str) -> datasets.Dataset:
+    """A split, memory-mapped, as numpy.
+
+    Raises:
+        ValueError: if a shard is missing or its sha256 is not the index's.
+    """
+    index = read_index(folder)
+    if index is None:
+        raise ValueError(f"no token shards in {folder}: run python -m t2i_lm.prepare")
+    parts = []
+    for number, shards in enumerate(index["splits"][split]["parts"]):
+        part = part_folder(folder, split, number)
+        for name, expected in shards.items():
+            shard = part / name
+            if not shard.is_file() or file_sha256(shard) != expected:
+                state = "damaged" if shard.is_file() else "missing"
+                raise ValueError(f"token shard {shard} is {state}; delete {folder} to prepare it again")
+        if shards:
+            parts.append(datasets.load_from_disk(str(part)))
+    if not parts:
+        raise ValueError(f"{folder / split} has no usable sample")
+    return datasets.concatenate_datasets(parts).with_format("numpy")
+
+
+def choose_caption(captions: int, seed: int, epoch: int, index: int) -> int:
+    """Which of several captions a sample shows in an epoch: a function of its arguments alone."""
+    return int(np.random.default_rng([seed, epoch, index]).integers(captions))
+
+
+def leaves_out_caption(share: float, seed: int, epoch: int, index: int) -> bool:
+    """Whether a sample has no caption in an epoch: a function of its arguments alone."""
+    return bool(np.random.default_rng([seed, epoch, index, 1]).random() < share)

@@ -1,0 +1,115 @@
+"""Rows of token shards: captioned pictures and plain text through their tokenizers.
+
+Shapes: `B` pictures, `C` = 3 channels, `H`, `W` pixels, `N` image ids.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from t2i_lm.data.images import RejectedPairError, centre_crop
+from t2i_lm.data.pairs import Pair, Sample
+from t2i_lm.data.shards.format import part_folder, read_part, text_features, write_part
+from t2i_lm.data.text import paragraphs
+from t2i_lm.runtime.progress import Told
+from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
+
+# Pictures encoded at once.
+ENCODE_BATCH = 64
+
+
+@dataclass
+class PairRows:
+    """The rows of some samples, and what was left out.
+
+    Attributes:
+        rejects: unusable samples by reason.
+        examples: the first of each reason, named.
+        caption_tokens: number of captions of each length in ids.
+    """
+
+    samples: Iterable[Sample]
+    text: TextTokenizer
+    image: ImageTokenizer
+    tell: Told = lambda more: None
+    rejects: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    caption_tokens: Counter[int] = field(default_factory=Counter)
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        """One row a usable sample, in order; pictures are encoded `ENCODE_BATCH` at a time."""
+        batch: list[tuple[Pair, np.ndarray[Any, np.dtype[np.uint8]]]] = []
+        for read in self.samples:
+            self.tell(1)
+            try:
+                pair = read()
+                batch.append((pair, centre_crop(pair.image, self.image.image_size)))
+            except RejectedPairError as reject:
+                self.rejects[reject.reason] += 1
+                self.examples.setdefault(reject.reason, str(reject))
+            if len(batch) == ENCODE_BATCH:
+                yield from self._encode(batch)
+                batch.clear()
+        if batch:
+            yield from self._encode(batch)
+
+    def details(self) -> dict[str, Any]:
+        """What a part's `part.json` says beside its rows."""
+        lengths = {str(length): count for length, count in sorted(self.caption_tokens.items())}
+        return {"rejects": dict(self.rejects), "examples": self.examples, "caption_tokens": lengths}
+
+    def _encode(self, batch: list[tuple[Pair, Any]]) -> Iterator[dict[str, Any]]:
+        ids_BN = self.image.encode(stack_pictures([picture for _, picture in batch])).cpu().numpy()
+        for (pair, _), ids_N in zip(batch, ids_BN, strict=True):
+            text_ids = self.text.encode_batch(pair.captions)
+            self.caption_tokens.update(len(ids) for ids in text_ids)
+            meaning = "" if pair.meaning is None else json.dumps(pair.meaning)
+            yield {"id": pair.id, "image_ids": ids_N.astype(np.uint16), "text_ids": text_ids, "meaning": meaning}
+
+
+def stack_pictures(pictures: list[Any]) -> Tensor:
+    """uint8 (B, C, H, W) of B arrays (H, W, C)."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Iterator[dict[str, Any]]:
+    """Rows of `length` + 1 ids over a stream of documents; `bytes` is the UTF-8 size of the row's targets.
+
+    A document is tokenised paragraph by paragraph, each followed by a blank line, and ends with `</s>`.
+    The last, incomplete row of the stream is dropped.
+    """
+    ids: list[int] = []
+    sizes: list[float] = []
+    for document in documents:
+        for paragraph in paragraphs(document):
+            piece_ids = text.encode(f"{paragraph}\n\n")
+            ids += piece_ids
+            # A paragraph's bytes are spread evenly over its pieces: exact in sum, near enough at a row's edge.
+            sizes += [len(f"{paragraph}\n\n".encode()) / len(piece_ids)] * len(piece_ids)
+        ids.append(text.document_end)
+        sizes.append(0.0)
+        while len(ids) > length:
+            yield {"text_ids": ids[: length + 1], "bytes": round(sum(sizes[1 : length + 1]))}
+            del ids[:length], sizes[:length]
+
+
+def write_text_split(
+    folder: Path, split: str, documents: Iterable[str], text: TextTokenizer, length: int
+) -> dict[str, Any]:
+    """A split of `length` + 1 ids a row in one part, written where it is missing; its entry in the index.
+
+    `documents` are read only where they are needed.
+    """
+    target = part_folder(folder, split, 0)
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        write_part(target, lambda: text_rows(documents, text, length), text_features(text.vocab_size, length), dict)
+    entry = read_part(target)
+    return {"rows": entry["rows"], "parts": [entry["sha256"]]}

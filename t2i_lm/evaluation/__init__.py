@@ -1,0 +1,1 @@
+"""Evaluators of trained models, and the report of a run."""

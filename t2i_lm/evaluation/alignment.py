@@ -1,0 +1,84 @@
+"""What an alignment leaves: the aligned rows, retrieval, and the nearest text token of every image id (Section 3.2)."""
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from t2i_lm.data.shards.format import open_split
+from t2i_lm.experiment.build import Experiment
+from t2i_lm.models.aligned_rows import FILE, write_aligned_rows
+from t2i_lm.models.contrastive import Neighbours, hubness, nearest_text_tokens
+from t2i_lm.modules.alignment import AlignmentModule
+from t2i_lm.runtime.tables import markdown_table
+from t2i_lm.training.trainer import write_text
+
+TABLE = "nearest_text_tokens.csv"
+# Rows of the table in TensorBoard's text tab: the image ids that occur most.
+SHOWN = 200
+
+
+@torch.no_grad()
+def alignment_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Writes the rows and the table; returns retrieval accuracy, hubness and row norms."""
+    module = experiment.module
+    assert isinstance(module, AlignmentModule)
+    assert experiment.shards is not None
+    assert experiment.text is not None
+    assert experiment.image is not None
+    image_ID, text_VD = module.embedding.image, module.embedding.text
+    assert image_ID is not None
+    write_aligned_rows(image_ID, folder / FILE, experiment.text.sha256, experiment.image.sha256)
+    neighbours = nearest_text_tokens(image_ID, text_VD, experiment.config.align.neighbours)
+    rows = _table(experiment, neighbours)
+    with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    shown = sorted(rows[1:], key=lambda row: -int(row[1]))[:SHOWN]
+    write_text(experiment.config, folder, "nearest text tokens", markdown_table(rows[0], shown))
+    norms = {"image": image_ID.norm(dim=1).mean(), "text": text_VD.norm(dim=1).mean()}
+    return {
+        "retrieval": _retrieval(experiment, module),
+        "nearest_text_tokens": asdict(hubness(neighbours, len(text_VD))),
+        "row_norms": {name: float(value) for name, value in norms.items()},
+        **module.scalars(),
+    }
+
+
+def _retrieval(experiment: Experiment, module: AlignmentModule) -> dict[str, Any]:
+    """Top-1 accuracy in the first validation batch, both directions; equal captions all count as right."""
+    size = experiment.config.data.batch_size
+    batch = experiment.data.val_set.__getitems__([(0, index) for index in range(size)])
+    on_device = {
+        key: value.to(module.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+    }
+    image_BD, text_BD = module.bags(on_device)
+    cosine_BB = image_BD @ text_BD.T
+    same_BB = (on_device["hashes_B2"][:, None] == on_device["hashes_B2"][None]).any(dim=-1)
+    return {
+        name: float(same_BB.gather(1, matrix_BB.argmax(dim=1, keepdim=True)).float().mean())
+        for name, matrix_BB in (("image_to_text", cosine_BB), ("text_to_image", cosine_BB.T))
+    } | {"candidates": size}
+
+
+def _table(experiment: Experiment, neighbours: Neighbours) -> list[list[Any]]:
+    """Header and one row for every image id: how often it occurs in training, its nearest tokens and cosines."""
+    assert experiment.shards is not None
+    assert experiment.text is not None
+    uses = np.zeros(len(neighbours.ids_IK), dtype=np.int64)
+    for rows in open_split(experiment.shards, "train").iter(batch_size=4096):
+        uses += np.bincount(np.stack(rows["image_ids"]).ravel(), minlength=len(uses))
+    count = neighbours.ids_IK.shape[1]
+    header = ["image id", "uses", *(f"{name} {k + 1}" for k in range(count) for name in ("token", "cosine"))]
+    table: list[list[Any]] = [header]
+    pieces: dict[int, str] = {}
+    for image_id, (ids, cosines) in enumerate(
+        zip(neighbours.ids_IK.tolist(), neighbours.cosine_IK.tolist(), strict=True)
+    ):
+        row: list[Any] = [image_id, int(uses[image_id])]
+        for token, cosine in zip(ids, cosines, strict=True):
+            row += [pieces.setdefault(token, experiment.text.decode([token])), f"{cosine:.4f}"]
+        table.append(row)
+    return table

@@ -1,0 +1,27 @@
+"""What an evaluation measures."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from t2i_lm.experiment.build import Model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a trained model, where its numbers go, and which rank of how many this is."""
+
+    options: argparse.Namespace
+    run: Path
+    checkpoint: Path
+    model: Model
+    out: Path
+    rank: int = 0
+    world: int = 1
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()

@@ -1,0 +1,56 @@
+"""Greedy completions of fixed prompts (Table 1), with image and boundary rows masked and unmasked.
+
+Unmasked alone would not tell a model that has forgotten a fact from one that answers with a picture (its image rows
+win); masked alone would hide the latter.
+"""
+
+import torch
+
+from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.generate import continue_text
+from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.joint_vocab import SPECIALS
+
+# Table 1: a fact, and three examples of a translation.
+PROMPTS = {
+    "fact": "Simply put, the theory of relativity states that",
+    "translation": (
+        "Translate English to French:\nsea otter => loutre de mer\npeppermint => menthe poivrée\n"
+        "plush girafe => girafe peluche\ncheese =>"
+    ),
+}
+
+
+def complete(decoder: Backbone, text: TextTokenizer, prompt: str, tokens: int, limit: int) -> dict[str, str]:
+    """A prompt and its completion, `masked` (text rows alone) and `unmasked`, decoded greedily.
+
+    Args:
+        decoder: expanded or not.
+        text: its tokenizer.
+        prompt: text; at the beginning of a document, its own beginning left out where it does not fit.
+        tokens: ids of the completion at most; less where the text ends.
+        limit: positions of the model.
+    """
+    ids = [text.document_end, *text.encode(prompt)][-max(1, limit - tokens) :]
+    prompt_T = torch.tensor(ids, device=decoder.output.text.device)
+    result = {"prompt": prompt}
+    for name, all_rows in (("masked", False), ("unmasked", True)):
+        added = continue_text(decoder, prompt_T, tokens, stop=text.document_end, all_rows=all_rows)
+        result[name] = spell(added.tolist(), text, len(decoder.output.text))
+    return result
+
+
+def spell(ids: list[int], text: TextTokenizer, text_size: int) -> str:
+    """Text of joint ids; boundary tokens by name, image codes as `<image 17>`."""
+    words, run = "", list[int]()
+    for token in [*ids, None]:
+        if token is not None and token < text_size:
+            run.append(token)
+            continue
+        # Rows that pad a backbone's vocabulary are no piece of its tokenizer.
+        words += text.decode(piece for piece in run if piece < text.vocab_size)
+        run = []
+        if token is not None:
+            code = token - text_size
+            words += SPECIALS[code] if code < len(SPECIALS) else f"<image {code - len(SPECIALS)}>"
+    return words

@@ -1,0 +1,225 @@
+"""What a finished run says: samples with their prompts, prompt accuracy, caption preference, the final losses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from t2i_lm.config.sections import SHARDED
+from t2i_lm.data.scenes.captions import entropy
+from t2i_lm.data.scenes.scene import SIZE
+from t2i_lm.data.shards.format import open_split
+from t2i_lm.evaluation.alignment import TABLE, alignment_report
+from t2i_lm.evaluation.forgetting import write_completions
+from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, familiar_scenes, prompt_accuracy
+from t2i_lm.experiment.build import Experiment
+from t2i_lm.generation.grid import captioned_grid
+from t2i_lm.generation.images import draw_captions, draw_uncaptioned, seeds_of
+from t2i_lm.models.aligned_rows import FILE
+from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.token_rows import TokenRows
+from t2i_lm.modules.alignment import AlignmentModule
+from t2i_lm.modules.text_to_image import TextToImageModule
+from t2i_lm.modules.unconditional import UnconditionalImageModule
+from t2i_lm.runtime.devices import uses_gpu
+from t2i_lm.storage.run_folder import REPORT, read_run
+from t2i_lm.tokenizers.layout import Layout
+from t2i_lm.training.trainer import Drawn
+
+# Captions over which the generator's entropy is estimated.
+ENTROPY_SAMPLES = 20_000
+FAMILIAR_GRID = "grid_familiar.png"
+
+
+def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float) -> dict[str, Any]:
+    """Draws samples, measures, writes report.json and prints the summary.
+
+    Args:
+        experiment: the trained experiment.
+        folder: its run folder.
+        steps: optimiser steps taken.
+        wall_s: seconds that training took over all sessions of the run, preparation left out.
+    """
+    run, config = read_run(folder), experiment.config
+    last = run.records("train")[-1] if run.records("train") else {}
+    report: dict[str, Any] = {
+        "experiment": config.name,
+        "scale": config.scale,
+        "seed": config.seed,
+        "data_hash": experiment.index.get("data_hash"),
+        "steps": steps,
+        "tokens_nominal": last.get("tokens_nominal"),
+        "tokens_real": last.get("tokens_real"),
+        "wall_s": round(wall_s, 1),
+        "val": run.records("val")[-1]["val"] if run.records("val") else None,
+    }
+    if isinstance(experiment.module, TextToImageModule | UnconditionalImageModule):
+        torch.set_num_threads(config.trainer.threads or torch.get_num_threads())
+        experiment.module.eval()
+        if uses_gpu(config.trainer.accelerator):  # after training it lies on the CPU
+            experiment.module.to("cuda")
+        report["row_norms"] = row_norms(experiment.module.decoder)
+        unconditional = isinstance(experiment.module, UnconditionalImageModule)
+        report |= (_unconditional_report if unconditional else _picture_report)(experiment, folder)
+    elif isinstance(experiment.module, AlignmentModule):
+        report |= alignment_report(experiment, folder)
+    if run.records("forgetting"):
+        report["forgetting"] = run.records("forgetting")[-1]["forgetting"]
+        write_completions(run)
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    print_summary(report, folder)
+    return report
+
+
+def row_norms(decoder: Backbone) -> dict[str, float]:
+    """Mean norm of the rows of every block: rows without gradient shrink under weight decay."""
+    return {
+        f"{matrix}.{block}": float(rows.detach().norm(dim=1).mean())
+        for matrix in ("tok_embeddings", "output")
+        for block in TokenRows.BLOCKS
+        if (rows := getattr(getattr(decoder, matrix), block)) is not None
+    }
+
+
+def _unconditional_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """A grid of pictures drawn without a caption."""
+    config = experiment.config
+    count = min(config.samples.grid, config.samples.prompts)
+    if count:
+        images_HW3 = draw_uncaptioned(experiment, seeds_of(config.seed, count))
+        (folder / "samples").mkdir(exist_ok=True)
+        captioned_grid(images_HW3, [""] * count).save(folder / "samples" / "grid.png")
+    return {}
+
+
+def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Samples and, for scenes, the measures that need to know what a caption means."""
+    config = experiment.config
+    assert experiment.shards is not None
+    assert experiment.text is not None
+    assert experiment.image is not None
+    split = open_split(experiment.shards, "val")
+    count = min(config.samples.prompts, len(split))
+    result: dict[str, Any] = {"text_floor_nll": None, "truncated_captions": truncated_share(experiment)}
+    if count:
+        rows = split[:count]
+        captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
+        images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, count))
+        (folder / "samples").mkdir(exist_ok=True)
+        shown = min(config.samples.grid, count)
+        grid = captioned_grid(images_HW3[:shown], captions[:shown])
+        grid.save(folder / "samples" / "grid.png")
+        originals = experiment.image.decode(torch.from_numpy(np.stack(rows["image_ids"][:shown]).astype(np.int64)))
+        pictures = [image.permute(1, 2, 0).numpy() for image in originals]
+        captioned_grid(pictures, captions[:shown]).save(folder / "samples" / "originals.png")
+        result["samples"] = {"prompts": count}
+    if config.data.source == "scenes":
+        nats, error = entropy(ENTROPY_SAMPLES, config.data.seed)
+        lengths = experiment.index["splits"]["train"]["caption_tokens"]
+        tokens = sum(int(n) * k for n, k in lengths.items()) / sum(lengths.values())
+        result["text_floor_nll"] = nats / tokens
+        result["text_floor_standard_error"] = error / tokens
+        if count and experiment.image.image_size == SIZE:  # the checker reads pictures of this size alone
+            meanings = [json.loads(str(text)) for text in rows["meaning"]]
+            result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
+            result["ceiling"] = accuracy_ceiling(experiment, "val")
+        held_out = split[: min(config.samples.preference_scenes, len(split))]
+        result["preference"] = caption_preference(experiment, held_out["meaning"], held_out["image_ids"])
+        result["familiar"] = _familiar_report(experiment, folder)
+    return result
+
+
+def _familiar_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """The same measures on new scenes of the colour-kind pairs that training shows."""
+    settings = experiment.config.samples
+    scenes = familiar_scenes(experiment, max(settings.prompts, settings.preference_scenes))
+    result: dict[str, Any] = {"samples": {"prompts": settings.prompts}}
+    meanings = scenes.meanings[: settings.prompts]
+    if meanings:
+        captions = scenes.captions[: settings.prompts]
+        seeds = seeds_of(experiment.config.seed, len(captions))
+        images_HW3 = draw_captions(experiment, captions, seeds)
+        captioned_grid(images_HW3[: settings.grid], captions[: settings.grid]).save(folder / "samples" / FAMILIAR_GRID)
+        if experiment.image is not None and experiment.image.image_size == SIZE:
+            result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
+            result["ceiling"] = accuracy_ceiling(experiment, "train")
+    chosen = slice(settings.preference_scenes)
+    texts = [json.dumps(meaning) for meaning in scenes.meanings[chosen]]
+    result["preference"] = caption_preference(experiment, texts, scenes.image_ids_BN[chosen])
+    return result
+
+
+def sampler(experiment: Experiment) -> Callable[[], Drawn] | None:
+    """What draws held-out prompts during training and scores those of scenes; None where nothing is to be drawn."""
+    config = experiment.config
+    sharded = config.trainer.strategy in SHARDED  # no process has the whole model
+    if sharded or not (config.samples.interval and config.samples.grid and isinstance(experiment.layout, Layout)):
+        return None
+
+    def draw() -> Drawn:
+        assert experiment.shards is not None
+        assert experiment.text is not None
+        rows = open_split(experiment.shards, "val")[: config.samples.grid]
+        captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
+        images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, len(captions)))
+        accuracy = {}
+        if config.data.source == "scenes" and images_HW3[0].shape[0] == SIZE:
+            meanings = [json.loads(str(text)) for text in rows["meaning"]]
+            accuracy = {name: entry["right"] for name, entry in prompt_accuracy(images_HW3, meanings).items()}
+        return Drawn(captioned_grid(images_HW3, captions), accuracy)
+
+    return draw
+
+
+def truncated_share(experiment: Experiment) -> float:
+    """Share of training captions that are longer than the text budget."""
+    assert isinstance(experiment.layout, Layout)
+    lengths = experiment.index["splits"]["train"]["caption_tokens"]
+    over = sum(count for length, count in lengths.items() if int(length) > experiment.layout.text_budget)
+    return float(over / max(1, sum(lengths.values())))
+
+
+def print_summary(report: dict[str, Any], folder: Path) -> None:
+    """The final losses, what was measured, and where to look."""
+    console = Console()
+    table = Table(title=f"{report['experiment']} ({report['scale']}, seed {report['seed']})")
+    for column in ("validation", "nll (nats)", "perplexity", "targets"):
+        table.add_column(column, justify="left" if column == "validation" else "right")
+    for name, entry in (report["val"] or {}).items():
+        if isinstance(entry, dict) and "nll" in entry:
+            table.add_row(name, f"{entry['nll']:.4f}", f"{entry['ppl']:.2f}", f"{entry['count']:,}")
+        elif not isinstance(entry, dict):
+            table.add_row(name, f"{entry:.4f}", "", "")
+    console.print(table)
+    if report.get("text_floor_nll") is not None:
+        console.print(f"floor of the text loss (entropy of the captions): {report['text_floor_nll']:.4f} nats a token")
+    for words, part in (("", report), (", trained colour-kind pairs", report.get("familiar") or {})):
+        right, preferred = part.get("samples", {}).get("accuracy"), part.get("preference")
+        if right:
+            limits = part["ceiling"]["accuracy"]
+            _print_shares(console, f"right in samples{words} (at most)", right, "right", limits)
+        if preferred:
+            _print_shares(console, f"true caption preferred (chance 0.5){words}", preferred, "preferred")
+    if note := report.get("forgetting", {}).get("note"):
+        console.print(f"forgetting: {note}", highlight=False, soft_wrap=True)
+    for name in ("retrieval", "nearest_text_tokens"):
+        if name in report:
+            console.print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in report[name].items()))
+    console.print(f"{report['steps']} steps in {report['wall_s']:.0f} s")
+    for name in (REPORT, "metrics.jsonl", "samples/grid.png", f"samples/{FAMILIAR_GRID}", TABLE, FILE):
+        if (folder / name).exists():
+            console.print(f"  {folder / name}", highlight=False, soft_wrap=True)
+
+
+def _print_shares(
+    console: Console, title: str, values: dict[str, Any], share: str, limits: dict[str, Any] | None = None
+) -> None:
+    """One line; behind each value its standard error, and its limit in brackets where there is one."""
+    limit = {name: f" ({entry[share]:.0%})" for name, entry in (limits or {}).items()}
+    parts = (f"{name} {entry[share]:.0%} +- {entry['se']:.0%}{limit.get(name, '')}" for name, entry in values.items())
+    console.print(f"{title}: " + ", ".join(parts))

@@ -1,0 +1,181 @@
+"""What only generated scenes allow: is the picture what was asked, and does the model know its caption?
+
+Shapes: `B` pictures, `H`, `W` pixels, `N` image tokens.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from t2i_lm.data.scenes import captions as caption_code
+from t2i_lm.data.scenes import checker
+from t2i_lm.data.scenes import scene as scene_code
+from t2i_lm.data.scenes.captions import ATTRIBUTES, altered, describe
+from t2i_lm.data.scenes.checker import check, share_error, shares_right
+from t2i_lm.data.scenes.scene import draw_scene, render, scene_from_meaning
+from t2i_lm.data.scenes.source import SceneSource
+from t2i_lm.data.shards.tokenize import ENCODE_BATCH, stack_pictures
+from t2i_lm.experiment.build import Experiment
+from t2i_lm.generation.images import Picture, decode
+from t2i_lm.modules.text_to_image import TextToImageModule
+from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.resumable import write_whole
+from t2i_lm.tokenizers.base import ImageTokenizer
+from t2i_lm.tokenizers.layout import IMAGE, Layout, modality_of_target
+
+# Sequences scored at once for caption preference.
+SCORE_BATCH = 50
+# Scenes whose reconstructions say what samples can reach.
+CEILING_SCENES = 1000
+# What its number depends on besides the tokenizer: another version of this code measures anew.
+CEILING_CODE = (scene_code, caption_code, checker)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Captioned scenes: what they mean, and the ids of their pictures."""
+
+    captions: list[str]
+    meanings: list[dict[str, Any]]
+    image_ids_BN: Any
+
+
+def familiar_scenes(experiment: Experiment, size: int) -> Scenes:
+    """New scenes of the colour-kind pairs that training shows; none equals a training scene.
+
+    Validation scenes hold at least one pair that training never shows. These tell what is learnt of the training
+    distribution, those what is composed.
+    """
+    data, image = experiment.config.data, experiment.image
+    assert image is not None
+    known = {draw_scene(data.seed, "train", index) for index in range(data.train_size or 0)}
+    captions: list[str] = []
+    meanings: list[dict[str, Any]] = []
+    pictures: list[Any] = []
+    for index in count(data.train_size or 0):
+        if len(captions) == size:
+            break
+        scene, style = draw_scene(data.seed, "train", index), f"{data.seed}/train/{index}"
+        if scene in known:
+            continue
+        captions.append(describe(scene, style).text)
+        meanings.append(scene.meaning() | {"style": style})
+        pictures.append(np.asarray(render(scene, image.image_size)))
+    return Scenes(captions, meanings, _encode(image, pictures))
+
+
+def _encode(image: ImageTokenizer, pictures: list[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Ids (B, N) of pictures (H, W, 3), `ENCODE_BATCH` at a time."""
+    starts = range(0, len(pictures), ENCODE_BATCH)
+    ids = [image.encode(stack_pictures(pictures[start : start + ENCODE_BATCH])).cpu().numpy() for start in starts]
+    return np.concatenate(ids) if ids else np.empty((0, 0), dtype=np.int64)
+
+
+def prompt_accuracy(images: Sequence[Picture], meanings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Share of pictures right in each attribute that their caption asks for, its standard error, and how many asked."""
+
+    def results() -> Iterator[dict[str, bool | None]]:
+        for picture, meaning in zip(images, meanings, strict=True):
+            caption = describe(scene_from_meaning(_scene_part(meaning)), meaning["style"])
+            yield check(picture, meaning, caption.mentioned)
+
+    return shares_right(results())
+
+
+def accuracy_ceiling(experiment: Experiment, split: str) -> dict[str, Any]:
+    """`prompt_accuracy` of the image tokenizer's reconstructions of scenes: what samples can reach at most.
+
+    A sample is decoded from the same codes, so what the tokenizer blurs no model draws. Measured once for a tokenizer,
+    a split and a seed of the scenes, and kept in `data.cache_dir`.
+
+    Args:
+        experiment: with an image tokenizer of 64 pixels.
+        split: `val` holds a pair that training never shows in every scene, `train` none.
+
+    Returns:
+        `scenes`, how many they are, and their `accuracy`.
+    """
+    data, image = experiment.config.data, experiment.image
+    assert image is not None
+    identity = {
+        "image_tokenizer_sha256": image.sha256,
+        "low_precision": image.low_precision,
+        "scenes": CEILING_SCENES,
+        "split": split,
+        "seed": data.seed,
+        "code": [file_sha256(Path(str(module.__file__))) for module in CEILING_CODE],
+    }
+    file = Path(data.cache_dir) / "ceilings" / f"{image.sha256[:12]}-{CEILING_SCENES}-{split}-seed{data.seed}.json"
+    if file.is_file():
+        found: dict[str, Any] = json.loads(file.read_text())
+        if found.pop("identity") == identity:
+            return found
+    source = SceneSource(CEILING_SCENES, split, data.seed)
+    pairs = [source[index] for index in range(len(source))]
+    codes_BN = torch.from_numpy(_encode(image, [np.asarray(pair.image) for pair in pairs]))
+    accuracy = prompt_accuracy(decode(experiment, codes_BN), [pair.meaning or {} for pair in pairs])
+    found = {"scenes": len(pairs), "accuracy": accuracy}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps({**found, "identity": identity}, indent=2) + "\n")
+    return found
+
+
+def caption_preference(experiment: Experiment, texts: Sequence[Any], image_ids: Any) -> dict[str, Any]:
+    """How often a picture is likelier under its own caption than under one with one attribute altered.
+
+    Over scenes given by the JSON of their meaning and their image ids, each attribute where the caption mentions
+    it; chance is 0.5. The picture's likelihood is that of its image tokens alone. A tie counts half, so that the
+    binomial standard error `se` is then too large, never too small.
+    """
+    meanings = [json.loads(str(text)) for text in texts]
+    if not meanings:
+        return {}
+    image_ids_BN = np.stack(image_ids)
+    described = [scene_from_meaning(_scene_part(meaning)) for meaning in meanings]
+    own = [describe(scene, meaning["style"]).text for scene, meaning in zip(described, meanings, strict=True)]
+    own_nll_B = picture_nll(experiment, own, image_ids_BN)
+    result: dict[str, Any] = {}
+    for attribute in track(ATTRIBUTES, description="caption preference", transient=True):
+        members, others = [], []
+        for number, (scene, meaning) in enumerate(zip(described, meanings, strict=True)):
+            both = altered(scene, meaning["style"], attribute, "preference")
+            if both is not None:
+                members.append(number)
+                others.append(both[1])
+        if members:
+            true_B, other_B = own_nll_B[members], picture_nll(experiment, others, image_ids_BN[members])
+            wins = (true_B < other_B).double() + 0.5 * (true_B == other_B).double()
+            preferred, of = float(wins.mean()), len(members)
+            result[attribute] = {"preferred": preferred, "se": share_error(preferred, of), "of": of}
+    return result
+
+
+@torch.no_grad()
+def picture_nll(experiment: Experiment, captions: list[str], image_ids_BN: Any) -> Tensor:
+    """Summed nll (B,) in nats of each picture's image tokens under a caption."""
+    layout, text = experiment.layout, experiment.text
+    assert isinstance(layout, Layout)
+    assert text is not None
+    assert isinstance(experiment.module, TextToImageModule)
+    totals = []
+    for start in range(0, len(captions), SCORE_BATCH):
+        batch = slice(start, start + SCORE_BATCH)
+        text_ids = [np.array(text.encode(caption), dtype=np.int64) for caption in captions[batch]]
+        ids_BT = layout.pack(text_ids, image_ids_BN[batch]).to(experiment.module.device)
+        target_BT = ids_BT[:, 1:]
+        image_BT = modality_of_target(target_BT, layout.vocab) == IMAGE
+        nll_N = experiment.module.decoder(ids_BT[:, :-1], target_BT, image_BT).nll_N
+        totals.append(nll_N.view(len(text_ids), layout.image_tokens).double().sum(dim=1).cpu())
+    return torch.cat(totals)
+
+
+def _scene_part(meaning: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in meaning.items() if key != "style"}

@@ -1,0 +1,200 @@
+"""The composition root: ExperimentConfig -> the module that is trained, its tokenizers and its data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from t2i_lm.assets import resolve
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.data.alignment import BagDataModule
+from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
+from t2i_lm.data.replay import ReplayDataModule, prepare_replay
+from t2i_lm.data.shards.format import read_index
+from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
+from t2i_lm.models.aligned_rows import read_aligned_rows
+from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.expand import ImageRowSource, expand_vocabulary
+from t2i_lm.models.factory import build_backbone, choose_trained, prepare_blocks
+from t2i_lm.modules.alignment import AlignmentModule
+from t2i_lm.modules.base import DecoderModule
+from t2i_lm.modules.distillation import DistilledModule
+from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
+from t2i_lm.modules.text import TextModule
+from t2i_lm.modules.text_to_image import TextToImageModule
+from t2i_lm.modules.unconditional import UnconditionalImageModule
+from t2i_lm.runtime.devices import local_rank, uses_gpu
+from t2i_lm.runtime.seeds import generator, seeded
+from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
+from t2i_lm.tokenizers.image import open_image_tokenizer
+from t2i_lm.tokenizers.joint_vocab import JointVocab
+from t2i_lm.tokenizers.layout import ImageLayout, Layout
+from t2i_lm.tokenizers.text import open_text_tokenizer
+from t2i_lm.tokenizers.vq import PatchedVQ
+
+
+@dataclass(kw_only=True)
+class Model:
+    """What an experiment trains, and the tokenizers that its ids belong to."""
+
+    config: ExperimentConfig
+    module: pl.LightningModule
+    text: TextTokenizer | None = None
+    image: ImageTokenizer | None = None
+    layout: Layout | ImageLayout | None = None
+
+
+@dataclass(kw_only=True)
+class Experiment(Model):
+    """A model with what it is trained on."""
+
+    data: BatchDataModule
+    index: dict[str, Any] = field(default_factory=dict)  # of the token shards
+    shards: Path | None = None
+
+
+def open_text(config: ExperimentConfig) -> TextTokenizer:
+    """The experiment's text tokenizer."""
+    assert config.text_tokenizer.path is not None
+    return open_text_tokenizer(resolve(config.text_tokenizer.path))
+
+
+def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
+    """The experiment's image tokenizer, on the GPU of that number where there is one.
+
+    Raises:
+        ValueError: if the experiment draws samples and the tokenizer has no decoder.
+    """
+    settings = config.image_tokenizer
+    assert settings.path is not None
+    image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
+    if uses_gpu(config.trainer.accelerator):
+        image.to(torch.device("cuda", rank))
+    if config.samples.prompts and not image.decodes:
+        raise ValueError(
+            f"samples.prompts={config.samples.prompts}: image_tokenizer.path has no decoder to draw with; "
+            "set samples.prompts=0"
+        )
+    return image
+
+
+def prepare(config: ExperimentConfig, rank: int = 0) -> Path:
+    """The folder of the experiment's token shards, written where they are missing."""
+    if config.task == "text":
+        return prepare_text(config)[0]
+    return prepare_pairs(config, open_text(config), open_image(config, rank))
+
+
+def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, TextTokenizer, ImageTokenizer]:
+    """The expanded decoder and the tokenizers that its rows belong to.
+
+    Raises:
+        ValueError: if the text tokenizer is not the backbone's, or the aligned rows belong to other tokenizers.
+    """
+    text, image = open_text(config), open_image(config, local_rank())
+    decoder = build_backbone(config)
+    if text.vocab_size > decoder.config.vocab_size:
+        raise ValueError(
+            f"text_tokenizer.path has {text.vocab_size} pieces but the backbone {decoder.config.vocab_size} rows: "
+            "this is not the tokenizer that the backbone was trained with"
+        )
+    rows = config.image_rows
+    source = ImageRowSource(
+        image.codebook if rows == "codebook" else None,
+        read_aligned_rows(config, text.sha256, image.sha256) if rows == "aligned" else None,
+    )
+    vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"), rows, source)
+    return decoder, vocab, text, image
+
+
+def build_model(config: ExperimentConfig) -> Model:
+    """The expanded decoder as a text-to-image or an unconditional model, without data."""
+    decoder, vocab, text, image = build_expanded(config)
+    choose_trained(decoder, config)
+    prepare_blocks(decoder, config)
+    if config.loss_rows == "image" and not decoder.config.weight_tying:
+        for rows in (decoder.output.text, decoder.output.special):  # not in the graph, which DDP would wait for
+            assert rows is not None
+            rows.requires_grad_(False)
+    image_tokens = image.grid[0] * image.grid[1]
+    if config.task == "unconditional":
+        alone = ImageLayout(vocab, image_tokens)
+        module: DecoderModule = UnconditionalImageModule(decoder, config, alone)
+        return Model(config=config, module=module, text=text, image=image, layout=alone)
+    layout = Layout(vocab, image_tokens, config.data.length)
+    if config.distil.weight:
+        module = DistilledModule(decoder, config, layout, text.document_end)
+    else:
+        module = TextToImageModule(decoder, config, layout)
+    return Model(config=config, module=module, text=text, image=image, layout=layout)
+
+
+def build_pictures(config: ExperimentConfig) -> Experiment:
+    """The expanded decoder on caption-image pairs, or on their pictures alone."""
+    model = build_model(config)
+    assert model.text is not None
+    assert model.image is not None
+    assert model.layout is not None
+    shards = prepare_pairs(config, model.text, model.image)
+    model.image.to(torch.device("cpu"))  # leaves the GPU to training
+    data = PairDataModule(config, shards, model.layout)
+    if config.data.replayed:
+        assert isinstance(model.layout, Layout)
+        data = ReplayDataModule(config, shards, model.layout, prepare_replay(config, model.text))
+    return Experiment(**vars(model), data=data, index=_index(shards), shards=shards)
+
+
+def build_alignment(config: ExperimentConfig) -> Experiment:
+    """The embedding rows of the expanded decoder, image rows against text rows."""
+    decoder, _, text, image = build_expanded(config)
+    shards = prepare_pairs(config, text, image)
+    module, data = AlignmentModule(decoder.tok_embeddings, config), BagDataModule(config, shards)
+    return Experiment(
+        config=config, module=module, data=data, index=_index(shards), shards=shards, text=text, image=image
+    )
+
+
+def build_text(config: ExperimentConfig) -> Experiment:
+    """A decoder from random weights on plain text."""
+    decoder = build_backbone(config)
+    choose_trained(decoder, config)
+    prepare_blocks(decoder, config)
+    shards, text = prepare_text(config)
+    if text.vocab_size != decoder.config.vocab_size:
+        raise ValueError(
+            f"text_tokenizer.vocab_size={text.vocab_size}: backbone.config has vocab_size={decoder.config.vocab_size}"
+        )
+    data = TextDataModule(config, shards)
+    module = TextModule(decoder, config)
+    return Experiment(config=config, module=module, data=data, index=_index(shards), shards=shards, text=text)
+
+
+def build_image_tokenizer(config: ExperimentConfig) -> Experiment:
+    """An image tokenizer from random weights on pictures."""
+    with seeded(config.seed):  # diffusers draws from the global stream
+        model = PatchedVQ(config.image_tokenizer.model)
+    module = ImageTokenizerModule(model, config)
+    return Experiment(config=config, module=module, data=PictureDataModule(config))
+
+
+def _index(shards: Path) -> dict[str, Any]:
+    return read_index(shards) or {}
+
+
+TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
+    "text_to_image": build_pictures,
+    "unconditional": build_pictures,
+    "align": build_alignment,
+    "text": build_text,
+    "image_tokenizer": build_image_tokenizer,
+}
+
+
+def build(config: ExperimentConfig) -> Experiment:
+    """Builds an experiment's module and data, preparing token shards where they are absent."""
+    config.require_paths()
+    pl.seed_everything(config.seed, verbose=False)
+    return TASKS[config.task](config)

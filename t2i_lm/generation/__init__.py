@@ -1,0 +1,1 @@
+"""Images from captions, and grids of them."""

@@ -1,0 +1,69 @@
+"""The file that an alignment leaves and `new_rows: aligned` starts from: image rows, and the tokenizers they are of."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.storage.run_folder import run_folders
+
+FILE = "aligned_rows.safetensors"
+TENSOR = "image"
+# The experiment whose newest run `aligned_rows: latest` means.
+EXPERIMENT = "align"
+
+
+def write_aligned_rows(rows_ID: Tensor, path: Path, text_sha256: str, image_sha256: str) -> None:
+    """Writes image rows (I, D) in float32 with the hashes of both tokenizers."""
+    hashes = {"text_tokenizer": text_sha256, "image_tokenizer": image_sha256}
+    save_file({TENSOR: rows_ID.detach().float().cpu().contiguous()}, path, {"tokenizers": json.dumps(hashes)})
+
+
+def find_aligned_rows(config: ExperimentConfig) -> Path:
+    """The file that `aligned_rows` names: a file, a run folder, or the newest alignment for `latest`.
+
+    Raises:
+        ValueError: if there is none, with the command that makes one.
+    """
+    named = config.aligned_rows
+    assert named is not None
+    if named == "latest":
+        runs = run_folders(Path(config.run.dir), EXPERIMENT, config.scale)
+        found = [run / FILE for run in runs if (run / FILE).is_file()]
+        if not found:
+            raise ValueError(
+                f"aligned_rows=latest: no finished run of {EXPERIMENT} at scale {config.scale} in {config.run.dir}; "
+                f"to make one: python -m t2i_lm.train experiments/{EXPERIMENT}.yaml --scale {config.scale} "
+                f"run.dir={config.run.dir}"
+            )
+        return found[-1]
+    path = Path(named) / FILE if Path(named).is_dir() else Path(named)
+    if not path.is_file():
+        raise ValueError(f"aligned_rows={named}: no {path}; give an alignment's {FILE}, its run folder, or latest")
+    return path
+
+
+def read_aligned_rows(config: ExperimentConfig, text_sha256: str, image_sha256: str) -> Tensor:
+    """The rows (I, D) that `aligned_rows` names; `latest` is replaced by the file found, so that the run says it.
+
+    Raises:
+        ValueError: if there are none, or they are of other tokenizers.
+    """
+    path = find_aligned_rows(config)
+    config.aligned_rows = str(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            hashes = json.loads((file.metadata() or {}).get("tokenizers", "{}"))
+            rows_ID: Tensor = file.get_tensor(TENSOR)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"aligned_rows: {path} cannot be read: {error}") from error
+    for name, sha256 in (("text_tokenizer", text_sha256), ("image_tokenizer", image_sha256)):
+        if hashes.get(name) != sha256:
+            raise ValueError(
+                f"aligned_rows: {path} was made with another {name} (sha256 {str(hashes.get(name))[:12]}, "
+                f"this run's is {sha256[:12]}); align again with this one"
+            )
+    return rows_ID

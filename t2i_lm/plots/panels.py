@@ -1,0 +1,273 @@
+"""Drawing of training curves: pure functions from series to a matplotlib Figure.
+
+Figures are made without pyplot, so that drawing needs no display and leaves no global state behind.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from t2i_lm.plots.captions import compact
+from t2i_lm.plots.curves import Series
+
+
+@dataclass(frozen=True)
+class ArmStyle:
+    """How an arm looks in every figure."""
+
+    label: str
+    colour: str
+    marker: str
+    dashes: str | tuple[float, Sequence[float]] = "solid"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: a series an arm, and an optional horizontal line at a perplexity."""
+
+    title: str
+    series: Mapping[str, Series]
+    floor: float | None = None
+    floor_label: str = ""
+    note: str = ""
+    unit: str = "perplexity"
+    axis: str = "tokens seen (pads included)"
+
+
+# Okabe and Ito's palette, which survives the common colour blindnesses. The random arm is dashed
+# and drawn last: where the curves coincide, the other one stays visible between its dashes.
+ARM_STYLES = {
+    "pretrained": ArmStyle("pre-trained", "#0072B2", "o"),
+    "scratch": ArmStyle("random initialisation", "#D55E00", "s", (0, (2.2, 1.3))),
+    # Figure 5: what of the pre-trained model learns.
+    "tune_embed": ArmStyle("(1) embedding + output", "#CC79A7", "v"),
+    "tune_norm": ArmStyle("(2) = (1) + norms", "#E69F00", "^"),
+    "tune_first_half": ArmStyle("(3) = (2) + first half", "#56B4E9", "D"),
+    "tune_ffn": ArmStyle("(4) = (2) + feed-forward", "#009E73", "P"),
+    # Figure 6, and text-to-image between pre-trained and random.
+    "align": ArmStyle("own captions", "#0072B2", "o"),
+    "align_shuffled": ArmStyle("other pictures' captions", "#D55E00", "s", (0, (2.2, 1.3))),
+    "aligned": ArmStyle("pre-trained, aligned image rows", "#009E73", "P"),
+    "shuffled": ArmStyle("pre-trained, entries shuffled", "#CC79A7", "v"),
+    "body_only": ArmStyle("pre-trained body only", "#E69F00", "^"),
+    "embeddings_only": ArmStyle("pre-trained rows only", "#56B4E9", "D"),
+}
+GREY = "#555555"
+LEGEND_COLUMNS = 5
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # shipped with matplotlib: the same letters on every machine
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 10,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "legend.handlelength": 1.9,
+    "legend.columnspacing": 1.3,
+    "pdf.fonttype": 42,  # TrueType, embedded: text stays text
+}
+WIDTH, AXES_HEIGHT = 8.0, 4.0  # inches
+CAPTION_SIZE, CAPTION_COLUMNS = 8.5, 124  # points; characters a line that fit WIDTH
+LINE_HEIGHT = CAPTION_SIZE * 1.3 / 72  # inches
+DPI = 300
+# Below this ratio of the largest to the smallest perplexity a linear axis shows more.
+LOG_RATIO = 3.0
+# A diverged run leaves the axes at the top instead of flattening the other one.
+CEILING = 1e9
+
+
+def draw_panels(
+    panels: Sequence[Panel],
+    caption: str,
+    labels: Mapping[str, str],
+    smoothing: str,
+    tokens_per_step: float | None = None,
+) -> Figure:
+    """Perplexity against tokens seen: one pair of axes a panel, legend above, caption below.
+
+    Lines carry a gid of the form `panel/arm/raw|ema|val`.
+
+    Args:
+        panels: what is drawn, from left to right.
+        caption: text under the axes; also stored in the files' metadata by `save_figure`.
+        labels: legend text of each arm.
+        smoothing: legend text of the thick curves; empty where curves only join the points that were measured.
+        tokens_per_step: adds an axis of optimiser steps above; None where the arms differ in it.
+    """
+    with captioned_figure(caption) as figure:
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw_panel(axes, panel, tokens_per_step)
+        _place_legend(figure, _legend(labels, smoothing))
+    return figure
+
+
+def _place_legend(figure: Figure, handles: list[Line2D]) -> None:
+    """Above the axes, in as many columns as are not cut off."""
+    for columns in range(min(len(handles), LEGEND_COLUMNS), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
+@contextmanager
+def captioned_figure(caption: str) -> Iterator[Figure]:
+    """An empty figure in the house's style; what is drawn in the block stands above the caption."""
+    lines = textwrap.wrap(caption, CAPTION_COLUMNS, break_on_hyphens=False)
+    below = len(lines) * LINE_HEIGHT + 0.12
+    height = AXES_HEIGHT + below
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        engine = figure.get_layout_engine()
+        assert engine is not None
+        engine.set(rect=(0, below / height, 1, 1 - below / height), wspace=0.06)  # type: ignore[call-arg]
+        yield figure
+        text = "\n".join(lines)
+        figure.text(0.012, below / height, text, va="top", ha="left", fontsize=CAPTION_SIZE, linespacing=1.25)
+
+
+def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None:
+    """One pair of axes: thin raw curves below thick averages below validation markers."""
+    for order, (arm, one) in enumerate(panel.series.items()):
+        look, gid = ARM_STYLES[arm], f"{panel.title}/{arm}"
+        axes.plot(
+            one.tokens,
+            one.raw,
+            color=look.colour,
+            alpha=0.45,
+            linewidth=0.9,
+            gid=f"{gid}/raw",
+            zorder=2,
+        )
+        axes.plot(
+            one.tokens,
+            one.ema,
+            color=look.colour,
+            linewidth=2.2,
+            linestyle=look.dashes,
+            gid=f"{gid}/ema",
+            zorder=3 + order,
+        )
+        if one.val:  # an unclipped line without points has no extent, and the layout would collapse
+            axes.plot(
+                one.val_tokens,
+                one.val,
+                color=look.colour,
+                linestyle="none",
+                marker=look.marker,
+                # The smaller marker comes last, inside the larger one: both show where they coincide.
+                markersize=max(4.0, 7.5 - 2.5 * order),
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                gid=f"{gid}/val",
+                zorder=6 + order,
+                clip_on=False,
+            )
+    if panel.floor is not None:
+        axes.axhline(
+            panel.floor,
+            color=GREY,
+            linestyle="--",
+            linewidth=1.1,
+            gid=f"{panel.title}/floor",
+            zorder=1.5,
+        )
+    axes.set_title(panel.title, loc="left")
+    # Beside the title, not among the curves, which may run anywhere in a short or a slow run.
+    axes.set_title(panel.note, loc="right", fontsize=8.5, fontweight="normal", linespacing=1.3)
+    _scale_y(axes, panel)
+    if panel.floor is not None:
+        axes.annotate(
+            panel.floor_label,
+            (1, panel.floor),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -4),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8.5,
+            color=GREY,
+        )
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.set_xlabel(panel.axis)
+    axes.set_ylabel(panel.unit)
+    if tokens_per_step:
+        rate = tokens_per_step
+        conversions: Any = (lambda tokens: tokens / rate, lambda steps: steps * rate)
+        steps = axes.secondary_xaxis("top", functions=conversions)
+        steps.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        steps.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+        steps.set_xlabel("optimiser steps", fontsize=9, color=GREY)
+        steps.tick_params(colors=GREY, labelsize=8.5)
+
+
+def _scale_y(axes: Axes, panel: Panel) -> None:
+    """Logarithmic where perplexities span enough; round labels, and room for the floor's."""
+    values = [value for one in panel.series.values() for value in (*one.raw, *one.ema, *one.val)]
+    low, high = min(*values, CEILING), min(max(values), CEILING)
+    if panel.floor is not None:
+        low = min(low, panel.floor)
+    below = 0.12 if panel.floor is not None else 0.06  # of the height
+    if high / low < LOG_RATIO:
+        height = (high - low) or high
+        axes.set_ylim(low - below * height, high + 0.06 * height)
+        return
+    decades = math.log10(high / low)
+    axes.set_ylim(low / 10 ** (below * decades), high * 10 ** (0.06 * decades))
+    axes.set_yscale("log")  # after the limits: autoscaling would overflow at a diverged value
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=12))
+    axes.yaxis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=100))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+def _legend(labels: Mapping[str, str], smoothing: str) -> list[Line2D]:
+    """Arms by colour and dash; then what thin, thick and marked mean."""
+
+    def key(label: str, **look: Any) -> Line2D:
+        return Line2D([], [], label=label, **{"color": GREY, "linewidth": 2.2, **look})
+
+    arms = [key(label, color=ARM_STYLES[arm].colour, linestyle=ARM_STYLES[arm].dashes) for arm, label in labels.items()]
+    if not smoothing:
+        return arms
+    raw = key("raw", linewidth=0.9, alpha=0.6)
+    return [
+        *arms,
+        raw,
+        key(smoothing),
+        key("validation", linestyle="none", marker="o", markersize=6),
+    ]
+
+
+def save_figure(figure: Figure, stem: Path, title: str, caption: str) -> list[Path]:
+    """Writes STEM.png and STEM.pdf; the same figure gives the same bytes.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    png, pdf = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
+    with rc_context(STYLE):
+        figure.savefig(png, dpi=DPI, metadata={"Title": title, "Description": caption})
+        figure.savefig(pdf, metadata={"Title": title, "Subject": caption, "CreationDate": None})
+    return [png, pdf]

@@ -1,0 +1,169 @@
+"""Figure 2: zero-shot COCO FID of published systems against their release date, with our own where they exist."""
+
+import csv
+import json
+from dataclasses import dataclass
+from datetime import date
+from itertools import product
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from t2i_lm.evaluation.protocol_card import CANONICAL, HEADLINE
+from t2i_lm.plots.panels import captioned_figure
+
+PUBLISHED = Path(__file__).with_name("published_fid.csv")
+# Who states a published number: the system's authors, or others who read it off a plot of theirs.
+STATED_BY = ("authors", "others")
+# Family -> colour and marker.
+FAMILIES = {"auto-regressive": ("#0072B2", "o"), "diffusion": ("#D55E00", "s"), "this suite": ("#009E73", "P")}
+
+
+@dataclass(frozen=True)
+class System:
+    """A system's number, and where it comes from.
+
+    Attributes:
+        stated_by: one of `STATED_BY`.
+        canonical: whether it may be called COCO FID-30k (our own alone: `t2i_lm.evaluation.protocol_card`).
+        features: width of Inception's layer that was compared; another width is another scale.
+    """
+
+    name: str
+    released: date
+    family: str
+    fid: float
+    source: str
+    note: str = ""
+    stated_by: str = "authors"
+    canonical: bool = True
+    features: int = CANONICAL["features"]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it belongs on the axis of published numbers."""
+        return bool(self.features == CANONICAL["features"])
+
+
+def published_systems(path: Path = PUBLISHED) -> list[System]:
+    """The systems of a CSV with the columns of `System`, but for `canonical` and `features`.
+
+    Raises:
+        ValueError: naming the line that cannot be read.
+    """
+    systems = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                fid, family, by = float(row["fid"]), row["family"], row["stated_by"]
+                if family not in FAMILIES or by not in STATED_BY or not row["source"]:
+                    raise ValueError(f"family {family!r}, stated_by {by!r}, source {row['source']!r}")
+                released = date.fromisoformat(row["released"])
+                systems.append(System(row["name"], released, family, fid, row["source"], row["note"] or "", by))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} line {number} cannot be read: {error}") from error
+    return systems
+
+
+def own_systems(runs: Path) -> list[System]:
+    """Every evaluation below a folder of runs (`t2i_lm.evaluate --coco`), under the title that its card allows.
+
+    Raises:
+        ValueError: naming the file that cannot be read.
+    """
+    systems = []
+    for path in sorted(runs.glob("*/*/evaluations/*/coco.json")):
+        try:
+            result = json.loads(path.read_text())
+            experiment, differs = path.parents[3].name, result["differs"]
+            systems.append(
+                System(
+                    name=f"{experiment}: {result['title']}",
+                    released=date.fromisoformat(result["environment"]["finished"][:10]),
+                    family="this suite",
+                    fid=result["fid"],
+                    source=f"{experiment}/{result['run']}",
+                    note="; ".join(differs),
+                    canonical=not differs,
+                    features=result["card"]["features"],
+                )
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error!r}") from error
+    return systems
+
+
+def systems_caption(systems: list[System]) -> str:
+    """Whose the numbers are, and which of them are not comparable: the sentences under the figure."""
+    others = ", ".join(f"{system.name}'s" for system in systems if system.stated_by == "others")
+    read_off = f" ({others} as others read it off a plot of theirs)" if others else ""
+    sentences = [
+        f"Each published value is its authors' own{read_off}, under a protocol of their own: differences of resizer, "
+        "network or captions move such numbers by several points.",
+        "Sources are in t2i_lm/plots/published_fid.csv.",
+    ]
+    if any(system.drawn and not system.canonical for system in systems):
+        sentences.append(
+            f"Hollow markers are no {HEADLINE} and not comparable: fewer pictures, for one, give a higher value."
+        )
+    if missing := sum(not system.drawn for system in systems):
+        sentences.append(f"{missing} of ours not drawn: of other than {CANONICAL['features']:,} features.")
+    return " ".join(sentences)
+
+
+def draw_systems(systems: list[System], caption: str) -> Figure:
+    """The scatter: one marker a system, its name beside it, one colour a family, hollow where not comparable."""
+    shown = [system for system in systems if system.drawn]
+    with captioned_figure(caption) as figure:
+        axes = figure.subplots()
+        for (family, (colour, marker)), canonical in product(FAMILIES.items(), (True, False)):
+            own = [system for system in shown if (system.family, system.canonical) == (family, canonical)]
+            if own:
+                axes.plot(
+                    [_day(system) for system in own],
+                    [system.fid for system in own],
+                    linestyle="none",
+                    color=colour,
+                    marker=marker,
+                    markerfacecolor=colour if canonical else "none",
+                    label=family if canonical else f"{family}, no {HEADLINE}",
+                    gid=family if canonical else f"{family}/hollow",
+                )
+        for number, system in enumerate(shown):
+            crowded = any(_near(system, other) for other in shown[:number])
+            axes.annotate(
+                system.name,
+                (_day(system), system.fid),
+                xytext=(5, -11 if crowded else 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=FAMILIES[system.family][0],
+            )
+        axes.xaxis_date()
+        axes.margins(0.12)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("zero-shot FID on COCO")
+        axes.set_xlabel("released")
+        axes.legend(loc="upper right")
+    return figure
+
+
+def _near(one: System, other: System) -> bool:
+    """Whether two labels on one side of their markers would overlap."""
+    return abs(_day(one) - _day(other)) < 90 and abs(one.fid - other.fid) < 1
+
+
+def _day(system: System) -> float:
+    """The date as matplotlib counts: days since 1970."""
+    return float((system.released - date(1970, 1, 1)).days)
+
+
+def system_table(systems: list[System]) -> str:
+    """Every number with its source, as text."""
+    lines = [f"{'system':<40}{'released':>12}{'FID':>8}  source"]
+    for one in systems:
+        notes = [one.note] if one.note else []
+        notes += [] if one.drawn else ["not drawn"]
+        note = f" ({'; '.join(notes)})" if notes else ""
+        lines.append(f"{one.name:<40}{one.released.isoformat():>12}{one.fid:>8.2f}  {one.source}{note}")
+    return "\n".join(lines)

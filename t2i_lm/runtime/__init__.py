@@ -1,0 +1,1 @@
+"""Devices, ranks, seeds, progress, loggers and what all commands share."""

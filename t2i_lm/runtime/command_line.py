@@ -1,0 +1,20 @@
+"""Options that several commands have."""
+
+import argparse
+
+from t2i_lm.config.load import SCALES
+
+# Of commands that compare losses: no pictures, unless asked for after these.
+NO_PICTURES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.interval=null")
+
+
+def add_scale(arguments: argparse.ArgumentParser) -> None:
+    """`--scale`: how big."""
+    arguments.add_argument(
+        "--scale", default="demo", help=f"overlay in scale/: {', '.join(SCALES)} (default: %(default)s)"
+    )
+
+
+def add_jobs(arguments: argparse.ArgumentParser) -> None:
+    """`--jobs`: how many runs at once."""
+    arguments.add_argument("--jobs", type=int, default=1, help="runs made at once (default: %(default)s)")

@@ -1,0 +1,1 @@
+"""Run folders, hub files, hashes, atomic and resumable files."""

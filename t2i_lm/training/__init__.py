@@ -1,0 +1,1 @@
+"""One run, its Trainer and strategies, and several runs at once."""

@@ -1,0 +1,135 @@
+"""The callback: one rank equals several, sums and network stay out of the module, a stop gives the measurement up."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from callbacks import CocoFID, FidTask, Inception, kernel_distance
+from t2i_lm.models.expand import expand_vocabulary
+from t2i_lm.models.generate import generate
+from t2i_lm.tokenizers.layout import Layout
+from tests.callbacks.toy_run import finish, free_port, server
+from tests.models.test_open_lm import tiny
+
+DRAWN, REAL, CODES = 10, 17, 512
+
+
+def pictures(numbers: Sequence[int], shift: int) -> Tensor:
+    """Smooth pictures (B, 3, 32, 32), each a function of its number."""
+    found = []
+    for number in numbers:
+        draw = torch.Generator().manual_seed(1000 * shift + number)
+        small = torch.randint(0, 200 + shift, (1, 3, 4, 4), generator=draw).float()
+        found.append(torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear"))
+    return torch.cat(found).to(torch.uint8)
+
+
+def reference(network: Inception, rank: int, world: int) -> Iterator[tuple[Sequence[int], Tensor]]:
+    for start in range(4 * rank, REAL, 4 * world):
+        numbers = range(start, min(REAL, start + 4))
+        yield numbers, network(pictures(numbers, 50))
+
+
+class Model:
+    """Draws captions of several lengths in bfloat16, where codes depend on what is drawn with them."""
+
+    def __init__(self) -> None:
+        self.decoder = tiny("rotary", seq_len=48, hidden_dim=256, n_heads=4)
+        self.layout = Layout(expand_vocabulary(self.decoder, CODES, torch.Generator().manual_seed(1)), 16, 48)
+        self.decoder.bfloat16()
+
+    def draw(self, numbers: Sequence[int]) -> Tensor:
+        """Pictures (B, 3, 32, 32), whose 16 codes are the greys of their parts."""
+        prompts = [torch.from_numpy(self.layout.prompt(np.arange(5 * number % 26))) for number in numbers]
+        drawn_BN = generate(self.decoder, self.layout.vocab, prompts, 16, list(numbers))
+        grey_B1hw = drawn_BN.view(-1, 1, 4, 4) % 256
+        return grey_B1hw.expand(-1, 3, -1, -1).repeat_interleave(8, 2).repeat_interleave(8, 3).to(torch.uint8)
+
+
+def callback(weights: Path, prompts: int = DRAWN, batch: int = 4, **options: Any) -> CocoFID:
+    task = FidTask(prompts, Model().draw, reference, lambda: {"title": "FID"}, batch)
+    return CocoFID(1, task, Inception(weights, 64), **options)
+
+
+def one_rank(rank: int, world: int, port: int, weights: Path, out: Path) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo")
+    trainer: Any = SimpleNamespace(global_rank=rank, world_size=world)
+    torch.save(callback(weights).measure(trainer, torch.device("cpu")), out / str(rank))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])  # 3 batches: one rank has two, or none
+def test_several_ranks_equal_one(world: int, inception_weights: Path, tmp_path: Path) -> None:
+    """Of pictures that a model draws after ragged prompts, so that another split would be other pictures."""
+    port = free_port()
+    ranks = [
+        server.Process(target=one_rank, args=(rank, world, port, inception_weights, tmp_path)) for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    alone = callback(inception_weights)
+    trainer: Any = SimpleNamespace(global_rank=0, world_size=1)
+    one = alone.measure(trainer, torch.device("cpu"))
+    assert one is not None
+    assert one == alone.measure(trainer, torch.device("cpu"))  # the reference is kept, what was drawn is not
+    assert finish(*ranks) == [0] * world
+    for rank in range(world):
+        other = torch.load(tmp_path / str(rank), weights_only=True)
+        assert other["n"] == DRAWN
+        for name in ("fid", "kid"):
+            assert other[name] == pytest.approx(one[name], rel=1e-6)
+    assert one["fid"] > 0
+    assert not torch.equal(Model().draw(range(DRAWN)), torch.cat([Model().draw([number]) for number in range(DRAWN)]))
+
+
+def test_the_kernel_distance_is_of_all_reference_pictures(inception_weights: Path) -> None:
+    """As many as `evaluate` takes, not as many as are drawn."""
+    trainer: Any = SimpleNamespace(global_rank=0, world_size=1)
+    network = Inception(inception_weights, 64)
+    found = callback(inception_weights).measure(trainer, torch.device("cpu"))
+    assert found is not None
+    drawn_BD = torch.cat([network(Model().draw(part.tolist())) for part in torch.arange(DRAWN).split(4)])
+    kid, deviation = kernel_distance(drawn_BD, network(pictures(range(REAL), 50)))
+    assert (found["kid"], found["kid_std"]) == pytest.approx((kid, deviation), rel=1e-6)
+
+
+def test_the_card_is_asked_when_it_is_written(inception_weights: Path, tmp_path: Path) -> None:
+    """A trainer turns on float8, for one, after the task is set up."""
+    fid, state = callback(inception_weights, folder=tmp_path), {"title": "FID", "fp8": False}
+    fid.task = replace(fid.task, card=lambda: dict(state))
+    state["fp8"] = True
+    trainer: Any = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True, loggers=[])
+    fid.due(trainer, LightningModule(), 3)
+    assert json.loads((tmp_path / "step-00000003.json").read_text())["card"]["fp8"] is True
+
+
+def test_a_run_that_is_asked_to_stop_gives_it_up(inception_weights: Path) -> None:
+    answers = iter([False, True])
+    preemption: Any = SimpleNamespace(asked=lambda: next(answers))
+    trainer: Any = SimpleNamespace(global_rank=0, world_size=1)
+    assert callback(inception_weights, preemption=preemption).measure(trainer, torch.device("cpu")) is None
+    with pytest.raises(StopIteration):
+        next(answers)
+
+
+def test_senseless_values_are_named(inception_weights: Path) -> None:
+    with pytest.raises(ValueError, match="prompts=1"):
+        callback(inception_weights, prompts=1)
+    task = FidTask(2, lambda numbers: pictures(numbers, 0), reference, dict)
+    with pytest.raises(ValueError, match="interval=0"):
+        CocoFID(0, task, Inception(inception_weights, 64))

@@ -1,0 +1,136 @@
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from t2i_lm.config.load import flatten, load_experiment, save_experiment
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+PRETRAINED, SCRATCH = (ROOT / "experiments" / f"t2i_{arm}.yaml" for arm in ("pretrained", "scratch"))
+PAPER_PATHS = ["backbone.path=x", "text_tokenizer.path=x", "image_tokenizer.path=x", "data.path=x"]
+
+
+@pytest.mark.parametrize("path", [path for path in EXPERIMENTS if path.stem != "base"], ids=lambda path: path.stem)
+def test_every_shipped_experiment_loads_at_every_scale(path: Path) -> None:
+    for scale in ("demo", "flickr8k", "paper"):
+        needs = PAPER_PATHS if scale == "paper" else ["data.path=x"]
+        config = load_experiment(path, scale, needs)
+        assert config.name == path.stem
+        assert config.scale == scale
+
+
+def test_the_two_arms_differ_in_one_key_beside_their_name() -> None:
+    pretrained, scratch = (flatten(load_experiment(path, "demo")) for path in (PRETRAINED, SCRATCH))
+    assert {key for key in pretrained if pretrained[key] != scratch[key]} == {"name", "init"}
+
+
+def test_a_run_to_sample_from_differs_in_empty_captions_alone() -> None:
+    for scale in ("demo", "flickr8k", "paper"):
+        needs = PAPER_PATHS if scale == "paper" else ["data.path=x"]
+        pretrained, sampling = (
+            flatten(load_experiment(path, scale, needs)) for path in (PRETRAINED, PRETRAINED.with_stem("t2i_sampling"))
+        )
+        changed = {key for key in pretrained if pretrained[key] != sampling[key]}
+        assert changed == {"name", "data.caption_dropout"}
+        assert sampling["data.caption_dropout"] == 0.1
+
+
+def test_layers_merge_in_order() -> None:
+    config = load_experiment(PRETRAINED, "demo", ["optim.lr=0.5", "optim.betas=[0.8,0.9]"])
+    assert config.optim.lr == 0.5
+    assert config.optim.betas == [0.8, 0.9]
+    assert config.optim.weight_decay == 0.1  # base.yaml
+    assert config.data.source == "scenes"  # scale/demo.yaml
+
+
+def test_shared_files_are_looked_up_one_folder_up_too(tmp_path: Path) -> None:
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "variants").mkdir()
+    (tmp_path / "base.yaml").write_text("seed: 7\n")
+    (tmp_path / "scale" / "demo.yaml").write_text("data: {batch_size: 4}\n")
+    (tmp_path / "variants" / "mine.yaml").write_text("name: mine\n")
+    config = load_experiment(tmp_path / "variants" / "mine.yaml", "demo")
+    assert (config.seed, config.data.batch_size, config.name) == (7, 4, "mine")
+    (tmp_path / "variants" / "base.yaml").write_text("seed: 8\n")
+    with pytest.raises(ValueError, match="known here: none"):  # a folder with a base of its own is on its own
+        load_experiment(tmp_path / "variants" / "mine.yaml", "demo")
+
+
+def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = load_experiment(PRETRAINED, "demo", ["seed=3"])
+    save_experiment(config, tmp_path / "config.yaml")
+    assert asdict(load_experiment(tmp_path / "config.yaml")) == asdict(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rate=1", "did you mean"),
+        ("trainer.max_step=5", "trainer.max_steps"),
+        ("optim.lr=fast", "optim.lr"),
+        ("optim.lr=-1", "optim.lr=-1.0: expected a positive value"),
+        ("optim.warmup_steps=300", "less than trainer.max_steps=300"),
+        ("init=pretraind", "one of pretrained, random"),
+        ("data.batch_size=33 trainer.devices=2", "a multiple of 2"),
+        ("trainer.strategy=fsdp9", "trainer.strategy"),
+        ("log.ema=1.0", "log.ema"),
+        ("nonsense", "key=value"),
+    ],
+)
+def test_a_bad_override_names_the_key_and_what_is_allowed(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_experiment(PRETRAINED, "demo", ["trainer.max_steps=300", *override.split()])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.packing=true", "trainer.compile=true"], "trainer.packing=True: expected false with trainer.compile"),
+        (["trainer.packing=true", "task=align"], "trainer.packing=True: expected false, task=align"),
+        (["trainer.fp8=true", "task=align"], "trainer.fp8=True: expected false, task=align"),
+        (["loss.backend=liger"], "loss.backend='liger': expected one of fused, torch"),
+        (["loss.backend=torch", "task=align"], "loss.backend='torch': expected fused, task=align"),
+        (["data.trim=0"], "data.trim=0: expected at least 1"),
+    ],
+)
+def test_speed_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_experiment(PRETRAINED, "demo", overrides)
+
+
+def test_an_unknown_scale_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="demo, flickr8k, paper"):
+        load_experiment(PRETRAINED, "huge")
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"x\.yaml is not YAML"):
+        load_experiment(tmp_path / "x.yaml")
+
+
+def _seconds(*arguments: str) -> tuple[float, subprocess.CompletedProcess[str]]:
+    best, done = float("inf"), None
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+        best = min(best, time.perf_counter() - start)
+    assert done is not None
+    return best, done
+
+
+def test_help_is_fast_and_a_misspelt_key_fails_fast() -> None:
+    # The bars are 0.5 s and 1 s on a quiet machine; a busy one gets some slack.
+    seconds, done = _seconds("-m", "t2i_lm.train", "--help")
+    assert done.returncode == 0
+    assert "example" in done.stdout
+    assert seconds < 1.0
+    seconds, done = _seconds("-m", "t2i_lm.train", str(PRETRAINED), "optim.lrr=1")
+    assert done.returncode == 2
+    assert "optim.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert seconds < 2.0

@@ -1,0 +1,139 @@
+"""Which captions are drawn, what a picture looks like to the metric, and what may be called COCO FID-30k."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from t2i_lm.data.coco import choose_prompts, listing_sha256, prompts_sha256, read_coco, read_pictures, square
+from t2i_lm.evaluation.protocol_card import CANONICAL, HEADLINE, NOTE, Card, require_headline
+from t2i_lm.storage.resumable import Parts
+from tests.data.coco_folder import CAPTION, write_coco
+
+HASH = "0" * 64
+# Fields of a card that may have other values under the headline's name. Every other one refuses it.
+RECORDED: dict[str, Any] = {
+    # Of what was found: there is no published list to compare with, and the card's note says so.
+    "prompts_sha256": "1" * 64,
+    "captions_sha256": "1" * 64,
+    "reference_sha256": "1" * 64,
+    # They follow from the captions and `prompt_seed`, and `prompts_sha256` is their hash.
+    "prompt_ids": [[1, 2]],
+    # No property of the number.
+    "note": "another wording",
+}
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    return write_coco(tmp_path / "coco", 12)
+
+
+def test_prompts_are_one_a_picture_and_the_first_are_always_the_same(coco: Path) -> None:
+    folder = read_coco(coco)
+    assert (len(folder.pictures), folder.caption_count) == (12, 24)
+    prompts = choose_prompts(folder, 10, 2014)
+    assert len({prompt.image_id for prompt in prompts}) == 10
+    assert {prompt.caption_id % 10 for prompt in prompts} == {0, 1}
+    assert all(prompt.text.endswith("squares") for prompt in prompts)
+    assert choose_prompts(folder, 4, 2014) == prompts[:4]
+    assert choose_prompts(folder, 10, 2015) != prompts
+    # Published numbers rest on this list: another hash is another protocol.
+    assert prompts_sha256(prompts)[:16] == "a6300b100a43af69"
+
+
+def test_a_picture_is_cropped_to_its_middle_and_resized(coco: Path) -> None:
+    ramp_HW3 = np.zeros((64, 100, 3), np.uint8)
+    ramp_HW3[:, 18:82] = 200
+    assert (square(Image.fromarray(ramp_HW3)) == 200).all()
+    exact_HW3 = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    assert (square(Image.fromarray(exact_HW3)) == exact_HW3).all()
+    resized = Image.fromarray(exact_HW3[:, :200]).crop((0, 28, 200, 228)).resize((256, 256), Image.Resampling.LANCZOS)
+    assert (square(Image.fromarray(exact_HW3[:, :200])) == np.asarray(resized)).all()
+    before = listing_sha256(read_coco(coco))
+    broken = coco / "val2014" / "COCO_val2014_000000000003.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    assert listing_sha256(read_coco(coco)) != before
+    with pytest.raises(ValueError, match=r"000000000003.jpg: truncated"):
+        read_pictures(read_coco(coco), [broken.name])
+
+
+def test_wrong_folders_and_captions_are_named(coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"found no .*captions_val2014.json"):
+        read_coco(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"--prompts 13: .*captions_val2014.json has captions of 12 pictures"):
+        choose_prompts(read_coco(coco), 13, 2014)
+    content = json.loads((coco / CAPTION).read_text())
+    for row in content["annotations"]:
+        row["caption"] = " \n" if row["image_id"] == 5 else row["caption"]
+    (coco / CAPTION).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"caption 5\d of picture 5 is empty"):
+        choose_prompts(read_coco(coco), 12, 2014)
+    (coco / "val2014" / "COCO_val2014_000000000007.jpg").unlink()
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] == 7]
+    (coco / CAPTION).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"picture 7 \(COCO_val2014_000000000007.jpg\) is not in"):
+        choose_prompts(read_coco(coco), 1, 2014)
+    (coco / CAPTION).write_text("{}")
+    with pytest.raises(ValueError, match="is not COCO's captions"):
+        read_coco(coco)
+    for picture in (coco / "val2014").iterdir():
+        picture.unlink()
+    with pytest.raises(ValueError, match="holds no"):
+        read_coco(coco)
+
+
+def test_only_the_canonical_card_bears_the_name() -> None:
+    card = Card(prompts_sha256=HASH, captions_sha256=HASH, reference_sha256=HASH, **CANONICAL)
+    assert card.title == HEADLINE
+    require_headline(card)
+    for key in (field.name for field in fields(Card)):
+        if key in RECORDED:
+            require_headline(replace(card, **{key: RECORDED[key]}))
+            continue
+        value = getattr(card, key)
+        changed = not value if isinstance(value, bool) else "other" if isinstance(value, str) else 7
+        other = replace(card, **{key: changed})
+        assert other.title != HEADLINE
+        with pytest.raises(ValueError, match=rf"no {HEADLINE}: {key}={getattr(other, key)!r} \(not {value!r}\)"):
+            require_headline(other)
+    assert HEADLINE not in replace(card, pictures="reconstructed").title
+    for key in ("prompts_sha256", "captions_sha256", "reference_sha256"):
+        with pytest.raises(ValueError, match=rf"{key}='listing' \(not the hash"):
+            require_headline(replace(card, **{key: "listing"}))
+
+
+def test_a_card_says_that_its_hashes_were_not_checked() -> None:
+    card = Card(prompts_sha256=HASH, captions_sha256=HASH, reference_sha256=HASH, **CANONICAL)
+    assert card.as_dict()["note"] == NOTE
+    for word in ("captions", "reference", "recorded", "not checked against a published list"):
+        assert word in NOTE
+
+
+def test_parts_are_whole_belong_to_one_work_and_are_made_once(tmp_path: Path) -> None:
+    made: list[range] = []
+
+    def make(span: range) -> dict[str, torch.Tensor]:
+        made.append(span)
+        return {"numbers": torch.tensor(list(span))}
+
+    parts = Parts(tmp_path / "work", {"seed": 0}, items=10, size=4)
+    parts.complete(make, 1, 2, lambda _: None)
+    assert made == [range(4, 8)]
+    parts.complete(make, 0, 1, lambda _: None)
+    assert made[1:] == [range(4), range(8, 10)]
+    parts.path(2).write_bytes(parts.path(2).read_bytes()[:-3])  # cut short
+    other = Parts(tmp_path / "other", {"seed": 1}, items=10, size=4)
+    other.complete(make, 0, 1, lambda _: None)
+    other.path(0).replace(parts.path(0))  # of other work
+    assert [parts.done(number) for number in range(3)] == [False, True, False]
+    parts.complete(make, 0, 1, lambda _: None)
+    assert torch.cat([parts.read(number)["numbers"] for number in range(3)]).tolist() == list(range(10))
+    assert not list((tmp_path / "work").glob("*.tmp"))
+    with pytest.raises(ValueError, match="seed=0, now 1"):
+        Parts(tmp_path / "work", {"seed": 1}, items=10, size=4)

@@ -1,0 +1,268 @@
+"""Forgetting measured during a run, and wrong settings of it and of the remedies, through the command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i_lm.evaluate import main as evaluate
+from t2i_lm.evaluation.forgetting import BASELINE, forgetting_report
+from t2i_lm.experiment.restore import load_trained
+from t2i_lm.storage.run_folder import Run, read_run
+from tests.evaluation.probes.test_probes import TEXT, write_tasks
+from tests.test_train import PRETRAINED, curve, main, train, weights
+
+QUICK = ["samples.prompts=0", "samples.preference_scenes=0"]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(PRETRAINED, tmp_path_factory.mktemp("plain"), *tiny, *QUICK)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text("\f".join("\n\n".join(TEXT[start : start + 20]) for start in (0, 20, 40)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def probing(book: Path) -> list[str]:
+    tasks = write_tasks(book.parent / "tasks")
+    return [
+        "forgetting.interval=3",
+        f"forgetting.text={book}",
+        f"forgetting.tasks={tasks}",
+        "forgetting.rows=6",
+        "forgetting.length=32",
+        "forgetting.completion_tokens=4",
+    ]
+
+
+@pytest.fixture(scope="module")
+def probed(tiny: list[str], probing: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("probed")
+    return train(PRETRAINED, root, *tiny, *QUICK, *probing, "log.logger=tensorboard")
+
+
+def test_forgetting_is_measured_before_during_and_after_and_changes_nothing(probed: Run, plain: Run) -> None:
+    lines = probed.records("forgetting")
+    assert [line["step"] for line in lines] == [0, 3, 6, 8]
+    assert [line["tokens_nominal"] for line in lines] == [step * 8 * 112 for step in (0, 3, 6, 8)]
+    for line in lines:
+        text = line["forgetting"]["text"]
+        assert text["text_rows"]["nll"] < text["all_rows"]["nll"]
+        assert text["text_rows"]["se"] > 0
+        assert set(line["forgetting"]["tasks"]) == {"arc", "lambada.v2", "wino"}
+    assert lines[0]["forgetting"]["text"]["text_rows"]["change"] == 0
+    assert lines[-1]["forgetting"]["text"]["text_rows"]["change"] != 0
+    assert [record for record in curve(probed) if "forgetting" not in record] == curve(plain)
+    assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(probed).items())
+
+
+def test_a_probed_run_leaves_table_1_and_curves(probed: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert probed.report is not None
+    assert probed.report["forgetting"] == probed.records("forgetting")[-1]["forgetting"]
+    table = (probed.folder / "completions.md").read_text()
+    assert "Simply put, the theory of relativity states that" in table
+    assert f"after {8 * 8 * 112:,} tokens" in table
+    assert len((probed.folder / "completions.csv").read_text().splitlines()) > 4
+    events = EventAccumulator(str(probed.folder / "tb"))
+    events.Reload()  # type: ignore[no-untyped-call]
+    points = events.Scalars("forgetting/text/text_rows/nll")  # type: ignore[no-untyped-call]
+    assert [point.step for point in points] == [step * 8 * 112 for step in (0, 3, 6, 8)]
+
+
+def test_a_finished_run_measures_as_its_last_line(probed: Run) -> None:
+    model = load_trained(probed.folder)
+    assert (
+        forgetting_report(model, model.config.forgetting, probed.folder)
+        == (probed.records("forgetting")[-1]["forgetting"])
+    )
+
+
+def resume_from_middle(
+    experiment: str, root: Path, whole: Run, *overrides: str, first: Callable[[Path], None] = lambda folder: None
+) -> Run:
+    """Trains again from the whole run's older checkpoint; `first` may change the folder before."""
+    import shutil
+
+    folder = root / "t2i_pretrained" / whole.folder.name
+    shutil.copytree(whole.folder, folder)
+    (folder / "report.json").unlink()
+    newest = sorted((folder / "checkpoints").glob("*.ckpt"))[-1]
+    newest.unlink()
+    newest.with_name(f"{newest.name}.sha256").unlink()
+    first(folder)
+    assert main([experiment, "--resume", str(folder), *overrides]) == 0
+    return read_run(folder)
+
+
+def test_evaluate_measures_a_finished_run_as_it_measured_itself(
+    probed: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(probed.folder), "--out", str(out), "--tasks", str(book.parent / "tasks")]
+    same = [*command, "--forgetting", str(book)]
+    assert evaluate([*same, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "6 rows of 32 ids" in said
+    assert "100 questions each of arc, lambada.v2, wino" in said
+    assert not out.exists()
+    assert evaluate(same) == 0
+    assert "note:" not in capsys.readouterr().err
+    found = json.loads((out / "forgetting.json").read_text())
+    last = probed.records("forgetting")[-1]["forgetting"]
+    assert {key: found[key] for key in last} == last
+    assert found["settings"]["completion_tokens"] == 4
+
+
+def test_evaluate_on_another_text_has_no_change_and_says_so(
+    probed: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\f".join("\n\n".join(TEXT[start : start + 20][::-1]) for start in (0, 20, 40)))
+    command = ["--checkpoint", str(probed.folder), "--forgetting", str(other), "--out", str(tmp_path / "out")]
+    assert evaluate(command) == 0
+    assert capsys.readouterr().err.count("note: no change of text: forgetting_before.json holds other rows") == 1
+    found = json.loads((tmp_path / "out" / "forgetting.json").read_text())
+    assert (found["text"]["rows"], found["text"]["targets"]) == (6, 6 * 32)  # of as many rows as before training
+    assert "change" not in found["text"]["text_rows"]
+    assert found["note"].startswith("no change of text")
+
+
+def test_evaluate_replaces_no_result_of_other_settings(
+    probed: Run, plain: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(book.read_text() + " and stars")
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(probed.folder), "--rows", "2", "--out", str(out), "--forgetting"]
+    assert evaluate([*command, str(book)]) == 0
+    first = (out / "forgetting.json").read_bytes()
+    elsewhere = tmp_path / "book.txt"
+    elsewhere.write_text(book.read_text())
+    assert evaluate([*command, str(elsewhere)]) == 0  # the same text: replaced
+    assert json.loads((out / "forgetting.json").read_text())["text"] == json.loads(first)["text"]
+
+    first = (out / "forgetting.json").read_bytes()
+    tasks = ["--tasks", str(book.parent / "tasks")]
+    run = [str(plain.folder) if word == str(probed.folder) else word for word in command]
+    for words, differing in (
+        ([*command, str(other)], "text_sha256="),
+        ([*command, str(book), "--rows", "3"], "rows=2, now 3"),
+        ([*command, str(book), *tasks], "tasks_sha256={}, now {'arc'"),
+        ([*run, str(book), "--length", "32"], "checkpoint_sha256="),
+    ):
+        for dry in ([], ["--dry-run"]):
+            assert evaluate([*words, *dry]) == 2
+            said = capsys.readouterr().err
+            assert f"{out / 'forgetting.json'} holds another result (" in said
+            assert differing in said
+            assert "--out" in said
+    assert (out / "forgetting.json").read_bytes() == first
+    unknown = json.loads(first)
+    del unknown["made_with"]
+    (out / "forgetting.json").write_text(json.dumps(unknown))
+    assert evaluate([*command, str(book)]) == 2
+    assert "does not say what it was made with" in capsys.readouterr().err
+
+
+def test_evaluate_names_what_it_cannot_measure_before_it_loads_a_model(
+    probed: Run,
+    plain: Run,
+    book: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    out = ["--out", str(tmp_path / "out")]
+    tasks, bare, blank = tmp_path / "tasks", tmp_path / "bare", tmp_path / "blank.txt"
+    write_tasks(tasks, '\n{"query": 1, "choices": ["a"], "gold": 0}')
+    (bare / "checkpoints").mkdir(parents=True)
+    (bare / "config.yaml").write_text((probed.folder / "config.yaml").read_text())
+    blank.write_text(" \n")
+
+    def refused(run: Path, *words: str) -> str:
+        for dry in ([], ["--dry-run"]):
+            assert evaluate(["--checkpoint", str(run), *out, *words, *dry]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    text = ["--forgetting", str(book)]
+    assert "lambada.v2.jsonl line 2: query=1: expected a text" in refused(probed.folder, *text, "--tasks", str(tasks))
+    assert "--tasks nowhere: no such folder" in refused(probed.folder, *text, "--tasks", "nowhere")
+    assert "--rows 0: expected at least 1" in refused(probed.folder, *text, "--rows", "0")
+    assert "--questions: says nothing without --tasks" in refused(probed.folder, *text, "--questions", "3")
+    assert f"--forgetting {blank}: there is no text in it" in refused(probed.folder, "--forgetting", str(blank))
+    for name in (str(tmp_path / "none"), "../none.txt", "org/books:test"):  # what is no file may be a dataset's name
+        said = refused(probed.folder, "--forgetting", name)
+        assert f"--forgetting='{name}' is no file or folder here and no Hugging Face dataset in reach" in said
+    assert "is no run folder and holds none" in refused(tmp_path / "nowhere", *text)
+    assert f"{bare} has no whole checkpoint" in refused(bare, *text)
+
+
+def test_rows_that_are_longer_than_the_positions_are_refused_with_a_way_out(
+    plain: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--checkpoint", str(plain.folder), "--forgetting", str(book), "--out", str(tmp_path / "out")]
+    assert evaluate(command) == 2
+    assert "forgetting.length=256: the backbone has 112 positions; give at most so many (evaluate: --length 112)" in (
+        capsys.readouterr().err
+    )
+    assert evaluate([*command, "--length", "112", "--rows", "2"]) == 0
+    found = json.loads((tmp_path / "out" / "forgetting.json").read_text())
+    assert found["text"]["targets"] == 2 * 112
+
+
+def test_a_run_that_goes_on_from_an_older_baseline_says_that_it_has_no_change(
+    probed: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forget_identity(folder: Path) -> None:
+        content = json.loads((folder / BASELINE).read_text())
+        (folder / BASELINE).write_text(json.dumps(content["values"]))
+
+    resumed = resume_from_middle(PRETRAINED, tmp_path, probed, first=forget_identity)
+    said = "no change of anything: forgetting_before.json does not say which rows and questions it holds"
+    captured = capsys.readouterr()
+    assert captured.err.count(f"note: {said}") == 1
+    assert f"forgetting: {said}" in captured.out
+    assert resumed.report is not None
+    assert resumed.report["forgetting"]["note"] == said
+    assert "change" not in resumed.report["forgetting"]["text"]["text_rows"]
+
+
+def test_a_resumed_run_measures_as_an_unbroken_one(probed: Run, tmp_path: Path) -> None:
+    resumed = resume_from_middle(PRETRAINED, tmp_path, probed)
+    assert curve(resumed) == curve(probed)
+    assert json.loads((resumed.folder / BASELINE).read_text()) == json.loads((probed.folder / BASELINE).read_text())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["forgetting.interval=2"], "forgetting.text=null"),
+        (["forgetting.interval=2", "forgetting.text=/nowhere", "forgetting.length=8"], "forgetting.text='/nowhere'"),
+        (["data.replay_ratio=0.25"], "data.replay_path=None: expected text for data.replay_ratio=0.25"),
+        (["data.replay_ratio=0.25", "data.replay_path=/nowhere"], "data.replay_path='/nowhere'"),
+        (["data.replay_ratio=0.3"], "a whole number of data.batch_size=8"),
+        (["loss.text_weight=-1"], "loss.text_weight=-1.0: expected 0 or more"),
+        (["loss.text_weight=0", "task=unconditional"], "loss is for task=text_to_image"),
+        (["distil.weight=1", "init=random"], "no language to distil from"),
+        (["optim.l2_sp=1", "lora.rank=2"], "optim.l2_sp=1.0 contradicts lora.rank=2"),
+        (["optim.l2_sp=1", "freeze=[text_rows,norm,attention,ffn]"], "leave no pre-trained weight that learns"),
+    ],
+)
+def test_bad_settings_are_named(
+    overrides: list[str], message: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", *overrides]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,102 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from t2i_lm.config.load import load_experiment
+from t2i_lm.data.scenes.scene import TRAIN_PAIRS, draw_scene, scene_from_meaning
+from t2i_lm.data.scenes.source import SceneSource
+from t2i_lm.evaluation import scenes as scene_report
+from t2i_lm.evaluation.report import print_summary
+from t2i_lm.evaluation.scenes import familiar_scenes, prompt_accuracy
+from t2i_lm.experiment.build import build
+from t2i_lm.generation.grid import MARGIN, PIXELS, captioned_grid
+from t2i_lm.runtime.tables import markdown_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_accuracy_is_one_for_the_scenes_asked_for_and_low_for_others() -> None:
+    source = SceneSource(60, "val", 0)
+    pairs = [source[index] for index in range(60)]
+    meanings = [pair.meaning or {} for pair in pairs]
+    pictures = [np.asarray(pair.image) for pair in pairs]
+    perfect = prompt_accuracy(pictures, meanings)
+    assert {name: entry["right"] for name, entry in perfect.items()} == dict.fromkeys(perfect, 1.0)
+    assert {entry["se"] for entry in perfect.values()} == {0.0}
+    assert perfect["relation"]["of"] == sum(meaning["family"] == "pair" for meaning in meanings)
+    assert perfect["background"]["of"] < 60  # some captions leave it out
+    shifted = prompt_accuracy(pictures[1:] + pictures[:1], meanings)
+    assert shifted["all"]["right"] < 0.1
+    assert shifted["background"]["right"] < 0.4
+    for entry in shifted.values():
+        assert entry["se"] == pytest.approx(math.sqrt(entry["right"] * (1 - entry["right"]) / entry["of"]))
+
+
+def test_the_summary_says_how_sure_shares_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right, limit = {"right": 0.25, "se": 0.0541, "of": 64}, {"right": 0.981, "se": 0.004, "of": 1000}
+    report = {
+        **{"experiment": "x", "scale": "demo", "seed": 0, "steps": 1, "wall_s": 1, "val": None},
+        "samples": {"accuracy": {"kind": right}},
+        "ceiling": {"accuracy": {"kind": limit}},
+        "preference": {"size": {"preferred": 0.83, "se": 0.0168, "of": 500}},
+    }
+    print_summary(report, tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "right in samples (at most): kind 25% +- 5% (98%)" in printed
+    assert "true caption preferred (chance 0.5): size 83% +- 2%" in printed
+
+
+def test_the_ceiling_of_accuracy_is_what_reconstructions_still_show_and_is_kept(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [*tiny, "image_tokenizer.path=asset:image_tokenizer", f"data.cache_dir={tmp_path}"]
+    experiment = build(load_experiment(ROOT / "experiments" / "t2i_scratch.yaml", "demo", given))
+    monkeypatch.setattr(scene_report, "CEILING_SCENES", 60)
+    found = scene_report.accuracy_ceiling(experiment, "val")
+    assert found["scenes"] == 60
+    right = {name: entry["right"] for name, entry in found["accuracy"].items()}
+    assert right["any_colour"] == 1
+    assert 0.9 < right["kind"] <= 1
+    assert right["all"] <= min(right["colour"], right["kind"])
+    file = next((tmp_path / "ceilings").iterdir())
+    written = file.stat().st_mtime_ns
+    assert scene_report.accuracy_ceiling(experiment, "val") == found
+    assert file.stat().st_mtime_ns == written
+
+    content = json.loads(file.read_text())
+    content["identity"]["code"][0] = "0" * 64  # by another version of the scenes
+    content["accuracy"] = {}
+    file.write_text(json.dumps(content))
+    assert scene_report.accuracy_ceiling(experiment, "val") == found
+    assert file.stat().st_mtime_ns != written
+
+
+def test_a_table_shows_every_text_in_its_own_cell() -> None:
+    table = markdown_table(["id", "token"], [[1, "|"], [2, "\n"], [3, " a\\<b>\nc "]])
+    assert table.split("\n") == ["| id | token |", "|---|---|", "| 1 | \\| |", "| 2 |  |", "| 3 | a\\\\&lt;b><br>c |"]
+
+
+def test_a_grid_shows_every_picture_with_its_caption() -> None:
+    black = np.zeros((64, 64, 3), dtype=np.uint8)
+    grid = np.asarray(captioned_grid([black] * 5, ["a caption"] * 5))
+    assert grid.shape[1] == 4 * (PIXELS + 2 * MARGIN)
+    blacks = (grid == 0).all(axis=-1).sum()
+    assert blacks >= 5 * PIXELS**2
+    with pytest.raises(ValueError, match="5 pictures for 4 captions"):
+        captioned_grid([black] * 5, ["a"] * 4)
+
+
+def test_familiar_scenes_show_trained_pairs_and_equal_no_training_scene(tiny: list[str]) -> None:
+    config = load_experiment(ROOT / "experiments" / "t2i_scratch.yaml", "demo", [*tiny, "data.train_size=3000"])
+    experiment = build(config)
+    scenes = familiar_scenes(experiment, 300)
+    trained = {draw_scene(config.data.seed, "train", index) for index in range(3000)}
+    for meaning, ids_N in zip(scenes.meanings, scenes.image_ids_BN, strict=True):
+        scene = scene_from_meaning({key: value for key, value in meaning.items() if key != "style"})
+        assert scene not in trained
+        assert all((item.colour, item.kind) in TRAIN_PAIRS for item in scene.objects)
+        assert ids_N.shape == (64,)
+    assert len(scenes.captions) == 300

@@ -1,0 +1,77 @@
+"""A run's weights for evaluation: which checkpoint is read, and with which tokenizers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i_lm.config.sections import VQModelConfig
+from t2i_lm.data.scenes.source import SceneSource
+from t2i_lm.experiment.restore import load_trained, newest_checkpoint
+from t2i_lm.storage.run_folder import ENVIRONMENT
+from t2i_lm.tokenizers.text import train_sentencepiece
+from t2i_lm.tokenizers.vq import PatchedVQ, save_tokenizer
+from tests.test_train import PRETRAINED, train
+
+
+@pytest.fixture(scope="module")
+def run(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    quick = ["samples.prompts=0", "samples.preference_scenes=0", "trainer.max_steps=4"]
+    return train(PRETRAINED, tmp_path_factory.mktemp("trained"), *tiny, *quick).folder
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_so_is_the_one_that_is_used(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    older, newest = sorted((folder / "checkpoints").glob("*.ckpt"))
+    assert newest_checkpoint(folder) == newest
+    assert capsys.readouterr().err == ""
+    newest.write_bytes(newest.read_bytes()[:-1])
+    model = load_trained(folder)
+    said = capsys.readouterr().err
+    assert f"{newest} is damaged" in said
+    assert f"note: {older} is used" in said
+    state = torch.load(older, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, state[name]) for name, value in model.module.state_dict().items())
+    older.write_bytes(b"")
+    with pytest.raises(ValueError, match="has no whole checkpoint"):
+        newest_checkpoint(folder)
+    said = capsys.readouterr().err
+    assert f"{older} is damaged" in said
+    assert "is used" not in said
+
+
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_tokenizers_of_another_hash_are_refused(name: str, run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    environment = json.loads((folder / ENVIRONMENT).read_text())
+    environment["tokenizers"][name] = "0" * 64
+    (folder / ENVIRONMENT).write_text(json.dumps(environment))
+    with pytest.raises(ValueError, match=rf"{name}_tokenizer\.path holds another file .* \(000000000000\)"):
+        load_trained(folder)
+
+
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_a_tokenizer_of_another_size_is_named_rather_than_a_tensor(name: str, run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    if name == "text":
+        other = tmp_path / "text.model"
+        scenes = SceneSource(100, "train", 1)
+        train_sentencepiece((scenes[number].captions[0] for number in range(100)), 400, other)
+    else:
+        other = tmp_path / "vq"
+        torch.manual_seed(0)
+        save_tokenizer(PatchedVQ(VQModelConfig(block_out_channels=[16, 16], codes=48)), other, torch.float32)
+    lines = (folder / "config.yaml").read_text().splitlines()
+    at = lines.index(f"{name}_tokenizer:")
+    place = next(number for number in range(at, len(lines)) if lines[number].startswith("  path:"))
+    lines[place] = f"  path: {other}"
+    (folder / "config.yaml").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=rf"{name}_tokenizer\.path holds another file"):
+        load_trained(folder)

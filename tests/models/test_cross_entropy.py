@@ -1,0 +1,121 @@
+"""The fused loss against the materialised one, in value and gradient, chunked and whole."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import t2i_lm.models.cross_entropy as losses
+from t2i_lm.config.remedy_sections import LOSS_BACKENDS
+from t2i_lm.models.cross_entropy import BACKENDS, TokenLoss, loss_backend
+from t2i_lm.runtime.devices import multiplies_bfloat16
+
+Backend = Callable[..., TokenLoss]
+needs_torchs = pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch has none")
+
+
+@pytest.fixture(params=["fused", pytest.param("torch", marks=needs_torchs)])
+def linear_cross_entropy(request: pytest.FixtureRequest) -> Backend:
+    return BACKENDS[request.param]
+
+
+def inputs(targets: int = 50, dim: int = 24, vocabulary: int = 90) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(targets, dim, generator=generator).requires_grad_()
+    weight_VD = torch.randn(vocabulary, dim, generator=generator).requires_grad_()
+    target_N = torch.randint(vocabulary, (targets,), generator=generator)
+    return x_ND, weight_VD, target_N, torch.rand(targets, generator=generator)
+
+
+def materialised(
+    x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, token_weight_N: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    logits_NV = F.linear(x_ND, weight_VD).float()
+    nll_N = F.cross_entropy(logits_NV, target_N, reduction="none")
+    return (token_weight_N * (nll_N + z_loss * logits_NV.logsumexp(dim=1).square())).sum(), nll_N
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("chunk", [1, 7, 2**21])
+def test_value_and_gradients_equal_the_materialised_loss(
+    linear_cross_entropy: Backend, chunk: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CPU_LOGITS", 1)
+    monkeypatch.setattr(losses, "TARGETS", chunk)
+    monkeypatch.setattr(losses, "ROWS", 64)
+    x_ND, weight_VD, target_N, token_weight_N = inputs()
+    expected, expected_nll_N = materialised(x_ND, weight_VD, target_N, token_weight_N, z_loss)
+    expected_grads = torch.autograd.grad(expected * 3, (x_ND, weight_VD))
+    loss = linear_cross_entropy(x_ND, weight_VD, target_N, token_weight_N, z_loss)
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(loss.nll_N, expected_nll_N, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(loss.lse_N, F.linear(x_ND, weight_VD).logsumexp(dim=1), rtol=1e-6)
+    assert not loss.nll_N.requires_grad
+    for ours, theirs in zip(torch.autograd.grad(loss.total * 3, (x_ND, weight_VD)), expected_grads, strict=True):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_in_bfloat16_the_error_is_the_materialised_losss_own(
+    linear_cross_entropy: Backend, weighted: bool, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CPU_LOGITS", 1)
+    monkeypatch.setattr(losses, "TARGETS", 200)  # a chunk, the last one shorter
+    x_ND, weight_VD, target_N, token_weight_N = inputs(512, 64, 2000)
+    given = x_ND, weight_VD, target_N, token_weight_N if weighted else torch.ones_like(token_weight_N), z_loss
+    exact = torch.autograd.grad(materialised(*given)[0], (x_ND, weight_VD))
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = torch.autograd.grad(materialised(*given)[0], (x_ND, weight_VD))
+        ours = torch.autograd.grad(linear_cross_entropy(*given).total, (x_ND, weight_VD))
+    for reference, fused, true in zip(theirs, ours, exact, strict=True):
+        assert (fused - true).norm() <= 1.25 * (reference - true).norm()
+
+
+def test_in_bfloat16_the_z_loss_still_shrinks_the_logits(linear_cross_entropy: Backend) -> None:
+    x_ND, weight_VD, target_N, _ = inputs(512, 64, 2000)
+    weight_VD = (weight_VD / 8).detach().requires_grad_()  # logits of size 1
+
+    def summed_gradient(z_loss: float) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(x_ND, weight_VD, target_N, None, z_loss)
+        return torch.autograd.grad(loss.total, weight_VD)[0].sum(0)
+
+    # Over the rows, a target's logit gradient sums to nothing, and the z-loss' part of it to 2 z lse.
+    lse_N = F.linear(x_ND, weight_VD).logsumexp(dim=1).detach()
+    expected_D = (2e-4 * lse_N[:, None] * x_ND).sum(0)
+    assert (summed_gradient(1e-4) - summed_gradient(0.0) - expected_D).norm() <= 0.5 * expected_D.norm()
+
+
+def test_no_targets_are_no_loss(linear_cross_entropy: Backend) -> None:
+    x_ND, weight_VD, target_N, _ = inputs(targets=0)
+    loss = linear_cross_entropy(x_ND, weight_VD, target_N)
+    assert loss.total.item() == 0
+    assert loss.nll_N.shape == (0,)
+
+
+def test_frozen_rows_need_no_gradient(linear_cross_entropy: Backend) -> None:
+    x_ND, weight_VD, target_N, _ = inputs()
+    loss = linear_cross_entropy(x_ND, weight_VD.detach(), target_N)
+    torch.autograd.backward(loss.total)
+    assert x_ND.grad is not None
+    assert weight_VD.grad is None
+    with torch.no_grad():
+        assert linear_cross_entropy(x_ND, weight_VD, target_N).total.item() == pytest.approx(loss.total.item())
+
+
+def test_every_backend_of_a_config_is_there() -> None:
+    assert set(LOSS_BACKENDS) == set(BACKENDS)
+
+
+def test_a_torch_without_a_chunked_loss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    with pytest.raises(ValueError, match=r"loss\.backend=torch: torch .* has no chunked loss; use loss\.backend=fused"):
+        loss_backend("torch")
+
+
+def test_a_processor_is_asked_before_bfloat16_is_used() -> None:
+    assert multiplies_bfloat16("cpu") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert not multiplies_bfloat16("meta")

@@ -1,0 +1,144 @@
+"""Runs are compared only where they belong together; where none do, the error says what to run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t2i_lm.figures import main
+from t2i_lm.plots.pairing import find_pair
+from tests.plots.synthetic_runs import write_run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder with one matching pair."""
+    root = tmp_path / "runs"
+    write_run(root, "t2i_pretrained", "20260301-100000")
+    write_run(root, "t2i_scratch", "20260301-110000")
+    return root
+
+
+def chosen(root: Path, **named: Path) -> tuple[str, str]:
+    """Names of the two run folders that would be drawn."""
+    pair = find_pair(root, **named)
+    return pair.pretrained.folder.name[:15], pair.scratch.folder.name[:15]
+
+
+def test_the_newest_matching_pair_is_chosen(runs: Path) -> None:
+    write_run(runs, "t2i_scratch", "20260302-100000", config={"seed": 1})
+    assert chosen(runs) == ("20260301-100000", "20260301-110000")
+    write_run(runs, "t2i_pretrained", "20260228-100000", config={"seed": 1})
+    assert chosen(runs) == ("20260228-100000", "20260302-100000")
+    write_run(runs, "t2i_pretrained", "20260303-100000")
+    assert chosen(runs) == ("20260303-100000", "20260301-110000")
+    write_run(runs, "t2i_scratch", "20260301-120000")
+    assert chosen(runs) == ("20260303-100000", "20260301-120000")
+
+
+@pytest.mark.parametrize(
+    ("config", "data_hash", "named"),
+    [
+        ({"seed": 3}, "0123456789abcdef", "seed: 0 and 3"),
+        ({"scale": "flickr8k"}, "0123456789abcdef", "scale: demo and flickr8k"),
+        ({"trainer.max_steps": 200}, "0123456789abcdef", "trainer.max_steps: 300 and 200"),
+        ({"log.interval": 10}, "0123456789abcdef", "log.interval: 5 and 10"),
+        ({"log.ema": 0.9}, "0123456789abcdef", "log.ema: 0.95 and 0.9"),
+        ({}, "fedcba9876543210", "data hash: 0123456789abcdef and fedcba9876543210"),
+        ({}, None, "data hash: 0123456789abcdef and None"),
+    ],
+)
+def test_runs_that_do_not_pair_are_listed_with_what_differs(
+    config: dict[str, Any], data_hash: str | None, named: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    write_run(root, "t2i_pretrained", "20260301-100000")
+    write_run(root, "t2i_scratch", "20260301-110000", config=config, data_hash=data_hash)
+    with pytest.raises(ValueError, match=r"^no run from pre-trained and run from random") as caught:
+        find_pair(root)
+    message = str(caught.value)
+    assert "t2i_pretrained/20260301-100000-demo  data hash=0123456789abcdef" in message
+    differing = message.partition("differ in\n")[2].partition("to make")[0]
+    assert [line.strip() for line in differing.splitlines()] == [named]
+    assert "python -m t2i_lm.train experiments/t2i_scratch.yaml --scale demo" in message
+
+
+def test_what_changes_speed_alone_is_no_difference(runs: Path) -> None:
+    quick = {"data.trim": 32, "trainer.packing": True, "trainer.threads": 4}
+    write_run(runs, "t2i_scratch", "20260302-100000", config=quick)
+    assert chosen(runs) == ("20260301-100000", "20260302-100000")
+    assert not find_pair(runs).other_differences()
+    write_run(runs, "t2i_scratch", "20260303-100000", config=quick | {"trainer.fp8": True})
+    assert find_pair(runs).other_differences() == {"trainer.fp8": (False, True)}
+
+
+def test_two_unknown_data_hashes_do_not_match(tmp_path: Path) -> None:
+    for name in ("t2i_pretrained", "t2i_scratch"):
+        write_run(tmp_path, name, data_hash=None)
+    with pytest.raises(ValueError, match="data hash: None and None"):
+        find_pair(tmp_path)
+
+
+def test_the_suggested_command_sets_the_keys_that_differ(tmp_path: Path) -> None:
+    write_run(tmp_path, "t2i_pretrained", config={"seed": 4, "optim.lr": 0.001, "data.path": "a b"})
+    write_run(tmp_path, "t2i_scratch", config={"trainer.threads": 4})
+    with pytest.raises(ValueError, match="to make the partner of the first") as caught:
+        find_pair(tmp_path)
+    last = str(caught.value).splitlines()[-1].strip()
+    assert last == (
+        "python -m t2i_lm.train experiments/t2i_scratch.yaml --scale demo seed=4 'data.path=a b' optim.lr=0.001"
+    )
+
+
+def test_one_arm_alone_gets_the_command_for_the_other(tmp_path: Path) -> None:
+    write_run(tmp_path, "t2i_scratch", config={"seed": 2})
+    with pytest.raises(ValueError, match="to make the partner of t2i_scratch/") as caught:
+        find_pair(tmp_path)
+    command_line = str(caught.value).splitlines()[-1]
+    assert "experiments/t2i_pretrained.yaml --scale demo seed=2" in command_line
+    assert "trainer.max_steps=300 log.interval=5 log.ema=0.95" in command_line
+
+
+def test_no_runs_at_all_gets_both_commands_and_only_what_needs_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--runs", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no run from pre-trained")
+    assert "runs found: none" in error
+    assert "make exp-pretrained SCALE=demo\n  make exp-scratch SCALE=demo" in error
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"figure2"}
+
+
+def test_a_damaged_or_empty_run_is_passed_over_and_named_where_it_matters(runs: Path) -> None:
+    broken = write_run(runs, "t2i_scratch", "20260401-100000")
+    (broken / "config.yaml").write_text("a: [")
+    write_run(runs, "t2i_scratch", "20260402-100000", steps=0, finished=False)
+    torn = write_run(runs, "t2i_scratch", "20260403-100000")
+    (torn / "report.json").write_text('{"val": ')
+    assert chosen(runs) == ("20260301-100000", "20260301-110000")
+    lonely = write_run(runs, "t2i_pretrained", "20260404-100000", config={"seed": 9})
+    with pytest.raises(ValueError, match="differ in") as caught:
+        find_pair(runs, pretrained=lonely)
+    assert "t2i_scratch/20260401-100000-demo  unreadable: " in str(caught.value)
+    assert "t2i_scratch/20260402-100000-demo  no training step logged yet" in str(caught.value)
+    assert "t2i_scratch/20260403-100000-demo  unreadable: " in str(caught.value)
+
+
+def test_named_runs_are_drawn_and_the_other_arm_is_found(runs: Path) -> None:
+    older = write_run(runs, "t2i_pretrained", "20260101-100000")
+    assert chosen(runs, pretrained=older) == ("20260101-100000", "20260301-110000")
+    elsewhere = write_run(runs.parent / "kept", "t2i_scratch", "20250101-000000")
+    assert chosen(runs, pretrained=older, scratch=elsewhere) == (
+        "20260101-100000",
+        "20250101-000000",
+    )
+
+
+def test_a_named_run_of_the_wrong_arm_is_refused(runs: Path) -> None:
+    scratch = next((runs / "t2i_scratch").iterdir())
+    message = "init='random', expected 'pretrained'"
+    with pytest.raises(ValueError, match=f"--pretrained .*{message}"):
+        find_pair(runs, pretrained=scratch)
+    with pytest.raises(ValueError, match=r"--scratch .*absent: unreadable: .* is no run folder"):
+        find_pair(runs, scratch=runs / "absent")

@@ -1,0 +1,120 @@
+"""The figures of forgetting and of remedies, and the command that makes their runs."""
+
+from pathlib import Path
+
+import pytest
+
+from t2i_lm import remedies
+from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.evaluation.forgetting import write_completions
+from t2i_lm.figures import FIGURES, Request
+from t2i_lm.plots.tradeoff import Point, front
+from t2i_lm.storage.run_folder import read_run
+from tests.plots.synthetic_runs import read_lines, write_run
+
+ROOT = Path(__file__).parents[2]
+REMEDIES = sorted((ROOT / "experiments" / "remedies").glob("*.yaml"))
+BASE = ROOT / "experiments" / "t2i_pretrained.yaml"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    root = tmp_path / "runs"
+    write_run(root, "t2i_pretrained", "20260301-100000", forgotten=1.5)
+    write_run(root, "t2i_pretrained", "20260301-120000")  # newer, but it measured nothing
+    write_run(root, "t2i_scratch", "20260301-110000")
+    write_run(root, "remedy_replay", "20260301-130000", forgotten=0.25)
+    write_run(root, "remedy_l2_sp", "20260301-140000", forgotten=2.0)
+    return root
+
+
+def test_points_are_the_logged_numbers(runs: Path) -> None:
+    drawing = FIGURES["remedies"](Request(runs))
+    (axes,) = drawing.figure.axes
+    lines = {str(line.get_gid()): line for line in axes.get_lines()}
+    containers = {str(part.get_label()): part for part in axes.containers}
+    assert set(containers) == {"pre-trained, untouched", "l2 sp", "replay"}
+    for label, name, change in (("replay", "remedy_replay", 0.25), ("l2 sp", "remedy_l2_sp", 2.0)):
+        image = read_lines(next((runs / name).iterdir()), "val")[-1]["val"]["image"]["nll"]
+        line = containers[label][0]
+        assert (float(line.get_xdata()[0]), float(line.get_ydata()[0])) == (change, image)
+    scratch = read_lines(next((runs / "t2i_scratch").iterdir()), "val")[-1]["val"]["image"]["nll"]
+    assert set(lines["tradeoff/scratch"].get_ydata()) == {scratch}  # type: ignore[arg-type]
+    assert "random initialisation" in drawing.table
+    assert "image validation" in drawing.table
+
+
+def test_the_front_is_what_no_other_point_beats() -> None:
+    points = [Point(name, x, 0.0, y, 1) for name, x, y in (("a", 2, 1), ("b", 1, 2), ("c", 2, 2), ("d", 0.5, 3))]
+    assert [point.arm for point in front(points)] == ["d", "b", "a"]
+
+
+def test_a_run_that_measured_nothing_is_no_point(tmp_path: Path) -> None:
+    write_run(tmp_path, "t2i_pretrained")
+    write_run(tmp_path, "remedy_replay", forgotten=1.0)
+    with pytest.raises(ValueError, match=r"t2i_lm\.remedies --text"):
+        FIGURES["remedies"](Request(tmp_path))
+
+
+def test_forgetting_is_drawn_as_measured(runs: Path) -> None:
+    drawing = FIGURES["forgetting"](Request(runs))
+    lines = {str(line.get_gid()): line for axes in drawing.figure.axes for line in axes.get_lines()}
+    measured = read_lines(runs / "t2i_pretrained" / "20260301-100000-demo", "forgetting")
+    values = [line["forgetting"]["text"]["all_rows"]["ppl"] for line in measured]
+    assert [float(y) for y in lines["Softmax over all rows/pretrained/val"].get_ydata()] == values  # type: ignore[union-attr]
+    assert "copa text_rows accuracy" in drawing.table
+
+
+def test_table_1_has_both_ways_of_decoding(runs: Path) -> None:
+    run = read_run(runs / "remedy_replay" / "20260301-130000-demo")
+    csv, markdown = (path.read_text() for path in write_completions(run))
+    assert csv.splitlines()[0].startswith('prompt,rows,original,"after ')
+    assert len(csv.splitlines()) == 3
+    assert "it \\| 0.25" in markdown
+    assert "&lt;image 3>" in markdown
+    assert write_completions(read_run(runs / "t2i_scratch" / "20260301-110000-demo")) == []
+
+
+@pytest.mark.parametrize("path", REMEDIES, ids=lambda path: path.stem)
+def test_a_remedy_is_the_untouched_arm_with_one_thing_changed(path: Path) -> None:
+    for scale, needs in (("demo", []), ("flickr8k", ["data.path=x"]), ("paper", ["data.path=x"])):
+        mine, base = (flatten(load_experiment(file, scale, needs)) for file in (path, BASE))
+        assert mine["name"] == f"remedy_{path.stem}"
+        changed = {key for key in mine if mine[key] != base[key]} - {"name"}
+        assert 1 <= len(changed) <= 2
+
+
+def test_one_command_trains_what_is_missing_and_draws(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.evaluation.probes.test_probes import TEXT
+
+    monkeypatch.chdir(ROOT)
+    book = tmp_path / "book.txt"
+    book.write_text("\n\n".join(TEXT))
+    keys = [*tiny, f"run.dir={tmp_path}/runs", "samples.prompts=0", "samples.preference_scenes=0"]
+    keys += ["forgetting.length=32", "forgetting.rows=4", "forgetting.completion_tokens=2", "trainer.max_steps=4"]
+    arguments = ["--text", str(book), "--only", "caption_mask", "--only", "replay", "--out", f"{tmp_path}/out", *keys]
+    assert remedies.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "left out: remedy_replay" in printed
+    assert "caption mask" in printed
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"figure_remedies.png", "figure_forgetting.png"}
+    before = sorted((tmp_path / "runs").glob("*/*"))
+    assert remedies.main([*arguments, "trainer.threads=1"]) == 0
+    assert capsys.readouterr().out.count("(finished: ") == 2
+    assert sorted((tmp_path / "runs").glob("*/*")) == before
+    assert remedies.main(["--text", str(book), "--only", "none"]) == 2
+    assert "caption_mask, distil" in capsys.readouterr().err
+    assert remedies.main(["--text", str(book), "--replay", str(book)]) == 2
+    assert "the text that --text measures on" in capsys.readouterr().err
+
+
+def test_no_pictures_are_drawn_unless_asked_for() -> None:
+    plain, asked = (
+        remedies.experiments(remedies.parser().parse_intermixed_args(["--text", "x", *more]), BASE)
+        for more in ([], ["samples.prompts=64"])
+    )
+    assert {config.samples.prompts for config in plain} == {0}
+    assert {config.samples.interval for config in plain} == {None}
+    assert {config.samples.prompts for config in asked} == {64}

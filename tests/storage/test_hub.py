@@ -1,0 +1,63 @@
+"""Names of the hub's files, the cache, and what is said without a network."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from t2i_lm.assets import find, resolve
+from t2i_lm.storage.hub import HubFile, parse
+
+COMMIT = "0" * 40
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("hub:a/b", HubFile("a/b", None, None, None)),
+        ("hub:a/b.c-d@v1/x/y.ckpt", HubFile("a/b.c-d", "v1", "x/y.ckpt", None)),
+        (f"hub:a/b/f.json#sha256={'a' * 64}", HubFile("a/b", None, "f.json", "a" * 64)),
+    ],
+)
+def test_references_are_read(reference: str, expected: HubFile) -> None:
+    assert parse(reference) == expected
+
+
+@pytest.mark.parametrize("reference", ["hub:", "hub:a", "hub:a/b/f#sha256=12", f"hub:a/b#sha256={'a' * 64}"])
+def test_other_forms_are_refused(reference: str) -> None:
+    with pytest.raises(ValueError, match="hub:"):
+        parse(reference)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache as huggingface_hub lays it out, with one file, and no network."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--some--tokenizer"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots" / COMMIT).mkdir(parents=True)
+    (repository / "snapshots" / COMMIT / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def test_what_was_fetched_once_works_offline(cache: Path) -> None:
+    digest = hashlib.sha256(b"{}").hexdigest()
+    path = resolve(f"hub:some/tokenizer/tokenizer.json#sha256={digest}")
+    assert path.read_text() == "{}"
+    assert find("hub:some/tokenizer/tokenizer.json") == path
+    assert (resolve("hub:some/tokenizer") / "tokenizer.json").is_file()
+
+
+def test_an_absent_file_says_the_command_that_gets_it(cache: Path) -> None:
+    assert find("hub:some/model/m.ckpt") is None
+    with pytest.raises(ValueError, match=r"hf download some/model m\.ckpt --revision v2"):
+        resolve("hub:some/model@v2/m.ckpt")
+
+
+def test_another_file_than_promised_is_refused(cache: Path) -> None:
+    with pytest.raises(ValueError, match="has sha256"):
+        resolve(f"hub:some/tokenizer/tokenizer.json#sha256={'a' * 64}")

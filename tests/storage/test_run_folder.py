@@ -1,0 +1,93 @@
+"""Run folders are read back as they were written, whatever state a run was left in."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from t2i_lm.storage.run_folder import METRICS, environment, new_run_folder, read_run, run_folders
+from tests.plots.synthetic_runs import read_lines, write_run
+
+
+def test_a_finished_run_reads_back_every_part(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "t2i_scratch", config={"seed": 7})
+    run = read_run(folder)
+    assert (run.name, run.folder) == ("t2i_scratch", folder)
+    assert run.config == yaml.safe_load((folder / "config.yaml").read_text())
+    assert run.config["seed"] == 7
+    assert run.environment == json.loads((folder / "env.json").read_text())
+    assert run.report == json.loads((folder / "report.json").read_text())
+    assert run.records("train") == read_lines(folder, "train")
+    assert [line["step"] for line in run.records("val")] == [0, 100, 200, 300]
+
+
+def test_an_unfinished_run_has_no_report(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, "t2i_scratch", steps=40, finished=False))
+    assert run.report is None
+    assert run.metrics[-1]["step"] == 40
+
+
+@pytest.mark.parametrize("kept", [1, 40, -2])
+def test_a_torn_last_line_is_left_out(tmp_path: Path, kept: int) -> None:
+    folder = write_run(tmp_path, "t2i_scratch", finished=False)
+    whole = read_run(folder).metrics
+    *lines, last = (folder / METRICS).read_text().splitlines(keepends=True)
+    (folder / METRICS).write_text("".join(lines) + last[:kept])
+    assert read_run(folder).metrics == whole[:-1]
+
+
+def test_a_run_that_has_logged_nothing_reads_as_empty(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "t2i_scratch", finished=False)
+    (folder / METRICS).unlink()
+    (folder / "env.json").unlink()
+    run = read_run(folder)
+    assert (run.metrics, run.environment, run.records("train")) == ([], {}, [])
+
+
+def test_a_folder_without_a_config_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing is no run folder: it has no config\.yaml"):
+        read_run(tmp_path / "nothing")
+
+
+def test_runs_are_listed_by_their_time_across_experiments(tmp_path: Path) -> None:
+    second = write_run(tmp_path, "t2i_pretrained", "20260301-000000")
+    third = write_run(tmp_path, "t2i_scratch", "20260301-000001")
+    first = write_run(tmp_path, "t2i_scratch", "20251231-235959")
+    (tmp_path / "t2i_scratch" / "notes").mkdir()
+    assert run_folders(tmp_path) == [first, second, third]
+    assert run_folders(tmp_path, "t2i_scratch") == [first, third]
+    assert run_folders(tmp_path / "absent") == []
+
+
+def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda _: "20260301-120000")
+    folders = [new_run_folder(tmp_path, "t2i_scratch", "demo") for _ in range(3)]
+    assert [folder.name for folder in folders] == [
+        "20260301-120000-demo",
+        "20260301-120000-demo-1",
+        "20260301-120000-demo-2",
+    ]
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_folder_that_cannot_be_made_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    with pytest.raises(ValueError, match=r"run\.dir=.*runs: cannot make"):
+        new_run_folder(tmp_path / "runs", "t2i_scratch", "demo")
+
+
+def test_the_environment_is_json_and_carries_what_is_added() -> None:
+    read = json.loads(json.dumps(environment(data_hash="abc")))
+    assert read["data_hash"] == "abc"
+    assert read["python"].count(".") == 2
+    assert read["versions"]["numpy"]
+    assert {"git", "git_dirty", "started", "platform", "cpu_count"} <= read.keys()
+
+
+def test_reading_runs_imports_no_torch() -> None:
+    code = "import sys, t2i_lm.storage.run_folder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

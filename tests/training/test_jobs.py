@@ -1,0 +1,108 @@
+"""Several runs at once: each as it would be alone, failures by name, and a signal that stops all of them."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import load_experiment
+from t2i_lm.storage.run_folder import REPORT, read_run, run_folders
+from t2i_lm.training.jobs import Job, run_jobs
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = ROOT / "experiments"
+QUIET = ["samples.prompts=0", "samples.preference_scenes=0", "trainer.threads=1"]
+
+
+def arms(root: Path, *overrides: str) -> list[ExperimentConfig]:
+    files = [EXPERIMENTS / f"uncond_{arm}.yaml" for arm in ("scratch", "pretrained")]
+    return [load_experiment(file, "demo", [*overrides, *QUIET, f"run.dir={root}"]) for file in files]
+
+
+def losses(root: Path) -> list[tuple[str, Any]]:
+    runs = sorted(run_folders(root), key=lambda folder: folder.parent.name)
+    return [(run.parent.name, [record["val"] for record in read_run(run).records("val")]) for run in runs]
+
+
+def test_runs_at_once_are_what_they_are_alone(
+    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_jobs([Job(config) for config in arms(tmp_path / "alone", *tiny)]) == 0
+    capfd.readouterr()
+    assert run_jobs([Job(config) for config in arms(tmp_path / "both", *tiny)], at_once=2) == 0
+    assert losses(tmp_path / "both") == losses(tmp_path / "alone")
+    said = capfd.readouterr().out
+    assert "== uncond_scratch: finished after" in said
+    assert "2 of 2, about 0:00:00 left" in said
+    assert "step 8/8" not in said
+    assert "step 8/8" in (tmp_path / "both" / "uncond_scratch.log").read_text()
+
+
+def test_one_that_fails_is_named_with_its_last_words_and_nothing_more_is_begun(
+    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = arms(tmp_path, *tiny)[0]
+    bad = replace(
+        good, name="broken", backbone=replace(good.backbone, path=str(tmp_path / "absent")), init="pretrained"
+    )
+    jobs = [Job(config) for config in (bad, replace(bad, name="broken too"), replace(good, name="never"))]
+    assert run_jobs(jobs, at_once=2) == 2
+    captured = capfd.readouterr()
+    assert "== broken: failed with code 2" in captured.err
+    assert "absent" in captured.err
+    assert "never" not in captured.out
+
+
+def test_others_go_on_where_they_may(tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    good = replace(arms(tmp_path, *tiny)[0], name="good")
+    bad = replace(
+        good, name="broken", backbone=replace(good.backbone, path=str(tmp_path / "absent")), init="pretrained"
+    )
+    assert run_jobs([Job(bad), Job(good)], keep_going=True) == 2
+    assert "absent: no such file" in capfd.readouterr().err
+    assert [folder.parent.name for folder in run_folders(tmp_path)] == ["good"]
+
+
+def test_a_signal_before_a_run_has_begun_is_no_crash(tiny: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "t2i_lm.ablate", "--all", "--jobs", "2", *tiny, *QUIET, f"run.dir={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    assert "started" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "Traceback" not in output
+
+
+def test_runs_of_several_devices_are_not_made_at_once(tiny: list[str], tmp_path: Path) -> None:
+    jobs = [Job(config) for config in arms(tmp_path, *tiny, "trainer.devices=2")]
+    with pytest.raises(ValueError, match=r"trainer\.devices=2: expected 1 with --jobs"):
+        run_jobs(jobs, at_once=2)
+
+
+def test_a_signal_stops_and_saves_all_of_them(tiny: list[str], tmp_path: Path) -> None:
+    long = ["trainer.max_steps=4000", "trainer.val_check_interval=4000", "trainer.checkpoint_interval=4000"]
+    command = [sys.executable, "-m", "t2i_lm.ablate", "--all", "--jobs", "2", *tiny, *QUIET, *long]
+    process = subprocess.Popen(
+        [*command, f"run.dir={tmp_path}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = list(tmp_path.glob("*/*/metrics.jsonl"))
+        if len(metrics) == 2 and all('"train"' in path.read_text() for path in metrics):
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    folders = run_folders(tmp_path)
+    assert sorted(folder.parent.name for folder in folders) == ["uncond_pretrained", "uncond_scratch"]
+    for folder in folders:
+        assert len(list((folder / "checkpoints").glob("step-*.ckpt"))) == 1
+        assert not (folder / REPORT).exists()

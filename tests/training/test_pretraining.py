@@ -1,0 +1,136 @@
+"""The other two tasks, and their export, through the command line."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from t2i_lm.config.load import load_experiment
+from t2i_lm.data.datamodules import spread
+from t2i_lm.experiment.build import build
+from t2i_lm.export import main as export
+from t2i_lm.models.open_lm import load_open_lm
+from t2i_lm.storage.run_folder import read_run, run_folders
+from t2i_lm.tokenizers.vq import VQTokenizer
+from t2i_lm.train import main
+
+ROOT = Path(__file__).parents[2]
+VQ = str(ROOT / "experiments" / "image_tokenizer.yaml")
+LM = str(ROOT / "experiments" / "text_lm.yaml")
+SMALL_VQ = [
+    "image_tokenizer.model.block_out_channels=[16,16]",
+    "image_tokenizer.model.codes=32",
+    "image_tokenizer.restart_every=4",
+    "data.train_size=64",
+    "data.val_size=40",
+    "data.batch_size=8",
+    "optim.warmup_steps=2",
+    "trainer.max_steps=30",
+    "trainer.precision=32-true",
+    "trainer.val_check_interval=15",
+    "trainer.checkpoint_interval=7",
+    "log.interval=5",
+    "log.logger=none",
+]
+
+
+def test_an_image_tokenizer_learns_is_exported_and_its_codes_are_in_use(tmp_path: Path) -> None:
+    assert main([VQ, *SMALL_VQ, f"run.dir={tmp_path}"]) == 0
+    run = read_run(run_folders(tmp_path)[-1])
+    first, last = run.records("val")[0]["val"], run.records("val")[-1]["val"]
+    assert last["psnr"] > first["psnr"] + 0.5
+    assert last["codes_used"] > 0.5
+    assert export([str(run.folder), "--out", str(tmp_path / "vq"), "--dtype", "float32"]) == 0
+    card = json.loads((tmp_path / "vq" / "card.json").read_text())
+    assert card["psnr_db"] == pytest.approx(last["psnr"], rel=1e-5)
+    assert card["codes_used"] == pytest.approx(last["codes_used"])
+    assert 0 <= card["checker_right"]["background"] <= 1
+    assert VQTokenizer.from_folder(tmp_path / "vq", 64).vocab_size == 32
+
+
+def test_a_tokenizer_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Across the k-means and the re-seeding of codes, whose inputs are in the checkpoint."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert main([VQ, *SMALL_VQ, f"run.dir={whole}"]) == 0
+    assert main([VQ, *SMALL_VQ, f"run.dir={half}"]) == 0
+    folder = run_folders(half)[-1]
+    newest = sorted((folder / "checkpoints").glob("*.ckpt"))[-1]
+    newest.unlink()  # as if it had been killed after step 28
+    (folder / "report.json").unlink()
+    assert main([VQ, "--resume", str(folder), f"run.dir={half}"]) == 0
+    curves = [
+        [{key: value for key, value in record.items() if key != "time"} for record in read_run(path).metrics]
+        for path in (run_folders(whole)[-1], folder)
+    ]
+    assert curves[0] == curves[1]
+
+
+@pytest.fixture
+def language_model(tmp_path: Path) -> Path:
+    words = ["the", "a", "ship", "sea", "sailed", "over", "old", "man", "cold", "north", "wind", "and", "of"]
+    books = "\f".join(
+        "\n\n".join(" ".join(words[(n * k + k) % len(words)] for k in range(3, 60)) for n in range(20))
+        for _ in range(30)
+    )
+    (tmp_path / "books.txt").write_text(books)
+    (tmp_path / "lm.json").write_text(
+        json.dumps(
+            {
+                "hidden_dim": 32,
+                "n_layers": 2,
+                "n_heads": 2,
+                "seq_len": 64,
+                "vocab_size": 300,
+                "positional_embedding_type": "rotary",
+            }
+        )
+    )
+    arguments = [
+        f"data.path={tmp_path}/books.txt",
+        f"data.val_path={tmp_path}/books.txt",
+        f"data.cache_dir={tmp_path}/cache",
+        f"run.dir={tmp_path}/runs",
+        f"backbone.config={tmp_path}/lm.json",
+        "text_tokenizer.vocab_size=300",
+        "data.length=32",
+        "data.batch_size=8",
+        "trainer.max_steps=30",
+        "optim.warmup_steps=3",
+        "log.interval=5",
+        "log.logger=csv",
+    ]
+    assert main([LM, *arguments]) == 0
+    return run_folders(tmp_path / "runs")[-1]
+
+
+def test_validation_during_training_takes_windows_from_all_over_the_held_out_text() -> None:
+    rows = datasets.Dataset.from_dict({"row": list(range(100))})
+    assert spread(rows, 4)["row"][:] == [0, 25, 50, 75]
+    assert len(spread(rows, None)) == len(spread(rows, 1000)) == 100
+
+
+def test_a_shipped_text_tokenizer_serves_another_language_model(language_model: Path, tmp_path: Path) -> None:
+    config = load_experiment(
+        language_model / "config.yaml",
+        None,
+        ["text_tokenizer.path=asset:lm_rotary/text_tokenizer.model", "data.val_size=3", "backbone.config=demo_7m"],
+    )
+    experiment = build(config)
+    experiment.data.setup("fit")
+    assert len(experiment.data.val_set) == 3
+    assert experiment.text is not None
+    assert experiment.text.vocab_size == 4096
+
+
+def test_a_language_model_learns_and_is_exported(language_model: Path, tmp_path: Path) -> None:
+    run = read_run(language_model)
+    assert run.records("val")[-1]["val"]["text"]["nll"] < run.records("val")[0]["val"]["text"]["nll"] - 1
+    out = tmp_path / "exported"
+    assert export([str(language_model), "--out", str(out)]) == 0
+    card = json.loads((out / "card.json").read_text())
+    assert 0 < card["held_out_bits_per_byte"] < 8
+    assert len(card["completions"]) == 10
+    assert load_open_lm(out).output.text.dtype == torch.float32
+    assert (out / "text_tokenizer.model").is_file()

@@ -1,0 +1,114 @@
+"""Remedies against forgetting in whole runs, all at once, through the command line."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from t2i_lm.config.load import load_experiment
+from t2i_lm.experiment.build import build_model
+from t2i_lm.storage.run_folder import Run, read_run, run_folders
+from tests.evaluation.test_forgetting import QUICK, book, plain, probing, resume_from_middle
+from tests.test_train import PRETRAINED, curve, launch, train, weights
+
+__all__ = ["book", "plain", "probing"]  # fixtures
+
+# All remedies that can be had together, so that they are seen to compose: adapters leave L2-SP nothing to pull.
+TOGETHER = ["loss.text_weight=0.5", "loss.image_weight=2.0", "distil.weight=0.7", "data.replay_ratio=0.25"]
+COMBINATIONS = {
+    "weights": [*TOGETHER, "optim.l2_sp=1.0", "freeze=[norm,text_rows]"],
+    "adapters": [*TOGETHER, "lora.rank=2", "freeze=[text_rows]"],
+}
+# Of each, what learns of the language model's own weights.
+LEARNS = {"weights": r"layers\.\d+\.(attention|feed_forward)\.", "adapters": r"\.lora_"}
+
+
+@pytest.fixture(scope="module", params=COMBINATIONS)
+def combination(request: pytest.FixtureRequest) -> str:
+    if request.param == "adapters":
+        pytest.importorskip("peft")
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def remedies(combination: str, book: Path) -> list[str]:
+    return [*COMBINATIONS[combination], f"data.replay_path={book}"]
+
+
+@pytest.fixture(scope="module")
+def remedied(tiny: list[str], probing: list[str], remedies: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(PRETRAINED, tmp_path_factory.mktemp("remedied"), *tiny, *QUICK, *probing, *remedies)
+
+
+def test_only_what_no_remedy_freezes_learns(remedied: Run, combination: str) -> None:
+    """Against the model as the run began, built again from its config."""
+    initial = build_model(load_experiment(remedied.folder / "config.yaml")).module.state_dict()
+    trained = weights(remedied)
+    assert set(trained) == set(initial)
+    for name, value in trained.items():
+        learns = name.endswith((".special", ".image")) or re.search(LEARNS[combination], name) is not None
+        assert torch.equal(value, initial[name]) != learns, name
+
+
+def test_replay_is_a_modality_of_its_own_and_takes_its_share(remedied: Run, plain: Run) -> None:
+    for line in remedied.records("train"):
+        assert line["train"]["replay"]["count"] == 2 * 2 * 111  # two of eight sequences, two steps
+        assert line["scalars"]["distil_kl"] > 0
+    for line, other in zip(remedied.records("val"), plain.records("val"), strict=True):
+        assert line["val"]["replay"]["count"] == 0
+        assert line["val"]["all"]["count"] == other["val"]["all"]["count"]
+    assert remedied.records("val")[0]["val"]["text"] == plain.records("val")[0]["val"]["text"]  # nothing is weighted
+    assert remedied.environment["data_hash"] == plain.environment["data_hash"]
+    assert remedied.environment["stream_hash"] != plain.environment["stream_hash"]
+
+
+def test_remedies_resume_bit_for_bit(remedied: Run, tmp_path: Path) -> None:
+    resumed = resume_from_middle(PRETRAINED, tmp_path, remedied)
+    assert curve(resumed) == curve(remedied)
+    assert all(torch.equal(value, weights(remedied)[name]) for name, value in weights(resumed).items())
+
+
+def test_remedies_on_two_processes_equal_one(
+    remedied: Run, tiny: list[str], probing: list[str], remedies: list[str], tmp_path: Path
+) -> None:
+    more = ["trainer.strategy=ddp", "trainer.devices=2"]
+    process = launch(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies, *more)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    two = read_run(run_folders(tmp_path)[0])
+    assert len(two.metrics) == len(remedied.metrics)
+    for ours, theirs in zip(two.metrics, remedied.metrics, strict=True):
+        if "forgetting" in ours:
+            mine, other = (line["forgetting"]["text"]["all_rows"]["nll"] for line in (ours, theirs))
+            assert mine == pytest.approx(other, rel=1e-6)
+            continue
+        key = "train" if "train" in ours else "val"
+        for name, entry in theirs[key].items():
+            assert ours[key][name]["count"] == entry["count"]
+            if entry["count"]:
+                assert ours[key][name]["nll"] == pytest.approx(entry["nll"], rel=1e-6), name
+
+
+def test_accumulation_weighs_as_one_batch(
+    remedied: Run, tiny: list[str], probing: list[str], remedies: list[str], tmp_path: Path
+) -> None:
+    run = train(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies, "trainer.accumulate_grad_batches=4")
+    for ours, theirs in zip(run.records("val"), remedied.records("val"), strict=True):
+        assert ours["val"]["image"]["nll"] == pytest.approx(theirs["val"]["image"]["nll"], rel=1e-5)
+
+
+def test_the_stream_of_pairs_is_the_same_but_where_text_takes_a_place(book: Path) -> None:
+    from t2i_lm.data.sampler import REPLAYED, IndexSampler
+
+    plain, replay = (IndexSampler(60, 8, 20, 0, replayed=number) for number in (0, 2))
+    numbers = []
+    for step in range(20):
+        pairs, mixed = plain.global_batch(step * 8), replay.global_batch(step * 8)
+        text = mixed[:, 0] == REPLAYED
+        assert text.sum() == 2
+        assert text.reshape(4, 2).any(axis=1).sum() == 2  # spread over micro-batches and ranks
+        assert np.array_equal(mixed[~text], pairs[~text])
+        numbers += mixed[text, 1].tolist()
+    assert numbers == list(range(40))
