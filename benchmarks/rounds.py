@@ -158,9 +158,9 @@ def _versions() -> dict[str, str]:
 
 def can_compile(options: argparse.Namespace) -> bool:
     """Whether torch.compile's contenders take part; says why not."""
-    from t2i_lm.models import factory
+    from t2i_lm.runtime import devices
 
-    return not (options.no_compile or options.quick) and factory.can_compile("contenders of torch.compile")
+    return not (options.no_compile or options.quick) and devices.can_compile("contenders of torch.compile")
 
 
 def gate(what: str, found: Tensor, expected: Tensor, tolerance: float) -> float:

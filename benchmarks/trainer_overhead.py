@@ -94,7 +94,8 @@ def train_by_trainer(module: Any, data: Any, config: Any, clock: Clock, folder: 
     """As `t2i_lm.train` does, without the validation before the first step."""
     from lightning.pytorch.callbacks import Callback
 
-    from t2i_lm.training.trainer import EventLog, build_trainer
+    from callbacks import EventLog
+    from t2i_lm.training.trainer import build_trainer
 
     class Ticks(Callback):
         def on_train_batch_start(self, *_: Any) -> None:
@@ -113,7 +114,7 @@ def train_by_hand(module: Any, data: Any, config: Any, clock: Clock) -> None:
     import torch
     from lightning.fabric.utilities import move_data_to_device
 
-    from t2i_lm.training.trainer import precision
+    from t2i_lm.runtime.devices import precision
 
     module.to(clock.device).train()
     plan = module.configure_optimizers()

@@ -14,7 +14,7 @@ from callbacks.perplexity import EMASplitPerplexity
 from callbacks.preemption import Preempted, Preemption
 from callbacks.progress import RunProgress
 from callbacks.rng_state import RngState
-from callbacks.sample_grid import Drawn, SampleGrid
+from callbacks.sample_grid import SampleBatch, SampleGrid
 from callbacks.scalars import RunScalars
 from callbacks.throughput import Throughput
 from callbacks.wall_time import WallTime
@@ -22,7 +22,6 @@ from callbacks.wall_time import WallTime
 __all__ = [
     "CocoFID",
     "CorruptCheckpointError",
-    "Drawn",
     "DurableCheckpointIO",
     "EMASplitPerplexity",
     "EventLog",
@@ -38,6 +37,7 @@ __all__ = [
     "RunCheckpoints",
     "RunProgress",
     "RunScalars",
+    "SampleBatch",
     "SampleGrid",
     "SplitLossModule",
     "StepOutput",

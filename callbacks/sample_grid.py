@@ -13,7 +13,7 @@ from callbacks.base.periodic import Periodic, undisturbed
 from callbacks.perplexity import EMASplitPerplexity
 
 
-class Drawn(NamedTuple):
+class SampleBatch(NamedTuple):
     """What was drawn: a picture of the samples, and shares in [0, 1] by name."""
 
     grid: Image.Image
@@ -26,7 +26,7 @@ class SampleGrid(Periodic):
     Writes FOLDER/step-NNNNNNNN.png, a line with `prompt_accuracy` to metrics.jsonl, and both to TensorBoard.
     """
 
-    def __init__(self, interval: int, draw: Callable[[], Drawn], folder: Path, meter: EMASplitPerplexity) -> None:
+    def __init__(self, interval: int, draw: Callable[[], SampleBatch], folder: Path, meter: EMASplitPerplexity) -> None:
         """`draw` samples from the module as it is; `meter` writes the line.
 
         Raises:

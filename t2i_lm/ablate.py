@@ -8,8 +8,7 @@ from pathlib import Path
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.models.freeze import FREEZE_GROUPS, TUNE_SETS
-from t2i_lm.runtime.command_line import add_jobs, add_scale
-from t2i_lm.train import FAILURES
+from t2i_lm.runtime.command_line import FAILURES, add_jobs, add_scale
 from t2i_lm.training.jobs import Job, run_jobs
 
 EXAMPLE = f"""example:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
-from t2i_lm.runtime.command_line import NO_PICTURES, add_jobs, add_scale
-from t2i_lm.train import FAILURES
+from t2i_lm.runtime.command_line import FAILURES, NO_PICTURES, add_jobs, add_scale
 from t2i_lm.training.jobs import Job, run_jobs, unfinished
 
 EXAMPLE = """example:

@@ -7,8 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from t2i_lm.config.load import flatten, load_experiment
-from t2i_lm.runtime.command_line import NO_PICTURES, add_jobs, add_scale
-from t2i_lm.train import FAILURES
+from t2i_lm.runtime.command_line import FAILURES, NO_PICTURES, add_jobs, add_scale
 from t2i_lm.training.jobs import Job, find_equal, run_jobs, unfinished
 
 EXAMPLE = """example:

@@ -6,18 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.experiment import RESUMABLE, ExperimentConfig
 from t2i_lm.config.load import load_experiment
-from t2i_lm.runtime.command_line import add_scale
+from t2i_lm.runtime.command_line import FAILURES, add_scale
 
 EXAMPLE = """example:
   python -m t2i_lm.train experiments/t2i_pretrained.yaml --scale demo trainer.max_steps=50
   python -m t2i_lm.train experiments/t2i_pretrained.yaml --scale demo --resume latest
 
 keys are those of t2i_lm/config.py; `--dry-run` prints all of them resolved, and what the run would cost."""
-
-# What a run says in one line; anything else is a fault of this suite and keeps its traceback.
-FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,19 +77,6 @@ def _configure(options: argparse.Namespace) -> tuple[ExperimentConfig, Path | No
     if differing := _mismatch(saved, resumed):
         raise ValueError(f"--resume {folder}: {differing} differs from the run's config.yaml; start a new run instead")
     return resumed, folder
-
-
-# What may change when a run goes on: where it runs and what it prints, never what it computes.
-RESUMABLE = (
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.accelerator",
-    "trainer.threads",
-    "trainer.checkpoint_interval",
-    "data.workers",
-    "log.logger",
-)
 
 
 def _mismatch(saved: ExperimentConfig, resumed: ExperimentConfig) -> str | None:

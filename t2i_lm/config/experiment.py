@@ -29,6 +29,18 @@ LOSS_ROWS = ("all", "image")
 INITS = ("pretrained", "random", "shuffled", "body_only", "embeddings_only", "aligned")
 NEW_ROWS = ("random", "mean", "aligned", "codebook")
 
+# What may change when a run goes on: where it runs and what it prints, never what it computes.
+RESUMABLE = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.accelerator",
+    "trainer.threads",
+    "trainer.checkpoint_interval",
+    "data.workers",
+    "log.logger",
+)
+
 
 @dataclass
 class ExperimentConfig:

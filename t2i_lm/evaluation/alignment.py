@@ -13,8 +13,8 @@ from t2i_lm.experiment.build import Experiment
 from t2i_lm.models.aligned_rows import FILE, write_aligned_rows
 from t2i_lm.models.contrastive import Neighbours, hubness, nearest_text_tokens
 from t2i_lm.modules.alignment import AlignmentModule
+from t2i_lm.runtime.loggers import write_text
 from t2i_lm.runtime.tables import markdown_table
-from t2i_lm.training.trainer import write_text
 
 TABLE = "nearest_text_tokens.csv"
 # Rows of the table in TensorBoard's text tab: the image ids that occur most.

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from callbacks import Inception
 from t2i_lm.assets import resolve
 from t2i_lm.data.coco import CROP, RESIZER, SIZE, Coco, Prompt, prompts_sha256, square
 from t2i_lm.data.shards.tokenize import stack_pictures
@@ -26,7 +27,6 @@ from t2i_lm.runtime.progress import lines
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import Parts
 from t2i_lm.storage.run_folder import environment
-from t2i_lm.training.trainer import Inception
 
 GRID = 16  # pictures shown
 GRID_FILE, PICTURES_FOLDER = "grid.png", "pictures"

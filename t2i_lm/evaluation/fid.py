@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from callbacks import FeatureDistance, FidTask, Inception, kernel_distance
 from t2i_lm.assets import resolve
 from t2i_lm.data.coco import (
     CAPTIONS,
@@ -47,7 +48,6 @@ from t2i_lm.models.generate import Sampling
 from t2i_lm.runtime.devices import local_rank
 from t2i_lm.runtime.progress import lines
 from t2i_lm.storage.resumable import Parts
-from t2i_lm.training.trainer import FeatureDistance, FidTask, Inception, kernel_distance
 
 # Pictures that go through the feature network together, and pictures of one part of the reference.
 NETWORK_BATCH, REFERENCE_PART = 32, 256

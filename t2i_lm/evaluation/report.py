@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from callbacks import SampleBatch
 from t2i_lm.config.sections import SHARDED
 from t2i_lm.data.scenes.captions import entropy
 from t2i_lm.data.scenes.scene import SIZE
@@ -29,7 +30,6 @@ from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.storage.run_folder import REPORT, read_run
 from t2i_lm.tokenizers.layout import Layout
-from t2i_lm.training.trainer import Drawn
 
 # Captions over which the generator's entropy is estimated.
 ENTROPY_SAMPLES = 20_000
@@ -154,14 +154,14 @@ def _familiar_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     return result
 
 
-def sampler(experiment: Experiment) -> Callable[[], Drawn] | None:
+def sampler(experiment: Experiment) -> Callable[[], SampleBatch] | None:
     """What draws held-out prompts during training and scores those of scenes; None where nothing is to be drawn."""
     config = experiment.config
     sharded = config.trainer.strategy in SHARDED  # no process has the whole model
     if sharded or not (config.samples.interval and config.samples.grid and isinstance(experiment.layout, Layout)):
         return None
 
-    def draw() -> Drawn:
+    def draw() -> SampleBatch:
         assert experiment.shards is not None
         assert experiment.text is not None
         rows = open_split(experiment.shards, "val")[: config.samples.grid]
@@ -171,7 +171,7 @@ def sampler(experiment: Experiment) -> Callable[[], Drawn] | None:
         if config.data.source == "scenes" and images_HW3[0].shape[0] == SIZE:
             meanings = [json.loads(str(text)) for text in rows["meaning"]]
             accuracy = {name: entry["right"] for name, entry in prompt_accuracy(images_HW3, meanings).items()}
-        return Drawn(captioned_grid(images_HW3, captions), accuracy)
+        return SampleBatch(captioned_grid(images_HW3, captions), accuracy)
 
     return draw
 

@@ -18,11 +18,11 @@ from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.factory import choose_trained, empty_backbone
 from t2i_lm.models.flops import PEAKS, flop_per_token, formula
 from t2i_lm.models.freeze import group_table, overlaps
+from t2i_lm.runtime.devices import precision
 from t2i_lm.storage import hub
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 from t2i_lm.tokenizers.vq import PatchedVQ
-from t2i_lm.training.trainer import precision
 
 # GPUs that hours are stated for, and an assumed price in dollars an hour.
 GPUS = {"A100": 2.0, "H100": 3.0}

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from t2i_lm.config.sections import SampleConfig
 from t2i_lm.experiment.build import Model
-from t2i_lm.models.factory import can_compile
 from t2i_lm.models.float8 import multiplies_in_float8
 from t2i_lm.models.generate import Progress, Sampling, generate
 from t2i_lm.modules.base import DecoderModule
+from t2i_lm.runtime.devices import can_compile
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 

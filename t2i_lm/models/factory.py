@@ -1,11 +1,8 @@
 """The language model of an experiment: read or drawn, and which of its parameters learn."""
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from shutil import which
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
@@ -18,10 +15,8 @@ from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_
 from t2i_lm.models.initialise import copy_text_rows, shuffle_entries
 from t2i_lm.models.lora import add_adapters
 from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
+from t2i_lm.runtime.devices import can_compile
 from t2i_lm.runtime.seeds import generator
-
-# What torch.compile needs one of.
-COMPILERS = ("c++", "g++", "clang++")
 
 
 def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig:
@@ -154,12 +149,3 @@ def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:
     if config.trainer.compile and can_compile("trainer.compile"):
         for block in blocks_of(decoder):
             block.compile()
-
-
-def can_compile(key: str) -> bool:
-    """Whether there is a C++ compiler; says where there is none, naming what asked for it."""
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    found = any(map(which, wanted))
-    if not found:
-        print(f"{key}: none of {', '.join(wanted)} found, so nothing is compiled", file=sys.stderr)
-    return found

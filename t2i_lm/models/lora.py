@@ -5,7 +5,7 @@ from typing import Any
 from torch import Generator, nn
 
 from t2i_lm.models.backbone import Backbone
-from t2i_lm.modules.optim import is_new_row
+from t2i_lm.models.token_rows import is_new_row
 from t2i_lm.runtime.seeds import seeded
 
 

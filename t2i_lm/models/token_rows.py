@@ -73,3 +73,8 @@ class Output(TokenRows):
             target_N = target_N - len(self.text) - len(self.special)
             return self.loss(x, self.image, target_N, weight_N, self.z_loss)
         return self.loss(x, self.matrix(), target_N, weight_N, self.z_loss)
+
+
+def is_new_row(name: str) -> bool:
+    """Whether no language model was pre-trained with a parameter: boundary and image rows, adapters."""
+    return name.endswith((".special", ".image")) or ".lora_" in name

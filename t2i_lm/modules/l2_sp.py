@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from t2i_lm.modules.optim import is_new_row
+from t2i_lm.models.token_rows import is_new_row
 
 
 class Anchor(nn.Module):

@@ -10,12 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from t2i_lm.config.sections import OptimConfig
+from t2i_lm.models.token_rows import is_new_row
 from t2i_lm.runtime.devices import multiplies_bfloat16
-
-
-def is_new_row(name: str) -> bool:
-    """Whether no language model was pre-trained with a parameter: boundary and image rows, adapters."""
-    return name.endswith((".special", ".image")) or ".lora_" in name
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:

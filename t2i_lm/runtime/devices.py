@@ -1,7 +1,9 @@
 """What the processor at hand can do."""
 
 import os
+import sys
 from importlib.util import find_spec
+from shutil import which
 
 import torch
 
@@ -10,6 +12,8 @@ from t2i_lm.config.sections import SHARDED, TrainerConfig, require
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 FLOAT8_CAPABILITY = (8, 9)
+# torch.compile needs one of these.
+COMPILERS = ("c++", "g++", "clang++")
 # In messages of plain RuntimeErrors: of CUDA and its libraries, which do not ask torch's allocator.
 GPU_FULL = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
@@ -81,6 +85,19 @@ def uses_gpu(accelerator: str) -> bool:
     return torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
 
 
+def precision(config: ExperimentConfig) -> str:
+    """bf16-mixed where the device multiplies in bfloat16, else float32; float32 master weights either way."""
+    if config.trainer.precision != "auto":
+        return config.trainer.precision
+    device = "cuda" if uses_gpu(config.trainer.accelerator) else "cpu"
+    return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"
+
+
+def device_name(config: ExperimentConfig) -> str | None:
+    """The GPU that a run would use, as its driver calls it."""
+    return torch.cuda.get_device_name() if uses_gpu(config.trainer.accelerator) else None
+
+
 def local_rank() -> int:
     """The number of this process on its machine; that of its GPU, too."""
     return _number("LOCAL_RANK", "SLURM_LOCALID", 0)
@@ -107,3 +124,12 @@ def multiplies_bfloat16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def can_compile(key: str) -> bool:
+    """Whether there is a C++ compiler; says where there is none, naming what asked for it."""
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    found = any(map(which, wanted))
+    if not found:
+        print(f"{key}: none of {', '.join(wanted)} found, so nothing is compiled", file=sys.stderr)
+    return found

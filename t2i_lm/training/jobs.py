@@ -15,11 +15,11 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.experiment import RESUMABLE, ExperimentConfig
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import require
+from t2i_lm.runtime.command_line import FAILURES
 from t2i_lm.storage.run_folder import CONFIG, REPORT, run_folders
-from t2i_lm.train import FAILURES, RESUMABLE
 
 # Where a run is kept; nothing of it changes what is computed.
 PLACES = (*RESUMABLE, "run.dir", "data.cache_dir")

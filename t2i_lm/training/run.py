@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from callbacks import EventLog, MetricsFile, Preempted, find_resumable
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import save_experiment
@@ -23,10 +24,11 @@ from t2i_lm.models.cross_entropy import loss_backend
 from t2i_lm.models.flops import flop_per_token, formula
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
-from t2i_lm.runtime.devices import global_rank, is_out_of_memory, memory_advice, require_device
+from t2i_lm.runtime.devices import device_name, global_rank, is_out_of_memory, memory_advice, precision, require_device
 from t2i_lm.runtime.seeds import generator
 from t2i_lm.storage.hashing import weights_sha256
 from t2i_lm.storage.run_folder import (
+    CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
     EVENTS,
@@ -36,17 +38,7 @@ from t2i_lm.storage.run_folder import (
     new_run_folder,
     read_run,
 )
-from t2i_lm.training.trainer import (
-    CHECKPOINTS,
-    EventLog,
-    MetricsFile,
-    Preempted,
-    build_trainer,
-    device_name,
-    find_resumable,
-    precision,
-    seconds_trained,
-)
+from t2i_lm.training.trainer import build_trainer, seconds_trained
 
 # A launched rank finds the folder that rank 0 made here.
 FOLDER_VARIABLE = "T2I_LM_RUN_FOLDER"

@@ -8,41 +8,34 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks import (
     CocoFID,
     DurableCheckpointIO,
     EMASplitPerplexity,
+    EventLog,
+    FidTask,
     Forgetting,
+    Inception,
     NonFiniteGuard,
     Preemption,
     RngState,
     RunCheckpoints,
     RunProgress,
     RunScalars,
+    SampleBatch,
     SampleGrid,
     Throughput,
     WallTime,
 )
-from callbacks import Drawn as Drawn
-from callbacks import EventLog as EventLog
-from callbacks import FeatureDistance as FeatureDistance
-from callbacks import FidTask as FidTask
-from callbacks import Inception as Inception
-from callbacks import MetricsFile as MetricsFile
-from callbacks import Preempted as Preempted
-from callbacks import find_resumable as find_resumable
-from callbacks import kernel_distance as kernel_distance
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import SHARDED
 from t2i_lm.models.flops import peak_flops
-from t2i_lm.runtime.devices import multiplies_bfloat16, uses_gpu
-from t2i_lm.storage.run_folder import METRICS
+from t2i_lm.runtime.devices import device_name, precision
+from t2i_lm.runtime.loggers import build_logger
+from t2i_lm.storage.run_folder import CHECKPOINTS, FID, METRICS, SAMPLES
 from t2i_lm.training.sharded_strategy import ShardedStrategy
-
-CHECKPOINTS, SAMPLES, FID = "checkpoints", "samples", "fid"
 
 # Warnings of Lightning that do not hold here: loading is no bottleneck, the data module resumes exactly, and it is the
 # module that completes a batch.
@@ -55,45 +48,10 @@ QUIET = (
 )
 
 
-def precision(config: ExperimentConfig) -> str:
-    """bf16-mixed where the device multiplies in bfloat16, else float32; float32 master weights either way."""
-    if config.trainer.precision != "auto":
-        return config.trainer.precision
-    device = "cuda" if uses_gpu(config.trainer.accelerator) else "cpu"
-    return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"
-
-
 def peak(config: ExperimentConfig) -> float | None:
     """Operations a second that the device at hand does at most in the run's precision, where this is known."""
     name = device_name(config)
     return peak_flops(name) if name is not None and precision(config) == "bf16-mixed" else None
-
-
-def device_name(config: ExperimentConfig) -> str | None:
-    """The GPU that a run would use, as its driver calls it."""
-    return torch.cuda.get_device_name() if uses_gpu(config.trainer.accelerator) else None
-
-
-def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
-    """The logger named by `log.logger`; metrics.jsonl is written whatever it is."""
-    name = config.log.logger
-    if name == "tensorboard":
-        return TensorBoardLogger(save_dir=folder, name="", version="tb", default_hp_metric=False)
-    if name == "csv":
-        return CSVLogger(save_dir=folder, name="", version="csv")
-    if name == "wandb":
-        from lightning.pytorch.loggers import WandbLogger
-
-        return WandbLogger(project="t2i_lm", name=folder.name, save_dir=folder)
-    return False
-
-
-def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
-    """Puts a text beside a run's curves, where its logger is TensorBoard."""
-    logger = build_logger(config, folder)
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_text(tag, markdown)
-        logger.finalize("success")
 
 
 def build_strategy(config: ExperimentConfig) -> Strategy | str:
@@ -113,7 +71,7 @@ def build_trainer(
     folder: Path,
     events: EventLog,
     resumed: bool,
-    draw: Callable[[], Drawn] | None = None,
+    draw: Callable[[], SampleBatch] | None = None,
     fid: tuple[FidTask, Inception] | None = None,
     measure: Callable[[pl.LightningModule], dict[str, Any]] | None = None,
     flop_per_token: float | None = None,

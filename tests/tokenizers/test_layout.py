@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_lm.models.cross_entropy import split_sums
+from t2i_lm.modules.base import split_sums
 from t2i_lm.tokenizers.joint_vocab import SPECIALS, JointVocab
 from t2i_lm.tokenizers.layout import BOUNDARY, IMAGE, PAD, TEXT, Layout, modality_of_target
 

@@ -32,7 +32,7 @@ def test_without_a_compiler_blocks_run_eagerly(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("t2i_lm.models.factory.which", lambda _: None)
+    monkeypatch.setattr("t2i_lm.runtime.devices.which", lambda _: None)
     run = train(PRETRAINED, tmp_path, *tiny, "trainer.compile=true")
     assert "trainer.compile: none of c++" in capsys.readouterr().err
     assert curve(run) == curve(pretrained)

@@ -1,0 +1,29 @@
+"""Loggers of a run, and Markdown texts beside its curves."""
+
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from t2i_lm.config.experiment import ExperimentConfig
+
+
+def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
+    """The logger named by `log.logger`; metrics.jsonl is written whatever it is."""
+    name = config.log.logger
+    if name == "tensorboard":
+        return TensorBoardLogger(save_dir=folder, name="", version="tb", default_hp_metric=False)
+    if name == "csv":
+        return CSVLogger(save_dir=folder, name="", version="csv")
+    if name == "wandb":
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(project="t2i_lm", name=folder.name, save_dir=folder)
+    return False
+
+
+def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
+    """Puts a text beside a run's curves, where its logger is TensorBoard."""
+    logger = build_logger(config, folder)
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(tag, markdown)
+        logger.finalize("success")
