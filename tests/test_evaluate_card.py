@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from t2i_lm.evaluate import _default_name, main, parser
-from t2i_lm.models.factory import COMPILERS
+from t2i_lm.runtime.devices import COMPILERS
 from tests.test_evaluate import coco, command, read, run
 
 __all__ = ["coco", "command", "run"]

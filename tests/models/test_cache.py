@@ -10,8 +10,8 @@ import torch
 from t2i_lm.models.cache import KVCache, Window
 from t2i_lm.models.cuda_graph import StepGraphs
 from t2i_lm.models.decoder import Decoder
-from t2i_lm.models.factory import COMPILERS
 from t2i_lm.models.generate import Sampling, generate
+from t2i_lm.runtime.devices import COMPILERS
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import Layout
 from tests.models.test_generate import setup

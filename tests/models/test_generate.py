@@ -7,8 +7,8 @@ import torch
 
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.factory import COMPILERS
 from t2i_lm.models.generate import Sampling, continue_text, draw, filter_top_k, filter_top_p, generate, uniforms
+from t2i_lm.runtime.devices import COMPILERS
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import Layout
 from tests.models.test_open_lm import tiny

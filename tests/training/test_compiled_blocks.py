@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from t2i_lm.models.factory import COMPILERS
+from t2i_lm.runtime.devices import COMPILERS
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from tests.test_train import PRETRAINED, curve, launch, pretrained, same_losses, train
 
