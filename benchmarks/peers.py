@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2i_lm.models.decoder import Decoder, DecoderConfig
+from t2i_lm.models.decoder import Decoder, DecoderConfig, swiglu_width
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.feed_forward import swiglu_width
 from t2i_lm.models.open_lm import open_lm_state_dict
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 

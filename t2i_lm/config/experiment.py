@@ -6,15 +6,18 @@ ValueError that names the key, the value and what is allowed.
 
 from dataclasses import dataclass, field
 
-from t2i_lm.config.remedy_sections import DistilConfig, ForgettingConfig, LoraConfig, LossConfig
 from t2i_lm.config.sections import (
     SHARDED,
     AlignConfig,
     BackboneConfig,
     DataConfig,
+    DistilConfig,
     FidConfig,
+    ForgettingConfig,
     ImageTokenizerConfig,
     LogConfig,
+    LoraConfig,
+    LossConfig,
     OptimConfig,
     RunConfig,
     SampleConfig,

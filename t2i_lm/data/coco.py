@@ -146,7 +146,7 @@ def read_pictures(coco: Coco, names: Sequence[str]) -> "tuple[list[Image.Image],
     """
     import io
 
-    from t2i_lm.data.images import RejectedPairError, decode_image
+    from t2i_lm.data.pairs import RejectedPairError, decode_image
 
     images, digests = [], []
     for name in names:

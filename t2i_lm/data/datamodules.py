@@ -15,8 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.data.images import RejectedPairError, centre_crop
-from t2i_lm.data.pairs import CaptionedSource
+from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, centre_crop
 from t2i_lm.data.sampler import Draw, IndexSampler
 from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.shards.format import choose_caption, leaves_out_caption, open_split

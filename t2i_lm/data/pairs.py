@@ -1,10 +1,12 @@
-"""One captioned picture, and what sources of them offer."""
+"""Caption-image pairs: the interfaces of their sources, and the reading of one image and its captions."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,64 @@ class StreamedSource(Protocol):
     def shards(self) -> int: ...
 
     def shard(self, number: int) -> Iterator[Sample]: ...
+
+
+# Pictures above this many pixels are rejected before they are decoded.
+MAX_PIXELS = 64_000_000
+
+
+class RejectedPairError(Exception):
+    """One sample that cannot be used; `reason` is a short class of failure, the text names the sample."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{detail}: {reason}")
+        self.reason = reason
+
+
+def decode_image(file: Any, name: str) -> Image.Image:
+    """An RGB picture, upright, from a path or binary stream.
+
+    Raises:
+        RejectedPairError: if it is missing, not a picture, truncated or larger than `MAX_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file)
+        if image.width * image.height > MAX_PIXELS:
+            raise RejectedPairError(f"over {MAX_PIXELS} pixels", name)
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+            upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
+        return upright.convert("RGB")
+    except FileNotFoundError as error:
+        raise RejectedPairError("missing file", name) from error
+    except UnidentifiedImageError as error:
+        raise RejectedPairError("not a picture", name) from error
+    except RejectedPairError:
+        raise
+    except Exception as error:  # Pillow's readers raise all sorts on damaged files
+        raise RejectedPairError("truncated or corrupt", name) from error
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The centre square, resized (bicubic) to `size` x `size`; uint8 (H, W, 3) (Section 2.1)."""
+    if image.size != (size, size):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def captions_of(value: Any, name: str) -> list[str]:
+    """Non-empty captions from a string or a list of strings.
+
+    Raises:
+        RejectedPairError: if there is none.
+    """
+    captions = [value] if isinstance(value, str) else list(value or [])
+    captions = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
+    if not captions:
+        raise RejectedPairError("no caption", name)
+    return captions

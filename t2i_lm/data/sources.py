@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from t2i_lm.config.sections import DataConfig
-from t2i_lm.data.images import RejectedPairError, captions_of, decode_image
-from t2i_lm.data.pairs import CaptionedSource, Pair, Sample, StreamedSource
+from t2i_lm.data.pairs import (
+    CaptionedSource,
+    Pair,
+    RejectedPairError,
+    Sample,
+    StreamedSource,
+    captions_of,
+    decode_image,
+)
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.tars import TarFolder, open_tars
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from t2i_lm.data.images import RejectedPairError, captions_of, decode_image
-from t2i_lm.data.pairs import Pair
+from t2i_lm.data.pairs import Pair, RejectedPairError, captions_of, decode_image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTIONS = (".txt", ".json")

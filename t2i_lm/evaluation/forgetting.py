@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from t2i_lm.config.remedy_sections import ForgettingConfig
+from t2i_lm.config.sections import ForgettingConfig
 from t2i_lm.evaluation.probes.completions import PROMPTS, complete
 from t2i_lm.evaluation.probes.heldout import heldout_rows, text_losses
 from t2i_lm.evaluation.probes.questions import Task, answer, read_tasks

@@ -17,7 +17,7 @@ from t2i_lm.evaluation.protocol_card import PROMPT_SEED
 
 if TYPE_CHECKING:
     from t2i_lm.config.experiment import ExperimentConfig
-    from t2i_lm.config.remedy_sections import ForgettingConfig
+    from t2i_lm.config.sections import ForgettingConfig
     from t2i_lm.data.coco import Coco, Prompt
     from t2i_lm.evaluation.base import Subject
     from t2i_lm.evaluation.lm_eval import ChosenTasks

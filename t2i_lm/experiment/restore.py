@@ -9,7 +9,7 @@ import torch
 from callbacks import find_resumable
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
-from t2i_lm.config.remedy_sections import DistilConfig
+from t2i_lm.config.sections import DistilConfig
 from t2i_lm.experiment.build import Model, build_model
 from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, read_run

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from torch import Generator, Tensor, nn
 
 from t2i_lm.models.cross_entropy import TokenLoss
+from t2i_lm.models.packing import Wanted
 from t2i_lm.models.token_rows import Embedding, Output
-from t2i_lm.models.wanted import Wanted
 
 
 class BackboneShape(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from t2i_lm.models.backbone import Backbone
-from t2i_lm.models.feed_forward import fan_in_normal_
+from t2i_lm.models.decoder import fan_in_normal_
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.tokenizers.joint_vocab import SPECIALS, JointVocab
 

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Generator, nn
+
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.models.backbone import Backbone
@@ -12,11 +15,25 @@ from t2i_lm.models.float8 import float8_layers
 from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.fsdp import blocks_of
 from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
-from t2i_lm.models.initialise import copy_text_rows, shuffle_entries
 from t2i_lm.models.lora import add_adapters
 from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
 from t2i_lm.runtime.devices import can_compile
 from t2i_lm.runtime.seeds import generator
+
+
+@torch.no_grad()
+def shuffle_entries(model: nn.Module, generator: Generator) -> None:
+    """Permutes the entries of every tensor within it: the same statistics, no knowledge."""
+    for parameter in model.parameters():
+        order = torch.randperm(parameter.numel(), generator=generator)
+        parameter.copy_(parameter.flatten()[order.to(parameter.device)].view_as(parameter))
+
+
+@torch.no_grad()
+def copy_text_rows(source: Backbone, target: Backbone) -> None:
+    """Gives `target` the embedding and output rows of `source`, both unexpanded."""
+    target.tok_embeddings.text.copy_(source.tok_embeddings.text)
+    target.output.text.copy_(source.output.text)
 
 
 def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig:

@@ -1,7 +1,10 @@
-"""The sequences of a batch end to end, without what stands behind their ends.
+"""Target positions as indices, and packed batches.
 
-Shapes: `B` sequences, `T` positions of the padded batch, `N` packed tokens, `M` of them wanted; `1` before `N` where
-they are one sequence to the layers.
+Both are computed on the host before the batch is moved: boolean-mask indexing on a GPU would force a synchronization
+every step.
+
+Shapes: `B` sequences, `T` positions of the padded batch, `N` packed tokens, `M` target positions; `1` before `N` where
+all packed tokens are one sequence to the layers.
 """
 
 from typing import NamedTuple
@@ -60,3 +63,27 @@ class Packed(NamedTuple):
         """The packed part (1, H, N, K) of a batch."""
         x_XHK = x_BHTK.transpose(1, 2).flatten(0, 1)
         return x_XHK.index_select(0, self.place_N).transpose(0, 1)[None]
+
+
+class Wanted(NamedTuple):
+    """Places of a batch, found where its ids are: on the host, before the batch is moved.
+
+    A named tuple, so that loaders pin it and trainers move it with the rest of a batch.
+
+    Attributes:
+        place_M: of each wanted position in the flattened batch, ascending, int64.
+        packed: what is computed for them, where the model packs.
+    """
+
+    place_M: Tensor
+    packed: Packed | None = None
+
+    @classmethod
+    def where(cls, wanted_BT: Tensor, pack: bool = False) -> "Wanted":
+        """Those where the mask holds; of a mask on a GPU, waits for it."""
+        packed = Packed.up_to_last(wanted_BT) if pack else None
+        return cls(wanted_BT.flatten().nonzero().squeeze(1), packed)
+
+    def of(self, x_BT: Tensor) -> Tensor:
+        """What a (B, T, ...) tensor holds there, (M, ...)."""
+        return x_BT.flatten(0, 1).index_select(0, self.place_M)

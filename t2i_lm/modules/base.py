@@ -21,7 +21,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.cross_entropy import TokenLoss, loss_backend
 from t2i_lm.models.float8 import use_float8
 from t2i_lm.models.fsdp import shard
-from t2i_lm.models.wanted import Wanted
+from t2i_lm.models.packing import Wanted
 from t2i_lm.modules.l2_sp import Anchor
 from t2i_lm.modules.optim import OPTIMIZERS, cosine_with_warmup
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.modules.base import OptimisedModule
-from t2i_lm.tokenizers.pixels import to_uint8, to_unit
-from t2i_lm.tokenizers.vq import PatchedVQ
+from t2i_lm.tokenizers.vq import PatchedVQ, to_uint8, to_unit
 
 # Latest encoder outputs kept for k-means and for re-seeding unused codes.
 RECENT = 32_768

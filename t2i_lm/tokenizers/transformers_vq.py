@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.tokenizers.pixels import to_uint8, to_unit
+from t2i_lm.tokenizers.vq import to_uint8, to_unit
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

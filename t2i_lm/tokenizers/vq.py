@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from t2i_lm.config.sections import VQModelConfig
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.tokenizers import movqgan
-from t2i_lm.tokenizers.pixels import to_uint8, to_unit
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -248,3 +247,13 @@ def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({"model": vars(model.config)}, indent=2) + "\n")
+
+
+def to_unit(images_uint8_BCHW: Tensor) -> Tensor:
+    """uint8 pixels -> [-1, 1]."""
+    return images_uint8_BCHW.float() / 127.5 - 1
+
+
+def to_uint8(pixels_BCHW: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 pixels, rounded and clamped."""
+    return ((pixels_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from t2i_lm.config.sections import DataConfig
-from t2i_lm.data.images import MAX_PIXELS, RejectedPairError, centre_crop, decode_image
+from t2i_lm.data.pairs import MAX_PIXELS, RejectedPairError, centre_crop, decode_image
 from t2i_lm.data.sources import open_source
 from tests.data.tar_file import write_tar
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import DataConfig
-from t2i_lm.data.images import RejectedPairError
+from t2i_lm.data.pairs import RejectedPairError
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.sources import open_source
 from t2i_lm.data.tars import open_tars

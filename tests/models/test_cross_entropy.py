@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import t2i_lm.models.cross_entropy as losses
-from t2i_lm.config.remedy_sections import LOSS_BACKENDS
+from t2i_lm.config.sections import LOSS_BACKENDS
 from t2i_lm.models.cross_entropy import BACKENDS, TokenLoss, loss_backend
 from t2i_lm.runtime.devices import multiplies_bfloat16
 

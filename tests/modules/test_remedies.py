@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.remedy_sections import DistilConfig, LossConfig
-from t2i_lm.config.sections import DataConfig, OptimConfig
+from t2i_lm.config.sections import DataConfig, DistilConfig, LossConfig, OptimConfig
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.open_lm import decoder_config

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from t2i_lm.tokenizers.image import open_image_tokenizer
-from t2i_lm.tokenizers.pixels import to_unit
 from t2i_lm.tokenizers.transformers_vq import TransformersVQ
+from t2i_lm.tokenizers.vq import to_unit
 from t2i_lm.train import main
 
 transformers = pytest.importorskip("transformers")

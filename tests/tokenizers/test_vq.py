@@ -6,8 +6,7 @@ from diffusers import VQModel
 
 from t2i_lm.config.sections import VQModelConfig
 from t2i_lm.tokenizers.image import open_image_tokenizer
-from t2i_lm.tokenizers.pixels import to_uint8, to_unit
-from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer, save_tokenizer
+from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer, save_tokenizer, to_uint8, to_unit
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,7 @@ from filelock import FileLock, Timeout
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.data.images import RejectedPairError, centre_crop
-from t2i_lm.data.pairs import CaptionedSource, Sample, StreamedSource
+from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, Sample, StreamedSource, centre_crop
 from t2i_lm.data.shards.format import (
     pair_features,
     part_folder,

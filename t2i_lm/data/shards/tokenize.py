@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i_lm.data.images import RejectedPairError, centre_crop
-from t2i_lm.data.pairs import Pair, Sample
+from t2i_lm.data.pairs import Pair, RejectedPairError, Sample, centre_crop
 from t2i_lm.data.shards.format import part_folder, read_part, text_features, write_part
 from t2i_lm.data.text import paragraphs
 from t2i_lm.runtime.progress import Told

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i_lm.config.remedy_sections import ForgettingConfig
+from t2i_lm.config.sections import ForgettingConfig
 from t2i_lm.evaluation.forgetting import Probes, summary
 from t2i_lm.evaluation.probes.completions import complete, spell
 from t2i_lm.evaluation.probes.heldout import heldout_rows, text_losses

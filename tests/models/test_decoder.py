@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2i_lm.models.attention import attend
+from t2i_lm.models.decoder import attend
 
 
 @pytest.mark.parametrize("length", [3, 104, 600])

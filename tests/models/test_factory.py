@@ -1,6 +1,6 @@
 import torch
 
-from t2i_lm.models.initialise import copy_text_rows, shuffle_entries
+from t2i_lm.models.factory import copy_text_rows, shuffle_entries
 from tests.models.test_open_lm import tiny
 
 
