@@ -1,6 +1,6 @@
 """The Frechet term against scipy's root and torchmetrics' own (goal G7).
 
-Full-rank covariances in float64. On one thread `--processor-time` leaves out what neighbours take.
+Full-rank covariances in float64. On one thread `--processor-time` leaves out what neighbors take.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Both draw the same number of ids after prompts of one length. Ours confines ids to the image codes; so that
 transformers' draws the same ids without extra work, the other output rows are zero and never win.
 
-Shapes: `B` pictures, `T` prompt positions, `N` image tokens, `V` image codes.
+Shapes: `B` images, `T` prompt positions, `N` image tokens, `V` image codes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     arguments = parser("generate", "Greedy generation by equal decoders, side by side.", EXAMPLE)
     arguments.add_argument("--shape", choices=("demo", "paper"), default="demo", help="default: %(default)s")
-    arguments.add_argument("--batch", type=int, default=8, help="pictures drawn together (default: %(default)s)")
+    arguments.add_argument("--batch", type=int, default=8, help="images drawn together (default: %(default)s)")
     arguments.add_argument("--prompt", type=int, default=32, help="prompt positions (default: %(default)s)")
     arguments.add_argument("--tokens", type=int, default=256, help="ids drawn for each (default: %(default)s)")
     arguments.add_argument("--alone", action="store_true", help="only ours: for batches that leave a peer no memory")
@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> None:
 
         for model in (decoder,) if llama is None else (decoder, llama.model):
             round_weights(model)
-        # Two roundings may prefer different ids, after which the pictures part: said, not refused.
+        # Two roundings may prefer different ids, after which the images part: said, not refused.
         agreement["equal_ids_bf16"] = shares(draw_all(forms))
     if len(few_BT) < len(prompt_BT):
         forms = forms_of(prompt_BT)
@@ -226,7 +226,7 @@ def check(found: dict[str, Tensor], logits_of: Callable[[Tensor], Tensor], devic
     """Our ids are the likeliest ones of a full recomputation, and every id of every form is ours.
 
     On a GPU, whose kernels sum in other orders, a form may part from ours at an id whose logit is as good as the best.
-    What follows in this row is another picture and is not compared; how many rows part is part of the result.
+    What follows in this row is another image and is not compared; how many rows part is part of the result.
 
     Raises:
         GateError: naming the form whose ids are others.

@@ -89,7 +89,7 @@ def variants(precision: str, compiled: bool) -> dict[str, tuple[str, HeadLoss]]:
 
 
 def inputs(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of a normalised layer, rows of open_lm's initial size, targets; drawn from a fixed seed."""
+    """Hidden states of a normalized layer, rows of open_lm's initial size, targets; drawn from a fixed seed."""
     import torch
 
     generator = torch.Generator(options.device).manual_seed(0)

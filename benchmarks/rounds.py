@@ -1,7 +1,7 @@
 """How everything here is measured: correctness first, then interleaved rounds, then one JSON line.
 
 In each round every contender runs once, in an order that is rotated from round to round, and times are divided
-*within* the round: drifting clocks and neighbours hit both sides of a ratio alike. Standard library only, so that
+*within* the round: drifting clocks and neighbors hit both sides of a ratio alike. Standard library only, so that
 `--help` answers at once; torch is imported by whoever measures.
 """
 
@@ -200,7 +200,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round, after `warmup` unmeasured repetitions of each.
 
-    `clock` is the wall's by default; `time.process_time` leaves out what neighbours take, where one thread computes.
+    `clock` is the wall's by default; `time.process_time` leaves out what neighbors take, where one thread computes.
     """
     for contender in contenders:
         for _ in range(warmup):

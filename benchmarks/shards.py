@@ -18,14 +18,14 @@ from t2i_lm.data.datamodules import BatchDataModule
 from t2i_lm.data.shards.format import pair_features, part_folder, read_part, write_index, write_part
 from t2i_lm.tokenizers.layout import BOUNDARY_TOKENS
 
-CAPTIONS = 5  # of each picture, as in COCO
+CAPTIONS = 5  # of each image, as in COCO
 TRIM = {"paper": 32}  # data.trim of scales where it is not the default
 
 
 def write_random_shards(
     folder: Path, samples: int, image_tokens: int, text_vocab: int, image_codes: int, length: int
 ) -> None:
-    """Splits `train` and `val` (one batch's worth) of `samples` pictures with captions of random lengths."""
+    """Splits `train` and `val` (one batch's worth) of `samples` images with captions of random lengths."""
     index: dict[str, Any] = {"tokenizers": {}, "source": "random", "splits": {}}
     longest = length - image_tokens - BOUNDARY_TOKENS
     for number, (split, count) in enumerate((("train", samples), ("val", min(samples, 16)))):

@@ -150,7 +150,7 @@ def check_peer(decoder: Decoder, peer: Peer, ids_BT: Tensor, target_BT: Tensor) 
     name, model = peer.name, peer.model
     errors = {"logits": gate(f"{name}: logits", peer.logits(ids_BT), decoder(ids_BT), LOGITS)}
     ours = decoder(ids_BT, target_BT).total / target_BT.numel()
-    theirs = materialised(peer.logits, ids_BT, target_BT)
+    theirs = materialized(peer.logits, ids_BT, target_BT)
     errors["loss"] = gate(f"{name}: loss", theirs, ours, LOSS_FP32)
     torch.autograd.backward([ours, theirs])
     expected = peer.rename(gradients(decoder))
@@ -163,7 +163,7 @@ def check_peer(decoder: Decoder, peer: Peer, ids_BT: Tensor, target_BT: Tensor) 
     return errors
 
 
-def materialised(logits: Callable[[Tensor], Tensor], ids_BT: Tensor, target_BT: Tensor) -> Tensor:
+def materialized(logits: Callable[[Tensor], Tensor], ids_BT: Tensor, target_BT: Tensor) -> Tensor:
     """Mean cross-entropy of logits that are held whole, as the peers' own training code computes it."""
     import torch.nn.functional as F
 
@@ -189,7 +189,7 @@ def loss_forms(
     for peer in peers:
 
         def whole(peer: Peer = peer) -> Tensor:
-            return materialised(peer.logits, ids_BT, target_BT)
+            return materialized(peer.logits, ids_BT, target_BT)
 
         yield Form(f"{peer.name} eager", peer.name, peer.model, whole, precision)
         if compiled:
@@ -203,7 +203,7 @@ def float32_form(decoder: Decoder, peers: list[Peer], ids_BT: Tensor, target_BT:
         name, module, logits = "open_lm fp32 eager", upstream.model, upstream.logits
     else:  # the same operations, but this project's code: the name must not claim more
         name, module, logits = "our decoder fp32 eager, whole logits (stands in for open_lm)", decoder, decoder
-    return Form(name, name, module, lambda: materialised(logits, ids_BT, target_BT), "fp32")
+    return Form(name, name, module, lambda: materialized(logits, ids_BT, target_BT), "fp32")
 
 
 def expected_loss_and_norm(decoder: Decoder, ids_BT: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What Lightning's Trainer with all our callbacks costs a step, against a hand-written loop (goals G1 and G3).
 
-Both train the same module from the same weights on the same batches with the same optimiser, schedule, clipping and
+Both train the same module from the same weights on the same batches with the same optimizer, schedule, clipping and
 precision; on a CPU losses and weights are then equal bit for bit. Timed is the period of a step, from the start of one
 to the start of the next, so loading, logging and callbacks count; set-up, validation and checkpoints, which are no
 part of a step, do not.
@@ -39,7 +39,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--steps", type=int, default=60, help="micro-batches of one repetition (default: %(default)s)"
     )
     arguments.add_argument(
-        "--accumulate", type=int, default=1, help="micro-batches of an optimiser step (default: %(default)s)"
+        "--accumulate", type=int, default=1, help="micro-batches of an optimizer step (default: %(default)s)"
     )
     arguments.add_argument("--compile", action="store_true", help="compile each block, as trainer.compile does")
     arguments.add_argument(
@@ -70,7 +70,7 @@ class Clock:
     """Starts of micro-batches, in seconds, and their losses."""
 
     def __init__(self, device: str, steps: int, accumulate: int) -> None:
-        """Timed from the first to the last whole optimiser step behind the warm-up."""
+        """Timed from the first to the last whole optimizer step behind the warm-up."""
         self.device, self.steps = device, steps
         self.first, self.last = -(-WARMUP // accumulate) * accumulate, steps - accumulate
         self.starts: list[float] = []
@@ -180,7 +180,7 @@ def measure(options: argparse.Namespace) -> None:
 
         def repeat(train: Callable[..., None], *more: Any) -> Trained:
             """Trains from the first weights."""
-            gc.collect()  # the optimiser of the repetition before: at the paper's shape 12 GB
+            gc.collect()  # the optimizer of the repetition before: at the paper's shape 12 GB
             decoder.load_state_dict(weights)
             module = TextToImageModule(decoder, config, layout)
             data = PairDataModule(config, shards, layout)

@@ -15,7 +15,7 @@ from callbacks.files.metrics_file import MetricsFile
 
 
 class RunCheckpoints(Checkpoint):
-    """Saves every `every_n_steps` optimiser steps, at the end and after an error; keeps the newest `keep`.
+    """Saves every `every_n_steps` optimizer steps, at the end and after an error; keeps the newest `keep`.
 
     A step's checkpoint is saved when the next batch starts: only then are that step's validation and its
     lines in metrics.jsonl complete, so a resumed run repeats neither and misses neither. A checkpoint that has to
@@ -45,7 +45,7 @@ class RunCheckpoints(Checkpoint):
         self.metrics, self.events = metrics, events
         self._saved_step = 0  # there is nothing to save before the first step
         self._in_validation = False
-        # Between two optimiser steps; inside one, parameters and counters do not belong together.
+        # Between two optimizer steps; inside one, parameters and counters do not belong together.
         self._whole = False
         self._metrics_size = 0  # after the last step, before its validation
         self._resume_size: int | None = None
@@ -170,7 +170,7 @@ class RunCheckpoints(Checkpoint):
 
 
 def whole_steps(trainer: pl.Trainer, loops: dict[str, Any], steps: int, in_validation: bool) -> None:
-    """Rewrites a fit loop's saved counters as those after `steps` whole optimiser steps.
+    """Rewrites a fit loop's saved counters as those after `steps` whole optimizer steps.
 
     Lightning counts a batch from the moment it is drawn and on resume resets only half of its counters, which
     shifts every later validation by a batch. One Lightning epoch is the whole run here: the sampler goes on from

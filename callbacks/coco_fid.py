@@ -1,6 +1,6 @@
 """Frechet and kernel distance to COCO at intervals of a run.
 
-B is the number of pictures drawn together, D the width of a feature, W the number of ranks.
+B is the number of images drawn together, D the width of a feature, W the number of ranks.
 """
 
 import json
@@ -20,7 +20,7 @@ from callbacks.metrics.inception import Inception
 from callbacks.perplexity import EMASplitPerplexity
 from callbacks.preemption import Preemption
 
-# Reference features of this rank of so many: (numbers, features (B, D)), each picture once over all ranks.
+# Reference features of this rank of so many: (numbers, features (B, D)), each image once over all ranks.
 Reference = Callable[[Inception, int, int], Iterator[tuple[Sequence[int], Tensor]]]
 
 
@@ -30,8 +30,8 @@ class FidTask:
 
     Attributes:
         prompts: how many prompts there are.
-        draw: pictures (B, 3, H, W) uint8 of the module as it is, for prompt numbers; from random streams of its own.
-        reference: features of the real pictures.
+        draw: images (B, 3, H, W) uint8 of the module as it is, for prompt numbers; from random streams of its own.
+        reference: features of the real images.
         card: everything that the number depends on, and under `title` what it may be called. Asked at each
             measurement, as the module is then: a trainer may change how it computes after a run is set up.
         batch: prompts drawn at once, always the same ones.
@@ -45,11 +45,11 @@ class FidTask:
 
 
 class CocoFID(Periodic):
-    """Draws every prompt on some rank every `interval` optimiser steps and compares the features with the reference's.
+    """Draws every prompt on some rank every `interval` optimizer steps and compares the features with the reference's.
 
     Network and sums live here, not in the module, so no checkpoint holds them. Writes FOLDER/step-NNNNNNNN.json with
     the card, and `fid` (fid, kid, kid_std, n, title) to metrics.jsonl and the loggers. The subsets of the kernel
-    distance are drawn from all reference pictures, whose features rank 0 keeps (0.3 GB of val2014's). A batch is drawn
+    distance are drawn from all reference images, whose features rank 0 keeps (0.3 GB of val2014's). A batch is drawn
     whole by one rank, so the value does not depend on how many there are. A run that is asked to stop gives the
     measurement up after the batch at hand.
     """

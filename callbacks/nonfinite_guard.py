@@ -1,4 +1,4 @@
-"""Skips optimiser steps whose gradient is not finite, on all ranks together."""
+"""Skips optimizer steps whose gradient is not finite, on all ranks together."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ from callbacks.files.event_log import EventLog
 class NonFiniteGuard(Callback):
     """Leaves parameters and moments bit for bit as they are when the gradient norm is NaN or infinite anywhere.
 
-    The step counts: the sample stream and the schedule go on. Zeroed gradients would not do, since the optimiser
+    The step counts: the sample stream and the schedule go on. Zeroed gradients would not do, since the optimizer
     would still decay weights and move its moments. Two ways, both exact:
 
-    - `found_inf`, where the optimiser takes it (torch's fused Adam family): the kernel itself skips the update, so
+    - `found_inf`, where the optimizer takes it (torch's fused Adam family): the kernel itself skips the update, so
       that the host never waits for the device. Skips are counted on the device and read every `check_every` steps.
-    - elsewhere, and on the CPU, the gradients are removed: torch's optimisers pass over parameters without one.
+    - elsewhere, and on the CPU, the gradients are removed: torch's optimizers pass over parameters without one.
 
     Modules need do nothing, and may take the norm from their `gradient_norm`. One all-reduce of one number a step,
     and none on one rank.
@@ -51,7 +51,7 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Judges the gradients of this step; runs inside the optimiser's step, before clipping."""
+        """Judges the gradients of this step; runs inside the optimizer's step, before clipping."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -93,7 +93,7 @@ class NonFiniteGuard(Callback):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves the optimiser as it was."""
+        """Leaves the optimizer as it was."""
         self.skipped = int(self._counts[0])
         if self._fused is not None:
             del self._fused.found_inf  # type: ignore[attr-defined]
@@ -110,7 +110,7 @@ class NonFiniteGuard(Callback):
 
     @staticmethod
     def skips_on_device(flag: Tensor, optimizer: Optimizer) -> bool:
-        """Whether the optimiser's own kernel can skip, and the host would else have to wait for the device."""
+        """Whether the optimizer's own kernel can skip, and the host would else have to wait for the device."""
         return flag.is_cuda and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
     def _count(self, flag: Tensor) -> None:

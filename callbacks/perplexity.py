@@ -43,7 +43,7 @@ class EMASplitPerplexity(Callback):
     def __init__(
         self, interval: int, alpha: float = 0.95, metrics_path: Path | None = None, extras: Sequence[Extras] = ()
     ) -> None:
-        """`interval` counts optimiser steps. Rank 0 writes lines, with those `extras`, to `metrics_path`.
+        """`interval` counts optimizer steps. Rank 0 writes lines, with those `extras`, to `metrics_path`.
 
         Raises:
             ValueError: if `interval` or `alpha` is out of range.

@@ -32,7 +32,7 @@ class Preemption(Callback):
     """Raises a flag on a signal, agrees on it over ranks before the next batch, saves and raises `Preempted`.
 
     The handler only sets the flag: a collective call inside a handler hangs when one rank alone is signalled.
-    Ranks agree once an optimiser step and once a validation batch, over a group of their own on the host, so
+    Ranks agree once an optimizer step and once a validation batch, over a group of their own on the host, so
     that the device need not be waited for. A second Ctrl-C ends the process at once; a second SIGTERM does
     nothing more, since torchrun passes on to its workers what Slurm has sent them already.
 
@@ -58,7 +58,7 @@ class Preemption(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stops between two optimiser steps if any rank was signalled."""
+        """Stops between two optimizer steps if any rank was signalled."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.stop_if_asked(trainer)
 

@@ -23,7 +23,7 @@ class HasNote(Protocol):
 
 
 class RunProgress(Callback):
-    """Shows optimiser steps, speed, the latest losses and the time left.
+    """Shows optimizer steps, speed, the latest losses and the time left.
 
     Lightning's own bars must be off (`enable_progress_bar=False`). List it after `scalars`, so that a line shows
     the interval that it ends.

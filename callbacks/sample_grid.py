@@ -14,14 +14,14 @@ from callbacks.perplexity import EMASplitPerplexity
 
 
 class SampleBatch(NamedTuple):
-    """What was drawn: a picture of the samples, and shares in [0, 1] by name."""
+    """What was drawn: an image of the samples, and shares in [0, 1] by name."""
 
     grid: Image.Image
     accuracy: dict[str, float]
 
 
 class SampleGrid(Periodic):
-    """Draws on rank 0 every `interval` optimiser steps while the others wait.
+    """Draws on rank 0 every `interval` optimizer steps while the others wait.
 
     Writes FOLDER/step-NNNNNNNN.png, a line with `prompt_accuracy` to metrics.jsonl, and both to TensorBoard.
     """

@@ -21,7 +21,7 @@ class RunScalars(Callback):
     """
 
     def __init__(self, interval: int, metrics_path: Path) -> None:
-        """`interval` counts optimiser steps.
+        """`interval` counts optimizer steps.
 
         Raises:
             ValueError: if `interval` is out of range.

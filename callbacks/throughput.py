@@ -47,7 +47,7 @@ class Throughput(Callback):
         """`flop_per_token` are operations of a position in training, `peak` what a device does a second at most."""
         self.flop_per_token, self.peak = flop_per_token, peak
         self.clock = FetchClock()
-        self._steps = self._steps_left = 0  # optimiser steps of the interval, and after it
+        self._steps = self._steps_left = 0  # optimizer steps of the interval, and after it
         self._began = self._waited = 0.0  # when the interval began, and what had been waited for by then
         self._paused: tuple[float, float] | None = None  # both when a validation began, until the next batch
         self._seen: dict[str, int] | None = None  # unknown where a resumed run begins
@@ -79,7 +79,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts optimiser steps."""
+        """Counts optimizer steps."""
         self._steps += trainer.global_step - self._step
         self._step = trainer.global_step
         self._steps_left = trainer.max_steps - self._step

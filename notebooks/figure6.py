@@ -16,7 +16,7 @@
 #
 # Image-token rows aligned with the text-token rows of a language model by a contrastive loss over bags of words, and
 # the temperature that is learnt with them. The paper reports that the loss plateaus quickly. The control keeps for
-# every picture the caption of another one: what it reaches on training pairs is memorised.
+# every image the caption of another one: what it reaches on training pairs is memorised.
 #
 # The runs come from `python -m t2i_lm.train experiments/align.yaml` and `experiments/align_shuffled.yaml`, both with
 # `--scale demo`. Open this file with jupytext, or run it as a script.

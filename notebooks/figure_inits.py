@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # Initialisations between pre-trained and random
+# # Initializations between pre-trained and random
 #
 # What of a pre-trained language model is worth something to text-to-image: the statistics of its tensors (entries
 # shuffled), its rows, its layers, or image rows aligned with its text rows?

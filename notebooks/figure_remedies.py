@@ -29,7 +29,7 @@ from t2i_lm.figures import FIGURES, Request
 project = Path("..") if Path.cwd().name == "notebooks" else Path()
 
 # %% [markdown]
-# The newest untouched run and the newest run of every remedy that agrees with it; the line is random initialisation.
+# The newest untouched run and the newest run of every remedy that agrees with it; the line is random initialization.
 
 # %%
 drawing = FIGURES["remedies"](Request(project / "runs"))

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from t2i_lm.experiment.build import Model
     from t2i_lm.models.generate import Sampling
 
-    Picture = np.ndarray[Any, np.dtype[np.uint8]]
+    ImageArray = np.ndarray[Any, np.dtype[np.uint8]]
 
 EXAMPLE = "example: python -m t2i_lm.demo --checkpoint runs/t2i_pretrained"
 START = "a large red circle to the left of a small blue star on a white background"
-PIXELS = 384  # side of the pictures on the page
+PIXELS = 384  # side of the images on the page
 UNDRAWN = 127  # grey of what is not drawn yet
 
 
@@ -61,7 +61,7 @@ def page(model: "Model") -> Any:
 
     usual = sampling_of(model.config.samples)
 
-    def draw(prompt: str, *numbers: float | None) -> "Iterator[tuple[Picture, Picture]]":
+    def draw(prompt: str, *numbers: float | None) -> "Iterator[tuple[ImageArray, ImageArray]]":
         try:
             yield from answer(model, prompt, *numbers)
         except ValueError as error:
@@ -76,10 +76,10 @@ def page(model: "Model") -> Any:
             guidance = gradio.Slider(0.0, 8.0, usual.guidance, label="guidance (1: none)")
         button = gradio.Button("draw", variant="primary")
         with gradio.Row():
-            picture = gradio.Image(label="picture", height=PIXELS, width=PIXELS)
+            image = gradio.Image(label="picture", height=PIXELS, width=PIXELS)
             tokens = gradio.Image(label="image ids", height=PIXELS, width=PIXELS)
         inputs = [prompt, seed, temperature, top_p, guidance]
-        gradio.on([button.click, prompt.submit], draw, inputs, [picture, tokens])
+        gradio.on([button.click, prompt.submit], draw, inputs, [image, tokens])
     return blocks
 
 
@@ -90,7 +90,7 @@ def answer(
     temperature: float | None,
     top_p: float | None,
     guidance: float | None,
-) -> "Iterator[tuple[Picture, Picture]]":
+) -> "Iterator[tuple[ImageArray, ImageArray]]":
     """The `frames` of what the page's boxes hold; None is a cleared box.
 
     Raises:
@@ -115,8 +115,8 @@ def answer(
     yield from frames(model, prompt, sampling, int(seed))
 
 
-def frames(model: "Model", prompt: str, sampling: "Sampling", seed: int) -> "Iterator[tuple[Picture, Picture]]":
-    """The picture and its grid of ids after every row of the grid, undrawn parts grey; the last is complete."""
+def frames(model: "Model", prompt: str, sampling: "Sampling", seed: int) -> "Iterator[tuple[ImageArray, ImageArray]]":
+    """The image and its grid of ids after every row of the grid, undrawn parts grey; the last is complete."""
     from t2i_lm.generation.images import caption_prompts, draw_codes
 
     assert model.image is not None
@@ -143,8 +143,8 @@ def frames(model: "Model", prompt: str, sampling: "Sampling", seed: int) -> "Ite
         yield _frame(model, codes_N)
 
 
-def _frame(model: "Model", codes_N: "Tensor") -> "tuple[Picture, Picture]":
-    """The picture of codes and their ids as colours, (PIXELS, PIXELS, 3) uint8 each; -1 is undrawn."""
+def _frame(model: "Model", codes_N: "Tensor") -> "tuple[ImageArray, ImageArray]":
+    """The image of codes and their ids as colours, (PIXELS, PIXELS, 3) uint8 each; -1 is undrawn."""
     import numpy as np
     from matplotlib import colormaps
     from PIL import Image

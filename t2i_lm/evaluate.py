@@ -26,7 +26,7 @@ hub:ORG/NAME/FILE[#sha256=HEX]. The same command again continues what was interr
 never replaced, so these need an --out of their own. TEXT is a .txt or .txt.gz file of documents, a folder of them, or
 a Hugging Face dataset, NAME[:SPLIT], column text; other settings of forgetting are the run's. Every number carries its
 protocol card, and only the canonical one is called COCO FID-30k. Captions too long for the run's data.length are cut
-as in training and counted in the card. Distances to few pictures are biased upwards: compare equal --prompts only.
+as in training and counted in the card. Distances to few images are biased upwards: compare equal --prompts only.
 TASKS are lm-evaluation-harness' names (tasks, groups, tags), separated by commas."""
 
 # Options that say nothing without another.
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weights-sha256", metavar="HEX", help="refuse another file")
     add("--features", type=int, default=2048, help="layer of the network, by its width (default: %(default)s)")
     add("--clip", metavar="MODEL", help="with --coco: also the CLIP score, by a CLIP folder or hub:ORG/NAME[@REVISION]")
-    add("--prompts", type=int, default=30_000, metavar="N", help="captions, one a picture (default: %(default)s)")
+    add("--prompts", type=int, default=30_000, metavar="N", help="captions, one an image (default: %(default)s)")
     add("--forgetting", metavar="TEXT", help="held-out text: measure what is left of the language model")
     add("--tasks", type=Path, metavar="FOLDER", help="with --forgetting: questions, NAME.jsonl[.gz]")
     add("--rows", type=int, metavar="N", help="with --forgetting: rows of TEXT (default: the run's forgetting.rows)")
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--bf16", action="store_true", help=f"with --coco alone: draw with weights in bfloat16: no {HEADLINE}")
     add("--no-floor", action="store_true", help="leave out the reconstruction FID of the tokenizer")
     add("--canonical", action="store_true", help=f"refuse to measure anything that is not {HEADLINE}")
-    add("--pictures", action="store_true", help="also write every drawn picture as PNG")
+    add("--pictures", action="store_true", help="also write every drawn image as PNG")
     add("--part", type=int, default=256, metavar="N", help="prompts that a kill loses at most (default: %(default)s)")
     add("--cache", type=Path, default=Path("cache"), help="features of the reference (default: %(default)s)")
     add("--out", type=Path, help="folder to write or continue (default: in RUN/evaluations)")
@@ -107,16 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given: dict[str, Any], run: Path) -> int:
     import torch
 
-    from t2i_lm.evaluation.base import Subject
-    from t2i_lm.experiment.restore import load_trained, newest_checkpoint, picture_config
+    from t2i_lm.evaluation.base import EvaluationContext
+    from t2i_lm.experiment.restore import image_config, load_trained, newest_checkpoint
     from t2i_lm.generation.images import prepare_drawing
     from t2i_lm.runtime.devices import global_rank, world_size
-    from t2i_lm.storage.resumable import write_whole
+    from t2i_lm.storage.resumable import write_atomic
 
     rank, world = global_rank(), world_size()
     if world > 1 and "RANK" not in os.environ:
         raise ValueError("several tasks of srun share an evaluation through torchrun: srun torchrun ..., see --help")
-    config, checkpoint = picture_config(run), newest_checkpoint(run)
+    config, checkpoint = image_config(run), newest_checkpoint(run)
     out = options.out or run / "evaluations" / _default_name(options, checkpoint)
     sha256 = {"checkpoint_sha256": file_sha256(checkpoint)}
     made_with = {name: sha256 | row.made_with(options, given[name], config) for name, row in wanted.items()}
@@ -129,7 +129,7 @@ def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given:
     model = load_trained(run, checkpoint)
     torch.set_num_threads(model.config.trainer.threads or torch.get_num_threads())
     prepare_drawing(model, bf16=options.bf16, compiled=options.compile)
-    subject = Subject(options, run, checkpoint, model, out, rank, world)
+    subject = EvaluationContext(options, run, checkpoint, model, out, rank, world)
     if world > 1:
         from datetime import timedelta
 
@@ -141,7 +141,7 @@ def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given:
             if rank == 0 and result is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 content = {**result, "made_with": made_with[name]}
-                write_whole(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
+                write_atomic(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
                 print(out / f"{name}.json")
         subject.wait()
     finally:

@@ -108,7 +108,7 @@ def export_decoder(experiment: "Experiment", out: Path, dtype: "torch.dtype", ca
 def export_language_model(
     experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]
 ) -> dict[str, Any]:
-    """A backbone with its tokenizer; held-out bits a byte and ten completions of the weights as shipped."""
+    """A backbone with its tokenizer; held-out bits per byte and ten completions of the weights as shipped."""
     from t2i_lm.data.shards.format import open_split
     from t2i_lm.models.decoder import Decoder
     from t2i_lm.models.open_lm import load_open_lm, save_open_lm
@@ -181,35 +181,35 @@ def export_image_tokenizer(
     return tokenizer_numbers(VQTokenizer.from_folder(out, size), experiment.data.val_set)
 
 
-def tokenizer_numbers(tokenizer: Any, pictures: Any) -> dict[str, Any]:
-    """PSNR, codes used and, for scenes, what the checker still reads from reconstructions of held-out pictures."""
+def tokenizer_numbers(tokenizer: Any, images: Any) -> dict[str, Any]:
+    """PSNR, codes used and, for scenes, what the checker still reads from reconstructions of held-out images."""
     import torch
 
     from t2i_lm.data.scenes.captions import ATTRIBUTES
     from t2i_lm.data.scenes.checker import check, shares_right
     from t2i_lm.data.scenes.source import SceneSource
 
-    squares, pictures_seen = 0.0, 0
+    squares, images_seen = 0.0, 0
     used = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     read_back: list[dict[str, bool | None]] = []
     everything = frozenset(ATTRIBUTES)
-    for start in range(0, len(pictures), SCORE_BATCH):
-        indices = range(start, min(start + SCORE_BATCH, len(pictures)))
-        images_BCHW = pictures.__getitems__([(0, index) for index in indices])["images_BCHW"]
+    for start in range(0, len(images), SCORE_BATCH):
+        indices = range(start, min(start + SCORE_BATCH, len(images)))
+        images_BCHW = images.__getitems__([(0, index) for index in indices])["images_BCHW"]
         ids_BN = tokenizer.encode(images_BCHW)
         again_BCHW = tokenizer.decode(ids_BN)
         used += torch.bincount(ids_BN.flatten(), minlength=tokenizer.vocab_size)
         squares += float((images_BCHW.double() - again_BCHW.double()).square().mean(dim=(1, 2, 3)).sum()) / 255**2
-        pictures_seen += len(indices)
-        if isinstance(pictures.source, SceneSource):
-            for index, picture in zip(indices, again_BCHW.permute(0, 2, 3, 1).numpy(), strict=True):
-                meaning = pictures.source[index].meaning
+        images_seen += len(indices)
+        if isinstance(images.source, SceneSource):
+            for index, image in zip(indices, again_BCHW.permute(0, 2, 3, 1).numpy(), strict=True):
+                meaning = images.source[index].meaning
                 assert meaning is not None
                 asked = everything if meaning["family"] == "pair" else everything - {"relation"}
-                read_back.append(check(picture, meaning, asked))
+                read_back.append(check(image, meaning, asked))
     return {
-        "pictures": pictures_seen,
-        "psnr_db": -10 * math.log10(squares / pictures_seen),
+        "pictures": images_seen,
+        "psnr_db": -10 * math.log10(squares / images_seen),
         "codes_used": float((used > 0).double().mean()),
         "parameters": sum(parameter.numel() for parameter in tokenizer.model.parameters()),
         "checker_right": {name: entry["right"] for name, entry in shares_right(read_back).items()},

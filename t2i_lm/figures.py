@@ -25,7 +25,7 @@ EXAMPLE = """example:
 
 without --pretrained and --scratch, the newest two runs are drawn that agree in data hash, seed,
 scale, trainer.max_steps, log.interval and log.ema."""
-INITIALISATION = "from a pre-trained language model and from random weights"
+INITIALIZATION = "from a pre-trained language model and from random weights"
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def figure2(request: Request) -> Drawing:
 
 def figure3(request: Request) -> Drawing:
     """Figure 3: perplexity of all tokens, pre-trained against random weights (Section 2.2)."""
-    title = f"Figure 3. Perplexity of all tokens, {INITIALISATION}"
+    title = f"Figure 3. Perplexity of all tokens, {INITIALIZATION}"
     how = "Every target counts, the five boundary tokens of a sequence too, pads never."
     return _draw_pair(request.pair, title, {"all": "All tokens"}, how)
 
 
 def figure4(request: Request) -> Drawing:
     """Figure 4: the same runs, split into text and image tokens (Section 2.2)."""
-    title = f"Figure 4. Perplexity of text and of image tokens, {INITIALISATION}"
+    title = f"Figure 4. Perplexity of text and of image tokens, {INITIALIZATION}"
     how = "A prediction counts as text or image by the token that is predicted."
     return _draw_pair(request.pair, title, {"text": "Text tokens", "image": "Image tokens"}, how)
 
@@ -111,7 +111,7 @@ def figure6(request: Request) -> Drawing:
 
 
 def figure_inits(request: Request) -> Drawing:
-    """Initialisations between pre-trained and random: statistics, layers, rows, aligned image rows."""
+    """Initializations between pre-trained and random: statistics, layers, rows, aligned image rows."""
     title = "Perplexity of text and of image tokens, by what is taken from the pre-trained language model"
     return _draw_group(request, INITS, title, {"text": "Text tokens", "image": "Image tokens"}, {}, "ppl")
 
@@ -208,7 +208,7 @@ def _draw_group(
 
     arms = find_group(request.root, group)
     order = [*list(arms)[1:], next(iter(arms))]
-    words = {"nll": "loss (nats a token)", "ppl": "perplexity"}[unit]
+    words = {"nll": "loss (nats/token)", "ppl": "perplexity"}[unit]
     panels = [
         Panel(name, {arm: series(arms[arm], modality, unit) for arm in order}, unit=words)
         for modality, name in modalities.items()

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepares an experiment's data and says where it lies; returns the exit code."""
     arguments = argparse.ArgumentParser(
         prog="python -m t2i_lm.prepare",
-        description="Tokenise an experiment's data once; training runs find the shards again.",
+        description="Tokenize an experiment's data once; training runs find the shards again.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_experiment(options.experiment, options.scale, options.overrides)
         if config.task == "image_tokenizer":
-            raise ValueError("task=image_tokenizer reads its pictures directly; there is nothing to prepare")
+            raise ValueError("task=image_tokenizer reads its images directly; there is nothing to prepare")
         config.require_paths()
         if options.check and config.task == "text":
-            raise ValueError(f"--check: task={config.task} has no pictures")
+            raise ValueError(f"--check: task={config.task} has no images")
         from t2i_lm.data.shards.format import read_index
         from t2i_lm.data.shards.prepare import equal_ids
         from t2i_lm.experiment.build import open_image, prepare

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
-from t2i_lm.runtime.command_line import FAILURES, NO_PICTURES, add_jobs, add_scale
+from t2i_lm.runtime.command_line import FAILURES, NO_IMAGES, add_jobs, add_scale
 from t2i_lm.training.jobs import Job, run_jobs, unfinished
 
 EXAMPLE = """example:
   python -m t2i_lm.remedies --text heldout.txt.gz --replay books.txt.gz --jobs 2 trainer.max_steps=1000
   python -m t2i_lm.remedies --text heldout.txt.gz --only l2_sp --only distil trainer.max_steps=200
 
-an arm that is finished with an equal config is not trained again, one that was stopped goes on. No pictures are drawn,
+an arm that is finished with an equal config is not trained again, one that was stopped goes on. No images are drawn,
 unless asked for (samples.prompts=64)."""
 BASE = Path("experiments/t2i_pretrained.yaml")
 FOLDER = "remedies"  # beside the base experiment
@@ -56,7 +56,7 @@ def experiments(options: argparse.Namespace, base: Path = BASE) -> list[Experime
         if name not in files:
             raise ValueError(f"--only {name}: expected one of {', '.join(files)}")
     chosen = [base, *(file for name, file in files.items() if not options.only or name in options.only)]
-    overrides = [*NO_PICTURES, f"forgetting.text={options.text}"]
+    overrides = [*NO_IMAGES, f"forgetting.text={options.text}"]
     overrides += [f"forgetting.tasks={options.tasks}"] if options.tasks else []
     overrides += [f"data.replay_path={options.replay}"] if options.replay else []
     # As often as the run is validated, unless it says otherwise.

@@ -1,4 +1,4 @@
-"""Draws pictures of prompts with a trained run: `python -m t2i_lm.sample --checkpoint RUN "a prompt"`."""
+"""Draws images of prompts with a trained run: `python -m t2i_lm.sample --checkpoint RUN "a prompt"`."""
 
 import argparse
 import re
@@ -16,8 +16,8 @@ EXAMPLE = """example:
   python -m t2i_lm.sample --checkpoint runs/t2i_pretrained "a large red circle on a white background" --each 4
   python -m t2i_lm.sample --checkpoint runs/t2i_pretrained --prompts prompts.txt --temperature 0.7 --out drawn
 
-RUN is a run folder, or a folder of runs, whose newest is taken. A picture depends on its prompt, the seed and its
-number, not on what is drawn beside it; but sums over another number of pictures may be rounded differently, above all
+RUN is a run folder, or a folder of runs, whose newest is taken. An image depends on its prompt, the seed and its
+number, not on what is drawn beside it; but sums over another number of images may be rounded differently, above all
 on a GPU or with --compile, and an id of two nearly equally likely ones is then another. --cfg needs a run trained with
 data.caption_dropout above 0."""
 SLUG = 40  # characters of a prompt in its file's name
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     arguments = argparse.ArgumentParser(
         prog="python -m t2i_lm.sample",
-        description="Draw pictures of prompts with a trained text-to-image run.",
+        description="Draw images of prompts with a trained text-to-image run.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -36,20 +36,20 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, or folder of runs"
     )
     arguments.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, after those given")
-    arguments.add_argument("--each", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
+    arguments.add_argument("--each", type=int, default=1, help="images of each prompt (default: %(default)s)")
     arguments.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     arguments.add_argument("--cfg", type=float, metavar="S", help="scale of classifier-free guidance; 1: none")
     arguments.add_argument("--temperature", type=float, help="divides the logits (default: the run's)")
     arguments.add_argument("--top-k", type=int, help="codes kept at each step (default: the run's)")
     arguments.add_argument("--top-p", type=float, help="probability kept at each step (default: the run's)")
-    arguments.add_argument("--compile", action="store_true", help="compile the drawing step: pays for many pictures")
+    arguments.add_argument("--compile", action="store_true", help="compile the drawing step: pays for many images")
     arguments.add_argument("--bf16", action="store_true", help="weights in bfloat16: faster, above all on a GPU")
     arguments.add_argument("--out", type=Path, help="folder to write (default: RUN/drawn/DATE-TIME)")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draws, writes one PNG a picture and a captioned grid; returns the exit code."""
+    """Draws, writes one PNG an image and a captioned grid; returns the exit code."""
     options = parser().parse_intermixed_args(argv)
     try:
         prompts = read_prompts(options.prompt, options.prompts)
@@ -133,10 +133,10 @@ def require_fitting(model: "Model", prompts: Sequence[str]) -> None:
 
 
 def sample(model: "Model", prompts: Sequence[str], each: int, seed: int, sampling: "Sampling", out: Path) -> list[Path]:
-    """Draws `each` pictures of every prompt and writes them into `out`, all or none.
+    """Draws `each` images of every prompt and writes them into `out`, all or none.
 
     Returns:
-        The files: one PNG a picture, then the grid.
+        The files: one PNG an image, then the grid.
 
     Raises:
         ValueError: if a prompt does not fit.
@@ -147,12 +147,12 @@ def sample(model: "Model", prompts: Sequence[str], each: int, seed: int, samplin
 
     from t2i_lm.generation.grid import captioned_grid
     from t2i_lm.generation.images import draw_captions, seeds_of
-    from t2i_lm.storage.resumable import whole_folder
+    from t2i_lm.storage.resumable import atomic_folder
 
     require_fitting(model, prompts)
     captions = [prompt for prompt in prompts for _ in range(each)]
     with Progress() as progress:
-        task = progress.add_task(f"drawing {len(captions)} pictures", total=None)
+        task = progress.add_task(f"drawing {len(captions)} images", total=None)
         images_HW3 = draw_captions(
             model,
             captions,
@@ -161,11 +161,11 @@ def sample(model: "Model", prompts: Sequence[str], each: int, seed: int, samplin
             lambda done, total, _: progress.update(task, completed=done, total=total),
         )
     names = []
-    with whole_folder(out) as folder:
-        for number, (picture, caption) in enumerate(zip(images_HW3, captions, strict=True)):
+    with atomic_folder(out) as folder:
+        for number, (image, caption) in enumerate(zip(images_HW3, captions, strict=True)):
             slug = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:SLUG]
             names.append(f"{number:03d}-{slug}.png")
-            Image.fromarray(picture).save(folder / names[-1])
+            Image.fromarray(image).save(folder / names[-1])
         names.append("grid.png")
         captioned_grid(images_HW3, captions).save(folder / names[-1])
     return [out / name for name in names]

@@ -7,8 +7,8 @@ from itertools import product
 from pathlib import Path
 
 from t2i_lm.config.load import flatten, load_experiment
-from t2i_lm.runtime.command_line import FAILURES, NO_PICTURES, add_jobs, add_scale
-from t2i_lm.training.jobs import Job, find_equal, run_jobs, unfinished
+from t2i_lm.runtime.command_line import FAILURES, NO_IMAGES, add_jobs, add_scale
+from t2i_lm.training.jobs import Job, find_equal_run, run_jobs, unfinished
 
 EXAMPLE = """example:
   python -m t2i_lm.sweep optim.lr=1.5e-3,3e-3,6e-3 --jobs 2
@@ -78,7 +78,7 @@ def planned(options: argparse.Namespace, folder: Path = FOLDER) -> tuple[str, di
             known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "base")
             raise ValueError(f"--arm {arm}: expected one of {', '.join(known)}")
         chosen = [f"{name}={value}" for name, value in zip(order, values, strict=True)]
-        config = load_experiment(file, options.scale, [*NO_PICTURES, *fixed, *chosen])
+        config = load_experiment(file, options.scale, [*NO_IMAGES, *fixed, *chosen])
         config.run.dir = str(Path(config.run.dir) / "sweep")
         config.require_paths()
         if config.task not in ("text_to_image", "unconditional", "text"):
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         outcomes = []
         for (arm, value, *_), job in jobs.items():
-            found, finished = find_equal(job.config)
+            found, finished = find_equal_run(job.config)
             if found is None or not finished:
                 print(f"not drawn: {job.name} has not finished", file=sys.stderr)
                 continue

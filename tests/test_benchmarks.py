@@ -100,7 +100,7 @@ def test_ours_compiled_is_compiled_by_block_and_has_the_same_weights() -> None:
     torch.testing.assert_close(by_block(ids_BT, ids_BT).total, decoder(ids_BT, ids_BT).total)
     forms = list(train_step.loss_forms(decoder, [], ids_BT, ids_BT, "fp32", compiled=True))
     assert [form.name for form in forms] == ["t2i_lm eager", "t2i_lm compiled"]
-    assert all(form.module is decoder for form in forms), "one optimiser"
+    assert all(form.module is decoder for form in forms), "one optimizer"
 
 
 def test_what_forms_are_compared_with_is_that_of_the_whole_batch() -> None:

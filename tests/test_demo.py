@@ -16,13 +16,13 @@ from tests.test_sample import PROMPT, run
 __all__ = ["run"]
 
 
-def test_the_grid_fills_in_row_by_row_and_ends_as_the_picture(run: Path) -> None:
+def test_the_grid_fills_in_row_by_row_and_ends_as_the_image(run: Path) -> None:
     model = load_trained(run)
     seen = list(frames(model, PROMPT, Sampling(), 3))
     assert len(seen) == 8
-    for row, (picture, ids) in enumerate(seen, start=1):
+    for row, (image, ids) in enumerate(seen, start=1):
         edge = row * PIXELS // 8
-        for pixels in (picture, ids):
+        for pixels in (image, ids):
             assert pixels.shape == (PIXELS, PIXELS, 3)
             assert (pixels[edge:] == UNDRAWN).all()
     drawn = draw_captions(model, [PROMPT], [3], Sampling())[0]

@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 
 from t2i_lm.evaluate import main, parser
-from t2i_lm.storage.resumable import Parts
+from t2i_lm.storage.resumable import ResumableParts
 from t2i_lm.storage.run_folder import ENVIRONMENT, run_folders
 from t2i_lm.train import main as train
 from tests.callbacks.toy_run import finish, free_port, server
 from tests.data.coco_folder import CAPTION, write_coco
 
 ROOT = Path(__file__).parents[1]
-# The full check takes the network's last layer, and more pictures than that has features: FID_PICTURES=2500.
-PICTURES = int(os.environ.get("FID_PICTURES", "300"))
-WIDTH = 64 if PICTURES < 2049 else 2048
+# The full check takes the network's last layer, and more images than that has features: FID_PICTURES=2500.
+IMAGES = int(os.environ.get("FID_PICTURES", "300"))
+WIDTH = 64 if IMAGES < 2049 else 2048
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +103,11 @@ def test_the_number_carries_its_card_and_not_the_headlines_name(unbroken: dict[s
     assert len(card["prompt_ids"]) == 10
     assert len(card["reference_sha256"]) == 64
     floor = unbroken["floor"]
-    assert floor["title"] == "FID of reconstructed pictures, n=10"
+    assert floor["title"] == "FID of reconstructed images, n=10"
     assert floor["card"]["prompt_ids"] == card["prompt_ids"]
 
 
-def test_a_part_is_drawn_as_all_pictures_are(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:
+def test_a_part_is_drawn_as_all_images_are(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:
     assert main([*command, "--part", "10", "--no-floor", "--out", str(tmp_path / "out")]) == 0
     assert read(tmp_path / "out")["fid"] == pytest.approx(unbroken["fid"], rel=1e-6)
     assert "floor" not in read(tmp_path / "out")
@@ -117,10 +117,10 @@ def in_process(arguments: list[str], environment: dict[str, str], parts_until_ki
     os.environ |= environment
     torch.set_num_threads(1)
     if parts_until_kill:
-        write = Parts.write
+        write = ResumableParts.write
         left = parts_until_kill
 
-        def killed(self: Parts, number: int, tensors: dict[str, Any]) -> None:
+        def killed(self: ResumableParts, number: int, tensors: dict[str, Any]) -> None:
             nonlocal left
             if left == 0:
                 self.path(number).with_suffix(".1.tmp").write_bytes(b"half")
@@ -128,7 +128,7 @@ def in_process(arguments: list[str], environment: dict[str, str], parts_until_ki
             left -= 1
             write(self, number, tensors)
 
-        Parts.write = killed  # type: ignore[method-assign]
+        ResumableParts.write = killed  # type: ignore[method-assign]
     os._exit(main(arguments))
 
 
@@ -173,18 +173,18 @@ def test_two_ranks_find_the_number_of_one(command: list[str], unbroken: dict[str
 @pytest.mark.timeout(600 if WIDTH == 64 else 4 * 3600)
 def test_the_number_is_torch_fidelitys_on_the_same_folders(run: Path, inception_weights: Path, tmp_path: Path) -> None:
     """Its own command; references of 256 pixels pass the crop and resize unchanged."""
-    coco = write_coco(tmp_path / "coco", PICTURES, 256, 256)
+    coco = write_coco(tmp_path / "coco", IMAGES, 256, 256)
     drawn = tmp_path / "out" / "pictures"
-    given = {"checkpoint": run, "coco": coco, "weights": inception_weights, "features": WIDTH, "prompts": PICTURES}
+    given = {"checkpoint": run, "coco": coco, "weights": inception_weights, "features": WIDTH, "prompts": IMAGES}
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     rest = ["--no-floor", "--pictures", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     assert main([*words, *rest]) == 0
-    assert len(list(drawn.iterdir())) == PICTURES
+    assert len(list(drawn.iterdir())) == IMAGES
     assert np.asarray(Image.open(next(drawn.iterdir()))).shape == (256, 256, 3)
     theirs = [sys.executable, "-m", "torch_fidelity.fidelity"]
     theirs += ["--fid", "--kid", "--cpu", "--json", "--silent", "--save-cpu-ram"]
     theirs += ["--input1", str(drawn), "--input2", str(coco / "val2014"), "--kid-subset-size"]
-    theirs += [str(min(PICTURES, 1000))]
+    theirs += [str(min(IMAGES, 1000))]
     theirs += ["--feature-extractor-weights-path", str(inception_weights)]
     theirs += ["--feature-layer-fid", str(WIDTH), "--feature-layer-kid", str(WIDTH)]
     done = subprocess.run(
@@ -202,7 +202,7 @@ def test_the_number_is_torch_fidelitys_on_the_same_folders(run: Path, inception_
         (["--coco", "absent"], "found no"),
         (["--weights", "absent.pth"], "--weights absent.pth: no such file"),
         (["--weights-sha256", "00" * 32], "expected 0000"),
-        (["--prompts", "15"], "has captions of 14 pictures"),
+        (["--prompts", "15"], "has captions of 14 images"),
         (["--prompts", "1"], "--prompts 1: expected at least 2"),
         (["--features", "65"], "--features 65"),
         (["--cfg", "-1"], "guidance=-1.0"),

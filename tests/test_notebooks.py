@@ -72,8 +72,8 @@ def test_a_notebook_imports_only_figures_and_load(notebook: Path) -> None:
 def drawn_width(project: Path, notebook: Path) -> int:
     """Width of the figure that a notebook wrote, in pixels."""
     assert (project / "figures" / f"{notebook.stem}.pdf").stat().st_size > 5000
-    with Image.open(project / "figures" / f"{notebook.stem}.png") as picture:
-        return picture.width
+    with Image.open(project / "figures" / f"{notebook.stem}.png") as image:
+        return image.width
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

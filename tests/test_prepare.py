@@ -26,7 +26,7 @@ PRETRAINED = str(ROOT / "experiments" / "t2i_pretrained.yaml")
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Sixty pictures, three of which cannot be used."""
+    """Sixty images, three of which cannot be used."""
     rng, rows = np.random.default_rng(0), []
     for number in range(60):
         pixels = rng.integers(0, 256, (70, 70, 3), dtype=np.uint8)
@@ -53,7 +53,7 @@ def test_unusable_samples_are_counted_by_reason(
     image = VQTokenizer.from_folder(Path(str(config.image_tokenizer.path)), 64)
     folder = prepare_pairs(config, text, image)
     entry = (read_index(folder) or {})["splits"]["train"]
-    assert entry["rejects"] == {"not a picture": 1, "missing file": 1, "no caption": 1}
+    assert entry["rejects"] == {"not an image": 1, "missing file": 1, "no caption": 1}
     assert entry["rows"] == 57 - 3
     assert "7.png" in capsys.readouterr().err
     split = open_split(folder, "train")
@@ -167,7 +167,7 @@ def test_processes_share_the_work(tiny: list[str], tmp_path: Path) -> None:
     assert contents(one) == contents(three)
 
 
-def test_rejects_are_looked_at_again_when_the_pictures_have_been_mended(
+def test_rejects_are_looked_at_again_when_the_images_have_been_mended(
     tiny: list[str], photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [PRETRAINED, *overrides(tiny, photographs, 0.0)]
@@ -194,7 +194,7 @@ def test_every_caption_can_be_a_sample_of_its_own(tiny: list[str], photographs: 
     texts = [experiment.text.decode([i for i in row.tolist() if i < experiment.text.vocab_size]) for row in batch]
     assert texts == ["a red circle.", "a ring.", "a ring."]
     first, second = (row[row > experiment.text.vocab_size + 7] for row in batch[:2])
-    assert torch.equal(first, second)  # the same picture
+    assert torch.equal(first, second)  # the same image
 
 
 def test_ids_in_bfloat16_are_checked_before_they_are_used(

@@ -33,7 +33,7 @@ def pixels(path: Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
 
 
 @pytest.mark.parametrize("more", [[], ["--bf16"]])
-def test_pictures_and_a_grid_are_written_and_do_not_depend_on_their_batch(
+def test_images_and_a_grid_are_written_and_do_not_depend_on_their_batch(
     more: list[str], run: Path, tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -128,7 +128,7 @@ def test_bad_arguments_are_named_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_an_error_while_pictures_are_written_leaves_none(
+def test_an_error_while_images_are_written_leaves_none(
     there: bool, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def draw(name: str) -> Path:
@@ -140,11 +140,11 @@ def test_an_error_while_pictures_are_written_leaves_none(
         assert code == (0 if name == "whole" else 2)
         return out
 
-    *pictures, grid = (path.stat().st_size for path in sorted(draw("whole").iterdir()))
-    assert len(pictures) == 3
-    assert max(pictures) < grid
+    *images, grid = (path.stat().st_size for path in sorted(draw("whole").iterdir()))
+    assert len(images) == 3
+    assert max(images) < grid
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (max(pictures), hard))  # the grid does not go onto the disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(images), hard))  # the grid does not go onto the disk
     try:
         failed = draw("failed")
     finally:

@@ -1,4 +1,4 @@
-"""Sums over one logging interval: micro-batches, optimiser steps and ranks.
+"""Sums over one logging interval: micro-batches, optimizer steps and ranks.
 
 S is the number of sums, W the number of ranks.
 """
@@ -21,7 +21,7 @@ def collective_device() -> torch.device:
 class IntervalSums:
     """Running float64 sums that a checkpoint can hold at any moment without losing or doubling anything.
 
-    Micro-batches of an optimiser step that is not finished are kept apart: a resumed run repeats that step from
+    Micro-batches of an optimizer step that is not finished are kept apart: a resumed run repeats that step from
     its first micro-batch. The sums stay on the device of the first micro-batch; nothing waits for them before
     `take`. Integers are exact up to 2**53.
     """

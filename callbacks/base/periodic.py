@@ -1,4 +1,4 @@
-"""What measures at intervals of a run: counted in optimiser steps, once each, without disturbing training."""
+"""What measures at intervals of a run: counted in optimizer steps, once each, without disturbing training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 
 class Periodic(Callback):
-    """Calls `due` on every rank after each `interval` optimiser steps."""
+    """Calls `due` on every rank after each `interval` optimizer steps."""
 
     def __init__(self, interval: int) -> None:
-        """`interval` counts optimiser steps.
+        """`interval` counts optimizer steps.
 
         Raises:
             ValueError: if it is not positive.
@@ -39,7 +39,7 @@ class Periodic(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts optimiser steps, not micro-batches."""
+        """Counts optimizer steps, not micro-batches."""
         step = trainer.global_step
         if step == self._last_step:
             return

@@ -1,6 +1,6 @@
 """Frechet and kernel distance of two sets of features: torchmetrics' sums, with another Frechet term.
 
-N is the number of pictures, D the width of a feature, W the number of ranks.
+N is the number of images, D the width of a feature, W the number of ranks.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
-# As in torch-fidelity, so that the two agree on the same features: subsets, pictures of each, seed of their draw.
+# As in torch-fidelity, so that the two agree on the same features: subsets, images of each, seed of their draw.
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
 
 
@@ -20,7 +20,7 @@ def frechet_distance(mean1_D: Tensor, cov1_DD: Tensor, mean2_D: Tensor, cov2_DD:
 
     With any factor F F^T = cov1, the eigenvalues of cov1 cov2 are those of F^T cov2 F, which is symmetric: `eigvalsh`
     does where a general root (scipy's `sqrtm`, torchmetrics' `eigvals`) is slower and may return complex numbers for
-    fewer pictures than features. `eigvalsh` on cov1 cov2 itself is wrong: the product is not symmetric.
+    fewer images than features. `eigvalsh` on cov1 cov2 itself is wrong: the product is not symmetric.
     """
     cov1_DD, cov2_DD = cov1_DD.double(), cov2_DD.double()
     factor_DD = _factor(cov1_DD)
@@ -45,8 +45,8 @@ def _factor(cov_DD: Tensor) -> Tensor:
 def kernel_distance(fake_ND: Tensor, real_ND: Tensor) -> tuple[float, float]:
     """Kernel distance (mean, standard deviation over subsets) of two sets (Binkowski et al. 2018).
 
-    Unbiased in the number of pictures, unlike the Frechet distance. Where a set has fewer than `KID_SUBSET_SIZE`
-    pictures, the subsets are as large as that set.
+    Unbiased in the number of images, unlike the Frechet distance. Where a set has fewer than `KID_SUBSET_SIZE`
+    images, the subsets are as large as that set.
     """
     draw = np.random.RandomState(KID_SEED)
     size = min(KID_SUBSET_SIZE, len(fake_ND), len(real_ND))
@@ -84,13 +84,13 @@ class FeatureDistance(FrechetInceptionDistance):
         """The distance, 0-d float64.
 
         Raises:
-            ValueError: if one of the sets has fewer than two pictures.
+            ValueError: if one of the sets has fewer than two images.
         """
         statistics = []
         for kind in ("fake", "real"):
             count = getattr(self, f"{kind}_features_num_samples")
             if count < 2:
-                raise ValueError(f"{int(count)} {kind} pictures: a Frechet distance needs at least 2 of either kind")
+                raise ValueError(f"{int(count)} {kind} images: a Frechet distance needs at least 2 of either kind")
             sum_D, outer_DD = getattr(self, f"{kind}_features_sum"), getattr(self, f"{kind}_features_cov_sum")
             mean_D = sum_D / count
             statistics += [mean_D, (outer_DD - count * torch.outer(mean_D, mean_D)) / (count - 1)]

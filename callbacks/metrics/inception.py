@@ -1,6 +1,6 @@
 """torch-fidelity's Inception with weights from a file that is checked before it is read.
 
-B is the number of pictures, H and W their sides in pixels, D the width of a feature.
+B is the number of images, H and W their sides in pixels, D the width of a feature.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 # numbers rest. torchvision's ImageNet weights give other numbers.
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 NETWORK = "inception-v3-compat"
-# Pictures at once on a processor: with more, the system maps and unmaps the activations of every layer, which takes as
+# Images at once on a processor: with more, the system maps and unmaps the activations of every layer, which takes as
 # long as the network itself. The features are the same bits.
 CPU_BATCH = 4
 WIDTHS = (64, 192, 768, 2048)
 
 
 class Inception:
-    """Pictures -> features.
+    """Images -> features.
 
     Attributes:
         width: D, which layer is read.
@@ -64,13 +64,13 @@ class Inception:
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
-        """Moves the network; pictures follow it."""
+        """Moves the network; images follow it."""
         self._network.to(device)
         self.device = device
 
     @torch.no_grad()
-    def __call__(self, pictures_uint8_BCHW: Tensor) -> Tensor:
-        """Features (B, D) float32 on the CPU, of pictures resized to 299 pixels as TensorFlow 1 does, no antialias."""
-        size = CPU_BATCH if self.device.type == "cpu" else len(pictures_uint8_BCHW)
-        parts = [self._network(part.to(self.device)) for part in torch.split(pictures_uint8_BCHW, max(1, size))]
+    def __call__(self, images_uint8_BCHW: Tensor) -> Tensor:
+        """Features (B, D) float32 on the CPU, of images resized to 299 pixels as TensorFlow 1 does, no antialias."""
+        size = CPU_BATCH if self.device.type == "cpu" else len(images_uint8_BCHW)
+        parts = [self._network(part.to(self.device)) for part in torch.split(images_uint8_BCHW, max(1, size))]
         return torch.cat(parts).float().cpu()

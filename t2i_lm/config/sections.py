@@ -73,10 +73,10 @@ class ImageTokenizerConfig:
 
     path: str | None = None  # our folder, a diffusers VQModel folder or a MoVQGAN .ckpt; `asset:NAME` is shipped
     expect: str | None = None  # size of a MoVQGAN checkpoint: another is refused
-    size: int = 64  # pixels a side after the centre crop
+    size: int = 64  # pixels a side after the center crop
     precision: str = "float32"  # of encoding; bfloat16 is refused where it changes more than 0.1 % of the ids
     model: VQModelConfig = field(default_factory=VQModelConfig)
-    warmup_fraction: float = 0.4  # share of the steps without quantisation
+    warmup_fraction: float = 0.4  # share of the steps without quantization
     restart_every: int = 100  # steps between re-seeding of unused codes
     commitment: float = 0.25
     edge_weight: float = 0.0  # weight of the image-gradient term
@@ -175,7 +175,7 @@ class OptimConfig:
 class TrainerConfig:
     """Lightning's own names."""
 
-    max_steps: int = 100_000  # optimiser steps
+    max_steps: int = 100_000  # optimizer steps
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
@@ -186,8 +186,8 @@ class TrainerConfig:
     packing: bool = False  # layers without pads: same loss and gradients; a demo step on a CPU takes 6 % less time
     fp8: bool = False  # layers multiply in float8 (extra `fp8`, NVIDIA from Ada on): changes curves, not comparable
     compile: bool = False  # torch.compile of each block; eager with a message where there is no C++ compiler
-    val_check_interval: int = 1000  # optimiser steps between validations
-    checkpoint_interval: int = 1000  # optimiser steps between checkpoints
+    val_check_interval: int = 1000  # optimizer steps between validations
+    checkpoint_interval: int = 1000  # optimizer steps between checkpoints
     threads: int | None = None  # CPU threads a process; null: torch's default
 
     def __post_init__(self) -> None:
@@ -211,7 +211,7 @@ class TrainerConfig:
 class LogConfig:
     """How often and where curves go."""
 
-    interval: int = 10  # optimiser steps of one point of a curve; equal in both arms
+    interval: int = 10  # optimizer steps of one point of a curve; equal in both arms
     ema: float = 0.95  # smoothing of the drawn curves (Figures 3 to 5)
     logger: str = "tensorboard"
 
@@ -232,7 +232,7 @@ class SampleConfig:
     top_p: float | None = None
     guidance: float = 1.0  # scale of classifier-free guidance, which needs data.caption_dropout in training; 1: none
     interval: int | None = (
-        None  # optimiser steps between grids during training; null, or a sharded model: only at the end
+        None  # optimizer steps between grids during training; null, or a sharded model: only at the end
     )
     preference_scenes: int = 500  # held-out scenes for caption preference (scenes only)
 
@@ -250,7 +250,7 @@ class SampleConfig:
 class FidConfig:
     """FID against COCO's val2014 during training (`callbacks.CocoFID`); a finished run takes `t2i_lm.evaluate`."""
 
-    interval: int | None = None  # optimiser steps between measurements; null: none
+    interval: int | None = None  # optimizer steps between measurements; null: none
     coco: str | None = None  # folder with annotations/captions_val2014.json and val2014/*.jpg
     weights: str | None = None  # of torch-fidelity's Inception: a file, or `hub:ORG/NAME/FILE`
     weights_sha256: str | None = None  # another file is refused
@@ -272,9 +272,9 @@ class AlignConfig:
 
     logit_scale_init: float = 1 / 0.07  # inverse temperature; the paper names neither, both are CLIP's
     logit_scale_max: float = 100.0
-    mask_duplicates: bool = True  # pairs that share a caption or a picture are no negatives of each other
-    shuffle_pairs: bool = False  # control: every picture keeps a caption of another one
-    neighbours: int = 5  # text tokens listed for every image id
+    mask_duplicates: bool = True  # pairs that share a caption or an image are no negatives of each other
+    shuffle_pairs: bool = False  # control: every image keeps a caption of another one
+    neighbors: int = 5  # text tokens listed for every image id
 
     def __post_init__(self) -> None:
         require(self.logit_scale_init > 0, "align.logit_scale_init", self.logit_scale_init, "a positive value")
@@ -284,7 +284,7 @@ class AlignConfig:
             self.logit_scale_max,
             f"at least align.logit_scale_init={self.logit_scale_init:g}",
         )
-        require(self.neighbours >= 1, "align.neighbours", self.neighbours, "at least 1")
+        require(self.neighbors >= 1, "align.neighbors", self.neighbors, "at least 1")
 
 
 @dataclass
@@ -301,7 +301,7 @@ LOSS_BACKENDS = ("fused", "torch")
 class ForgettingConfig:
     """What is measured of the language model before, during and after training; nothing where `interval` is null."""
 
-    interval: int | None = None  # optimiser steps between measurements; also before the first and after the last step
+    interval: int | None = None  # optimizer steps between measurements; also before the first and after the last step
     text: str | None = None  # held-out text: .txt, .txt.gz, a folder of them, or a hub name
     rows: int = 64  # evenly spaced rows of it
     length: int = 256  # ids of a row
@@ -328,7 +328,7 @@ class LossConfig:
     The loss is the mean over targets, weighted by modality (boundary tokens keep 1), with the z-loss added to each.
     """
 
-    text_weight: float = 1.0  # 0: captions condition the pictures but are not learnt
+    text_weight: float = 1.0  # 0: captions condition the images but are not learnt
     image_weight: float = 1.0
     replay_weight: float = 1.0  # of data.replay_path's text
     backend: str = "fused"  # or torch: its own chunked loss, in float32 and slower, for comparison

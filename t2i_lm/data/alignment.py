@@ -23,11 +23,11 @@ class BagBatches(CaptionedIds):
     """Pairs without order or boundary tokens.
 
     A batch holds `image_ids_BN` (codes), `text_ids_L` and `text_starts_B` (captions one after the other), and
-    `hashes_B2` of each caption and picture, by which duplicates are known across ranks.
+    `hashes_B2` of each caption and image, by which duplicates are known across ranks.
     """
 
     def __init__(self, split: datasets.Dataset, captions: str, seed: int, shuffle_pairs: bool = False) -> None:
-        """With `shuffle_pairs`, every picture keeps the caption of another sample for the whole run."""
+        """With `shuffle_pairs`, every image keeps the caption of another sample for the whole run."""
         super().__init__(split, captions, seed)
         self._partner: np.ndarray[Any, np.dtype[np.int64]] | None = None
         if shuffle_pairs:

@@ -1,4 +1,4 @@
-"""COCO's val2014: which captions are drawn, and pictures as the protocol sees them.
+"""COCO's val2014: which captions are drawn, and images as the protocol sees them.
 
 `PATH/annotations/captions_val2014.json` and `PATH/val2014/*.jpg`. Read with the standard library, so that a wrong
 folder is named before torch is loaded. Shapes: `H`, `W` pixels.
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-CAPTIONS, PICTURES = Path("annotations", "captions_val2014.json"), "val2014"
+CAPTIONS, IMAGES = Path("annotations", "captions_val2014.json"), "val2014"
 SIZE, CROP, RESIZER = 256, "centre", "lanczos"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption, and the picture that it describes."""
+    """A caption, and the image that it describes."""
 
     image_id: int
     caption_id: int
@@ -36,13 +36,13 @@ class Coco:
     """A folder of val2014.
 
     Attributes:
-        pictures: names of all pictures, sorted.
+        images: names of all images, sorted.
         captions: (caption id, text) of each image id that has any.
-        files: name of the picture of each image id.
+        files: name of the image of each image id.
     """
 
     path: Path
-    pictures: list[str]
+    images: list[str]
     captions: dict[int, list[tuple[int, str]]]
     files: dict[int, str]
     captions_sha256: str
@@ -54,16 +54,16 @@ class Coco:
 
 
 def read_coco(path: Path) -> Coco:
-    """Reads captions and the list of pictures.
+    """Reads captions and the list of images.
 
     Raises:
         ValueError: if a file or folder is absent or is not COCO's.
     """
-    file, folder = path / CAPTIONS, path / PICTURES
+    file, folder = path / CAPTIONS, path / IMAGES
     if not file.is_file() or not folder.is_dir():
-        raise ValueError(f"--coco {path}: expected {CAPTIONS} and {PICTURES}/*.jpg in it, found no {_absent(path)}")
-    pictures = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".jpg")
-    if not pictures:
+        raise ValueError(f"--coco {path}: expected {CAPTIONS} and {IMAGES}/*.jpg in it, found no {_absent(path)}")
+    images = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".jpg")
+    if not images:
         raise ValueError(f"--coco {path}: {folder} holds no .jpg")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -73,34 +73,34 @@ def read_coco(path: Path) -> Coco:
             captions.setdefault(int(row["image_id"]), []).append((int(row["id"]), str(row["caption"])))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not COCO's captions: {type(error).__name__} {error}") from error
-    return Coco(path, pictures, captions, files, file_sha256(file))
+    return Coco(path, images, captions, files, file_sha256(file))
 
 
 def _absent(path: Path) -> str:
-    return str(path / PICTURES) if (path / CAPTIONS).is_file() else str(path / CAPTIONS)
+    return str(path / IMAGES) if (path / CAPTIONS).is_file() else str(path / CAPTIONS)
 
 
 def choose_prompts(coco: Coco, count: int, seed: int) -> list[Prompt]:
-    """One caption each of `count` pictures.
+    """One caption each of `count` images.
 
     By the hash of seed and id: the same on every machine and version, and the first prompts are the same however many
     are taken.
 
     Raises:
-        ValueError: if there are fewer pictures with captions, or a caption is empty or its picture absent.
+        ValueError: if there are fewer images with captions, or a caption is empty or its image absent.
     """
     file = coco.path / CAPTIONS
     if count > len(coco.captions):
-        raise ValueError(f"--prompts {count}: {file} has captions of {len(coco.captions)} pictures")
-    chosen, present = [], set(coco.pictures)
+        raise ValueError(f"--prompts {count}: {file} has captions of {len(coco.captions)} images")
+    chosen, present = [], set(coco.images)
     for image_id in sorted(coco.captions, key=lambda number: _rank(seed, "picture", number))[:count]:
         caption_id, text = min(coco.captions[image_id], key=lambda caption: _rank(seed, "caption", caption[0]))
         text = " ".join(text.split())  # some end in a line break
         if not text:
-            raise ValueError(f"{file}: caption {caption_id} of picture {image_id} is empty")
+            raise ValueError(f"{file}: caption {caption_id} of image {image_id} is empty")
         name = coco.files.get(image_id, "")
         if name not in present:
-            raise ValueError(f"{file}: picture {image_id} ({name or 'no file name'}) is not in {coco.path / PICTURES}")
+            raise ValueError(f"{file}: image {image_id} ({name or 'no file name'}) is not in {coco.path / IMAGES}")
         chosen.append(Prompt(image_id, caption_id, text, name))
     return chosen
 
@@ -116,16 +116,16 @@ def prompts_sha256(prompts: Iterable[Prompt]) -> str:
 
 
 def listing_sha256(coco: Coco) -> str:
-    """Hash of the pictures' names and sizes in bytes: tells folders apart without reading 6 GB."""
-    folder = coco.path / PICTURES
-    rows = [f"{name}\0{(folder / name).stat().st_size}" for name in coco.pictures]
+    """Hash of the images' names and sizes in bytes: tells folders apart without reading 6 GB."""
+    folder = coco.path / IMAGES
+    rows = [f"{name}\0{(folder / name).stat().st_size}" for name in coco.images]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def square(image: "Image.Image", size: int = SIZE) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """The protocol's picture (H, W, 3) uint8: centre crop to the shorter side, then LANCZOS to `size` pixels.
+    """The protocol's image (H, W, 3) uint8: center crop to the shorter side, then LANCZOS to `size` pixels.
 
-    Drawn pictures and references both come through here; one that has this size already is unchanged.
+    Drawn images and references both come through here; one that has this size already is unchanged.
     """
     import numpy as np
     from PIL import Image
@@ -138,8 +138,8 @@ def square(image: "Image.Image", size: int = SIZE) -> "np.ndarray[Any, np.dtype[
     return np.array(cropped, dtype=np.uint8)
 
 
-def read_pictures(coco: Coco, names: Sequence[str]) -> "tuple[list[Image.Image], list[bytes]]":
-    """Pictures of val2014 in RGB, and the sha256 of each file.
+def read_images(coco: Coco, names: Sequence[str]) -> "tuple[list[Image.Image], list[bytes]]":
+    """Images of val2014 in RGB, and the sha256 of each file.
 
     Raises:
         ValueError: naming a file that cannot be read.
@@ -150,10 +150,10 @@ def read_pictures(coco: Coco, names: Sequence[str]) -> "tuple[list[Image.Image],
 
     images, digests = [], []
     for name in names:
-        content = (coco.path / PICTURES / name).read_bytes()
+        content = (coco.path / IMAGES / name).read_bytes()
         digests.append(hashlib.sha256(content).digest())
         try:
             images.append(decode_image(io.BytesIO(content), name))
         except RejectedPairError as error:
-            raise ValueError(f"{coco.path / PICTURES / name}: {error.reason}") from error
+            raise ValueError(f"{coco.path / IMAGES / name}: {error.reason}") from error
     return images, digests

@@ -2,7 +2,7 @@
 
 The chain: `prepare` writes shards -> `open_split` maps them -> `IndexSampler` draws (epoch, index) pairs ->
 `__getitems__` gathers a micro-batch in one read -> the batch dict that the modules expect. Nothing in it holds
-state but the sampler's one integer, which is derived from the optimiser steps taken.
+state but the sampler's one integer, which is derived from the optimizer steps taken.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, centre_crop
+from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, center_crop
 from t2i_lm.data.sampler import Draw, IndexSampler
 from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.shards.format import choose_caption, leaves_out_caption, open_split
-from t2i_lm.data.shards.tokenize import stack_pictures
+from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.data.sources import open_sized
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.tokenizers.layout import ImageLayout, IntArray, Layout
@@ -244,8 +244,8 @@ def spread(split: datasets.Dataset, size: int | None) -> datasets.Dataset:
     return split.select([row * len(split) // size for row in range(size)])
 
 
-class PictureBatches(Batches):
-    """Pictures of a source as `images_BCHW` uint8; an unreadable one is replaced by the next that can be read."""
+class ImageBatches(Batches):
+    """Images of a source as `images_BCHW` uint8; an unreadable one is replaced by the next that can be read."""
 
     def __init__(self, source: CaptionedSource, image_size: int) -> None:
         self.source, self.image_size = source, image_size
@@ -254,27 +254,27 @@ class PictureBatches(Batches):
         return len(self.source)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        images_BCHW = stack_pictures([self._picture(index) for _, index in draws])
+        images_BCHW = stack_images([self._image(index) for _, index in draws])
         return {"images_BCHW": images_BCHW, "samples": len(draws)}
 
-    def _picture(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _image(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         for step in range(MAX_CONSECUTIVE_REJECTS):
             try:
-                return centre_crop(self.source[(index + step) % len(self.source)].image, self.image_size)
+                return center_crop(self.source[(index + step) % len(self.source)].image, self.image_size)
             except RejectedPairError as reject:
                 last = reject
-        raise ValueError(f"{MAX_CONSECUTIVE_REJECTS} pictures in a row cannot be read; the last: {last}")
+        raise ValueError(f"{MAX_CONSECUTIVE_REJECTS} images in a row cannot be read; the last: {last}")
 
 
-# Unreadable pictures in a row after which the source is taken to be broken.
+# Unreadable images in a row after which the source is taken to be broken.
 MAX_CONSECUTIVE_REJECTS = 100
 
 
-class PictureDataModule(BatchDataModule):
-    """Pictures alone, straight from the source (training an image tokenizer)."""
+class ImageDataModule(BatchDataModule):
+    """Images alone, straight from the source (training an image tokenizer)."""
 
     def setup(self, stage: str) -> None:
         """Opens the source."""
         size = self.config.image_tokenizer.size
-        self.train_set = PictureBatches(open_sized(self.config.data, "train", size), size)
-        self.val_set = PictureBatches(open_sized(self.config.data, "val", size), size)
+        self.train_set = ImageBatches(open_sized(self.config.data, "train", size), size)
+        self.val_set = ImageBatches(open_sized(self.config.data, "val", size), size)

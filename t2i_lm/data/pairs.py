@@ -11,11 +11,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture with its captions.
+    """An image with its captions.
 
     Attributes:
         id: unique within its source.
-        image: RGB picture of any size.
+        image: RGB image of any size.
         captions: at least one.
         meaning: what a generated scene shows (JSON values); None for photographs.
     """
@@ -26,7 +26,7 @@ class Pair:
     meaning: dict[str, Any] | None
 
 
-# Reads one pair, or raises `pictures.RejectedPairError`.
+# Reads one pair, or raises `images.RejectedPairError`.
 Sample = Callable[[], Pair]
 
 
@@ -47,7 +47,7 @@ class StreamedSource(Protocol):
     def shard(self, number: int) -> Iterator[Sample]: ...
 
 
-# Pictures above this many pixels are rejected before they are decoded.
+# Images above this many pixels are rejected before they are decoded.
 MAX_PIXELS = 64_000_000
 
 
@@ -60,10 +60,10 @@ class RejectedPairError(Exception):
 
 
 def decode_image(file: Any, name: str) -> Image.Image:
-    """An RGB picture, upright, from a path or binary stream.
+    """An RGB image, upright, from a path or binary stream.
 
     Raises:
-        RejectedPairError: if it is missing, not a picture, truncated or larger than `MAX_PIXELS`.
+        RejectedPairError: if it is missing, not an image, truncated or larger than `MAX_PIXELS`.
     """
     try:
         with warnings.catch_warnings():
@@ -78,15 +78,15 @@ def decode_image(file: Any, name: str) -> Image.Image:
     except FileNotFoundError as error:
         raise RejectedPairError("missing file", name) from error
     except UnidentifiedImageError as error:
-        raise RejectedPairError("not a picture", name) from error
+        raise RejectedPairError("not an image", name) from error
     except RejectedPairError:
         raise
     except Exception as error:  # Pillow's readers raise all sorts on damaged files
         raise RejectedPairError("truncated or corrupt", name) from error
 
 
-def centre_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The centre square, resized (bicubic) to `size` x `size`; uint8 (H, W, 3) (Section 2.1)."""
+def center_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The center square, resized (bicubic) to `size` x `size`; uint8 (H, W, 3) (Section 2.1)."""
     if image.size != (size, size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -39,7 +39,7 @@ class IndexSampler(Sampler[list[Draw]]):
         accumulate: int = 1,
         replayed: int = 0,
     ) -> None:
-        """`batch_size` is global, `steps` are optimiser steps, `accumulate` micro-batches make one step.
+        """`batch_size` is global, `steps` are optimizer steps, `accumulate` micro-batches make one step.
 
         `replayed` evenly spaced draws of every batch are windows of text in place of samples.
         """

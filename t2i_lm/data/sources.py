@@ -1,6 +1,6 @@
-"""Sources of captioned pictures, by name: scenes, image folders, Parquet files, tar files, Hugging Face datasets.
+"""Sources of captioned images, by name: scenes, image folders, Parquet files, tar files, Hugging Face datasets.
 
-A source is a sized sequence of `Pair`s. A picture that cannot be read raises `RejectedPairError` with a reason, which
+A source is a sized sequence of `Pair`s. An image that cannot be read raises `RejectedPairError` with a reason, which
 `prepare` counts; nothing else may go wrong in silence.
 """
 
@@ -56,7 +56,7 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the picture and the caption column of a Hugging Face dataset."""
+    """Names of the image and the caption column of a Hugging Face dataset."""
 
     IMAGES = ("image", "jpg", "png", "webp")
     CAPTIONS = ("captions", "caption", "text", "txt")
@@ -80,22 +80,22 @@ class Columns:
         return cls(first(cls.IMAGES), first(cls.CAPTIONS))
 
     def pair(self, row: dict[str, Any], name: str) -> Pair:
-        """The pair of a row whose picture is undecoded: bytes, or else a path."""
+        """The pair of a row whose image is undecoded: bytes, or else a path."""
         cell = row[self.image] or {}
         if cell.get("bytes") is None and cell.get("path") is None:
-            raise RejectedPairError("no picture", name)
+            raise RejectedPairError("no image", name)
         file = io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
         return Pair(name, decode_image(file, name), captions_of(row[self.caption], name), None)
 
 
 class Table:
-    """Rows of a Hugging Face dataset with a picture column and a caption column."""
+    """Rows of a Hugging Face dataset with an image column and a caption column."""
 
     def __init__(self, rows: Any, origin: str, indices: Sequence[int]) -> None:
         import datasets
 
         self.columns, self.indices = Columns.find(rows.column_names, origin), indices
-        # Undecoded bytes, so that a bad picture is our reject and not a crash inside the reader.
+        # Undecoded bytes, so that a bad image is our reject and not a crash inside the reader.
         self.rows = rows.cast_column(self.columns.image, datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -169,7 +169,7 @@ class Place:
 
 
 def image_folder(data: DataConfig, split: str, size: int) -> CaptionedSource:
-    """A folder of pictures with `metadata.jsonl`."""
+    """A folder of images with `metadata.jsonl`."""
     place = Place.of(data, split, METADATA)
     table = place.path / METADATA
     if not table.is_file():
@@ -190,7 +190,7 @@ def image_folder(data: DataConfig, split: str, size: int) -> CaptionedSource:
 
 
 def parquet(data: DataConfig, split: str, size: int) -> CaptionedSource:
-    """Parquet files (one, or a folder of them) with a picture and a caption column."""
+    """Parquet files (one, or a folder of them) with an image and a caption column."""
     import datasets
 
     place = Place.of(data, split, "*.parquet")
@@ -247,7 +247,7 @@ def _load_dataset(data: DataConfig, streaming: bool) -> Any:
 
 
 def scenes(data: DataConfig, split: str, size: int) -> CaptionedSource:
-    """Procedural scenes; the number of pictures is the config's."""
+    """Procedural scenes; the number of images is the config's."""
     count = data.train_size if split == "train" else data.val_size
     if count is None:
         raise ValueError(f"data.{split}_size=null: scenes are endless, so give a number")
@@ -266,7 +266,7 @@ SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource | StreamedSo
 
 
 def open_source(data: DataConfig, split: str, image_size: int) -> CaptionedSource | StreamedSource:
-    """The captioned pictures of a split.
+    """The captioned images of a split.
 
     Raises:
         ValueError: if there is nothing to read, naming the key.
@@ -275,12 +275,12 @@ def open_source(data: DataConfig, split: str, image_size: int) -> CaptionedSourc
 
 
 def open_sized(data: DataConfig, split: str, image_size: int) -> CaptionedSource:
-    """The same, for what needs its pictures in any order.
+    """The same, for what needs its images in any order.
 
     Raises:
         ValueError: also if the source can only be streamed.
     """
     source = open_source(data, split, image_size)
     if isinstance(source, Stream):
-        raise ValueError(f"data.source={data.source}: pictures are needed in any order, which a stream cannot give")
+        raise ValueError(f"data.source={data.source}: images are needed in any order, which a stream cannot give")
     return cast(CaptionedSource, source)

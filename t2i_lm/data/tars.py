@@ -1,7 +1,7 @@
-"""Captioned pictures in tar files as img2dataset writes them (webdataset): `000.jpg`, `000.txt`, `000.json`, ...
+"""Captioned images in tar files as img2dataset writes them (webdataset): `000.jpg`, `000.txt`, `000.json`, ...
 
 Headers are read once; a sample's bytes are then read in place. Nothing is extracted to disk and nothing is unpickled:
-pictures go to Pillow; captions are text, or `caption` or a list `captions` of a JSON object; others are passed over.
+images go to Pillow; captions are text, or `caption` or a list `captions` of a JSON object; others are passed over.
 """
 
 import io
@@ -45,7 +45,7 @@ class TarFolder:
             raise RejectedPairError("damaged tar", f"{member.tar} {member.damage}")
         image = next((suffix for suffix in IMAGES if suffix in member.files), None)
         if image is None:
-            raise RejectedPairError("no picture", name)
+            raise RejectedPairError("no image", name)
         with member.tar.open("rb") as tar:
             captions = captions_of(_caption(tar, member, name), name)
             return Pair(name, decode_image(io.BytesIO(_read(tar, *member.files[image])), name), captions, None)

@@ -11,7 +11,7 @@ import torch
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.experiment.build import Experiment
 from t2i_lm.models.aligned_rows import FILE, write_aligned_rows
-from t2i_lm.models.contrastive import Neighbours, hubness, nearest_text_tokens
+from t2i_lm.models.contrastive import Neighbors, hubness, nearest_text_tokens
 from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.runtime.loggers import write_text
 from t2i_lm.runtime.tables import markdown_table
@@ -32,8 +32,8 @@ def alignment_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     image_ID, text_VD = module.embedding.image, module.embedding.text
     assert image_ID is not None
     write_aligned_rows(image_ID, folder / FILE, experiment.text.sha256, experiment.image.sha256)
-    neighbours = nearest_text_tokens(image_ID, text_VD, experiment.config.align.neighbours)
-    rows = _table(experiment, neighbours)
+    neighbors = nearest_text_tokens(image_ID, text_VD, experiment.config.align.neighbors)
+    rows = _table(experiment, neighbors)
     with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     shown = sorted(rows[1:], key=lambda row: -int(row[1]))[:SHOWN]
@@ -41,7 +41,7 @@ def alignment_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     norms = {"image": image_ID.norm(dim=1).mean(), "text": text_VD.norm(dim=1).mean()}
     return {
         "retrieval": _retrieval(experiment, module),
-        "nearest_text_tokens": asdict(hubness(neighbours, len(text_VD))),
+        "nearest_text_tokens": asdict(hubness(neighbors, len(text_VD))),
         "row_norms": {name: float(value) for name, value in norms.items()},
         **module.scalars(),
     }
@@ -63,19 +63,19 @@ def _retrieval(experiment: Experiment, module: AlignmentModule) -> dict[str, Any
     } | {"candidates": size}
 
 
-def _table(experiment: Experiment, neighbours: Neighbours) -> list[list[Any]]:
+def _table(experiment: Experiment, neighbors: Neighbors) -> list[list[Any]]:
     """Header and one row for every image id: how often it occurs in training, its nearest tokens and cosines."""
     assert experiment.shards is not None
     assert experiment.text is not None
-    uses = np.zeros(len(neighbours.ids_IK), dtype=np.int64)
+    uses = np.zeros(len(neighbors.ids_IK), dtype=np.int64)
     for rows in open_split(experiment.shards, "train").iter(batch_size=4096):
         uses += np.bincount(np.stack(rows["image_ids"]).ravel(), minlength=len(uses))
-    count = neighbours.ids_IK.shape[1]
+    count = neighbors.ids_IK.shape[1]
     header = ["image id", "uses", *(f"{name} {k + 1}" for k in range(count) for name in ("token", "cosine"))]
     table: list[list[Any]] = [header]
     pieces: dict[int, str] = {}
     for image_id, (ids, cosines) in enumerate(
-        zip(neighbours.ids_IK.tolist(), neighbours.cosine_IK.tolist(), strict=True)
+        zip(neighbors.ids_IK.tolist(), neighbors.cosine_IK.tolist(), strict=True)
     ):
         row: list[Any] = [image_id, int(uses[image_id])]
         for token, cosine in zip(ids, cosines, strict=True):

@@ -10,7 +10,7 @@ from t2i_lm.experiment.build import Model
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationContext:
     """What is measured: a trained model, where its numbers go, and which rank of how many this is."""
 
     options: argparse.Namespace

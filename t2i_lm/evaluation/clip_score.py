@@ -1,8 +1,8 @@
-"""CLIP score of pictures and captions (Hessel et al., 2021) by a CLIP model of `transformers` (the extra `clip`).
+"""CLIP score of images and captions (Hessel et al., 2021) by a CLIP model of `transformers` (the extra `clip`).
 
 100 times the cosine of both embeddings, as torchmetrics' CLIPScore counts it. Code of a repository is never run.
 
-Shapes: `B` pictures, `H`, `W` pixels, `D` width of an embedding.
+Shapes: `B` images, `H`, `W` pixels, `D` width of an embedding.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from t2i_lm.assets import resolve
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.hub import PREFIX, require_model
 
-# Weights as `transformers` looks for them, and pictures that go through the model together.
+# Weights as `transformers` looks for them, and images that go through the model together.
 WEIGHTS, BATCH = ("model.safetensors", "pytorch_model.bin"), 32
 
 
 class Clip:
-    """Pictures and captions -> scores.
+    """Images and captions -> scores.
 
     Attributes:
         card: what names the model: `clip_model`, the hash of its weights, and one of its config, vocabulary and
@@ -67,16 +67,16 @@ class Clip:
         }
 
     def to(self, device: torch.device) -> None:
-        """Moves the model; pictures and captions follow it."""
+        """Moves the model; images and captions follow it."""
         self._model.to(device)
 
     @torch.no_grad()
-    def __call__(self, pictures_uint8_BCHW: Tensor, captions: Sequence[str]) -> Tensor:
+    def __call__(self, images_uint8_BCHW: Tensor, captions: Sequence[str]) -> Tensor:
         """Scores (B,) float32 on the CPU; a caption that is too long loses its end, but not its end mark."""
-        assert len(pictures_uint8_BCHW) == len(captions)
+        assert len(images_uint8_BCHW) == len(captions)
         parts = []
         for start in range(0, len(captions), BATCH):
-            pixels = self._processor(images=list(pictures_uint8_BCHW[start : start + BATCH]), return_tensors="pt")
+            pixels = self._processor(images=list(images_uint8_BCHW[start : start + BATCH]), return_tensors="pt")
             texts = self._processor(
                 text=list(captions[start : start + BATCH]),
                 return_tensors="pt",
@@ -85,11 +85,11 @@ class Clip:
                 max_length=self._positions,
             )
             device = self._model.device
-            picture_BD = _unit(self._model.get_image_features(pixels["pixel_values"].to(device)))
+            image_BD = _unit(self._model.get_image_features(pixels["pixel_values"].to(device)))
             caption_BD = _unit(
                 self._model.get_text_features(texts["input_ids"].to(device), texts["attention_mask"].to(device))
             )
-            parts.append(100 * (picture_BD * caption_BD).sum(dim=-1).float().cpu())
+            parts.append(100 * (image_BD * caption_BD).sum(dim=-1).float().cpu())
         return torch.cat(parts)
 
 

@@ -1,6 +1,6 @@
 """The COCO measurement of `evaluate`: every rank's parts, then one number with its card, CLIP scores, and a grid.
 
-Shapes: `B` pictures, `N` image tokens; of the scores `N` pictures.
+Shapes: `B` images, `N` image tokens; of the scores `N` images.
 """
 
 import sys
@@ -16,24 +16,24 @@ from torch import Tensor
 from callbacks import Inception
 from t2i_lm.assets import resolve
 from t2i_lm.data.coco import CROP, RESIZER, SIZE, Coco, Prompt, prompts_sha256, square
-from t2i_lm.data.shards.tokenize import stack_pictures
-from t2i_lm.evaluation.base import Subject
+from t2i_lm.data.shards.tokenize import stack_images
+from t2i_lm.evaluation.base import EvaluationContext
 from t2i_lm.evaluation.clip_score import Clip
 from t2i_lm.evaluation.fid import Drawing, Reference, count_cut, distances, network_card
 from t2i_lm.evaluation.protocol_card import CANONICAL, Card, require_headline
 from t2i_lm.generation.grid import captioned_grid
 from t2i_lm.generation.images import computing, decode, sampling_of
-from t2i_lm.runtime.progress import lines
+from t2i_lm.runtime.progress import log_progress
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.resumable import Parts
+from t2i_lm.storage.resumable import ResumableParts
 from t2i_lm.storage.run_folder import environment
 
-GRID = 16  # pictures shown
-GRID_FILE, PICTURES_FOLDER = "grid.png", "pictures"
+GRID = 16  # images shown
+GRID_FILE, IMAGES_FOLDER = "grid.png", "pictures"
 
 
-def measure_coco(subject: Subject, coco: Coco, prompts: list[Prompt]) -> dict[str, Any] | None:
-    """FID, KID and where asked for CLIP score of drawn pictures and, unless left out, reconstructions; on rank 0.
+def measure_coco(subject: EvaluationContext, coco: Coco, prompts: list[Prompt]) -> dict[str, Any] | None:
+    """FID, KID and where asked for CLIP score of drawn images and, unless left out, reconstructions; on rank 0.
 
     Raises:
         ValueError: if the model takes no captions, a file cannot be read or has another hash, the folder belongs to
@@ -56,21 +56,21 @@ def measure_coco(subject: Subject, coco: Coco, prompts: list[Prompt]) -> dict[st
     reference = Reference(coco, network, options.cache)
     drawn = _parts(subject, drawing, network, "drawn")
     rebuilt = None if options.no_floor else _parts(subject, drawing, network, "reconstructed")
-    scored: dict[str, Parts] = {}
+    scored: dict[str, ResumableParts] = {}
     if clip is not None:
         clip.to(device)
         scored = {parts.folder.name: _scores(parts, clip) for parts in (drawn, rebuilt) if parts is not None}
 
     share = (subject.rank, subject.world)
-    whole = len(coco.pictures)
-    reference.parts.complete(reference.make, *share, lines("reference", whole, *share))
+    whole = len(coco.images)
+    reference.parts.complete(reference.make, *share, log_progress("reference", whole, *share))
     if rebuilt is not None:
-        told = lines("reconstruction", len(prompts), *share)
+        told = log_progress("reconstruction", len(prompts), *share)
         rebuilt.complete(lambda span: drawing.reconstruct(span, network), *share, told)
-    drawn.complete(lambda span: drawing.make(span, network), *share, lines("drawing", len(prompts), *share))
+    drawn.complete(lambda span: drawing.make(span, network), *share, log_progress("drawing", len(prompts), *share))
     for parts in (drawn, rebuilt):
         if clip is not None and parts is not None:
-            told = lines(f"CLIP score, {parts.folder.name}", len(prompts), *share)
+            told = log_progress(f"CLIP score, {parts.folder.name}", len(prompts), *share)
             scored[parts.folder.name].complete(partial(_score, drawing, parts, clip), *share, told)
     subject.wait()
     if subject.rank:
@@ -88,13 +88,13 @@ def measure_coco(subject: Subject, coco: Coco, prompts: list[Prompt]) -> dict[st
     if rebuilt is not None:
         card = drawing.card(network, reference_sha256, "reconstructed")
         result["floor"] = _number(card, rebuilt, reference) | _clip_number(scored.get("reconstructed"), clip)
-    _write_pictures(subject, drawing, drawn)
+    _write_images(subject, drawing, drawn)
     _say(result)
     return result
 
 
-def _parts(subject: Subject, drawing: Drawing, network: Inception, kind: str) -> Parts:
-    """Where the features of drawn or reconstructed pictures lie."""
+def _parts(subject: EvaluationContext, drawing: Drawing, network: Inception, kind: str) -> ResumableParts:
+    """Where the features of drawn or reconstructed images lie."""
     model, options = subject.model, subject.options
     assert model.image is not None
     identity = {
@@ -110,23 +110,23 @@ def _parts(subject: Subject, drawing: Drawing, network: Inception, kind: str) ->
         identity |= {"checkpoint_sha256": file_sha256(subject.checkpoint), "seed": drawing.seed}
         identity |= vars(drawing.sampling)
         identity |= {key: value for key, value in computing(model).items() if value != CANONICAL[key]}
-    return Parts(subject.out / kind, identity, len(drawing.prompts), options.part)
+    return ResumableParts(subject.out / kind, identity, len(drawing.prompts), options.part)
 
 
-def _scores(measured: Parts, clip: Clip) -> Parts:
-    """Where the CLIP scores of measured pictures lie: a part for each of theirs, made by the same rank."""
+def _scores(measured: ResumableParts, clip: Clip) -> ResumableParts:
+    """Where the CLIP scores of measured images lie: a part for each of theirs, made by the same rank."""
     folder = measured.folder.with_name(f"{measured.folder.name}-clip")
-    return Parts(folder, {**measured.identity, **clip.card}, measured.items, measured.size)
+    return ResumableParts(folder, {**measured.identity, **clip.card}, measured.items, measured.size)
 
 
-def _score(drawing: Drawing, measured: Parts, clip: Clip, span: range) -> dict[str, Tensor]:
-    """Scores of one part's pictures, as FID sees them, with their prompts."""
+def _score(drawing: Drawing, measured: ResumableParts, clip: Clip, span: range) -> dict[str, Tensor]:
+    """Scores of one part's images, as FID sees them, with their prompts."""
     codes_BN = measured.read(span.start // measured.size)["codes"].long()
-    pictures = [square(Image.fromarray(picture)) for picture in decode(drawing.model, codes_BN)]
-    return {"scores": clip(stack_pictures(pictures), [drawing.prompts[number].text for number in span])}
+    images = [square(Image.fromarray(image)) for image in decode(drawing.model, codes_BN)]
+    return {"scores": clip(stack_images(images), [drawing.prompts[number].text for number in span])}
 
 
-def _clip_number(scored: Parts | None, clip: Clip | None) -> dict[str, Any]:
+def _clip_number(scored: ResumableParts | None, clip: Clip | None) -> dict[str, Any]:
     """Mean CLIP score, never below 0, with its standard error and the model that gave it."""
     if scored is None or clip is None:
         return {}
@@ -135,27 +135,27 @@ def _clip_number(scored: Parts | None, clip: Clip | None) -> dict[str, Any]:
     return {"clip": {"score": max(0.0, float(scores_N.mean())), "se": error, "n": len(scores_N), **clip.card}}
 
 
-def _number(card: Card, measured: Parts, reference: Reference) -> dict[str, Any]:
+def _number(card: Card, measured: ResumableParts, reference: Reference) -> dict[str, Any]:
     """Distances with the card that they hold under."""
     found = distances(measured, reference.parts, reference.network.width)
     return {"title": card.title, **found, "differs": card.differences(), "card": card.as_dict()}
 
 
-def _write_pictures(subject: Subject, drawing: Drawing, drawn: Parts) -> None:
-    """A captioned grid of the first pictures and, where asked for, all of them as the metric sees them."""
+def _write_images(subject: EvaluationContext, drawing: Drawing, drawn: ResumableParts) -> None:
+    """A captioned grid of the first images and, where asked for, all of them as the metric sees them."""
     shown = min(GRID, drawn.items)
     first_BN = torch.cat([drawn.read(number)["codes"] for number in range(-(-shown // drawn.size))])[:shown]
     captions = [prompt.text for prompt in drawing.prompts[:shown]]
     captioned_grid(decode(subject.model, first_BN.long()), captions).save(subject.out / GRID_FILE)
-    if not subject.options.pictures:
+    if not subject.options.images:
         return
-    folder = subject.out / PICTURES_FOLDER
+    folder = subject.out / IMAGES_FOLDER
     folder.mkdir(exist_ok=True)
     for number in range(len(drawn)):
-        pictures = decode(subject.model, drawn.read(number)["codes"].long())
-        for index, picture in zip(drawn.span(number), pictures, strict=True):
+        images = decode(subject.model, drawn.read(number)["codes"].long())
+        for index, image in zip(drawn.span(number), images, strict=True):
             name = f"{index:05d}-{drawing.prompts[index].caption_id}.png"
-            Image.fromarray(square(Image.fromarray(picture))).save(folder / name)
+            Image.fromarray(square(Image.fromarray(image))).save(folder / name)
 
 
 def _say(result: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""FID of drawn or reconstructed pictures against COCO's val2014: features in parts that survive a kill, then a number.
+"""FID of drawn or reconstructed images against COCO's val2014: features in parts that survive a kill, then a number.
 
-Shapes: `B` pictures, `N` image tokens, `H`, `W` pixels, `D` feature width.
+Shapes: `B` images, `N` image tokens, `H`, `W` pixels, `D` feature width.
 """
 
 import sys
@@ -19,7 +19,7 @@ from t2i_lm.assets import resolve
 from t2i_lm.data.coco import (
     CAPTIONS,
     CROP,
-    PICTURES,
+    IMAGES,
     RESIZER,
     SIZE,
     Coco,
@@ -28,14 +28,14 @@ from t2i_lm.data.coco import (
     listing_sha256,
     prompts_sha256,
     read_coco,
-    read_pictures,
+    read_images,
     square,
 )
-from t2i_lm.data.shards.tokenize import stack_pictures
+from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.evaluation.protocol_card import CANONICAL, PROMPT_SEED, Card
 from t2i_lm.experiment.build import Experiment, Model
 from t2i_lm.generation.images import (
-    Picture,
+    ImageArray,
     caption_layout,
     caption_prompts,
     computing,
@@ -46,10 +46,10 @@ from t2i_lm.generation.images import (
 )
 from t2i_lm.models.generate import Sampling
 from t2i_lm.runtime.devices import local_rank
-from t2i_lm.runtime.progress import lines
-from t2i_lm.storage.resumable import Parts
+from t2i_lm.runtime.progress import log_progress
+from t2i_lm.storage.resumable import ResumableParts
 
-# Pictures that go through the feature network together, and pictures of one part of the reference.
+# Images that go through the feature network together, and images of one part of the reference.
 NETWORK_BATCH, REFERENCE_PART = 32, 256
 
 
@@ -74,15 +74,13 @@ def count_cut(model: Model, coco: Coco, prompts: Sequence[Prompt], tell: bool = 
     return over
 
 
-def features_of(pictures: Sequence[Picture | Image.Image], network: Inception) -> Tensor:
-    """Features (B, D) of pictures (H, W, 3) of any size, after the protocol's crop and resize."""
+def features_of(images: Sequence[ImageArray | Image.Image], network: Inception) -> Tensor:
+    """Features (B, D) of images (H, W, 3) of any size, after the protocol's crop and resize."""
     found = []
-    for start in range(0, len(pictures), NETWORK_BATCH):
-        images = [
-            picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-            for picture in pictures[start : start + NETWORK_BATCH]
-        ]
-        found.append(network(stack_pictures([square(image) for image in images])))
+    for start in range(0, len(images), NETWORK_BATCH):
+        some = images[start : start + NETWORK_BATCH]
+        opened = (image if isinstance(image, Image.Image) else Image.fromarray(image) for image in some)
+        found.append(network(stack_images([square(image) for image in opened])))
     return torch.cat(found)
 
 
@@ -92,7 +90,7 @@ class Reference:
     def __init__(self, coco: Coco, network: Inception, cache: Path) -> None:
         self.coco, self.network = coco, network
         identity = {
-            "reference": PICTURES,
+            "reference": IMAGES,
             "listing_sha256": listing_sha256(coco),
             "size": SIZE,
             "crop": CROP,
@@ -100,23 +98,23 @@ class Reference:
             **network_card(network),
         }
         folder = cache / "fid" / f"{identity['listing_sha256'][:12]}-{network.sha256[:12]}-{network.width}"
-        self.parts = Parts(folder, identity, len(coco.pictures), REFERENCE_PART)
+        self.parts = ResumableParts(folder, identity, len(coco.images), REFERENCE_PART)
 
     def make(self, span: range) -> dict[str, Tensor]:
-        """Features and file hashes of some pictures."""
-        images, digests = read_pictures(self.coco, self.coco.pictures[span.start : span.stop])
+        """Features and file hashes of some images."""
+        images, digests = read_images(self.coco, self.coco.images[span.start : span.stop])
         hashes_B32 = torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32).copy())
         return {"features": features_of(images, self.network), "sha256": hashes_B32}
 
     def sha256(self) -> str:
-        """Hash of all pictures' names and bytes, in order, once all parts are there."""
+        """Hash of all images' names and bytes, in order, once all parts are there."""
         import hashlib
 
         digest = hashlib.sha256()
         for number in range(len(self.parts)):
             hashes = self.parts.read(number)["sha256"].numpy()
             for index, row_32 in zip(self.parts.span(number), hashes, strict=True):
-                digest.update(self.coco.pictures[index].encode() + b"\0" + row_32.tobytes())
+                digest.update(self.coco.images[index].encode() + b"\0" + row_32.tobytes())
         return digest.hexdigest()
 
 
@@ -148,21 +146,21 @@ class Drawing:
         prompts = caption_prompts(self.model, captions)
         return draw_codes(self.model, prompts, [seeds[number] for number in numbers], self.sampling)
 
-    def card(self, network: Inception, reference_sha256: str, pictures: str = "drawn") -> Card:
+    def card(self, network: Inception, reference_sha256: str, images: str = "drawn") -> Card:
         """The card of a number that is made with this now."""
         assert self.model.image is not None
         drawn: dict[str, Any] = {}
-        if pictures == "drawn":
+        if images == "drawn":
             drawn = {**asdict(self.sampling), "prompts_cut": self.cut, **computing(self.model)}
         return Card(
-            pictures=pictures,
+            images=images,
             prompts=len(self.prompts),
             prompt_seed=PROMPT_SEED,
             prompts_sha256=prompts_sha256(self.prompts),
             captions=self.coco.caption_count,
             captions_sha256=self.coco.captions_sha256,
-            reference=PICTURES,
-            reference_pictures=len(self.coco.pictures),
+            reference=IMAGES,
+            reference_images=len(self.coco.images),
             reference_sha256=reference_sha256,
             size=SIZE,
             native_size=self.model.image.image_size,
@@ -175,28 +173,28 @@ class Drawing:
         )
 
     def make(self, span: range, network: Inception) -> dict[str, Tensor]:
-        """Codes and features of some prompts' drawn pictures."""
+        """Codes and features of some prompts' drawn images."""
         codes_BN = self.codes(span)
         features_BD = features_of(decode(self.model, codes_BN), network)
         return {"codes": codes_BN.to(torch.int32), "features": features_BD}
 
     def reconstruct(self, span: range, network: Inception) -> dict[str, Tensor]:
-        """The same of the prompts' real pictures, encoded and decoded: what no model of these codes can beat."""
-        image = self.model.image
-        assert image is not None
-        real, _ = read_pictures(self.coco, [self.prompts[number].file for number in span])
+        """The same of the prompts' real images, encoded and decoded: what no model of these codes can beat."""
+        tokenizer = self.model.image
+        assert tokenizer is not None
+        real, _ = read_images(self.coco, [self.prompts[number].file for number in span])
         codes = [
-            image.encode(stack_pictures([square(picture, image.image_size) for picture in real[start : start + 8]]))
+            tokenizer.encode(stack_images([square(image, tokenizer.image_size) for image in real[start : start + 8]]))
             for start in range(0, len(real), 8)
         ]
         codes_BN = torch.cat(codes).cpu()
         return {"codes": codes_BN.to(torch.int32), "features": features_of(decode(self.model, codes_BN), network)}
 
 
-def distances(measured: Parts, reference: Parts, width: int) -> dict[str, float]:
+def distances(measured: ResumableParts, reference: ResumableParts, width: int) -> dict[str, float]:
     """Frechet and kernel distance of features that lie in parts; summed in order, whoever made them.
 
-    The subsets of the kernel distance are drawn from all measured and all reference pictures, as during training.
+    The subsets of the kernel distance are drawn from all measured and all reference images, as during training.
     """
     metric = FeatureDistance(width, sync_on_compute=False)
     kept: dict[bool, list[Tensor]] = {False: [], True: []}
@@ -233,19 +231,19 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
     def draw(numbers: Sequence[int]) -> Tensor:
         assert experiment.image is not None
         experiment.image.to(experiment.module.device)
-        pictures = decode(experiment, drawing.codes(numbers))
+        images = decode(experiment, drawing.codes(numbers))
         experiment.image.to(torch.device("cpu"))  # leaves the GPU to training
-        return stack_pictures([square(Image.fromarray(picture)) for picture in pictures])
+        return stack_images([square(Image.fromarray(image)) for image in images])
 
     def features(network: Inception, rank: int, world: int) -> Iterator[tuple[Sequence[int], Tensor]]:
-        tell = lines("reference", parts.items, rank, world)
+        tell = log_progress("reference", parts.items, rank, world)
         for number in range(rank, len(parts), world):
             parts.complete_one(number, reference.make)
             tell(len(parts.span(number)))
             yield parts.span(number), parts.read(number)["features"]
 
     def card() -> dict[str, Any]:
-        # Content hashes would need all pictures read before the first step: the listing's names the folder here.
+        # Content hashes would need all images read before the first step: the listing's names the folder here.
         found = replace(drawing.card(network, ""), reference_sha256=f"listing {parts.identity['listing_sha256']}")
         return {"title": found.title, **found.as_dict()}
 

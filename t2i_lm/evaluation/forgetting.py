@@ -26,7 +26,7 @@ from t2i_lm.experiment.build import Experiment, Model
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.runtime.tables import markdown_table
-from t2i_lm.storage.resumable import write_whole
+from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import Run
 from t2i_lm.tokenizers.base import TextTokenizer
 
@@ -99,7 +99,7 @@ class Probes:
         return record
 
     def _per_byte(self, entry: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Sizes of the held-out text, and its bits a byte: what models of other vocabularies can be compared by."""
+        """Sizes of the held-out text, and its bits per byte: what models of other vocabularies can be compared by."""
         assert self._rows is not None
         ids_RT, size = self._rows
         targets = ids_RT.shape[0] * (ids_RT.shape[1] - 1)
@@ -125,7 +125,7 @@ class Probes:
             return {}, None
         identity = self._identity()
         if not self.baseline.is_file():
-            write_whole(self.baseline, json.dumps({"identity": identity, "values": values}) + "\n")
+            write_atomic(self.baseline, json.dumps({"identity": identity, "values": values}) + "\n")
         found = json.loads(self.baseline.read_text())
         name = self.baseline.name
         if "identity" not in found:  # written by an earlier version

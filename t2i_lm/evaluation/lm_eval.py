@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.evaluation.base import Subject
+from t2i_lm.evaluation.base import EvaluationContext
 from t2i_lm.evaluation.forgetting import summary
 from t2i_lm.experiment.build import Model
 from t2i_lm.experiment.restore import load_initial
@@ -52,7 +52,7 @@ def choose_tasks(wanted: str, folder: Path | None) -> ChosenTasks:
     return ChosenTasks(names, manager)
 
 
-def measure_tasks(subject: Subject, chosen: ChosenTasks) -> dict[str, Any]:
+def measure_tasks(subject: EvaluationContext, chosen: ChosenTasks) -> dict[str, Any]:
     """Runs the tasks on the trained model and, unless left out or random, on the model that training began with.
 
     Returns:
@@ -93,7 +93,7 @@ def _decoder(model: Model) -> Any:
     return model.module.decoder
 
 
-def _initial(subject: Subject) -> Model:
+def _initial(subject: EvaluationContext) -> Model:
     try:
         return load_initial(subject.run)
     except ValueError as error:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from t2i_lm.config.experiment import ExperimentConfig
     from t2i_lm.config.sections import ForgettingConfig
     from t2i_lm.data.coco import Coco, Prompt
-    from t2i_lm.evaluation.base import Subject
+    from t2i_lm.evaluation.base import EvaluationContext
     from t2i_lm.evaluation.lm_eval import ChosenTasks
 
 
@@ -39,7 +39,7 @@ class Measurement:
     check: Callable[[argparse.Namespace], Any]
     describe: Callable[[argparse.Namespace, Any], str]
     made_with: Callable[[argparse.Namespace, Any, "ExperimentConfig"], dict[str, Any]]
-    run: Callable[["Subject", Any], dict[str, Any] | None]
+    run: Callable[["EvaluationContext", Any], dict[str, Any] | None]
 
 
 def _check_coco(options: argparse.Namespace) -> tuple["Coco", "list[Prompt]"]:
@@ -80,13 +80,13 @@ def _describe_coco(options: argparse.Namespace, given: tuple["Coco", "list[Promp
 
     coco, prompts = given
     lines = [
-        f"draw {len(prompts):,} captions of val2014, one a picture (sha256 {prompts_sha256(prompts)})",
-        f"compare with {len(coco.pictures):,} pictures, centre crop, lanczos to 256 pixels, no antialias in the metric",
+        f"draw {len(prompts):,} captions of val2014, one an image (sha256 {prompts_sha256(prompts)})",
+        f"compare with {len(coco.images):,} images, center crop, lanczos to 256 pixels, no antialias in the metric",
         f"network: torch-fidelity's Inception, {options.features} features, {options.weights}",
         f"{-(-len(prompts) // options.part)} parts of {options.part} prompts; seed {options.seed}",
     ]
     if options.clip is not None:
-        lines.append(f"CLIP score of the same pictures and captions, by {options.clip}")
+        lines.append(f"CLIP score of the same images and captions, by {options.clip}")
     return "\n".join(lines)
 
 
@@ -108,7 +108,7 @@ def _coco_made_with(
     }
 
 
-def _run_coco(subject: "Subject", given: tuple["Coco", "list[Prompt]"]) -> dict[str, Any] | None:
+def _run_coco(subject: "EvaluationContext", given: tuple["Coco", "list[Prompt]"]) -> dict[str, Any] | None:
     from t2i_lm.evaluation.coco import measure_coco
 
     result = measure_coco(subject, *given)
@@ -119,7 +119,7 @@ def _run_coco(subject: "Subject", given: tuple["Coco", "list[Prompt]"]) -> dict[
 
 
 def _keep(earlier: dict[str, Any], result: dict[str, Any], file: Path) -> None:
-    """Adds what an earlier command measured of the same pictures and this one was not asked for."""
+    """Adds what an earlier command measured of the same images and this one was not asked for."""
     kept = []
     if "floor" in earlier and "floor" not in result:
         result["floor"] = earlier["floor"]
@@ -198,7 +198,7 @@ def _forgetting_made_with(_: argparse.Namespace, given: AskedForgetting, __: "Ex
     return {**text, **kept, "tasks_sha256": given.tasks_sha256}
 
 
-def _run_forgetting(subject: "Subject", given: AskedForgetting) -> dict[str, Any] | None:
+def _run_forgetting(subject: "EvaluationContext", given: AskedForgetting) -> dict[str, Any] | None:
     if subject.rank:
         return None
     from t2i_lm.evaluation.forgetting import forgetting_report
@@ -245,7 +245,7 @@ def _lm_eval_made_with(options: argparse.Namespace, given: "ChosenTasks", config
     }
 
 
-def _run_lm_eval(subject: "Subject", given: "ChosenTasks") -> dict[str, Any] | None:
+def _run_lm_eval(subject: "EvaluationContext", given: "ChosenTasks") -> dict[str, Any] | None:
     if subject.rank:
         return None
     from t2i_lm.evaluation.lm_eval import measure_tasks

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 HEADLINE = "COCO FID-30k"
-# Which captions and pictures are drawn from val2014 (40,504 pictures with 202,654 captions).
+# Which captions and images are drawn from val2014 (40,504 images with 202,654 captions).
 PROMPT_SEED = 2014
 # A published list of these hashes does not exist: two numbers are comparable where theirs are equal.
 NOTE = (
-    "the hashes of captions, prompts and reference pictures were recorded as found, and not checked against a "
+    "the hashes of captions, prompts and reference images were recorded as found, and not checked against a "
     "published list"
 )
 
@@ -24,11 +24,11 @@ class Card:
     """What was measured, against what, and how.
 
     Attributes:
-        pictures: where the measured ones come from: `drawn` by the model, or `reconstructed` by its tokenizer alone.
+        images: where the measured ones come from: `drawn` by the model, or `reconstructed` by its tokenizer alone.
         prompt_ids: (image id, caption id) of each prompt, in order.
         prompts_cut: captions that were longer than the model's sequence takes, and were cut to it as in training.
         captions_sha256: of COCO's file of captions.
-        reference_sha256: of all reference pictures; `kid_reference` says from how many KID's subsets are drawn.
+        reference_sha256: of all reference images; `kid_reference` says from how many KID's subsets are drawn.
         native_size: side in pixels as the tokenizer decodes; another than `size` was resized as the references are.
         network_sha256: of the feature network's weights.
         weights: number format of the model's weights while it draws.
@@ -37,16 +37,16 @@ class Card:
         note: what the card does not vouch for.
     """
 
-    pictures: str
+    images: str
     prompts: int
-    prompts_per_picture: int = 1
+    prompts_per_image: int = 1
     prompts_cut: int = 0
     prompt_seed: int
     prompts_sha256: str
     captions: int
     captions_sha256: str
     reference: str
-    reference_pictures: int
+    reference_images: int
     reference_sha256: str
     kid_reference: str = "all"
     size: int
@@ -84,13 +84,13 @@ class Card:
     @property
     def title(self) -> str:
         """What the number may be called."""
-        if self.pictures != "drawn":
-            return f"FID of {self.pictures} pictures, n={self.prompts}"
+        if self.images != "drawn":
+            return f"FID of {self.images} images, n={self.prompts}"
         return HEADLINE if not self.differences() else f"FID, n={self.prompts}, not {HEADLINE}"
 
 
 # Guidance, temperature and seed are the model's own distribution: what the study compares. It is drawn in float32 by
-# code that is not compiled: other roundings draw other pictures. Of the hashes only the form is checked, see `NOTE`.
+# code that is not compiled: other roundings draw other images. Of the hashes only the form is checked, see `NOTE`.
 CANONICAL: dict[str, Any] = {
     "pictures": "drawn",
     "prompts": 30_000,
@@ -121,7 +121,7 @@ CANONICAL: dict[str, Any] = {
 HASHES = {
     "prompts_sha256": "the prompts",
     "captions_sha256": "the file of captions",
-    "reference_sha256": "the pictures",
+    "reference_sha256": "the images",
 }
 
 

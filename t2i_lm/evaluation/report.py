@@ -42,7 +42,7 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
     Args:
         experiment: the trained experiment.
         folder: its run folder.
-        steps: optimiser steps taken.
+        steps: optimizer steps taken.
         wall_s: seconds that training took over all sessions of the run, preparation left out.
     """
     run, config = read_run(folder), experiment.config
@@ -65,7 +65,7 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
             experiment.module.to("cuda")
         report["row_norms"] = row_norms(experiment.module.decoder)
         unconditional = isinstance(experiment.module, UnconditionalImageModule)
-        report |= (_unconditional_report if unconditional else _picture_report)(experiment, folder)
+        report |= (_unconditional_report if unconditional else _image_report)(experiment, folder)
     elif isinstance(experiment.module, AlignmentModule):
         report |= alignment_report(experiment, folder)
     if run.records("forgetting"):
@@ -87,7 +87,7 @@ def row_norms(decoder: Backbone) -> dict[str, float]:
 
 
 def _unconditional_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """A grid of pictures drawn without a caption."""
+    """A grid of images drawn without a caption."""
     config = experiment.config
     count = min(config.samples.grid, config.samples.prompts)
     if count:
@@ -97,7 +97,7 @@ def _unconditional_report(experiment: Experiment, folder: Path) -> dict[str, Any
     return {}
 
 
-def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+def _image_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Samples and, for scenes, the measures that need to know what a caption means."""
     config = experiment.config
     assert experiment.shards is not None
@@ -115,8 +115,8 @@ def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
         grid = captioned_grid(images_HW3[:shown], captions[:shown])
         grid.save(folder / "samples" / "grid.png")
         originals = experiment.image.decode(torch.from_numpy(np.stack(rows["image_ids"][:shown]).astype(np.int64)))
-        pictures = [image.permute(1, 2, 0).numpy() for image in originals]
-        captioned_grid(pictures, captions[:shown]).save(folder / "samples" / "originals.png")
+        images = [image.permute(1, 2, 0).numpy() for image in originals]
+        captioned_grid(images, captions[:shown]).save(folder / "samples" / "originals.png")
         result["samples"] = {"prompts": count}
     if config.data.source == "scenes":
         nats, error = entropy(ENTROPY_SAMPLES, config.data.seed)
@@ -124,7 +124,7 @@ def _picture_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
         tokens = sum(int(n) * k for n, k in lengths.items()) / sum(lengths.values())
         result["text_floor_nll"] = nats / tokens
         result["text_floor_standard_error"] = error / tokens
-        if count and experiment.image.image_size == SIZE:  # the checker reads pictures of this size alone
+        if count and experiment.image.image_size == SIZE:  # the checker reads images of this size alone
             meanings = [json.loads(str(text)) for text in rows["meaning"]]
             result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
             result["ceiling"] = accuracy_ceiling(experiment, "val")
@@ -197,7 +197,7 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
             table.add_row(name, f"{entry:.4f}", "", "")
     console.print(table)
     if report.get("text_floor_nll") is not None:
-        console.print(f"floor of the text loss (entropy of the captions): {report['text_floor_nll']:.4f} nats a token")
+        console.print(f"floor of the text loss (entropy of the captions): {report['text_floor_nll']:.4f} nats/token")
     for words, part in (("", report), (", trained colour-kind pairs", report.get("familiar") or {})):
         right, preferred = part.get("samples", {}).get("accuracy"), part.get("preference")
         if right:

@@ -1,6 +1,6 @@
-"""What only generated scenes allow: is the picture what was asked, and does the model know its caption?
+"""What only generated scenes allow: is the image what was asked, and does the model know its caption?
 
-Shapes: `B` pictures, `H`, `W` pixels, `N` image tokens.
+Shapes: `B` images, `H`, `W` pixels, `N` image tokens.
 """
 
 import json
@@ -22,12 +22,12 @@ from t2i_lm.data.scenes.captions import ATTRIBUTES, altered, describe
 from t2i_lm.data.scenes.checker import check, share_error, shares_right
 from t2i_lm.data.scenes.scene import draw_scene, render, scene_from_meaning
 from t2i_lm.data.scenes.source import SceneSource
-from t2i_lm.data.shards.tokenize import ENCODE_BATCH, stack_pictures
+from t2i_lm.data.shards.tokenize import ENCODE_BATCH, stack_images
 from t2i_lm.experiment.build import Experiment
-from t2i_lm.generation.images import Picture, decode
+from t2i_lm.generation.images import ImageArray, decode
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.resumable import write_whole
+from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import ImageTokenizer
 from t2i_lm.tokenizers.layout import IMAGE, Layout, modality_of_target
 
@@ -41,7 +41,7 @@ CEILING_CODE = (scene_code, caption_code, checker)
 
 @dataclass(frozen=True)
 class Scenes:
-    """Captioned scenes: what they mean, and the ids of their pictures."""
+    """Captioned scenes: what they mean, and the ids of their images."""
 
     captions: list[str]
     meanings: list[dict[str, Any]]
@@ -59,7 +59,7 @@ def familiar_scenes(experiment: Experiment, size: int) -> Scenes:
     known = {draw_scene(data.seed, "train", index) for index in range(data.train_size or 0)}
     captions: list[str] = []
     meanings: list[dict[str, Any]] = []
-    pictures: list[Any] = []
+    images: list[Any] = []
     for index in count(data.train_size or 0):
         if len(captions) == size:
             break
@@ -68,24 +68,24 @@ def familiar_scenes(experiment: Experiment, size: int) -> Scenes:
             continue
         captions.append(describe(scene, style).text)
         meanings.append(scene.meaning() | {"style": style})
-        pictures.append(np.asarray(render(scene, image.image_size)))
-    return Scenes(captions, meanings, _encode(image, pictures))
+        images.append(np.asarray(render(scene, image.image_size)))
+    return Scenes(captions, meanings, _encode(image, images))
 
 
-def _encode(image: ImageTokenizer, pictures: list[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Ids (B, N) of pictures (H, W, 3), `ENCODE_BATCH` at a time."""
-    starts = range(0, len(pictures), ENCODE_BATCH)
-    ids = [image.encode(stack_pictures(pictures[start : start + ENCODE_BATCH])).cpu().numpy() for start in starts]
+def _encode(image: ImageTokenizer, images: list[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Ids (B, N) of images (H, W, 3), `ENCODE_BATCH` at a time."""
+    starts = range(0, len(images), ENCODE_BATCH)
+    ids = [image.encode(stack_images(images[start : start + ENCODE_BATCH])).cpu().numpy() for start in starts]
     return np.concatenate(ids) if ids else np.empty((0, 0), dtype=np.int64)
 
 
-def prompt_accuracy(images: Sequence[Picture], meanings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Share of pictures right in each attribute that their caption asks for, its standard error, and how many asked."""
+def prompt_accuracy(images: Sequence[ImageArray], meanings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Share of images right in each attribute that their caption asks for, its standard error, and how many asked."""
 
     def results() -> Iterator[dict[str, bool | None]]:
-        for picture, meaning in zip(images, meanings, strict=True):
+        for image, meaning in zip(images, meanings, strict=True):
             caption = describe(scene_from_meaning(_scene_part(meaning)), meaning["style"])
-            yield check(picture, meaning, caption.mentioned)
+            yield check(image, meaning, caption.mentioned)
 
     return shares_right(results())
 
@@ -124,15 +124,15 @@ def accuracy_ceiling(experiment: Experiment, split: str) -> dict[str, Any]:
     accuracy = prompt_accuracy(decode(experiment, codes_BN), [pair.meaning or {} for pair in pairs])
     found = {"scenes": len(pairs), "accuracy": accuracy}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps({**found, "identity": identity}, indent=2) + "\n")
+    write_atomic(file, json.dumps({**found, "identity": identity}, indent=2) + "\n")
     return found
 
 
 def caption_preference(experiment: Experiment, texts: Sequence[Any], image_ids: Any) -> dict[str, Any]:
-    """How often a picture is likelier under its own caption than under one with one attribute altered.
+    """How often an image is likelier under its own caption than under one with one attribute altered.
 
     Over scenes given by the JSON of their meaning and their image ids, each attribute where the caption mentions
-    it; chance is 0.5. The picture's likelihood is that of its image tokens alone. A tie counts half, so that the
+    it; chance is 0.5. The image's likelihood is that of its image tokens alone. A tie counts half, so that the
     binomial standard error `se` is then too large, never too small.
     """
     meanings = [json.loads(str(text)) for text in texts]
@@ -141,7 +141,7 @@ def caption_preference(experiment: Experiment, texts: Sequence[Any], image_ids: 
     image_ids_BN = np.stack(image_ids)
     described = [scene_from_meaning(_scene_part(meaning)) for meaning in meanings]
     own = [describe(scene, meaning["style"]).text for scene, meaning in zip(described, meanings, strict=True)]
-    own_nll_B = picture_nll(experiment, own, image_ids_BN)
+    own_nll_B = image_nll(experiment, own, image_ids_BN)
     result: dict[str, Any] = {}
     for attribute in track(ATTRIBUTES, description="caption preference", transient=True):
         members, others = [], []
@@ -151,7 +151,7 @@ def caption_preference(experiment: Experiment, texts: Sequence[Any], image_ids: 
                 members.append(number)
                 others.append(both[1])
         if members:
-            true_B, other_B = own_nll_B[members], picture_nll(experiment, others, image_ids_BN[members])
+            true_B, other_B = own_nll_B[members], image_nll(experiment, others, image_ids_BN[members])
             wins = (true_B < other_B).double() + 0.5 * (true_B == other_B).double()
             preferred, of = float(wins.mean()), len(members)
             result[attribute] = {"preferred": preferred, "se": share_error(preferred, of), "of": of}
@@ -159,8 +159,8 @@ def caption_preference(experiment: Experiment, texts: Sequence[Any], image_ids: 
 
 
 @torch.no_grad()
-def picture_nll(experiment: Experiment, captions: list[str], image_ids_BN: Any) -> Tensor:
-    """Summed nll (B,) in nats of each picture's image tokens under a caption."""
+def image_nll(experiment: Experiment, captions: list[str], image_ids_BN: Any) -> Tensor:
+    """Summed nll (B,) in nats of each image's image tokens under a caption."""
     layout, text = experiment.layout, experiment.text
     assert isinstance(layout, Layout)
     assert text is not None

@@ -11,7 +11,7 @@ import torch
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.alignment import BagDataModule
-from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, PictureDataModule, TextDataModule
+from t2i_lm.data.datamodules import BatchDataModule, ImageDataModule, PairDataModule, TextDataModule
 from t2i_lm.data.replay import ReplayDataModule, prepare_replay
 from t2i_lm.data.shards.format import read_index
 from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
@@ -132,8 +132,8 @@ def build_model(config: ExperimentConfig) -> Model:
     return Model(config=config, module=module, text=text, image=image, layout=layout)
 
 
-def build_pictures(config: ExperimentConfig) -> Experiment:
-    """The expanded decoder on caption-image pairs, or on their pictures alone."""
+def build_images(config: ExperimentConfig) -> Experiment:
+    """The expanded decoder on caption-image pairs, or on their images alone."""
     model = build_model(config)
     assert model.text is not None
     assert model.image is not None
@@ -173,11 +173,11 @@ def build_text(config: ExperimentConfig) -> Experiment:
 
 
 def build_image_tokenizer(config: ExperimentConfig) -> Experiment:
-    """An image tokenizer from random weights on pictures."""
+    """An image tokenizer from random weights on images."""
     with seeded(config.seed):  # diffusers draws from the global stream
         model = PatchedVQ(config.image_tokenizer.model)
     module = ImageTokenizerModule(model, config)
-    return Experiment(config=config, module=module, data=PictureDataModule(config))
+    return Experiment(config=config, module=module, data=ImageDataModule(config))
 
 
 def _index(shards: Path) -> dict[str, Any]:
@@ -185,8 +185,8 @@ def _index(shards: Path) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
-    "text_to_image": build_pictures,
-    "unconditional": build_pictures,
+    "text_to_image": build_images,
+    "unconditional": build_images,
     "align": build_alignment,
     "text": build_text,
     "image_tokenizer": build_image_tokenizer,

@@ -74,7 +74,7 @@ def _rows_to_align(decoder: Backbone, codes: int) -> nn.Module:
 
 
 def image_ids(config: ExperimentConfig) -> tuple[int, tuple[int, int]]:
-    """Codes of the image tokenizer and the grid of a picture's ids; from the config where there is no file."""
+    """Codes of the image tokenizer and the grid of an image's ids; from the config where there is no file."""
     settings = config.image_tokenizer
     path = find(settings.path) if settings.path is not None else None
     if path is not None:
@@ -153,9 +153,9 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict
 
 def absent_files(config: ExperimentConfig) -> list[str]:
     """Keys that a real run needs and that name nothing that is here."""
-    pictures = ("backbone", "text_tokenizer", "image_tokenizer")
+    images = ("backbone", "text_tokenizer", "image_tokenizer")
     lines = []
-    for section in () if config.task in ("text", "image_tokenizer") else pictures:
+    for section in () if config.task in ("text", "image_tokenizer") else images:
         path = getattr(config, section).path
         if path is None or find(path) is None:
             fetch = f" (a run fetches it; or: {hub.parse(path).command})" if (path or "").startswith(hub.PREFIX) else ""

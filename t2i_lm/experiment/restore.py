@@ -41,34 +41,34 @@ def load_trained(run: Path, checkpoint: Path | None = None) -> Model:
         checkpoint: one of its checkpoints, known to be whole; its newest whole one where this is None.
 
     Raises:
-        ValueError: if the run trains no picture model, has no whole checkpoint, or its tokenizers have changed.
+        ValueError: if the run trains no image model, has no whole checkpoint, or its tokenizers have changed.
     """
-    config = picture_config(run)
+    config = image_config(run)
     checkpoint = checkpoint or newest_checkpoint(run)
     # Every weight is replaced, so none is read; the architecture still comes from the backbone's own config.
-    model = build_model(_untaught(replace(config, init="random", new_rows="random", aligned_rows=None)))
+    model = build_model(_without_training_terms(replace(config, init="random", new_rows="random", aligned_rows=None)))
     _require_same_tokenizers(model, run)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     try:
         model.module.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit the run's config.yaml: {error}") from error
-    return _ready(model, config)
+    return _for_evaluation(model, config)
 
 
 def load_initial(run: Path) -> Model:
     """The model of a run as it was before its first step, for evaluation: built again from the run's config and seed.
 
     Raises:
-        ValueError: if the run trains no picture model, what it started from is gone, or its tokenizers have changed.
+        ValueError: if the run trains no image model, what it started from is gone, or its tokenizers have changed.
     """
-    config = picture_config(run)
-    model = build_model(_untaught(config))
+    config = image_config(run)
+    model = build_model(_without_training_terms(config))
     _require_same_tokenizers(model, run)
-    return _ready(model, config)
+    return _for_evaluation(model, config)
 
 
-def _ready(model: Model, config: ExperimentConfig) -> Model:
+def _for_evaluation(model: Model, config: ExperimentConfig) -> Model:
     """For evaluation as the run's own config says, on the GPU that its image tokenizer is on."""
     model.config = config
     model.module.eval()
@@ -77,11 +77,11 @@ def _ready(model: Model, config: ExperimentConfig) -> Model:
     return model
 
 
-def picture_config(run: Path) -> ExperimentConfig:
+def image_config(run: Path) -> ExperimentConfig:
     """A run's config.
 
     Raises:
-        ValueError: if it cannot be read, or the run trains no picture model.
+        ValueError: if it cannot be read, or the run trains no image model.
     """
     config = load_experiment(run / CONFIG)
     if config.task not in ("text_to_image", "unconditional"):
@@ -89,7 +89,7 @@ def picture_config(run: Path) -> ExperimentConfig:
     return config
 
 
-def _untaught(config: ExperimentConfig) -> ExperimentConfig:
+def _without_training_terms(config: ExperimentConfig) -> ExperimentConfig:
     """Without what only training computes or compares with."""
     optim, loss = replace(config.optim, l2_sp=0.0), replace(config.loss, backend="fused")
     return replace(config, distil=DistilConfig(), optim=optim, loss=loss)

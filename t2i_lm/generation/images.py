@@ -1,6 +1,6 @@
-"""Pictures from captions: prompts, sampling, decoding.
+"""Images from captions: prompts, sampling, decoding.
 
-Shapes: `B` pictures, `N` image tokens, `H`, `W` pixels.
+Shapes: `B` images, `N` image tokens, `H`, `W` pixels.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from t2i_lm.runtime.devices import can_compile
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 
-Picture = np.ndarray[Any, np.dtype[np.uint8]]
-# Pictures drawn together: what the key-value cache must hold.
+ImageArray = np.ndarray[Any, np.dtype[np.uint8]]
+# Images drawn together: what the key-value cache must hold.
 DRAW_BATCH = 64
-# Pictures decoded at once.
+# Images decoded at once.
 DECODE_BATCH = 8
 
 
@@ -32,7 +32,7 @@ def sampling_of(settings: SampleConfig) -> Sampling:
 
 
 def seeds_of(seed: int, count: int) -> list[int]:
-    """One seed a picture: the first pictures are the same however many are drawn."""
+    """One seed an image: the first images are the same however many are drawn."""
     return [seed * 1_000_003 + number for number in range(count)]
 
 
@@ -43,7 +43,7 @@ def prepare_drawing(model: Model, bf16: bool, compiled: bool) -> None:
         model: changed in place.
         bf16: rounds the decoder's weights to bfloat16, half the memory to read for each token, as training in bfloat16
             has done at every step. Positions stay in float32.
-        compiled: compiles what draws a token: it takes some seconds once, and pays off over a few hundred pictures.
+        compiled: compiles what draws a token: it takes some seconds once, and pays off over a few hundred images.
 
     Raises:
         ValueError: if the backbone cannot be compiled.
@@ -97,14 +97,14 @@ def draw_captions(
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     on_token: Progress | None = None,
-) -> list[Picture]:
-    """Pictures (H, W, 3) uint8 for captions; by default sampled as the experiment says."""
+) -> list[ImageArray]:
+    """Images (H, W, 3) uint8 for captions; by default sampled as the experiment says."""
     prompts = caption_prompts(model, captions)
     return decode(model, draw_codes(model, prompts, seeds, sampling, on_token))
 
 
-def draw_uncaptioned(model: Model, seeds: Sequence[int]) -> list[Picture]:
-    """Pictures (H, W, 3) uint8 of an unconditional model, one a seed."""
+def draw_uncaptioned(model: Model, seeds: Sequence[int]) -> list[ImageArray]:
+    """Images (H, W, 3) uint8 of an unconditional model, one a seed."""
     assert isinstance(model.layout, ImageLayout)
     return decode(model, draw_codes(model, [torch.from_numpy(model.layout.prompt())] * len(seeds), seeds))
 
@@ -118,7 +118,7 @@ def draw_codes(
 ) -> Tensor:
     """Image codes (B, N) after prompts of joint ids, `DRAW_BATCH` at once; progress is over all of them.
 
-    All prompts end at the column of the longest that fits, so that each picture is a function of its prompt and seed
+    All prompts end at the column of the longest that fits, so that each image is a function of its prompt and seed
     as far as `generate` can make it.
     """
     layout = model.layout
@@ -132,8 +132,8 @@ def draw_codes(
     return generate(decoder, layout.vocab, prompts, count, seeds, sampling, null, on_token, DRAW_BATCH, end)
 
 
-def decode(model: Model, codes_BN: Tensor) -> list[Picture]:
-    """Pictures (H, W, 3) uint8 of image codes."""
+def decode(model: Model, codes_BN: Tensor) -> list[ImageArray]:
+    """Images (H, W, 3) uint8 of image codes."""
     assert model.image is not None
     parts = (model.image.decode(part_BN) for part_BN in torch.split(codes_BN, DECODE_BATCH))
-    return [picture.permute(1, 2, 0).numpy() for pictures in parts for picture in pictures]
+    return [image.permute(1, 2, 0).numpy() for images in parts for image in images]

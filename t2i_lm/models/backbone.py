@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Generator, Tensor, nn
 
 from t2i_lm.models.cross_entropy import TokenLoss
-from t2i_lm.models.packing import Wanted
+from t2i_lm.models.packing import TargetIndex
 from t2i_lm.models.token_rows import Embedding, Output
 
 
@@ -45,19 +45,19 @@ class Backbone(nn.Module):
     output: Output
 
     def hidden(self, ids_BT: Tensor, cache: Any = None) -> Tensor:
-        """Final normalised hidden states (B, T, D); an empty cache keeps what later positions need."""
+        """Final normalized hidden states (B, T, D); an empty cache keeps what later positions need."""
         raise NotImplementedError
 
-    def wanted(self, wanted_BT: Tensor) -> Wanted:
-        """What `wanted_hidden` takes for the N positions where the mask holds; of one on a GPU, waits for it."""
-        return Wanted.where(wanted_BT)
+    def wanted(self, wanted_BT: Tensor) -> TargetIndex:
+        """What `hidden_at` takes for the N positions where the mask holds; of one on a GPU, waits for it."""
+        return TargetIndex.where(wanted_BT)
 
-    def wanted_hidden(self, ids_BT: Tensor, wanted: Wanted) -> Tensor:
-        """Final normalised hidden states (N, D) of N positions."""
+    def hidden_at(self, ids_BT: Tensor, wanted: TargetIndex) -> Tensor:
+        """Final normalized hidden states (N, D) of N positions."""
         return wanted.of(self.hidden(ids_BT))
 
     def next_hidden(self, ids_B: Tensor, cache: Any, image_rows_only: bool = False) -> Tensor:
-        """Final normalised hidden states (B, D) of one more position.
+        """Final normalized hidden states (B, D) of one more position.
 
         `ids_B` are joint ids, or image codes where `image_rows_only`.
         """
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def enable_packing(self) -> None:
-        """Leaves pads out of `wanted_hidden`, where the model can.
+        """Leaves pads out of `hidden_at`, where the model can.
 
         Raises:
             ValueError: if it cannot.
@@ -93,7 +93,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def drawing_cache(self, batch: int, length: int, used: Any = None) -> Any:
-        """As `new_cache`, in the form that draws pictures fastest.
+        """As `new_cache`, in the form that draws images fastest.
 
         What `next_hidden` returns with it lasts until its next call. `used` is the cache of a batch that is drawn,
         whose memory may be taken over.
@@ -108,7 +108,7 @@ class Backbone(nn.Module):
         self,
         ids_BT: Tensor,
         target_BT: Tensor | None = None,
-        valid: Tensor | Wanted | None = None,
+        valid: Tensor | TargetIndex | None = None,
         image_rows_only: bool = False,
         weight_N: Tensor | None = None,
     ) -> Tensor | TokenLoss:
@@ -123,5 +123,5 @@ class Backbone(nn.Module):
             return self.output(self.hidden(ids_BT).flatten(0, 1), target_BT.flatten(), weight_N=weight_N)  # type: ignore[no-any-return]
         if isinstance(valid, Tensor):
             valid = self.wanted(valid)
-        x_ND = self.wanted_hidden(ids_BT, valid)
+        x_ND = self.hidden_at(ids_BT, valid)
         return self.output(x_ND, valid.of(target_BT), image_rows_only, weight_N)  # type: ignore[no-any-return]

@@ -1,10 +1,10 @@
 """Contrastive alignment of image-token rows with text-token rows (Section 3.2, Figure 6).
 
-A caption and its picture are each the mean of their tokens' embedding rows; CLIP's symmetric loss asks for a picture's
-own caption among the N of a batch, and for a caption's own picture.
+A caption and its image are each the mean of their tokens' embedding rows; CLIP's symmetric loss asks for an image's
+own caption among the N of a batch, and for a caption's own image.
 
 Shapes: `B` pairs of this rank, `N` pairs of the global batch, `L` ids of all bags, `D` width, `V` text rows,
-`I` image codes, `K` neighbours.
+`I` image codes, `K` neighbors.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ CHUNK = 1024
 
 
 def bag_of_words(rows_VD: Tensor, ids_L: Tensor, starts_B: Tensor) -> Tensor:
-    """Mean row of each bag, l2-normalised (B, D); an empty bag is zero.
+    """Mean row of each bag, l2-normalized (B, D); an empty bag is zero.
 
     Args:
         rows_VD: embedding rows.
@@ -34,8 +34,8 @@ def contrastive_nll(own_BD: Tensor, others_ND: Tensor, scale: Tensor, first: int
     """Nll (B,) in nats of each pair's own partner among N candidates.
 
     Args:
-        own_BD: normalised bags of one modality.
-        others_ND: normalised bags of the other one; the partner of row b is row `first` + b.
+        own_BD: normalized bags of one modality.
+        others_ND: normalized bags of the other one; the partner of row b is row `first` + b.
         scale: inverse temperature, 0-d.
         first: position of this rank's pairs in the global batch.
         same_BN: candidates that are no negatives; the partner itself always counts.
@@ -72,7 +72,7 @@ def gather(rows: Tensor) -> Tensor:
     return gathered
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """The nearest text rows of every image row, by cosine, nearest first.
 
     Attributes:
@@ -85,19 +85,19 @@ class Neighbours(NamedTuple):
 
 
 @torch.no_grad()
-def nearest_text_tokens(image_ID: Tensor, text_VD: Tensor, neighbours: int) -> Neighbours:
-    """The K nearest text rows of every image row; rows that are zero are nobody's neighbour before all others."""
+def nearest_text_tokens(image_ID: Tensor, text_VD: Tensor, neighbors: int) -> Neighbors:
+    """The K nearest text rows of every image row; rows that are zero are nobody's neighbor before all others."""
     text_VD = F.normalize(text_VD.float(), dim=-1)
     parts = [
-        (F.normalize(part_CD.float(), dim=-1) @ text_VD.T).topk(min(neighbours, len(text_VD)), dim=-1)
+        (F.normalize(part_CD.float(), dim=-1) @ text_VD.T).topk(min(neighbors, len(text_VD)), dim=-1)
         for part_CD in torch.split(image_ID, CHUNK)
     ]
-    return Neighbours(torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts]))
+    return Neighbors(torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts]))
 
 
 @dataclass(frozen=True)
 class Hubness:
-    """How much the neighbour lists crowd on a few text tokens (Radovanovic et al., 2010).
+    """How much the neighbor lists crowd on a few text tokens (Radovanovic et al., 2010).
 
     Attributes:
         skewness: of how often each text token is in a list; 0 for a symmetric spread, large where hubs exist.
@@ -110,12 +110,12 @@ class Hubness:
     top10_share: float
 
 
-def hubness(neighbours: Neighbours, text_size: int) -> Hubness:
-    """The crowding of neighbour lists over `text_size` text tokens."""
-    occurrences_V = torch.bincount(neighbours.ids_IK.flatten(), minlength=text_size).double()
+def hubness(neighbors: Neighbors, text_size: int) -> Hubness:
+    """The crowding of neighbor lists over `text_size` text tokens."""
+    occurrences_V = torch.bincount(neighbors.ids_IK.flatten(), minlength=text_size).double()
     centred_V = occurrences_V - occurrences_V.mean()
     deviation = centred_V.square().mean().sqrt()
     skewness = float((centred_V**3).mean() / deviation**3) if deviation > 0 else 0.0
-    nearest_V = torch.bincount(neighbours.ids_IK[:, 0], minlength=text_size)
+    nearest_V = torch.bincount(neighbors.ids_IK[:, 0], minlength=text_size)
     top10 = int(nearest_V.topk(min(10, text_size)).values.sum())
-    return Hubness(skewness, int((nearest_V > 0).sum()), top10 / len(neighbours.ids_IK))
+    return Hubness(skewness, int((nearest_V > 0).sum()), top10 / len(neighbors.ids_IK))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.cache import KVCache, Window
-from t2i_lm.models.packing import Packed, Wanted
+from t2i_lm.models.packing import Packed, TargetIndex
 from t2i_lm.models.token_rows import Embedding, Output
 
 
@@ -152,7 +152,7 @@ def turn_halves(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def turn_neighbours(x: Tensor) -> Tensor:
+def turn_neighbors(x: Tensor) -> Tensor:
     """A quarter turn of the pairs (x_2i, x_2i+1), which `llama_rotary` rotates."""
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
@@ -204,7 +204,7 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(dim, 3 * dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
         self.q_norm, self.k_norm = norm(dim), norm(dim)
-        self.turn = turn_neighbours if positions == "llama_rotary" else turn_halves
+        self.turn = turn_neighbors if positions == "llama_rotary" else turn_halves
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | Packed | None) -> Tensor:
         B, T, D = x_BTD.shape
@@ -279,7 +279,7 @@ class Block(nn.Module):
 
 
 class Decoder(Backbone):
-    """The language model; weights are uninitialised until `reset_parameters` or a load.
+    """The language model; weights are uninitialized until `reset_parameters` or a load.
 
     `rotary` and `llama_rotary` positions are RoPE on different pairs of entries. `head_rotary`, which the
     released open_lm-1b uses, rotates queries and keys of one head by the same angle at every position and so
@@ -328,21 +328,21 @@ class Decoder(Backbone):
             raise ValueError(f"position {length} is past the decoder's seq_len={self.config.seq_len}")
 
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Final normalised hidden states (B, T, D); an empty cache keeps the keys and values."""
+        """Final normalized hidden states (B, T, D); an empty cache keeps the keys and values."""
         x_BTD = self._hidden(ids_BT, self.rotary(ids_BT.shape[1]), cache)
         if cache is not None:
             cache.prefilled(ids_BT.shape[1])
         return x_BTD
 
-    def wanted(self, wanted_BT: Tensor) -> Wanted:
+    def wanted(self, wanted_BT: Tensor) -> TargetIndex:
         """Where the mask holds, and what is computed for it."""
-        return Wanted.where(wanted_BT, self._packing)
+        return TargetIndex.where(wanted_BT, self._packing)
 
-    def wanted_hidden(self, ids_BT: Tensor, wanted: Wanted) -> Tensor:
-        """Final normalised hidden states (N, D) where wanted, without computing what they do not depend on."""
+    def hidden_at(self, ids_BT: Tensor, wanted: TargetIndex) -> Tensor:
+        """Final normalized hidden states (N, D) where wanted, without computing what they do not depend on."""
         packed, rotary = wanted.packed, self.rotary(ids_BT.shape[1])
         if packed is None:
-            return super().wanted_hidden(ids_BT, wanted)
+            return super().hidden_at(ids_BT, wanted)
         if rotary is not None:
             rotary = rotary[0][packed.position_N], rotary[1][packed.position_N]
         return self._hidden(packed.pack(ids_BT), rotary, packed)[0].index_select(0, packed.wanted_M)
@@ -359,7 +359,7 @@ class Decoder(Backbone):
         return self.norm(x_BTD)  # type: ignore[no-any-return]
 
     def next_hidden(self, ids_B: Tensor, cache: KVCache, image_rows_only: bool = False) -> Tensor:
-        """Final normalised hidden states (B, D) of one more position."""
+        """Final normalized hidden states (B, D) of one more position."""
         step, window = self._compiled_step or self._step, cache.next_window()
         if cache.graphs is None:
             return step(ids_B, window, image_rows_only)
@@ -376,7 +376,7 @@ class Decoder(Backbone):
         return self.norm(x_B1D)[:, 0]  # type: ignore[no-any-return]
 
     def compile_steps(self) -> None:
-        """Compiles `next_hidden`: some seconds at the first pictures, then less time a token."""
+        """Compiles `next_hidden`: some seconds at the first images, then less time a token."""
         self._compiled_step = torch.compile(self._step)
 
     @property
@@ -389,7 +389,7 @@ class Decoder(Backbone):
         self._checkpointing = True
 
     def enable_packing(self) -> None:
-        """Computes in `wanted_hidden` only what is needed."""
+        """Computes in `hidden_at` only what is needed."""
         self._packing = True
 
     def new_cache(self, batch: int, length: int) -> KVCache:
@@ -421,7 +421,7 @@ class Decoder(Backbone):
 
     @torch.no_grad()
     def reset_parameters(self, generator: Generator) -> None:
-        """open_lm's initialisation: truncated normals of std 1/sqrt(fan-in), output projections scaled by depth."""
+        """open_lm's initialization: truncated normals of std 1/sqrt(fan-in), output projections scaled by depth."""
         for depth, block in enumerate(self.layers, start=1):
             assert isinstance(block, Block)
             fan_in_normal_(block.attention.in_proj.weight, generator)

@@ -117,7 +117,7 @@ def embeddings_only_backbone(config: ExperimentConfig) -> Backbone:
 
 
 # `init` -> the unexpanded backbone. `aligned` differs from `pretrained` in its new image rows.
-INITIALISATIONS: dict[str, Callable[[ExperimentConfig], Backbone]] = {
+INITIALIZATIONS: dict[str, Callable[[ExperimentConfig], Backbone]] = {
     "pretrained": pretrained_backbone,
     "random": random_backbone,
     "shuffled": shuffled_backbone,
@@ -133,7 +133,7 @@ def build_backbone(config: ExperimentConfig) -> Backbone:
     Raises:
         ValueError: if weights cannot be read or do not fit.
     """
-    return INITIALISATIONS[config.init](config)
+    return INITIALIZATIONS[config.init](config)
 
 
 def _with_positions(backbone: HuggingFaceDecoder, config: ExperimentConfig) -> HuggingFaceDecoder:

@@ -1,7 +1,7 @@
 """Which parameters learn: named groups to freeze, and the paper's cumulative sets to tune (Figure 5).
 
-Freezing is by `requires_grad`, before a strategy wraps the model and before the optimiser is made, so a frozen
-parameter has no gradient, no optimiser state and no weight decay. Rows are frozen exactly because text and image
+Freezing is by `requires_grad`, before a strategy wraps the model and before the optimizer is made, so a frozen
+parameter has no gradient, no optimizer state and no weight decay. Rows are frozen exactly because text and image
 rows are parameters of their own (`token_rows.py`).
 """
 

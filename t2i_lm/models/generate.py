@@ -1,6 +1,6 @@
 """Sampling: batched prefill, a static key-value cache, ids confined to the image range.
 
-Shapes: `B` pictures, `T` prompt positions, `N` image tokens, `D` width, `V` image codes.
+Shapes: `B` images, `T` prompt positions, `N` image tokens, `D` width, `V` image codes.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,24 +119,24 @@ def generate(
     at_once: int | None = None,
     prompt_end: int | None = None,
 ) -> Tensor:
-    """Draws pictures: exactly `image_tokens` ids each, confined to the image codes.
+    """Draws images: exactly `image_tokens` ids each, confined to the image codes.
 
-    With `prompt_end` a picture's ids depend on its prompt and seed, not on its neighbours, as far as a product rounds
+    With `prompt_end` an image's ids depend on its prompt and seed, not on its neighbors, as far as a product rounds
     each row alike among any number of rows. On CPUs it does in bfloat16; in float32 the last bits may differ, those of
     GPUs and of compiled code too, and an id of two nearly equally likely ones is then another (float8 layers scale a
     whole batch by its largest value). Without it, columns move with a batch's longest prompt, which in bfloat16 changes
-    most pictures.
+    most images.
 
     Args:
         decoder: an expanded decoder.
         vocab: its id ranges.
         prompts: B one-dimensional joint-id tensors that end in `<image>`.
         image_tokens: ids to draw for each.
-        seeds: one seed a picture; None decodes greedily.
+        seeds: one seed an image; None decodes greedily.
         sampling: how; the default draws from the model's own distribution.
         null_prompt: the prompt of an empty caption, for guidance.
         on_token: progress.
-        at_once: pictures drawn together, which the cache must hold; None draws all.
+        at_once: images drawn together, which the cache must hold; None draws all.
         prompt_end: column of the cache before which every prompt ends, at least the longest one's length; None takes
             that of the longest in each batch. A backbone without a ragged cache has one length in a batch anyway.
 
@@ -185,7 +185,7 @@ def generate(
 
 
 def _batches(decoder: Backbone, prompts: Sequence[Tensor], at_once: int) -> list[list[int]]:
-    """Prompts that are drawn together: neighbours, and of one length where the cache cannot hold several.
+    """Prompts that are drawn together: neighbors, and of one length where the cache cannot hold several.
 
     One alone is drawn twice where its roundings are not float32's.
     """

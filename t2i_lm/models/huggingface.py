@@ -94,7 +94,7 @@ class HuggingFaceDecoder(Backbone):
         self.train()
 
     def hidden(self, ids_BT: Tensor, cache: Any = None) -> Tensor:
-        """Final normalised hidden states (B, T, D); with a cache, of the new positions only.
+        """Final normalized hidden states (B, T, D); with a cache, of the new positions only.
 
         Raises:
             ValueError: if the sequence is longer than the model's positions.
@@ -102,7 +102,7 @@ class HuggingFaceDecoder(Backbone):
         return self._hidden(self.tok_embeddings(ids_BT), cache)
 
     def next_hidden(self, ids_B: Tensor, cache: Any, image_rows_only: bool = False) -> Tensor:
-        """Final normalised hidden states (B, D) of one more position."""
+        """Final normalized hidden states (B, D) of one more position."""
         return self._hidden(self.tok_embeddings(ids_B[:, None], image_rows_only), cache)[:, 0]
 
     def _hidden(self, embedded_BTD: Tensor, cache: Any) -> Tensor:
@@ -137,7 +137,7 @@ class HuggingFaceDecoder(Backbone):
         return DynamicCache()
 
     def reset_parameters(self, generator: Generator) -> None:
-        """The architecture's own initialisation."""
+        """The architecture's own initialization."""
         with seeded(generator):
             fresh = _transformers().AutoModelForCausalLM.from_config(self.hf_config, dtype=torch.float32)
         self.load_state_dict(HuggingFaceDecoder(fresh).state_dict())

@@ -17,7 +17,7 @@ from torch import Tensor
 class Packed(NamedTuple):
     """Which tokens of a batch are computed: of each sequence those up to the last whose state is wanted.
 
-    What comes later cannot change these, since attention is causal. A named tuple, as `Wanted` is.
+    What comes later cannot change these, since attention is causal. A named tuple, as `TargetIndex` is.
 
     Attributes:
         shape: B and T.
@@ -65,7 +65,7 @@ class Packed(NamedTuple):
         return x_XHK.index_select(0, self.place_N).transpose(0, 1)[None]
 
 
-class Wanted(NamedTuple):
+class TargetIndex(NamedTuple):
     """Places of a batch, found where its ids are: on the host, before the batch is moved.
 
     A named tuple, so that loaders pin it and trainers move it with the rest of a batch.
@@ -79,7 +79,7 @@ class Wanted(NamedTuple):
     packed: Packed | None = None
 
     @classmethod
-    def where(cls, wanted_BT: Tensor, pack: bool = False) -> "Wanted":
+    def where(cls, wanted_BT: Tensor, pack: bool = False) -> "TargetIndex":
         """Those where the mask holds; of a mask on a GPU, waits for it."""
         packed = Packed.up_to_last(wanted_BT) if pack else None
         return cls(wanted_BT.flatten().nonzero().squeeze(1), packed)

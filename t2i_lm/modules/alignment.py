@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.models.contrastive import bag_of_words, contrastive_nll, gather
 from t2i_lm.models.token_rows import Embedding
-from t2i_lm.modules.base import OptimisedModule
+from t2i_lm.modules.base import OptimizedModule
 
 
-class AlignmentModule(OptimisedModule):
+class AlignmentModule(OptimizedModule):
     """Image rows and a temperature learn; text rows stay the language model's.
 
     The loss is the mean of both directions, over all pairs of the global batch. Its inverse temperature is learnt
@@ -36,7 +36,7 @@ class AlignmentModule(OptimisedModule):
         return self.log_scale.exp()
 
     def bags(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Normalised bags of pictures and of captions, each (B, D), in float32."""
+        """Normalized bags of images and of captions, each (B, D), in float32."""
         assert self.embedding.image is not None
         image_ids_BN = batch["image_ids_BN"]
         starts_B = torch.arange(len(image_ids_BN), device=image_ids_BN.device) * image_ids_BN.shape[1]
@@ -44,7 +44,7 @@ class AlignmentModule(OptimisedModule):
         return image_BD, bag_of_words(self.embedding.text, batch["text_ids_L"], batch["text_starts_B"])
 
     def nll(self, batch: dict[str, Any]) -> Tensor:
-        """Nll (2, B): of each picture's caption, and of each caption's picture."""
+        """Nll (2, B): of each image's caption, and of each caption's image."""
         with torch.autocast(self.device.type, enabled=False):
             image_BD, text_BD = self.bags(batch)
             images_ND, texts_ND = gather(image_BD), gather(text_BD)
@@ -59,7 +59,7 @@ class AlignmentModule(OptimisedModule):
 
     @staticmethod
     def _same(hashes_B2: Tensor) -> Tensor:
-        """Whether two pairs share their caption or their picture, (B, N)."""
+        """Whether two pairs share their caption or their image, (B, N)."""
         return (hashes_B2[:, None] == gather(hashes_B2)[None]).any(dim=-1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every language-modelling task shares: the step, the exact token mean and the optimiser.
+"""What every language-modelling task shares: the step, the exact token mean and the optimizer.
 
 A step returns sums and counts per modality (`callbacks.base.contract`); the loss that is differentiated is the
 (weighted) mean over all tokens of the *global* batch, pads excluded, however the batch is cut over ranks and
@@ -21,7 +21,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.cross_entropy import TokenLoss, loss_backend
 from t2i_lm.models.float8 import use_float8
 from t2i_lm.models.fsdp import shard
-from t2i_lm.models.packing import Wanted
+from t2i_lm.models.packing import TargetIndex
 from t2i_lm.modules.l2_sp import Anchor
 from t2i_lm.modules.optim import OPTIMIZERS, cosine_with_warmup
 
@@ -29,7 +29,7 @@ from t2i_lm.modules.optim import OPTIMIZERS, cosine_with_warmup
 MESH = ("replicate", "shard")
 
 
-class OptimisedModule(pl.LightningModule):
+class OptimizedModule(pl.LightningModule):
     """A module trained as its experiment's `optim` says.
 
     Attributes:
@@ -45,7 +45,7 @@ class OptimisedModule(pl.LightningModule):
         self.config = config
 
     def configure_optimizers(self) -> Any:
-        """The experiment's optimiser over trainable parameters, and the schedule by optimiser step."""
+        """The experiment's optimizer over trainable parameters, and the schedule by optimizer step."""
         config = self.config.optim
         optimizer = OPTIMIZERS[config.name](list(self.named_parameters()), config)
         schedule = cosine_with_warmup(optimizer, config, self.config.trainer.max_steps)
@@ -59,8 +59,8 @@ class OptimisedModule(pl.LightningModule):
     ) -> None:
         """Multiplies the gradient by `gradient_scale` and clips its total norm, in one pass over it.
 
-        Lightning's own way refuses a fused optimiser under mixed precision, since a float16 gradient scaler would
-        unscale inside the optimiser's step, after clipping. There is no scaler in bfloat16.
+        Lightning's own way refuses a fused optimizer under mixed precision, since a float16 gradient scaler would
+        unscale inside the optimizer's step, after clipping. There is no scaler in bfloat16.
         """
         assert gradient_clip_val is not None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -83,12 +83,12 @@ class Targets(NamedTuple):
         more: what else a module finds there.
     """
 
-    wanted: Wanted
+    wanted: TargetIndex
     class_N: Tensor
     more: Any = None
 
 
-class DecoderModule(OptimisedModule):
+class DecoderModule(OptimizedModule):
     """A decoder trained on next-token prediction.
 
     Subclasses set `modalities` and say which class a target belongs to.
@@ -105,7 +105,7 @@ class DecoderModule(OptimisedModule):
         self.decoder = decoder
         decoder.output.loss, decoder.output.z_loss = loss_backend(config.loss.backend), config.loss.z
         self._configured = False
-        # Targets seen since the last optimiser step, on this rank; each counted by its weight.
+        # Targets seen since the last optimizer step, on this rank; each counted by its weight.
         self._step_count: Tensor | None = None
         self.register_buffer("weight_M", None, persistent=False)
         self.anchor = Anchor(decoder, config.optim.l2_sp) if config.optim.l2_sp else None

@@ -64,7 +64,7 @@ class DistilledModule(TextToImageModule):
         """As the base module's, the divergence added to `total`; without gradient it would be thrown away."""
         if not torch.is_grad_enabled():
             return super().token_loss(input_BT, target_BT, targets, weight_N)
-        x_MD = self.decoder.wanted_hidden(input_BT, targets.wanted)
+        x_MD = self.decoder.hidden_at(input_BT, targets.wanted)
         loss: TokenLoss = self.decoder.output(x_MD, targets.wanted.of(target_BT), weight_N=weight_N)
         text: TextTargets = targets.more
         divergence_N = self.divergence(x_MD.index_select(0, text.among_N), input_BT, text)
@@ -85,7 +85,7 @@ class DistilledModule(TextToImageModule):
         return (log_teacher_NV.exp() * (log_teacher_NV - log_own_NV)).sum(dim=1)
 
     def _captions(self, ids_BT: Tensor) -> Tensor:
-        """Which sequences (B,) are captions with pictures: those that begin with a boundary."""
+        """Which sequences (B,) are captions with images: those that begin with a boundary."""
         return ids_BT[:, 0] >= self.layout.vocab.text_size
 
     def scalars(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Training a small image tokenizer: autoencoder first, then k-means into the codebook, then quantised."""
+"""Training a small image tokenizer: autoencoder first, then k-means into the codebook, then quantized."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.modules.base import OptimisedModule
+from t2i_lm.modules.base import OptimizedModule
 from t2i_lm.tokenizers.vq import PatchedVQ, to_uint8, to_unit
 
 # Latest encoder outputs kept for k-means and for re-seeding unused codes.
 RECENT = 32_768
 
 
-class ImageTokenizerModule(OptimisedModule):
-    """Trains a `PatchedVQ` on pictures.
+class ImageTokenizerModule(OptimizedModule):
+    """Trains a `PatchedVQ` on images.
 
     For `warmup_fraction` of the steps the decoder sees continuous latents. Then k-means of recent latents
-    becomes the codebook, which avoids its collapse, and the rest of the run is quantised with a
+    becomes the codebook, which avoids its collapse, and the rest of the run is quantized with a
     straight-through gradient. Codes unused for `restart_every` steps are re-seeded from recent latents.
     """
 
@@ -31,22 +31,22 @@ class ImageTokenizerModule(OptimisedModule):
         super().__init__(config)
         self.model = model
         self.settings = config.image_tokenizer
-        self.quantise_from = int(self.settings.warmup_fraction * config.trainer.max_steps)
+        self.quantize_from = int(self.settings.warmup_fraction * config.trainer.max_steps)
         # In the checkpoint, so that a resumed run re-seeds with what an unbroken one would.
         self.register_buffer("recent", torch.zeros(RECENT, model.config.code_dim))
         self.register_buffer("used", torch.zeros(model.config.codes, dtype=torch.int64))
         self._val: dict[str, Tensor] = {}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Loss of a batch of uint8 pictures `images_BCHW`."""
+        """Loss of a batch of uint8 images `images_BCHW`."""
         pixels_BCHW = to_unit(batch["images_BCHW"])
         latents_BEhw = self.model.latents(pixels_BCHW)
         self._remember(latents_BEhw)
-        quantised = self.global_step >= self.quantise_from
+        quantized = self.global_step >= self.quantize_from
         commit = latents_BEhw.new_zeros(())
         coded_BEhw = latents_BEhw
-        if quantised:
-            if self.global_step == self.quantise_from and batch_idx % self.config.trainer.accumulate_grad_batches == 0:
+        if quantized:
+            if self.global_step == self.quantize_from and batch_idx % self.config.trainer.accumulate_grad_batches == 0:
                 self._seed_codebook()
             ids_Bhw = self.model.nearest(latents_BEhw.detach())
             self.used += torch.bincount(ids_Bhw.flatten(), minlength=len(self.used))
@@ -66,9 +66,9 @@ class ImageTokenizerModule(OptimisedModule):
         }
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        """Re-seeds unused codes every `restart_every` steps of the quantised phase, but not in its last tenth."""
+        """Re-seeds unused codes every `restart_every` steps of the quantized phase, but not in its last tenth."""
         step, last = self.global_step, 0.9 * self.config.trainer.max_steps
-        since = step - self.quantise_from
+        since = step - self.quantize_from
         if since > 0 and since % self.settings.restart_every == 0 and step < last:
             self._restart_unused()
 
@@ -111,7 +111,7 @@ class ImageTokenizerModule(OptimisedModule):
         self._val["codes"] = torch.zeros_like(self.used)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds one batch to the sums; pictures are quantised and rounded to uint8 as they will be seen."""
+        """Adds one batch to the sums; images are quantized and rounded to uint8 as they will be seen."""
         images_BCHW = batch["images_BCHW"]
         ids_Bhw = self.model.nearest(self.model.latents(to_unit(images_BCHW)))
         output_BCHW = to_uint8(self.model.pixels(self.model.embed(ids_Bhw)))
@@ -122,16 +122,16 @@ class ImageTokenizerModule(OptimisedModule):
         self._val["codes"] += torch.bincount(ids_Bhw.flatten(), minlength=len(self.used))
 
     def validation_summary(self) -> dict[str, float]:
-        """PSNR in dB (of the mean error, and mean over pictures), share of codes used, code perplexity."""
+        """PSNR in dB (of the mean error, and mean over images), share of codes used, code perplexity."""
         if dist.is_available() and dist.is_initialized():
             for value in self._val.values():
                 dist.all_reduce(value)
-        pictures, codes = float(self._val["pictures"]), self._val["codes"].double()
+        images, codes = float(self._val["pictures"]), self._val["codes"].double()
         share = codes / codes.sum()
         entropy = -(share * share.clamp(min=1e-30).log()).sum()
         return {
-            "psnr": float(-10 * torch.log10(self._val["mse"] / pictures)),
-            "psnr_mean": float(self._val["psnr"]) / pictures,
+            "psnr": float(-10 * torch.log10(self._val["mse"] / images)),
+            "psnr_mean": float(self._val["psnr"]) / images,
             "codes_used": float((codes > 0).double().mean()),
             "code_perplexity": float(entropy.exp()),
         }

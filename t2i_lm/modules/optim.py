@@ -31,7 +31,7 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig)
     return [group for group in groups if group["params"]]
 
 
-def orthogonalise(matrix_MN: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrix_MN: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix by the quintic Newton-Schulz iteration of Muon (Jordan et al., 2024).
 
     In bfloat16, as `torch.optim.Muon` does, but in float32 where the device would have to emulate it.
@@ -48,7 +48,7 @@ def orthogonalise(matrix_MN: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Muon on matrices and AdamW on the rest, as one optimiser so that one schedule drives both.
+    """Muon on matrices and AdamW on the rest, as one optimizer so that one schedule drives both.
 
     Groups carry `rule: muon | adamw`. Updates of Muon are scaled by 0.2 sqrt(max(M, N)), which gives them
     AdamW's root-mean-square, so both rules share a learning rate (Liu et al., 2025).
@@ -78,7 +78,7 @@ class Muon(Optimizer):
     def _muon(parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         buffer = state.setdefault("momentum", torch.zeros_like(parameter))
         buffer.lerp_(grad, 1 - group["momentum"])
-        update = orthogonalise(grad.lerp(buffer, group["momentum"]))
+        update = orthogonalize(grad.lerp(buffer, group["momentum"]))
         parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
     @staticmethod

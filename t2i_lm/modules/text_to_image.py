@@ -1,4 +1,4 @@
-"""Text-to-image: captions and their pictures as one sequence (Section 2)."""
+"""Text-to-image: captions and their images as one sequence (Section 2)."""
 
 import torch
 from torch import Tensor

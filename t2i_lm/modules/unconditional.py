@@ -9,7 +9,7 @@ from t2i_lm.tokenizers.layout import BOUNDARY, IMAGE, ImageLayout, modality_of_t
 
 
 class UnconditionalImageModule(DecoderModule):
-    """The expanded decoder on pictures without captions.
+    """The expanded decoder on images without captions.
 
     The softmax is over the whole expanded vocabulary, as in the paper, so that text rows are pushed down; with
     `loss_rows: image` it is over the image rows, and boundary targets do not count.

@@ -166,7 +166,7 @@ def gap_table(pair: Pair) -> str:
     head = f"{f'validation at step {step}':<26}{'pretrained':>12}{'random':>12}{'gap':>12}{'gap %':>9}"
     lines = [head]
     for gap in rows:
-        unit = " (nats a token)" if gap.quantity.endswith("nll") else ""
+        unit = " (nats/token)" if gap.quantity.endswith("nll") else ""
         values = f"{gap.pretrained:>12.4f}{gap.scratch:>12.4f}{gap.absolute:>+z12.4f}"
         lines.append(f"{gap.quantity + unit:<26}{values}{gap.percent:>+z9.2f}")
     return "\n".join([*lines, "gap: pretrained minus random, in percent of random"])

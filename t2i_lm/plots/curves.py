@@ -47,7 +47,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Progress:
-    """Optimiser steps done, positions seen, and those of them that were no pad."""
+    """Optimizer steps done, positions seen, and those of them that were no pad."""
 
     step: int
     tokens: int
@@ -106,7 +106,7 @@ class Pair:
         return None
 
     def final_gaps(self, modalities: Sequence[str] = ("text", "image", "all")) -> tuple[int | None, list[Gap]]:
-        """Held-out nll (nats a token) and perplexity at the last validation that both arms reached.
+        """Held-out nll (nats/token) and perplexity at the last validation that both arms reached.
 
         Returns:
             That step and, for each modality, a nll and a ppl row; (None, []) where there is none.

@@ -48,7 +48,7 @@ class Panel:
 # and drawn last: where the curves coincide, the other one stays visible between its dashes.
 ARM_STYLES = {
     "pretrained": ArmStyle("pre-trained", "#0072B2", "o"),
-    "scratch": ArmStyle("random initialisation", "#D55E00", "s", (0, (2.2, 1.3))),
+    "scratch": ArmStyle("random initialization", "#D55E00", "s", (0, (2.2, 1.3))),
     # Figure 5: what of the pre-trained model learns.
     "tune_embed": ArmStyle("(1) embedding + output", "#CC79A7", "v"),
     "tune_norm": ArmStyle("(2) = (1) + norms", "#E69F00", "^"),
@@ -56,7 +56,7 @@ ARM_STYLES = {
     "tune_ffn": ArmStyle("(4) = (2) + feed-forward", "#009E73", "P"),
     # Figure 6, and text-to-image between pre-trained and random.
     "align": ArmStyle("own captions", "#0072B2", "o"),
-    "align_shuffled": ArmStyle("other pictures' captions", "#D55E00", "s", (0, (2.2, 1.3))),
+    "align_shuffled": ArmStyle("other images' captions", "#D55E00", "s", (0, (2.2, 1.3))),
     "aligned": ArmStyle("pre-trained, aligned image rows", "#009E73", "P"),
     "shuffled": ArmStyle("pre-trained, entries shuffled", "#CC79A7", "v"),
     "body_only": ArmStyle("pre-trained body only", "#E69F00", "^"),
@@ -110,7 +110,7 @@ def draw_panels(
         caption: text under the axes; also stored in the files' metadata by `save_figure`.
         labels: legend text of each arm.
         smoothing: legend text of the thick curves; empty where curves only join the points that were measured.
-        tokens_per_step: adds an axis of optimiser steps above; None where the arms differ in it.
+        tokens_per_step: adds an axis of optimizer steps above; None where the arms differ in it.
     """
     with captioned_figure(caption) as figure:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -217,7 +217,7 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
         steps = axes.secondary_xaxis("top", functions=conversions)
         steps.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         steps.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-        steps.set_xlabel("optimiser steps", fontsize=9, color=GREY)
+        steps.set_xlabel("optimizer steps", fontsize=9, color=GREY)
         steps.tick_params(colors=GREY, labelsize=8.5)
 
 
@@ -269,5 +269,5 @@ def save_figure(figure: Figure, stem: Path, title: str, caption: str) -> list[Pa
     png, pdf = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
     with rc_context(STYLE):
         figure.savefig(png, dpi=DPI, metadata={"Title": title, "Description": caption})
-        figure.savefig(pdf, metadata={"Title": title, "Subject": caption, "CreationDate": None})
+        figure.savefig(pdf, metadata={"Title": title, "EvaluationContext": caption, "CreationDate": None})
     return [png, pdf]

@@ -104,7 +104,7 @@ def systems_caption(systems: list[System]) -> str:
     ]
     if any(system.drawn and not system.canonical for system in systems):
         sentences.append(
-            f"Hollow markers are no {HEADLINE} and not comparable: fewer pictures, for one, give a higher value."
+            f"Hollow markers are no {HEADLINE} and not comparable: fewer images, for one, give a higher value."
         )
     if missing := sum(not system.drawn for system in systems):
         sentences.append(f"{missing} of ours not drawn: of other than {CANONICAL['features']:,} features.")

@@ -26,7 +26,7 @@ class Outcome:
     run: Run
 
     def nll(self, modality: str) -> float | None:
-        """Held-out loss at the end, nats a token; None where the run has no such tokens."""
+        """Held-out loss at the end, nats/token; None where the run has no such tokens."""
         last = self.run.records("val")[-1]["val"].get(modality, {})
         return float(last["nll"]) if "nll" in last else None
 
@@ -136,7 +136,7 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
                 _draw_arm(axes, key, arm, values, trained.get(arm, {}), places, f"{modality}/{arm}")
             _label(axes, key, places)
             axes.set_title(MODALITIES[modality])
-        panels[0].set_ylabel("loss (nats a token)")
+        panels[0].set_ylabel("loss (nats/token)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 

@@ -23,11 +23,11 @@ MARKERS = "sDv^P*X<>"
 
 @dataclass(frozen=True)
 class Point:
-    """A finished run as what it lost and what it learnt, both on held-out data, nats a token.
+    """A finished run as what it lost and what it learnt, both on held-out data, nats/token.
 
     Attributes:
         arm: `pretrained` or a remedy.
-        forgotten: rise of the text loss, renormalised to the text rows.
+        forgotten: rise of the text loss, renormalized to the text rows.
         forgotten_se: its standard error, of paired differences.
         image: loss of image tokens.
         step: of the image loss.
@@ -91,14 +91,14 @@ def tradeoff_table(points: Sequence[Point], scratch: float | None) -> str:
     """Every arm's text loss gained and image loss, and their distance from the untouched arm's, as text."""
     base = next(point for point in points if point.arm == UNTOUCHED)
     best = {point.arm for point in front(points)}
-    head = f"{'nll (nats a token)':<26}{'text gained':>13}{'+-':>9}{'image validation':>18}{'- untouched':>13}"
+    head = f"{'nll (nats/token)':<26}{'text gained':>13}{'+-':>9}{'image validation':>18}{'- untouched':>13}"
     lines = [f"{head}{'front':>7}{'step':>9}"]
     for point in points:
         numbers = f"{point.forgotten:>13.4f}{point.forgotten_se:>9.4f}{point.image:>18.4f}"
         mark = "*" if point.arm in best else ""
         lines.append(f"{point.label:<26}{numbers}{point.image - base.image:>+z13.4f}{mark:>7}{point.step:>9,}")
     if scratch is not None:
-        lines.append(f"{'random initialisation':<26}{'':>22}{scratch:>18.4f}{scratch - base.image:>+z13.4f}")
+        lines.append(f"{'random initialization':<26}{'':>22}{scratch:>18.4f}{scratch - base.image:>+z13.4f}")
     return "\n".join(lines)
 
 
@@ -132,7 +132,7 @@ def draw_tradeoff(points: Sequence[Point], caption: str, scratch: float | None) 
                 linestyle="--",
                 linewidth=1.1,
                 gid="tradeoff/scratch",
-                label="random initialisation",
+                label="random initialization",
             )
         for number, point in enumerate(points):
             untouched = point.arm == UNTOUCHED
@@ -149,8 +149,8 @@ def draw_tradeoff(points: Sequence[Point], caption: str, scratch: float | None) 
                 zorder=4,
             )
         axes.margins(0.12)
-        axes.set_xlabel("held-out text loss gained in training (nats a token, text rows)")
-        axes.set_ylabel("held-out image loss (nats a token)")
+        axes.set_xlabel("held-out text loss gained in training (nats/token, text rows)")
+        axes.set_ylabel("held-out image loss (nats/token)")
         axes.set_title("down: draws better; left: forgets less", loc="left", fontsize=9, fontweight="normal")
         figure.legend(loc="outside upper center", ncols=4)
     return figure

@@ -6,8 +6,8 @@ from t2i_lm.config.load import SCALES
 
 # What a run says in one line; anything else is a fault of this suite and keeps its traceback.
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
-# Of commands that compare losses: no pictures, unless asked for after these.
-NO_PICTURES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.interval=null")
+# Of commands that compare losses: no images, unless asked for after these.
+NO_IMAGES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.interval=null")
 
 
 def add_scale(arguments: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, lines in a log."""
+"""Progress reporting: a Rich bar on a terminal, periodic log lines otherwise."""
 
 import sys
 import time
@@ -6,41 +6,50 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-# Called with how many more items are done.
-Told = Callable[[int], None]
-# Seconds between lines.
-TELL_EVERY = 10.0
+# Called with the number of items finished since the last call.
+Advance = Callable[[int], None]
+# Seconds between log lines.
+LOG_EVERY_S = 10.0
 
 
-def lines(what: str, items: int | None, rank: int = 0, world: int = 1, unit: str = "pictures") -> Told:
-    """Lines on stderr with the rate and what is left, from rank 0 for all ranks; `items` of all, None where unknown."""
-    started, done, told, ended = time.monotonic(), 0, 0.0, False
+def log_progress(what: str, items: int | None, rank: int = 0, world: int = 1, unit: str = "images") -> Advance:
+    """Log lines on stderr with rate and ETA, printed by rank 0 for all ranks.
 
-    def tell(more: int) -> None:
-        nonlocal done, told, ended
+    Args:
+        what: the work, as in `tokenizing train`.
+        items: number of items of all ranks; None where it is unknown.
+        rank: this process.
+        world: number of processes, assumed to advance alike.
+        unit: what an item is, in the plural.
+    """
+    started = time.monotonic()
+    logged, done, ended = started, 0, False
+
+    def advance(more: int) -> None:
+        nonlocal done, logged, ended
         done += more
         now = time.monotonic()
         shown = done * world if items is None else min(items, done * world)
-        last = shown == items and not ended  # said once, whatever the time: other ranks may go on
-        if rank or (now - told < TELL_EVERY and not last):
+        last = shown == items and not ended  # logged once, whatever the time: other ranks may go on
+        if rank or (now - logged < LOG_EVERY_S and not last):
             return
-        told, ended = now, ended or last
+        logged, ended = now, ended or last
         rate = shown / max(now - started, 1e-9)
+        speed = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
         if items is None:
-            said = f"{shown:,} {unit}, {rate:.3g} a second"
+            print(f"{what}: {shown:,} {unit}, {speed}", file=sys.stderr, flush=True)
         else:
             left = timedelta(seconds=round((items - shown) / rate))
-            said = f"{shown:,} of {items:,} {unit}, {rate:.3g} a second, {left} left"
-        print(f"{what}: {said}", file=sys.stderr, flush=True)
+            print(f"{what}: {shown:,}/{items:,} {unit}, {speed}, ETA {left}", file=sys.stderr, flush=True)
 
-    return tell
+    return advance
 
 
 @contextmanager
-def progress(what: str, items: int | None, rank: int = 0, unit: str = "pictures") -> Iterator[Told]:
-    """`lines` of this process's items, or a bar where stderr is a terminal."""
+def progress(what: str, items: int | None, rank: int = 0, unit: str = "images") -> Iterator[Advance]:
+    """`log_progress` of this process's items, or a bar where stderr is a terminal."""
     if not sys.stderr.isatty():
-        yield lines(what, items, rank, unit=unit)
+        yield log_progress(what, items, rank, unit=unit)
         return
     from rich.progress import Progress
 

@@ -19,7 +19,7 @@ from torch import Tensor
 IDENTITY = "parts.json"
 
 
-class Parts:
+class ResumableParts:
     """Files `part-00000.safetensors` of one folder, and what they are parts of.
 
     Several processes may share a folder: every file appears whole or not at all, and two that write the same one write
@@ -79,7 +79,7 @@ class Parts:
         """Writes a part, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY).is_file():
-            write_whole(self.folder / IDENTITY, json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
+            write_atomic(self.folder / IDENTITY, json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
         own = self.path(number).with_suffix(f".{os.getpid()}.tmp")
         try:
             save_file({key: value.contiguous() for key, value in tensors.items()}, own, {"identity": self._stamp})
@@ -103,7 +103,7 @@ class Parts:
             self.write(number, make(self.span(number)))
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Writes a file, whole or not at all."""
     own = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     own.write_text(text, encoding="utf-8")
@@ -111,7 +111,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to write files into, which becomes `path` at the end; after an error nothing of it is left.
 
     Where `path` is an empty folder already, it is kept, and the files move into it at the end.

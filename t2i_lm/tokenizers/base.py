@@ -32,9 +32,9 @@ class TextTokenizer(Protocol):
 
 
 class ImageTokenizer(Protocol):
-    """Pictures <-> a grid of ids, row-major.
+    """Images <-> a grid of ids, row-major.
 
-    `image_size` is the side in pixels of the pictures it is used on, `grid` the (height, width) of their ids,
+    `image_size` is the side in pixels of the images it is used on, `grid` the (height, width) of their ids,
     `decodes` whether ids can be turned back, `low_precision` whether it encodes in bfloat16.
     """
 

@@ -14,7 +14,7 @@ def open_image_tokenizer(path: Path, image_size: int, expect: str | None = None)
     Args:
         path: a folder that `save_tokenizer` wrote, a folder of a diffusers `VQModel` or of one of transformers'
             VQ models, or a MoVQGAN `.ckpt`.
-        image_size: side of the pictures in pixels.
+        image_size: side of the images in pixels.
         expect: size of a MoVQGAN, checked.
 
     Raises:

@@ -1,6 +1,6 @@
 """Sequence layouts (Section 2.1) and the modality of a target.
 
-Shapes: `B` batch, `T` positions, `N` image tokens of one picture.
+Shapes: `B` batch, `T` positions, `N` image tokens of one image.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Layout:
 
     Attributes:
         vocab: id ranges.
-        image_tokens: ids of one picture (1,024 in the paper).
+        image_tokens: ids of one image (1,024 in the paper).
         length: positions of a padded sequence (1,152 in the paper).
     """
 
@@ -51,7 +51,7 @@ class Layout:
     @property
     def prompt_budget(self) -> int:
         """Positions of the longest prompt."""
-        return self.length - self.image_tokens - 2  # `</image>` and `</doc>` follow the picture
+        return self.length - self.image_tokens - 2  # `</image>` and `</doc>` follow the image
 
     def prompt(self, text_ids: IntArray) -> IntArray:
         """Everything up to and including `<image>`, cut to the text budget; 1-d int64."""
@@ -61,14 +61,14 @@ class Layout:
         return np.concatenate([head, text_ids[: self.text_budget], tail]).astype(np.int64)
 
     def pack(self, text_ids: Sequence[IntArray], image_ids_BN: IntArray) -> Tensor:
-        """Joint ids (B, T) int64 of B captions and their pictures.
+        """Joint ids (B, T) int64 of B captions and their images.
 
         Args:
             text_ids: B arrays of text ids, each cut to the text budget.
             image_ids_BN: codes in [0, vocab.image_size), row-major.
 
         Raises:
-            ValueError: if the pictures do not have `image_tokens` ids.
+            ValueError: if the images do not have `image_tokens` ids.
         """
         if image_ids_BN.shape != (len(text_ids), self.image_tokens):
             raise ValueError(
@@ -93,7 +93,7 @@ class ImageLayout:
 
     Attributes:
         vocab: id ranges.
-        image_tokens: ids of one picture.
+        image_tokens: ids of one image.
     """
 
     vocab: JointVocab
@@ -109,10 +109,10 @@ class ImageLayout:
         return np.array([self.vocab.special("<doc>"), self.vocab.special("<image>")], dtype=np.int64)
 
     def pack(self, text_ids: Sequence[IntArray], image_ids_BN: IntArray) -> Tensor:
-        """Joint ids (B, T) int64 of B pictures; captions are left out.
+        """Joint ids (B, T) int64 of B images; captions are left out.
 
         Raises:
-            ValueError: if the pictures do not have `image_tokens` ids.
+            ValueError: if the images do not have `image_tokens` ids.
         """
         if image_ids_BN.shape[1] != self.image_tokens:
             raise ValueError(f"image ids have shape {image_ids_BN.shape}, expected (B, {self.image_tokens})")

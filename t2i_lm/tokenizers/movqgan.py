@@ -12,7 +12,7 @@ from torch import Tensor
 # (width of the first level, residual blocks a level) of the published models, all of levels 1-2-2-4 with 16,384 codes.
 SIZES = {(128, 2): "67M", (128, 4): "102M", (256, 2): "270M"}
 LEVELS, CODES = (1, 2, 2, 4), 16_384
-# Parts of a training checkpoint that are not the autoencoder.
+# ResumableParts of a training checkpoint that are not the autoencoder.
 FOREIGN = ("loss.", "model_ema.", "ema_")
 
 _ENCODER_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}

@@ -1,6 +1,6 @@
 """Image tokenizers of `transformers` (the extra `hf`): Emu3's, Chameleon's and Janus' VQ models.
 
-Shapes: `B` pictures, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids, `N` = h * w.
+Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids, `N` = h * w.
 """
 
 import json
@@ -52,7 +52,7 @@ class TransformersVQ:
         """Reads a folder that `save_pretrained` wrote.
 
         Raises:
-            ValueError: if it cannot be read, or the picture's side is no multiple of the downsampling.
+            ValueError: if it cannot be read, or the image's side is no multiple of the downsampling.
         """
         try:
             import transformers
@@ -94,7 +94,7 @@ class TransformersVQ:
         return hasattr(self.model, "decode")
 
     def to(self, device: torch.device) -> None:
-        """Moves the model; pictures and ids follow it."""
+        """Moves the model; images and ids follow it."""
         self.model.to(device)
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class TransformersVQ:
 
     @torch.no_grad()
     def decode(self, ids_BN: Tensor) -> Tensor:
-        """uint8 pictures (B, C, H, W) of ids.
+        """uint8 images (B, C, H, W) of ids.
 
         Raises:
             ValueError: if the model has no decoder.

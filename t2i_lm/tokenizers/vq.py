@@ -1,6 +1,6 @@
-"""Vector-quantised image tokenizers on diffusers' `VQModel`.
+"""Vector-quantized image tokenizers on diffusers' `VQModel`.
 
-Shapes: `B` pictures, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids, `N` = h * w, `E` code width.
+Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids, `N` = h * w, `E` code width.
 """
 
 import json
@@ -67,7 +67,7 @@ class VQAutoencoder(nn.Module):
 
 
 class PatchedVQ(VQAutoencoder):
-    """A small autoencoder by its config, uninitialised but for diffusers' own draw."""
+    """A small autoencoder by its config, uninitialized but for diffusers' own draw."""
 
     def __init__(self, config: VQModelConfig) -> None:
         channels, levels = 3 * config.patch**2, len(config.block_out_channels)
@@ -161,12 +161,12 @@ class VQTokenizer:
         return side, side
 
     def to(self, device: torch.device) -> None:
-        """Moves the model; pictures and ids follow it."""
+        """Moves the model; images and ids follow it."""
         self.model.to(device)
 
     @torch.no_grad()
     def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
-        """Ids (B, N) int64, row-major, of uint8 pictures whose sides are multiples of the downsampling.
+        """Ids (B, N) int64, row-major, of uint8 images whose sides are multiples of the downsampling.
 
         In float32; `low_precision` runs the encoder in bfloat16. Distances to the codes are float32 either way.
         """
@@ -177,7 +177,7 @@ class VQTokenizer:
 
     @torch.no_grad()
     def decode(self, ids_BN: Tensor) -> Tensor:
-        """uint8 pictures (B, C, H, W) of ids.
+        """uint8 images (B, C, H, W) of ids.
 
         Raises:
             ValueError: if an id is not a code or the number of ids does not fill the grid.
@@ -207,7 +207,7 @@ class MoVQGAN(VQTokenizer):
 
         Args:
             path: the file, read with `weights_only=True`.
-            image_size: side of the pictures in pixels, a multiple of 8.
+            image_size: side of the images in pixels, a multiple of 8.
             expect: `67M`, `102M` or `270M`; another model is refused. The download named 270M in SBER's README
                 is the 67M model.
 

@@ -60,7 +60,7 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
     """Those that no finished run of an equal config stands for; one that was stopped goes on. Says which are done."""
     missing = []
     for job in jobs:
-        folder, finished = find_equal(job.config)
+        folder, finished = find_equal_run(job.config)
         if finished:
             print(f"== {job.name} (finished: {folder})", flush=True)
         else:
@@ -68,7 +68,7 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
     return missing
 
 
-def find_equal(config: ExperimentConfig) -> tuple[Path | None, bool]:
+def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
     """The newest run folder of an equal config and whether it is finished; finished ones first."""
     wanted = _computed(config)
     equal = []

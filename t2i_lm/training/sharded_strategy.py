@@ -47,7 +47,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 part.set_requires_gradient_sync(True, recurse=False)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimiser's state in torch's own form, on rank 0."""
+        """The optimizer's state in torch's own form, on rank 0."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         assert self.model is not None
@@ -72,7 +72,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def numbered(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state keyed by position, as `Optimizer.state_dict` gives it, from one keyed by name."""
+    """An optimizer's state keyed by position, as `Optimizer.state_dict` gives it, from one keyed by name."""
     order = [name for group in state["param_groups"] for name in group["params"]]
     number = {name: index for index, name in enumerate(order)}
     groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
@@ -80,7 +80,7 @@ def numbered(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def named(state: dict[str, Any], model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The inverse of `numbered`, for the parameters of this optimiser in their order."""
+    """The inverse of `numbered`, for the parameters of this optimizer in their order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     groups = [group | {"params": [order[index] for index in group["params"]]} for group in state["param_groups"]]

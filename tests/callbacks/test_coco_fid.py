@@ -26,8 +26,8 @@ from tests.models.test_open_lm import tiny
 DRAWN, REAL, CODES = 10, 17, 512
 
 
-def pictures(numbers: Sequence[int], shift: int) -> Tensor:
-    """Smooth pictures (B, 3, 32, 32), each a function of its number."""
+def images(numbers: Sequence[int], shift: int) -> Tensor:
+    """Smooth images (B, 3, 32, 32), each a function of its number."""
     found = []
     for number in numbers:
         draw = torch.Generator().manual_seed(1000 * shift + number)
@@ -39,7 +39,7 @@ def pictures(numbers: Sequence[int], shift: int) -> Tensor:
 def reference(network: Inception, rank: int, world: int) -> Iterator[tuple[Sequence[int], Tensor]]:
     for start in range(4 * rank, REAL, 4 * world):
         numbers = range(start, min(REAL, start + 4))
-        yield numbers, network(pictures(numbers, 50))
+        yield numbers, network(images(numbers, 50))
 
 
 class Model:
@@ -51,7 +51,7 @@ class Model:
         self.decoder.bfloat16()
 
     def draw(self, numbers: Sequence[int]) -> Tensor:
-        """Pictures (B, 3, 32, 32), whose 16 codes are the greys of their parts."""
+        """Images (B, 3, 32, 32), whose 16 codes are the greys of their parts."""
         prompts = [torch.from_numpy(self.layout.prompt(np.arange(5 * number % 26))) for number in numbers]
         drawn_BN = generate(self.decoder, self.layout.vocab, prompts, 16, list(numbers))
         grey_B1hw = drawn_BN.view(-1, 1, 4, 4) % 256
@@ -75,7 +75,7 @@ def one_rank(rank: int, world: int, port: int, weights: Path, out: Path) -> None
 
 @pytest.mark.parametrize("world", [2, 4])  # 3 batches: one rank has two, or none
 def test_several_ranks_equal_one(world: int, inception_weights: Path, tmp_path: Path) -> None:
-    """Of pictures that a model draws after ragged prompts, so that another split would be other pictures."""
+    """Of images that a model draws after ragged prompts, so that another split would be other images."""
     port = free_port()
     ranks = [
         server.Process(target=one_rank, args=(rank, world, port, inception_weights, tmp_path)) for rank in range(world)
@@ -97,14 +97,14 @@ def test_several_ranks_equal_one(world: int, inception_weights: Path, tmp_path: 
     assert not torch.equal(Model().draw(range(DRAWN)), torch.cat([Model().draw([number]) for number in range(DRAWN)]))
 
 
-def test_the_kernel_distance_is_of_all_reference_pictures(inception_weights: Path) -> None:
+def test_the_kernel_distance_is_of_all_reference_images(inception_weights: Path) -> None:
     """As many as `evaluate` takes, not as many as are drawn."""
     trainer: Any = SimpleNamespace(global_rank=0, world_size=1)
     network = Inception(inception_weights, 64)
     found = callback(inception_weights).measure(trainer, torch.device("cpu"))
     assert found is not None
     drawn_BD = torch.cat([network(Model().draw(part.tolist())) for part in torch.arange(DRAWN).split(4)])
-    kid, deviation = kernel_distance(drawn_BD, network(pictures(range(REAL), 50)))
+    kid, deviation = kernel_distance(drawn_BD, network(images(range(REAL), 50)))
     assert (found["kid"], found["kid_std"]) == pytest.approx((kid, deviation), rel=1e-6)
 
 
@@ -130,6 +130,6 @@ def test_a_run_that_is_asked_to_stop_gives_it_up(inception_weights: Path) -> Non
 def test_senseless_values_are_named(inception_weights: Path) -> None:
     with pytest.raises(ValueError, match="prompts=1"):
         callback(inception_weights, prompts=1)
-    task = FidTask(2, lambda numbers: pictures(numbers, 0), reference, dict)
+    task = FidTask(2, lambda numbers: images(numbers, 0), reference, dict)
     with pytest.raises(ValueError, match="interval=0"):
         CocoFID(0, task, Inception(inception_weights, 64))

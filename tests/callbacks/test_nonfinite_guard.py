@@ -12,7 +12,7 @@ from tests.callbacks.toy_run import EVENTS, build, finish, free_port, lines, run
 
 
 class FusedToy(ToyModule):
-    """With the optimiser whose kernel can skip by itself."""
+    """With the optimizer whose kernel can skip by itself."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1, fused=True)

@@ -123,7 +123,7 @@ def test_the_average_is_of_losses_bias_corrected_and_only_then_exponentiated(tmp
     assert written[0]["train"]["text"]["nll_ema"] == pytest.approx(5.0)
 
 
-def test_intervals_count_optimiser_steps(tmp_path: Path) -> None:
+def test_intervals_count_optimizer_steps(tmp_path: Path) -> None:
     train: list[Sums] = [[(1.0, 1)] * 3] * 12
     written = fit(tmp_path, train, [], meter_in(tmp_path, interval=2), accumulate=2)
     assert [line["step"] for line in written] == [2, 4, 6]
@@ -209,7 +209,7 @@ def test_a_module_without_modalities_is_refused_by_name(tmp_path: Path) -> None:
         fit(tmp_path, [[(1.0, 1)]], [], meter_in(tmp_path), modalities=())
 
 
-class Pictures(pl.LightningModule):
+class Images(pl.LightningModule):
     """Reports scalars of its own, for batches of different sizes."""
 
     def __init__(self) -> None:
@@ -244,7 +244,7 @@ def test_scalars_are_means_over_samples_and_count_them(tmp_path: Path) -> None:
         enable_model_summary=False,
         callbacks=[meter],
     )
-    trainer.fit(Pictures(), batches(4), batches(1))
+    trainer.fit(Images(), batches(4), batches(1))
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["samples"]) for line in written] == [(0, 0), (2, 3), (3, 6), (4, 10)]
     assert written[1]["train"] == {"l1": pytest.approx(2 / 3), "mse": pytest.approx(2 / 3)}

@@ -16,7 +16,7 @@ COLOURS = ("red", "green", "blue", "yellow")
 
 
 def write_coco(path: Path, count: int, width: int = 80, height: int = 64) -> Path:
-    """`count` pictures of random blobs with two captions each."""
+    """`count` images of random blobs with two captions each."""
     (path / "annotations").mkdir(parents=True)
     (path / "val2014").mkdir()
     draw = np.random.default_rng(count)
@@ -24,8 +24,8 @@ def write_coco(path: Path, count: int, width: int = 80, height: int = 64) -> Pat
     for number in range(count):
         name = f"COCO_val2014_{number:012d}.jpg"
         blobs_HWC = draw.integers(0, 256, (4, 4 + number % 3, 3), dtype=np.uint8)
-        picture = Image.fromarray(blobs_HWC).resize((width, height), Image.Resampling.BILINEAR)
-        picture.save(path / "val2014" / name, quality=95)
+        image = Image.fromarray(blobs_HWC).resize((width, height), Image.Resampling.BILINEAR)
+        image.save(path / "val2014" / name, quality=95)
         images.append({"id": number, "file_name": name})
         for which in range(2):
             caption = f"a {COLOURS[number % 4]} circle and {which + 1} squares\n"

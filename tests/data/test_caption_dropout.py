@@ -129,7 +129,7 @@ def test_every_caption_as_a_sample_of_its_own_can_be_left_out(shards: Path) -> N
     assert abs(sum(empty) - SHARE * len(train)) < 4 * np.sqrt(SHARE * (1 - SHARE) * len(train))
 
 
-def test_pictures_and_the_other_captions_are_untouched(shards: Path) -> None:
+def test_images_and_the_other_captions_are_untouched(shards: Path) -> None:
     plain, dropped = (data_of(shards, config_of(share)).train_set for share in (0.0, SHARE))
     draws = [(0, index) for index in range(200)]
     one, other = (data.__getitems__(draws)["ids_BT"] for data in (plain, dropped))

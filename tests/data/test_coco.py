@@ -1,4 +1,4 @@
-"""Which captions are drawn, what a picture looks like to the metric, and what may be called COCO FID-30k."""
+"""Which captions are drawn, what an image looks like to the metric, and what may be called COCO FID-30k."""
 
 import json
 from dataclasses import fields, replace
@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_lm.data.coco import choose_prompts, listing_sha256, prompts_sha256, read_coco, read_pictures, square
+from t2i_lm.data.coco import choose_prompts, listing_sha256, prompts_sha256, read_coco, read_images, square
 from t2i_lm.evaluation.protocol_card import CANONICAL, HEADLINE, NOTE, Card, require_headline
-from t2i_lm.storage.resumable import Parts
+from t2i_lm.storage.resumable import ResumableParts
 from tests.data.coco_folder import CAPTION, write_coco
 
 HASH = "0" * 64
@@ -34,9 +34,9 @@ def coco(tmp_path: Path) -> Path:
     return write_coco(tmp_path / "coco", 12)
 
 
-def test_prompts_are_one_a_picture_and_the_first_are_always_the_same(coco: Path) -> None:
+def test_prompts_are_one_a_image_and_the_first_are_always_the_same(coco: Path) -> None:
     folder = read_coco(coco)
-    assert (len(folder.pictures), folder.caption_count) == (12, 24)
+    assert (len(folder.images), folder.caption_count) == (12, 24)
     prompts = choose_prompts(folder, 10, 2014)
     assert len({prompt.image_id for prompt in prompts}) == 10
     assert {prompt.caption_id % 10 for prompt in prompts} == {0, 1}
@@ -47,7 +47,7 @@ def test_prompts_are_one_a_picture_and_the_first_are_always_the_same(coco: Path)
     assert prompts_sha256(prompts)[:16] == "a6300b100a43af69"
 
 
-def test_a_picture_is_cropped_to_its_middle_and_resized(coco: Path) -> None:
+def test_a_image_is_cropped_to_its_middle_and_resized(coco: Path) -> None:
     ramp_HW3 = np.zeros((64, 100, 3), np.uint8)
     ramp_HW3[:, 18:82] = 200
     assert (square(Image.fromarray(ramp_HW3)) == 200).all()
@@ -60,30 +60,30 @@ def test_a_picture_is_cropped_to_its_middle_and_resized(coco: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:300])
     assert listing_sha256(read_coco(coco)) != before
     with pytest.raises(ValueError, match=r"000000000003.jpg: truncated"):
-        read_pictures(read_coco(coco), [broken.name])
+        read_images(read_coco(coco), [broken.name])
 
 
 def test_wrong_folders_and_captions_are_named(coco: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"found no .*captions_val2014.json"):
         read_coco(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"--prompts 13: .*captions_val2014.json has captions of 12 pictures"):
+    with pytest.raises(ValueError, match=r"--prompts 13: .*captions_val2014.json has captions of 12 images"):
         choose_prompts(read_coco(coco), 13, 2014)
     content = json.loads((coco / CAPTION).read_text())
     for row in content["annotations"]:
         row["caption"] = " \n" if row["image_id"] == 5 else row["caption"]
     (coco / CAPTION).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"caption 5\d of picture 5 is empty"):
+    with pytest.raises(ValueError, match=r"caption 5\d of image 5 is empty"):
         choose_prompts(read_coco(coco), 12, 2014)
     (coco / "val2014" / "COCO_val2014_000000000007.jpg").unlink()
     content["annotations"] = [row for row in content["annotations"] if row["image_id"] == 7]
     (coco / CAPTION).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"picture 7 \(COCO_val2014_000000000007.jpg\) is not in"):
+    with pytest.raises(ValueError, match=r"image 7 \(COCO_val2014_000000000007.jpg\) is not in"):
         choose_prompts(read_coco(coco), 1, 2014)
     (coco / CAPTION).write_text("{}")
     with pytest.raises(ValueError, match="is not COCO's captions"):
         read_coco(coco)
-    for picture in (coco / "val2014").iterdir():
-        picture.unlink()
+    for image in (coco / "val2014").iterdir():
+        image.unlink()
     with pytest.raises(ValueError, match="holds no"):
         read_coco(coco)
 
@@ -102,7 +102,7 @@ def test_only_the_canonical_card_bears_the_name() -> None:
         assert other.title != HEADLINE
         with pytest.raises(ValueError, match=rf"no {HEADLINE}: {key}={getattr(other, key)!r} \(not {value!r}\)"):
             require_headline(other)
-    assert HEADLINE not in replace(card, pictures="reconstructed").title
+    assert HEADLINE not in replace(card, images="reconstructed").title
     for key in ("prompts_sha256", "captions_sha256", "reference_sha256"):
         with pytest.raises(ValueError, match=rf"{key}='listing' \(not the hash"):
             require_headline(replace(card, **{key: "listing"}))
@@ -122,13 +122,13 @@ def test_parts_are_whole_belong_to_one_work_and_are_made_once(tmp_path: Path) ->
         made.append(span)
         return {"numbers": torch.tensor(list(span))}
 
-    parts = Parts(tmp_path / "work", {"seed": 0}, items=10, size=4)
+    parts = ResumableParts(tmp_path / "work", {"seed": 0}, items=10, size=4)
     parts.complete(make, 1, 2, lambda _: None)
     assert made == [range(4, 8)]
     parts.complete(make, 0, 1, lambda _: None)
     assert made[1:] == [range(4), range(8, 10)]
     parts.path(2).write_bytes(parts.path(2).read_bytes()[:-3])  # cut short
-    other = Parts(tmp_path / "other", {"seed": 1}, items=10, size=4)
+    other = ResumableParts(tmp_path / "other", {"seed": 1}, items=10, size=4)
     other.complete(make, 0, 1, lambda _: None)
     other.path(0).replace(parts.path(0))  # of other work
     assert [parts.done(number) for number in range(3)] == [False, True, False]
@@ -136,4 +136,4 @@ def test_parts_are_whole_belong_to_one_work_and_are_made_once(tmp_path: Path) ->
     assert torch.cat([parts.read(number)["numbers"] for number in range(3)]).tolist() == list(range(10))
     assert not list((tmp_path / "work").glob("*.tmp"))
     with pytest.raises(ValueError, match="seed=0, now 1"):
-        Parts(tmp_path / "work", {"seed": 1}, items=10, size=4)
+        ResumableParts(tmp_path / "work", {"seed": 1}, items=10, size=4)

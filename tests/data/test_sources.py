@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from t2i_lm.config.sections import DataConfig
-from t2i_lm.data.pairs import MAX_PIXELS, RejectedPairError, centre_crop, decode_image
+from t2i_lm.data.pairs import MAX_PIXELS, RejectedPairError, center_crop, decode_image
 from t2i_lm.data.sources import open_source
 from tests.data.tar_file import write_tar
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+def make_image(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
 
@@ -31,7 +31,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
     ("mode", "kind"), [("RGB", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG")]
 )
 def test_every_common_mode_becomes_rgb(mode: str, kind: str) -> None:
-    image = Image.new("I;16", (40, 30)) if mode == "I;16" else picture(mode)
+    image = Image.new("I;16", (40, 30)) if mode == "I;16" else make_image(mode)
     assert decode_image(encoded(image, kind), "x").mode == "RGB"
 
 
@@ -43,14 +43,14 @@ def test_sixteen_bit_grey_keeps_its_brightness() -> None:
 def test_exif_rotation_is_applied_and_animations_show_their_first_frame() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert decode_image(encoded(picture(), "JPEG", exif=exif), "x").size == (30, 40)
-    frames = encoded(picture(), "GIF", save_all=True, append_images=[picture("L")])
+    assert decode_image(encoded(make_image(), "JPEG", exif=exif), "x").size == (30, 40)
+    frames = encoded(make_image(), "GIF", save_all=True, append_images=[make_image("L")])
     assert decode_image(frames, "x").size == (40, 30)
 
 
-def test_unusable_pictures_are_rejected_with_a_reason(tmp_path: Path) -> None:
-    whole = encoded(picture(size=(200, 200)), "JPEG").getvalue()
-    cases = {"truncated or corrupt": io.BytesIO(whole[: len(whole) // 2]), "not a picture": io.BytesIO(b"hello")}
+def test_unusable_images_are_rejected_with_a_reason(tmp_path: Path) -> None:
+    whole = encoded(make_image(size=(200, 200)), "JPEG").getvalue()
+    cases = {"truncated or corrupt": io.BytesIO(whole[: len(whole) // 2]), "not an image": io.BytesIO(b"hello")}
     for reason, file in cases.items():
         with pytest.raises(RejectedPairError, match=reason):
             decode_image(file, "x")
@@ -58,7 +58,7 @@ def test_unusable_pictures_are_rejected_with_a_reason(tmp_path: Path) -> None:
         decode_image(tmp_path / "absent.jpg", "x")
 
 
-def test_a_huge_picture_is_rejected_before_it_is_decoded() -> None:
+def test_a_huge_image_is_rejected_before_it_is_decoded() -> None:
     side = int(MAX_PIXELS**0.5) + 10
     file = encoded(Image.new("1", (side, side)), "PNG")
     with pytest.raises(RejectedPairError, match="pixels"):
@@ -68,16 +68,16 @@ def test_a_huge_picture_is_rejected_before_it_is_decoded() -> None:
 def test_the_crop_is_central_and_square() -> None:
     pixels = np.zeros((30, 90, 3), dtype=np.uint8)
     pixels[:, 30:60] = 255
-    assert centre_crop(Image.fromarray(pixels), 16).mean() > 250
-    assert centre_crop(Image.new("RGB", (1, 1)), 16).shape == (16, 16, 3)
-    same = picture(size=(16, 16))
-    assert np.array_equal(centre_crop(same, 16), np.asarray(same))
+    assert center_crop(Image.fromarray(pixels), 16).mean() > 250
+    assert center_crop(Image.new("RGB", (1, 1)), 16).shape == (16, 16, 3)
+    same = make_image(size=(16, 16))
+    assert np.array_equal(center_crop(same, 16), np.asarray(same))
 
 
 def write_pairs(folder: Path, source: str, captions: list[str]) -> None:
-    """One picture a caption, as a source of this kind reads them."""
+    """One image a caption, as a source of this kind reads them."""
     folder.mkdir()
-    images = [encoded(picture(), "JPEG").getvalue() for _ in captions]
+    images = [encoded(make_image(), "JPEG").getvalue() for _ in captions]
     if source == "parquet":
         cells = [{"bytes": image, "path": None} for image in images]
         datasets.Dataset.from_dict({"image": cells, "caption": captions}).to_parquet(str(folder / "part.parquet"))
@@ -97,13 +97,13 @@ def write_pairs(folder: Path, source: str, captions: list[str]) -> None:
 def folder(tmp_path: Path) -> Path:
     rows = []
     for number in range(40):
-        picture().save(tmp_path / f"{number}.jpg")
+        make_image().save(tmp_path / f"{number}.jpg")
         rows.append({"file_name": f"{number}.jpg", "captions": [f"caption {number}", "another"]})
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return tmp_path
 
 
-def test_a_folder_without_parts_holds_every_twentieth_picture_out(folder: Path) -> None:
+def test_a_folder_without_parts_holds_every_twentieth_image_out(folder: Path) -> None:
     data = DataConfig(source="image_folder", path=str(folder))
     train, val = (open_source(data, split, 16) for split in ("train", "val"))
     assert (len(train), len(val)) == (38, 2)
@@ -112,7 +112,7 @@ def test_a_folder_without_parts_holds_every_twentieth_picture_out(folder: Path) 
 
 
 @pytest.mark.parametrize("source", ["image_folder", "parquet", "webdataset"])
-def test_held_out_pictures_lie_in_a_folder_beside_or_at_a_path_of_their_own(source: str, tmp_path: Path) -> None:
+def test_held_out_images_lie_in_a_folder_beside_or_at_a_path_of_their_own(source: str, tmp_path: Path) -> None:
     for split, count in (("train", 3), ("val", 2)):
         write_pairs(tmp_path / split, source, [f"{split} {number}" for number in range(count)])
     beside = DataConfig(source=source, path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
@@ -143,7 +143,7 @@ def test_a_bad_line_is_named(folder: Path) -> None:
         open_source(DataConfig(source="image_folder", path=str(folder)), "train", 16)
 
 
-def test_parquet_reads_pictures_and_captions(folder: Path, tmp_path: Path) -> None:
+def test_parquet_reads_images_and_captions(folder: Path, tmp_path: Path) -> None:
     images = [{"bytes": (folder / f"{i}.jpg").read_bytes(), "path": None} for i in range(40)]
     table = datasets.Dataset.from_dict({"image": images, "caption": [f"c{i}" for i in range(40)]})
     out = tmp_path / "parquet"
@@ -168,4 +168,4 @@ def test_real_photographs_with_five_captions(shared: Path) -> None:
     train, val = (open_source(data, split, 128) for split in ("train", "val"))
     assert len(train) + len(val) == 8091
     assert len(val[0].captions) == 5
-    assert centre_crop(val[0].image, 128).shape == (128, 128, 3)
+    assert center_crop(val[0].image, 128).shape == (128, 128, 3)

@@ -46,12 +46,12 @@ def test_samples_are_read_in_place_and_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({".txt": b"no picture"}, "no picture"),
+        ({".txt": b"no image"}, "no image"),
         ({".png": png(0)}, "no caption"),
         ({".png": png(0), ".txt": b"\xff\xfe"}, "unreadable caption"),
         ({".png": png(0), ".json": b"{"}, "unreadable caption"),
         ({".png": png(0), ".txt": b"x" * 1_000_001}, "caption over 1,000,000 bytes"),
-        ({".png": b"broken", ".txt": b"x"}, "not a picture"),
+        ({".png": b"broken", ".txt": b"x"}, "not an image"),
     ],
 )
 def test_unusable_samples_are_rejected_with_a_reason(files: dict[str, bytes], reason: str, tmp_path: Path) -> None:
@@ -93,16 +93,16 @@ def same_shards(pairs: dict[str, Captioned], suffix: str, tiny: list[str], root:
     (root / "folder").mkdir()
     (root / "tars").mkdir()
     rows = [{"file_name": f"{key}{suffix}", "captions": captions} for key, (_, captions) in pairs.items()]
-    for key, (picture, _) in pairs.items():
-        (root / "folder" / f"{key}{suffix}").write_bytes(picture)
+    for key, (image, _) in pairs.items():
+        (root / "folder" / f"{key}{suffix}").write_bytes(image)
     (root / "folder" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     samples = {
-        key: {suffix: picture, ".json": json.dumps({"captions": captions}).encode()}
-        for key, (picture, captions) in pairs.items()
+        key: {suffix: image, ".json": json.dumps({"captions": captions}).encode()}
+        for key, (image, captions) in pairs.items()
     }
     write_tar(root / "tars" / "00000.tar", dict(list(samples.items())[:35]))
     write_tar(root / "tars" / "00001.tar", dict(list(samples.items())[35:]))
-    table = {"image": [{"bytes": picture, "path": None} for picture, _ in pairs.values()]}
+    table = {"image": [{"bytes": image, "path": None} for image, _ in pairs.values()]}
     table |= {"captions": [captions for _, captions in pairs.values()]}  # type: ignore[misc]
     datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(root / "pairs.parquet")
     kept = [item for item in tiny if "_size=" not in item or "batch" in item]
@@ -122,11 +122,11 @@ def same_shards(pairs: dict[str, Captioned], suffix: str, tiny: list[str], root:
     return shards
 
 
-def test_a_folder_tars_and_parquet_of_the_same_pictures_give_the_same_shards(tiny: list[str], tmp_path: Path) -> None:
-    pairs = {f"{n:04}": (png(n), [f"picture number {n}"]) for n in range(60)}
+def test_a_folder_tars_and_parquet_of_the_same_images_give_the_same_shards(tiny: list[str], tmp_path: Path) -> None:
+    pairs = {f"{n:04}": (png(n), [f"image number {n}"]) for n in range(60)}
     folder = same_shards(pairs, ".png", tiny, tmp_path)[0]
     assert [len(open_split(folder, split)) for split in ("train", "val")] == [57, 3]
-    assert "57 pictures, 57 captions" in (folder / "README.md").read_text()
+    assert "57 images, 57 captions" in (folder / "README.md").read_text()
 
 
 def test_photographs_with_five_captions_give_the_same_shards_from_all_sources(
@@ -147,7 +147,7 @@ def test_a_stream_gives_every_sample_of_every_shard_once(tiny: list[str], tmp_pa
         numbers = range(30 * shard, 30 * shard + 30)
         table: dict[str, list[Any]] = {"image": [{"bytes": png(n), "path": None} for n in numbers]}
         table["image"][4] = {"bytes": b"broken", "path": None}
-        rows = datasets.Dataset.from_dict(table | {"caption": [f"picture {n}" for n in numbers]})
+        rows = datasets.Dataset.from_dict(table | {"caption": [f"image {n}" for n in numbers]})
         rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "pairs" / f"train-{shard}.parquet")
     kept = [item for item in tiny if "_size=" not in item or "batch" in item]
     changes = [

@@ -9,7 +9,7 @@ POSITIONS = 40
 
 
 def write_clip(path: Path, seed: int = 13) -> Path:
-    """Two layers each, pictures of 32 pixels, a vocabulary of single letters.
+    """Two layers each, images of 32 pixels, a vocabulary of single letters.
 
     With this seed cosines are well above 0, where torchmetrics would cut them and all would be equal.
     """
@@ -26,10 +26,10 @@ def write_clip(path: Path, seed: int = 13) -> Path:
         "eos_token_id": vocabulary["<|endoftext|>"],
         "pad_token_id": vocabulary["<|endoftext|>"],
     }
-    picture = {**sizes, "image_size": 32, "patch_size": 8}
+    image = {**sizes, "image_size": 32, "patch_size": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=picture, projection_dim=16))
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=16))
     model.save_pretrained(path)
     resized = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(image_processor=resized, tokenizer=tokenizer).save_pretrained(path)

@@ -76,26 +76,26 @@ def theirs(folder: Path) -> CLIPScore:
 
 
 def test_each_score_is_torchmetrics_own(folder: Path) -> None:
-    pictures_BCHW = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 256, 256), dtype=np.uint8))
+    images_BCHW = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 256, 256), dtype=np.uint8))
     metric = theirs(folder)
     clip = Clip(str(folder))
     scores = []
-    for picture, caption in zip(pictures_BCHW, CAPTIONS, strict=True):
-        scores.append(float(clip(picture[None], [caption])))
-        assert float(metric(picture, caption)) == pytest.approx(max(0.0, scores[-1]), abs=1e-5)
+    for image, caption in zip(images_BCHW, CAPTIONS, strict=True):
+        scores.append(float(clip(image[None], [caption])))
+        assert float(metric(image, caption)) == pytest.approx(max(0.0, scores[-1]), abs=1e-5)
     assert min(scores) > 1
     # In one batch float32 sums otherwise: 1e-5 of the score, which goes to 100.
-    assert float(metric.compute()) == pytest.approx(float(clip(pictures_BCHW, CAPTIONS).mean()), rel=1e-5)
+    assert float(metric.compute()) == pytest.approx(float(clip(images_BCHW, CAPTIONS).mean()), rel=1e-5)
 
 
 def test_a_long_caption_keeps_its_end_mark(folder: Path) -> None:
-    pictures_BCHW = torch.zeros(2, 3, 256, 256, dtype=torch.uint8)
+    images_BCHW = torch.zeros(2, 3, 256, 256, dtype=torch.uint8)
     longest = "1" * (POSITIONS - 2)  # a piece each
-    cut, whole = Clip(str(folder))(pictures_BCHW, [longest + "23", longest]).tolist()
+    cut, whole = Clip(str(folder))(images_BCHW, [longest + "23", longest]).tolist()
     assert cut == pytest.approx(whole, abs=1e-5)
 
 
-def test_the_score_of_an_evaluation_is_torchmetrics_on_its_pictures(
+def test_the_score_of_an_evaluation_is_torchmetrics_on_its_images(
     unbroken: Path, command: list[str], folder: Path
 ) -> None:
     prompts = choose_prompts(read_coco(Path(command[command.index("--coco") + 1])), 10, PROMPT_SEED)
@@ -103,8 +103,8 @@ def test_the_score_of_an_evaluation_is_torchmetrics_on_its_pictures(
     metric = theirs(folder)
     scores = []
     for number, prompt in enumerate(prompts):
-        picture = np.asarray(Image.open(unbroken / "pictures" / f"{number:05d}-{prompt.caption_id}.png"))
-        scores.append(float(metric(torch.from_numpy(picture.copy()).permute(2, 0, 1), prompt.text)))
+        image = np.asarray(Image.open(unbroken / "pictures" / f"{number:05d}-{prompt.caption_id}.png"))
+        scores.append(float(metric(torch.from_numpy(image.copy()).permute(2, 0, 1), prompt.text)))
     assert min(scores) > 0  # so that nothing is cut at zero
     assert found["score"] == pytest.approx(float(metric.compute()), rel=1e-5)
     assert found["se"] == pytest.approx(float(torch.tensor(scores).std() / 10**0.5), abs=1e-4)
@@ -197,4 +197,4 @@ def test_a_model_without_a_tensor_is_refused(folder: Path, tmp_path: Path) -> No
 
 def test_a_dry_run_names_the_model(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--dry-run"]) == 0
-    assert f"CLIP score of the same pictures and captions, by {command[-1]}" in capsys.readouterr().out
+    assert f"CLIP score of the same images and captions, by {command[-1]}" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Pictures as functions of prompt and seed, whatever they are drawn with."""
+"""Images as functions of prompt and seed, whatever they are drawn with."""
 
 import numpy as np
 import torch

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2i_lm.models.contrastive import Neighbours, bag_of_words, contrastive_nll, hubness, nearest_text_tokens
+from t2i_lm.models.contrastive import Neighbors, bag_of_words, contrastive_nll, hubness, nearest_text_tokens
 
 
 def bags(count: int, dim: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def test_a_bag_is_the_normalised_mean_of_its_rows() -> None:
+def test_a_bag_is_the_normalized_mean_of_its_rows() -> None:
     rows_VD = bags(9, 5, 0) * 3
     ids = [[1, 2, 2], [7], [0, 8, 3, 4]]
     bag_BD = bag_of_words(rows_VD, torch.tensor([*chain(*ids)]), torch.tensor([0, 3, 4]))
@@ -74,7 +74,7 @@ def test_nearest_tokens_and_hubness_of_known_rows() -> None:
     assert nearest.cosine_IK[0, 0] > 0.99
     crowd = hubness(nearest, 6)
     assert crowd.distinct_nearest == 2
-    even = hubness(Neighbours(torch.arange(6)[:, None], torch.ones(6, 1)), 6)
+    even = hubness(Neighbors(torch.arange(6)[:, None], torch.ones(6, 1)), 6)
     assert even.skewness == 0
-    assert hubness(Neighbours(torch.zeros(60, 1, dtype=torch.int64), torch.ones(60, 1)), 60).skewness > 5
-    assert hubness(Neighbours(torch.zeros(60, 1, dtype=torch.int64), torch.ones(60, 1)), 60).top10_share == 1
+    assert hubness(Neighbors(torch.zeros(60, 1, dtype=torch.int64), torch.ones(60, 1)), 60).skewness > 5
+    assert hubness(Neighbors(torch.zeros(60, 1, dtype=torch.int64), torch.ones(60, 1)), 60).top10_share == 1

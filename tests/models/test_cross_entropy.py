@@ -1,4 +1,4 @@
-"""The fused loss against the materialised one, in value and gradient, chunked and whole."""
+"""The fused loss against the materialized one, in value and gradient, chunked and whole."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def inputs(targets: int = 50, dim: int = 24, vocabulary: int = 90) -> tuple[Tens
     return x_ND, weight_VD, target_N, torch.rand(targets, generator=generator)
 
 
-def materialised(
+def materialized(
     x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, token_weight_N: Tensor, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     logits_NV = F.linear(x_ND, weight_VD).float()
@@ -39,14 +39,14 @@ def materialised(
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("chunk", [1, 7, 2**21])
-def test_value_and_gradients_equal_the_materialised_loss(
+def test_value_and_gradients_equal_the_materialized_loss(
     linear_cross_entropy: Backend, chunk: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "CPU_LOGITS", 1)
     monkeypatch.setattr(losses, "TARGETS", chunk)
     monkeypatch.setattr(losses, "ROWS", 64)
     x_ND, weight_VD, target_N, token_weight_N = inputs()
-    expected, expected_nll_N = materialised(x_ND, weight_VD, target_N, token_weight_N, z_loss)
+    expected, expected_nll_N = materialized(x_ND, weight_VD, target_N, token_weight_N, z_loss)
     expected_grads = torch.autograd.grad(expected * 3, (x_ND, weight_VD))
     loss = linear_cross_entropy(x_ND, weight_VD, target_N, token_weight_N, z_loss)
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -59,16 +59,16 @@ def test_value_and_gradients_equal_the_materialised_loss(
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4, 1e-2])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_in_bfloat16_the_error_is_the_materialised_losss_own(
+def test_in_bfloat16_the_error_is_the_materialized_losss_own(
     linear_cross_entropy: Backend, weighted: bool, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "CPU_LOGITS", 1)
     monkeypatch.setattr(losses, "TARGETS", 200)  # a chunk, the last one shorter
     x_ND, weight_VD, target_N, token_weight_N = inputs(512, 64, 2000)
     given = x_ND, weight_VD, target_N, token_weight_N if weighted else torch.ones_like(token_weight_N), z_loss
-    exact = torch.autograd.grad(materialised(*given)[0], (x_ND, weight_VD))
+    exact = torch.autograd.grad(materialized(*given)[0], (x_ND, weight_VD))
     with torch.autocast("cpu", torch.bfloat16):
-        theirs = torch.autograd.grad(materialised(*given)[0], (x_ND, weight_VD))
+        theirs = torch.autograd.grad(materialized(*given)[0], (x_ND, weight_VD))
         ours = torch.autograd.grad(linear_cross_entropy(*given).total, (x_ND, weight_VD))
     for reference, fused, true in zip(theirs, ours, exact, strict=True):
         assert (fused - true).norm() <= 1.25 * (reference - true).norm()

@@ -1,4 +1,4 @@
-"""Frozen means bitwise unchanged under weight decay, without gradient and without optimiser state."""
+"""Frozen means bitwise unchanged under weight decay, without gradient and without optimizer state."""
 
 import pytest
 import torch

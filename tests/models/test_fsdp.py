@@ -1,4 +1,4 @@
-"""Frozen groups under FSDP2 on two CPU processes: bitwise unchanged, without gradient and optimiser state."""
+"""Frozen groups under FSDP2 on two CPU processes: bitwise unchanged, without gradient and optimizer state."""
 
 import socket
 from pathlib import Path

@@ -37,7 +37,7 @@ def test_greedy_ids_equal_full_recomputation(positional: str) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pictures_ids_do_not_depend_on_its_batch(dtype: torch.dtype, positional: str, guidance: float) -> None:
+def test_a_images_ids_do_not_depend_on_its_batch(dtype: torch.dtype, positional: str, guidance: float) -> None:
     """At the demo's width, where bfloat16 products of one row are rounded as no others."""
     decoder = tiny(positional, seq_len=64, hidden_dim=256, n_heads=4)
     layout = Layout(expand_vocabulary(decoder, 512, torch.Generator().manual_seed(0)), 20, 60)

@@ -113,7 +113,7 @@ def test_layers_see_only_what_a_wanted_state_depends_on() -> None:
     decoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     wanted_BT = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]).bool()
     ids_BT = torch.arange(15).view(3, 5)
-    x_ND = decoder.wanted_hidden(ids_BT, decoder.wanted(wanted_BT))
+    x_ND = decoder.hidden_at(ids_BT, decoder.wanted(wanted_BT))
     assert seen == [(1, 4 + 0 + 2, 64)]
     assert torch.allclose(x_ND, decoder.hidden(ids_BT)[wanted_BT], atol=1e-6)
 

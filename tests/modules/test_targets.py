@@ -110,7 +110,7 @@ def test_a_batch_whose_targets_were_not_found_would_wait() -> None:
 
 
 @pytest.mark.parametrize("operation", [lambda x: x[x > 0], lambda x: float(x[0]), lambda x: bool(x.sum() > 0)])
-def test_what_waits_is_recognised(operation: Any) -> None:
+def test_what_waits_is_recognized(operation: Any) -> None:
     with NoWaiting(), pytest.raises(AssertionError, match="waits"):
         operation(torch.ones(3))
     with NoWaiting():
@@ -130,7 +130,7 @@ def test_a_mask_and_the_places_that_were_found_before_give_the_same(kind: str, p
     masked = module.decoder(input_BT, target_BT, valid_BT, module.image_rows_only)
     placed = module.decoder(input_BT, target_BT, found.wanted, module.image_rows_only)
     assert torch.equal(masked.nll_N, placed.nll_N)
-    x_ND = module.decoder.wanted_hidden(input_BT, found.wanted)
+    x_ND = module.decoder.hidden_at(input_BT, found.wanted)
     assert torch.allclose(x_ND, module.decoder.hidden(input_BT)[valid_BT], atol=1e-6)
 
 

@@ -16,7 +16,7 @@ EXPERIMENTS |= {f"t2i_{name}": name for name in ("shuffled", "embeddings_only", 
 EXPERIMENTS |= dict.fromkeys(("remedy_replay", "remedy_l2_sp"), "pretrained")
 EXPERIMENTS |= dict.fromkeys(("align", "align_shuffled"), "pretrained")
 # Targets of each modality in a step of 32 sequences of 128 positions, and their loss: a floor, how
-# far above it each initialisation starts, and the steps in which that shrinks by e.
+# far above it each initialization starts, and the steps in which that shrinks by e.
 BATCH, LENGTH = 32, 128
 CURVES: dict[str, tuple[int, float, dict[str, float], float]] = {
     "text": (610, 1.05, {"t2i_pretrained": 3.1, "t2i_scratch": 7.4}, 9.0),

@@ -57,11 +57,11 @@ def texts(figure: Figure) -> str:
 @pytest.mark.parametrize("number", MODALITIES)
 def test_the_files_are_sharp_wide_and_not_blank(number: str, runs: Path, tmp_path: Path) -> None:
     png, pdf = FIGURES[number](Request(runs)).save(tmp_path / "figure")
-    with Image.open(png) as picture:
-        assert picture.width == WIDTH * 300
-        assert picture.height > AXES_HEIGHT * 300
-        assert picture.info["dpi"][0] == pytest.approx(300, abs=0.1)
-        pixels_HW3 = np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(png) as image:
+        assert image.width == WIDTH * 300
+        assert image.height > AXES_HEIGHT * 300
+        assert image.info["dpi"][0] == pytest.approx(300, abs=0.1)
+        pixels_HW3 = np.asarray(image.convert("RGB")).astype(int)
     ink_HW = np.asarray(pixels_HW3.min(axis=-1) < 250)
     assert 0.02 < ink_HW.mean() < 0.5
     assert not ink_HW[:, :4].any() and not ink_HW[:, -4:].any()  # noqa: PT018
@@ -198,7 +198,7 @@ def test_an_unfinished_run_with_a_torn_line_is_drawn_and_labelled(tmp_path: Path
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 145, "samples": 46')
     drawing = FIGURES["4"](Request(tmp_path))
-    assert "random initialisation (unfinished)" in texts(drawing.figure)
+    assert "random initialization (unfinished)" in texts(drawing.figure)
     assert "pre-trained (unfinished)" not in texts(drawing.figure)
     assert "UNFINISHED: random at step 140 of 300." in drawing.caption
     assert "pre-trained: 300 steps and 1.23M tokens" in drawing.caption

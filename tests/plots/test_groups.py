@@ -27,7 +27,7 @@ def test_every_arm_is_drawn_as_logged(runs: Path) -> None:
         assert [float(y) for y in lines[f"Image tokens/{arm}/raw"].get_ydata()] == raw  # type: ignore[union-attr]
         assert [float(y) for y in lines[f"Image tokens/{arm}/ema"].get_ydata()] == averages  # type: ignore[union-attr]
         assert arm in drawing.table
-    assert drawing.figure.axes[0].get_ylabel() == "loss (nats a token)"
+    assert drawing.figure.axes[0].get_ylabel() == "loss (nats/token)"
     assert "NOT RUN" not in drawing.caption
     assert "demo" in drawing.caption
 
@@ -56,7 +56,7 @@ def test_all_figures_are_those_whose_runs_are_there(runs: Path, tmp_path: Path) 
     assert figures(["--runs", str(runs), "--out", str(tmp_path / "out"), "--figure", "3"]) == 2
 
 
-def test_initialisations_are_drawn_beside_both_arms(tmp_path: Path) -> None:
+def test_initializations_are_drawn_beside_both_arms(tmp_path: Path) -> None:
     for name in ("t2i_scratch", "t2i_pretrained", "t2i_shuffled"):
         write_run(tmp_path, name)
     drawing = FIGURES["inits"](Request(tmp_path))
@@ -66,7 +66,7 @@ def test_initialisations_are_drawn_beside_both_arms(tmp_path: Path) -> None:
     assert drawing.table.splitlines()[1].startswith("scratch")
 
 
-def test_a_pair_alone_is_no_figure_of_initialisations(tmp_path: Path) -> None:
+def test_a_pair_alone_is_no_figure_of_initializations(tmp_path: Path) -> None:
     for name in ("t2i_scratch", "t2i_pretrained"):
         write_run(tmp_path, name)
     with pytest.raises(ValueError, match="NAME one of shuffled"):

@@ -40,7 +40,7 @@ def test_points_are_the_logged_numbers(runs: Path) -> None:
         assert (float(line.get_xdata()[0]), float(line.get_ydata()[0])) == (change, image)
     scratch = read_lines(next((runs / "t2i_scratch").iterdir()), "val")[-1]["val"]["image"]["nll"]
     assert set(lines["tradeoff/scratch"].get_ydata()) == {scratch}  # type: ignore[arg-type]
-    assert "random initialisation" in drawing.table
+    assert "random initialization" in drawing.table
     assert "image validation" in drawing.table
 
 
@@ -110,7 +110,7 @@ def test_one_command_trains_what_is_missing_and_draws(
     assert "the text that --text measures on" in capsys.readouterr().err
 
 
-def test_no_pictures_are_drawn_unless_asked_for() -> None:
+def test_no_images_are_drawn_unless_asked_for() -> None:
     plain, asked = (
         remedies.experiments(remedies.parser().parse_intermixed_args(["--text", "x", *more]), BASE)
         for more in ([], ["samples.prompts=64"])

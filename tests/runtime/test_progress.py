@@ -1,41 +1,50 @@
-"""Lines about long work: how many, how fast, how long still."""
+"""Log lines of long work: how many items, how fast, how long still."""
 
 import re
 
 import pytest
 
-from t2i_lm.runtime import progress as telling
-from t2i_lm.runtime.progress import lines, progress
+from t2i_lm.runtime import progress as progress_module
+from t2i_lm.runtime.progress import log_progress, progress
 
 
-def test_lines_come_at_intervals_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("tokenising", 1000) as tell:
-        for _ in range(1000):
-            tell(1)
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert re.fullmatch(r"tokenising: 1 of 1,000 pictures, \S+ a second, \d:\d\d:\d\d left", said[0])
-    assert re.fullmatch(r"tokenising: 1,000 of 1,000 pictures, \S+ a second, 0:00:00 left", said[1])
-
-
-def test_work_that_is_more_than_was_thought_does_not_fill_the_log(capsys: pytest.CaptureFixture[str]) -> None:
-    tell = lines("tokenising", 100, 0, world=4)
-    for _ in range(100):
-        tell(1)
-    assert len(capsys.readouterr().err.splitlines()) == 2
-
-
-def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str]) -> None:
-    for rank in (1, 0):
-        lines("drawing", 8, rank, world=2)(4)
-    assert capsys.readouterr().err.startswith("drawing: 8 of 8 pictures")
-
-
-def test_work_of_unknown_length_says_how_much_is_done(
+def test_lines_come_at_intervals_and_at_the_end_but_not_at_the_first_item(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telling, "TELL_EVERY", 0.0)
-    tell = lines("tokenising", None, unit="documents")
-    tell(2)
-    tell(3)
+    clock = iter(range(0, 4004, 4))  # seconds: an item takes four
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: float(next(clock)))
+    with progress("tokenizing train", 1000) as advance:
+        for _ in range(1000):
+            advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "tokenizing train: 3/1,000 images, 0.25 images/s, ETA 1:06:28"
+    assert lines[-1] == "tokenizing train: 1,000/1,000 images, 0.25 images/s, ETA 0:00:00"
+    assert len(lines) == 334
+
+
+def test_rates_have_no_exponents(capsys: pytest.CaptureFixture[str]) -> None:
+    log_progress("tokenizing", 25_600)(25_600)
+    assert re.fullmatch(r"tokenizing: 25,600/25,600 images, [\d,]+ images/s, ETA 0:00:00\n", capsys.readouterr().err)
+
+
+def test_more_items_than_expected_do_not_fill_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    advance = log_progress("tokenizing", 100, 0, world=4)
+    for _ in range(100):
+        advance(1)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_rank_0_reports_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (1, 0):
+        log_progress("sampling", 8, rank, world=2)(4)
+    assert capsys.readouterr().err.startswith("sampling: 8/8 images")
+
+
+def test_an_unknown_number_of_items_is_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_module, "LOG_EVERY_S", 0.0)
+    advance = log_progress("tokenizing", None, unit="documents")
+    advance(2)
+    advance(3)
     assert "5 documents, " in capsys.readouterr().err.splitlines()[1]

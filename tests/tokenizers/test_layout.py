@@ -50,6 +50,6 @@ def test_a_length_without_room_for_text_is_refused() -> None:
         Layout(VOCAB, image_tokens=4, length=10)
 
 
-def test_pictures_of_another_size_are_refused() -> None:
+def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected \(1, 4\)"):
         LAYOUT.pack([np.array([1])], np.zeros((1, 5), dtype=np.int64))

@@ -34,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / kind
 
 
-def test_ids_are_transformers_own_and_pictures_come_back(folder: Path) -> None:
+def test_ids_are_transformers_own_and_images_come_back(folder: Path) -> None:
     tokenizer = open_image_tokenizer(folder, 32)
     assert isinstance(tokenizer, TransformersVQ)
     assert (tokenizer.vocab_size, tokenizer.grid) == (40, (8, 8))
@@ -42,7 +42,7 @@ def test_ids_are_transformers_own_and_pictures_come_back(folder: Path) -> None:
     sizes = {"image_sizes": [(32, 32)] * 2} if folder.name == "Emu3" else {}
     expected = tokenizer.model.encode(to_unit(images()), **sizes).image_tokens
     assert torch.equal(ids_BN, torch.stack(list(expected)).reshape(2, 64) if sizes else expected.reshape(2, 64))
-    assert torch.equal(ids_BN, torch.cat([tokenizer.encode(picture[None]) for picture in images()]))
+    assert torch.equal(ids_BN, torch.cat([tokenizer.encode(image[None]) for image in images()]))
     if folder.name == "Chameleon":
         assert not tokenizer.decodes
         with pytest.raises(ValueError, match="ChameleonVQVAE of transformers has no decoder"):

@@ -17,33 +17,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def pictures(count: int = 3, size: int = 64) -> torch.Tensor:
+def make_images(count: int = 3, size: int = 64) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 def test_ids_are_a_row_major_grid(folder: Path) -> None:
     tokenizer = VQTokenizer.from_folder(folder, 64)
     assert tokenizer.grid == (8, 8)
-    ids_BN = tokenizer.encode(pictures())
+    ids_BN = tokenizer.encode(make_images())
     assert ids_BN.shape == (3, 64)
     assert ids_BN.dtype == torch.int64
     # A change in the top right corner moves ids of the top right, not of the bottom left.
-    changed = pictures()
+    changed = make_images()
     changed[:, :, :8, -8:] = 255 - changed[:, :, :8, -8:]
     moved = (tokenizer.encode(changed) != ids_BN).view(3, 8, 8).any(dim=0)
     assert moved[:3, 5:].any()
     assert not moved[5:, :3].any()
 
 
-def test_a_batch_equals_its_pictures_one_by_one(folder: Path) -> None:
+def test_a_batch_equals_its_images_one_by_one(folder: Path) -> None:
     tokenizer = VQTokenizer.from_folder(folder, 64)
-    together = tokenizer.encode(pictures())
-    assert torch.equal(together, torch.cat([tokenizer.encode(picture[None]) for picture in pictures()]))
+    together = tokenizer.encode(make_images())
+    assert torch.equal(together, torch.cat([tokenizer.encode(image[None]) for image in make_images()]))
 
 
 def test_decoding_is_of_the_codes_alone(folder: Path) -> None:
     tokenizer = VQTokenizer.from_folder(folder, 64)
-    ids_BN = tokenizer.encode(pictures())
+    ids_BN = tokenizer.encode(make_images())
     again = tokenizer.decode(ids_BN)
     assert again.shape == (3, 3, 64, 64)
     assert again.dtype == torch.uint8
@@ -52,7 +52,7 @@ def test_decoding_is_of_the_codes_alone(folder: Path) -> None:
 
 def test_a_tokenizer_works_at_other_sizes(folder: Path) -> None:
     tokenizer = VQTokenizer.from_folder(folder, 128)
-    assert tokenizer.encode(pictures(size=128)).shape == (3, 256)
+    assert tokenizer.encode(make_images(size=128)).shape == (3, 256)
 
 
 def test_nearest_is_the_euclidean_nearest(folder: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_diffusers_folder_gives_the_same_ids_as_diffusers_own_model(tmp_path: 
     vq.save_pretrained(tmp_path)
     tokenizer = open_image_tokenizer(tmp_path, 32)
     assert tokenizer.grid == (16, 16)
-    images = pictures(2, 32)
+    images = make_images(2, 32)
     ids_BN = tokenizer.encode(images)
     _, _, (_, _, expected) = vq.eval().quantize(vq.encode(to_unit(images)).latents)
     assert torch.equal(ids_BN.flatten(), expected.flatten())

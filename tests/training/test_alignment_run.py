@@ -1,4 +1,4 @@
-"""Contrastive alignment and the initialisations, through the command line."""
+"""Contrastive alignment and the initializations, through the command line."""
 
 import csv
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_two_ranks_gather_their_negatives(aligned: Run, tiny: list[str], tmp_pat
 
 
 def test_a_known_alignment_is_recovered() -> None:
-    """Every image code means one text token; pictures are 24 codes of their caption's tokens, in another order."""
+    """Every image code means one text token; images are 24 codes of their caption's tokens, in another order."""
     tokens, codes, dim, pairs = 256, 256, 32, 1024
     generator = torch.Generator().manual_seed(0)
     meaning_I = torch.randperm(tokens, generator=generator)
@@ -108,7 +108,7 @@ def test_a_known_alignment_is_recovered() -> None:
     assert right.float().mean() > 0.95
 
 
-def test_the_shuffled_control_never_pairs_a_picture_with_its_own_caption(tiny: list[str]) -> None:
+def test_the_shuffled_control_never_pairs_a_image_with_its_own_caption(tiny: list[str]) -> None:
     data = build(load_experiment(experiment("align_shuffled"), "demo", [*tiny, *SMALL])).data
     true = build(load_experiment(experiment("align"), "demo", [*tiny, *SMALL])).data
     for one in (data, true):
@@ -127,7 +127,7 @@ def decoder_of(name: str, *overrides: str) -> dict[str, torch.Tensor]:
     return module.decoder.state_dict()
 
 
-def test_initialisations_take_what_they_say(aligned: Run, tiny: list[str]) -> None:
+def test_initializations_take_what_they_say(aligned: Run, tiny: list[str]) -> None:
     where = [*tiny, f"run.dir={aligned.folder.parents[1]}"]
     arms = {
         name: decoder_of(f"t2i_{name}", *where)

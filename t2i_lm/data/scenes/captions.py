@@ -111,7 +111,7 @@ def describe(scene: Scene, style: str, opposite: bool = False) -> Description:
     unmentioned attributes, which are independent of the rest in the training distribution.
 
     Args:
-        scene: what the picture shows.
+        scene: what the image shows.
         style: seed of every wording.
         opposite: states the opposite of the scene's arrangement, all else equal.
     """

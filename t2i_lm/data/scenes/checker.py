@@ -1,6 +1,6 @@
 """Reads a scene back from pixels: background, and each shape's colour, kind, size and place.
 
-Exact on rendered scenes, tolerant of blur and of an image tokenizer's errors; any picture is accepted, so
+Exact on rendered scenes, tolerant of blur and of an image tokenizer's errors; any image is accepted, so
 that a half-trained model's blobs count as wrong and never as a crash.
 """
 
@@ -25,7 +25,7 @@ Cover = npt.NDArray[np.float64]
 FOREGROUND_DISTANCE = 55.0
 # Smaller regions, in pixels, are artefacts and not shapes.
 MINIMUM_AREA = 30
-# Template matching looks this many pixels around a region's centre.
+# Template matching looks this many pixels around a region's center.
 SHIFTS = (-2, -1, 0, 1, 2)
 # Templates are also compared blurred, by Gaussians of these widths in pixels: an image tokenizer softens corners, and
 # a soft small cross is nearer to a sharp circle than to a sharp cross.
@@ -35,7 +35,7 @@ CHECKS = ("background", "colour", "any_colour", "kind", "size", "relation", "cou
 
 @dataclass(frozen=True)
 class FoundObject:
-    """A shape read from a picture; x and y are its region's bounding-box centre in pixels."""
+    """A shape read from an image; x and y are its region's bounding-box center in pixels."""
 
     colour: str
     kind: str
@@ -46,14 +46,14 @@ class FoundObject:
 
 @dataclass(frozen=True)
 class SceneReading:
-    """What a picture shows, as far as the checker can tell."""
+    """What an image shows, as far as the checker can tell."""
 
     background: str
     objects: tuple[FoundObject, ...]
 
 
 def read_scene(image_HW3: Image) -> SceneReading:
-    """Reads a picture of 64 x 64 pixels.
+    """Reads an image of 64 x 64 pixels.
 
     Raises:
         ValueError: on another shape or dtype.
@@ -75,7 +75,7 @@ def read_scene(image_HW3: Image) -> SceneReading:
 
 
 def check(image_HW3: Image, meaning: dict[str, Any], mentioned: frozenset[str]) -> dict[str, bool | None]:
-    """Whether a picture shows what was asked, per attribute.
+    """Whether an image shows what was asked, per attribute.
 
     `colour` asks for every described colour, `any_colour` for one of them, `kind` for every shape in its colour, `size`
     for every shape in its colour and size; `relation` finds the two shapes by their colours. So a wrong colour is a
@@ -86,7 +86,7 @@ def check(image_HW3: Image, meaning: dict[str, Any], mentioned: frozenset[str]) 
     shapes. `size` asks for the sizes of both shapes of a pair, even where the caption gives one.
 
     Args:
-        image_HW3: picture of 64 x 64 pixels.
+        image_HW3: image of 64 x 64 pixels.
         meaning: `Scene.meaning()` of what was asked.
         mentioned: attributes that the caption asserts; the others are not judged.
 
@@ -167,16 +167,16 @@ def _window(cover: Cover, x: int, y: int) -> Cover:
 @cache
 def _templates() -> tuple[list[tuple[str, str]], Cover, Cover]:
     """Kinds and sizes (n), coverage as rendered (n, window * window), squared norms (n), at every shift and blur."""
-    centre = SIZE // 2
+    center = SIZE // 2
     names, covers = [], []
     for kind, size in product(KINDS, SIZES):
-        scene = Scene("single", "white", (SceneObject("blue", kind, size, centre, centre),), None)
+        scene = Scene("single", "white", (SceneObject("blue", kind, size, center, center),), None)
         pixels = np.asarray(render(scene), dtype=np.float64)
         distance = np.linalg.norm(pixels - pixels[0, 0], axis=-1)
         for blur, dx, dy in product(BLURS, SHIFTS, SHIFTS):
             cover = ndimage.gaussian_filter(distance / distance.max(), blur)
             names.append((kind, size))
-            covers.append(_window(cover, centre + dx, centre + dy).ravel())
+            covers.append(_window(cover, center + dx, center + dy).ravel())
     templates = np.stack(covers)
     return names, templates, np.square(templates).sum(axis=1)
 

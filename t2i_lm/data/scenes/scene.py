@@ -56,7 +56,7 @@ _SUPERSAMPLE = 4
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A shape: colour, kind and size by name; centre in pixels from the top left."""
+    """A shape: colour, kind and size by name; center in pixels from the top left."""
 
     colour: str
     kind: str
@@ -67,7 +67,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `arrangement` is None except in pairs."""
+    """What an image shows. `arrangement` is None except in pairs."""
 
     family: str
     background: str
@@ -140,7 +140,7 @@ def _pairs(rng: random.Random, split: str, count: int) -> list[tuple[str, str]]:
 
 
 def outline(kind: str, x: float, y: float, width: float) -> list[tuple[float, float]]:
-    """Polygon of a kind centred at (x, y); circles and rings have none and are drawn as ellipses."""
+    """Polygon of a kind centered at (x, y); circles and rings have none and are drawn as ellipses."""
     r = width / 2
     if kind == "square":
         r *= 0.92
@@ -159,7 +159,7 @@ def outline(kind: str, x: float, y: float, width: float) -> list[tuple[float, fl
 
 
 def render(scene: Scene, size: int = SIZE) -> Image.Image:
-    """The scene as an anti-aliased RGB picture of `size` x `size` pixels."""
+    """The scene as an anti-aliased RGB image of `size` x `size` pixels."""
     zoom = size * _SUPERSAMPLE / SIZE
     image = Image.new("RGB", (size * _SUPERSAMPLE,) * 2, BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)

@@ -3,7 +3,7 @@
 A folder holds `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. A part is written beside its
 place and then renamed, with its own `part.json`, so a preparation that was killed goes on after the last whole
 part. Pair shards have columns `id`, `image_ids` (fixed-size uint16), `text_ids` (all captions, a list of lists)
-and `meaning` (JSON, scenes only); text shards have `text_ids` (length + 1 ids: neighbours overlap by one, so
+and `meaning` (JSON, scenes only); text shards have `text_ids` (length + 1 ids: neighbors overlap by one, so
 every token is a target once) and `bytes`. Text and image ids are kept apart because their joint vocabulary does
 not fit uint16.
 """
@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.resumable import write_whole
+from t2i_lm.storage.resumable import write_atomic
 
 # Progress is `prepare`'s own.
 datasets.disable_progress_bars()
@@ -99,7 +99,7 @@ def read_part(target: Path) -> dict[str, Any]:
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Writes `index.json`, which marks the folder as complete."""
     index = index | {"data_hash": data_hash(index)}
-    write_whole(folder / "index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_atomic(folder / "index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_card(folder: Path, index: dict[str, Any], origin: str) -> None:
@@ -114,7 +114,7 @@ def write_card(folder: Path, index: dict[str, Any], origin: str) -> None:
             "",
             f"## {split}",
             "",
-            f"{entry['rows']:,} pictures, {captions:,} captions of {mean:.1f} ids on average.",
+            f"{entry['rows']:,} images, {captions:,} captions of {mean:.1f} ids on average.",
         ]
         lines += [f"Left out: {count:,} ({reason})." for reason, count in sorted(entry["rejects"].items())]
         lines += ["", "| caption ids | captions |", "|---|---|"]

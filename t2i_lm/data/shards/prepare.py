@@ -1,4 +1,4 @@
-"""Token shards: tokenise a source once, keep the ids.
+"""Token shards: tokenize a source once, keep the ids.
 
 Work is cut into parts. Every process that needs the shards takes parts that nobody works on, so `torchrun` over
 GPUs or several plain processes share it, and one that was killed loses at most its part.
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, Sample, StreamedSource, centre_crop
+from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, Sample, StreamedSource, center_crop
 from t2i_lm.data.shards.format import (
     pair_features,
     part_folder,
@@ -29,11 +29,11 @@ from t2i_lm.data.shards.format import (
     write_index,
     write_part,
 )
-from t2i_lm.data.shards.tokenize import ENCODE_BATCH, PairRows, stack_pictures, write_text_split
+from t2i_lm.data.shards.tokenize import ENCODE_BATCH, PairRows, stack_images, write_text_split
 from t2i_lm.data.sources import SPLITS, Stream, open_source
 from t2i_lm.data.text import paragraphs, read_documents
 from t2i_lm.runtime.devices import global_rank, world_size
-from t2i_lm.runtime.progress import Told, progress
+from t2i_lm.runtime.progress import Advance, progress
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
 
@@ -41,7 +41,7 @@ from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
 FORMAT = 2
 # Seconds between looks at a part that another process works on.
 PATIENCE = 0.5
-# Share of ids that must not change for pictures to be encoded in bfloat16.
+# Share of ids that must not change for images to be encoded in bfloat16.
 EQUAL_IDS = 0.999
 
 
@@ -74,7 +74,7 @@ def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTok
 
     Raises:
         ValueError: if more than `data.max_reject_share` of a split cannot be used, with the reasons, or if
-            pictures should be encoded in bfloat16 and that changes too many ids.
+            images should be encoded in bfloat16 and that changes too many ids.
     """
     tokenizers = {"text": text.sha256, "image": image.sha256}
     folder = cache_folder(config, tokenizers)
@@ -93,7 +93,7 @@ def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTok
             left = None
             if total is not None and world_size() == 1:
                 left = sum(min(size, total - number * size) for number in _missing(folder, split, len(parts)))
-            with progress(f"tokenising {split} pictures", left, global_rank()) as tell:
+            with progress(f"tokenizing {split} images", left, global_rank()) as tell:
                 _write_parts(parts, folder, split, text, image, tell)
         with _alone(folder):
             if read_index(folder) is None:
@@ -129,7 +129,7 @@ def _write_parts(
     split: str,
     text: TextTokenizer,
     image: ImageTokenizer,
-    tell: Told,
+    tell: Advance,
 ) -> None:
     """Writes the parts that are missing and free, until none is missing."""
     features = pair_features(text.vocab_size, image.grid[0] * image.grid[1])
@@ -231,7 +231,7 @@ def _write_text(config: ExperimentConfig, text: TextTokenizer, folder: Path) -> 
     data = config.data
     index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
     for split, path in (("train", data.path), ("val", data.val_path)):
-        with progress(f"tokenising {split} text", None, unit="documents") as tell:
+        with progress(f"tokenizing {split} text", None, unit="documents") as tell:
             documents = _counted(read_documents(str(path)), tell)
             index["splits"][split] = write_text_split(folder, split, documents, text, data.length)
     write_index(folder, index)
@@ -249,28 +249,28 @@ def _train_text_tokenizer(config: ExperimentConfig) -> Path:
     return path
 
 
-def _counted(items: Iterable[str], tell: Told) -> Iterator[str]:
+def _counted(items: Iterable[str], tell: Advance) -> Iterator[str]:
     for item in items:
         yield item
         tell(1)
 
 
-def equal_ids(config: ExperimentConfig, image: ImageTokenizer, pictures: int = 256) -> tuple[float, int]:
-    """Share of ids that bfloat16 encoding leaves equal to float32's, and of how many, on validation pictures."""
-    parts, _ = cut(open_source(config.data, "val", image.image_size), None, pictures)
+def equal_ids(config: ExperimentConfig, image: ImageTokenizer, images: int = 256) -> tuple[float, int]:
+    """Share of ids that bfloat16 encoding leaves equal to float32's, and of how many, on validation images."""
+    parts, _ = cut(open_source(config.data, "val", image.image_size), None, images)
     readable: list[Any] = []
     for read in parts[0]():
         try:
-            readable.append(centre_crop(read().image, image.image_size))
+            readable.append(center_crop(read().image, image.image_size))
         except RejectedPairError:
             continue
-        if len(readable) == pictures:
+        if len(readable) == images:
             break
     if not readable:
-        raise ValueError(f"data.path={config.data.path}: no readable picture among the first {pictures}")
+        raise ValueError(f"data.path={config.data.path}: no readable image among the first {images}")
     same = total = 0
     for start in range(0, len(readable), ENCODE_BATCH):
-        images_BCHW = stack_pictures(readable[start : start + ENCODE_BATCH])
+        images_BCHW = stack_images(readable[start : start + ENCODE_BATCH])
         agree_BN = image.encode(images_BCHW) == image.encode(images_BCHW, low_precision=True)
         same, total = same + int(agree_BN.sum()), total + agree_BN.numel()
     return same / total, total

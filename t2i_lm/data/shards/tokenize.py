@@ -1,6 +1,6 @@
-"""Rows of token shards: captioned pictures and plain text through their tokenizers.
+"""Rows of token shards: captioned images and plain text through their tokenizers.
 
-Shapes: `B` pictures, `C` = 3 channels, `H`, `W` pixels, `N` image ids.
+Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `N` image ids.
 """
 
 import json
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i_lm.data.pairs import Pair, RejectedPairError, Sample, centre_crop
+from t2i_lm.data.pairs import Pair, RejectedPairError, Sample, center_crop
 from t2i_lm.data.shards.format import part_folder, read_part, text_features, write_part
 from t2i_lm.data.text import paragraphs
-from t2i_lm.runtime.progress import Told
+from t2i_lm.runtime.progress import Advance
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 
-# Pictures encoded at once.
+# Images encoded at once.
 ENCODE_BATCH = 64
 
 
@@ -37,19 +37,19 @@ class PairRows:
     samples: Iterable[Sample]
     text: TextTokenizer
     image: ImageTokenizer
-    tell: Told = lambda more: None
+    tell: Advance = lambda more: None
     rejects: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     caption_tokens: Counter[int] = field(default_factory=Counter)
 
     def __call__(self) -> Iterator[dict[str, Any]]:
-        """One row a usable sample, in order; pictures are encoded `ENCODE_BATCH` at a time."""
+        """One row a usable sample, in order; images are encoded `ENCODE_BATCH` at a time."""
         batch: list[tuple[Pair, np.ndarray[Any, np.dtype[np.uint8]]]] = []
         for read in self.samples:
             self.tell(1)
             try:
                 pair = read()
-                batch.append((pair, centre_crop(pair.image, self.image.image_size)))
+                batch.append((pair, center_crop(pair.image, self.image.image_size)))
             except RejectedPairError as reject:
                 self.rejects[reject.reason] += 1
                 self.examples.setdefault(reject.reason, str(reject))
@@ -65,7 +65,7 @@ class PairRows:
         return {"rejects": dict(self.rejects), "examples": self.examples, "caption_tokens": lengths}
 
     def _encode(self, batch: list[tuple[Pair, Any]]) -> Iterator[dict[str, Any]]:
-        ids_BN = self.image.encode(stack_pictures([picture for _, picture in batch])).cpu().numpy()
+        ids_BN = self.image.encode(stack_images([image for _, image in batch])).cpu().numpy()
         for (pair, _), ids_N in zip(batch, ids_BN, strict=True):
             text_ids = self.text.encode_batch(pair.captions)
             self.caption_tokens.update(len(ids) for ids in text_ids)
@@ -73,15 +73,15 @@ class PairRows:
             yield {"id": pair.id, "image_ids": ids_N.astype(np.uint16), "text_ids": text_ids, "meaning": meaning}
 
 
-def stack_pictures(pictures: list[Any]) -> Tensor:
+def stack_images(images: list[Any]) -> Tensor:
     """uint8 (B, C, H, W) of B arrays (H, W, C)."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Iterator[dict[str, Any]]:
     """Rows of `length` + 1 ids over a stream of documents; `bytes` is the UTF-8 size of the row's targets.
 
-    A document is tokenised paragraph by paragraph, each followed by a blank line, and ends with `</s>`.
+    A document is tokenized paragraph by paragraph, each followed by a blank line, and ends with `</s>`.
     The last, incomplete row of the stream is dropped.
     """
     ids: list[int] = []

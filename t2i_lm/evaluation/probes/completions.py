@@ -1,6 +1,6 @@
 """Greedy completions of fixed prompts (Table 1), with image and boundary rows masked and unmasked.
 
-Unmasked alone would not tell a model that has forgotten a fact from one that answers with a picture (its image rows
+Unmasked alone would not tell a model that has forgotten a fact from one that answers with an image (its image rows
 win); masked alone would hide the latter.
 """
 

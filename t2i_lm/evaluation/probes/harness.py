@@ -25,11 +25,11 @@ from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.text import MAX_CHARACTERS
 
 # Sequences between two steps of the progress bar, and ids of an answer where the task names no number.
-TELL_EVERY, ANSWER = 512, 256
+LOG_EVERY_S, ANSWER = 512, 256
 
 
 class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
-    """Likelihoods over the text rows alone, renormalised, or over all rows; answers are greedy.
+    """Likelihoods over the text rows alone, renormalized, or over all rows; answers are greedy.
 
     Likelihood of a continuation is counted from the first id in which context and context + continuation differ.
     """
@@ -107,8 +107,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
         order = sorted(range(len(options)), key=lambda number: -len(options[number][0]))
         scored: dict[int, tuple[Tensor, Tensor]] = {}
         with tqdm(total=len(order), desc="likelihoods", disable=quiet) as bar:
-            for start in range(0, len(order), TELL_EVERY):
-                members = order[start : start + TELL_EVERY]
+            for start in range(0, len(order), LOG_EVERY_S):
+                members = order[start : start + LOG_EVERY_S]
                 found = score_continuations(self._decoder, [options[member] for member in members])
                 for member, score in zip(members, found, strict=True):
                     all_rows = (score.all_rows_N, score.best_of_all_N)

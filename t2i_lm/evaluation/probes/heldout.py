@@ -15,7 +15,7 @@ from t2i_lm.tokenizers.base import TextTokenizer
 
 
 def heldout_rows(path: str, text: TextTokenizer, rows: int, length: int) -> tuple[Tensor, int]:
-    """Evenly spaced rows of a text, cut as pre-training on text cuts its own (`data/tokenise.py`).
+    """Evenly spaced rows of a text, cut as pre-training on text cuts its own (`data/tokenize.py`).
 
     Args:
         path: a file or folder of documents, or a hub name (`data/text.py`).
@@ -41,7 +41,7 @@ def heldout_rows(path: str, text: TextTokenizer, rows: int, length: int) -> tupl
 
 
 def text_losses(decoder: Backbone, ids_RT: Tensor) -> dict[str, list[float]]:
-    """Mean nll of each row's targets, nats a token: `all_rows`, and `text_rows` renormalised to the text rows.
+    """Mean nll of each row's targets, nats/token: `all_rows`, and `text_rows` renormalized to the text rows.
 
     Rows are equally long, so the mean of these is the loss of all targets; and they are what may be taken for
     independent, which the targets of one row are not.

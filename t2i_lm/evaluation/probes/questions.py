@@ -161,7 +161,7 @@ def answer(decoder: "Backbone", text: "TextTokenizer", task: Task, limit: int) -
         limit: positions of the model.
 
     Returns:
-        `text_rows` and `all_rows`: by likelihood renormalised to the text rows, and over all rows. Of choices also
+        `text_rows` and `all_rows`: by likelihood renormalized to the text rows, and over all rows. Of choices also
         `..._norm`: by likelihood a character of the choice (lm-evaluation-harness' `acc_norm`). Of a cloze also
         `..._nll`: nats of the whole continuation.
     """

@@ -1,6 +1,6 @@
 """How well a model predicts given text ids: over all rows of its vocabulary, and over its text rows alone.
 
-After training on pictures a model may lose on text because its image and boundary rows take probability there, or
+After training on images a model may lose on text because its image and boundary rows take probability there, or
 because it no longer knows the text: the two numbers tell these apart, and one pass gives both.
 
 Shapes: `B` sequences, `T` positions, `N` targets, `D` width, `V` vocabulary; `C` targets of one chunk.
@@ -25,7 +25,7 @@ class TargetScores(NamedTuple):
 
     Attributes:
         all_rows_N: negative log-likelihood under the softmax over the whole vocabulary, nats, float64.
-        text_rows_N: the same, renormalised to the text rows; never larger.
+        text_rows_N: the same, renormalized to the text rows; never larger.
         best_of_all_N: whether the target is the likeliest id.
         best_of_text_N: whether it is the likeliest text id.
     """

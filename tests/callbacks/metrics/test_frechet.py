@@ -42,7 +42,7 @@ def test_the_distance_is_scipys() -> None:
     assert ours == pytest.approx(by_root(fake_ND, real_ND), rel=1e-10)
 
 
-def test_fewer_pictures_than_features_give_the_distance_in_their_span() -> None:
+def test_fewer_images_than_features_give_the_distance_in_their_span() -> None:
     """Singular covariances: features of 16 dimensions turned into 64 by an isometry keep their distance."""
     fake_ND, real_ND = features(15, 16, 1), features(12, 16, 2)
     draw = torch.Generator().manual_seed(0)
@@ -69,11 +69,11 @@ def test_the_sums_are_torchmetrics() -> None:
     ours.reset()
     ours.update(fake_ND[:1], real=False)
     ours.update(real_ND, real=True)
-    with pytest.raises(ValueError, match="1 fake pictures"):
+    with pytest.raises(ValueError, match="1 fake images"):
         ours.compute()
 
 
-@pytest.mark.parametrize("count", [40, 90])  # fewer pictures than a subset has, and more
+@pytest.mark.parametrize("count", [40, 90])  # fewer images than a subset has, and more
 def test_the_kernel_distance_is_torch_fidelitys(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callbacks.metrics.frechet, "KID_SUBSET_SIZE", 60)
     fake_ND, real_ND = features(count, 16, 1), features(count + 100, 16, 2)

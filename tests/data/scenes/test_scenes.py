@@ -38,9 +38,9 @@ def asked_of(scene: Scene) -> frozenset[str]:
     return EVERYTHING if scene.family == "pair" else EVERYTHING - {"relation"}
 
 
-def wrong_in(picture: Scene, asked: Scene, mentioned: frozenset[str] | None = None) -> set[str]:
-    """What a picture of one scene is judged to have wrong where another was asked for."""
-    found = check(np.asarray(render(picture)), asked.meaning(), mentioned or asked_of(asked))
+def wrong_in(image: Scene, asked: Scene, mentioned: frozenset[str] | None = None) -> set[str]:
+    """What an image of one scene is judged to have wrong where another was asked for."""
+    found = check(np.asarray(render(image)), asked.meaning(), mentioned or asked_of(asked))
     return {name for name, right in found.items() if right is False}
 
 
@@ -77,7 +77,7 @@ def test_each_colour_and_kind_keeps_most_partners() -> None:
     assert {colour for colour, _ in HELD_OUT} <= set(COLOURS)
 
 
-def test_objects_neither_touch_nor_leave_the_picture() -> None:
+def test_objects_neither_touch_nor_leave_the_image() -> None:
     for index in range(500):
         scene = draw_scene(0, "train", index)
         assert len(read_scene(np.asarray(render(scene))).objects) == len(scene.objects), scene
@@ -89,7 +89,7 @@ def test_the_checker_is_exact_on_rendered_scenes() -> None:
         assert check(np.asarray(render(scene)), scene.meaning(), asked_of(scene))["exact"], scene
 
 
-def test_the_checker_sees_a_wrong_picture() -> None:
+def test_the_checker_sees_a_wrong_image() -> None:
     right = wrong = 0
     for index in range(200):
         scene, other = draw_scene(0, "train", index), draw_scene(0, "train", index + 1000)
@@ -139,12 +139,12 @@ def test_a_scene_altered_in_one_attribute_is_wrong_in_that_and_in_what_depends_o
     seen: Counter[str] = Counter()
     for index in range(100):
         scene = draw_scene(2, "val" if index % 2 else "train", index)
-        for attribute, picture, wrong in alterations(scene):
+        for attribute, image, wrong in alterations(scene):
             seen[attribute] += 1
-            assert wrong_in(picture, scene) == wrong | {"all", "exact"}, (attribute, scene)
+            assert wrong_in(image, scene) == wrong | {"all", "exact"}, (attribute, scene)
             if attribute not in ("colour", "kind"):  # without them nothing is described
                 left = {"exact"} if attribute == "count" else set()
-                assert wrong_in(picture, scene, asked_of(scene) - {attribute}) == left, (attribute, scene)
+                assert wrong_in(image, scene, asked_of(scene) - {attribute}) == left, (attribute, scene)
     assert set(seen) == set(ATTRIBUTES)
     assert min(seen.values()) > 15
 
@@ -200,13 +200,13 @@ def test_the_checker_survives_blur_and_noise() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 64))
-def test_any_picture_can_be_read(seed: int, blocks: int) -> None:
+def test_any_image_can_be_read(seed: int, blocks: int) -> None:
     coarse = np.random.default_rng(seed).integers(0, 256, (blocks, blocks, 3), dtype=np.uint8)
-    picture = np.asarray(Image.fromarray(coarse).resize((64, 64), Image.Resampling.NEAREST))
-    check(picture, draw_scene(0, "train", seed).meaning(), EVERYTHING - {"relation"})
+    image = np.asarray(Image.fromarray(coarse).resize((64, 64), Image.Resampling.NEAREST))
+    check(image, draw_scene(0, "train", seed).meaning(), EVERYTHING - {"relation"})
 
 
-def test_another_picture_size_is_refused() -> None:
+def test_another_image_size_is_refused() -> None:
     with pytest.raises(ValueError, match="64"):
         read_scene(np.zeros((32, 32, 3), dtype=np.uint8))
 
