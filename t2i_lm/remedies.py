@@ -8,7 +8,7 @@ from pathlib import Path
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
-from t2i_lm.runtime.command_line import FAILURES, NO_IMAGES, add_jobs, add_scale
+from t2i_lm.runtime.command_line import FAILURES, NO_SAMPLES, add_jobs, add_scale
 from t2i_lm.training.jobs import Job, run_jobs, unfinished
 
 EXAMPLE = """example:
@@ -56,7 +56,7 @@ def experiments(options: argparse.Namespace, base: Path = BASE) -> list[Experime
         if name not in files:
             raise ValueError(f"--only {name}: expected one of {', '.join(files)}")
     chosen = [base, *(file for name, file in files.items() if not options.only or name in options.only)]
-    overrides = [*NO_IMAGES, f"forgetting.text={options.text}"]
+    overrides = [*NO_SAMPLES, f"forgetting.text={options.text}"]
     overrides += [f"forgetting.tasks={options.tasks}"] if options.tasks else []
     overrides += [f"data.replay_path={options.replay}"] if options.replay else []
     # As often as the run is validated, unless it says otherwise.

@@ -1,22 +1,43 @@
-"""Options that several commands have."""
+"""What all commands share: their parser, common options, and errors of one line."""
 
 import argparse
+import sys
+from collections.abc import Callable
 
 from t2i_lm.config.load import SCALES
 
-# What a run says in one line; anything else is a fault of this suite and keeps its traceback.
+# Errors that end a command with one line; any other is a fault of this suite and keeps its traceback.
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
-# Of commands that compare losses: no images, unless asked for after these.
-NO_IMAGES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.interval=null")
+# Overrides of commands that compare losses: no samples are drawn, unless a later override asks for them.
+NO_SAMPLES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.interval=null")
 
 
-def add_scale(arguments: argparse.ArgumentParser) -> None:
-    """`--scale`: how big."""
-    arguments.add_argument(
+def command_parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
+    """The parser of `python -m t2i_lm.COMMAND`, whose help ends with an example."""
+    return argparse.ArgumentParser(
+        prog=f"python -m t2i_lm.{command}",
+        description=description,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def exit_code(body: Callable[[], int]) -> int:
+    """Runs a command's body and returns its exit code: 2 after printing one line for any of `FAILURES`."""
+    try:
+        return body()
+    except FAILURES as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_scale(parser: argparse.ArgumentParser) -> None:
+    """Adds `--scale`."""
+    parser.add_argument(
         "--scale", default="demo", help=f"overlay in scale/: {', '.join(SCALES)} (default: %(default)s)"
     )
 
 
-def add_jobs(arguments: argparse.ArgumentParser) -> None:
-    """`--jobs`: how many runs at once."""
-    arguments.add_argument("--jobs", type=int, default=1, help="runs made at once (default: %(default)s)")
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """Adds `--jobs`."""
+    parser.add_argument("--jobs", type=int, default=1, help="runs trained at once (default: %(default)s)")
