@@ -101,6 +101,7 @@ def choose_prompts(coco: Coco, count: int, seed: int) -> list[Prompt]:
 
 
 def _order(seed: int, kind: str, number: int) -> bytes:
+    # `kind` is "picture" or "caption": part of the hash, and so of the protocol.
     return hashlib.sha256(f"{seed}/{kind}/{number}".encode()).digest()
 
 

@@ -95,8 +95,8 @@ class Table:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Pair:
-        place = self.indices[index]
-        return self.columns.pair(self.rows[place], f"row {place}")
+        row = self.indices[index]
+        return self.columns.pair(self.rows[row], f"row {row}")
 
 
 class Stream:
@@ -117,18 +117,23 @@ class Stream:
 
     def shard(self, number: int) -> Iterator[Sample]:
         """The samples of one shard, in order."""
-        for place, row in enumerate(self.rows.shard(num_shards=self.shards, index=number)):
-            if self.keep(place):
-                yield partial(self.columns.pair, row, f"shard {number} row {place}")
+        for position, row in enumerate(self.rows.shard(num_shards=self.shards, index=number)):
+            if self.keep(position):
+                yield partial(self.columns.pair, row, f"shard {number} row {position}")
 
 
-def held_out(size: int, split: str) -> list[int]:
-    """Indices of a split of a source without a validation split: every 20th sample is validation."""
-    return [index for index in range(size) if (index % HELD_OUT_EVERY == 0) == (split == "val")]
+def in_split(position: int, split: str) -> bool:
+    """Whether a sample of a source without a validation split belongs to `split`."""
+    return (position % HELD_OUT_EVERY == 0) == (split == "val")
+
+
+def split_indices(size: int, split: str) -> list[int]:
+    """Indices of a split's samples in a source without a validation split."""
+    return [index for index in range(size) if in_split(index, split)]
 
 
 @dataclass(frozen=True)
-class Place:
+class SplitPath:
     """Location of a split.
 
     Attributes:
@@ -142,7 +147,7 @@ class Place:
     split: str | None
 
     @classmethod
-    def of(cls, data: DataConfig, split: str, files: str) -> "Place":
+    def from_config(cls, data: DataConfig, split: str, files: str) -> "SplitPath":
         """`data.path` and `data.val_path`; or PATH/train and PATH/val; or PATH with every 20th sample held out.
 
         PATH/train and PATH/val count if both have files of the pattern `files`.
@@ -156,19 +161,19 @@ class Place:
             return cls(root / split, "data.path", None)
         return cls(root, "data.path", split)
 
-    def own(self, size: int) -> Sequence[int]:
+    def indices(self, size: int) -> Sequence[int]:
         """Indices of the split's samples among all `size` at `path`."""
-        return range(size) if self.split is None else held_out(size, self.split)
+        return range(size) if self.split is None else split_indices(size, self.split)
 
 
 def image_folder(data: DataConfig, split: str, size: int) -> CaptionedSource:
     """A folder of images with `metadata.jsonl`."""
-    place = Place.of(data, split, METADATA)
-    table = place.path / METADATA
+    location = SplitPath.from_config(data, split, METADATA)
+    table = location.path / METADATA
     if not table.is_file():
         beside = "" if data.val_path else " or in its folders train and val"
         raise ValueError(
-            f"{place.key}={place.path}: no {METADATA} in {place.path}{beside}; each line is "
+            f"{location.key}={location.path}: no {METADATA} in {location.path}{beside}; each line is "
             '{"file_name": "x.jpg", "captions": ["a caption"]}'
         )
     rows = []
@@ -179,32 +184,34 @@ def image_folder(data: DataConfig, split: str, size: int) -> CaptionedSource:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{table} line {number}: no JSON object with file_name ({error})") from error
         rows.append(row)
-    return ImageFolder(place.path, [rows[index] for index in place.own(len(rows))])
+    return ImageFolder(location.path, [rows[index] for index in location.indices(len(rows))])
 
 
 def parquet(data: DataConfig, split: str, size: int) -> CaptionedSource:
     """Parquet files (one, or a folder of them) with an image and a caption column."""
     import datasets
 
-    place = Place.of(data, split, "*.parquet")
-    files = [place.path] if place.path.is_file() else sorted(place.path.glob("*.parquet"))
+    location = SplitPath.from_config(data, split, "*.parquet")
+    files = [location.path] if location.path.is_file() else sorted(location.path.glob("*.parquet"))
     if not files:
-        raise ValueError(f"{place.key}={place.path}: no Parquet file there")
+        raise ValueError(f"{location.key}={location.path}: no Parquet file there")
     cache = str(Path(data.cache_dir) / "parquet")
     try:
         rows = datasets.load_dataset(
             "parquet", data_files=[str(file) for file in files], split="train", cache_dir=cache
         )
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:
-        raise ValueError(f"{place.key}={place.path} cannot be read as Parquet: {error.__cause__ or error}") from error
-    return Table(rows, str(place.path), place.own(len(rows)))
+        raise ValueError(
+            f"{location.key}={location.path} cannot be read as Parquet: {error.__cause__ or error}"
+        ) from error
+    return Table(rows, str(location.path), location.indices(len(rows)))
 
 
 def webdataset(data: DataConfig, split: str, size: int) -> CaptionedSource:
     """Tar files (one, or a folder of them) in the format of img2dataset."""
-    place = Place.of(data, split, "*.tar")
-    tars = open_tars(place.path, place.key)
-    return TarFolder([tars.samples[index] for index in place.own(len(tars))])
+    location = SplitPath.from_config(data, split, "*.tar")
+    tars = open_tars(location.path, location.key)
+    return TarFolder([tars.samples[index] for index in location.indices(len(tars))])
 
 
 def hub(data: DataConfig, split: str, size: int) -> CaptionedSource:
@@ -213,7 +220,7 @@ def hub(data: DataConfig, split: str, size: int) -> CaptionedSource:
     if "validation" in parts:
         rows = parts["train" if split == "train" else "validation"]
         return Table(rows, str(data.path), range(len(rows)))
-    return Table(parts["train"], str(data.path), held_out(len(parts["train"]), split))
+    return Table(parts["train"], str(data.path), split_indices(len(parts["train"]), split))
 
 
 def hub_stream(data: DataConfig, split: str, size: int) -> StreamedSource:
@@ -223,8 +230,8 @@ def hub_stream(data: DataConfig, split: str, size: int) -> StreamedSource:
         raise ValueError(f"data.{split}_size={limit}: expected null, since a stream is read to its end")
     parts = _load_dataset(data, streaming=True)
     if "validation" in parts:
-        return Stream(parts["train" if split == "train" else "validation"], str(data.path), lambda place: True)
-    return Stream(parts["train"], str(data.path), lambda place: (place % HELD_OUT_EVERY == 0) == (split == "val"))
+        return Stream(parts["train" if split == "train" else "validation"], str(data.path), lambda position: True)
+    return Stream(parts["train"], str(data.path), partial(in_split, split=split))
 
 
 def _load_dataset(data: DataConfig, streaming: bool) -> Any:

@@ -79,13 +79,13 @@ class ImageTokenizerModule(OptimizedModule):
 
     @torch.no_grad()
     def _seed_codebook(self) -> None:
-        centres = torch.empty_like(self.model.codebook)
+        centers = torch.empty_like(self.model.codebook)
         if self.global_rank == 0:
-            found, _ = kmeans2(
-                self.recent.cpu().double().numpy(), len(centres), minit="++", rng=self.config.seed, missing="warn"
+            means, _ = kmeans2(
+                self.recent.cpu().double().numpy(), len(centers), minit="++", rng=self.config.seed, missing="warn"
             )
-            centres.copy_(torch.from_numpy(found))
-        self.model.codebook.copy_(_from_rank_zero(centres))
+            centers.copy_(torch.from_numpy(means))
+        self.model.codebook.copy_(_from_rank_zero(centers))
 
     @torch.no_grad()
     def _restart_unused(self) -> None:

@@ -36,7 +36,7 @@ CHECKS = ("background", "colour", "any_colour", "kind", "size", "relation", "cou
 
 
 @dataclass(frozen=True)
-class FoundObject:
+class DetectedShape:
     """A shape read from an image; (x, y) is the center of its bounding box in pixels."""
 
     colour: str
@@ -51,7 +51,7 @@ class SceneReading:
     """Background and shapes read from an image."""
 
     background: str
-    objects: tuple[FoundObject, ...]
+    objects: tuple[DetectedShape, ...]
 
 
 def read_scene(image_HW3: Image) -> SceneReading:
@@ -134,13 +134,13 @@ def share_error(share: float, of: int) -> float:
 
 def _relation_holds(reading: SceneReading, meaning: dict[str, Any]) -> bool:
     first, second = (
-        [found for found in reading.objects if found.colour == item["colour"]] for item in meaning["objects"]
+        [shape for shape in reading.objects if shape.colour == item["colour"]] for item in meaning["objects"]
     )
     axis = "x" if meaning["arrangement"] == "left" else "y"
     return any(getattr(a, axis) + MINIMUM_OFFSET < getattr(b, axis) for a in first for b in second)
 
 
-def _read_object(pixels: npt.NDArray[np.float64], distance: npt.NDArray[np.float64], mask: Mask) -> FoundObject:
+def _read_object(pixels: npt.NDArray[np.float64], distance: npt.NDArray[np.float64], mask: Mask) -> DetectedShape:
     # Coverage of each pixel: distance from the background color, relative to the shape's own.
     peak = np.percentile(distance[mask], 90)
     near = ndimage.binary_dilation(mask, iterations=2)
@@ -151,7 +151,7 @@ def _read_object(pixels: npt.NDArray[np.float64], distance: npt.NDArray[np.float
     window = _window(cover, round(x), round(y))
     names, templates, norms = _templates()
     kind, size = names[int((norms - 2 * templates @ window.ravel()).argmin())]  # least squares
-    return FoundObject(colour, kind, size, float(x), float(y))
+    return DetectedShape(colour, kind, size, float(x), float(y))
 
 
 _HALF = 20  # half a window's width, in pixels
