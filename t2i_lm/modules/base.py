@@ -1,4 +1,4 @@
-"""Training steps of the language-modelling tasks: split loss, exact token mean, optimizer.
+"""Training steps of the language-modeling tasks: split loss, exact token mean, optimizer.
 
 Where the split loss is computed:
 

@@ -1,4 +1,4 @@
-"""L2-SP: weight decay towards the initial weights (Li et al., 2018), decoupled as in AdamW."""
+"""L2-SP: weight decay toward the initial weights (Li et al., 2018), decoupled as in AdamW."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from t2i_lm.models.token_rows import is_new_row
 
 
 class Anchor(nn.Module):
-    """Decay of a model's trainable pre-trained weights towards their initial values.
+    """Decay of a model's trainable pre-trained weights toward their initial values.
 
     Before each update p <- p - lr strength (p - p0): with AdamW, weight decay on p - p0. New rows (boundary and image)
     have no pre-trained value and keep the ordinary decay; the anchored weights have none (`optim.decay_groups`).

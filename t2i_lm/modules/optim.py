@@ -18,7 +18,7 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig)
     """Parameter groups of the trainable parameters.
 
     open_lm decays everything (`decay: all`, the default); `matrices` exempts one-dimensional tensors. With `l2_sp`
-    pre-trained weights decay towards their initial values (`modules/l2_sp.py`) instead of zero.
+    pre-trained weights decay toward their initial values (`modules/l2_sp.py`) instead of zero.
     """
     trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
 

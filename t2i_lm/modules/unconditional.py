@@ -1,4 +1,4 @@
-"""Unconditional image modelling: the value of pre-trained weights for image tokens alone (Section 3.1, Figure 5)."""
+"""Unconditional image modeling: the value of pre-trained weights for image tokens alone (Section 3.1, Figure 5)."""
 
 from torch import Tensor
 
