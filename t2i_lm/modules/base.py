@@ -86,12 +86,12 @@ class Targets(NamedTuple):
     """The N counted targets of a batch, computed on the host, so that a step never waits for the device.
 
     Attributes:
-        index: their positions among all (B, T) targets.
+        indices: their positions among all (B, T) targets.
         class_N: their classes.
         text: the text targets among them (`modules.distillation.TextTargets`); None without distillation.
     """
 
-    index: TargetIndex
+    indices: TargetIndex
     class_N: Tensor
     text: Any = None
 
@@ -147,8 +147,8 @@ class DecoderModule(OptimizedModule):
     def find_targets(self, ids_BT: Tensor) -> Targets:
         """The counted targets of a batch. Synchronizes with the GPU if `ids_BT` is on one."""
         class_BT, valid_BT = self.classify(ids_BT[:, 1:])
-        index = self.decoder.wanted(valid_BT)
-        return Targets(index, index.of(class_BT))
+        indices = self.decoder.wanted(valid_BT)
+        return Targets(indices, indices.of(class_BT))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Adds `targets` to the batch while its ids are on the host; pinned, so that the copy is asynchronous."""
@@ -171,7 +171,7 @@ class DecoderModule(OptimizedModule):
 
     def token_loss(self, input_BT: Tensor, target_BT: Tensor, targets: Targets, weight_N: Tensor | None) -> TokenLoss:
         """Loss of the N counted targets, weighted in `total` (None: 1); subclasses may add terms to `total`."""
-        loss: TokenLoss = self.decoder(input_BT, target_BT, targets.index, self.image_rows_only, weight_N)
+        loss: TokenLoss = self.decoder(input_BT, target_BT, targets.indices, self.image_rows_only, weight_N)
         return loss
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
