@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from t2i_lm.figures import main
+from t2i_lm.figures import NAMES, main
+from t2i_lm.plots.catalogue import FIGURES
 from tests.plots.synthetic_runs import read_lines, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,10 @@ def test_drawing_imports_no_torch(runs: Path, tmp_path: Path) -> None:
     arguments = ["--runs", str(runs), "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, timeout=120)
     assert done.returncode == 0
+
+
+def test_every_figure_of_the_catalogue_is_an_option() -> None:
+    assert tuple(FIGURES) == NAMES
 
 
 def test_help_is_quick_shows_an_example_and_loads_no_matplotlib() -> None:

@@ -112,7 +112,7 @@ def test_of_seeds_alone_none_is_the_best_and_means_are_paired(tmp_path: Path) ->
     assert "best" not in table
     pretrained, scratch = ([run.nll("image") for run in found if run.arm == arm] for arm in ("pretrained", "scratch"))
     gaps = [theirs - ours for ours, theirs in zip(pretrained, scratch, strict=True)]
-    stated = f"mean {fmean(gaps):+.4f} nats, standard deviation {stdev(gaps):.4f} (3 seeds)"
+    stated = f"mean {fmean(gaps):+.4f} nats/token, standard deviation {stdev(gaps):.4f} (3 seeds)"
     assert f"scratch - pretrained, at equal seeds: {stated}" in table
     caption = sweep_caption("seed", found)
     assert "best" not in caption

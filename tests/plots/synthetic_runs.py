@@ -55,7 +55,7 @@ def write_run(
         *parents, leaf = key.split(".")
         tree = settings
         for parent in parents:
-            tree = tree[parent]
+            tree = tree.setdefault(parent, {})
         tree[leaf] = value
     folder = root / name / f"{stamp}-{settings['scale']}"
     folder.mkdir(parents=True)

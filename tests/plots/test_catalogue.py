@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from t2i_lm.figures import FIGURES, Drawing, Request
 from t2i_lm.plots.captions import compact
+from t2i_lm.plots.catalogue import FIGURES, RenderedFigure, Request
 from t2i_lm.plots.panels import AXES_HEIGHT, WIDTH
 from tests.plots.synthetic_runs import read_lines, write_run
 
@@ -284,7 +284,7 @@ def test_arms_of_unequal_batch_have_no_step_axis(tmp_path: Path) -> None:
 
 
 def test_the_same_runs_give_the_same_bytes(runs: Path, tmp_path: Path) -> None:
-    def files(drawing: Drawing, stem: str) -> list[bytes]:
+    def files(drawing: RenderedFigure, stem: str) -> list[bytes]:
         return [path.read_bytes() for path in drawing.save(tmp_path / stem)]
 
     assert files(FIGURES["4"](Request(runs)), "a") == files(FIGURES["4"](Request(runs)), "b")

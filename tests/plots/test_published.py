@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from t2i_lm.evaluation.protocol_card import CANONICAL, HASHES, Card
-from t2i_lm.figures import FIGURES, Request
 from t2i_lm.figures import main as figures
+from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.published import own_systems, published_systems, systems_caption
 
 
@@ -24,8 +24,8 @@ def test_a_number_that_is_not_its_authors_own_is_so_called_in_table_and_caption(
     others = [system for system in published_systems() if system.stated_by == "others"]
     assert [system.name for system in others] == ["DALL-E"]
     assert "Figure 9" in others[0].note
-    assert "(DALL-E's as others read it off a plot of theirs)" in systems_caption(published_systems())
-    assert "as others read" not in systems_caption([s for s in published_systems() if s.stated_by == "authors"])
+    assert "(DALL-E's is what others read off its authors' plot)" in systems_caption(published_systems())
+    assert "others read off" not in systems_caption([s for s in published_systems() if s.stated_by == "authors"])
 
 
 def evaluated(runs: Path, fid: float, **card: Any) -> None:
@@ -57,7 +57,7 @@ def test_only_comparable_evaluations_look_like_published_ones(tmp_path: Path) ->
     assert {names[21.5], names[33.25]} <= labels
     assert names[0.5] not in labels  # distances of 64 features are on another scale
     assert "Hollow markers are no COCO FID-30k and not comparable" in drawing.caption
-    assert "1 of ours not drawn: of other than 2,048 features" in drawing.caption
+    assert "Not drawn: 1 of ours, whose features are not 2,048 wide." in drawing.caption
     (row,) = (line for line in drawing.table.splitlines() if "0.50" in line)
     assert "features=64 (not 2048)" in row
     assert "not drawn" in row

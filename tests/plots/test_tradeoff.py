@@ -7,8 +7,8 @@ import pytest
 from t2i_lm import remedies
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.evaluation.forgetting import write_completions
-from t2i_lm.figures import FIGURES, Request
-from t2i_lm.plots.tradeoff import Point, front
+from t2i_lm.plots.catalogue import FIGURES, Request
+from t2i_lm.plots.tradeoff import Point, pareto_front
 from t2i_lm.storage.run_folder import read_run
 from tests.plots.synthetic_runs import read_lines, write_run
 
@@ -46,7 +46,7 @@ def test_points_are_the_logged_numbers(runs: Path) -> None:
 
 def test_the_front_is_what_no_other_point_beats() -> None:
     points = [Point(name, x, 0.0, y, 1) for name, x, y in (("a", 2, 1), ("b", 1, 2), ("c", 2, 2), ("d", 0.5, 3))]
-    assert [point.arm for point in front(points)] == ["d", "b", "a"]
+    assert [point.arm for point in pareto_front(points)] == ["d", "b", "a"]
 
 
 def test_a_run_that_measured_nothing_is_no_point(tmp_path: Path) -> None:
