@@ -81,6 +81,7 @@ def test_the_figure_shows_means_ranges_and_the_best(tmp_path: Path) -> None:
     found = outcomes(tmp_path)
     caption = sweep_caption("optim.lr", found)
     assert "bars ranges over seeds 0, 1" in caption
+    assert "NOT CONTROLLED" not in caption
     image, text = draw_sweep("optim.lr", found, caption).axes
     assert image.get_xscale() == "log"
     assert [label.get_text() for label in image.get_xticklabels()] == ["0.003", "0.001", "0.009"]

@@ -96,7 +96,7 @@ CEILING = 1e9
 
 def arm_style(arm: str) -> ArmStyle:
     """The style of an arm; grey, labeled by its name, for an arm without a row in ARM_STYLES."""
-    return ARM_STYLES.get(arm) or ArmStyle(arm.replace("_", " "), GREY, "x")
+    return ARM_STYLES.get(arm) or ArmStyle(arm.replace("_", " "), GREY, "X")
 
 
 def draw_panels(

@@ -123,7 +123,7 @@ def _mean(numbers: Sequence[float], sign: str = "") -> str:
 def sweep_caption(key: str, outcomes: Sequence[Outcome]) -> str:
     """The caption of `draw_sweep`."""
     seeds = sorted({outcome.run.config["seed"] for outcome in outcomes})
-    arms = {f"{outcome.arm} {outcome.value} {outcome.run.config['seed']}": outcome.run for outcome in outcomes}
+    arms = {f"{one.arm} {key}={one.value} seed={one.run.config['seed']}": one.run for one in outcomes}
     bars = f"; points are means and bars ranges over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     marks = "" if key == SEED else f"; rings: each arm's best{bars}"
     how = (

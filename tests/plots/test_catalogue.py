@@ -1,4 +1,4 @@
-"""Figures 3 and 4 show what metrics.jsonl holds, of runs that may be compared, and say what they are."""
+"""Figures 3 and 4: lines equal to metrics.jsonl, captions, floors, axes and files."""
 
 import itertools
 import json
@@ -48,7 +48,7 @@ def panel_of(axes: Axes) -> str:
 
 
 def texts(figure: Figure) -> str:
-    """Everything written in a figure, with line breaks as spaces."""
+    """All text of a figure, with line breaks as spaces."""
     legends = [text for legend in figure.legends for text in legend.get_texts()]
     notes = [text for axes in figure.axes for text in (*axes.texts, *axes.findobj(Text))]
     return " ".join(text.get_text() for text in [*legends, *notes, *figure.texts]).replace("\n", " ")
@@ -65,8 +65,8 @@ def test_the_files_are_sharp_wide_and_not_blank(number: str, runs: Path, tmp_pat
     ink_HW = np.asarray(pixels_HW3.min(axis=-1) < 250)
     assert 0.02 < ink_HW.mean() < 0.5
     assert not ink_HW[:, :4].any() and not ink_HW[:, -4:].any()  # noqa: PT018
-    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # both arms can be seen
-        assert (abs(pixels_HW3 - colour).max(axis=-1) < 8).sum() > 1000
+    for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # both arms can be seen
+        assert (abs(pixels_HW3 - color).max(axis=-1) < 8).sum() > 1000
     content = pdf.read_bytes()
     assert content.startswith(b"%PDF")
     assert b"/FontFile2" in content  # TrueType, embedded
@@ -93,13 +93,13 @@ def test_drawn_lines_equal_the_metrics_file(number: str, runs: Path) -> None:
     assert set(lines) <= {"Text tokens/floor"}
 
 
-def test_raw_curves_are_thin_and_averages_thick_in_the_arm_s_colour(runs: Path) -> None:
+def test_raw_curves_are_thin_and_averages_thick_in_the_color_of_the_arm(runs: Path) -> None:
     for number in MODALITIES:
         for axes in FIGURES[number](Request(runs)).figure.axes:
             looks = {str(line.get_gid()).partition("/")[2]: line for line in axes.get_lines()}
-            for arm, colour in (("pretrained", "#0072B2"), ("scratch", "#D55E00")):
+            for arm, color in (("pretrained", "#0072B2"), ("scratch", "#D55E00")):
                 raw, ema = looks[f"{arm}/raw"], looks[f"{arm}/ema"]
-                assert raw.get_color() == ema.get_color() == colour
+                assert raw.get_color() == ema.get_color() == color
                 assert 2 * raw.get_linewidth() < ema.get_linewidth()
                 assert (raw.get_alpha() or 1) < 0.5
                 assert looks[f"{arm}/val"].get_marker() in ("o", "s")

@@ -1,4 +1,4 @@
-"""Figures of more than two arms: every arm that agrees with the reference, and who is missing."""
+"""Figures of several arms: arms that agree with the reference, missing arms, uncontrolled differences."""
 
 import json
 from pathlib import Path
@@ -36,17 +36,17 @@ def test_every_arm_is_drawn_as_logged(runs: Path) -> None:
     assert "demo" in drawing.caption
 
 
-def test_a_missing_and_a_foreign_arm_are_left_out_and_said(tmp_path: Path) -> None:
-    foreign = tmp_path / "foreign"
+def test_missing_and_mismatched_arms_are_left_out_and_named(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
     for hour, name in enumerate(["uncond_scratch", "uncond_pretrained"]):
-        write_run(foreign, name, f"20260301-{hour + 10}0000")
-    write_run(foreign, "uncond_tune_ffn", "20260301-130000", config={"seed": 1})
-    drawing = FIGURES["5"](Request(foreign))
+        write_run(root, name, f"20260301-{hour + 10}0000")
+    write_run(root, "uncond_tune_ffn", "20260301-130000", config={"seed": 1})
+    drawing = FIGURES["5"](Request(root))
     assert "NOT RUN: tune_embed, tune_norm, tune_first_half, tune_ffn." in drawing.caption
     assert "tune_ffn" not in drawing.table
 
 
-def test_without_partners_the_command_that_makes_them_is_said(tmp_path: Path) -> None:
+def test_without_partners_the_error_has_the_command_that_makes_them(tmp_path: Path) -> None:
     write_run(tmp_path, "uncond_scratch")
     with pytest.raises(ValueError, match="ablate --all"):
         FIGURES["5"](Request(tmp_path))

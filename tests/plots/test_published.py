@@ -1,4 +1,4 @@
-"""Figure 2: published numbers with a source each, and our own evaluations."""
+"""Figure 2: published numbers with their sources, and our own evaluations."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_every_published_number_has_a_source_and_both_families_are_there() -> No
     assert all(system.source.startswith("arXiv:") and 4 < system.fid < 30 for system in systems)
 
 
-def test_a_number_that_is_not_its_authors_own_is_so_called_in_table_and_caption() -> None:
+def test_a_number_that_others_read_off_a_plot_is_marked_in_table_and_caption() -> None:
     others = [system for system in published_systems() if system.stated_by == "others"]
     assert [system.name for system in others] == ["DALL-E"]
     assert "Figure 9" in others[0].note
@@ -29,7 +29,7 @@ def test_a_number_that_is_not_its_authors_own_is_so_called_in_table_and_caption(
 
 
 def evaluated(runs: Path, fid: float, **card: Any) -> None:
-    """An evaluation as `evaluate --coco` leaves it, canonical but for some fields of its card."""
+    """Writes an evaluation like `evaluate --coco`, canonical except for the given fields of its card."""
     made = Card(**{**dict.fromkeys(HASHES, "0" * 64), **CANONICAL, **card})
     folder = runs / "t2i_pretrained" / "20260301-100000-paper" / "evaluations" / f"step-{fid}"
     folder.mkdir(parents=True)
@@ -74,7 +74,7 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:
         own_systems(tmp_path)
 
 
-def test_figure_2_needs_no_run_but_does_not_hide_that_there_is_none(
+def test_figure_2_needs_no_run_but_missing_runs_are_still_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert figures(["--runs", str(tmp_path), "--out", str(tmp_path / "out"), "--figure", "2"]) == 0
