@@ -55,10 +55,10 @@ def test_the_notebooks_show_every_figure_once() -> None:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_short_and_starts_with_words(notebook: Path) -> None:
-    found = cells(notebook)
-    assert 2 <= len(found) <= 10
-    assert found[0].cell_type == "markdown"
-    assert not any(cell.get("outputs") for cell in found)
+    content = cells(notebook)
+    assert 2 <= len(content) <= 10
+    assert content[0].cell_type == "markdown"
+    assert not any(cell.get("outputs") for cell in content)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -111,13 +111,13 @@ def group_caption(
 def _differences(arms: Mapping[str, Run], varied: tuple[str, ...]) -> str:
     """Uncontrolled differences from the first arm: `key: its value and another (arms with that)`; empty if none."""
     first, *others = arms
-    found: dict[str, dict[str, list[str]]] = {}
+    differing: dict[str, dict[str, list[str]]] = {}
     for arm in others:
         for key, (own, other) in uncontrolled(arms[first], arms[arm], varied).items():
-            found.setdefault(f"{key}: {_short(own)}", {}).setdefault(_short(other), []).append(arm)
+            differing.setdefault(f"{key}: {_short(own)}", {}).setdefault(_short(other), []).append(arm)
     return "; ".join(
         f"{key} and {', '.join(f'{value} ({_listed(names)})' for value, names in values.items())}"
-        for key, values in found.items()
+        for key, values in differing.items()
     )
 
 

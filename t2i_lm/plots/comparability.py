@@ -11,7 +11,7 @@ from t2i_lm.storage.run_folder import Run
 PAIR_KEYS = ("data hash", "seed", "scale", "trainer.max_steps", "log.interval", "log.ema")
 # The arm itself: every comparison is between values of these.
 ARM_KEYS = ("name", "init")
-# Keys, or their beginnings, that change no curve: where a run is kept, how fast it is, what else it measures.
+# Keys, or their beginnings, that change no curve: storage, speed and further measurements.
 NEUTRAL = (
     "run.",
     "samples.",

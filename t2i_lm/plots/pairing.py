@@ -179,8 +179,8 @@ def _read_named(arm: str, folder: Path) -> Run:
 def _no_pair(root: Path, candidates: Mapping[str, list[Run]], problems: list[str]) -> str:
     keys = f"{', '.join(PAIR_KEYS[:-1])} and {PAIR_KEYS[-1]}"
     lines = [f"no run from pre-trained and run from random weights in {root} with equal {keys}"]
-    found = [_row(run) for runs in candidates.values() for run in runs] + problems
-    lines += ["runs found:", *(f"  {row}" for row in found)] if found else ["runs found: none"]
+    listed = [_row(run) for runs in candidates.values() for run in runs] + problems
+    lines += ["runs found:", *(f"  {row}" for row in listed)] if listed else ["runs found: none"]
     mine, other = candidates["pretrained"], candidates["scratch"]
     combinations = [(one, two) for one in reversed(mine) for two in reversed(other)]
     if combinations:

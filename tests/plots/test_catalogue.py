@@ -192,7 +192,7 @@ def test_other_data_sources_are_named_without_their_folders(tmp_path: Path) -> N
     assert "someone" not in caption
 
 
-def test_an_unfinished_run_with_a_torn_line_is_drawn_and_labelled(tmp_path: Path) -> None:
+def test_an_unfinished_run_with_a_torn_line_is_drawn_and_labeled(tmp_path: Path) -> None:
     write_run(tmp_path, "t2i_pretrained")
     folder = write_run(tmp_path, "t2i_scratch", steps=140, finished=False)
     with (folder / "metrics.jsonl").open("a") as file:
@@ -210,8 +210,8 @@ def test_an_unfinished_run_with_a_torn_line_is_drawn_and_labelled(tmp_path: Path
 def test_arms_without_a_common_validation_have_no_table(tmp_path: Path) -> None:
     write_run(tmp_path, "t2i_pretrained")
     folder = write_run(tmp_path, "t2i_scratch", steps=50, finished=False)
-    kept = [json.dumps(line) + "\n" for line in read_lines(folder, "train")]
-    (folder / "metrics.jsonl").write_text("".join(kept))
+    lines = [json.dumps(line) + "\n" for line in read_lines(folder, "train")]
+    (folder / "metrics.jsonl").write_text("".join(lines))
     drawing = FIGURES["4"](Request(tmp_path))
     assert drawing.table == "no validation that both arms have reached"
     assert "Upper right" not in drawing.caption
