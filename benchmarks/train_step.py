@@ -149,7 +149,7 @@ def check_peer(decoder: Decoder, peer: Peer, ids_BT: Tensor, target_BT: Tensor) 
 
     name, model = peer.name, peer.model
     errors = {"logits": gate(f"{name}: logits", peer.logits(ids_BT), decoder(ids_BT), LOGITS)}
-    ours = decoder(ids_BT, target_BT).total / target_BT.numel()
+    ours = decoder.loss(ids_BT, target_BT).total / target_BT.numel()
     theirs = materialized(peer.logits, ids_BT, target_BT)
     errors["loss"] = gate(f"{name}: loss", theirs, ours, LOSS_FP32)
     torch.autograd.backward([ours, theirs])
@@ -182,10 +182,10 @@ def loss_forms(
     from benchmarks.peers import compiled_by_block
 
     count = target_BT.numel()
-    yield Form(f"{OURS} eager", OURS, decoder, lambda: decoder(ids_BT, target_BT).total / count, precision)
+    yield Form(f"{OURS} eager", OURS, decoder, lambda: decoder.loss(ids_BT, target_BT).total / count, precision)
     if compiled:
         by_block = compiled_by_block(decoder)
-        yield Form(f"{OURS} compiled", OURS, decoder, lambda: by_block(ids_BT, target_BT).total / count, precision)
+        yield Form(f"{OURS} compiled", OURS, decoder, lambda: by_block.loss(ids_BT, target_BT).total / count, precision)
     for peer in peers:
 
         def whole(peer: Peer = peer) -> Tensor:
@@ -213,7 +213,7 @@ def expected_loss_and_norm(decoder: Decoder, ids_BT: Tensor, target_BT: Tensor) 
     losses = []
     for start in range(0, len(ids_BT), GATE_ROWS):
         few = slice(start, start + GATE_ROWS)
-        loss = decoder(ids_BT[few], target_BT[few]).total / target_BT.numel()
+        loss = decoder.loss(ids_BT[few], target_BT[few]).total / target_BT.numel()
         torch.autograd.backward(loss)
         losses.append(loss.detach())
     return torch.stack(losses).sum(), take_norm(decoder)

@@ -6,6 +6,7 @@ micro-batches.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -103,7 +104,7 @@ class DecoderModule(OptimizedModule):
     def __init__(self, decoder: Backbone, config: ExperimentConfig) -> None:
         super().__init__(config)
         self.decoder = decoder
-        decoder.output.loss, decoder.output.z_loss = loss_backend(config.loss.backend), config.loss.z
+        self.loss_backend = partial(loss_backend(config.loss.backend), z_loss=config.loss.z)
         self._configured = False
         # Targets seen since the last optimizer step, on this rank; each counted by its weight.
         self._step_count: Tensor | None = None
@@ -139,8 +140,8 @@ class DecoderModule(OptimizedModule):
     def find_targets(self, ids_BT: Tensor) -> Targets:
         """The targets of a batch that count; of ids on a GPU, waits for them."""
         class_BT, valid_BT = self.classify(ids_BT[:, 1:])
-        wanted = self.decoder.wanted(valid_BT)
-        return Targets(wanted, wanted.of(class_BT))
+        wanted = self.decoder.target_index(valid_BT)
+        return Targets(wanted, wanted.select(class_BT))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Adds the batch's `targets` while its ids are on the host; pinned, so that no copy waits for a GPU."""
@@ -163,8 +164,8 @@ class DecoderModule(OptimizedModule):
 
     def token_loss(self, input_BT: Tensor, target_BT: Tensor, targets: Targets, weight_N: Tensor | None) -> TokenLoss:
         """Loss of the N valid targets, each times its weight in `total` (None: 1); a subclass may add terms to that."""
-        loss: TokenLoss = self.decoder(input_BT, target_BT, targets.wanted, self.image_rows_only, weight_N)
-        return loss
+        index, backend = targets.wanted, self.loss_backend
+        return self.decoder.loss(input_BT, target_BT, index, self.image_rows_only, weight_N, backend)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Loss of one micro-batch, scaled so that `on_before_optimizer_step` makes the exact mean."""
