@@ -1,4 +1,4 @@
-"""What this machine cannot do is refused by name, and an exhausted memory says which keys help."""
+"""Unsupported devices and precisions are refused by name, and out-of-memory errors name the keys that help."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,18 +22,16 @@ from tests.test_train import PRETRAINED, train
 
 
 @pytest.mark.parametrize("accelerator", ["tpu", "gpu", "cuda"])
-def test_an_accelerator_that_is_not_here_is_refused_with_those_that_are(accelerator: str) -> None:
+def test_a_missing_accelerator_is_refused_with_the_available_ones(accelerator: str) -> None:
     if accelerator != "tpu" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ValueError, match=rf"trainer\.accelerator='{accelerator}': expected here auto, cpu"):
+    with pytest.raises(ValueError, match=rf"trainer\.accelerator='{accelerator}': expected one of auto, cpu"):
         require_device(TrainerConfig(accelerator=accelerator))
     require_device(TrainerConfig(accelerator="cpu", devices=2, precision="bf16-mixed"))
 
 
-def test_float8_is_refused_where_the_processor_does_not_multiply_in_it() -> None:
-    with pytest.raises(
-        ValueError, match=r"trainer\.fp8=True: expected false: this processor does not multiply in float8"
-    ):
+def test_float8_is_refused_on_a_processor_without_it() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.fp8=True: expected false: this processor has no float8 matmuls"):
         require_device(TrainerConfig(accelerator="cpu", fp8=True))
 
 
@@ -43,7 +41,7 @@ def test_more_gpus_than_there_are_are_refused() -> None:
         require_device(TrainerConfig(devices=99))
 
 
-def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
+def test_out_of_memory_is_distinguished_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**57)
     assert is_out_of_memory(raised.value)
@@ -96,7 +94,7 @@ def test_the_advice_names_the_micro_batch_and_keys_that_lower_it() -> None:
     assert "with: a smaller data.batch_size. " in memory_advice(odd)
 
 
-def test_the_papers_model_takes_the_flop_that_its_sizes_give() -> None:
+def test_the_papers_flop_per_token_follow_from_its_sizes() -> None:
     """6 N + 12 L D T by hand: N = 24 (4 D^2 + 3 D F) + V D with D 2048, F 5632, V 66,823; T 1152."""
     decoder = plan(load_experiment(EXPERIMENTS / "t2i_scratch.yaml", "paper")).model
     assert isinstance(decoder, Backbone)
@@ -107,7 +105,7 @@ def test_the_papers_model_takes_the_flop_that_its_sizes_give() -> None:
     assert "T=1152" in formula(decoder, 1152, None)
 
 
-def test_a_peak_is_of_the_very_device() -> None:
+def test_peaks_distinguish_variants_of_a_device() -> None:
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == PEAKS["H100"] == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
