@@ -58,7 +58,7 @@ class TransformersVQ:
             import transformers
         except ImportError as error:
             raise ValueError(
-                f"image_tokenizer.path: {folder} requires transformers: pip install 't2i_lm[hf]'"
+                f"image_tokenizer.path={folder}: requires transformers: pip install 't2i_lm[hf]'"
             ) from error
         self._kind = KINDS[json.loads((folder / CONFIG).read_text())["model_type"]]
         if not (folder / WEIGHTS).is_file():

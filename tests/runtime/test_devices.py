@@ -52,18 +52,18 @@ def test_out_of_memory_is_distinguished_from_other_errors() -> None:
         assert is_out_of_memory(RuntimeError(message))
 
 
-def test_memory_that_is_used_up_while_the_report_draws_names_the_keys(
+def test_running_out_of_memory_in_the_report_names_the_keys(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def draw(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(session, "write_report", draw)
+    monkeypatch.setattr(session, "write_report", fail)
     assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", "trainer.max_steps=4"]) == 2
     assert "out of memory with a micro-batch of" in capsys.readouterr().err
 
 
-def test_a_loss_that_this_torch_lacks_is_refused_before_anything_is_prepared(
+def test_a_loss_that_torch_lacks_is_refused_before_the_data_preparation(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
@@ -73,7 +73,7 @@ def test_a_loss_that_this_torch_lacks_is_refused_before_anything_is_prepared(
 
 
 @needs_torchs
-def test_a_model_trained_by_torchs_loss_is_opened_without_it(
+def test_a_model_trained_with_torchs_loss_loads_without_it(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(PRETRAINED, tmp_path, *tiny, "trainer.max_steps=4", "loss.backend=torch")
@@ -81,17 +81,17 @@ def test_a_model_trained_by_torchs_loss_is_opened_without_it(
     assert load_trained(run.folder).config.loss.backend == "torch"
 
 
-def test_the_advice_names_the_micro_batch_and_keys_that_lower_it() -> None:
+def test_the_advice_names_the_micro_batch_and_the_keys_that_reduce_it() -> None:
     trainer = TrainerConfig(devices=2, accumulate_grad_batches=2, max_steps=3000)
     config = ExperimentConfig(trainer=trainer, data=DataConfig(batch_size=64))
     advice = memory_advice(config)
     assert "micro-batch of 16 sequences" in advice
-    for way in ("accumulate_grad_batches=4", "activation_checkpointing=true", "strategy=fsdp2"):
-        assert f"trainer.{way}" in advice
+    for key in ("accumulate_grad_batches=4", "activation_checkpointing=true", "strategy=fsdp2"):
+        assert f"trainer.{key}" in advice
     sharded = replace(trainer, accumulate_grad_batches=1, strategy="fsdp2")
-    assert "parts, between which whole gradients are held)" in memory_advice(replace(config, trainer=sharded))
+    assert "micro-batches, between which whole gradients are held)" in memory_advice(replace(config, trainer=sharded))
     odd = ExperimentConfig(trainer=TrainerConfig(activation_checkpointing=True), data=DataConfig(batch_size=3))
-    assert "with: a smaller data.batch_size. " in memory_advice(odd)
+    assert "reduce it: a smaller data.batch_size. " in memory_advice(odd)
 
 
 def test_the_papers_flop_per_token_follow_from_its_sizes() -> None:
