@@ -128,7 +128,7 @@ def test_a_full_gpu_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> Non
     def fill(options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    assert rounds.answer(fill, train_step.options([])) == 2
+    assert rounds.exit_code(fill, train_step.options([])) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "out of GPU memory" in err
@@ -139,7 +139,7 @@ def test_a_full_gpu_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> Non
         raise RuntimeError("another error")
 
     with pytest.raises(RuntimeError, match="another error"):
-        rounds.answer(fail, train_step.options([]))
+        rounds.exit_code(fail, train_step.options([]))
 
 
 def test_the_head_is_timed_as_loss_backend_torch_runs_it() -> None:
@@ -156,10 +156,10 @@ def test_what_cannot_draw_is_named_unless_memory_was_short() -> None:
 
         return {"other": ("other", draw)}
 
-    with pytest.raises(rounds.GateError, match="other cannot draw: bad"):
-        generate.draw_all(forms(RuntimeError("bad")))
+    with pytest.raises(rounds.GateError, match="other cannot generate: bad"):
+        generate.generate_all(forms(RuntimeError("bad")))
     with pytest.raises(torch.OutOfMemoryError):
-        generate.draw_all(forms(torch.OutOfMemoryError("CUDA out of memory")))
+        generate.generate_all(forms(torch.OutOfMemoryError("CUDA out of memory")))
 
 
 def test_alone_needs_no_peer_and_positions_stay_in_float32(
