@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from t2i_lm.experiment.build import Model
+    from t2i_lm.experiment.build import ImageModel
     from t2i_lm.models.generate import Sampling
 
     ImageArray = np.ndarray[Any, np.dtype[np.uint8]]
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def page(model: "Model") -> Any:
+def page(model: "ImageModel") -> Any:
     """The page as a gradio `Blocks`."""
     import gradio
 
@@ -84,7 +84,7 @@ def page(model: "Model") -> Any:
 
 
 def answer(
-    model: "Model",
+    model: "ImageModel",
     prompt: str,
     seed: float | None,
     temperature: float | None,
@@ -115,11 +115,12 @@ def answer(
     yield from frames(model, prompt, sampling, int(seed))
 
 
-def frames(model: "Model", prompt: str, sampling: "Sampling", seed: int) -> "Iterator[tuple[ImageArray, ImageArray]]":
+def frames(
+    model: "ImageModel", prompt: str, sampling: "Sampling", seed: int
+) -> "Iterator[tuple[ImageArray, ImageArray]]":
     """The image and its grid of ids after every row of the grid, undrawn parts grey; the last is complete."""
     from t2i_lm.generation.images import caption_prompts, draw_codes
 
-    assert model.image is not None
     columns = model.image.grid[1]
     arrived: Queue[Tensor | BaseException | None] = Queue()
 
@@ -143,7 +144,7 @@ def frames(model: "Model", prompt: str, sampling: "Sampling", seed: int) -> "Ite
         yield _frame(model, codes_N)
 
 
-def _frame(model: "Model", codes_N: "Tensor") -> "tuple[ImageArray, ImageArray]":
+def _frame(model: "ImageModel", codes_N: "Tensor") -> "tuple[ImageArray, ImageArray]":
     """The image of codes and their ids as colours, (PIXELS, PIXELS, 3) uint8 each; -1 is undrawn."""
     import numpy as np
     from matplotlib import colormaps
@@ -151,7 +152,6 @@ def _frame(model: "Model", codes_N: "Tensor") -> "tuple[ImageArray, ImageArray]"
 
     from t2i_lm.generation.images import decode
 
-    assert model.image is not None
     undrawn_hw = (codes_N < 0).view(model.image.grid).numpy()
     pixels_HWC = decode(model, codes_N.clamp(min=0)[None])[0].copy()
     cell = pixels_HWC.shape[0] // undrawn_hw.shape[0]

@@ -5,14 +5,14 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-    from t2i_lm.experiment.build import Experiment
+    from t2i_lm.experiment.build import ImageExperiment, ImageTokenizerExperiment, TextExperiment
 
 EXAMPLE = "example: python -m t2i_lm.export runs/text_lm/20260102-030405-demo --out my_lm"
 # Openings of the completions shown on a language model's card.
@@ -85,40 +85,35 @@ def export(run: Path, out: Path, dtype: str) -> dict[str, Any]:
     return card
 
 
-def export_decoder(experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]) -> dict[str, Any]:
+def export_decoder(
+    experiment: "ImageExperiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]
+) -> dict[str, Any]:
     """An expanded decoder under its library's names, its rows joined, with its id ranges."""
     from t2i_lm.models.decoder import Decoder
     from t2i_lm.models.huggingface import HuggingFaceDecoder, save_huggingface
     from t2i_lm.models.lora import merge_adapters
     from t2i_lm.models.open_lm import save_open_lm
-    from t2i_lm.modules.base import DecoderModule
 
-    module, layout = experiment.module, experiment.layout
-    assert isinstance(module, DecoderModule)
-    assert layout is not None
-    merge_adapters(module.decoder)
-    if isinstance(module.decoder, HuggingFaceDecoder):
-        save_huggingface(module.decoder, out, dtype)
+    decoder, vocab = experiment.decoder, experiment.layout.vocab
+    merge_adapters(decoder)
+    if isinstance(decoder, HuggingFaceDecoder):
+        save_huggingface(decoder, out, dtype)
     else:
-        assert isinstance(module.decoder, Decoder)
-        save_open_lm(module.decoder, out, dtype, {"experiment": str(card["experiment"])})
-    return {"text_rows": layout.vocab.text_size, "image_offset": layout.vocab.image_offset, "rows": layout.vocab.size}
+        assert isinstance(decoder, Decoder)
+        save_open_lm(decoder, out, dtype, {"experiment": str(card["experiment"])})
+    return {"text_rows": vocab.text_size, "image_offset": vocab.image_offset, "rows": vocab.size}
 
 
 def export_language_model(
-    experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]
+    experiment: "TextExperiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]
 ) -> dict[str, Any]:
     """A backbone with its tokenizer; held-out bits per byte and ten completions of the weights as shipped."""
     from t2i_lm.data.shards.format import open_split
     from t2i_lm.models.decoder import Decoder
     from t2i_lm.models.open_lm import load_open_lm, save_open_lm
-    from t2i_lm.modules.text import TextModule
 
     module, text = experiment.module, experiment.text
-    assert isinstance(module, TextModule)
     assert isinstance(module.decoder, Decoder)
-    assert text is not None
-    assert experiment.shards is not None
     save_open_lm(module.decoder, out, dtype, {"experiment": str(card["experiment"])})
     shutil.copyfile(text.path, out / f"text_tokenizer{text.path.suffix}")
     return language_model_numbers(load_open_lm(out), text, open_split(experiment.shards, "val"))
@@ -168,14 +163,12 @@ def held_out_sums(decoder: Any, split: Any) -> tuple[float, int, int]:
 
 
 def export_image_tokenizer(
-    experiment: "Experiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]
+    experiment: "ImageTokenizerExperiment", out: Path, dtype: "torch.dtype", card: dict[str, Any]
 ) -> dict[str, Any]:
     """An image tokenizer; reconstruction numbers of the weights as shipped."""
-    from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
     from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
 
     module, size = experiment.module, experiment.config.image_tokenizer.size
-    assert isinstance(module, ImageTokenizerModule)
     save_tokenizer(module.model, out, dtype)
     experiment.data.setup("fit")
     return tokenizer_numbers(VQTokenizer.from_folder(out, size), experiment.data.val_set)
@@ -216,7 +209,7 @@ def tokenizer_numbers(tokenizer: Any, images: Any) -> dict[str, Any]:
     }
 
 
-EXPORTERS = {
+EXPORTERS: dict[str, Callable[..., dict[str, Any]]] = {
     "text_to_image": export_decoder,
     "unconditional": export_decoder,
     "text": export_language_model,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from t2i_lm.experiment.build import Model
+    from t2i_lm.experiment.build import ImageModel
     from t2i_lm.models.generate import Sampling
 
 EXAMPLE = """example:
@@ -91,7 +91,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     return prompts
 
 
-def chosen_sampling(model: "Model", options: argparse.Namespace) -> "Sampling":
+def chosen_sampling(model: "ImageModel", options: argparse.Namespace) -> "Sampling":
     """The run's sampling with what the command line changes.
 
     Raises:
@@ -117,7 +117,7 @@ def chosen_sampling(model: "Model", options: argparse.Namespace) -> "Sampling":
     return sampling
 
 
-def require_fitting(model: "Model", prompts: Sequence[str]) -> None:
+def require_fitting(model: "ImageModel", prompts: Sequence[str]) -> None:
     """Checks that every prompt is whole in the sequence.
 
     Raises:
@@ -132,7 +132,9 @@ def require_fitting(model: "Model", prompts: Sequence[str]) -> None:
             raise ValueError(f"prompt {prompt[:SLUG]!r}...: {ids} ids, but at most {layout.text_budget} fit")
 
 
-def sample(model: "Model", prompts: Sequence[str], each: int, seed: int, sampling: "Sampling", out: Path) -> list[Path]:
+def sample(
+    model: "ImageModel", prompts: Sequence[str], each: int, seed: int, sampling: "Sampling", out: Path
+) -> list[Path]:
     """Draws `each` images of every prompt and writes them into `out`, all or none.
 
     Returns:

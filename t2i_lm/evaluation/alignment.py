@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from t2i_lm.data.shards.format import open_split
-from t2i_lm.experiment.build import Experiment
+from t2i_lm.experiment.build import AlignmentExperiment
 from t2i_lm.models.aligned_rows import FILE, write_aligned_rows
 from t2i_lm.models.contrastive import Neighbors, hubness, nearest_text_tokens
 from t2i_lm.modules.alignment import AlignmentModule
@@ -22,13 +22,9 @@ SHOWN = 200
 
 
 @torch.no_grad()
-def alignment_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+def alignment_report(experiment: AlignmentExperiment, folder: Path) -> dict[str, Any]:
     """Writes the rows and the table; returns retrieval accuracy, hubness and row norms."""
     module = experiment.module
-    assert isinstance(module, AlignmentModule)
-    assert experiment.shards is not None
-    assert experiment.text is not None
-    assert experiment.image is not None
     image_ID, text_VD = module.embedding.image, module.embedding.text
     assert image_ID is not None
     write_aligned_rows(image_ID, folder / FILE, experiment.text.sha256, experiment.image.sha256)
@@ -47,7 +43,7 @@ def alignment_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     }
 
 
-def _retrieval(experiment: Experiment, module: AlignmentModule) -> dict[str, Any]:
+def _retrieval(experiment: AlignmentExperiment, module: AlignmentModule) -> dict[str, Any]:
     """Top-1 accuracy in the first validation batch, both directions; equal captions all count as right."""
     size = experiment.config.data.batch_size
     batch = experiment.data.val_set.__getitems__([(0, index) for index in range(size)])
@@ -63,10 +59,8 @@ def _retrieval(experiment: Experiment, module: AlignmentModule) -> dict[str, Any
     } | {"candidates": size}
 
 
-def _table(experiment: Experiment, neighbors: Neighbors) -> list[list[Any]]:
+def _table(experiment: AlignmentExperiment, neighbors: Neighbors) -> list[list[Any]]:
     """Header and one row for every image id: how often it occurs in training, its nearest tokens and cosines."""
-    assert experiment.shards is not None
-    assert experiment.text is not None
     uses = np.zeros(len(neighbors.ids_IK), dtype=np.int64)
     for rows in open_split(experiment.shards, "train").iter(batch_size=4096):
         uses += np.bincount(np.stack(rows["image_ids"]).ravel(), minlength=len(uses))

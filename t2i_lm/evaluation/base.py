@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from t2i_lm.experiment.build import Model
+from t2i_lm.experiment.build import ImageModel
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class EvaluationContext:
     options: argparse.Namespace
     run: Path
     checkpoint: Path
-    model: Model
+    model: ImageModel
     out: Path
     rank: int = 0
     world: int = 1

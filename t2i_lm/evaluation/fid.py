@@ -33,7 +33,7 @@ from t2i_lm.data.coco import (
 )
 from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.evaluation.protocol_card import CANONICAL, PROMPT_SEED, Card
-from t2i_lm.experiment.build import Experiment, Model
+from t2i_lm.experiment.build import Experiment, ImageExperiment, ImageModel
 from t2i_lm.generation.images import (
     ImageArray,
     caption_layout,
@@ -53,7 +53,7 @@ from t2i_lm.storage.resumable import ResumableParts
 NETWORK_BATCH, REFERENCE_PART = 32, 256
 
 
-def count_cut(model: Model, coco: Coco, prompts: Sequence[Prompt], tell: bool = True) -> int:
+def count_cut(model: ImageModel, coco: Coco, prompts: Sequence[Prompt], tell: bool = True) -> int:
     """How many captions are longer than the model's sequence takes: they are cut, as training cuts its own.
 
     `tell` says on stderr which is the longest; the card keeps the number, and the result is then not canonical.
@@ -132,7 +132,7 @@ def network_card(network: Inception) -> dict[str, Any]:
 class Drawing:
     """A model and the captions that it is to draw, `cut` of which are longer than its sequence takes."""
 
-    model: Model
+    model: ImageModel
     coco: Coco
     prompts: list[Prompt]
     sampling: Sampling
@@ -148,19 +148,18 @@ class Drawing:
 
     def card(self, network: Inception, reference_sha256: str, images: str = "drawn") -> Card:
         """The card of a number that is made with this now."""
-        assert self.model.image is not None
         drawn: dict[str, Any] = {}
         if images == "drawn":
             drawn = {**asdict(self.sampling), "prompts_cut": self.cut, **computing(self.model)}
         return Card(
-            images=images,
+            pictures=images,
             prompts=len(self.prompts),
             prompt_seed=PROMPT_SEED,
             prompts_sha256=prompts_sha256(self.prompts),
             captions=self.coco.caption_count,
             captions_sha256=self.coco.captions_sha256,
             reference=IMAGES,
-            reference_images=len(self.coco.images),
+            reference_pictures=len(self.coco.images),
             reference_sha256=reference_sha256,
             size=SIZE,
             native_size=self.model.image.image_size,
@@ -181,7 +180,6 @@ class Drawing:
     def reconstruct(self, span: range, network: Inception) -> dict[str, Tensor]:
         """The same of the prompts' real images, encoded and decoded: what no model of these codes can beat."""
         tokenizer = self.model.image
-        assert tokenizer is not None
         real, _ = read_images(self.coco, [self.prompts[number].file for number in span])
         codes = [
             tokenizer.encode(stack_images([square(image, tokenizer.image_size) for image in real[start : start + 8]]))
@@ -217,6 +215,7 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
     settings = config.fid
     if settings.interval is None:
         return None
+    assert isinstance(experiment, ImageExperiment)
     assert settings.coco is not None
     assert settings.weights is not None
     coco = read_coco(Path(settings.coco))
@@ -229,7 +228,6 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
     parts = reference.parts
 
     def draw(numbers: Sequence[int]) -> Tensor:
-        assert experiment.image is not None
         experiment.image.to(experiment.module.device)
         images = decode(experiment, drawing.codes(numbers))
         experiment.image.to(torch.device("cpu"))  # leaves the GPU to training

@@ -22,7 +22,7 @@ from t2i_lm.config.sections import ForgettingConfig
 from t2i_lm.evaluation.probes.completions import PROMPTS, complete
 from t2i_lm.evaluation.probes.heldout import heldout_rows, text_losses
 from t2i_lm.evaluation.probes.questions import Task, answer, read_tasks
-from t2i_lm.experiment.build import Experiment, Model
+from t2i_lm.experiment.build import Experiment, ImageExperiment, ImageModel
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.runtime.tables import markdown_table
@@ -159,7 +159,7 @@ def forgetting_probes(experiment: Experiment, folder: Path) -> Callable[[pl.Ligh
     """What measures a run's module at `forgetting.interval`; None where nothing is to be measured."""
     if experiment.config.forgetting.interval is None:
         return None
-    assert experiment.text is not None
+    assert isinstance(experiment, ImageExperiment)
     probes = Probes(experiment.config.forgetting, experiment.text, folder / BASELINE)
 
     def measure(module: pl.LightningModule) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def forgetting_probes(experiment: Experiment, folder: Path) -> Callable[[pl.Ligh
     return measure
 
 
-def forgetting_report(model: Model, settings: ForgettingConfig, folder: Path | None = None) -> dict[str, Any]:
+def forgetting_report(model: ImageModel, settings: ForgettingConfig, folder: Path | None = None) -> dict[str, Any]:
     """Measures a trained model (`trained.load_trained`), compared with before training where `folder` knows that.
 
     Args:
@@ -180,13 +180,11 @@ def forgetting_report(model: Model, settings: ForgettingConfig, folder: Path | N
     Raises:
         ValueError: if text or questions cannot be read.
     """
-    assert isinstance(model.module, DecoderModule)
-    assert model.text is not None
     known = folder is not None and (folder / BASELINE).is_file()
     probes = Probes(settings, model.text, folder / BASELINE if folder is not None and known else None)
     model.module.eval()
     with torch.no_grad():
-        return probes(model.module.decoder)
+        return probes(model.decoder)
 
 
 def completion_rows(run: Run) -> list[dict[str, str]]:

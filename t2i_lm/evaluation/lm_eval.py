@@ -10,9 +10,8 @@ from typing import Any
 
 from t2i_lm.evaluation.base import EvaluationContext
 from t2i_lm.evaluation.forgetting import summary
-from t2i_lm.experiment.build import Model
+from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import load_initial
-from t2i_lm.modules.base import DecoderModule
 from t2i_lm.storage.run_folder import environment
 
 
@@ -68,7 +67,6 @@ def measure_tasks(subject: EvaluationContext, chosen: ChosenTasks) -> dict[str, 
     before = None
     if model.config.init != "random" and not options.no_before:
         before = _run(_initial(subject), chosen, options.lm_eval_limit, options.lm_eval_all_rows)
-    assert model.text is not None
     tasks = {name: _entry(name, after, before) for name in after["results"]}
     for name, entry in tasks.items():
         for metric, found in entry["metrics"].items():
@@ -79,7 +77,7 @@ def measure_tasks(subject: EvaluationContext, chosen: ChosenTasks) -> dict[str, 
         "harness": version("lm_eval"),
         "rows": "all" if options.lm_eval_all_rows else "text",
         "context": "after the end of a document",
-        "positions": _decoder(model).config.seq_len,
+        "positions": model.decoder.config.seq_len,
         "text_tokenizer_sha256": model.text.sha256,
         "limit": options.lm_eval_limit,
         "before": before is not None,
@@ -88,26 +86,20 @@ def measure_tasks(subject: EvaluationContext, chosen: ChosenTasks) -> dict[str, 
     }
 
 
-def _decoder(model: Model) -> Any:
-    assert isinstance(model.module, DecoderModule)
-    return model.module.decoder
-
-
-def _initial(subject: EvaluationContext) -> Model:
+def _initial(subject: EvaluationContext) -> ImageModel:
     try:
         return load_initial(subject.run)
     except ValueError as error:
         raise ValueError(f"the model before training: {error} (--no-before leaves it out)") from error
 
 
-def _run(model: Model, chosen: ChosenTasks, limit: int | None, all_rows: bool) -> dict[str, Any]:
+def _run(model: ImageModel, chosen: ChosenTasks, limit: int | None, all_rows: bool) -> dict[str, Any]:
     """What the harness says of a model, with the values of each question."""
     from lm_eval import simple_evaluate
 
     from t2i_lm.evaluation.probes.harness import HarnessModel
 
-    assert model.text is not None
-    harness = HarnessModel(_decoder(model), model.text, all_rows)
+    harness = HarnessModel(model.decoder, model.text, all_rows)
     found: dict[str, Any] = simple_evaluate(harness, tasks=chosen.names, task_manager=chosen.manager, limit=limit)
     return found
 

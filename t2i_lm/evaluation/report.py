@@ -18,15 +18,12 @@ from t2i_lm.data.shards.format import open_split
 from t2i_lm.evaluation.alignment import TABLE, alignment_report
 from t2i_lm.evaluation.forgetting import write_completions
 from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, familiar_scenes, prompt_accuracy
-from t2i_lm.experiment.build import Experiment
+from t2i_lm.experiment.build import AlignmentExperiment, Experiment, ImageExperiment
 from t2i_lm.generation.grid import captioned_grid
 from t2i_lm.generation.images import draw_captions, draw_uncaptioned, seeds_of
 from t2i_lm.models.aligned_rows import FILE
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
-from t2i_lm.modules.alignment import AlignmentModule
-from t2i_lm.modules.text_to_image import TextToImageModule
-from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.storage.run_folder import REPORT, read_run
 from t2i_lm.tokenizers.layout import Layout
@@ -58,15 +55,15 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         "wall_s": round(wall_s, 1),
         "val": run.records("val")[-1]["val"] if run.records("val") else None,
     }
-    if isinstance(experiment.module, TextToImageModule | UnconditionalImageModule):
+    if isinstance(experiment, ImageExperiment):
         torch.set_num_threads(config.trainer.threads or torch.get_num_threads())
         experiment.module.eval()
         if uses_gpu(config.trainer.accelerator):  # after training it lies on the CPU
             experiment.module.to("cuda")
-        report["row_norms"] = row_norms(experiment.module.decoder)
-        unconditional = isinstance(experiment.module, UnconditionalImageModule)
-        report |= (_unconditional_report if unconditional else _image_report)(experiment, folder)
-    elif isinstance(experiment.module, AlignmentModule):
+        report["row_norms"] = row_norms(experiment.decoder)
+        captioned = isinstance(experiment.layout, Layout)
+        report |= (_image_report if captioned else _unconditional_report)(experiment, folder)
+    elif isinstance(experiment, AlignmentExperiment):
         report |= alignment_report(experiment, folder)
     if run.records("forgetting"):
         report["forgetting"] = run.records("forgetting")[-1]["forgetting"]
@@ -86,7 +83,7 @@ def row_norms(decoder: Backbone) -> dict[str, float]:
     }
 
 
-def _unconditional_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+def _unconditional_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
     """A grid of images drawn without a caption."""
     config = experiment.config
     count = min(config.samples.grid, config.samples.prompts)
@@ -97,12 +94,9 @@ def _unconditional_report(experiment: Experiment, folder: Path) -> dict[str, Any
     return {}
 
 
-def _image_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+def _image_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
     """Samples and, for scenes, the measures that need to know what a caption means."""
     config = experiment.config
-    assert experiment.shards is not None
-    assert experiment.text is not None
-    assert experiment.image is not None
     split = open_split(experiment.shards, "val")
     count = min(config.samples.prompts, len(split))
     result: dict[str, Any] = {"text_floor_nll": None, "truncated_captions": truncated_share(experiment)}
@@ -134,7 +128,7 @@ def _image_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _familiar_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
+def _familiar_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
     """The same measures on new scenes of the colour-kind pairs that training shows."""
     settings = experiment.config.samples
     scenes = familiar_scenes(experiment, max(settings.prompts, settings.preference_scenes))
@@ -145,7 +139,7 @@ def _familiar_report(experiment: Experiment, folder: Path) -> dict[str, Any]:
         seeds = seeds_of(experiment.config.seed, len(captions))
         images_HW3 = draw_captions(experiment, captions, seeds)
         captioned_grid(images_HW3[: settings.grid], captions[: settings.grid]).save(folder / "samples" / FAMILIAR_GRID)
-        if experiment.image is not None and experiment.image.image_size == SIZE:
+        if experiment.image.image_size == SIZE:
             result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
             result["ceiling"] = accuracy_ceiling(experiment, "train")
     chosen = slice(settings.preference_scenes)
@@ -158,12 +152,12 @@ def sampler(experiment: Experiment) -> Callable[[], SampleBatch] | None:
     """What draws held-out prompts during training and scores those of scenes; None where nothing is to be drawn."""
     config = experiment.config
     sharded = config.trainer.strategy in SHARDED  # no process has the whole model
-    if sharded or not (config.samples.interval and config.samples.grid and isinstance(experiment.layout, Layout)):
+    if sharded or not (config.samples.interval and config.samples.grid):
+        return None
+    if not (isinstance(experiment, ImageExperiment) and isinstance(experiment.layout, Layout)):
         return None
 
     def draw() -> SampleBatch:
-        assert experiment.shards is not None
-        assert experiment.text is not None
         rows = open_split(experiment.shards, "val")[: config.samples.grid]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
         images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, len(captions)))
@@ -176,7 +170,7 @@ def sampler(experiment: Experiment) -> Callable[[], SampleBatch] | None:
     return draw
 
 
-def truncated_share(experiment: Experiment) -> float:
+def truncated_share(experiment: ImageExperiment) -> float:
     """Share of training captions that are longer than the text budget."""
     assert isinstance(experiment.layout, Layout)
     lengths = experiment.index["splits"]["train"]["caption_tokens"]

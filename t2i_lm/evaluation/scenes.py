@@ -23,9 +23,8 @@ from t2i_lm.data.scenes.checker import check, share_error, shares_right
 from t2i_lm.data.scenes.scene import draw_scene, render, scene_from_meaning
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.tokenize import ENCODE_BATCH, stack_images
-from t2i_lm.experiment.build import Experiment
+from t2i_lm.experiment.build import ImageExperiment
 from t2i_lm.generation.images import ImageArray, decode
-from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import ImageTokenizer
@@ -48,14 +47,13 @@ class Scenes:
     image_ids_BN: Any
 
 
-def familiar_scenes(experiment: Experiment, size: int) -> Scenes:
+def familiar_scenes(experiment: ImageExperiment, size: int) -> Scenes:
     """New scenes of the colour-kind pairs that training shows; none equals a training scene.
 
     Validation scenes hold at least one pair that training never shows. These tell what is learnt of the training
     distribution, those what is composed.
     """
     data, image = experiment.config.data, experiment.image
-    assert image is not None
     known = {draw_scene(data.seed, "train", index) for index in range(data.train_size or 0)}
     captions: list[str] = []
     meanings: list[dict[str, Any]] = []
@@ -90,7 +88,7 @@ def prompt_accuracy(images: Sequence[ImageArray], meanings: Sequence[dict[str, A
     return shares_right(results())
 
 
-def accuracy_ceiling(experiment: Experiment, split: str) -> dict[str, Any]:
+def accuracy_ceiling(experiment: ImageExperiment, split: str) -> dict[str, Any]:
     """`prompt_accuracy` of the image tokenizer's reconstructions of scenes: what samples can reach at most.
 
     A sample is decoded from the same codes, so what the tokenizer blurs no model draws. Measured once for a tokenizer,
@@ -104,7 +102,6 @@ def accuracy_ceiling(experiment: Experiment, split: str) -> dict[str, Any]:
         `scenes`, how many they are, and their `accuracy`.
     """
     data, image = experiment.config.data, experiment.image
-    assert image is not None
     identity = {
         "image_tokenizer_sha256": image.sha256,
         "low_precision": image.low_precision,
@@ -128,7 +125,7 @@ def accuracy_ceiling(experiment: Experiment, split: str) -> dict[str, Any]:
     return found
 
 
-def caption_preference(experiment: Experiment, texts: Sequence[Any], image_ids: Any) -> dict[str, Any]:
+def caption_preference(experiment: ImageExperiment, texts: Sequence[Any], image_ids: Any) -> dict[str, Any]:
     """How often an image is likelier under its own caption than under one with one attribute altered.
 
     Over scenes given by the JSON of their meaning and their image ids, each attribute where the caption mentions
@@ -159,12 +156,10 @@ def caption_preference(experiment: Experiment, texts: Sequence[Any], image_ids: 
 
 
 @torch.no_grad()
-def image_nll(experiment: Experiment, captions: list[str], image_ids_BN: Any) -> Tensor:
+def image_nll(experiment: ImageExperiment, captions: list[str], image_ids_BN: Any) -> Tensor:
     """Summed nll (B,) in nats of each image's image tokens under a caption."""
     layout, text = experiment.layout, experiment.text
     assert isinstance(layout, Layout)
-    assert text is not None
-    assert isinstance(experiment.module, TextToImageModule)
     totals = []
     for start in range(0, len(captions), SCORE_BATCH):
         batch = slice(start, start + SCORE_BATCH)

@@ -37,23 +37,70 @@ from t2i_lm.tokenizers.vq import PatchedVQ
 
 
 @dataclass(kw_only=True)
-class Model:
-    """What an experiment trains, and the tokenizers that its ids belong to."""
+class ImageModel:
+    """An expanded decoder with the tokenizers and the layout that its ids belong to."""
 
     config: ExperimentConfig
-    module: pl.LightningModule
-    text: TextTokenizer | None = None
-    image: ImageTokenizer | None = None
-    layout: Layout | ImageLayout | None = None
+    module: DecoderModule
+    text: TextTokenizer
+    image: ImageTokenizer
+    layout: Layout | ImageLayout
+
+    @property
+    def decoder(self) -> Backbone:
+        """The expanded language model."""
+        return self.module.decoder
 
 
 @dataclass(kw_only=True)
-class Experiment(Model):
-    """A model with what it is trained on."""
+class Experiment:
+    """A module and its data.
 
+    Attributes:
+        config: the experiment's keys.
+        module: what is trained.
+        data: what it is trained on.
+        index: of the token shards (`data.shards.format`); empty where images are read directly.
+    """
+
+    config: ExperimentConfig
+    module: pl.LightningModule
     data: BatchDataModule
-    index: dict[str, Any] = field(default_factory=dict)  # of the token shards
-    shards: Path | None = None
+    index: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class ImageExperiment(ImageModel, Experiment):
+    """Text-to-image or unconditional: an image model on token shards."""
+
+    module: DecoderModule
+    shards: Path
+
+
+@dataclass(kw_only=True)
+class AlignmentExperiment(Experiment):
+    """Image rows against text rows, on token shards."""
+
+    module: AlignmentModule
+    text: TextTokenizer
+    image: ImageTokenizer
+    shards: Path
+
+
+@dataclass(kw_only=True)
+class TextExperiment(Experiment):
+    """A decoder on shards of plain text."""
+
+    module: TextModule
+    text: TextTokenizer
+    shards: Path
+
+
+@dataclass(kw_only=True)
+class ImageTokenizerExperiment(Experiment):
+    """An image tokenizer on images."""
+
+    module: ImageTokenizerModule
 
 
 def open_text(config: ExperimentConfig) -> TextTokenizer:
@@ -110,7 +157,7 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
     return decoder, vocab, text, image
 
 
-def build_model(config: ExperimentConfig) -> Model:
+def build_model(config: ExperimentConfig) -> ImageModel:
     """The expanded decoder as a text-to-image or an unconditional model, without data."""
     decoder, vocab, text, image = build_expanded(config)
     choose_trained(decoder, config)
@@ -123,41 +170,38 @@ def build_model(config: ExperimentConfig) -> Model:
     if config.task == "unconditional":
         alone = ImageLayout(vocab, image_tokens)
         module: DecoderModule = UnconditionalImageModule(decoder, config, alone)
-        return Model(config=config, module=module, text=text, image=image, layout=alone)
+        return ImageModel(config=config, module=module, text=text, image=image, layout=alone)
     layout = Layout(vocab, image_tokens, config.data.length)
     if config.distil.weight:
         module = DistilledModule(decoder, config, layout, text.document_end)
     else:
         module = TextToImageModule(decoder, config, layout)
-    return Model(config=config, module=module, text=text, image=image, layout=layout)
+    return ImageModel(config=config, module=module, text=text, image=image, layout=layout)
 
 
-def build_images(config: ExperimentConfig) -> Experiment:
+def build_images(config: ExperimentConfig) -> ImageExperiment:
     """The expanded decoder on caption-image pairs, or on their images alone."""
     model = build_model(config)
-    assert model.text is not None
-    assert model.image is not None
-    assert model.layout is not None
     shards = prepare_pairs(config, model.text, model.image)
     model.image.to(torch.device("cpu"))  # leaves the GPU to training
     data = PairDataModule(config, shards, model.layout)
     if config.data.replayed:
         assert isinstance(model.layout, Layout)
         data = ReplayDataModule(config, shards, model.layout, prepare_replay(config, model.text))
-    return Experiment(**vars(model), data=data, index=_index(shards), shards=shards)
+    return ImageExperiment(**vars(model), data=data, index=_index(shards), shards=shards)
 
 
-def build_alignment(config: ExperimentConfig) -> Experiment:
+def build_alignment(config: ExperimentConfig) -> AlignmentExperiment:
     """The embedding rows of the expanded decoder, image rows against text rows."""
     decoder, _, text, image = build_expanded(config)
     shards = prepare_pairs(config, text, image)
     module, data = AlignmentModule(decoder.tok_embeddings, config), BagDataModule(config, shards)
-    return Experiment(
+    return AlignmentExperiment(
         config=config, module=module, data=data, index=_index(shards), shards=shards, text=text, image=image
     )
 
 
-def build_text(config: ExperimentConfig) -> Experiment:
+def build_text(config: ExperimentConfig) -> TextExperiment:
     """A decoder from random weights on plain text."""
     decoder = build_backbone(config)
     choose_trained(decoder, config)
@@ -169,15 +213,15 @@ def build_text(config: ExperimentConfig) -> Experiment:
         )
     data = TextDataModule(config, shards)
     module = TextModule(decoder, config)
-    return Experiment(config=config, module=module, data=data, index=_index(shards), shards=shards, text=text)
+    return TextExperiment(config=config, module=module, data=data, index=_index(shards), shards=shards, text=text)
 
 
-def build_image_tokenizer(config: ExperimentConfig) -> Experiment:
+def build_image_tokenizer(config: ExperimentConfig) -> ImageTokenizerExperiment:
     """An image tokenizer from random weights on images."""
     with seeded(config.seed):  # diffusers draws from the global stream
         model = PatchedVQ(config.image_tokenizer.model)
     module = ImageTokenizerModule(model, config)
-    return Experiment(config=config, module=module, data=ImageDataModule(config))
+    return ImageTokenizerExperiment(config=config, module=module, data=ImageDataModule(config))
 
 
 def _index(shards: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from callbacks import find_resumable
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import DistilConfig
-from t2i_lm.experiment.build import Model, build_model
+from t2i_lm.experiment.build import ImageModel, build_model
 from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, read_run
 
@@ -33,7 +33,7 @@ def newest_checkpoint(run: Path) -> Path:
     return checkpoint
 
 
-def load_trained(run: Path, checkpoint: Path | None = None) -> Model:
+def load_trained(run: Path, checkpoint: Path | None = None) -> ImageModel:
     """The model of a run with the weights of a checkpoint, for evaluation.
 
     Args:
@@ -56,7 +56,7 @@ def load_trained(run: Path, checkpoint: Path | None = None) -> Model:
     return _for_evaluation(model, config)
 
 
-def load_initial(run: Path) -> Model:
+def load_initial(run: Path) -> ImageModel:
     """The model of a run as it was before its first step, for evaluation: built again from the run's config and seed.
 
     Raises:
@@ -68,7 +68,7 @@ def load_initial(run: Path) -> Model:
     return _for_evaluation(model, config)
 
 
-def _for_evaluation(model: Model, config: ExperimentConfig) -> Model:
+def _for_evaluation(model: ImageModel, config: ExperimentConfig) -> ImageModel:
     """For evaluation as the run's own config says, on the GPU that its image tokenizer is on."""
     model.config = config
     model.module.eval()
@@ -95,14 +95,13 @@ def _without_training_terms(config: ExperimentConfig) -> ExperimentConfig:
     return replace(config, distil=DistilConfig(), optim=optim, loss=loss)
 
 
-def _require_same_tokenizers(model: Model, run: Path) -> None:
+def _require_same_tokenizers(model: ImageModel, run: Path) -> None:
     """Ids mean something only to the tokenizers that the run was trained with."""
     used = (read_run(run).environment.get("tokenizers") or {}).items()
-    here = {"text": model.text, "image": model.image}
+    here = {"text": model.text.sha256, "image": model.image.sha256}
     for name, sha256 in used:
-        tokenizer = here.get(name)
-        if tokenizer is not None and tokenizer.sha256 != sha256:
+        if here.get(name, sha256) != sha256:
             raise ValueError(
-                f"{name}_tokenizer.path holds another file (sha256 {tokenizer.sha256[:12]}) than when "
+                f"{name}_tokenizer.path holds another file (sha256 {here[name][:12]}) than when "
                 f"{run} was trained ({sha256[:12]})"
             )

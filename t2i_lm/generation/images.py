@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from t2i_lm.config.sections import SampleConfig
-from t2i_lm.experiment.build import Model
+from t2i_lm.experiment.build import ImageModel
 from t2i_lm.models.float8 import multiplies_in_float8
 from t2i_lm.models.generate import Progress, Sampling, generate
-from t2i_lm.modules.base import DecoderModule
 from t2i_lm.runtime.devices import can_compile
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
@@ -36,7 +35,7 @@ def seeds_of(seed: int, count: int) -> list[int]:
     return [seed * 1_000_003 + number for number in range(count)]
 
 
-def prepare_drawing(model: Model, bf16: bool, compiled: bool) -> None:
+def prepare_drawing(model: ImageModel, bf16: bool, compiled: bool) -> None:
     """Makes drawing faster. An id that is drawn from two nearly equal probabilities may then be another.
 
     Args:
@@ -48,8 +47,7 @@ def prepare_drawing(model: Model, bf16: bool, compiled: bool) -> None:
     Raises:
         ValueError: if the backbone cannot be compiled.
     """
-    assert isinstance(model.module, DecoderModule)
-    decoder = model.module.decoder
+    decoder = model.decoder
     if bf16:
         round_weights(decoder)
     if compiled and can_compile("--compile"):
@@ -62,18 +60,17 @@ def round_weights(model: nn.Module) -> None:
         parameter.data = parameter.data.bfloat16()
 
 
-def computing(model: Model) -> dict[str, Any]:
+def computing(model: ImageModel) -> dict[str, Any]:
     """How the model computes what it draws, as it is now: `weights`, `compiled` and `fp8` of a protocol card.
 
     `weights` joins the number formats by `+` where there are several.
     """
-    assert isinstance(model.module, DecoderModule)
-    decoder = model.module.decoder
+    decoder = model.decoder
     formats = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in decoder.parameters()})
     return {"weights": "+".join(formats), "compiled": decoder.generates_compiled, "fp8": multiplies_in_float8(decoder)}
 
 
-def caption_layout(model: Model) -> tuple[Layout, TextTokenizer]:
+def caption_layout(model: ImageModel) -> tuple[Layout, TextTokenizer]:
     """What captions are laid out and encoded with.
 
     Raises:
@@ -81,18 +78,17 @@ def caption_layout(model: Model) -> tuple[Layout, TextTokenizer]:
     """
     if not isinstance(model.layout, Layout):
         raise ValueError(f"this is a run of task={model.config.task}, which draws without prompts")
-    assert model.text is not None
     return model.layout, model.text
 
 
-def caption_prompts(model: Model, captions: Sequence[str]) -> list[Tensor]:
+def caption_prompts(model: ImageModel, captions: Sequence[str]) -> list[Tensor]:
     """Joint ids of each caption up to `<image>`, cut to the text budget."""
     layout, text = caption_layout(model)
     return [torch.from_numpy(layout.prompt(np.array(text.encode(caption), dtype=np.int64))) for caption in captions]
 
 
 def draw_captions(
-    model: Model,
+    model: ImageModel,
     captions: Sequence[str],
     seeds: Sequence[int],
     sampling: Sampling | None = None,
@@ -103,14 +99,14 @@ def draw_captions(
     return decode(model, draw_codes(model, prompts, seeds, sampling, on_token))
 
 
-def draw_uncaptioned(model: Model, seeds: Sequence[int]) -> list[ImageArray]:
+def draw_uncaptioned(model: ImageModel, seeds: Sequence[int]) -> list[ImageArray]:
     """Images (H, W, 3) uint8 of an unconditional model, one a seed."""
     assert isinstance(model.layout, ImageLayout)
     return decode(model, draw_codes(model, [torch.from_numpy(model.layout.prompt())] * len(seeds), seeds))
 
 
 def draw_codes(
-    model: Model,
+    model: ImageModel,
     prompts: Sequence[Tensor],
     seeds: Sequence[int],
     sampling: Sampling | None = None,
@@ -122,18 +118,16 @@ def draw_codes(
     as far as `generate` can make it.
     """
     layout = model.layout
-    assert layout is not None
-    assert isinstance(model.module, DecoderModule)
     null = end = None
     if isinstance(layout, Layout):
         null, end = torch.from_numpy(layout.prompt(np.empty(0, np.int64))), layout.prompt_budget
     sampling = sampling or sampling_of(model.config.samples)
-    decoder, count = model.module.decoder, layout.image_tokens
-    return generate(decoder, layout.vocab, prompts, count, seeds, sampling, null, on_token, DRAW_BATCH, end)
+    return generate(
+        model.decoder, layout.vocab, prompts, layout.image_tokens, seeds, sampling, null, on_token, DRAW_BATCH, end
+    )
 
 
-def decode(model: Model, codes_BN: Tensor) -> list[ImageArray]:
+def decode(model: ImageModel, codes_BN: Tensor) -> list[ImageArray]:
     """Images (H, W, 3) uint8 of image codes."""
-    assert model.image is not None
     parts = (model.image.decode(part_BN) for part_BN in torch.split(codes_BN, DECODE_BATCH))
     return [image.permute(1, 2, 0).numpy() for images in parts for image in images]

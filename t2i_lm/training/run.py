@@ -18,7 +18,7 @@ from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.evaluation.fid import training_fid
 from t2i_lm.evaluation.forgetting import BASELINE, forgetting_probes
 from t2i_lm.evaluation.report import sampler, write_report
-from t2i_lm.experiment.build import Experiment, build
+from t2i_lm.experiment.build import Experiment, ImageExperiment, build
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.models.cross_entropy import loss_backend
 from t2i_lm.models.flops import flop_per_token, formula
@@ -106,7 +106,7 @@ def _finish(experiment: Experiment, folder: Path, trainer: pl.Trainer) -> None:
     if not trainer.strategy.broadcast(validated):
         trainer.validate(experiment.module, experiment.data, verbose=False)
     if trainer.is_global_zero:
-        if (config.trainer.strategy in SHARDED or config.trainer.fp8) and experiment.layout is not None:
+        if (config.trainer.strategy in SHARDED or config.trainer.fp8) and isinstance(experiment, ImageExperiment):
             # Whole, where what was trained lies in parts on all processes; and without the roundings of float8.
             experiment.module = load_trained(folder).module
         write_report(experiment, folder, trained, wall_s=seconds_trained(trainer))

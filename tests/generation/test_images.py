@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.sections import DataConfig
-from t2i_lm.experiment.build import Model
+from t2i_lm.config.sections import DataConfig, ImageTokenizerConfig, TextTokenizerConfig
+from t2i_lm.experiment.build import ImageModel, open_image, open_text
 from t2i_lm.generation.images import draw_codes, prepare_drawing
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.modules.text_to_image import TextToImageModule
@@ -17,8 +17,18 @@ def test_rounded_weights_draw_the_same_codes_in_any_batch() -> None:
     """Of captions of several lengths, at the demo's width."""
     decoder = tiny("rotary", seq_len=64, hidden_dim=256, n_heads=4)
     layout = Layout(expand_vocabulary(decoder, 512, torch.Generator().manual_seed(0)), 20, 60)
-    config = ExperimentConfig(data=DataConfig(length=60))
-    model = Model(config=config, module=TextToImageModule(decoder, config, layout), layout=layout)
+    config = ExperimentConfig(
+        data=DataConfig(length=60),
+        text_tokenizer=TextTokenizerConfig("asset:lm_rotary/text_tokenizer.model"),
+        image_tokenizer=ImageTokenizerConfig("asset:image_tokenizer"),
+    )
+    model = ImageModel(
+        config=config,
+        module=TextToImageModule(decoder, config, layout),
+        text=open_text(config),
+        image=open_image(config),
+        layout=layout,
+    )
     prepare_drawing(model, bf16=True, compiled=False)
     prompts = [torch.from_numpy(layout.prompt(np.arange(5 * number % 31))) for number in range(10)]
     together = draw_codes(model, prompts, range(10))
