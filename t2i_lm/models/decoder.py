@@ -1,8 +1,8 @@
 """An open_lm-compatible decoder (mlfoundations/open_lm at commit 9bb92ef), all of it in this file.
 
-In order: norms, feed-forward layers, attention, block, decoder. Attribute names are open_lm's, so state dicts map name
-by name (`models/open_lm.py`). Two things differ in form, not in value: token rows are stored in blocks, and the output
-module computes the loss (`token_rows.py`).
+In order: config, initialization, norms, feed-forward layers, attention, block, decoder. Attribute names are open_lm's,
+so state dicts map name by name (`models/open_lm.py`). Two things differ in form, not in value: token rows are stored in
+blocks, and the output module computes the loss (`token_rows.py`).
 
 Shapes: `B` batch, `T` tokens, `D` width, `H` heads, `K` head dim, `F` feed-forward width, `V` vocabulary.
 """
@@ -29,6 +29,45 @@ Rotary = tuple[Tensor, Tensor] | None  # cosines and sines that broadcast to (B,
 SHORT = 512  # positions up to which bfloat16 attention on a CPU materializes the scores
 HALF = (torch.float16, torch.bfloat16)
 CUDA_BUCKET = 128  # cache columns: 9 CUDA graphs for 1,088 positions; a step reads 64 columns too many on average
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """open_lm's model JSON, under its key names."""
+
+    hidden_dim: int
+    n_layers: int
+    n_heads: int
+    seq_len: int
+    vocab_size: int
+    positional_embedding_type: str
+    model_norm: str = "default_layer_norm"
+    qk_norm: bool = False
+    post_embed_norm: bool = False
+    weight_tying: bool = False
+    ffn_type: str = "swiglu"
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.hidden_dim % self.n_heads or (self.hidden_dim // self.n_heads) % 2:
+            raise ValueError(f"hidden_dim={self.hidden_dim} must be an even multiple of n_heads={self.n_heads}")
+        allowed = {
+            "positional_embedding_type": POSITIONS,
+            "model_norm": tuple(NORMS),
+            "ffn_type": tuple(FEED_FORWARDS),
+        }
+        for key, values in allowed.items():
+            if getattr(self, key) not in values:
+                raise ValueError(f"{key}={getattr(self, key)!r}: expected one of {', '.join(values)}")
+
+
+def fan_in_normal_(weight: Tensor, generator: Generator, depth: int | None = None) -> None:
+    """Normal of std 1/sqrt(fan-in), divided by sqrt(2 depth) if a depth is given, truncated at 3 std; in place."""
+    std = 1 / math.sqrt(weight.shape[1])
+    std = std if depth is None else std / math.sqrt(2 * depth)
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
 class RMSNorm(nn.Module):
@@ -126,17 +165,6 @@ FEED_FORWARDS: dict[str, Callable[[int], SwiGLU | GELU | GemmaGeGLU]] = {
 }
 
 
-def fan_in_normal_(weight: Tensor, generator: Generator, depth: int | None = None) -> None:
-    """Truncated normal of std 1/sqrt(fan-in), divided by sqrt(2 depth) if a depth is given; in place."""
-    std = 1 / math.sqrt(weight.shape[1])
-    trunc_normal_(weight, std if depth is None else std / math.sqrt(2 * depth), generator)
-
-
-def trunc_normal_(tensor: Tensor, std: float, generator: Generator) -> None:
-    """Normal of standard deviation `std`, truncated at three of them; in place."""
-    nn.init.trunc_normal_(tensor, std=std, a=-3 * std, b=3 * std, generator=generator)
-
-
 def rotary_table(positions: str, length: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines (length, K) of each entry's angle."""
     inv_freq = 1.0 / (ROTARY_BASE ** (torch.arange(0, head_dim, 2).float() / head_dim))
@@ -225,38 +253,6 @@ class Attention(nn.Module):
                 k_BHTK, v_BHTK, mask = store.extend(self.layer, k_BHTK, v_BHTK)
             out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal=T > 1, mask=mask)
         return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """open_lm's model JSON, under its key names."""
-
-    hidden_dim: int
-    n_layers: int
-    n_heads: int
-    seq_len: int
-    vocab_size: int
-    positional_embedding_type: str
-    model_norm: str = "default_layer_norm"
-    qk_norm: bool = False
-    post_embed_norm: bool = False
-    weight_tying: bool = False
-    ffn_type: str = "swiglu"
-
-    def __post_init__(self) -> None:
-        for key in ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if self.hidden_dim % self.n_heads or (self.hidden_dim // self.n_heads) % 2:
-            raise ValueError(f"hidden_dim={self.hidden_dim} must be an even multiple of n_heads={self.n_heads}")
-        allowed = {
-            "positional_embedding_type": POSITIONS,
-            "model_norm": tuple(NORMS),
-            "ffn_type": tuple(FEED_FORWARDS),
-        }
-        for key, values in allowed.items():
-            if getattr(self, key) not in values:
-                raise ValueError(f"{key}={getattr(self, key)!r}: expected one of {', '.join(values)}")
 
 
 class Block(nn.Module):
