@@ -22,9 +22,9 @@ from benchmarks.rounds import (
     GateError,
     Report,
     compare,
+    compiles,
     exit_code,
     gate,
-    includes_compiled,
     interleave,
     parser,
     rates,
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> None:
 
     def forms_of(prompt_BT: Tensor) -> dict[str, tuple[str, Generation]]:
         peer = None if llama is None else llama.model
-        return generation_forms(decoder, peer, vocab, prompt_BT, options.tokens, includes_compiled(options))
+        return generation_forms(decoder, peer, vocab, prompt_BT, options.tokens, compiles(options))
 
     few_BT = prompt_BT[:GATE_ROWS]
     forms = forms_of(few_BT)

@@ -18,18 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rounds import (
-    OURS,
-    Contender,
-    GateError,
-    Report,
-    compare,
-    exit_code,
-    gate,
-    includes_compiled,
-    interleave,
-    parser,
-)
+from benchmarks.rounds import OURS, Contender, GateError, Report, compare, compiles, exit_code, gate, interleave, parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,7 +179,7 @@ def peaks(names: Sequence[str], options: argparse.Namespace, losses: dict[str, A
         for key in ("tokens", "vocab", "width", "precision", "threads"):
             if (value := getattr(options, key)) is not None:
                 command += [f"--{key}", str(value)]
-        command += [] if includes_compiled(options) else ["--no-compile"]
+        command += [] if compiles(options) else ["--no-compile"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
         if done.returncode:
             raise ValueError(f"cannot measure the memory of {name}: {done.stderr.strip()}")
@@ -204,7 +193,7 @@ def measure(options: argparse.Namespace) -> None:
     if options.quick:
         options.tokens, options.vocab, options.width = 128, 20_000, 32
     options.width = options.width or (2048 if options.device == "cuda" else 256)
-    losses = variants(options.precision, includes_compiled(options))
+    losses = variants(options.precision, compiles(options))
     if options.peak_of is not None:
         print(peak_of(options, losses[options.peak_of][1]))
         return

@@ -19,17 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import (
-    OURS,
-    Contender,
-    GateError,
-    Report,
-    compare,
-    exit_code,
-    interleave,
-    parser,
-    rates,
-)
+from benchmarks.rounds import OURS, Contender, GateError, Report, compare, exit_code, interleave, parser, rates
 
 EXAMPLE = "python -m benchmarks.loader --shape paper --threads 1"
 # (image tokens, text vocabulary, image codes, positions, batch)

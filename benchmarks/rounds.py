@@ -156,7 +156,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def includes_compiled(options: argparse.Namespace) -> bool:
+def compiles(options: argparse.Namespace) -> bool:
     """Whether contenders with torch.compile take part."""
     from t2i_lm.runtime.devices import can_compile
 

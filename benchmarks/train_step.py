@@ -18,18 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rounds import (
-    OURS,
-    Contender,
-    Report,
-    compare,
-    exit_code,
-    gate,
-    includes_compiled,
-    interleave,
-    parser,
-    rates,
-)
+from benchmarks.rounds import OURS, Contender, Report, compare, compiles, exit_code, gate, interleave, parser, rates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +91,7 @@ def measure(options: argparse.Namespace) -> None:
     peers = find_peers(options, shape, vocab, decoder)
     agreement = {peer.name: check_peer(decoder, peer, ids_BT[:GATE_ROWS], target_BT[:GATE_ROWS]) for peer in peers}
 
-    forms = list(loss_forms(decoder, peers, ids_BT, target_BT, options.precision, includes_compiled(options)))
+    forms = list(loss_forms(decoder, peers, ids_BT, target_BT, options.precision, compiles(options)))
     if name != "paper":
         forms.append(float32_form(decoder, peers, ids_BT, target_BT))
     agreement["losses"], first_seconds = check_forms(forms, expected_loss_and_norm(decoder, ids_BT, target_BT), device)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import GateError, Report, exit_code, gate, includes_compiled, parser, spread
+from benchmarks.rounds import GateError, Report, compiles, exit_code, gate, parser, spread
 
 EXAMPLE = "python -m benchmarks.trainer_overhead --shape demo --steps 60 --threads 2"
 WARMUP = 5  # untimed steps of each repetition
@@ -165,9 +165,7 @@ def measure(options: argparse.Namespace) -> None:
         shape.batch, shape.length, options.steps // accumulate, options.precision, options.logger, accumulate, name
     )
     accelerator = "gpu" if options.device == "cuda" else "cpu"
-    config.trainer = replace(
-        config.trainer, accelerator=accelerator, compile=options.compile and includes_compiled(options)
-    )
+    config.trainer = replace(config.trainer, accelerator=accelerator, compile=options.compile and compiles(options))
     prepare_blocks(decoder, config)
     layout = Layout(vocab, IMAGE_TOKENS[name], shape.length)
     samples = shape.batch * 32 * accumulate
