@@ -148,7 +148,7 @@ def test_a_finished_evaluation_is_scored_without_drawing_and_its_fid_stays(
 
     other = write_clip(tmp_path / "other", seed=1)
     assert main([*plain, *out, "--clip", str(other)]) == 2
-    assert "holds parts of another evaluation (clip_model='tiny', now 'other'; clip_sha256=" in capsys.readouterr().err
+    assert "parts of a different evaluation (clip_model='tiny', now 'other'; clip_sha256=" in capsys.readouterr().err
 
 
 def test_reconstructions_are_scored_beside_their_floor(command: list[str], tmp_path: Path) -> None:

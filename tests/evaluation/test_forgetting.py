@@ -206,7 +206,7 @@ def test_evaluate_names_what_it_cannot_measure_before_it_loads_a_model(
     for name in (str(tmp_path / "none"), "../none.txt", "org/books:test"):  # what is no file may be a dataset's name
         said = refused(probed.folder, "--forgetting", name)
         assert f"--forgetting='{name}' is neither a file or folder nor a reachable Hugging Face dataset" in said
-    assert "is no run folder and holds none" in refused(tmp_path / "nowhere", *text)
+    assert "is not a run folder and contains none" in refused(tmp_path / "nowhere", *text)
     assert f"{bare} has no whole checkpoint" in refused(bare, *text)
 
 

@@ -141,5 +141,5 @@ def test_a_named_run_of_the_wrong_arm_is_refused(runs: Path) -> None:
     message = "init='random', expected 'pretrained'"
     with pytest.raises(ValueError, match=f"--pretrained .*{message}"):
         find_pair(runs, pretrained=scratch)
-    with pytest.raises(ValueError, match=r"--scratch .*absent: unreadable: .* is no run folder"):
+    with pytest.raises(ValueError, match=r"--scratch .*absent: unreadable: .* is not a run folder"):
         find_pair(runs, scratch=runs / "absent")
