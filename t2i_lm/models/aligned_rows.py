@@ -1,6 +1,7 @@
 """The file that an alignment leaves and `new_rows: aligned` starts from: image rows, and the tokenizers they are of."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -46,14 +47,23 @@ def find_aligned_rows(config: ExperimentConfig) -> Path:
     return path
 
 
+def resolve_aligned_rows(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with the file that `aligned_rows` means, which a run's config.yaml then names; same where unused.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    used = config.image_rows == "aligned" and config.task in ("text_to_image", "unconditional")
+    return replace(config, aligned_rows=str(find_aligned_rows(config))) if used else config
+
+
 def read_aligned_rows(config: ExperimentConfig, text_sha256: str, image_sha256: str) -> Tensor:
-    """The rows (I, D) that `aligned_rows` names; `latest` is replaced by the file found, so that the run says it.
+    """The rows (I, D) that `aligned_rows` names.
 
     Raises:
         ValueError: if there are none, or they are of other tokenizers.
     """
     path = find_aligned_rows(config)
-    config.aligned_rows = str(path)
     try:
         with safe_open(path, framework="pt") as file:
             hashes = json.loads((file.metadata() or {}).get("tokenizers", "{}"))

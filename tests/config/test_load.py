@@ -94,7 +94,7 @@ def test_a_bad_override_names_the_key_and_what_is_allowed(override: str, message
         (["trainer.fp8=true", "task=align"], "trainer.fp8=True: expected false, task=align"),
         (["loss.backend=liger"], "loss.backend='liger': expected one of fused, torch"),
         (["loss.backend=torch", "task=align"], "loss.backend='torch': expected fused, task=align"),
-        (["data.trim=0"], "data.trim=0: expected at least 1"),
+        (["data.pad_to_multiple_of=0"], "data.pad_to_multiple_of=0: expected at least 1"),
     ],
 )
 def test_speed_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:

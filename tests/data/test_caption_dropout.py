@@ -1,6 +1,7 @@
 """`data.caption_dropout`: which captions training leaves empty, and that guidance speaks of the same empty caption."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_every_caption_as_a_sample_of_its_own_can_be_left_out(shards: Path) -> N
     split = data_of(shards, config_of(SHARE)).train_set
     assert isinstance(split, PairBatches)
     config = config_of(SHARE)
-    config.data.captions = "all"
+    config = replace(config, data=replace(config.data, captions="all"))
     train = data_of(shards, config).train_set
     assert len(train) == 2 * len(split)
     empty = captionless(train.__getitems__([(0, index) for index in range(len(train))]))

@@ -1,4 +1,4 @@
-"""`data.trim` sets how long batches are, and nothing else."""
+"""`data.pad_to_multiple_of` sets how long batches are, and nothing else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -51,5 +51,5 @@ def test_lengths_change_with_it_and_neither_tokens_nor_loss_nor_gradients(tmp_pa
 
 def test_prepared_shards_are_found_again_whatever_it_is() -> None:
     config = ExperimentConfig()
-    wide = replace(config, data=replace(config.data, trim=32))
+    wide = replace(config, data=replace(config.data, pad_to_multiple_of=32))
     assert cache_folder(wide, {"text": "a"}) == cache_folder(config, {"text": "a"})
