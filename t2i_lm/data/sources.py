@@ -1,7 +1,7 @@
-"""Sources of captioned images, by name: scenes, image folders, Parquet files, tar files, Hugging Face datasets.
+"""Sources of captioned images by name: scenes, image folders, Parquet, tar files, Hugging Face datasets, plug-ins.
 
-A source is a sized sequence of `Pair`s. An image that cannot be read raises `RejectedPairError` with a reason, which
-`prepare` counts; nothing else may go wrong in silence.
+A source is a sized sequence of `Pair`s, or a stream of them. A pair that cannot be read raises `RejectedPairError` with
+a reason, which `prepare` counts; any other error ends the run.
 """
 
 import io
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
-from t2i_lm.config.sections import DataConfig
+from t2i_lm.config.sections import DataConfig, is_plugin
 from t2i_lm.data.pairs import (
     CaptionedSource,
     Pair,
@@ -24,6 +24,7 @@ from t2i_lm.data.pairs import (
 )
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.tars import TarFolder, open_tars
+from t2i_lm.runtime.plugins import SOURCE, find_plugin
 
 # Share of a source without a validation part of its own that is held out, by position.
 HELD_OUT_EVERY = 20
@@ -31,15 +32,8 @@ SPLITS = ("train", "val")
 METADATA = "metadata.jsonl"
 
 
-class Records(Protocol):
-    """Rows that a source turns into pairs."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Any: ...
-
-
 class ImageFolder:
-    """A folder with `metadata.jsonl`: one `{"file_name": ..., "captions": [...]}` a line."""
+    """A folder with `metadata.jsonl`: one `{"file_name": ..., "captions": [...]}` per line."""
 
     def __init__(self, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         self.folder, self.rows = folder, rows
@@ -65,10 +59,10 @@ class Columns:
 
     @classmethod
     def find(cls, names: Sequence[str], origin: str) -> "Columns":
-        """The first known name of either.
+        """The first known name of each.
 
         Raises:
-            ValueError: if one of them is absent.
+            ValueError: if the dataset has none of them.
         """
 
         def first(known: tuple[str, ...]) -> str:
@@ -95,7 +89,7 @@ class Table:
         import datasets
 
         self.columns, self.indices = Columns.find(rows.column_names, origin), indices
-        # Undecoded bytes, so that a bad image is our reject and not a crash inside the reader.
+        # Undecoded bytes, so that a damaged image is rejected and does not crash the reader.
         self.rows = rows.cast_column(self.columns.image, datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -107,10 +101,10 @@ class Table:
 
 
 class Stream:
-    """A streamed Hugging Face dataset; where it has no validation part, every 20th sample of a shard is held out."""
+    """A streamed Hugging Face dataset; without a validation split, every 20th sample of a shard is held out."""
 
     def __init__(self, rows: Any, origin: str, keep: Callable[[int], bool]) -> None:
-        """`keep` says by its place in the shard whether a sample belongs to the split."""
+        """`keep` takes a position in the shard: whether that sample belongs to the split."""
         import datasets
 
         if rows.column_names is None:
@@ -130,18 +124,18 @@ class Stream:
 
 
 def held_out(size: int, split: str) -> list[int]:
-    """Indices of a split where the source has none of its own: every 20th sample is validation."""
+    """Indices of a split of a source without splits: every 20th sample is for validation."""
     return [index for index in range(size) if (index % HELD_OUT_EVERY == 0) == (split == "val")]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a split lies.
+    """The file or folder of a split.
 
     Attributes:
         path: file or folder.
-        key: what gave it, for errors.
-        split: `train` or `val`; None where all that lies there is the split's.
+        key: the config key that it is from, for errors.
+        split: `train` or `val`; None where all samples there belong to the split.
     """
 
     path: Path
@@ -152,7 +146,7 @@ class Place:
     def of(cls, data: DataConfig, split: str, files: str) -> "Place":
         """`data.path` and `data.val_path`; or PATH/train and PATH/val; or PATH, of which every 20th is held out.
 
-        `files` is the pattern of the files that a folder of samples holds.
+        `files` is the pattern of the files in a folder of samples.
         """
         root = Path(str(data.path))
         if data.val_path is not None:
@@ -164,7 +158,7 @@ class Place:
         return cls(root, "data.path", split)
 
     def own(self, size: int) -> Sequence[int]:
-        """Which of all samples there are the split's."""
+        """Indices of the split among all samples there."""
         return range(size) if self.split is None else held_out(size, self.split)
 
 
@@ -224,7 +218,7 @@ def hub(data: DataConfig, split: str, size: int) -> CaptionedSource:
 
 
 def hub_stream(data: DataConfig, split: str, size: int) -> StreamedSource:
-    """The same, read once in order and never stored: for data that does not fit on a disk."""
+    """A Hugging Face dataset read once, in order, and never stored: for data that does not fit on a disk."""
     limit = data.train_size if split == "train" else data.val_size
     if limit is not None:
         raise ValueError(f"data.{split}_size={limit}: expected null, a stream is read to its end")
@@ -247,12 +241,12 @@ def _load_dataset(data: DataConfig, streaming: bool) -> Any:
 
 
 def scenes(data: DataConfig, split: str, size: int) -> CaptionedSource:
-    """Procedural scenes; the number of images is the config's."""
+    """Procedural scenes; their number is a config key."""
     count = data.train_size if split == "train" else data.val_size
     if count is None:
         raise ValueError(f"data.{split}_size=null: scenes are endless, so give a number")
-    drawn = "every_pair" if split == "train" and not data.hold_out_pairs else split
-    return SceneSource(count, drawn, data.seed, size)
+    scenes_of = "every_pair" if split == "train" and not data.hold_out_pairs else split
+    return SceneSource(count, scenes_of, data.seed, size)
 
 
 SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource | StreamedSource]] = {
@@ -269,18 +263,24 @@ def open_source(data: DataConfig, split: str, image_size: int) -> CaptionedSourc
     """The captioned images of a split.
 
     Raises:
-        ValueError: if there is nothing to read, naming the key.
+        ValueError: if there is nothing to read, naming the key, or a plug-in cannot be used.
     """
-    return SOURCES[data.source](data, split, image_size)
+    if not is_plugin(data.source):
+        return SOURCES[data.source](data, split, image_size)
+    plugin = find_plugin(SOURCE, data.source, SOURCES)
+    source: CaptionedSource | StreamedSource = plugin.function(data, split, image_size)
+    if not isinstance(source, StreamedSource):
+        plugin.require(source, ("__len__", "__getitem__"))
+    return source
 
 
 def open_sized(data: DataConfig, split: str, image_size: int) -> CaptionedSource:
-    """The same, for what needs its images in any order.
+    """As `open_source`, for readers that need random access.
 
     Raises:
         ValueError: also if the source can only be streamed.
     """
     source = open_source(data, split, image_size)
-    if isinstance(source, Stream):
-        raise ValueError(f"data.source={data.source}: images are needed in any order, which a stream cannot give")
-    return cast(CaptionedSource, source)
+    if isinstance(source, StreamedSource):
+        raise ValueError(f"data.source={data.source}: images are needed in any order, a stream has one")
+    return source

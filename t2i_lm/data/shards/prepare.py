@@ -6,6 +6,7 @@ GPUs or several plain processes share it, and one that was killed loses at most 
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -13,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, Sample, StreamedSource, center_crop
 from t2i_lm.data.shards.format import (
     pair_features,
@@ -30,9 +31,10 @@ from t2i_lm.data.shards.format import (
     write_part,
 )
 from t2i_lm.data.shards.tokenize import ENCODE_BATCH, PairRows, stack_images, write_text_split
-from t2i_lm.data.sources import SPLITS, Stream, open_source
+from t2i_lm.data.sources import SPLITS, open_source
 from t2i_lm.data.text import paragraphs, read_documents
 from t2i_lm.runtime.devices import global_rank, world_size
+from t2i_lm.runtime.plugins import SOURCE, find_plugin
 from t2i_lm.runtime.progress import Advance, progress
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
@@ -65,8 +67,10 @@ def cache_folder(config: ExperimentConfig, tokenizers: dict[str, str]) -> Path:
         "length": data.length if config.task == "text" else None,
         "tokenizers": tokenizers,
     }
+    if is_plugin(data.source):
+        key["plugin"] = find_plugin(SOURCE, data.source).identity
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(data.cache_dir) / f"{data.source}-{digest}"
+    return Path(data.cache_dir) / f"{re.sub(r'[^a-zA-Z0-9_.]', '-', data.source)}-{digest}"
 
 
 def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTokenizer) -> Path:
@@ -107,10 +111,9 @@ Part = Callable[[], Iterable[Sample]]
 
 def cut(source: CaptionedSource | StreamedSource, limit: int | None, part_size: int) -> tuple[list[Part], int | None]:
     """The parts of a source, and its number of samples where it is known; a stream's shard is a part."""
-    if isinstance(source, Stream):
+    if isinstance(source, StreamedSource):
         return [partial(source.shard, number) for number in range(source.shards)], None
-    sized = cast(CaptionedSource, source)
-    size = len(sized) if limit is None else min(len(sized), limit)
+    sized, size = source, len(source) if limit is None else min(len(source), limit)
 
     def samples(start: int) -> Iterator[Sample]:
         return (partial(sized.__getitem__, index) for index in range(start, min(start + part_size, size)))
@@ -218,7 +221,7 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
     if config.data.val_path is None:
         raise ValueError("data.val_path=null: give held-out text, for example data.val_path=books_heldout.txt.gz")
     trained = config.text_tokenizer.path
-    text = open_text_tokenizer(resolve(trained) if trained else _train_text_tokenizer(config))
+    text = open_text_tokenizer(trained or _train_text_tokenizer(config))
     folder = cache_folder(config, {"text": text.sha256})
     _make(folder)
     with _alone(folder):
