@@ -6,6 +6,7 @@ Layers, later ones win: base.yaml, scale/SCALE.yaml, the experiment, `key=value`
 import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -78,7 +79,7 @@ def migrate(tree: Mapping[str, Any], origin: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if both names of a key are present.
     """
-    tree = _copy(tree)
+    tree = deepcopy(dict(tree))
     keys = dict(_walk(tree))
     for old, new in MOVED_KEYS.items():
         if old not in keys:
@@ -108,10 +109,6 @@ def _walk(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield f"{prefix}{key}", value
         if isinstance(value, Mapping):
             yield from _walk(value, f"{prefix}{key}.")
-
-
-def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 
 
 def _pop(tree: dict[str, Any], key: str) -> Any:

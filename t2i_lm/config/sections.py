@@ -263,7 +263,7 @@ class TrainerConfig(Section, prefix="trainer"):
     max_steps: int = 100_000
     """Optimizer steps."""
     accelerator: str = "auto"
-    """`auto`, `cpu` or `gpu`."""
+    """`auto`, `cpu`, `gpu`, `cuda` or `mps`."""
     devices: int = 1
     """Processes per node, one per GPU."""
     num_nodes: int = 1

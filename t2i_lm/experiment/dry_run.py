@@ -20,6 +20,7 @@ from t2i_lm.models.factory import choose_trained, empty_backbone
 from t2i_lm.models.flops import PEAKS, flop_per_token, formula
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.runtime.devices import precision
+from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.storage import hub
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
@@ -90,6 +91,7 @@ def describe(config: ExperimentConfig) -> str:
     planned = plan(config)
     lines = [OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), "---"]
     lines += [f"missing: {missing}" for missing in absent_files(config)]
+    lines += [f"plug-in: {key} of {identity}" for key, identity in plugin_identities(config).items()]
     lines.append(f"precision here: {precision(config)}")
     total, trainable = count(planned.model), count(planned.model, trainable=True)
     if not isinstance(planned.model, Backbone):

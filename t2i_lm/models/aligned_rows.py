@@ -54,7 +54,9 @@ def resolve_aligned_rows(config: ExperimentConfig) -> ExperimentConfig:
         ValueError: if there is none.
     """
     used = config.image_rows == "aligned" and config.task in ("text_to_image", "unconditional")
-    return replace(config, aligned_rows=str(find_aligned_rows(config))) if used else config
+    if not used or config.aligned_rows is None:
+        return config
+    return replace(config, aligned_rows=str(find_aligned_rows(config)))
 
 
 def read_aligned_rows(config: ExperimentConfig, text_sha256: str, image_sha256: str) -> Tensor:

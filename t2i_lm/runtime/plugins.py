@@ -56,7 +56,10 @@ class Plugin:
     @property
     def identity(self) -> str:
         """Package and version, and the hash of the file that holds the function: what caches depend on."""
-        file = inspect.getsourcefile(inspect.unwrap(self.function))
+        try:
+            file = inspect.getsourcefile(inspect.unwrap(self.function))
+        except TypeError:  # compiled, or an object that is called
+            file = None
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "unknown"
         return f"{self.origin}, file sha256 {digest}"
 

@@ -67,6 +67,10 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
 
 def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
     """The newest run folder of an equal config and whether it is finished; finished ones first."""
+    if config.aligned_rows is not None:  # the others need no torch
+        from t2i_lm.models.aligned_rows import resolve_aligned_rows
+
+        config = resolve_aligned_rows(config)  # as in a run's config.yaml
     wanted = _computed(config)
     equal = []
     for folder in run_folders(Path(config.run.dir), config.name):

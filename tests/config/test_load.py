@@ -1,7 +1,7 @@
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, asdict
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,13 @@ def test_a_run_to_sample_from_differs_in_empty_captions_alone() -> None:
         changed = {key for key in pretrained if pretrained[key] != sampling[key]}
         assert changed == {"name", "data.caption_dropout"}
         assert sampling["data.caption_dropout"] == 0.1
+
+
+def test_a_config_is_never_changed() -> None:
+    config = load_experiment(PRETRAINED, "demo")
+    for section, key in ((config, "init"), (config.optim, "lr"), (config.image_tokenizer.model, "codes")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(section, key, None)
 
 
 def test_layers_merge_in_order() -> None:

@@ -184,6 +184,9 @@ def test_a_dry_run_knows_the_sizes_of_plugins(tiny: list[str], capsys: pytest.Ca
     output = capsys.readouterr().out
     assert "missing:" not in output
     assert "a sequence has 16 image ids" in output
+    assert "plug-in: backbone.path of tiny-plugins 1.2, file sha256 " in output
+    assert main([PRETRAINED, *tiny, "text_tokenizer.path=plugin:nowhere", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith("error: text_tokenizer.path=plugin:nowhere: no installed package")
 
 
 def test_shards_of_a_source_depend_on_its_package_and_file(tiny: list[str], installed: Path) -> None:
