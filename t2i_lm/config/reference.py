@@ -49,7 +49,7 @@ def _table(title: str, section: type, prefix: str, documented: dict[str, dict[st
             name = f"{prefix}{key.name}"
             nested += _table(f"`{name}`", type(default), f"{name}.", documented)
         else:
-            meaning = documented[section.__name__][key.name]
+            meaning = documented[section.__name__][key.name].replace("|", r"\|")
             rows.append(f"| `{prefix}{key.name}` | `{_yaml(default)}` | {meaning} |")
     about = inspect.getdoc(section)
     assert about is not None

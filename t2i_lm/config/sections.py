@@ -168,7 +168,7 @@ class DataConfig(Section, prefix="data"):
     """`scenes` (generated), `image_folder`, `parquet`, `webdataset`, `hub` or `hub_stream` (Hugging Face datasets),
     `text` (task=text), or a plug-in."""
     path: str | None = None
-    """File, folder or hub name, for every source but `scenes`."""
+    """File, folder or name of a Hugging Face dataset, for every source but `scenes`."""
     val_path: str | None = None
     """Held-out data; null: PATH/val, or every 20th sample of `path`. task=text requires it."""
     train_size: int | None = None
@@ -406,7 +406,7 @@ class LossConfig(Section, prefix="loss"):
     replay_weight: float = 1.0
     """Weight of targets in data.replay_path's text."""
     backend: str = "fused"
-    """`fused`, or `torch`: its own chunked loss, in float32 and slower, for comparison."""
+    """`fused`, or `torch`: PyTorch's own chunked loss, in float32 and slower, for comparison."""
     z: float = 0.0
     """Factor of logsumexp squared, which keeps logits small (PaLM's z-loss, there 1e-4); 0: none."""
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from callbacks.metrics.inception import WIDTHS
 from t2i_lm.config import experiment, sections
+from t2i_lm.config.load import SCALES
 from t2i_lm.data.sources import SOURCES
 from t2i_lm.experiment.build import TASKS
 from t2i_lm.models.cross_entropy import BACKENDS
@@ -18,6 +20,7 @@ from t2i_lm.plots import captions
 from t2i_lm.runtime.plugins import KINDS
 from t2i_lm.tokenizers.movqgan import SIZES
 
+OVERLAYS = Path(__file__).parents[2] / "experiments" / "scale"
 OF_PAIRS = [source for source in sections.SOURCES if source != "text"]
 
 
@@ -33,6 +36,7 @@ OF_PAIRS = [source for source in sections.SOURCES if source != "text"]
         pytest.param(sections.LOSS_BACKENDS, BACKENDS, id="loss backends"),
         pytest.param(sections.MOVQGAN_SIZES, SIZES.values(), id="MoVQGAN sizes"),
         pytest.param(sections.FID_FEATURES, WIDTHS, id="FID features"),
+        pytest.param(SCALES, [file.stem for file in OVERLAYS.glob("*.yaml")], id="scales"),
         pytest.param(experiment.PLUGIN_KEYS, KINDS, id="plug-ins"),
     ],
 )
