@@ -79,22 +79,22 @@ def migrate(tree: Mapping[str, Any], origin: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if both names of a key are present.
     """
-    tree = deepcopy(dict(tree))
-    keys = dict(_walk(tree))
+    result = deepcopy(dict(tree))
+    keys = dict(_walk(result))
     for old, new in MOVED_KEYS.items():
         if old not in keys:
             continue
         if new in keys:
             raise ValueError(f"{origin}: {old} is the former name of {new}; expected one of them")
-        _set(tree, new, _pop(tree, old))
+        _set(result, new, _pop(result, old))
         _note(f"note: {origin}: {old} is now {new}")
-    for key, value in flatten_mapping(tree).items():
+    for key, value in flatten_mapping(result).items():
         for old, new in MOVED_PREFIXES.items():
             if isinstance(value, str) and value.startswith(old):
                 renamed = f"{new}{value.removeprefix(old)}"
-                _set(tree, key, renamed)
+                _set(result, key, renamed)
                 _note(f"note: {origin}: {key}={value} is now written {renamed}")
-    return tree
+    return result
 
 
 @cache
