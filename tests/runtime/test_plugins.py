@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 
 from t2i_lm.data.pairs import Pair, RejectedPairError
+from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.open_lm import decoder_config
 
@@ -58,6 +59,17 @@ def open_decoder(argument, pretrained):
         decoder.reset_parameters(torch.Generator().manual_seed(int(argument or 0)))
     decoder.sha256 = f"decoder-{argument}"
     return decoder
+
+
+class Half(Backbone):
+    def hidden(self, ids_BT, cache=None):
+        return ids_BT
+
+
+def open_half(argument, pretrained):
+    half = Half()
+    half.sha256, half.config, half.tok_embeddings, half.output = "half", None, None, None
+    return half
 
 
 class Colors:
@@ -96,7 +108,11 @@ constant = 3
 """
 ENTRY_POINTS = {
     "t2i_lm.text_tokenizers": {"bytes": "tiny_plugins:open_bytes", "sentencepiece": "tiny_plugins:open_bytes"},
-    "t2i_lm.backbones": {"tiny": "tiny_plugins:open_decoder", "empty": "tiny_plugins:open_nothing"},
+    "t2i_lm.backbones": {
+        "tiny": "tiny_plugins:open_decoder",
+        "empty": "tiny_plugins:open_nothing",
+        "half": "tiny_plugins:open_half",
+    },
     "t2i_lm.sources": {"colors": "tiny_plugins:open_colors", "empty": "tiny_plugins:open_any_source"},
     "t2i_lm.image_tokenizers": {
         "short": "tiny_plugins:open_too_little",
@@ -227,6 +243,10 @@ def test_code_of_no_package_needs_a_key_that_says_so(tiny: list[str]) -> None:
         ("image_tokenizer.path=code:no_such_module:f", "cannot be imported: No module named 'no_such_module'"),
         ("text_tokenizer.path=plugin:sentencepiece", "'sentencepiece' of tiny-plugins 1.2 is the name of a built-in"),
         ("backbone.path=plugin:empty", "object of tiny-plugins 1.2 is no t2i_lm.models.backbone.Backbone"),
+        (
+            "backbone.path=plugin:half",
+            "Half of tiny-plugins 1.2 lacks next_hidden, enable_activation_checkpointing, en",
+        ),
         ("backbone.path=plugin:tiny backbone.config=demo_7m", "backbone.config=demo_7m: expected null"),
         ("backbone.path=plugin:tiny data.length=113", "data.length=113: the backbone has 112 positions"),
         ("data.source=plugin:empty", "data.source=plugin:empty: object of tiny-plugins 1.2 lacks __len__, __getitem__"),
