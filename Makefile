@@ -18,7 +18,7 @@ PRETRAIN = $(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" da
 BENCHMARKS := train_step head generate loader trainer_overhead fid
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test tensorboard figures bench bench-gpu demo-assets exp-pretrained exp-scratch clean
+.PHONY: help setup check test tensorboard figures bench bench-gpu demo-assets docs exp-pretrained exp-scratch clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ exp-scratch: $(STAMP)  ## the same run from random weights
 
 figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
 	$(PY) -m t2i_lm.figures --runs $(RUNS) $(ARGS)
+
+docs: $(STAMP)  ## docs/configuration.md from the docstrings of the config
+	$(PY) -c "from t2i_lm.config.reference import write_reference; write_reference()"
 
 tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost

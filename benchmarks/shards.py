@@ -19,7 +19,7 @@ from t2i_lm.data.shards.format import pair_features, part_folder, read_part, wri
 from t2i_lm.tokenizers.layout import BOUNDARY_TOKENS
 
 CAPTIONS = 5  # per image, as in COCO
-TRIM = {"paper": 32}  # data.trim of scales without the default
+PAD_TO_MULTIPLE_OF = {"paper": 32}  # data.pad_to_multiple_of of scales without the default
 
 
 def write_random_shards(
@@ -61,10 +61,10 @@ def experiment(
 
     `scale` sets how lengths are rounded.
     """
-    trim = TRIM.get(scale, DataConfig.trim)
+    multiple = PAD_TO_MULTIPLE_OF.get(scale, DataConfig.pad_to_multiple_of)
     return ExperimentConfig(
         name="benchmark",
-        data=DataConfig(batch_size=batch * accumulate, length=length, trim=trim),
+        data=DataConfig(batch_size=batch * accumulate, length=length, pad_to_multiple_of=multiple),
         optim=OptimConfig(warmup_steps=1),
         trainer=TrainerConfig(
             max_steps=steps,

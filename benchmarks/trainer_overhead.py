@@ -165,7 +165,8 @@ def measure(options: argparse.Namespace) -> None:
         shape.batch, shape.length, options.steps // accumulate, options.precision, options.logger, accumulate, name
     )
     accelerator = "gpu" if options.device == "cuda" else "cpu"
-    config.trainer = replace(config.trainer, accelerator=accelerator, compile=options.compile and compiles(options))
+    compiled = options.compile and compiles(options)
+    config = replace(config, trainer=replace(config.trainer, accelerator=accelerator, compile=compiled))
     prepare_blocks(decoder, config)
     layout = Layout(vocab, IMAGE_TOKENS[name], shape.length)
     samples = shape.batch * 32 * accumulate

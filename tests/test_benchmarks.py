@@ -181,8 +181,10 @@ def test_alone_needs_no_peer_and_positions_stay_in_float32(
 
 @pytest.mark.parametrize("scale", ["demo", "paper"])
 def test_random_shards_are_read_as_the_scale_says(scale: str) -> None:
-    stated = OmegaConf.load(ROOT / "experiments" / "scale" / f"{scale}.yaml").data.get("trim", DataConfig.trim)
-    assert shards.experiment(4, 1152, 2, scale=scale).data.trim == stated
+    stated = OmegaConf.load(ROOT / "experiments" / "scale" / f"{scale}.yaml").data.get(
+        "pad_to_multiple_of", DataConfig.pad_to_multiple_of
+    )
+    assert shards.experiment(4, 1152, 2, scale=scale).data.pad_to_multiple_of == stated
 
 
 def test_every_round_has_every_contender_in_a_rotated_order() -> None:

@@ -1,6 +1,7 @@
 """Image rows trained by a contrastive alignment run, the initial values of `new_rows: aligned`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -46,14 +47,25 @@ def find_aligned_rows(config: ExperimentConfig) -> Path:
     return path
 
 
+def resolve_aligned_rows(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with the file that `aligned_rows` means, which a run's config.yaml then names; same where unused.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    used = config.image_rows == "aligned" and config.task in ("text_to_image", "unconditional")
+    if not used or config.aligned_rows is None:
+        return config
+    return replace(config, aligned_rows=str(find_aligned_rows(config)))
+
+
 def read_aligned_rows(config: ExperimentConfig, text_sha256: str, image_sha256: str) -> Tensor:
-    """Reads the rows (I, D) of `aligned_rows`, where it replaces `latest` by the file, so that the run records it.
+    """Reads the rows (I, D) of `aligned_rows`.
 
     Raises:
         ValueError: if there are none, or they were trained with other tokenizers.
     """
     path = find_aligned_rows(config)
-    config.aligned_rows = str(path)
     try:
         with safe_open(path, framework="pt") as file:
             hashes = json.loads((file.metadata() or {}).get("tokenizers", "{}"))

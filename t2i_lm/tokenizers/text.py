@@ -2,12 +2,16 @@
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
 
+from t2i_lm.assets import resolve
+from t2i_lm.config.sections import is_plugin
+from t2i_lm.runtime.plugins import TEXT_TOKENIZER, find_plugin, interface
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 
@@ -122,13 +126,35 @@ def clean(text: str) -> str:
     return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8").replace("\0", " ")
 
 
-def open_text_tokenizer(path: Path) -> TextTokenizer:
-    """The tokenizer at a path: `.json` of `tokenizers`, else a sentencepiece model.
+@dataclass(frozen=True)
+class TextFormat:
+    """A file of a text tokenizer: whether a path is of this format, and its reader."""
+
+    name: str
+    recognizes: Callable[[Path], bool]
+    open: Callable[[Path], TextTokenizer]
+
+
+# Tried in order.
+FORMATS = (
+    TextFormat("tokenizers", lambda path: path.suffix == ".json", JsonTokenizer),
+    TextFormat("sentencepiece", lambda path: True, SentencePieceTokenizer),
+)
+
+
+def open_text_tokenizer(path: str | Path) -> TextTokenizer:
+    """The text tokenizer at a path (`.json` of `tokenizers`, else a sentencepiece model), or of a plug-in.
 
     Raises:
-        ValueError: if there is none, or it cannot be read.
+        ValueError: if there is none, it cannot be read, or a plug-in cannot be used.
     """
-    return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    if is_plugin(str(path)):
+        plugin = find_plugin(TEXT_TOKENIZER, str(path), [known.name for known in FORMATS])
+        text: TextTokenizer = plugin.function(plugin.argument)
+        plugin.require(text, interface(TextTokenizer))
+        return text
+    file = resolve(str(path))
+    return next(known for known in FORMATS if known.recognizes(file)).open(file)
 
 
 def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -> SentencePieceTokenizer:

@@ -171,10 +171,10 @@ def test_wrong_models_are_named_before_anything_is_loaded(
         return capsys.readouterr().err
 
     assert "--clip absent: expected a folder of a clip model" in refused("--clip", "absent")
-    assert "expected a whole repository" in refused("--clip", "hub:org/clip/model.safetensors")
+    assert "expected a whole repository" in refused("--clip", "hf://org/clip/model.safetensors")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    assert "says model_type='bert', expected 'clip'" in refused("--clip", str(tmp_path / "bert"))
+    assert "has model_type='bert', expected 'clip'" in refused("--clip", str(tmp_path / "bert"))
     (tmp_path / "bert" / "config.json").write_text((folder / "config.json").read_text())
     assert "expected model.safetensors or pytorch_model.bin" in refused("--clip", str(tmp_path / "bert"))
     assert main(["--checkpoint", "runs", "--clip", str(folder), "--forgetting", str(tmp_path)]) == 2

@@ -255,9 +255,9 @@ def test_a_resumed_run_measures_as_an_unbroken_one(probed: Run, tmp_path: Path) 
         (["data.replay_ratio=0.25", "data.replay_path=/nowhere"], "data.replay_path='/nowhere'"),
         (["data.replay_ratio=0.3"], "a whole number of data.batch_size=8"),
         (["loss.text_weight=-1"], "loss.text_weight=-1.0: expected 0 or more"),
-        (["loss.text_weight=0", "task=unconditional"], "loss is for task=text_to_image"),
+        (["loss.text_weight=0", "task=unconditional"], "loss.text_weight=0.0: expected 1 with task=unconditional"),
         (["distil.weight=1", "init=random"], "no language to distil from"),
-        (["optim.l2_sp=1", "lora.rank=2"], "optim.l2_sp=1.0 contradicts lora.rank=2"),
+        (["optim.l2_sp=1", "lora.rank=2"], "optim.l2_sp=1.0: expected 0 with lora.rank=2"),
         (["optim.l2_sp=1", "freeze=[text_rows,norm,attention,ffn]"], "leave no pre-trained weight trainable"),
     ],
 )
