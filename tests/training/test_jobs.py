@@ -35,11 +35,11 @@ def test_runs_at_once_are_what_they_are_alone(
 ) -> None:
     assert run_jobs([Job(config) for config in arms(tmp_path / "alone", *tiny)]) == 0
     capfd.readouterr()
-    assert run_jobs([Job(config) for config in arms(tmp_path / "both", *tiny)], at_once=2) == 0
+    assert run_jobs([Job(config) for config in arms(tmp_path / "both", *tiny)], parallel=2) == 0
     assert losses(tmp_path / "both") == losses(tmp_path / "alone")
     said = capfd.readouterr().out
     assert "== uncond_scratch: finished after" in said
-    assert "2 of 2, about 0:00:00 left" in said
+    assert "2/2, ETA 0:00:00" in said
     assert "step 8/8" not in said
     assert "step 8/8" in (tmp_path / "both" / "uncond_scratch.log").read_text()
 
@@ -52,7 +52,7 @@ def test_one_that_fails_is_named_with_its_last_words_and_nothing_more_is_begun(
         good, name="broken", backbone=replace(good.backbone, path=str(tmp_path / "absent")), init="pretrained"
     )
     jobs = [Job(config) for config in (bad, replace(bad, name="broken too"), replace(good, name="never"))]
-    assert run_jobs(jobs, at_once=2) == 2
+    assert run_jobs(jobs, parallel=2) == 2
     captured = capfd.readouterr()
     assert "== broken: failed with code 2" in captured.err
     assert "absent" in captured.err
@@ -83,7 +83,7 @@ def test_a_signal_before_a_run_has_begun_is_no_crash(tiny: list[str], tmp_path: 
 def test_runs_of_several_devices_are_not_made_at_once(tiny: list[str], tmp_path: Path) -> None:
     jobs = [Job(config) for config in arms(tmp_path, *tiny, "trainer.devices=2")]
     with pytest.raises(ValueError, match=r"trainer\.devices=2: expected 1 with --jobs"):
-        run_jobs(jobs, at_once=2)
+        run_jobs(jobs, parallel=2)
 
 
 def test_a_signal_stops_and_saves_all_of_them(tiny: list[str], tmp_path: Path) -> None:
