@@ -87,7 +87,7 @@ def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
 
 @cache
 def _computed_in(file: Path) -> dict[str, object] | None:
-    """The same of a run's config.yaml, cached since it never changes; None for unknown keys or values."""
+    """`_computed` of a run's config.yaml, cached since the file never changes; None for unknown keys or values."""
     try:
         return _computed(load_experiment(file))
     except ValueError:
