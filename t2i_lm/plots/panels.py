@@ -269,5 +269,5 @@ def save_figure(figure: Figure, stem: Path, title: str, caption: str) -> list[Pa
     png, pdf = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
     with rc_context(STYLE):
         figure.savefig(png, dpi=DPI, metadata={"Title": title, "Description": caption})
-        figure.savefig(pdf, metadata={"Title": title, "EvaluationContext": caption, "CreationDate": None})
+        figure.savefig(pdf, metadata={"Title": title, "Subject": caption, "CreationDate": None})
     return [png, pdf]
