@@ -94,7 +94,7 @@ def describe(config: ExperimentConfig) -> str:
     """The resolved config, parameters by group, tokens, compute, memory and hours, as text."""
     planned = plan(config)
     lines = [OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), "---"]
-    lines += [f"missing: {missing}" for missing in missing_files(config)]
+    lines += [f"missing: {missing}" for missing in absent_files(config)]
     lines.append(f"precision here: {precision(config)}")
     total, trainable = parameter_count(planned.model), parameter_count(planned.model, trainable=True)
     if not isinstance(planned.model, Backbone):
@@ -166,11 +166,11 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict
     }
 
 
-def missing_files(config: ExperimentConfig) -> list[str]:
+def absent_files(config: ExperimentConfig) -> list[str]:
     """Keys of the files that a run requires and that are not on this machine."""
-    sections = ("backbone", "text_tokenizer", "image_tokenizer")
+    images = ("backbone", "text_tokenizer", "image_tokenizer")
     lines = []
-    for section in () if config.task in ("text", "image_tokenizer") else sections:
+    for section in () if config.task in ("text", "image_tokenizer") else images:
         path = getattr(config, section).path
         if path is None or find(path) is None:
             fetch = f" (a run fetches it; or: {hub.parse(path).command})" if (path or "").startswith(hub.PREFIX) else ""

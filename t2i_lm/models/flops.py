@@ -41,6 +41,6 @@ def formula(decoder: Backbone, length: int, device_name: str | None) -> str:
     peak = None if device_name is None else peak_flops(device_name)
     share = "" if peak is None else f"; MFU: of {peak / 1e12:.0f} TFLOP/s ({device_name}, dense bfloat16)"
     return (
-        f"compute: {per_token:.4g} FLOP per token = 6 N + 12 L D T with N={product_parameters(decoder):,} "
+        f"compute: {per_token:.4g} FLOP/token = 6 N + 12 L D T with N={product_parameters(decoder):,} "
         f"L={shape.n_layers} D={shape.hidden_dim} T={length}{share}"
     )

@@ -1,4 +1,4 @@
-"""The logger of a run, and Markdown in TensorBoard."""
+"""The logger of a run, and Markdown texts beside its curves."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 
 
 def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
-    """The logger of `log.logger`; False for none. metrics.jsonl is written in any case."""
+    """The logger of `log.logger`; metrics.jsonl is written in any case."""
     name = config.log.logger
     if name == "tensorboard":
         return TensorBoardLogger(save_dir=folder, name="", version="tb", default_hp_metric=False)
@@ -22,7 +22,7 @@ def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
 
 
 def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
-    """Adds Markdown to a run's TensorBoard; no effect with other loggers."""
+    """Adds a text to a run's TensorBoard; does nothing under another logger."""
     logger = build_logger(config, folder)
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text(tag, markdown)

@@ -75,10 +75,12 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
 
 
 def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
-    """The newest run folder with an equal config, finished ones first, and whether it is finished."""
-    computed = _computed(config)
-    folders = run_folders(Path(config.run.dir), config.name)
-    equal = [folder for folder in folders if _computed_in(folder / CONFIG) == computed]
+    """The newest run folder of an equal config and whether it is finished; finished ones first."""
+    wanted = _computed(config)
+    equal = []
+    for folder in run_folders(Path(config.run.dir), config.name):
+        if _computed_in(folder / CONFIG) == wanted:
+            equal.append(folder)
     finished = [folder for folder in equal if (folder / REPORT).is_file()]
     if finished:
         return finished[-1], True

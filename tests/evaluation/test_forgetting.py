@@ -207,7 +207,7 @@ def test_evaluate_names_what_it_cannot_measure_before_it_loads_a_model(
         said = refused(probed.folder, "--forgetting", name)
         assert f"--forgetting='{name}' is no file or folder here and no Hugging Face dataset in reach" in said
     assert "is no run folder and holds none" in refused(tmp_path / "nowhere", *text)
-    assert f"{bare} has no intact checkpoint" in refused(bare, *text)
+    assert f"{bare} has no whole checkpoint" in refused(bare, *text)
 
 
 def test_rows_that_are_longer_than_the_positions_are_refused_with_a_way_out(

@@ -18,7 +18,7 @@ def test_the_papers_numbers_come_out_without_weights() -> None:
     assert "66,823 rows (50,432 text, 16,384 image)" in text
     assert "1,024 image ids and at most 122 text ids" in text
     assert "tokens: 1.032M per step (pads included), 100B in 96,900 steps" in text
-    assert "8.901e+09 FLOP per token" in text
+    assert "8.901e+09 FLOP/token" in text
     assert "hf download ai-forever/MoVQGAN movqgan_270M.ckpt" in text
     assert "missing: data.path=null" in text
 
