@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(*map(describe, configs), sep="\n")
             return 0
-        code = run_jobs([Job(config) for config in configs], options.jobs)
-        if code or not options.all:
+        if (code := run_jobs([Job(config) for config in configs], options.jobs)) or not options.all:
             return code
         from t2i_lm.figures import main as draw
 
