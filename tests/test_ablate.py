@@ -1,4 +1,4 @@
-"""Partial freezing and unconditional runs through the command line."""
+"""Frozen parameters and unconditional runs, through the command line."""
 
 from pathlib import Path
 
