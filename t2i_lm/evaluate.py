@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--bf16", action="store_true", help=f"with --coco alone: draw with weights in bfloat16: no {HEADLINE}")
     add("--no-floor", action="store_true", help="leave out the reconstruction FID of the tokenizer")
     add("--canonical", action="store_true", help=f"refuse to measure anything that is not {HEADLINE}")
-    add("--pictures", action="store_true", help="also write every drawn image as PNG")
+    add("--images", "--pictures", action="store_true", help="also write every drawn image as PNG")
     add("--part", type=int, default=256, metavar="N", help="prompts that a kill loses at most (default: %(default)s)")
     add("--cache", type=Path, default=Path("cache"), help="features of the reference (default: %(default)s)")
     add("--out", type=Path, help="folder to write or continue (default: in RUN/evaluations)")

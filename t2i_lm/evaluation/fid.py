@@ -152,14 +152,14 @@ class Drawing:
         if images == "drawn":
             drawn = {**asdict(self.sampling), "prompts_cut": self.cut, **computing(self.model)}
         return Card(
-            images=images,
+            pictures=images,
             prompts=len(self.prompts),
             prompt_seed=PROMPT_SEED,
             prompts_sha256=prompts_sha256(self.prompts),
             captions=self.coco.caption_count,
             captions_sha256=self.coco.captions_sha256,
             reference=IMAGES,
-            reference_images=len(self.coco.images),
+            reference_pictures=len(self.coco.images),
             reference_sha256=reference_sha256,
             size=SIZE,
             native_size=self.model.image.image_size,

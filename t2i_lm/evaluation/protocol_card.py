@@ -24,7 +24,7 @@ class Card:
     """What was measured, against what, and how.
 
     Attributes:
-        images: where the measured ones come from: `drawn` by the model, or `reconstructed` by its tokenizer alone.
+        pictures: where the measured images come from: `drawn` by the model, or `reconstructed` by its tokenizer alone.
         prompt_ids: (image id, caption id) of each prompt, in order.
         prompts_cut: captions that were longer than the model's sequence takes, and were cut to it as in training.
         captions_sha256: of COCO's file of captions.
@@ -37,16 +37,16 @@ class Card:
         note: what the card does not vouch for.
     """
 
-    images: str
+    pictures: str
     prompts: int
-    prompts_per_image: int = 1
+    prompts_per_picture: int = 1
     prompts_cut: int = 0
     prompt_seed: int
     prompts_sha256: str
     captions: int
     captions_sha256: str
     reference: str
-    reference_images: int
+    reference_pictures: int
     reference_sha256: str
     kid_reference: str = "all"
     size: int
@@ -84,8 +84,8 @@ class Card:
     @property
     def title(self) -> str:
         """What the number may be called."""
-        if self.images != "drawn":
-            return f"FID of {self.images} images, n={self.prompts}"
+        if self.pictures != "drawn":
+            return f"FID of {self.pictures} images, n={self.prompts}"
         return HEADLINE if not self.differences() else f"FID, n={self.prompts}, not {HEADLINE}"
 
 

@@ -25,7 +25,7 @@ from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.text import MAX_CHARACTERS
 
 # Sequences between two steps of the progress bar, and ids of an answer where the task names no number.
-LOG_EVERY_S, ANSWER = 512, 256
+STEP, ANSWER = 512, 256
 
 
 class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
@@ -107,8 +107,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
         order = sorted(range(len(options)), key=lambda number: -len(options[number][0]))
         scored: dict[int, tuple[Tensor, Tensor]] = {}
         with tqdm(total=len(order), desc="likelihoods", disable=quiet) as bar:
-            for start in range(0, len(order), LOG_EVERY_S):
-                members = order[start : start + LOG_EVERY_S]
+            for start in range(0, len(order), STEP):
+                members = order[start : start + STEP]
                 found = score_continuations(self._decoder, [options[member] for member in members])
                 for member, score in zip(members, found, strict=True):
                     all_rows = (score.all_rows_N, score.best_of_all_N)
