@@ -72,9 +72,10 @@ def measure_coco(
         rebuilt.complete(partial(prompt_set.reconstruct, network=network), *share, advance)
     advance = log_progress("sampling", len(prompts), *share)
     generated.complete(partial(prompt_set.make, network=network), *share, advance)
-    for parts in images if clip is not None else ():
-        advance = log_progress(f"CLIP score, {parts.folder.name}", len(prompts), *share)
-        scores[parts.folder.name].complete(partial(_score, prompt_set, parts, clip), *share, advance)
+    for parts in images:
+        if clip is not None:
+            advance = log_progress(f"CLIP score, {parts.folder.name}", len(prompts), *share)
+            scores[parts.folder.name].complete(partial(_score, prompt_set, parts, clip), *share, advance)
     context.wait()
     if not first_rank:
         return None
