@@ -110,7 +110,7 @@ def test_a_run_whose_tokenizer_changed_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to draw"),
+        ([], "no prompt: expected one"),
         (["  "], "a prompt is empty"),
         (["word " * 200], "at most 42 fit"),
         ([PROMPT, "--prompts", "absent.txt"], "no such file"),

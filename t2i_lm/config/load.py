@@ -12,8 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from t2i_lm.config.experiment import ExperimentConfig
 
-SCALES = ("demo", "flickr8k", "paper")
-
 
 def load_experiment(path: str | Path, scale: str | None = None, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Merges an experiment and checks every key and value.

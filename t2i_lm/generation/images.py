@@ -3,7 +3,9 @@
 Shapes: `B` images, `N` image tokens, `H`, `W` pixels.
 """
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,37 @@ ImageArray = np.ndarray[Any, np.dtype[np.uint8]]
 DRAW_BATCH = 64
 # Images decoded at once.
 DECODE_BATCH = 8
+# Characters by which a caption is recognized in messages and file names.
+CAPTION_START = 40
 
 
 def sampling_of(settings: SampleConfig) -> Sampling:
     """How an experiment's `samples` are drawn."""
     return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.guidance)
+
+
+def chosen_sampling(
+    model: ImageModel,
+    temperature: float | None = None,
+    top_k: float | None = None,
+    top_p: float | None = None,
+    guidance: float | None = None,
+) -> Sampling:
+    """The run's sampling with some of its fields replaced; None keeps a field.
+
+    Raises:
+        ValueError: naming a value out of range.
+    """
+    fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+    changes: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    sampling = replace(sampling_of(model.config.samples), **changes)
+    if sampling.guidance != 1 and not model.config.data.caption_dropout:
+        print(
+            "note: this run was trained with data.caption_dropout=0, so guidance leads away from an empty caption that "
+            "the model has never seen",
+            file=sys.stderr,
+        )
+    return sampling
 
 
 def seeds_of(seed: int, count: int) -> list[int]:
@@ -79,6 +107,19 @@ def caption_layout(model: ImageModel) -> tuple[Layout, TextTokenizer]:
     if not isinstance(model.layout, Layout):
         raise ValueError(f"this is a run of task={model.config.task}, which draws without prompts")
     return model.layout, model.text
+
+
+def require_fitting(model: ImageModel, captions: Sequence[str]) -> None:
+    """Checks that the sequence holds every caption whole.
+
+    Raises:
+        ValueError: if the model takes no captions, or naming the first caption that is too long.
+    """
+    layout, text = caption_layout(model)
+    for caption in captions:
+        ids = len(text.encode(caption))
+        if ids > layout.text_budget:
+            raise ValueError(f"prompt {caption[:CAPTION_START]!r}...: {ids} ids, but at most {layout.text_budget} fit")
 
 
 def caption_prompts(model: ImageModel, captions: Sequence[str]) -> list[Tensor]:
