@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     add("run", type=Path, help="run folder, or a folder of runs, whose newest is used")
     add("--out", type=Path, required=True, help="folder to write")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
-    add("--format", choices=("native", "transformers"), default="native", help="default: %(default)s, open_lm's names")
+    add("--format", choices=("native", "transformers"), default="native", help="native: as t2i_lm reads it (default)")
     return arguments
 
 

@@ -30,7 +30,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.factory import decoder_architecture, huggingface_folder
 from t2i_lm.models.generate import continue_text
-from t2i_lm.models.huggingface import HuggingFaceDecoder, save_huggingface
+from t2i_lm.models.huggingface import HuggingFaceDecoder, load_huggingface, save_huggingface
 from t2i_lm.models.lora import merge_adapters
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.models.transformers_export import require_equivalent, require_transformers, save_transformers
@@ -99,15 +99,11 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
 
 
 def export_decoder(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """An expanded decoder under its library's names, its rows joined, with its id ranges."""
+    """An expanded decoder under the names of open_lm or transformers, its rows joined, with its id ranges."""
     assert isinstance(experiment, ImageExperiment)
     decoder, vocab = experiment.decoder, experiment.layout.vocab
     merge_adapters(decoder)
-    if isinstance(decoder, HuggingFaceDecoder):
-        save_huggingface(decoder, out, dtype)
-    else:
-        assert isinstance(decoder, Decoder)
-        save_open_lm(decoder, out, dtype, {"experiment": experiment.config.name})
+    _write_native(decoder, out, dtype, experiment.config.name)
     return {"text_rows": vocab.text_size, "image_offset": vocab.image_offset, "rows": vocab.size}
 
 
@@ -115,10 +111,18 @@ def export_language_model(experiment: Experiment, out: Path, dtype: torch.dtype)
     """A backbone with its tokenizer; held-out bits per byte and ten completions of the exported weights."""
     assert isinstance(experiment, TextExperiment)
     decoder, text = experiment.module.decoder, experiment.text
-    assert isinstance(decoder, Decoder)
-    save_open_lm(decoder, out, dtype, {"experiment": experiment.config.name})
+    _write_native(decoder, out, dtype, experiment.config.name)
     shutil.copyfile(text.path, out / f"text_tokenizer{text.path.suffix}")
-    return language_model_numbers(load_open_lm(out), text, open_split(experiment.shards, "val"))
+    written = load_huggingface(out).eval() if isinstance(decoder, HuggingFaceDecoder) else load_open_lm(out)
+    return language_model_numbers(written, text, open_split(experiment.shards, "val"))
+
+
+def _write_native(decoder: Backbone, out: Path, dtype: torch.dtype, experiment: str) -> None:
+    if isinstance(decoder, HuggingFaceDecoder):
+        save_huggingface(decoder, out, dtype)
+    else:
+        assert isinstance(decoder, Decoder)
+        save_open_lm(decoder, out, dtype, {"experiment": experiment})
 
 
 def export_image_tokenizer(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -148,7 +152,6 @@ def export_transformers_language_model(experiment: Experiment, out: Path, dtype:
     text = experiment.text
     keys = {"eos_token_id": text.document_end}
     written, library = _write_transformers(experiment.module.decoder, text, out, dtype, keys)
-    assert isinstance(written, Decoder)
     return {**library, **language_model_numbers(written, text, open_split(experiment.shards, "val"))}
 
 
@@ -188,7 +191,7 @@ FORMATS: dict[str, dict[str, Callable[[Experiment, Path, torch.dtype], dict[str,
 }
 
 
-def language_model_numbers(decoder: Decoder, text: TextTokenizer, split: datasets.Dataset) -> dict[str, Any]:
+def language_model_numbers(decoder: Backbone, text: TextTokenizer, split: datasets.Dataset) -> dict[str, Any]:
     """Held-out loss of a backbone and ten of its completions (temperature 0.8, fixed seeds)."""
     nll, bytes_, tokens = held_out_sums(decoder, split)
     completions = {}
@@ -209,7 +212,7 @@ def language_model_numbers(decoder: Decoder, text: TextTokenizer, split: dataset
     }
 
 
-def held_out_sums(decoder: Decoder, split: datasets.Dataset) -> tuple[float, int, int]:
+def held_out_sums(decoder: Backbone, split: datasets.Dataset) -> tuple[float, int, int]:
     """Summed nll in nats, bytes and tokens of a text split, each row a window of its own."""
     nll, bytes_, tokens = 0.0, 0, 0
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Images from captions: prompts, sampling, decoding.
+"""Generation of images: captions to prompts, prompts to image codes, codes to pixels.
 
 Shapes: `B` images, `N` image tokens, `H`, `W` pixels.
 """
@@ -21,7 +21,7 @@ from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 
 ImageArray = np.ndarray[Any, np.dtype[np.uint8]]
-# Images drawn together: what the key-value cache must hold.
+# Images generated together: sequences that the key-value cache must hold.
 DRAW_BATCH = 64
 # Images decoded at once.
 DECODE_BATCH = 8
@@ -30,7 +30,7 @@ CAPTION_START = 40
 
 
 def sampling_of(settings: SampleConfig) -> Sampling:
-    """How an experiment's `samples` are drawn."""
+    """The sampling that an experiment's `samples` keys name."""
     return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.guidance)
 
 
@@ -59,18 +59,18 @@ def chosen_sampling(
 
 
 def seeds_of(seed: int, count: int) -> list[int]:
-    """One seed an image: the first images are the same however many are drawn."""
+    """One seed per image; the first seeds are the same for every count."""
     return [seed * 1_000_003 + number for number in range(count)]
 
 
 def prepare_drawing(model: ImageModel, bf16: bool, compiled: bool) -> None:
-    """Makes drawing faster. An id that is drawn from two nearly equal probabilities may then be another.
+    """Makes generation faster; where two ids are nearly equally likely, the other may then be sampled.
 
     Args:
         model: changed in place.
-        bf16: rounds the decoder's weights to bfloat16, half the memory to read for each token, as training in bfloat16
-            has done at every step. Positions stay in float32.
-        compiled: compiles what draws a token: it takes some seconds once, and pays off over a few hundred images.
+        bf16: rounds the decoder's weights to bfloat16, which halves the memory read per token; training in bfloat16
+            rounds them so at every step. Positions stay in float32.
+        compiled: compiles the step of one token: some seconds once, which pays off over a few hundred images.
 
     Raises:
         ValueError: if the backbone cannot be compiled.
@@ -83,15 +83,15 @@ def prepare_drawing(model: ImageModel, bf16: bool, compiled: bool) -> None:
 
 
 def round_weights(model: nn.Module) -> None:
-    """Rounds all weights to bfloat16, and no buffer: positions stay in float32."""
+    """Rounds all weights to bfloat16, but no buffer: positions stay in float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
 
 
 def computing(model: ImageModel) -> dict[str, Any]:
-    """How the model computes what it draws, as it is now: `weights`, `compiled` and `fp8` of a protocol card.
+    """The numerics of generation with the model as it is: `weights`, `compiled` and `fp8` of a protocol card.
 
-    `weights` joins the number formats by `+` where there are several.
+    `weights` joins several number formats by `+`.
     """
     decoder = model.decoder
     formats = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in decoder.parameters()})
@@ -99,13 +99,13 @@ def computing(model: ImageModel) -> dict[str, Any]:
 
 
 def caption_layout(model: ImageModel) -> tuple[Layout, TextTokenizer]:
-    """What captions are laid out and encoded with.
+    """Sequence layout and tokenizer of captions.
 
     Raises:
-        ValueError: if the model draws without them.
+        ValueError: if the model is unconditional.
     """
     if not isinstance(model.layout, Layout):
-        raise ValueError(f"this is a run of task={model.config.task}, which draws without prompts")
+        raise ValueError(f"this is a run of task={model.config.task}, which generates images without prompts")
     return model.layout, model.text
 
 
@@ -135,13 +135,13 @@ def draw_captions(
     sampling: Sampling | None = None,
     on_token: Progress | None = None,
 ) -> list[ImageArray]:
-    """Images (H, W, 3) uint8 for captions; by default sampled as the experiment says."""
+    """Images (H, W, 3) uint8 of captions; the default sampling is the experiment's."""
     prompts = caption_prompts(model, captions)
     return decode(model, draw_codes(model, prompts, seeds, sampling, on_token))
 
 
 def draw_uncaptioned(model: ImageModel, seeds: Sequence[int]) -> list[ImageArray]:
-    """Images (H, W, 3) uint8 of an unconditional model, one a seed."""
+    """Images (H, W, 3) uint8 of an unconditional model, one per seed."""
     assert isinstance(model.layout, ImageLayout)
     return decode(model, draw_codes(model, [torch.from_numpy(model.layout.prompt())] * len(seeds), seeds))
 
@@ -153,10 +153,10 @@ def draw_codes(
     sampling: Sampling | None = None,
     on_token: Progress | None = None,
 ) -> Tensor:
-    """Image codes (B, N) after prompts of joint ids, `DRAW_BATCH` at once; progress is over all of them.
+    """Image codes (B, N) that continue prompts of joint ids, `DRAW_BATCH` at once; progress counts all of them.
 
-    All prompts end at the column of the longest that fits, so that each image is a function of its prompt and seed
-    as far as `generate` can make it.
+    All prompts end at the column of the longest that fits, so that an image depends on its prompt and seed alone, as
+    far as `generate` ensures it.
     """
     layout = model.layout
     null = end = None

@@ -15,8 +15,9 @@ from t2i_lm.models.open_lm import decoder_config, save_open_lm
 from t2i_lm.storage.run_folder import run_folders
 from t2i_lm.train import main as train
 from tests.test_sample import run
+from tests.training.test_pretraining import language_model
 
-__all__ = ["run"]
+__all__ = ["language_model", "run"]
 ROOT = Path(__file__).parents[2]
 TRANSFORMERS = ["--format", "transformers"]
 
@@ -70,6 +71,16 @@ def test_a_tokenizer_json_is_written_for_auto_tokenizer(tiny: list[str], tmp_pat
     reread = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert reread("a red star")["input_ids"] == t2i_lm.load(folder).tokenizers.text.encode("a red star")
     assert json.loads((tmp_path / "out" / "card.json").read_text())["architecture"] == "OlmoeForCausalLM"
+
+
+def test_a_language_model_has_the_same_numbers_in_both_formats(language_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    cards = {}
+    for form in ("native", "transformers"):
+        assert main([str(language_model), "--out", str(tmp_path / form), "--format", form]) == 0
+        cards[form] = json.loads((tmp_path / form / "card.json").read_text())
+    assert cards["transformers"].items() >= cards["native"].items()
+    assert cards["transformers"]["architecture"] == "StableLmForCausalLM"
 
 
 def test_position_free_runs_are_refused_before_anything_is_built(

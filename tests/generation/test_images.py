@@ -1,4 +1,4 @@
-"""Images as functions of prompt and seed, whatever they are drawn with."""
+"""Images as functions of prompt and seed, whatever their batch."""
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from t2i_lm.tokenizers.layout import Layout
 from tests.models.test_open_lm import tiny
 
 
-def test_rounded_weights_draw_the_same_codes_in_any_batch() -> None:
-    """Of captions of several lengths, at the demo's width."""
+def test_rounded_weights_sample_the_same_codes_in_any_batch() -> None:
+    """Captions of several lengths, at the demo's width."""
     decoder = tiny("rotary", seq_len=64, hidden_dim=256, n_heads=4)
     layout = Layout(expand_vocabulary(decoder, 512, torch.Generator().manual_seed(0)), 20, 60)
     config = ExperimentConfig(
