@@ -109,7 +109,7 @@ def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given:
 
     from t2i_lm.evaluation.base import EvaluationContext
     from t2i_lm.experiment.restore import image_config, load_trained, newest_checkpoint
-    from t2i_lm.generation.images import prepare_drawing
+    from t2i_lm.generation.images import prepare_generation
     from t2i_lm.runtime.devices import global_rank, world_size
     from t2i_lm.storage.resumable import write_atomic
 
@@ -128,7 +128,7 @@ def _measure(options: argparse.Namespace, wanted: dict[str, Measurement], given:
         return 0
     model = load_trained(run, checkpoint)
     torch.set_num_threads(model.config.trainer.threads or torch.get_num_threads())
-    prepare_drawing(model, bf16=options.bf16, compiled=options.compile)
+    prepare_generation(model, bf16=options.bf16, compiled=options.compile)
     subject = EvaluationContext(options, run, checkpoint, model, out, rank, world)
     if world > 1:
         from datetime import timedelta

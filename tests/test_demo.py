@@ -9,7 +9,7 @@ from PIL import Image
 
 from t2i_lm.demo import main
 from t2i_lm.experiment.restore import load_trained
-from t2i_lm.generation.images import draw_captions
+from t2i_lm.generation.images import generate_images
 from t2i_lm.generation.web_page import PIXELS, UNSAMPLED, answer, frames, page
 from t2i_lm.models.generate import Sampling
 from tests.test_sample import PROMPT, run
@@ -26,7 +26,7 @@ def test_the_grid_fills_in_row_by_row_and_ends_as_the_image(run: Path) -> None:
         for pixels in pair:
             assert pixels.shape == (PIXELS, PIXELS, 3)
             assert (pixels[edge:] == UNSAMPLED).all()
-    image = draw_captions(model, [PROMPT], [3], Sampling())[0]
+    image = generate_images(model, [PROMPT], [3], Sampling())[0]
     whole = Image.fromarray(image).resize((PIXELS, PIXELS), Image.Resampling.NEAREST)
     assert (seen[-1][0] == np.asarray(whole)).all()
 

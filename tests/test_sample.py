@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from t2i_lm.experiment.restore import load_trained
-from t2i_lm.generation.images import caption_prompts, computing, draw_codes, prepare_drawing
+from t2i_lm.generation.images import caption_prompts, generate_codes, numerics, prepare_generation
 from t2i_lm.models.float8 import use_float8
 from t2i_lm.sample import main, parser
 from t2i_lm.storage.run_folder import ENVIRONMENT, run_folders
@@ -56,13 +56,13 @@ def test_images_and_a_grid_are_written_and_do_not_depend_on_their_batch(
 
 def test_rounded_weights_sample_nearly_the_same_codes(run: Path) -> None:
     float32, bfloat16 = load_trained(run), load_trained(run)
-    prepare_drawing(bfloat16, bf16=True, compiled=False)
+    prepare_generation(bfloat16, bf16=True, compiled=False)
     plain = {"compiled": False, "fp8": False}
-    assert (computing(float32), computing(bfloat16)) == (
+    assert (numerics(float32), numerics(bfloat16)) == (
         {"weights": "float32"} | plain,
         {"weights": "bfloat16"} | plain,
     )
-    codes = [draw_codes(model, caption_prompts(model, [PROMPT] * 8), range(8)) for model in (float32, bfloat16)]
+    codes = [generate_codes(model, caption_prompts(model, [PROMPT] * 8), range(8)) for model in (float32, bfloat16)]
     assert (codes[0][:, 0] == codes[1][:, 0]).float().mean() >= 0.75  # where a code differs, so do those that follow
     buffer = bfloat16.module.decoder.get_buffer("rotary_cos")
     assert buffer.dtype == torch.float32
@@ -72,16 +72,16 @@ def test_numerics_are_those_of_the_model_as_it_is(run: Path) -> None:
     model = load_trained(run)
     decoder = model.module.decoder
     decoder.layers[0].feed_forward.w3.bfloat16()  # type: ignore[union-attr]
-    assert computing(model) == {"weights": "bfloat16+float32", "compiled": False, "fp8": False}
+    assert numerics(model) == {"weights": "bfloat16+float32", "compiled": False, "fp8": False}
     decoder.compile_steps()  # type: ignore[operator]  # compiles at its first call
-    assert computing(model) == {"weights": "bfloat16+float32", "compiled": True, "fp8": False}
+    assert numerics(model) == {"weights": "bfloat16+float32", "compiled": True, "fp8": False}
 
 
 def test_numerics_name_float8(run: Path) -> None:
     pytest.importorskip("torchao")
     model = load_trained(run)
     use_float8(model.module.decoder, emulate=True)  # type: ignore[arg-type]
-    assert computing(model) == {"weights": "float32", "compiled": False, "fp8": True}
+    assert numerics(model) == {"weights": "float32", "compiled": False, "fp8": True}
 
 
 def test_by_default_a_new_folder_of_the_run_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from t2i_lm.evaluation.clip_score import Clip
 from t2i_lm.evaluation.fid import Drawing, Reference, count_cut, distances, network_card
 from t2i_lm.evaluation.protocol_card import CANONICAL, Card, require_headline
 from t2i_lm.generation.grid import captioned_grid
-from t2i_lm.generation.images import computing, decode, sampling_of
+from t2i_lm.generation.images import decode, numerics, sampling_of
 from t2i_lm.runtime.progress import log_progress
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import ResumableParts
@@ -109,7 +109,7 @@ def _parts(subject: EvaluationContext, drawing: Drawing, network: Inception, kin
     if kind == "drawn":
         identity |= {"checkpoint_sha256": file_sha256(subject.checkpoint), "seed": drawing.seed}
         identity |= vars(drawing.sampling)
-        identity |= {key: value for key, value in computing(model).items() if value != CANONICAL[key]}
+        identity |= {key: value for key, value in numerics(model).items() if value != CANONICAL[key]}
     return ResumableParts(subject.out / kind, identity, len(drawing.prompts), options.part)
 
 

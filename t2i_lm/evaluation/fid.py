@@ -38,9 +38,9 @@ from t2i_lm.generation.images import (
     ImageArray,
     caption_layout,
     caption_prompts,
-    computing,
     decode,
-    draw_codes,
+    generate_codes,
+    numerics,
     sampling_of,
     seeds_of,
 )
@@ -144,13 +144,13 @@ class Drawing:
         seeds = seeds_of(self.seed, len(self.prompts))
         captions = [self.prompts[number].text for number in numbers]
         prompts = caption_prompts(self.model, captions)
-        return draw_codes(self.model, prompts, [seeds[number] for number in numbers], self.sampling)
+        return generate_codes(self.model, prompts, [seeds[number] for number in numbers], self.sampling)
 
     def card(self, network: Inception, reference_sha256: str, images: str = "drawn") -> Card:
         """The card of a number that is made with this now."""
         drawn: dict[str, Any] = {}
         if images == "drawn":
-            drawn = {**asdict(self.sampling), "prompts_cut": self.cut, **computing(self.model)}
+            drawn = {**asdict(self.sampling), "prompts_cut": self.cut, **numerics(self.model)}
         return Card(
             images=images,
             prompts=len(self.prompts),

@@ -20,7 +20,7 @@ from t2i_lm.evaluation.forgetting import write_completions
 from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, familiar_scenes, prompt_accuracy
 from t2i_lm.experiment.build import AlignmentExperiment, Experiment, ImageExperiment
 from t2i_lm.generation.grid import captioned_grid
-from t2i_lm.generation.images import draw_captions, draw_uncaptioned, seeds_of
+from t2i_lm.generation.images import generate_images, generate_unconditional, seeds_of
 from t2i_lm.models.aligned_rows import FILE
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
@@ -88,7 +88,7 @@ def _unconditional_report(experiment: ImageExperiment, folder: Path) -> dict[str
     config = experiment.config
     count = min(config.samples.grid, config.samples.prompts)
     if count:
-        images_HW3 = draw_uncaptioned(experiment, seeds_of(config.seed, count))
+        images_HW3 = generate_unconditional(experiment, seeds_of(config.seed, count))
         (folder / "samples").mkdir(exist_ok=True)
         captioned_grid(images_HW3, [""] * count).save(folder / "samples" / "grid.png")
     return {}
@@ -103,7 +103,7 @@ def _image_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
     if count:
         rows = split[:count]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
-        images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, count))
+        images_HW3 = generate_images(experiment, captions, seeds_of(config.seed, count))
         (folder / "samples").mkdir(exist_ok=True)
         shown = min(config.samples.grid, count)
         grid = captioned_grid(images_HW3[:shown], captions[:shown])
@@ -137,7 +137,7 @@ def _familiar_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any
     if meanings:
         captions = scenes.captions[: settings.prompts]
         seeds = seeds_of(experiment.config.seed, len(captions))
-        images_HW3 = draw_captions(experiment, captions, seeds)
+        images_HW3 = generate_images(experiment, captions, seeds)
         captioned_grid(images_HW3[: settings.grid], captions[: settings.grid]).save(folder / "samples" / FAMILIAR_GRID)
         if experiment.image.image_size == SIZE:
             result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
@@ -160,7 +160,7 @@ def sampler(experiment: Experiment) -> Callable[[], SampleBatch] | None:
     def draw() -> SampleBatch:
         rows = open_split(experiment.shards, "val")[: config.samples.grid]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
-        images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, len(captions)))
+        images_HW3 = generate_images(experiment, captions, seeds_of(config.seed, len(captions)))
         accuracy = {}
         if config.data.source == "scenes" and images_HW3[0].shape[0] == SIZE:
             meanings = [json.loads(str(text)) for text in rows["meaning"]]

@@ -22,7 +22,7 @@ from t2i_lm.data.pairs import RejectedPairError, center_crop, decode_image
 from t2i_lm.data.shards.tokenize import ENCODE_BATCH, stack_images
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import load_trained
-from t2i_lm.generation.images import chosen_sampling, draw_captions, require_fitting, seeds_of
+from t2i_lm.generation.images import chosen_sampling, generate_images, require_fitting, seeds_of
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.runtime.devices import precision
 from t2i_lm.storage.run_folder import CONFIG, find_run, read_run
@@ -137,7 +137,7 @@ class TrainedRun:
         require_fitting(self._trained, listed)
         sampling = chosen_sampling(self._trained, temperature, top_k, top_p, cfg)
         captions = [prompt for prompt in listed for _ in range(each)]
-        images_HW3 = draw_captions(self._trained, captions, seeds_of(seed, len(captions)), sampling)
+        images_HW3 = generate_images(self._trained, captions, seeds_of(seed, len(captions)), sampling)
         return [Image.fromarray(image) for image in images_HW3]
 
     @torch.no_grad()

@@ -14,8 +14,8 @@ from t2i_lm.generation.grid import captioned_grid
 from t2i_lm.generation.images import (
     CAPTION_START,
     chosen_sampling,
-    draw_captions,
-    prepare_drawing,
+    generate_images,
+    prepare_generation,
     require_fitting,
     seeds_of,
 )
@@ -58,7 +58,7 @@ def sample_run(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder; nothing is overwritten")
     model = load_trained(run)
-    prepare_drawing(model, bf16=bf16, compiled=compiled)
+    prepare_generation(model, bf16=bf16, compiled=compiled)
     return write_images(model, prompts, each, seed, chosen_sampling(model, **sampling), out)
 
 
@@ -78,7 +78,7 @@ def write_images(
     captions = [prompt for prompt in prompts for _ in range(each)]
     with Progress() as progress:
         task = progress.add_task(f"generating {len(captions)} images", total=None)
-        images_HW3 = draw_captions(
+        images_HW3 = generate_images(
             model,
             captions,
             seeds_of(seed, len(captions)),

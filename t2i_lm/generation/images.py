@@ -22,7 +22,7 @@ from t2i_lm.tokenizers.layout import ImageLayout, Layout
 
 ImageArray = np.ndarray[Any, np.dtype[np.uint8]]
 # Images generated together: sequences that the key-value cache must hold.
-DRAW_BATCH = 64
+IMAGE_BATCH = 64
 # Images decoded at once.
 DECODE_BATCH = 8
 # Characters by which a caption is recognized in messages and file names.
@@ -63,7 +63,7 @@ def seeds_of(seed: int, count: int) -> list[int]:
     return [seed * 1_000_003 + number for number in range(count)]
 
 
-def prepare_drawing(model: ImageModel, bf16: bool, compiled: bool) -> None:
+def prepare_generation(model: ImageModel, bf16: bool, compiled: bool) -> None:
     """Makes generation faster; where two ids are nearly equally likely, the other may then be sampled.
 
     Args:
@@ -88,7 +88,7 @@ def round_weights(model: nn.Module) -> None:
         parameter.data = parameter.data.bfloat16()
 
 
-def computing(model: ImageModel) -> dict[str, Any]:
+def numerics(model: ImageModel) -> dict[str, Any]:
     """The numerics of generation with the model as it is: `weights`, `compiled` and `fp8` of a protocol card.
 
     `weights` joins several number formats by `+`.
@@ -128,7 +128,7 @@ def caption_prompts(model: ImageModel, captions: Sequence[str]) -> list[Tensor]:
     return [torch.from_numpy(layout.prompt(np.array(text.encode(caption), dtype=np.int64))) for caption in captions]
 
 
-def draw_captions(
+def generate_images(
     model: ImageModel,
     captions: Sequence[str],
     seeds: Sequence[int],
@@ -137,23 +137,23 @@ def draw_captions(
 ) -> list[ImageArray]:
     """Images (H, W, 3) uint8 of captions; the default sampling is the experiment's."""
     prompts = caption_prompts(model, captions)
-    return decode(model, draw_codes(model, prompts, seeds, sampling, on_token))
+    return decode(model, generate_codes(model, prompts, seeds, sampling, on_token))
 
 
-def draw_uncaptioned(model: ImageModel, seeds: Sequence[int]) -> list[ImageArray]:
+def generate_unconditional(model: ImageModel, seeds: Sequence[int]) -> list[ImageArray]:
     """Images (H, W, 3) uint8 of an unconditional model, one per seed."""
     assert isinstance(model.layout, ImageLayout)
-    return decode(model, draw_codes(model, [torch.from_numpy(model.layout.prompt())] * len(seeds), seeds))
+    return decode(model, generate_codes(model, [torch.from_numpy(model.layout.prompt())] * len(seeds), seeds))
 
 
-def draw_codes(
+def generate_codes(
     model: ImageModel,
     prompts: Sequence[Tensor],
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     on_token: Progress | None = None,
 ) -> Tensor:
-    """Image codes (B, N) that continue prompts of joint ids, `DRAW_BATCH` at once; progress counts all of them.
+    """Image codes (B, N) that continue prompts of joint ids, `IMAGE_BATCH` at once; progress counts all of them.
 
     All prompts end at the column of the longest that fits, so that an image depends on its prompt and seed alone, as
     far as `generate` ensures it.
@@ -164,7 +164,7 @@ def draw_codes(
         null, end = torch.from_numpy(layout.prompt(np.empty(0, np.int64))), layout.prompt_budget
     sampling = sampling or sampling_of(model.config.samples)
     return generate(
-        model.decoder, layout.vocab, prompts, layout.image_tokens, seeds, sampling, null, on_token, DRAW_BATCH, end
+        model.decoder, layout.vocab, prompts, layout.image_tokens, seeds, sampling, null, on_token, IMAGE_BATCH, end
     )
 
 

@@ -18,7 +18,7 @@ from t2i_lm.generation.images import (
     ImageArray,
     caption_prompts,
     decode,
-    draw_codes,
+    generate_codes,
     require_fitting,
     sampling_of,
 )
@@ -110,7 +110,7 @@ def frames(model: ImageModel, prompt: str, sampling: Sampling, seed: int) -> Ite
 
     def work() -> None:
         try:
-            draw_codes(
+            generate_codes(
                 model,
                 caption_prompts(model, [prompt]),
                 [seed],
