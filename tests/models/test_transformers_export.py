@@ -10,6 +10,7 @@ import torch
 
 from t2i_lm.models.decoder import FEED_FORWARDS, NORMS, Decoder
 from t2i_lm.models.expand import expand_vocabulary
+from t2i_lm.models.huggingface import HuggingFaceDecoder
 from t2i_lm.models.open_lm import decoder_config
 from t2i_lm.models.transformers_export import (
     ARCHITECTURES,
@@ -66,6 +67,21 @@ def test_bfloat16_rounds_the_weights_alone(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.lm_head.weight.float(), written.output.matrix())
     assert not torch.equal(written.output.matrix(), decoder.output.matrix())
+
+
+def test_a_backbone_of_transformers_is_written_as_its_own_class(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16}
+    config = transformers.Qwen3Config(vocab_size=50, max_position_embeddings=24, **sizes)
+    backbone = HuggingFaceDecoder(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    expand_vocabulary(backbone, 20, torch.Generator().manual_seed(0))
+    written = save_transformers(backbone, tmp_path, torch.bfloat16, {"image_offset": 57})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert (type(model).__name__, model.config.image_offset) == ("Qwen3ForCausalLM", 57)
+    ids_BT = torch.arange(40).view(2, 20) * 11 % 77
+    with torch.no_grad():
+        assert torch.allclose(model(ids_BT).logits, written(ids_BT), atol=1e-6)
 
 
 UNSUPPORTED = [
