@@ -23,7 +23,7 @@ from t2i_lm.evaluation.clip_score import Clip
 from t2i_lm.evaluation.fid import PromptSet, Reference, count_cut, distances, network_card
 from t2i_lm.evaluation.protocol_card import CANONICAL, Card, require_headline
 from t2i_lm.generation.grid import captioned_grid
-from t2i_lm.generation.images import computing, decode, prepare_drawing, sampling_of
+from t2i_lm.generation.images import decode, numerics, prepare_generation, sampling_of
 from t2i_lm.runtime.progress import log_progress
 from t2i_lm.storage.resumable import ResumableParts
 from t2i_lm.storage.run_folder import environment
@@ -43,7 +43,7 @@ def measure_coco(
             another evaluation, or `--canonical` is given and the card is not that of `COCO FID-30k`.
     """
     model, share, first_rank = context.model, (context.rank, context.world), context.rank == 0
-    prepare_drawing(model, bf16=options.bf16, compiled=options.compile)
+    prepare_generation(model, bf16=options.bf16, compiled=options.compile)
     cut = count_cut(model, coco, prompts, log=first_rank)
     sampling = sampling_of(model.config.samples)
     if options.guidance is not None:
@@ -114,7 +114,7 @@ def _feature_parts(
     if kind == "drawn":
         identity |= {"checkpoint_sha256": context.checkpoint_sha256, "seed": prompt_set.seed}
         identity |= vars(prompt_set.sampling)
-        identity |= {key: value for key, value in computing(model).items() if value != CANONICAL[key]}
+        identity |= {key: value for key, value in numerics(model).items() if value != CANONICAL[key]}
     return ResumableParts(context.out / kind, identity, len(prompt_set.prompts), size)
 
 

@@ -38,9 +38,9 @@ from t2i_lm.generation.images import (
     ImageArray,
     caption_layout,
     caption_prompts,
-    computing,
     decode,
-    draw_codes,
+    generate_codes,
+    numerics,
     sampling_of,
     seeds_of,
 )
@@ -146,13 +146,13 @@ class PromptSet:
         seeds = seeds_of(self.seed, len(self.prompts))
         captions = [self.prompts[number].text for number in numbers]
         prompts = caption_prompts(self.model, captions)
-        return draw_codes(self.model, prompts, [seeds[number] for number in numbers], self.sampling)
+        return generate_codes(self.model, prompts, [seeds[number] for number in numbers], self.sampling)
 
     def card(self, network: Inception, reference_sha256: str, images: str = "drawn") -> Card:
         """The protocol card of `drawn` or `reconstructed` images, as the model computes now."""
         generation: dict[str, Any] = {}
         if images == "drawn":
-            generation = {**asdict(self.sampling), "prompts_cut": self.cut, **computing(self.model)}
+            generation = {**asdict(self.sampling), "prompts_cut": self.cut, **numerics(self.model)}
         return Card(
             pictures=images,
             prompts=len(self.prompts),

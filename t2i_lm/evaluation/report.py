@@ -20,7 +20,14 @@ from t2i_lm.evaluation.forgetting import write_completions
 from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, familiar_scenes, prompt_accuracy
 from t2i_lm.experiment.build import Experiment, ImageExperiment
 from t2i_lm.generation.grid import captioned_grid
-from t2i_lm.generation.images import ImageArray, caption_layout, decode, draw_captions, draw_uncaptioned, seeds_of
+from t2i_lm.generation.images import (
+    ImageArray,
+    caption_layout,
+    decode,
+    generate_images,
+    generate_unconditional,
+    seeds_of,
+)
 from t2i_lm.models.aligned_rows import FILE
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
@@ -88,7 +95,7 @@ def unconditional_report(experiment: ImageExperiment, folder: Path) -> dict[str,
     _for_sampling(experiment)
     config = experiment.config
     if count := min(config.samples.grid, config.samples.prompts):
-        images_HW3 = draw_uncaptioned(experiment, seeds_of(config.seed, count))
+        images_HW3 = generate_unconditional(experiment, seeds_of(config.seed, count))
         _save_grid(images_HW3, [""] * count, folder / GRID)
     return {"row_norms": row_norms(experiment.decoder)}
 
@@ -107,7 +114,7 @@ def text_to_image_report(experiment: ImageExperiment, folder: Path) -> dict[str,
     if count:
         rows = split[:count]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
-        images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, count))
+        images_HW3 = generate_images(experiment, captions, seeds_of(config.seed, count))
         if shown := min(config.samples.grid, count):
             _save_grid(images_HW3[:shown], captions[:shown], folder / GRID)
             codes_BN = torch.from_numpy(np.stack(rows["image_ids"][:shown]).astype(np.int64))
@@ -138,7 +145,7 @@ def _familiar_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any
     if meanings:
         captions = scenes.captions[: settings.prompts]
         seeds = seeds_of(experiment.config.seed, len(captions))
-        images_HW3 = draw_captions(experiment, captions, seeds)
+        images_HW3 = generate_images(experiment, captions, seeds)
         _save_grid(images_HW3[: settings.grid], captions[: settings.grid], folder / FAMILIAR_GRID)
         if experiment.image.image_size == SIZE:
             result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
@@ -174,7 +181,7 @@ def sampler(experiment: Experiment) -> Callable[[], SampleBatch] | None:
     def draw() -> SampleBatch:
         rows = open_split(experiment.shards, "val")[: config.samples.grid]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
-        images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, len(captions)))
+        images_HW3 = generate_images(experiment, captions, seeds_of(config.seed, len(captions)))
         accuracy = {}
         if config.data.source == "scenes" and images_HW3[0].shape[0] == SIZE:
             meanings = [json.loads(str(text)) for text in rows["meaning"]]
