@@ -11,9 +11,13 @@ from t2i_lm.demo import PIXELS, UNDRAWN, answer, frames, main, page
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.generation.images import draw_captions
 from t2i_lm.models.generate import Sampling
-from tests.test_sample import PROMPT, run
+from t2i_lm.storage.run_folder import Run
+from tests.runs import PROMPT
 
-__all__ = ["run"]
+
+@pytest.fixture
+def run(guided: Run) -> Path:
+    return guided.folder
 
 
 def test_the_grid_fills_in_row_by_row_and_ends_as_the_image(run: Path) -> None:
@@ -32,7 +36,7 @@ def test_the_grid_fills_in_row_by_row_and_ends_as_the_image(run: Path) -> None:
 
 def test_an_error_in_the_thread_reaches_the_page(run: Path) -> None:
     model = load_trained(run)
-    del model.module.decoder.output.image  # type: ignore[union-attr]
+    del model.module.decoder.output.image
     with pytest.raises(AttributeError, match="image"):
         list(frames(model, PROMPT, Sampling(), 3))
 
@@ -57,7 +61,7 @@ def test_what_the_boxes_hold_is_drawn(run: Path) -> None:
     ],
 )
 def test_boxes_that_cannot_be_drawn_are_named(run: Path, change: dict[str, Any], message: str) -> None:
-    boxes = {"prompt": PROMPT, "seed": 0, "temperature": 1.0, "top_p": 1.0, "guidance": 1.0}
+    boxes: dict[str, Any] = {"prompt": PROMPT, "seed": 0, "temperature": 1.0, "top_p": 1.0, "guidance": 1.0}
     with pytest.raises(ValueError, match=message):
         next(answer(load_trained(run), **boxes | change))
 

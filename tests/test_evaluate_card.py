@@ -1,20 +1,28 @@
 """How the model computed: in the card, in what may be taken up again, and in the name that the number may bear."""
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from t2i_lm.evaluate import _default_name, main, parser
-from t2i_lm.runtime.devices import COMPILERS
-from tests.test_evaluate import coco, command, read, run
-
-__all__ = ["coco", "command", "run"]
+from t2i_lm.storage.run_folder import Run
+from tests.marks import needs_compiler
 
 
-def test_a_runs_last_number_is_that_of_its_evaluation(run: Path, command: list[str], tmp_path: Path) -> None:
-    last = json.loads((run / "fid" / "step-00000008.json").read_text())
+@pytest.fixture
+def command(evaluate_command: list[str]) -> list[str]:
+    return evaluate_command
+
+
+def read(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "coco.json").read_text())
+    return content
+
+
+def test_a_runs_last_number_is_that_of_its_evaluation(measured: Run, command: list[str], tmp_path: Path) -> None:
+    last = json.loads((measured.folder / "fid" / "step-00000008.json").read_text())
     same = ["--prompts", "5", "--part", "5", "--seed", str(last["card"]["seed"]), "--no-floor"]
     assert main([*command, *same, "--out", str(tmp_path / "out")]) == 0
     found = read(tmp_path / "out")
@@ -39,7 +47,7 @@ def test_weights_in_bfloat16_are_disclosed_and_are_another_evaluation(
     assert "--bf16 rounds the weights" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+@needs_compiler
 def test_compiled_drawing_is_disclosed_and_is_another_evaluation(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,7 +147,7 @@ def _write_images(subject: EvaluationContext, drawing: Drawing, drawn: Resumable
     first_BN = torch.cat([drawn.read(number)["codes"] for number in range(-(-shown // drawn.size))])[:shown]
     captions = [prompt.text for prompt in drawing.prompts[:shown]]
     captioned_grid(decode(subject.model, first_BN.long()), captions).save(subject.out / GRID_FILE)
-    if not subject.options.images:
+    if not subject.options.pictures:
         return
     folder = subject.out / IMAGES_FOLDER
     folder.mkdir(exist_ok=True)

@@ -102,7 +102,7 @@ def test_only_the_canonical_card_bears_the_name() -> None:
         assert other.title != HEADLINE
         with pytest.raises(ValueError, match=rf"no {HEADLINE}: {key}={getattr(other, key)!r} \(not {value!r}\)"):
             require_headline(other)
-    assert HEADLINE not in replace(card, images="reconstructed").title
+    assert HEADLINE not in replace(card, pictures="reconstructed").title
     for key in ("prompts_sha256", "captions_sha256", "reference_sha256"):
         with pytest.raises(ValueError, match=rf"{key}='listing' \(not the hash"):
             require_headline(replace(card, **{key: "listing"}))

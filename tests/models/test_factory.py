@@ -1,7 +1,7 @@
 import torch
 
 from t2i_lm.models.factory import copy_text_rows, shuffle_entries
-from tests.models.test_open_lm import tiny
+from tests.decoders import tiny_decoder as tiny
 
 
 def test_shuffling_keeps_every_tensors_entries_and_no_place() -> None:

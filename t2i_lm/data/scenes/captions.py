@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 from t2i_lm.data.scenes.scene import (
     BACKGROUNDS,
@@ -223,6 +224,7 @@ def _alter(scene: Scene, attribute: str, victim: int, rng: random.Random) -> Sce
     )
 
 
+@cache
 def entropy(samples: int, seed: int) -> tuple[float, float]:
     """Entropy of a training caption in nats and its standard error, by Monte Carlo over `samples` captions."""
     values = [-describe(draw_scene(seed, "train", index), f"{seed}/train/{index}").log_prob for index in range(samples)]

@@ -83,6 +83,7 @@ def test_objects_neither_touch_nor_leave_the_image() -> None:
         assert len(read_scene(np.asarray(render(scene))).objects) == len(scene.objects), scene
 
 
+@pytest.mark.slow
 def test_the_checker_is_exact_on_rendered_scenes() -> None:
     for index in range(2000):
         scene = draw_scene(1, "val" if index % 2 else "train", index)
@@ -135,6 +136,7 @@ def alterations(scene: Scene) -> Iterator[tuple[str, Scene, set[str]]]:
         yield "count", replace(scene, objects=scene.objects[:-1]), {"count"}
 
 
+@pytest.mark.slow
 def test_a_scene_altered_in_one_attribute_is_wrong_in_that_and_in_what_depends_on_it() -> None:
     seen: Counter[str] = Counter()
     for index in range(100):
@@ -155,6 +157,7 @@ def test_what_a_caption_does_not_ask_is_not_judged() -> None:
     assert {name for name, right in found.items() if right is None} == {"background", "size", "relation", "count"}
 
 
+@pytest.mark.slow
 def test_a_further_shape_is_a_wrong_number_and_otherwise_no_longer_exactly_what_was_asked() -> None:
     seen: Counter[str] = Counter()
     for index in range(300):
@@ -238,6 +241,7 @@ def test_one_caption_has_one_derivation() -> None:
         assert seen.setdefault(caption.text, entry) == entry, caption.text
 
 
+@pytest.mark.slow
 def test_log_probabilities_match_frequencies() -> None:
     """One half of the draws picks captions, the other half counts them: an unbiased check of their probability."""
 

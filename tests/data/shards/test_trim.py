@@ -41,11 +41,11 @@ def test_lengths_change_with_it_and_neither_tokens_nor_loss_nor_gradients(tmp_pa
         found[trim] = (ids_BT, batch, total.item(), gradient)
     longest = 4 + 6 + 4  # the last row's caption, boundaries, image ids
     assert {trim: ids_BT.shape[1] for trim, (ids_BT, *_) in found.items()} == {1: longest, 8: 16, 32: 32, 64: LENGTH}
-    ids_BT, counts, total, gradient = found[8]
+    ids_BT, counts, loss, gradient = found[8]
     for other_BT, other_counts, other_total, other_gradient in found.values():
         assert torch.equal(other_BT[:, :longest], ids_BT[:, :longest])
         assert other_counts == counts
-        assert other_total == pytest.approx(total, rel=1e-6)
+        assert other_total == pytest.approx(loss, rel=1e-6)
         assert (other_gradient - gradient).norm() <= 1e-6 * gradient.norm()
 
 
