@@ -161,7 +161,6 @@ KILLED = ("trainer.max_steps=40", "trainer.checkpoint_interval=1", *QUICK)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 def test_killed_runs_resume_bit_for_bit(tiny: list[str], tmp_path: Path) -> None:
     """kill -9 at ten seeded instants, half of them inside a save, changes no number and leaves no litter."""
     unbroken = train(PRETRAINED, tmp_path / "unbroken", *tiny, *KILLED)
