@@ -1,12 +1,36 @@
-"""Shared fixtures: one thread, no network, the reference files where they are present."""
+"""Shared fixtures: one thread, no network, and tiny runs that are trained once for all tests.
 
+A test that changes a run's folder copies it first.
+"""
+
+import os
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
-ROOT = Path(__file__).parents[1]
+from t2i_lm.storage.run_folder import Run, read_run, run_folders
+from tests.decoders import tiny_decoder
+from tests.evaluation.tiny_tasks import TEXT, write_tasks
+from tests.runs import PRETRAINED, QUICK, SCRATCH, train
+
+# A test that uses one of these is a test of a whole run.
+RUNS = {"pretrained", "scratch", "guided", "probed", "measured"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests of whole runs as slow; files that have more of those come first, so that workers end together."""
+    slow: dict[Path, int] = {}
+    for item in items:
+        if RUNS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+        slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,50 +47,64 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         host = address[0] if isinstance(address, tuple) else "local"
         if host not in ("local", "localhost", "127.0.0.1", "::1"):
             raise OSError(f"a test tried to reach {host}")
-        connect(self, address)  # type: ignore[arg-type]
+        connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Reference outputs and real data beside the project; tests that need them are skipped without."""
-    folder = ROOT.parent / "shared"
-    if not folder.is_dir():
-        pytest.skip("no ../shared")
+    """The folder of reference outputs and real data that T2I_LM_SHARED names; without it, their tests are skipped."""
+    name = os.environ.get("T2I_LM_SHARED")
+    if not name:
+        pytest.skip("T2I_LM_SHARED is not set")
+    folder = Path(name)
+    assert folder.is_dir(), f"T2I_LM_SHARED={name}: no such folder"
     return folder
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes a folder of a name that all workers of pytest-xdist share: the first to ask fills it, others wait."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "once"
+    root.mkdir(exist_ok=True)
+
+    def filled(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return filled
+
+
+@pytest.fixture(scope="session")
+def tiny(once: Once) -> list[str]:
     """Overrides that shrink a demo experiment to seconds: real parts, tiny and untrained, in a folder of their own."""
     from t2i_lm.config.sections import VQModelConfig
     from t2i_lm.data.scenes.source import SceneSource
-    from t2i_lm.models.decoder import Decoder
-    from t2i_lm.models.open_lm import decoder_config, save_open_lm
+    from t2i_lm.models.open_lm import save_open_lm
     from t2i_lm.tokenizers.text import train_sentencepiece
     from t2i_lm.tokenizers.vq import PatchedVQ, save_tokenizer
 
-    folder = tmp_path_factory.mktemp("tiny")
-    scenes = SceneSource(400, "train", 0)
-    text = train_sentencepiece((scenes[i].captions[0] for i in range(400)), 512, folder / "text.model")
-    decoder = Decoder(
-        decoder_config(
-            {
-                "hidden_dim": 32,
-                "n_layers": 2,
-                "n_heads": 2,
-                "seq_len": 16,
-                "vocab_size": text.vocab_size,
-                "positional_embedding_type": "rotary",
-            }
-        )
-    )
-    decoder.reset_parameters(torch.Generator().manual_seed(5))
-    save_open_lm(decoder, folder / "lm", torch.float32, {})
-    torch.manual_seed(0)
-    vq = PatchedVQ(VQModelConfig(block_out_channels=[16, 16], codes=32))
-    save_tokenizer(vq, folder / "vq", torch.float32)
+    def write(folder: Path) -> None:
+        scenes = SceneSource(400, "train", 0)
+        text = train_sentencepiece((scenes[i].captions[0] for i in range(400)), 512, folder / "text.model")
+        decoder = tiny_decoder(seed=5, seq_len=16, vocab_size=text.vocab_size)
+        save_open_lm(decoder, folder / "lm", torch.float32, {})
+        torch.manual_seed(0)
+        vq = PatchedVQ(VQModelConfig(block_out_channels=[16, 16], codes=32))
+        save_tokenizer(vq, folder / "vq", torch.float32)
+
+    folder = once("tiny", write)
     return [
         f"backbone.path={folder}/lm",
         f"text_tokenizer.path={folder}/text.model",
@@ -88,9 +126,99 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
+def newest(root: Path) -> Run:
+    return read_run(run_folders(root)[-1])
+
+
 @pytest.fixture(scope="session")
-def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pretrained(tiny: list[str], once: Once) -> Run:
+    return newest(once("pretrained", lambda root: train(PRETRAINED, root, *tiny)))
+
+
+@pytest.fixture(scope="session")
+def scratch(tiny: list[str], once: Once) -> Run:
+    return newest(once("scratch", lambda root: train(SCRATCH, root, *tiny)))
+
+
+@pytest.fixture(scope="session")
+def guided(tiny: list[str], once: Once) -> Run:
+    """Trained with caption dropout, so that guidance has an empty caption to start from."""
+    return newest(once("guided", lambda root: train(PRETRAINED, root, *tiny, *QUICK, "data.caption_dropout=0.2")))
+
+
+@pytest.fixture(scope="session")
+def book(once: Once) -> Path:
+    """A text of three documents; a folder `tasks` is beside it."""
+
+    def write(folder: Path) -> None:
+        (folder / "book.txt").write_text("\f".join("\n\n".join(TEXT[start : start + 20]) for start in (0, 20, 40)))
+        write_tasks(folder / "tasks")
+
+    return once("book", write) / "book.txt"
+
+
+@pytest.fixture(scope="session")
+def probing(book: Path) -> list[str]:
+    """Overrides that probe for forgetting."""
+    return [
+        "forgetting.interval=3",
+        f"forgetting.text={book}",
+        f"forgetting.tasks={book.parent / 'tasks'}",
+        "forgetting.rows=6",
+        "forgetting.length=32",
+        "forgetting.completion_tokens=4",
+    ]
+
+
+@pytest.fixture(scope="session")
+def probed(tiny: list[str], probing: list[str], once: Once) -> Run:
+    more = [*tiny, *QUICK, *probing, "log.logger=tensorboard"]
+    return newest(once("probed", lambda root: train(PRETRAINED, root, *more)))
+
+
+@pytest.fixture(scope="session")
+def inception_weights(once: Once) -> Path:
     """A file of random weights for torch-fidelity's Inception."""
     from tests.data.coco_folder import write_weights
 
-    return write_weights(tmp_path_factory.mktemp("inception") / "weights.pth")
+    return once("inception", lambda folder: write_weights(folder / "weights.pth")) / "weights.pth"
+
+
+@pytest.fixture(scope="session")
+def coco(once: Once) -> Path:
+    """Images and captions in COCO's layout."""
+    from tests.data.coco_folder import write_coco
+
+    return once("coco", lambda folder: write_coco(folder / "coco", 14)) / "coco"
+
+
+@pytest.fixture(scope="session")
+def measured(tiny: list[str], coco: Path, inception_weights: Path, once: Once) -> Run:
+    """A run that measured its FID twice."""
+    fid = [
+        "fid.interval=4",
+        f"fid.coco={coco}",
+        f"fid.weights={inception_weights}",
+        "fid.features=64",
+        "fid.prompts=5",
+    ]
+
+    def make(root: Path) -> None:
+        train(PRETRAINED, root, *tiny, *QUICK, *fid, f"data.cache_dir={root}/cache")
+
+    return newest(once("measured", make))
+
+
+@pytest.fixture(scope="session")
+def evaluate_command(measured: Run, coco: Path, inception_weights: Path) -> list[str]:
+    """Arguments of t2i_lm.evaluate for the COCO FID of that run."""
+    given = {
+        "checkpoint": measured.folder,
+        "coco": coco,
+        "weights": inception_weights,
+        "features": 64,
+        "prompts": 10,
+        "part": 3,
+    }
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return [*words, "--cache", str(measured.folder.parents[1] / "cache")]

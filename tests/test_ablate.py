@@ -14,9 +14,11 @@ from t2i_lm.models.open_lm import load_open_lm
 from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main as train
+from tests.runs import EXPERIMENTS, ROOT, launch_module, succeed
 
-ROOT = Path(__file__).parents[1]
-UNCONDITIONAL = str(ROOT / "experiments" / "uncond_pretrained.yaml")
+pytestmark = pytest.mark.slow
+
+UNCONDITIONAL = str(EXPERIMENTS / "uncond_pretrained.yaml")
 
 
 def newest(root: Path) -> Run:
@@ -48,11 +50,7 @@ def test_frozen_parts_stay_frozen_on_two_processes(tiny: list[str], tmp_path: Pa
     one, two = tmp_path / "one", tmp_path / "two"
     common = ["--freeze", "ffn", "--freeze", "text_rows", UNCONDITIONAL, *tiny, "samples.prompts=0"]
     assert main([*common, f"run.dir={one}"]) == 0
-    from tests.test_train import launch_module
-
-    process = launch_module("t2i_lm.ablate", *common, f"run.dir={two}", "trainer.devices=2", "trainer.strategy=ddp")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    succeed(launch_module("t2i_lm.ablate", *common, f"run.dir={two}", "trainer.devices=2", "trainer.strategy=ddp"))
     for name, tensor in checkpoints(newest(one))[-1].items():
         if "feed_forward" in name or name.endswith(".text"):
             assert torch.equal(checkpoints(newest(two))[-1][name], tensor), name
@@ -118,16 +116,12 @@ def test_a_dry_run_shows_the_frozen_groups(capsys: pytest.CaptureFixture[str], m
 
 
 def test_a_softmax_over_image_rows_alone_runs_on_two_processes(tiny: list[str], tmp_path: Path) -> None:
-    from tests.test_train import launch_module
-
     changes = [*tiny, "samples.prompts=0", "loss_rows=image", f"run.dir={tmp_path}"]
-    process = launch_module("t2i_lm.train", UNCONDITIONAL, *changes, "trainer.devices=2", "trainer.strategy=ddp")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    succeed(launch_module("t2i_lm.train", UNCONDITIONAL, *changes, "trainer.devices=2", "trainer.strategy=ddp"))
 
 
 def test_freezing_what_is_no_language_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = str(ROOT / "experiments" / "image_tokenizer.yaml")
+    tokenizer = str(EXPERIMENTS / "image_tokenizer.yaml")
     assert main(["--freeze", "ffn", tokenizer]) == 2
     assert "with task=image_tokenizer" in capsys.readouterr().err
 

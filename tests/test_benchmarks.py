@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def numbers(value: Any) -> Iterator[float]:
         yield float(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_last_line_is_the_result(name: str, runs: dict[str, "subprocess.Popen[str]"]) -> None:
     out, err = runs[name].communicate()
@@ -113,6 +115,7 @@ def test_what_forms_are_compared_with_is_that_of_the_whole_batch() -> None:
     assert all(parameter.grad is None for parameter in decoder.parameters())
 
 
+@pytest.mark.slow
 def test_the_papers_training_step_has_a_batch_that_fits_and_no_float32_form(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,13 +165,19 @@ def test_what_cannot_draw_is_named_unless_memory_was_short() -> None:
         generate.generate_all(forms(torch.OutOfMemoryError("CUDA out of memory")))
 
 
+@pytest.mark.slow
 def test_alone_needs_no_peer_and_positions_stay_in_float32(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    built = []
+    built: list[Any] = []
     build = peers.build_decoder
+
+    def watched(*given: Any) -> Any:
+        built.append(build(*given))
+        return built[-1]
+
     monkeypatch.setattr(peers, "build_llama", lambda *_: pytest.fail("memory for nothing"))
-    monkeypatch.setattr(peers, "build_decoder", lambda *given: built.append(build(*given)) or built[0])
+    monkeypatch.setattr(peers, "build_decoder", watched)
     fixed = ["--quick", "--rounds", "1", "--device", "cpu"]
     assert generate.main(["--alone", "--precision", "bf16", *fixed]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -187,14 +196,16 @@ def test_random_shards_are_read_as_the_scale_says(scale: str) -> None:
     assert shards.experiment(4, 1152, 2, scale=scale).data.pad_to_multiple_of == stated
 
 
+@pytest.mark.slow
 def test_every_round_has_every_contender_in_a_rotated_order() -> None:
     order: list[str] = []
-    contenders = [rounds.Contender(name, name, lambda name=name: order.append(name)) for name in "abc"]
+    contenders = [rounds.Contender(name, name, partial(order.append, name)) for name in "abc"]
     seconds = rounds.interleave(contenders, rounds=3, warmup=1, device="cpu")
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
+@pytest.mark.slow
 def test_what_makes_a_contender_ready_is_not_timed() -> None:
     times = iter(range(100))
     contender = rounds.Contender("a", "a", lambda: next(times), lambda: [next(times) for _ in range(5)])

@@ -12,9 +12,13 @@ from t2i_lm.experiment.restore import load_trained
 from t2i_lm.generation.images import generate_images
 from t2i_lm.generation.web_page import PIXELS, UNSAMPLED, answer, frames, page
 from t2i_lm.models.generate import Sampling
-from tests.test_sample import PROMPT, run
+from t2i_lm.storage.run_folder import Run
+from tests.runs import PROMPT
 
-__all__ = ["run"]
+
+@pytest.fixture
+def run(guided: Run) -> Path:
+    return guided.folder
 
 
 def test_the_grid_fills_in_row_by_row_and_ends_as_the_image(run: Path) -> None:
@@ -33,7 +37,7 @@ def test_the_grid_fills_in_row_by_row_and_ends_as_the_image(run: Path) -> None:
 
 def test_an_error_in_the_thread_reaches_the_page(run: Path) -> None:
     model = load_trained(run)
-    del model.module.decoder.output.image  # type: ignore[union-attr]
+    del model.module.decoder.output.image
     with pytest.raises(AttributeError, match="image"):
         list(frames(model, PROMPT, Sampling(), 3))
 
@@ -58,7 +62,7 @@ def test_the_values_in_the_boxes_are_used(run: Path) -> None:
     ],
 )
 def test_boxes_out_of_range_are_named(run: Path, change: dict[str, Any], message: str) -> None:
-    boxes = {"prompt": PROMPT, "seed": 0, "temperature": 1.0, "top_p": 1.0, "guidance": 1.0}
+    boxes: dict[str, Any] = {"prompt": PROMPT, "seed": 0, "temperature": 1.0, "top_p": 1.0, "guidance": 1.0}
     with pytest.raises(ValueError, match=message):
         next(answer(load_trained(run), **boxes | change))
 

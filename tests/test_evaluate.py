@@ -17,43 +17,23 @@ from PIL import Image
 
 from t2i_lm.evaluate import main, parser
 from t2i_lm.storage.resumable import ResumableParts
-from t2i_lm.storage.run_folder import ENVIRONMENT, run_folders
-from t2i_lm.train import main as train
+from t2i_lm.storage.run_folder import ENVIRONMENT, Run
 from tests.callbacks.toy_run import finish, free_port, server
 from tests.data.coco_folder import CAPTION, write_coco
 
-ROOT = Path(__file__).parents[1]
-# The full check takes the network's last layer, and more images than that has features: FID_PICTURES=2500.
-IMAGES = int(os.environ.get("FID_PICTURES", "300"))
+# More images than features, so that covariances have full rank; of the network's last layer: FID_PICTURES=2500.
+IMAGES = int(os.environ.get("FID_PICTURES", "100"))
 WIDTH = 64 if IMAGES < 2049 else 2048
 
 
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_coco(tmp_path_factory.mktemp("coco") / "coco", 14)
+@pytest.fixture
+def run(measured: Run) -> Path:
+    return measured.folder
 
 
-@pytest.fixture(scope="module")
-def run(tiny: list[str], coco: Path, inception_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that measured FID twice."""
-    root = tmp_path_factory.mktemp("evaluate")
-    fid = [
-        "fid.interval=4",
-        f"fid.coco={coco}",
-        f"fid.weights={inception_weights}",
-        "fid.features=64",
-        "fid.prompts=5",
-    ]
-    experiment = str(ROOT / "experiments" / "t2i_pretrained.yaml")
-    assert train([experiment, *tiny, *fid, f"run.dir={root}", f"data.cache_dir={root}/cache"]) == 0
-    return run_folders(root)[-1]
-
-
-@pytest.fixture(scope="module")
-def command(run: Path, coco: Path, inception_weights: Path) -> list[str]:
-    given = {"checkpoint": run, "coco": coco, "weights": inception_weights, "features": 64, "prompts": 10, "part": 3}
-    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    return [*words, "--cache", str(run.parents[1] / "cache")]
+@pytest.fixture
+def command(evaluate_command: list[str]) -> list[str]:
+    return evaluate_command
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -62,9 +42,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def unbroken(evaluate_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("unbroken") / "out"
-    assert main([*command, "--out", str(out)]) == 0
+    assert main([*evaluate_command, "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["coco.json", "drawn", "grid.png", "reconstructed"]
     return read(out)
 
@@ -84,14 +64,12 @@ def test_a_run_measures_itself_and_keeps_the_network_out_of_its_checkpoints(run:
     assert not any("FID" in name for name in state["callbacks"])
 
 
-def test_measuring_does_not_change_the_run(run: Path, tiny: list[str], tmp_path: Path) -> None:
-    assert train([str(ROOT / "experiments" / "t2i_pretrained.yaml"), *tiny, f"run.dir={tmp_path}"]) == 0
-
+def test_measuring_does_not_change_the_run(run: Path, pretrained: Run) -> None:
     def losses(folder: Path) -> list[Any]:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [line[kind] for line in lines for kind in ("train", "val") if kind in line]
 
-    assert losses(run_folders(tmp_path)[-1]) == losses(run)
+    assert losses(pretrained.folder) == losses(run)
 
 
 def test_the_result_has_its_card_and_not_the_headline_title(unbroken: dict[str, Any]) -> None:

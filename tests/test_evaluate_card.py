@@ -1,21 +1,29 @@
 """Number format and compilation in the protocol card, in the identity of parts, and in the title."""
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from t2i_lm.evaluate import main, parser
 from t2i_lm.evaluation.session import default_name
-from t2i_lm.runtime.devices import COMPILERS
-from tests.test_evaluate import coco, command, read, run
-
-__all__ = ["coco", "command", "run"]
+from t2i_lm.storage.run_folder import Run
+from tests.marks import needs_compiler
 
 
-def test_the_last_fid_of_a_run_equals_its_evaluation(run: Path, command: list[str], tmp_path: Path) -> None:
-    last = json.loads((run / "fid" / "step-00000008.json").read_text())
+@pytest.fixture
+def command(evaluate_command: list[str]) -> list[str]:
+    return evaluate_command
+
+
+def read(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "coco.json").read_text())
+    return content
+
+
+def test_the_last_fid_of_a_run_equals_its_evaluation(measured: Run, command: list[str], tmp_path: Path) -> None:
+    last = json.loads((measured.folder / "fid" / "step-00000008.json").read_text())
     same = ["--prompts", "5", "--part", "5", "--seed", str(last["card"]["seed"]), "--no-floor"]
     assert main([*command, *same, "--out", str(tmp_path / "out")]) == 0
     found = read(tmp_path / "out")
@@ -40,7 +48,7 @@ def test_bfloat16_weights_are_in_the_card_and_another_evaluation(
     assert "--bf16 rounds the weights" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+@needs_compiler
 def test_compiled_sampling_is_in_the_card_and_another_evaluation(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,7 @@ def test_an_unwritable_folder_is_an_error_and_not_a_traceback(
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_drawing_imports_no_torch(runs: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from t2i_lm.figures import main; code = main(sys.argv[1:]); "

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +86,9 @@ def test_a_lock_left_by_a_killed_installation_is_taken_over(fake: Path) -> None:
 
 def test_ci_runs_the_readmes_test_command() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert (ROOT / ".ci" / "run").read_text().endswith("exec make test\n")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["jobs"]["test"]["steps"][-1] == {"run": ".ci/run"}
     readme = ROOT / "README.md"
     for target in re.findall(r"`make ([a-z-]+)", readme.read_text()):
         assert target in make("help")

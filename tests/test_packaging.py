@@ -1,9 +1,12 @@
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -11,23 +14,21 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--quiet",
-        "-w",
-        str(out),
-        ".",
-    ]
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "-w", str(out)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "."]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return next(out.glob("*.whl"))
 
 
+def test_one_version_is_packaged_cited_and_in_the_changelog() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    headings = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == version
+
+
+@pytest.mark.slow
 def test_the_wheel_holds_both_packages_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "t2i_lm/models/decoder.py" in names
@@ -36,6 +37,7 @@ def test_the_wheel_holds_both_packages_and_no_tests(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if not name.startswith("t2i_lm-")} == {"t2i_lm", "callbacks"}
 
 
+@pytest.mark.slow
 def test_every_shipped_asset_is_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "t2i_lm" / "assets").rglob("*"):
@@ -43,6 +45,7 @@ def test_every_shipped_asset_is_in_the_wheel(wheel: Path) -> None:
             assert path.relative_to(ROOT).as_posix() in names
 
 
+@pytest.mark.slow
 def test_both_packages_import_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(site), str(wheel)]

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,13 @@ from t2i_lm.experiment.restore import load_trained
 from t2i_lm.generation.images import caption_prompts, generate_codes, numerics, prepare_generation
 from t2i_lm.models.float8 import use_float8
 from t2i_lm.sample import main, parser
-from t2i_lm.storage.run_folder import ENVIRONMENT, run_folders
-from t2i_lm.train import main as train
-
-ROOT = Path(__file__).parents[1]
-PROMPT = "a red circle on a white background"
+from t2i_lm.storage.run_folder import ENVIRONMENT, Run
+from tests.runs import PROMPT
 
 
-@pytest.fixture(scope="module")
-def run(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sample")
-    experiment = str(ROOT / "experiments" / "t2i_pretrained.yaml")
-    assert train([experiment, *tiny, f"run.dir={root}", "data.caption_dropout=0.2"]) == 0
-    return run_folders(root)[-1]
+@pytest.fixture
+def run(guided: Run) -> Path:
+    return guided.folder
 
 
 def pixels(path: Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
@@ -71,20 +66,23 @@ def test_rounded_weights_sample_nearly_the_same_codes(run: Path) -> None:
 def test_numerics_are_those_of_the_model_as_it_is(run: Path) -> None:
     model = load_trained(run)
     decoder = model.module.decoder
-    decoder.layers[0].feed_forward.w3.bfloat16()  # type: ignore[union-attr]
+    decoder.layers[0].feed_forward.w3.bfloat16()
     assert numerics(model) == {"weights": "bfloat16+float32", "compiled": False, "fp8": False}
-    decoder.compile_steps()  # type: ignore[operator]  # compiles at its first call
+    decoder.compile_steps()  # compiles at its first call
     assert numerics(model) == {"weights": "bfloat16+float32", "compiled": True, "fp8": False}
 
 
 def test_numerics_name_float8(run: Path) -> None:
     pytest.importorskip("torchao")
     model = load_trained(run)
-    use_float8(model.module.decoder, emulate=True)  # type: ignore[arg-type]
+    use_float8(model.module.decoder, emulate=True)
     assert numerics(model) == {"weights": "float32", "compiled": False, "fp8": True}
 
 
-def test_by_default_a_new_folder_of_the_run_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_by_default_a_new_folder_of_the_run_is_written(
+    guided: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(guided.folder, tmp_path / "run")
     assert main(["--checkpoint", str(run), PROMPT, "--each", "2", "--cfg", "2", "--temperature", "0.5"]) == 0
     out = capsys.readouterr()
     assert "note:" not in out.err

@@ -48,6 +48,7 @@ def test_every_arm_runs_at_every_value_with_every_seed() -> None:
         assert (job.config.samples.prompts, job.config.samples.preference_scenes) == (3, 0)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_what_is_missing_draws_and_says_who_is_best(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

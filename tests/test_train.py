@@ -3,51 +3,31 @@
 import json
 import math
 import multiprocessing
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
-
-ROOT = Path(__file__).parents[1]
-PRETRAINED, SCRATCH = (str(ROOT / "experiments" / f"t2i_{arm}.yaml") for arm in ("pretrained", "scratch"))
-
-
-def train(experiment: str, root: Path, *overrides: str, code: int = 0) -> Run:
-    assert main([experiment, *overrides, f"run.dir={root}"]) == code
-    return read_run(run_folders(root)[-1])
-
-
-def curve(run: Run) -> list[dict[str, Any]]:
-    """All that a run computed; what a clock measured is left out."""
-    clock = ("time", "throughput")
-    return [{key: value for key, value in record.items() if key not in clock} for record in run.metrics]
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    newest = sorted((run.folder / "checkpoints").glob("*.ckpt"))[-1]
-    state: dict[str, torch.Tensor] = torch.load(newest, weights_only=True)["state_dict"]
-    return state
-
-
-@pytest.fixture(scope="module")
-def pretrained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(PRETRAINED, tmp_path_factory.mktemp("pretrained"), *tiny)
-
-
-@pytest.fixture(scope="module")
-def scratch(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(SCRATCH, tmp_path_factory.mktemp("scratch"), *tiny)
+from tests.runs import (
+    PRETRAINED,
+    QUICK,
+    SCRATCH,
+    checkpoints,
+    curve,
+    launch,
+    same_losses,
+    succeed,
+    train,
+    weights,
+    without_newest,
+)
 
 
 def test_a_run_leaves_everything_behind(pretrained: Run) -> None:
@@ -109,6 +89,7 @@ def test_the_random_arm_starts_at_ln_v_plus_a_half(scratch: Run) -> None:
     assert first == pytest.approx(math.log(vocabulary) + 0.5, abs=0.15)
 
 
+@pytest.mark.slow
 def test_an_equal_run_is_equal_bit_for_bit(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     again = train(PRETRAINED, tmp_path, *tiny)
     assert curve(again) == curve(pretrained)
@@ -116,6 +97,7 @@ def test_an_equal_run_is_equal_bit_for_bit(pretrained: Run, tiny: list[str], tmp
         assert torch.equal(tensor, weights(pretrained)[name]), name
 
 
+@pytest.mark.slow
 def test_samples_during_training_are_logged_and_change_nothing(
     pretrained: Run, tiny: list[str], tmp_path: Path
 ) -> None:
@@ -129,47 +111,27 @@ def test_samples_during_training_are_logged_and_change_nothing(
     assert all(torch.equal(value, weights(pretrained)[name]) for name, value in weights(run).items())
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_losses(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     split = train(PRETRAINED, tmp_path, *tiny, "trainer.accumulate_grad_batches=4")
     same_losses(split, pretrained, 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_to_nearly_the_same_losses(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     low = train(PRETRAINED, tmp_path, *tiny, "trainer.precision=bf16-mixed", "samples.prompts=0")
     same_losses(low, pretrained, 2e-2)
     assert low.metrics != pretrained.metrics
 
 
-def same_losses(one: Run, other: Run, tolerance: float) -> None:
-    assert len(one.metrics) == len(other.metrics)
-    for ours, theirs in zip(one.metrics, other.metrics, strict=True):
-        key = "train" if "train" in ours else "val"
-        for name in ("text", "image", "boundary", "all"):
-            assert ours[key][name]["count"] == theirs[key][name]["count"]
-            assert ours[key][name]["nll"] == pytest.approx(theirs[key][name]["nll"], rel=tolerance)
-        assert ours["tokens_real"] == theirs["tokens_real"]
-
-
-def launch(experiment: str, root: Path, *overrides: str) -> "subprocess.Popen[str]":
-    return launch_module("t2i_lm.train", experiment, *overrides, f"run.dir={root}")
-
-
-def launch_module(module: str, *arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", module, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
+@pytest.mark.slow
 def test_two_processes_equal_one(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
-    process = launch(PRETRAINED, tmp_path, *tiny, "trainer.strategy=ddp", "trainer.devices=2", "samples.prompts=0")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    succeed(launch(PRETRAINED, tmp_path, *tiny, *QUICK, "trainer.strategy=ddp", "trainer.devices=2"))
     assert len(run_folders(tmp_path)) == 1
     same_losses(read_run(run_folders(tmp_path)[0]), pretrained, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     """SIGTERM between steps: saved, exit code 143, and the resumed run equals the unbroken one."""
     process = launch(PRETRAINED, tmp_path, *tiny)
@@ -195,10 +157,10 @@ def wait_for_lines(process: "subprocess.Popen[str]", root: Path, lines: int) -> 
 
 
 # A long enough run to be killed ten times, a checkpoint after each step.
-KILLED = ("trainer.max_steps=40", "trainer.checkpoint_interval=1", "samples.prompts=0", "samples.preference_scenes=0")
+KILLED = ("trainer.max_steps=40", "trainer.checkpoint_interval=1", *QUICK)
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+@pytest.mark.slow
 def test_killed_runs_resume_bit_for_bit(tiny: list[str], tmp_path: Path) -> None:
     """kill -9 at ten seeded instants, half of them inside a save, changes no number and leaves no litter."""
     unbroken = train(PRETRAINED, tmp_path / "unbroken", *tiny, *KILLED)
@@ -255,12 +217,9 @@ def test_a_run_killed_while_it_reports_only_reports_again(pretrained: Run, tiny:
 
 
 def test_the_time_of_a_run_is_that_of_all_its_sessions(pretrained: Run, tmp_path: Path) -> None:
-    folder = tmp_path / "t2i_pretrained" / pretrained.folder.name
-    shutil.copytree(pretrained.folder, folder)
-    (folder / "report.json").unlink()
-    sorted((folder / "checkpoints").glob("*.ckpt"))[-1].unlink()  # as if it had been killed after step 6
-    newest = sorted((folder / "checkpoints").glob("*.ckpt"))[-1]
-    before: float = torch.load(newest, weights_only=True)["callbacks"]["WallTime"]["seconds"]
+    folder = without_newest(pretrained, tmp_path)
+    at_step_6 = checkpoints(read_run(folder))[-1]
+    before: float = torch.load(at_step_6, weights_only=True)["callbacks"]["WallTime"]["seconds"]
     started = time.monotonic()
     assert main([PRETRAINED, "--resume", str(folder)]) == 0
     again = read_run(folder)

@@ -21,7 +21,7 @@ from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.generate import generate
 from t2i_lm.tokenizers.layout import Layout
 from tests.callbacks.toy_run import finish, free_port, server
-from tests.models.test_open_lm import tiny
+from tests.decoders import tiny_decoder as tiny
 
 DRAWN, REAL, CODES = 10, 17, 512
 
@@ -73,6 +73,7 @@ def one_rank(rank: int, world: int, port: int, weights: Path, out: Path) -> None
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])  # 3 batches: one rank has two, or none
 def test_several_ranks_equal_one(world: int, inception_weights: Path, tmp_path: Path) -> None:
     """Of images that a model draws after ragged prompts, so that another split would be other images."""

@@ -37,6 +37,7 @@ def test_a_skipped_step_changes_nothing_and_the_run_goes_on(tmp_path: Path) -> N
     assert "3 in the run" in EventLog(tmp_path / EVENTS).read()[-1][2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_skip_together_when_one_has_a_nan(tmp_path: Path, rank: int) -> None:
     port = free_port()

@@ -7,6 +7,8 @@ import select
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.callbacks.toy_model import Toy
 from tests.callbacks.toy_run import finish, free_port, run_to_end, start
 
@@ -17,6 +19,8 @@ LINE = re.compile(
 RUN = """
 import sys
 from pathlib import Path
+
+import pytest
 from tests.callbacks.toy_model import Toy
 from tests.callbacks.toy_run import run
 sys.exit(run(Toy(Path(sys.argv[1]))))
@@ -37,6 +41,7 @@ def test_a_pipe_gets_one_plain_line_an_interval_with_losses_and_time_left(tmp_pa
     assert "\r" not in output
 
 
+@pytest.mark.slow
 def test_rank_1_says_nothing(tmp_path: Path) -> None:
     port = free_port()
     ranks = [Toy(tmp_path, rank=rank, world=2, port=port) for rank in range(2)]
@@ -62,6 +67,7 @@ def in_terminal(folder: Path, term: str) -> str:
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_that_ends_full_and_gives_the_cursor_back(tmp_path: Path) -> None:
     shown = in_terminal(tmp_path, "xterm-256color")
     assert "24/24" in shown
@@ -70,5 +76,6 @@ def test_a_terminal_gets_a_bar_that_ends_full_and_gives_the_cursor_back(tmp_path
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0
 
 
+@pytest.mark.slow
 def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
     assert plain_steps(in_terminal(tmp_path, "dumb").replace("\r", "")) == [4, 8, 12, 16, 20, 24]

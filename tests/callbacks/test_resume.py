@@ -17,6 +17,8 @@ from callbacks.files.checkpoint_io import digest_of
 from tests.callbacks.toy_model import Toy
 from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, finish, free_port, lines, run_to_end, start
 
+pytestmark = pytest.mark.slow
+
 KILLED = -signal.SIGKILL
 # Instants at which a run is killed; more of them with T2I_LM_KILLS=200.
 SEEDS = range(int(os.environ.get("T2I_LM_KILLS", "10")))

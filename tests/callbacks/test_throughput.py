@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import EMASplitPerplexity, Throughput
 from tests.callbacks.test_perplexity import fit
@@ -44,6 +44,7 @@ def test_speed_memory_and_waiting_are_in_the_training_lines(tmp_path: Path) -> N
     assert "throughput" not in meter.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("working", "loading"), [(0.1, 0.0), (0.0, 0.1)])
 def test_waiting_is_for_data_alone_and_validations_are_left_out(tmp_path: Path, working: float, loading: float) -> None:
     throughput = Throughput()

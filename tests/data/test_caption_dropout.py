@@ -15,7 +15,7 @@ from t2i_lm.config.sections import DataConfig, OptimConfig, TrainerConfig
 from t2i_lm.data.datamodules import PairBatches, PairDataModule, make_sampler
 from t2i_lm.data.sampler import Draw
 from t2i_lm.data.shards.format import pair_features, part_folder, read_part, write_index, write_part
-from t2i_lm.experiment.build import Experiment, build
+from t2i_lm.experiment.build import ImageExperiment, build
 from t2i_lm.generation.images import caption_prompts, generate_codes
 from t2i_lm.models.generate import Sampling
 from t2i_lm.tokenizers.joint_vocab import JointVocab
@@ -153,14 +153,15 @@ def test_validation_and_a_share_of_0_drop_no_captions(shards: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def experiment(tiny: list[str]) -> Experiment:
+def experiment(tiny: list[str]) -> ImageExperiment:
     file = ROOT / "experiments" / "t2i_sampling.yaml"
     built = build(load_experiment(file, "demo", [*tiny, "data.caption_dropout=0.5"]))
+    assert isinstance(built, ImageExperiment)
     built.data.setup("fit")
     return built
 
 
-def test_guidance_uses_the_empty_caption_of_training(experiment: Experiment) -> None:
+def test_guidance_uses_the_empty_caption_of_training(experiment: ImageExperiment) -> None:
     """With a scale of 0 only the empty caption counts: codes equal those from a dropped row's beginning."""
     layout = experiment.layout
     assert isinstance(layout, Layout)

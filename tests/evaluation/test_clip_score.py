@@ -16,11 +16,11 @@ from t2i_lm.data.coco import choose_prompts, read_coco
 from t2i_lm.evaluate import main
 from t2i_lm.evaluation.clip_score import Clip
 from t2i_lm.evaluation.protocol_card import PROMPT_SEED
+from t2i_lm.storage.run_folder import Run
 from tests.callbacks.toy_run import finish, server
 from tests.data.coco_folder import write_coco
 from tests.evaluation.clip_folder import POSITIONS, write_clip
 from tests.test_evaluate import in_process, on_two_ranks
-from tests.test_train import PRETRAINED, train
 
 CAPTIONS = ["a red circle", "two blue squares on a green ground", "a", "a ring? (yellow) 3 of them"]
 
@@ -32,13 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(
-    tiny: list[str], inception_weights: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
+    pretrained: Run, inception_weights: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[str]:
     root = tmp_path_factory.mktemp("clip_run")
-    quick = ["samples.prompts=0", "samples.preference_scenes=0", "trainer.max_steps=4"]
-    run = train(PRETRAINED, root, *tiny, *quick).folder
     coco = write_coco(root / "coco", 12)
-    given = {"checkpoint": run, "coco": coco, "weights": inception_weights, "features": 64, "prompts": 10, "part": 3}
+    given = {
+        "checkpoint": pretrained.folder,
+        "coco": coco,
+        "weights": inception_weights,
+        "features": 64,
+        "prompts": 10,
+        "part": 3,
+    }
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     return [*words, "--no-floor", "--cache", str(root / "cache"), "--clip", str(folder)]
 
@@ -59,14 +64,14 @@ def theirs(folder: Path) -> CLIPScore:
     """torchmetrics' metric; it expects the embedding only, of which transformers returns more since 5.0."""
     from transformers import CLIPModel, CLIPProcessor
 
-    class Embedding(CLIPModel):  # type: ignore[misc]
+    class Embedding(CLIPModel):
         def get_text_features(self, *arguments: Any) -> Tensor:
             found = super().get_text_features(*arguments)
-            return found if isinstance(found, Tensor) else found.pooler_output  # type: ignore[no-any-return]
+            return found if isinstance(found, Tensor) else found.pooler_output
 
         def get_image_features(self, *arguments: Any) -> Tensor:
             found = super().get_image_features(*arguments)
-            return found if isinstance(found, Tensor) else found.pooler_output  # type: ignore[no-any-return]
+            return found if isinstance(found, Tensor) else found.pooler_output
 
     model, processor = (
         Embedding.from_pretrained(folder).eval().requires_grad_(False),

@@ -1,7 +1,6 @@
 """Forgetting measured during a run, and wrong settings of it and of the remedies, through the command line."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,45 +9,13 @@ import torch
 from t2i_lm.evaluate import main as evaluate
 from t2i_lm.evaluation.forgetting import BASELINE, forgetting_report
 from t2i_lm.experiment.restore import load_trained
-from t2i_lm.storage.run_folder import Run, read_run
-from tests.evaluation.probes.test_probes import TEXT, write_tasks
-from tests.test_train import PRETRAINED, curve, main, train, weights
-
-QUICK = ["samples.prompts=0", "samples.preference_scenes=0"]
-
-
-@pytest.fixture(scope="module")
-def plain(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(PRETRAINED, tmp_path_factory.mktemp("plain"), *tiny, *QUICK)
+from t2i_lm.storage.run_folder import Run
+from t2i_lm.train import main
+from tests.evaluation.tiny_tasks import TEXT, write_tasks
+from tests.runs import PRETRAINED, curve, resume_from_middle, weights
 
 
-@pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("book") / "book.txt"
-    path.write_text("\f".join("\n\n".join(TEXT[start : start + 20]) for start in (0, 20, 40)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def probing(book: Path) -> list[str]:
-    tasks = write_tasks(book.parent / "tasks")
-    return [
-        "forgetting.interval=3",
-        f"forgetting.text={book}",
-        f"forgetting.tasks={tasks}",
-        "forgetting.rows=6",
-        "forgetting.length=32",
-        "forgetting.completion_tokens=4",
-    ]
-
-
-@pytest.fixture(scope="module")
-def probed(tiny: list[str], probing: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    root = tmp_path_factory.mktemp("probed")
-    return train(PRETRAINED, root, *tiny, *QUICK, *probing, "log.logger=tensorboard")
-
-
-def test_forgetting_is_measured_before_during_and_after_and_changes_nothing(probed: Run, plain: Run) -> None:
+def test_forgetting_is_measured_before_during_and_after_and_changes_nothing(probed: Run, pretrained: Run) -> None:
     lines = probed.records("forgetting")
     assert [line["step"] for line in lines] == [0, 3, 6, 8]
     assert [line["tokens_nominal"] for line in lines] == [step * 8 * 112 for step in (0, 3, 6, 8)]
@@ -59,8 +26,8 @@ def test_forgetting_is_measured_before_during_and_after_and_changes_nothing(prob
         assert set(line["forgetting"]["tasks"]) == {"arc", "lambada.v2", "wino"}
     assert lines[0]["forgetting"]["text"]["text_rows"]["change"] == 0
     assert lines[-1]["forgetting"]["text"]["text_rows"]["change"] != 0
-    assert [record for record in curve(probed) if "forgetting" not in record] == curve(plain)
-    assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(probed).items())
+    assert [record for record in curve(probed) if "forgetting" not in record] == curve(pretrained)
+    assert all(torch.equal(value, weights(pretrained)[name]) for name, value in weights(probed).items())
 
 
 def test_a_probed_run_leaves_table_1_and_curves(probed: Run) -> None:
@@ -73,8 +40,8 @@ def test_a_probed_run_leaves_table_1_and_curves(probed: Run) -> None:
     assert f"after {8 * 8 * 112:,} tokens" in table
     assert len((probed.folder / "completions.csv").read_text().splitlines()) > 4
     events = EventAccumulator(str(probed.folder / "tb"))
-    events.Reload()  # type: ignore[no-untyped-call]
-    points = events.Scalars("forgetting/text/text_rows/nll")  # type: ignore[no-untyped-call]
+    events.Reload()
+    points = events.Scalars("forgetting/text/text_rows/nll")
     assert [point.step for point in points] == [step * 8 * 112 for step in (0, 3, 6, 8)]
 
 
@@ -84,23 +51,6 @@ def test_a_finished_run_reproduces_its_last_measurement(probed: Run) -> None:
         forgetting_report(model, model.config.forgetting, probed.folder)
         == (probed.records("forgetting")[-1]["forgetting"])
     )
-
-
-def resume_from_middle(
-    experiment: str, root: Path, whole: Run, *overrides: str, first: Callable[[Path], None] = lambda folder: None
-) -> Run:
-    """Trains again from the whole run's older checkpoint; `first` may change the folder before."""
-    import shutil
-
-    folder = root / "t2i_pretrained" / whole.folder.name
-    shutil.copytree(whole.folder, folder)
-    (folder / "report.json").unlink()
-    newest = sorted((folder / "checkpoints").glob("*.ckpt"))[-1]
-    newest.unlink()
-    newest.with_name(f"{newest.name}.sha256").unlink()
-    first(folder)
-    assert main([experiment, "--resume", str(folder), *overrides]) == 0
-    return read_run(folder)
 
 
 def test_evaluate_reproduces_the_last_measurement_of_a_run(
@@ -137,7 +87,7 @@ def test_evaluate_on_another_text_reports_no_change(
 
 
 def test_evaluate_overwrites_no_result_of_other_settings(
-    probed: Run, plain: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    probed: Run, pretrained: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text(book.read_text() + " and stars")
@@ -152,7 +102,7 @@ def test_evaluate_overwrites_no_result_of_other_settings(
 
     first = (out / "forgetting.json").read_bytes()
     tasks = ["--tasks", str(book.parent / "tasks")]
-    run = [str(plain.folder) if word == str(probed.folder) else word for word in command]
+    run = [str(pretrained.folder) if word == str(probed.folder) else word for word in command]
     for words, differing in (
         ([*command, str(other)], "text_sha256="),
         ([*command, str(book), "--rows", "3"], "rows=2, now 3"),
@@ -175,7 +125,7 @@ def test_evaluate_overwrites_no_result_of_other_settings(
 
 def test_evaluate_refuses_wrong_inputs_before_loading_a_model(
     probed: Run,
-    plain: Run,
+    pretrained: Run,
     book: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -211,9 +161,9 @@ def test_evaluate_refuses_wrong_inputs_before_loading_a_model(
 
 
 def test_rows_longer_than_the_positions_are_refused_with_a_remedy(
-    plain: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pretrained: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--checkpoint", str(plain.folder), "--forgetting", str(book), "--out", str(tmp_path / "out")]
+    command = ["--checkpoint", str(pretrained.folder), "--forgetting", str(book), "--out", str(tmp_path / "out")]
     assert evaluate(command) == 2
     assert "forgetting.length=256: the backbone has 112 positions; give at most 112 (evaluate: --length 112)" in (
         capsys.readouterr().err

@@ -17,9 +17,7 @@ from t2i_lm.experiment.restore import load_initial, load_trained
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.storage.run_folder import Run
 from t2i_lm.tokenizers.text import MAX_CHARACTERS, SentencePieceTokenizer
-from tests.evaluation.probes.test_probes import TEXT, WORDS, make_decoder
-from tests.evaluation.probes.test_probes import text as text  # a fixture
-from tests.test_train import PRETRAINED, SCRATCH, train
+from tests.evaluation.tiny_tasks import TEXT, WORDS
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 't2i_lm[lm-eval]'")
 
@@ -27,7 +25,6 @@ from lm_eval.api.instance import Instance  # noqa: E402
 
 from t2i_lm.evaluation.probes.harness import HarnessModel  # noqa: E402
 
-QUICK = ["samples.prompts=0", "samples.preference_scenes=0", "trainer.max_steps=4"]
 TASK = """
 task: tiny_rings
 dataset_path: json
@@ -42,7 +39,7 @@ metadata:
   version: 3
 """
 CHOICES = 'doc_to_choice: "{{options}}"\ndoc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}, {metric: acc_norm}]'
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question": f"the {WORDS[number]} circle is", "options": ["above", "a blue", "stars and"], "answer": number % 3}
     for number in range(9)
 ]
@@ -50,11 +47,6 @@ QUESTIONS = [
 
 def requests(kind: str, rows: Sequence[tuple[Any, ...]]) -> list[Instance]:
     return [Instance(kind, {}, row, number, ("tiny", number, 1)) for number, row in enumerate(rows)]
-
-
-@pytest.fixture
-def decoder(text: SentencePieceTokenizer) -> Decoder:
-    return make_decoder(text)
 
 
 @pytest.mark.parametrize("all_rows", [False, True])
@@ -148,27 +140,19 @@ def write_task(folder: Path, kind: str = "multiple_choice", rest: str = CHOICES)
     return folder
 
 
-@pytest.fixture(scope="module")
-def run(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    root = tmp_path_factory.mktemp("harness")
-    (root / "book.txt").write_text("\f".join("\n\n".join(TEXT[start : start + 20]) for start in (0, 20, 40)))
-    probing = ["forgetting.interval=4", f"forgetting.text={root}/book.txt", "forgetting.length=32"]
-    return train(PRETRAINED, root, *tiny, *QUICK, *probing)
-
-
-def test_the_model_before_training_is_built_again(run: Run) -> None:
-    assert (run.folder / BASELINE).is_file()
-    initial = load_initial(run.folder)
-    report = forgetting_report(initial, initial.config.forgetting, run.folder)
-    assert report == run.records("forgetting")[0]["forgetting"]
+def test_the_model_before_training_is_built_again(probed: Run) -> None:
+    assert (probed.folder / BASELINE).is_file()
+    initial = load_initial(probed.folder)
+    report = forgetting_report(initial, initial.config.forgetting, probed.folder)
+    assert report == probed.records("forgetting")[0]["forgetting"]
 
 
 def test_a_local_task_is_measured_before_and_after(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    probed: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = write_task(tmp_path / "tasks")
     out = tmp_path / "out"
-    command = ["--checkpoint", str(run.folder), "--lm-eval", "tiny_rings", "--lm-eval-tasks", str(tasks)]
+    command = ["--checkpoint", str(probed.folder), "--lm-eval", "tiny_rings", "--lm-eval-tasks", str(tasks)]
     assert main([*command, "--dry-run"]) == 0
     said = "all questions each of tiny_rings, over the text rows only, by the model before and after training"
     assert said in capsys.readouterr().out
@@ -184,7 +168,7 @@ def test_a_local_task_is_measured_before_and_after(
     assert (task["version"], task["shots"], task["questions"], task["questions_in_all"]) == (3, 0, 9, 9)
 
     right: dict[str, list[float]] = {}
-    for name, model in (("value", load_trained(run.folder)), ("before", load_initial(run.folder))):
+    for name, model in (("value", load_trained(probed.folder)), ("before", load_initial(probed.folder))):
         for question in QUESTIONS:
             options = [
                 encode_option(model.text, str(question["question"]), f" {end}", 64) for end in question["options"]
@@ -210,14 +194,13 @@ def test_a_local_task_is_measured_before_and_after(
     assert set(found["tasks"]["tiny_rings"]["metrics"]["acc"]) == {"value", "se"}
 
 
-def test_a_generating_task_is_scored_and_a_random_start_has_no_before(tiny: list[str], tmp_path: Path) -> None:
-    run = train(SCRATCH, tmp_path / "runs", *tiny, *QUICK)
+def test_a_generating_task_is_scored_and_a_random_start_has_no_before(scratch: Run, tmp_path: Path) -> None:
     rest = (
         'doc_to_target: "{{options[answer]}}"\ngeneration_kwargs: {until: ["."], max_gen_toks: 4}\n'
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]"
     )
     tasks = write_task(tmp_path / "tasks", "generate_until", rest)
-    command = ["--checkpoint", str(run.folder), "--lm-eval", "tiny_*", "--lm-eval-tasks", str(tasks)]
+    command = ["--checkpoint", str(scratch.folder), "--lm-eval", "tiny_*", "--lm-eval-tasks", str(tasks)]
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "lm_eval.json").read_text())
     assert found["before"] is False

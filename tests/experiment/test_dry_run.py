@@ -7,9 +7,7 @@ import pytest
 from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.dry_run import GIB, describe, memory_gib, parameter_count, plan, short
 from t2i_lm.train import main
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-PRETRAINED = EXPERIMENTS / "t2i_pretrained.yaml"
+from tests.runs import EXPERIMENTS, PRETRAINED
 
 
 def test_the_papers_numbers_come_out_without_weights() -> None:
@@ -61,17 +59,17 @@ def test_the_demos_files_give_its_sizes() -> None:
 
 
 def test_a_real_run_without_its_paths_is_refused_early(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(PRETRAINED), "--scale", "paper"]) == 2
+    assert main([PRETRAINED, "--scale", "paper"]) == 2
     assert "data.path=None" in capsys.readouterr().err
 
 
 def test_an_unknown_group_lists_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(PRETRAINED), "--dry-run", "freeze=[nothing_like_this]"]) == 2
+    assert main([PRETRAINED, "--dry-run", "freeze=[nothing_like_this]"]) == 2
     assert "nothing_like_this" in capsys.readouterr().err
 
 
 def test_dry_run_trains_nothing(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(PRETRAINED), *tiny, f"run.dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", "--dry-run"]) == 0
+    assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "max_steps: 8" in output
     assert "parameters:" in output

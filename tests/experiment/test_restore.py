@@ -10,23 +10,16 @@ import torch
 from t2i_lm.config.sections import VQModelConfig
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.experiment.restore import load_trained, newest_checkpoint
-from t2i_lm.storage.run_folder import ENVIRONMENT
+from t2i_lm.storage.run_folder import ENVIRONMENT, Run
 from t2i_lm.tokenizers.text import train_sentencepiece
 from t2i_lm.tokenizers.vq import PatchedVQ, save_tokenizer
-from tests.test_train import PRETRAINED, train
-
-
-@pytest.fixture(scope="module")
-def run(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    quick = ["samples.prompts=0", "samples.preference_scenes=0", "trainer.max_steps=4"]
-    return train(PRETRAINED, tmp_path_factory.mktemp("trained"), *tiny, *quick).folder
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_so_is_the_one_that_is_used(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pretrained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(run, folder)
+    shutil.copytree(pretrained.folder, folder)
     older, newest = sorted((folder / "checkpoints").glob("*.ckpt"))
     assert newest_checkpoint(folder) == newest
     assert capsys.readouterr().err == ""
@@ -46,9 +39,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_so_is_the_one_that_is_used(
 
 
 @pytest.mark.parametrize("name", ["text", "image"])
-def test_tokenizers_of_another_hash_are_refused(name: str, run: Path, tmp_path: Path) -> None:
+def test_tokenizers_of_another_hash_are_refused(name: str, pretrained: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(run, folder)
+    shutil.copytree(pretrained.folder, folder)
     environment = json.loads((folder / ENVIRONMENT).read_text())
     environment["tokenizers"][name] = "0" * 64
     (folder / ENVIRONMENT).write_text(json.dumps(environment))
@@ -57,9 +50,9 @@ def test_tokenizers_of_another_hash_are_refused(name: str, run: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["text", "image"])
-def test_a_tokenizer_of_another_size_is_named_rather_than_a_tensor(name: str, run: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_size_is_named_rather_than_a_tensor(name: str, pretrained: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(run, folder)
+    shutil.copytree(pretrained.folder, folder)
     if name == "text":
         other = tmp_path / "text.model"
         scenes = SceneSource(100, "train", 1)

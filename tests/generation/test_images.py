@@ -10,7 +10,7 @@ from t2i_lm.generation.images import generate_codes, prepare_generation
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.tokenizers.layout import Layout
-from tests.models.test_open_lm import tiny
+from tests.decoders import tiny_decoder as tiny
 
 
 def test_rounded_weights_sample_the_same_codes_in_any_batch() -> None:

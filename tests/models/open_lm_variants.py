@@ -1,7 +1,7 @@
 """Reference numbers of open_lm's variants from upstream's code; weights come from a formula and are not stored.
 
-`python -m tests.models.open_lm_variants CHECKOUT > tests/models/open_lm_variants.json` regenerates them from a
-checkout of mlfoundations/open_lm at commit 9bb92ef.
+`python -m tests.models.open_lm_variants > tests/models/open_lm_variants.json` regenerates them on commit 9bb92ef of
+mlfoundations/open_lm: as `make open-lm` installs it, or a CHECKOUT, named after the module.
 """
 
 import json
@@ -77,13 +77,14 @@ def _stub_xformers() -> None:
     sys.modules |= {"xformers": package, "xformers.ops": ops}
 
 
-def measure_upstream(checkout: Path) -> dict[str, dict[str, Any]]:
+def measure_upstream(checkout: Path | None) -> dict[str, dict[str, Any]]:
     """Every variant's numbers from upstream's code."""
     _stub_xformers()
-    sys.path.insert(0, str(checkout))
-    from open_lm.attention import torch_attn  # type: ignore[import-not-found]
-    from open_lm.model import Params, Transformer  # type: ignore[import-not-found]
-    from open_lm.norms import get_norm_class  # type: ignore[import-not-found]
+    if checkout is not None:
+        sys.path.insert(0, str(checkout))
+    from open_lm.attention import torch_attn
+    from open_lm.model import Params, Transformer
+    from open_lm.norms import get_norm_class
 
     measured = {}
     for name, changes in VARIANTS.items():
@@ -114,5 +115,7 @@ def measure_upstream(checkout: Path) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for line in json.dumps(measure_upstream(Path(sys.argv[1]))).replace("}}, ", "}},\n").splitlines():
+    for line in (
+        json.dumps(measure_upstream(Path(sys.argv[1]) if sys.argv[1:] else None)).replace("}}, ", "}},\n").splitlines()
+    ):
         print(line)

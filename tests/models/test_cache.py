@@ -25,7 +25,7 @@ def ways(decoder: Decoder, vocab: JointVocab, prompts: list[torch.Tensor], **how
     null = torch.from_numpy(Layout(vocab, 6, 20).prompt(np.empty(0, np.int64)))
     guided = {"sampling": Sampling(guidance=3.0), "null_prompt": null}
     seeds = {"seeds": list(range(len(prompts)))}
-    return [generate(decoder, vocab, prompts, 6, **how, **own) for own in ({}, seeds, guided)]  # type: ignore[arg-type]
+    return [generate(decoder, vocab, prompts, 6, **how, **own) for own in ({}, seeds, guided)]
 
 
 def recomputed(decoder: Decoder, vocab: JointVocab, prompt: torch.Tensor) -> torch.Tensor:

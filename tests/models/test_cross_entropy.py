@@ -11,9 +11,9 @@ import t2i_lm.models.cross_entropy as losses
 from t2i_lm.config.sections import LOSS_BACKENDS
 from t2i_lm.models.cross_entropy import BACKENDS, TokenLoss, loss_backend
 from t2i_lm.runtime.devices import multiplies_bfloat16
+from tests.marks import needs_torchs
 
 Backend = Callable[..., TokenLoss]
-needs_torchs = pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch has none")
 
 
 @pytest.fixture(params=["fused", pytest.param("torch", marks=needs_torchs)])

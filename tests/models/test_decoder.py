@@ -10,8 +10,8 @@ def test_short_attention_in_bfloat16_is_as_accurate_as_torchs(length: int) -> No
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, length, 16, generator=generator) for _ in range(3))
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    low = [x.bfloat16() for x in (q, k, v)]
-    theirs = F.scaled_dot_product_attention(*low, is_causal=True)
-    ours = attend(*low, causal=True)
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    ours = attend(q, k, v, causal=True)
     assert ours.shape == exact.shape
     assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()

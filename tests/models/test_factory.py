@@ -1,7 +1,7 @@
 import torch
 
 from t2i_lm.models.factory import copy_text_rows, shuffle_entries
-from tests.models.test_open_lm import tiny
+from tests.decoders import tiny_decoder as tiny
 
 
 def test_shuffling_permutes_the_entries_of_every_tensor() -> None:

@@ -1,5 +1,7 @@
 """Frozen parameters are bitwise unchanged under weight decay, without gradient or optimizer state."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,14 +18,12 @@ from t2i_lm.models.freeze import (
     overlaps,
     tune_only,
 )
-from t2i_lm.models.open_lm import decoder_config
 from t2i_lm.modules.optim import adamw
+from tests.decoders import tiny_decoder
 
 
-def expanded(**changes: object) -> Decoder:
-    sizes = {"hidden_dim": 32, "n_layers": 4, "n_heads": 2, "seq_len": 24, "vocab_size": 50}
-    decoder = Decoder(decoder_config(sizes | {"positional_embedding_type": "rotary"} | changes))
-    decoder.reset_parameters(torch.Generator().manual_seed(0))
+def expanded(**changes: Any) -> Decoder:
+    decoder = tiny_decoder(n_layers=4, **changes)
     expand_vocabulary(decoder, 30, torch.Generator().manual_seed(1))
     return decoder
 

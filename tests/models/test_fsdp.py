@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 
 from t2i_lm.config.sections import OptimConfig
 from t2i_lm.models.freeze import FREEZE_GROUPS, freeze, group_members
@@ -55,7 +55,7 @@ def test_every_frozen_group_is_bitwise_unchanged_when_sharded(tmp_path: Path) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(worker, (port, str(tmp_path)), nprocs=2)
     changed = torch.load(tmp_path / "changed.pt")
     assert set(changed) == set(FREEZE_GROUPS)
     for group, moved in changed.items():
@@ -66,4 +66,4 @@ def test_every_frozen_group_is_bitwise_unchanged_when_sharded(tmp_path: Path) ->
 def test_blocks_are_found() -> None:
     assert len(blocks_of(expanded())) == 4
     with pytest.raises(ValueError, match="no list of blocks"):
-        blocks_of(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+        blocks_of(torch.nn.Linear(1, 1))

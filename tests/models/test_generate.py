@@ -11,7 +11,7 @@ from t2i_lm.models.generate import Sampling, continue_text, filter_top_k, filter
 from t2i_lm.runtime.devices import COMPILERS
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import Layout
-from tests.models.test_open_lm import tiny
+from tests.decoders import tiny_decoder as tiny
 
 
 def setup(positional: str) -> tuple[Decoder, JointVocab, list[torch.Tensor]]:
@@ -145,7 +145,7 @@ def test_progress_reports_the_codes_generated_so_far(
 def test_invalid_settings_are_refused(change: dict[str, float], message: str) -> None:
     decoder, vocab, prompts = setup("rotary")
     with pytest.raises(ValueError, match=message):
-        generate(decoder, vocab, prompts, 6, sampling=Sampling(**change))  # type: ignore[arg-type]
+        generate(decoder, vocab, prompts, 6, sampling=Sampling(**change))
     with pytest.raises(ValueError, match="1 seeds for 4 prompts"):
         generate(decoder, vocab, prompts, 6, seeds=[1])
 
@@ -157,7 +157,7 @@ def test_a_continued_text_equals_full_recomputation(positional: str, all_rows: b
     decoder, vocab, _ = setup(positional)
     text_size, tokens = decoder.config.vocab_size, 12
     with torch.no_grad():
-        decoder.output.image *= 4  # so that unmasked image rows win some steps, and masked ones must not
+        decoder.output.image.mul_(4)  # so that unmasked image rows win some steps, and masked ones must not
     prompt = torch.tensor([7, 3, 11, 3])
 
     def recomputed(uniform_N: torch.Tensor | None) -> list[int]:

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,11 @@ from safetensors.torch import load_file
 
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.open_lm import decoder_config, load_open_lm, open_lm_state_dict, save_open_lm
+from tests.decoders import TINY
+from tests.decoders import tiny_decoder as tiny
 from tests.models.open_lm_variants import BASE, IDS_BT, VARIANTS, figures, measure_upstream, weights
 
 REFERENCES = ("head_rotary_default_norm", "rotary_gain_only", "rotary_qk_norm", "rotary_rms_tied")
-TINY = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 24, "vocab_size": 50}
-
-
-def tiny(positional: str = "rotary", **extra: object) -> Decoder:
-    decoder = Decoder(decoder_config(TINY | {"positional_embedding_type": positional} | extra))
-    decoder.reset_parameters(torch.Generator().manual_seed(0))
-    return decoder
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -80,10 +76,11 @@ def test_head_rotary_is_position_free_in_upstreams_own_code() -> None:
     assert abs(MEASURED["rotary"]["loss"] - MEASURED["none"]["loss"]) > 1e-3
 
 
-@pytest.mark.skipif("OPEN_LM" not in os.environ, reason="OPEN_LM is not set to a checkout of mlfoundations/open_lm")
+@pytest.mark.skipif(not ("OPEN_LM" in os.environ or find_spec("open_lm")), reason="no open_lm: make open-lm")
 @pytest.mark.filterwarnings("ignore")
 def test_the_committed_numbers_are_upstreams() -> None:
-    for name, values in measure_upstream(Path(os.environ["OPEN_LM"])).items():
+    checkout = os.environ.get("OPEN_LM")
+    for name, values in measure_upstream(Path(checkout) if checkout else None).items():
         for key in ("loss", "logits", "grad_norms"):
             assert values[key] == pytest.approx(MEASURED[name][key], rel=1e-5, abs=1e-6)
 

@@ -20,9 +20,7 @@ from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.storage.run_folder import Run
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
-from tests.test_train import PRETRAINED, pretrained, same_losses, train
-
-__all__ = ["pretrained"]
+from tests.runs import PRETRAINED, same_losses, train
 
 TEXT, IMAGES, LENGTH = 50, 12, 24
 WIDE = {"hidden_dim": 64, "n_layers": 3, "n_heads": 4, "seq_len": LENGTH, "vocab_size": TEXT}
@@ -133,7 +131,8 @@ def test_the_packed_attention_kernel_equals_padded_attention() -> None:
     shape = (1, 4, 371, 64)
     q, k, v = (torch.randn(shape, generator=generator, device="cuda").bfloat16().requires_grad_() for _ in range(3))
     out = attend_packed(q, k, v, packed)
-    expected = packed.unpad(attend(*(packed.pad(x.float()) for x in (q, k, v)), causal=True))
+    padded = [packed.pad(x.float()) for x in (q, k, v)]
+    expected = packed.unpad(attend(padded[0], padded[1], padded[2], causal=True))
     assert (out - expected).norm() <= 1e-2 * expected.norm()
     inputs = (q, k, v)
     pairs = zip(*(torch.autograd.grad(y.sum(), inputs) for y in (out, expected)), strict=True)

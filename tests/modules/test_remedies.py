@@ -9,21 +9,18 @@ from torch import Tensor
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig, DistilConfig, LossConfig, OptimConfig
-from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.open_lm import decoder_config
 from t2i_lm.modules.distillation import DistilledModule
 from t2i_lm.modules.optim import OPTIMIZERS
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.tokenizers.layout import BOUNDARY, Layout
+from tests.decoders import tiny_decoder
 
 TEXT, IMAGES, LENGTH, END = 50, 12, 20, 2
 
 
 def make(config: ExperimentConfig, distilled: bool = False) -> tuple[TextToImageModule, Layout]:
-    sizes = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": LENGTH, "vocab_size": TEXT}
-    decoder = Decoder(decoder_config({**sizes, "positional_embedding_type": "rotary"}))
-    decoder.reset_parameters(torch.Generator().manual_seed(1))
+    decoder = tiny_decoder(seed=1, seq_len=LENGTH, vocab_size=TEXT)
     vocab = expand_vocabulary(decoder, IMAGES, torch.Generator().manual_seed(2))
     layout = Layout(vocab, 4, LENGTH)
     if distilled:
@@ -47,8 +44,8 @@ def gradients(module: TextToImageModule, total: Tensor) -> dict[str, Tensor]:
 
 def test_weights_scale_each_modality_in_the_gradient_and_not_in_the_report() -> None:
     data = DataConfig(length=LENGTH, batch_size=4, replay_ratio=0.25)
-    weights = {"text_weight": 0.5, "image_weight": 2.0, "replay_weight": 3.0}
-    module, layout = make(ExperimentConfig(data=data, loss=LossConfig(**weights)))
+    weighted = LossConfig(text_weight=0.5, image_weight=2.0, replay_weight=3.0)
+    module, layout = make(ExperimentConfig(data=data, loss=weighted))
     plain, _ = make(ExperimentConfig(data=data))
     ids_BT = batch(layout, replay=True)
     assert module.modalities == ("text", "image", "boundary", "replay")
@@ -148,7 +145,7 @@ def test_distillation_compares_text_targets_with_the_initial_model(replay: bool)
     total, nll_M, _ = module.sums(ids_BT)
     assert total.item() == pytest.approx(float(nll_M.sum()) + 0.7 * expected, rel=1e-4)
     total.backward()
-    assert all(parameter.grad is None for parameter in module._teacher[0].parameters())  # type: ignore[attr-defined]
+    assert all(parameter.grad is None for parameter in module._teacher[0].parameters())
     with torch.no_grad():
         assert module.sums(ids_BT)[0].item() == pytest.approx(float(nll_M.sum()), rel=1e-5)
     assert not any("teacher" in name for name in module.state_dict())

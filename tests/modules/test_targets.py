@@ -11,9 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig, DistilConfig, LossConfig, OptimConfig
-from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.open_lm import decoder_config
 from t2i_lm.models.packing import TargetIndex
 from t2i_lm.modules.base import DecoderModule, Targets
 from t2i_lm.modules.distillation import DistilledModule
@@ -22,10 +20,11 @@ from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
-from tests.test_train import PRETRAINED, train
+from tests.decoders import tiny_decoder
+from tests.marks import needs_gpu
+from tests.runs import PRETRAINED, QUICK, train
 
 TEXT, IMAGES, LENGTH, END = 50, 12, 20, 2
-SIZES = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": LENGTH, "vocab_size": TEXT}
 KINDS = ("plain", "weighted", "replay", "distil", "replay distil", "image", "image rows", "text")
 WAYS = [(kind, packing) for kind in KINDS for packing in (False, True)]
 INDEXED = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
@@ -46,8 +45,7 @@ class NoWaiting(TorchDispatchMode):
 
 def make(kind: str, packing: bool) -> tuple[DecoderModule, dict[str, Any]]:
     """A module and a batch of one kind, as a loader gives it."""
-    decoder = Decoder(decoder_config({**SIZES, "positional_embedding_type": "rotary"}))
-    decoder.reset_parameters(torch.Generator().manual_seed(1))
+    decoder = tiny_decoder(seed=1, seq_len=LENGTH, vocab_size=TEXT)
     if packing:
         decoder.enable_packing()
     replay = "replay" in kind
@@ -155,12 +153,12 @@ def test_a_run_finds_the_targets_of_every_batch_before_it_is_moved(
         return sums(self, ids_BT, targets)
 
     monkeypatch.setattr(DecoderModule, "sums", watched)
-    train(PRETRAINED, tmp_path, *tiny, "trainer.max_steps=4", "samples.prompts=0", "samples.preference_scenes=0")
+    train(PRETRAINED, tmp_path, *tiny, *QUICK, "trainer.max_steps=4")
     assert found
     assert all(found)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 @pytest.mark.parametrize(("kind", "packing"), WAYS)
 def test_the_host_never_waits_for_a_gpu(kind: str, packing: bool) -> None:
     module, batch = make(kind, packing)

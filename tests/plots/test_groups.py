@@ -28,8 +28,8 @@ def test_every_arm_is_drawn_as_logged(runs: Path) -> None:
         logged = read_lines(next((runs / name).iterdir()), "train")
         raw = [line["train"]["image"]["nll"] for line in logged]
         averages = [line["train"]["image"]["nll_ema"] for line in logged]
-        assert [float(y) for y in lines[f"Image tokens/{arm}/raw"].get_ydata()] == raw  # type: ignore[union-attr]
-        assert [float(y) for y in lines[f"Image tokens/{arm}/ema"].get_ydata()] == averages  # type: ignore[union-attr]
+        assert [float(y) for y in lines[f"Image tokens/{arm}/raw"].get_ydata()] == raw
+        assert [float(y) for y in lines[f"Image tokens/{arm}/ema"].get_ydata()] == averages
         assert arm in drawing.table
     assert drawing.figure.axes[0].get_ylabel() == "loss (nats/token)"
     assert "NOT RUN" not in drawing.caption

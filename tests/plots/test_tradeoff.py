@@ -40,7 +40,7 @@ def test_points_are_the_logged_numbers(runs: Path) -> None:
         line = containers[label][0]
         assert (float(line.get_xdata()[0]), float(line.get_ydata()[0])) == (change, image)
     scratch = read_lines(next((runs / "t2i_scratch").iterdir()), "val")[-1]["val"]["image"]["nll"]
-    assert set(lines["tradeoff/scratch"].get_ydata()) == {scratch}  # type: ignore[arg-type]
+    assert set(lines["tradeoff/scratch"].get_ydata()) == {scratch}
     assert "random initialization" in drawing.table
     assert "image validation" in drawing.table
 
@@ -62,7 +62,7 @@ def test_the_curves_of_forgetting_equal_the_metrics_file(runs: Path) -> None:
     lines = {str(line.get_gid()): line for axes in drawing.figure.axes for line in axes.get_lines()}
     measured = read_lines(runs / "t2i_pretrained" / "20260301-100000-demo", "forgetting")
     values = [line["forgetting"]["text"]["all_rows"]["ppl"] for line in measured]
-    assert [float(y) for y in lines["Softmax over all rows/pretrained/val"].get_ydata()] == values  # type: ignore[union-attr]
+    assert [float(y) for y in lines["Softmax over all rows/pretrained/val"].get_ydata()] == values
     assert "copa text_rows accuracy" in drawing.table
 
 
@@ -88,7 +88,7 @@ def test_a_remedy_is_the_untouched_arm_with_one_thing_changed(path: Path) -> Non
 def test_one_command_trains_what_is_missing_and_draws(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.evaluation.probes.test_probes import TEXT
+    from tests.evaluation.tiny_tasks import TEXT
 
     monkeypatch.chdir(ROOT)
     book = tmp_path / "book.txt"

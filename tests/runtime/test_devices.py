@@ -16,9 +16,8 @@ from t2i_lm.models.flops import PEAKS, flop_per_token, formula, peak_flops, prod
 from t2i_lm.runtime.devices import is_out_of_memory, memory_advice, require_device
 from t2i_lm.train import main
 from t2i_lm.training import run as session
-from tests.experiment.test_dry_run import EXPERIMENTS
-from tests.models.test_cross_entropy import needs_torchs
-from tests.test_train import PRETRAINED, train
+from tests.marks import needs_gpu, needs_torchs
+from tests.runs import EXPERIMENTS, PRETRAINED, train
 
 
 @pytest.mark.parametrize("accelerator", ["tpu", "gpu", "cuda"])
@@ -35,7 +34,7 @@ def test_float8_is_refused_on_a_processor_without_it() -> None:
         require_device(TrainerConfig(accelerator="cpu", fp8=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 def test_more_gpus_than_there_are_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.devices=99"):
         require_device(TrainerConfig(devices=99))
@@ -52,6 +51,7 @@ def test_out_of_memory_is_distinguished_from_other_errors() -> None:
         assert is_out_of_memory(RuntimeError(message))
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_in_the_report_names_the_keys(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +72,7 @@ def test_a_loss_that_torch_lacks_is_refused_before_the_data_preparation(
     assert "use loss.backend=fused" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_torchs
 def test_a_model_trained_with_torchs_loss_loads_without_it(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from t2i_lm.runtime import progress as progress_module
 from t2i_lm.runtime.progress import log_progress, progress
 
 
@@ -12,7 +11,7 @@ def test_lines_come_at_intervals_and_at_the_end_but_not_at_the_first_item(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 4004, 4))  # seconds: an item takes four
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("t2i_lm.runtime.progress.time.monotonic", lambda: float(next(clock)))
     with progress("tokenizing train", 1000) as advance:
         for _ in range(1000):
             advance(1)
@@ -43,7 +42,7 @@ def test_rank_0_reports_for_all(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_number_of_items_is_counted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress_module, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("t2i_lm.runtime.progress.LOG_EVERY_S", 0.0)
     advance = log_progress("tokenizing", None, unit="documents")
     advance(2)
     advance(3)

@@ -3,6 +3,8 @@
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
+
 from t2i_lm.storage.hashing import weights_sha256
 from t2i_lm.storage.run_folder import read_run, run_folders
 from t2i_lm.train import main
@@ -17,6 +19,7 @@ def test_weights_are_hashed_by_file(tmp_path: Path) -> None:
     assert weights_sha256(tmp_path / "config.json") == {"config.json": sha256(b"config.json").hexdigest()}
 
 
+@pytest.mark.slow
 def test_a_run_records_the_hash_of_its_initial_weights(tiny: list[str], tmp_path: Path) -> None:
     backbone = Path(tiny[0].removeprefix("backbone.path="))
     short = [

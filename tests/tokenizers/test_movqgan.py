@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import VQModel
+from diffusers.models.autoencoders.vq_model import VQModel
 from safetensors.torch import load_file
 
 from t2i_lm.tokenizers.image import open_image_tokenizer
@@ -47,7 +47,7 @@ def test_another_size_than_expected_is_refused(tiny: Path) -> None:
 
 def sber_shapes(width: int, blocks: int) -> dict[str, torch.Tensor]:
     """The shapes that distinguish the published models."""
-    shapes = {f"encoder.down.{level}.block.{block}.conv1.weight": (width * m, 3, 3, 3)
+    shapes: dict[str, tuple[int, ...]] = {f"encoder.down.{level}.block.{block}.conv1.weight": (width * m, 3, 3, 3)
               for level, m in enumerate((1, 2, 2, 4)) for block in range(blocks)}  # fmt: skip
     shapes |= {"encoder.down.3.attn.0.q.weight": (1, 1), "quantize.embedding.weight": (16_384, 4)}
     shapes |= {"encoder.conv_out.weight": (4, 1, 3, 3)}

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import VQModel
+from diffusers.models.autoencoders.vq_model import VQModel
 
 from t2i_lm.config.sections import VQModelConfig
 from t2i_lm.tokenizers.image import open_image_tokenizer

@@ -20,14 +20,13 @@ from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
-from tests.test_train import launch
+from tests.runs import EXPERIMENTS, launch, succeed
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["data.batch_size=16", "optim.warmup_steps=1"]
 
 
 def experiment(name: str) -> str:
-    return str(ROOT / "experiments" / f"{name}.yaml")
+    return str(EXPERIMENTS / f"{name}.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +36,7 @@ def aligned(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     return read_run(run_folders(root)[-1])
 
 
+@pytest.mark.slow
 def test_an_alignment_leaves_loss_temperature_rows_and_table(aligned: Run) -> None:
     lines = aligned.records("train")
     assert [line["train"]["all"]["count"] for line in lines] == [2 * 2 * 16] * 4
@@ -52,11 +52,12 @@ def test_an_alignment_leaves_loss_temperature_rows_and_table(aligned: Run) -> No
     assert aligned.report is not None
     assert aligned.report["retrieval"]["candidates"] == 16
     events = EventAccumulator(str(aligned.folder / "tb"))
-    events.Reload()  # type: ignore[no-untyped-call]
-    assert "train/logit_scale" in events.Tags()["scalars"]  # type: ignore[no-untyped-call]
-    assert "nearest text tokens/text_summary" in events.Tags()["tensors"]  # type: ignore[no-untyped-call]
+    events.Reload()
+    assert "train/logit_scale" in events.Tags()["scalars"]
+    assert "nearest text tokens/text_summary" in events.Tags()["tensors"]
 
 
+@pytest.mark.slow
 def test_only_image_rows_and_temperature_learn(aligned: Run, tiny: list[str]) -> None:
     before = build(load_experiment(experiment("align"), "demo", [*tiny, *SMALL])).module.state_dict()
     after = torch.load(sorted((aligned.folder / "checkpoints").glob("*.ckpt"))[-1], weights_only=True)["state_dict"]
@@ -65,10 +66,9 @@ def test_only_image_rows_and_temperature_learn(aligned: Run, tiny: list[str]) ->
     assert set(before) == {"embedding.text", *changed}
 
 
+@pytest.mark.slow
 def test_two_ranks_gather_their_negatives(aligned: Run, tiny: list[str], tmp_path: Path) -> None:
-    process = launch(experiment("align"), tmp_path, *tiny, *SMALL, "trainer.strategy=ddp", "trainer.devices=2")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    succeed(launch(experiment("align"), tmp_path, *tiny, *SMALL, "trainer.strategy=ddp", "trainer.devices=2"))
     two = read_run(run_folders(tmp_path)[0])
     for ours, theirs in zip(two.metrics, aligned.metrics, strict=True):
         key = "train" if "train" in ours else "val"
@@ -128,6 +128,7 @@ def decoder_of(name: str, *overrides: str) -> dict[str, torch.Tensor]:
     return module.decoder.state_dict()
 
 
+@pytest.mark.slow
 def test_initializations_take_what_they_say(aligned: Run, tiny: list[str]) -> None:
     where = [*tiny, f"run.dir={aligned.folder.parents[1]}"]
     arms = {
@@ -157,6 +158,7 @@ def test_another_seed_changes_every_drawn_tensor_and_none_is_the_pretrained_one(
         assert torch.equal(value, pretrained[name]) == constant, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latest", [False, True])
 def test_t2i_from_aligned_rows_runs_and_its_config_names_the_file(
     aligned: Run, tiny: list[str], tmp_path: Path, latest: bool
@@ -169,6 +171,7 @@ def test_t2i_from_aligned_rows_runs_and_its_config_names_the_file(
     assert run.config["aligned_rows"] == str(folder / FILE)
 
 
+@pytest.mark.slow
 def test_bad_aligned_rows_are_named(
     aligned: Run, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,11 +209,12 @@ def test_bad_settings_are_named(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_figure_6_draws_loss_chance_and_temperature(aligned: Run) -> None:
     drawing = FIGURES["6"](Request(aligned.folder.parents[1]))
     lines = {str(line.get_gid()): line for axes in drawing.figure.axes for line in axes.get_lines()}
     scale = [line["scalars"]["logit_scale"] for line in aligned.records("train")]
-    assert [float(y) for y in lines["Learnable temperature/align/raw"].get_ydata()] == scale  # type: ignore[union-attr]
+    assert [float(y) for y in lines["Learnable temperature/align/raw"].get_ydata()] == scale
     assert "Contrastive loss/floor" in lines
     assert "NOT RUN: align_shuffled" in drawing.caption
 

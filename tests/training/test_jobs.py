@@ -66,6 +66,7 @@ def test_a_run_from_the_latest_alignment_is_found_again(tmp_path: Path) -> None:
     assert find_equal_run(config) == (run, False)
 
 
+@pytest.mark.slow
 def test_runs_at_once_are_what_they_are_alone(
     tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +81,7 @@ def test_runs_at_once_are_what_they_are_alone(
     assert "step 8/8" in (tmp_path / "parallel" / "uncond_scratch.log").read_text()
 
 
+@pytest.mark.slow
 def test_one_that_fails_is_named_with_its_last_words_and_nothing_more_is_begun(
     tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +97,7 @@ def test_one_that_fails_is_named_with_its_last_words_and_nothing_more_is_begun(
     assert "never" not in captured.out
 
 
+@pytest.mark.slow
 def test_others_go_on_where_they_may(tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     good = replace(arms(tmp_path, *tiny)[0], name="good")
     bad = replace(
@@ -105,6 +108,7 @@ def test_others_go_on_where_they_may(tiny: list[str], tmp_path: Path, capfd: pyt
     assert [folder.parent.name for folder in run_folders(tmp_path)] == ["good"]
 
 
+@pytest.mark.slow
 def test_a_signal_before_a_run_has_begun_is_no_crash(tiny: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "t2i_lm.ablate", "--all", "--jobs", "2", *tiny, *QUIET, f"run.dir={tmp_path}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -122,6 +126,7 @@ def test_runs_of_several_devices_are_not_made_at_once(tiny: list[str], tmp_path:
         run_jobs(jobs, parallel=2)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_and_saves_all_of_them(tiny: list[str], tmp_path: Path) -> None:
     long = ["trainer.max_steps=4000", "trainer.val_check_interval=4000", "trainer.checkpoint_interval=4000"]
     command = [sys.executable, "-m", "t2i_lm.ablate", "--all", "--jobs", "2", *tiny, *QUIET, *long]

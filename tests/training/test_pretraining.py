@@ -9,7 +9,7 @@ import torch
 
 from t2i_lm.config.load import load_experiment
 from t2i_lm.data.datamodules import evenly_spaced
-from t2i_lm.experiment.build import build
+from t2i_lm.experiment.build import TextExperiment, build
 from t2i_lm.export import main as export
 from t2i_lm.models.open_lm import load_open_lm
 from t2i_lm.storage.run_folder import read_run, run_folders
@@ -36,6 +36,7 @@ SMALL_VQ = [
 ]
 
 
+@pytest.mark.slow
 def test_an_image_tokenizer_learns_is_exported_and_its_codes_are_in_use(tmp_path: Path) -> None:
     assert main([VQ, *SMALL_VQ, f"run.dir={tmp_path}"]) == 0
     run = read_run(run_folders(tmp_path)[-1])
@@ -50,6 +51,7 @@ def test_an_image_tokenizer_learns_is_exported_and_its_codes_are_in_use(tmp_path
     assert VQTokenizer.from_folder(tmp_path / "vq", 64).vocab_size == 32
 
 
+@pytest.mark.slow
 def test_a_tokenizer_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Across the k-means and the re-seeding of codes, whose inputs are in the checkpoint."""
     whole, half = tmp_path / "whole", tmp_path / "half"
@@ -111,6 +113,7 @@ def test_validation_during_training_takes_windows_from_all_over_the_held_out_tex
     assert len(evenly_spaced(rows, None)) == len(evenly_spaced(rows, 1000)) == 100
 
 
+@pytest.mark.slow
 def test_a_shipped_text_tokenizer_serves_another_language_model(language_model: Path, tmp_path: Path) -> None:
     config = load_experiment(
         language_model / "config.yaml",
@@ -120,10 +123,11 @@ def test_a_shipped_text_tokenizer_serves_another_language_model(language_model: 
     experiment = build(config)
     experiment.data.setup("fit")
     assert len(experiment.data.val_set) == 3
-    assert experiment.text is not None
+    assert isinstance(experiment, TextExperiment)
     assert experiment.text.vocab_size == 4096
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_and_is_exported(language_model: Path, tmp_path: Path) -> None:
     run = read_run(language_model)
     assert run.records("val")[-1]["val"]["text"]["nll"] < run.records("val")[0]["val"]["text"]["nll"] - 1

@@ -10,10 +10,9 @@ import torch
 from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.build import build_model
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
-from tests.evaluation.test_forgetting import QUICK, book, plain, probing, resume_from_middle
-from tests.test_train import PRETRAINED, curve, launch, train, weights
+from tests.runs import PRETRAINED, QUICK, curve, launch, resume_from_middle, succeed, train, weights
 
-__all__ = ["book", "plain", "probing"]  # fixtures
+pytestmark = pytest.mark.slow
 
 # All remedies that can be had together, so that they are seen to compose: adapters leave L2-SP nothing to pull.
 TOGETHER = ["loss.text_weight=0.5", "loss.image_weight=2.0", "distil.weight=0.7", "data.replay_ratio=0.25"]
@@ -52,16 +51,18 @@ def test_only_what_no_remedy_freezes_learns(remedied: Run, combination: str) -> 
         assert torch.equal(value, initial[name]) != learns, name
 
 
-def test_replay_is_a_modality_of_its_own_and_takes_its_share(remedied: Run, plain: Run) -> None:
+def test_replay_is_a_modality_of_its_own_and_takes_its_share(remedied: Run, pretrained: Run) -> None:
     for line in remedied.records("train"):
         assert line["train"]["replay"]["count"] == 2 * 2 * 111  # two of eight sequences, two steps
         assert line["scalars"]["distil_kl"] > 0
-    for line, other in zip(remedied.records("val"), plain.records("val"), strict=True):
+    for line, other in zip(remedied.records("val"), pretrained.records("val"), strict=True):
         assert line["val"]["replay"]["count"] == 0
         assert line["val"]["all"]["count"] == other["val"]["all"]["count"]
-    assert remedied.records("val")[0]["val"]["text"] == plain.records("val")[0]["val"]["text"]  # nothing is weighted
-    assert remedied.environment["data_hash"] == plain.environment["data_hash"]
-    assert remedied.environment["stream_hash"] != plain.environment["stream_hash"]
+    assert (
+        remedied.records("val")[0]["val"]["text"] == pretrained.records("val")[0]["val"]["text"]
+    )  # nothing is weighted
+    assert remedied.environment["data_hash"] == pretrained.environment["data_hash"]
+    assert remedied.environment["stream_hash"] != pretrained.environment["stream_hash"]
 
 
 def test_remedies_resume_bit_for_bit(remedied: Run, tmp_path: Path) -> None:
@@ -74,9 +75,7 @@ def test_remedies_on_two_processes_equal_one(
     remedied: Run, tiny: list[str], probing: list[str], remedies: list[str], tmp_path: Path
 ) -> None:
     more = ["trainer.strategy=ddp", "trainer.devices=2"]
-    process = launch(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies, *more)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    succeed(launch(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies, *more))
     two = read_run(run_folders(tmp_path)[0])
     assert len(two.metrics) == len(remedied.metrics)
     for ours, theirs in zip(two.metrics, remedied.metrics, strict=True):

@@ -1,100 +1,76 @@
 """Sharded runs on two CPU processes: the losses and the checkpoints of an unsharded run, in either direction."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from t2i_lm.storage.run_folder import REPORT, Run, read_run, run_folders
+from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
 from tests.callbacks.toy_run import free_port
-from tests.models.test_cross_entropy import needs_torchs
-from tests.test_train import PRETRAINED, launch, launch_module, same_losses, train, weights
+from tests.marks import needs_torchs
+from tests.runs import PRETRAINED, QUICK, launch, launch_module, same_losses, succeed, weights, without_newest
 
-TWO = ("trainer.devices=2", "samples.prompts=0", "samples.preference_scenes=0")
-KEPT = 6  # step of the checkpoint that a run goes on from
+pytestmark = pytest.mark.slow
 
-
-@pytest.fixture(scope="module")
-def one(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(PRETRAINED, tmp_path_factory.mktemp("one"), *tiny, *TWO[1:])
+TWO = ("trainer.devices=2", *QUICK)
 
 
 @pytest.fixture(scope="module")
 def two(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("two")
     # Packed, too: neither changes a loss.
-    process = launch(PRETRAINED, root, *tiny, *TWO, "trainer.strategy=fsdp2", "trainer.packing=true")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    succeed(launch(PRETRAINED, root, *tiny, *TWO, "trainer.strategy=fsdp2", "trainer.packing=true"))
     return read_run(run_folders(root)[0])
 
 
-def unfinished(run: Run, folder: Path) -> Path:
-    """A copy of a run as it was after step KEPT."""
-    shutil.copytree(run.folder, folder)
-    (folder / REPORT).unlink()
-    for name in ("ckpt", "ckpt.sha256"):
-        (folder / "checkpoints" / f"step-{8:08d}.{name}").unlink()
-    assert list((folder / "checkpoints").glob(f"*{KEPT}.ckpt"))
-    return folder
-
-
-def test_two_shards_equal_one_process(one: Run, two: Run) -> None:
-    same_losses(two, one, 1e-6)
+def test_two_shards_equal_one_process(pretrained: Run, two: Run) -> None:
+    same_losses(two, pretrained, 1e-6)
     assert two.report is not None
-    for name, value in weights(one).items():
+    for name, value in weights(pretrained).items():
         assert torch.allclose(weights(two)[name], value, atol=1e-5), name
 
 
 @needs_torchs
-def test_torchs_own_loss_trains_the_same_in_shards(one: Run, tiny: list[str], tmp_path: Path) -> None:
-    process = launch(PRETRAINED, tmp_path, *tiny, *TWO, "trainer.strategy=fsdp2", "loss.backend=torch")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    same_losses(read_run(run_folders(tmp_path)[0]), one, 1e-6)
+def test_torchs_own_loss_trains_the_same_in_shards(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
+    succeed(launch(PRETRAINED, tmp_path, *tiny, *TWO, "trainer.strategy=fsdp2", "loss.backend=torch"))
+    same_losses(read_run(run_folders(tmp_path)[0]), pretrained, 1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_micro_batches_of_a_step_are_reduced_together(one: Run, tiny: list[str], tmp_path: Path, strategy: str) -> None:
+def test_micro_batches_of_a_step_are_reduced_together(
+    pretrained: Run, tiny: list[str], tmp_path: Path, strategy: str
+) -> None:
     file, root = tmp_path / "reductions.json", tmp_path / "runs"
     changes = [*TWO, f"trainer.strategy={strategy}", "trainer.accumulate_grad_batches=4", f"run.dir={root}"]
-    process = launch_module("tests.collectives", str(file), PRETRAINED, *tiny, *changes)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    same_losses(read_run(run_folders(root)[0]), one, 1e-6)
+    succeed(launch_module("tests.collectives", str(file), PRETRAINED, *tiny, *changes))
+    same_losses(read_run(run_folders(root)[0]), pretrained, 1e-6)
     counts = json.loads(file.read_text())
     assert [count > 0 for count in counts] == [False, False, False, True] * 8
 
 
-def test_two_nodes_that_hold_copies_equal_one_process(one: Run, tiny: list[str], tmp_path: Path) -> None:
+def test_two_nodes_that_hold_copies_equal_one_process(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     """A mesh (2, 1): a node is one process, the whole model its shard."""
-    changes = [*TWO[1:], "trainer.strategy=hsdp", "trainer.num_nodes=2", "trainer.accumulate_grad_batches=2"]
+    changes = [*QUICK, "trainer.strategy=hsdp", "trainer.num_nodes=2", "trainer.accumulate_grad_batches=2"]
     where = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     command = ["-m", "t2i_lm.train", PRETRAINED, *tiny, *changes, f"run.dir={tmp_path}"]
-    nodes = [launch_module("torch.distributed.run", *where, f"--node-rank={rank}", *command) for rank in range(2)]
-    for node in nodes:
-        output, _ = node.communicate(timeout=300)
-        assert node.returncode == 0, output
+    succeed(*(launch_module("torch.distributed.run", *where, f"--node-rank={rank}", *command) for rank in range(2)))
     (folder,) = run_folders(tmp_path)
-    same_losses(read_run(folder), one, 1e-6)
-    for name, value in weights(one).items():
+    same_losses(read_run(folder), pretrained, 1e-6)
+    for name, value in weights(pretrained).items():
         assert torch.allclose(weights(read_run(folder))[name], value, atol=1e-5), name
 
 
-def test_shards_go_on_from_a_whole_runs_checkpoint(one: Run, tiny: list[str], tmp_path: Path) -> None:
-    folder = unfinished(one, tmp_path / "run")
+def test_shards_go_on_from_a_whole_runs_checkpoint(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
+    folder = without_newest(pretrained, tmp_path)
     changes = ["trainer.devices=2", "trainer.strategy=hsdp", f"data.cache_dir={tiny[3].split('=')[1]}"]
-    process = launch_module("t2i_lm.train", PRETRAINED, "--resume", str(folder), *changes)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    same_losses(read_run(folder), one, 1e-6)
+    succeed(launch_module("t2i_lm.train", PRETRAINED, "--resume", str(folder), *changes))
+    same_losses(read_run(folder), pretrained, 1e-6)
 
 
 def test_a_whole_run_goes_on_from_shards(two: Run, tmp_path: Path) -> None:
-    folder = unfinished(two, tmp_path / "run")
+    folder = without_newest(two, tmp_path)
     assert main([PRETRAINED, "--resume", str(folder), "trainer.devices=1", "trainer.strategy=auto"]) == 0
     same_losses(read_run(folder), two, 1e-6)
 

@@ -1,19 +1,13 @@
 """Two processes under the environment that Slurm's `srun` gives them, without torchrun."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from t2i_lm.runtime.devices import global_rank, local_rank, world_size
-from t2i_lm.storage.run_folder import read_run, run_folders
-from t2i_lm.train import main
+from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from tests.callbacks.toy_run import free_port
-
-ROOT = Path(__file__).parents[2]
-PRETRAINED = str(ROOT / "experiments" / "t2i_pretrained.yaml")
+from tests.runs import PRETRAINED, QUICK, launch_module, same_losses, succeed
 
 
 def srun(rank: int, port: int) -> dict[str, str]:
@@ -33,29 +27,13 @@ def srun(rank: int, port: int) -> dict[str, str]:
     }
 
 
-def test_two_tasks_train_one_run(tiny: list[str], tmp_path: Path) -> None:
-    common = [PRETRAINED, *tiny, "samples.prompts=0", f"data.cache_dir={tmp_path}/cache"]
-    assert main([*common, f"run.dir={tmp_path}/one"]) == 0
+@pytest.mark.slow
+def test_two_tasks_train_one_run(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     port = free_port()
-    command = [sys.executable, "-m", "t2i_lm.train", *common, f"run.dir={tmp_path}/two"]
-    tasks = [
-        subprocess.Popen(
-            [*command, "trainer.strategy=ddp", "trainer.devices=2"],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | srun(rank, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for task in tasks:
-        output, _ = task.communicate(timeout=300)
-        assert task.returncode == 0, output
-    (two,) = run_folders(tmp_path / "two")
-    (one,) = run_folders(tmp_path / "one")
-    losses = [[record["val"]["all"]["nll"] for record in read_run(run).records("val")] for run in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    changes = [*tiny, *QUICK, f"run.dir={tmp_path}", "trainer.strategy=ddp", "trainer.devices=2"]
+    succeed(*(launch_module("t2i_lm.train", PRETRAINED, *changes, **srun(rank, port)) for rank in range(2)))
+    (folder,) = run_folders(tmp_path)
+    same_losses(read_run(folder), pretrained, 1e-6)
 
 
 def test_the_launcher_says_which_process_this_is(monkeypatch: pytest.MonkeyPatch) -> None:

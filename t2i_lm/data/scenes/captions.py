@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 from t2i_lm.data.scenes.scene import (
     BACKGROUNDS,
@@ -223,6 +224,7 @@ def _alter(scene: Scene, attribute: str, place: int, rng: random.Random) -> Scen
     return replace(scene, objects=tuple(objects))
 
 
+@cache
 def entropy(samples: int, seed: int) -> tuple[float, float]:
     """Monte Carlo estimate of a training caption's entropy in nats, and its standard error."""
     values = [-describe(draw_scene(seed, "train", index), f"{seed}/train/{index}").log_prob for index in range(samples)]

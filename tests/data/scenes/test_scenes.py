@@ -83,6 +83,7 @@ def test_objects_are_separate_and_inside_the_image() -> None:
         assert len(read_scene(np.asarray(render(scene))).objects) == len(scene.objects), scene
 
 
+@pytest.mark.slow
 def test_the_checker_is_exact_on_rendered_scenes() -> None:
     for index in range(2000):
         scene = draw_scene(1, "val" if index % 2 else "train", index)
@@ -135,6 +136,7 @@ def alterations(scene: Scene) -> Iterator[tuple[str, Scene, set[str]]]:
         yield "count", replace(scene, objects=scene.objects[:-1]), {"count"}
 
 
+@pytest.mark.slow
 def test_one_altered_attribute_fails_its_own_check_and_the_dependent_ones() -> None:
     seen: Counter[str] = Counter()
     for index in range(100):
@@ -155,6 +157,7 @@ def test_unmentioned_attributes_are_not_checked() -> None:
     assert {name for name, right in results.items() if right is None} == {"background", "size", "relation", "count"}
 
 
+@pytest.mark.slow
 def test_an_additional_shape_fails_count_if_mentioned_and_exact_always() -> None:
     seen: Counter[str] = Counter()
     for index in range(300):
@@ -238,6 +241,7 @@ def test_equal_captions_have_equal_probability_and_content() -> None:
         assert seen.setdefault(caption.text, entry) == entry, caption.text
 
 
+@pytest.mark.slow
 def test_log_probabilities_match_frequencies() -> None:
     """One half of the samples selects captions, the other half counts them, which makes the check unbiased."""
 

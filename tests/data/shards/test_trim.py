@@ -41,11 +41,11 @@ def test_trim_changes_batch_lengths_but_not_tokens_loss_or_gradients(tmp_path: P
         results[trim] = (ids_BT, batch, total.item(), gradient)
     longest = 4 + 6 + 4  # the last row's caption, boundaries, image ids
     assert {trim: ids_BT.shape[1] for trim, (ids_BT, *_) in results.items()} == {1: longest, 8: 16, 32: 32, 64: LENGTH}
-    ids_BT, counts, total, gradient = results[8]
+    ids_BT, counts, loss, gradient = results[8]
     for other_BT, other_counts, other_total, other_gradient in results.values():
         assert torch.equal(other_BT[:, :longest], ids_BT[:, :longest])
         assert other_counts == counts
-        assert other_total == pytest.approx(total, rel=1e-6)
+        assert other_total == pytest.approx(loss, rel=1e-6)
         assert (other_gradient - gradient).norm() <= 1e-6 * gradient.norm()
 
 

@@ -1,6 +1,5 @@
 """Probes on a tiny decoder and a tiny text: every number against a direct computation."""
 
-import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,43 +14,12 @@ from t2i_lm.evaluation.probes.questions import answer, encode_option, read_tasks
 from t2i_lm.evaluation.probes.scores import score_continuations, score_targets
 from t2i_lm.evaluation.probes.suite import Probes, summary
 from t2i_lm.models.decoder import Decoder
-from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.open_lm import decoder_config
 from t2i_lm.tokenizers.text import SentencePieceTokenizer, train_sentencepiece
-
-SENTENCE = "the red circle is above a blue square and the green ring lies on a grey field of stars"
-WORDS = SENTENCE.split()
-TEXT = [" ".join(WORDS[(start * step) % len(WORDS)] for step in range(1, 13)) for start in range(1, 60)]
+from tests.evaluation.tiny_tasks import TEXT, write_tasks
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
-    return train_sentencepiece(iter(TEXT), 300, tmp_path_factory.mktemp("text") / "text.model")
-
-
-def make_decoder(text: SentencePieceTokenizer, expanded: bool = True) -> Decoder:
-    sizes = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 64, "vocab_size": text.vocab_size}
-    decoder = Decoder(decoder_config({**sizes, "positional_embedding_type": "rotary"}))
-    decoder.reset_parameters(torch.Generator().manual_seed(1))
-    if expanded:
-        expand_vocabulary(decoder, 40, torch.Generator().manual_seed(2))
-    return decoder.eval()
-
-
-@pytest.fixture
-def decoder(text: SentencePieceTokenizer) -> Decoder:
-    return make_decoder(text)
-
-
-@pytest.fixture
-def book(tmp_path: Path) -> str:
-    path = tmp_path / "book.txt"
-    path.write_text("\f".join("\n\n".join(TEXT[start : start + 20]) for start in (0, 20, 40)))
-    return str(path)
-
-
-def test_text_losses_equal_a_direct_computation(decoder: Decoder, text: SentencePieceTokenizer, book: str) -> None:
-    ids_RT, size = heldout_rows(book, text, 7, 32)
+def test_text_losses_equal_a_direct_computation(decoder: Decoder, text: SentencePieceTokenizer, book: Path) -> None:
+    ids_RT, size = heldout_rows(str(book), text, 7, 32)
     assert ids_RT.shape == (7, 33)
     assert size > 0
     losses = text_losses(decoder, ids_RT)
@@ -63,16 +31,16 @@ def test_text_losses_equal_a_direct_computation(decoder: Decoder, text: Sentence
     assert all(one < both for one, both in zip(losses["text_rows"], losses["all_rows"], strict=True))
 
 
-def test_without_new_rows_both_losses_are_equal(text: SentencePieceTokenizer, book: str) -> None:
-    ids_RT, _ = heldout_rows(book, text, 3, 32)
-    losses = text_losses(make_decoder(text, expanded=False), ids_RT)
+def test_without_new_rows_both_losses_are_equal(bare: Decoder, text: SentencePieceTokenizer, book: Path) -> None:
+    ids_RT, _ = heldout_rows(str(book), text, 3, 32)
+    losses = text_losses(bare, ids_RT)
     assert losses["text_rows"] == losses["all_rows"]
 
 
 def test_large_new_rows_raise_only_the_loss_over_all_rows(
-    decoder: Decoder, text: SentencePieceTokenizer, book: str
+    decoder: Decoder, text: SentencePieceTokenizer, book: Path
 ) -> None:
-    ids_RT, _ = heldout_rows(book, text, 3, 32)
+    ids_RT, _ = heldout_rows(str(book), text, 3, 32)
     before = text_losses(decoder, ids_RT)
     with torch.no_grad():
         assert decoder.output.image is not None
@@ -82,12 +50,12 @@ def test_large_new_rows_raise_only_the_loss_over_all_rows(
     assert sum(after["all_rows"]) > sum(before["all_rows"]) + 3
 
 
-def test_rows_are_evenly_spaced_and_a_short_text_is_refused(text: SentencePieceTokenizer, book: str) -> None:
-    every, _ = heldout_rows(book, text, 10**6, 32)
-    some, _ = heldout_rows(book, text, 4, 32)
+def test_rows_are_evenly_spaced_and_a_short_text_is_refused(text: SentencePieceTokenizer, book: Path) -> None:
+    every, _ = heldout_rows(str(book), text, 10**6, 32)
+    some, _ = heldout_rows(str(book), text, 4, 32)
     assert torch.equal(some, every[[place * len(every) // 4 for place in range(4)]])
     with pytest.raises(ValueError, match=r"forgetting\.length=9999"):
-        heldout_rows(book, text, 4, 9999)
+        heldout_rows(str(book), text, 4, 9999)
 
 
 def test_a_batch_of_continuations_scores_as_single_ones(decoder: Decoder) -> None:
@@ -102,18 +70,6 @@ def test_a_batch_of_continuations_scores_as_single_ones(decoder: Decoder) -> Non
         alone = score_targets(decoder, torch.tensor([ids]), target_BT)
         assert torch.allclose(scores.all_rows_N, alone.all_rows_N, atol=1e-5)
         assert torch.equal(scores.best_of_text_N, alone.best_of_text_N)
-
-
-def write_tasks(folder: Path, extra: str = "") -> Path:
-    folder.mkdir()
-    choices = [{"query": "Question: the red\n", "choices": ["circle", "ring of stars"], "gold": 1}] * 3
-    contexts = [{"context_options": ["the circle", "the ring"], "continuation": "lies on a field", "gold": 0}] * 2
-    cloze = [{"context": "the green ring lies on a", "continuation": "grey"}]
-    (folder / "arc.jsonl").write_text("\n".join(map(json.dumps, choices)) + "\n")
-    with gzip.open(folder / "wino.jsonl.gz", "wt") as file:
-        file.write("\n".join(map(json.dumps, contexts)))
-    (folder / "lambada.v2.jsonl").write_text("\n".join(map(json.dumps, cloze)) + extra)
-    return folder
 
 
 def test_questions_are_answered_by_the_likelier_option(
@@ -215,10 +171,10 @@ def test_summaries_have_standard_errors_and_paired_changes() -> None:
 
 
 def test_later_measurements_are_compared_with_the_first(
-    decoder: Decoder, text: SentencePieceTokenizer, book: str, tmp_path: Path
+    decoder: Decoder, text: SentencePieceTokenizer, book: Path, tmp_path: Path
 ) -> None:
     settings = ForgettingConfig(
-        text=book,
+        text=str(book),
         rows=5,
         length=32,
         tasks=str(write_tasks(tmp_path / "tasks")),
@@ -238,14 +194,14 @@ def test_later_measurements_are_compared_with_the_first(
     assert entry["change"] > 0
     json.dumps(later, allow_nan=False)
     with pytest.raises(ValueError, match=r"forgetting\.length=65: the backbone has 64.*--length 64"):
-        Probes(ForgettingConfig(text=book, length=65), text)(decoder)
+        Probes(ForgettingConfig(text=str(book), length=65), text)(decoder)
 
 
 def test_only_equal_rows_and_questions_of_one_tokenizer_are_compared(
-    decoder: Decoder, text: SentencePieceTokenizer, book: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    decoder: Decoder, text: SentencePieceTokenizer, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = write_tasks(tmp_path / "tasks")
-    settings = ForgettingConfig(text=book, rows=5, length=32, tasks=str(tasks), completion_tokens=1)
+    settings = ForgettingConfig(text=str(book), rows=5, length=32, tasks=str(tasks), completion_tokens=1)
     baseline = tmp_path / "before.json"
     Probes(settings, text, baseline)(decoder)
 
@@ -264,7 +220,7 @@ def test_only_equal_rows_and_questions_of_one_tokenizer_are_compared(
     everything = {"text", "arc", "lambada.v2", "wino"}
     assert compared(settings) == (everything, "")
     other = tmp_path / "other.txt"  # as many rows of as many ids
-    other.write_text(" ".join(reversed(Path(book).read_text().split(" "))))
+    other.write_text(" ".join(reversed(book.read_text().split(" "))))
     found, note = compared(replace(settings, text=str(other)))
     assert found == everything - {"text"}
     assert note.startswith("no change for text: before.json holds other rows")

@@ -1,0 +1,12 @@
+"""What a test requires of the machine."""
+
+import shutil
+
+import pytest
+import torch
+
+from t2i_lm.runtime.devices import COMPILERS
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_torchs = pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch has none")

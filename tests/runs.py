@@ -1,0 +1,97 @@
+"""Tiny runs: to train them in this process, to launch them in another, and to compare what they computed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t2i_lm.storage.run_folder import REPORT, Run, read_run, run_folders
+from t2i_lm.train import main
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+PRETRAINED, SCRATCH = (str(EXPERIMENTS / f"t2i_{arm}.yaml") for arm in ("pretrained", "scratch"))
+PROMPT = "a red circle on a white background"
+# No samples in the report: the losses are the same without.
+QUICK = ("samples.prompts=0", "samples.preference_scenes=0")
+
+
+def train(experiment: str, root: Path, *overrides: str) -> Run:
+    assert main([experiment, *overrides, f"run.dir={root}"]) == 0
+    return read_run(run_folders(root)[-1])
+
+
+def launch(experiment: str, root: Path, *overrides: str) -> "subprocess.Popen[str]":
+    return launch_module("t2i_lm.train", experiment, *overrides, f"run.dir={root}")
+
+
+def launch_module(module: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def succeed(*processes: "subprocess.Popen[str]") -> None:
+    """Waits for processes, which must end without an error."""
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+
+
+def checkpoints(run: Run) -> list[Path]:
+    """Oldest first."""
+    return sorted((run.folder / "checkpoints").glob("*.ckpt"))
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint."""
+    state: dict[str, torch.Tensor] = torch.load(checkpoints(run)[-1], weights_only=True)["state_dict"]
+    return state
+
+
+def curve(run: Run) -> list[dict[str, Any]]:
+    """All that a run computed; what a clock measured is left out."""
+    clock = ("time", "throughput")
+    return [{key: value for key, value in record.items() if key not in clock} for record in run.metrics]
+
+
+def same_losses(one: Run, other: Run, tolerance: float) -> None:
+    assert len(one.metrics) == len(other.metrics)
+    for ours, theirs in zip(one.metrics, other.metrics, strict=True):
+        key = "train" if "train" in ours else "val"
+        for name in ("text", "image", "boundary", "all"):
+            assert ours[key][name]["count"] == theirs[key][name]["count"]
+            assert ours[key][name]["nll"] == pytest.approx(theirs[key][name]["nll"], rel=tolerance)
+        assert ours["tokens_real"] == theirs["tokens_real"]
+
+
+def without_newest(run: Run, root: Path) -> Path:
+    """A copy of a run's folder as it was when its newest checkpoint had not been written."""
+    folder = root / run.folder.parent.name / run.folder.name
+    shutil.copytree(run.folder, folder)
+    (folder / REPORT).unlink()
+    newest = checkpoints(run)[-1].name
+    for name in (newest, f"{newest}.sha256"):
+        (folder / "checkpoints" / name).unlink()
+    return folder
+
+
+def resume_from_middle(
+    experiment: str, root: Path, whole: Run, *overrides: str, first: Callable[[Path], None] = lambda folder: None
+) -> Run:
+    """Trains again from the whole run's older checkpoint; `first` may change the folder before."""
+    folder = without_newest(whole, root)
+    first(folder)
+    assert main([experiment, "--resume", str(folder), *overrides]) == 0
+    return read_run(folder)
