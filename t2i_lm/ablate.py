@@ -8,6 +8,7 @@ from pathlib import Path
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.models.freeze import FREEZE_GROUPS, TUNE_SETS
+from t2i_lm.plots.groups import FIGURE5
 from t2i_lm.runtime.command_line import FAILURES, add_jobs, add_scale
 from t2i_lm.training.jobs import Job, run_jobs
 
@@ -19,8 +20,6 @@ EXAMPLE = f"""example:
 groups to freeze (exactly those named; of groups that overlap, the union): {", ".join(FREEZE_GROUPS)}
 sets to tune (the paper's; everything else is frozen): {", ".join(TUNE_SETS)}"""
 DEFAULT = Path("experiments/uncond_pretrained.yaml")
-# The arms of Figure 5, beside the experiment file.
-ARMS = ("scratch", "pretrained", "tune_embed", "tune_norm", "tune_first_half", "tune_ffn")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +59,8 @@ def experiments(options: argparse.Namespace) -> list[ExperimentConfig]:
         raise ValueError(f"one experiment at a time, got {' and '.join(files)}")
     path = Path(files[0]) if files else DEFAULT
     if options.all:
-        return [load_experiment(path.with_name(f"uncond_{arm}.yaml"), options.scale, overrides) for arm in ARMS]
+        arms = [path.with_name(f"{name}.yaml") for name in FIGURE5.experiments.values()]
+        return [load_experiment(arm, options.scale, overrides) for arm in arms]
     if options.freeze:
         for group in options.freeze:
             if group not in FREEZE_GROUPS:

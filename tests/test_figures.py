@@ -1,4 +1,4 @@
-"""`python -m t2i_lm.figures` as a user runs it."""
+"""The command `python -m t2i_lm.figures`."""
 
 import subprocess
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from t2i_lm.figures import main
+from t2i_lm.figures import NAMES, main
+from t2i_lm.plots.catalogue import FIGURES
 from tests.plots.synthetic_runs import read_lines, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Runs the command as a user does, with warnings as errors."""
+    """Runs the command in a process of its own, with warnings as errors."""
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "t2i_lm.figures", *map(str, arguments)],
         cwd=cwd,
@@ -49,7 +50,7 @@ def test_the_command_writes_both_figures_and_prints_paths_and_numbers(runs: Path
     assert done.stdout.count("gap %") == 1  # one table for both figures
 
 
-def test_only_the_figures_asked_for_are_written(runs: Path, tmp_path: Path) -> None:
+def test_only_the_named_figures_are_written(runs: Path, tmp_path: Path) -> None:
     assert main(["--runs", str(runs), "--out", str(tmp_path / "out"), "--figure", "4"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "figure4.pdf",
@@ -74,6 +75,10 @@ def test_drawing_imports_no_torch(runs: Path, tmp_path: Path) -> None:
     arguments = ["--runs", str(runs), "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, timeout=120)
     assert done.returncode == 0
+
+
+def test_every_figure_of_the_catalogue_is_an_option() -> None:
+    assert tuple(FIGURES) == NAMES
 
 
 def test_help_is_quick_shows_an_example_and_loads_no_matplotlib() -> None:

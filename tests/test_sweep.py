@@ -82,6 +82,7 @@ def test_the_figure_shows_means_ranges_and_the_best(tmp_path: Path) -> None:
     found = outcomes(tmp_path)
     caption = sweep_caption("optim.lr", found)
     assert "bars ranges over seeds 0, 1" in caption
+    assert "NOT CONTROLLED" not in caption
     image, text = draw_sweep("optim.lr", found, caption).axes
     assert image.get_xscale() == "log"
     assert [label.get_text() for label in image.get_xticklabels()] == ["0.003", "0.001", "0.009"]
@@ -113,7 +114,7 @@ def test_of_seeds_alone_none_is_the_best_and_means_are_paired(tmp_path: Path) ->
     assert "best" not in table
     pretrained, scratch = ([run.nll("image") for run in found if run.arm == arm] for arm in ("pretrained", "scratch"))
     gaps = [theirs - ours for ours, theirs in zip(pretrained, scratch, strict=True)]
-    stated = f"mean {fmean(gaps):+.4f} nats, standard deviation {stdev(gaps):.4f} (3 seeds)"
+    stated = f"mean {fmean(gaps):+.4f} nats/token, standard deviation {stdev(gaps):.4f} (3 seeds)"
     assert f"scratch - pretrained, at equal seeds: {stated}" in table
     caption = sweep_caption("seed", found)
     assert "best" not in caption

@@ -1,1 +1,1 @@
-"""Sources, token shards and the data order."""
+"""Data sources, token shards, data order and data modules."""

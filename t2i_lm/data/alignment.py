@@ -20,17 +20,18 @@ from t2i_lm.tokenizers.layout import IntArray
 
 
 class BagBatches(CaptionedIds):
-    """Pairs without order or boundary tokens.
+    """Pairs as unordered bags of tokens, without boundary tokens.
 
-    A batch holds `image_ids_BN` (codes), `text_ids_L` and `text_starts_B` (captions one after the other), and
-    `hashes_B2` of each caption and image, by which duplicates are known across ranks.
+    A batch has `image_ids_BN` (codes), `text_ids_L` and `text_starts_B` (concatenated captions), and `hashes_B2` of
+    each caption and image, which identify duplicates across ranks.
     """
 
     def __init__(self, split: datasets.Dataset, captions: str, seed: int, shuffle_pairs: bool = False) -> None:
-        """With `shuffle_pairs`, every image keeps the caption of another sample for the whole run."""
+        """With `shuffle_pairs`, each image has the caption of one other sample throughout the run (a control)."""
         super().__init__(split, captions, seed)
         self._partner: np.ndarray[Any, np.dtype[np.int64]] | None = None
         if shuffle_pairs:
+            # A single cycle, so that no image keeps its own caption.
             cycle = np.random.default_rng([seed, 1]).permutation(len(self))
             self._partner = np.empty_like(cycle)
             self._partner[cycle] = np.roll(cycle, 1)
@@ -59,14 +60,14 @@ def _hash(ids: IntArray) -> int:
 
 
 class BagDataModule(BatchDataModule):
-    """Prepared pairs as bags. Validation leaves out what does not fill a batch: the loss depends on its size."""
+    """Prepared pairs as bags. Validation drops the last, incomplete batch: the loss depends on the batch size."""
 
     def __init__(self, config: ExperimentConfig, folder: Path) -> None:
         super().__init__(config)
         self.folder = folder
 
     def setup(self, stage: str) -> None:
-        """Maps the shards, checking their hashes.
+        """Memory-maps the shards and checks their hashes.
 
         Raises:
             ValueError: if a split has fewer pairs than a batch.
@@ -79,7 +80,7 @@ class BagDataModule(BatchDataModule):
                 raise ValueError(f"data.batch_size={data.batch_size}: the {name} split has only {len(split)} pairs")
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Whole global batches of consecutive pairs, this rank's share of each."""
+        """This rank's part of each full global batch of consecutive pairs."""
         assert self.trainer is not None
         size, share = self.config.data.batch_size, self.config.micro_batch
         first = self.trainer.global_rank * share

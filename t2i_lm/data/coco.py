@@ -1,7 +1,7 @@
-"""COCO's val2014: which captions are drawn, and images as the protocol sees them.
+"""COCO val2014: the protocol's choice of captions and preprocessing of images.
 
-`PATH/annotations/captions_val2014.json` and `PATH/val2014/*.jpg`. Read with the standard library, so that a wrong
-folder is named before torch is loaded. Shapes: `H`, `W` pixels.
+Files: `PATH/annotations/captions_val2014.json` and `PATH/val2014/*.jpg`. Heavy imports are local, so that a wrong
+folder is reported before torch is loaded. Shapes: `H`, `W` pixels.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ SIZE, CROP, RESIZER = 256, "centre", "lanczos"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption, and the image that it describes."""
+    """A caption and the image that it describes."""
 
     image_id: int
     caption_id: int
@@ -33,12 +33,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Coco:
-    """A folder of val2014.
+    """Contents of a val2014 folder.
 
     Attributes:
-        images: names of all images, sorted.
-        captions: (caption id, text) of each image id that has any.
-        files: name of the image of each image id.
+        images: file names in the folder, sorted.
+        captions: (caption id, text) pairs by image id.
+        files: file name by image id.
     """
 
     path: Path
@@ -49,19 +49,19 @@ class Coco:
 
     @property
     def caption_count(self) -> int:
-        """Captions in all."""
         return sum(len(texts) for texts in self.captions.values())
 
 
 def read_coco(path: Path) -> Coco:
-    """Reads captions and the list of images.
+    """Reads the captions and lists the images.
 
     Raises:
-        ValueError: if a file or folder is absent or is not COCO's.
+        ValueError: if a file or folder is missing or not in COCO's format.
     """
     file, folder = path / CAPTIONS, path / IMAGES
     if not file.is_file() or not folder.is_dir():
-        raise ValueError(f"--coco {path}: expected {CAPTIONS} and {IMAGES}/*.jpg in it, found no {_absent(path)}")
+        missing = folder if file.is_file() else file
+        raise ValueError(f"--coco {path}: expected {CAPTIONS} and {IMAGES}/*.jpg in it, found no {missing}")
     images = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".jpg")
     if not images:
         raise ValueError(f"--coco {path}: {folder} holds no .jpg")
@@ -72,30 +72,25 @@ def read_coco(path: Path) -> Coco:
         for row in content["annotations"]:
             captions.setdefault(int(row["image_id"]), []).append((int(row["id"]), str(row["caption"])))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not COCO's captions: {type(error).__name__} {error}") from error
+        raise ValueError(f"{file} is not a COCO caption file: {type(error).__name__} {error}") from error
     return Coco(path, images, captions, files, file_sha256(file))
 
 
-def _absent(path: Path) -> str:
-    return str(path / IMAGES) if (path / CAPTIONS).is_file() else str(path / CAPTIONS)
-
-
 def choose_prompts(coco: Coco, count: int, seed: int) -> list[Prompt]:
-    """One caption each of `count` images.
+    """One caption for each of `count` images, in the order of a hash of seed and id.
 
-    By the hash of seed and id: the same on every machine and version, and the first prompts are the same however many
-    are taken.
+    The choice is the same on every machine and version, and a smaller `count` gives a prefix of a larger one.
 
     Raises:
-        ValueError: if there are fewer images with captions, or a caption is empty or its image absent.
+        ValueError: if there are fewer images with captions, a caption is empty, or its image is missing.
     """
     file = coco.path / CAPTIONS
     if count > len(coco.captions):
         raise ValueError(f"--prompts {count}: {file} has captions of {len(coco.captions)} images")
     chosen, present = [], set(coco.images)
-    for image_id in sorted(coco.captions, key=lambda number: _rank(seed, "picture", number))[:count]:
-        caption_id, text = min(coco.captions[image_id], key=lambda caption: _rank(seed, "caption", caption[0]))
-        text = " ".join(text.split())  # some end in a line break
+    for image_id in sorted(coco.captions, key=lambda number: _order(seed, "picture", number))[:count]:
+        caption_id, text = min(coco.captions[image_id], key=lambda caption: _order(seed, "caption", caption[0]))
+        text = " ".join(text.split())  # some captions end in a line break
         if not text:
             raise ValueError(f"{file}: caption {caption_id} of image {image_id} is empty")
         name = coco.files.get(image_id, "")
@@ -105,27 +100,28 @@ def choose_prompts(coco: Coco, count: int, seed: int) -> list[Prompt]:
     return chosen
 
 
-def _rank(seed: int, kind: str, number: int) -> bytes:
+def _order(seed: int, kind: str, number: int) -> bytes:
+    # `kind` is "picture" or "caption": part of the hash, and so of the protocol.
     return hashlib.sha256(f"{seed}/{kind}/{number}".encode()).digest()
 
 
 def prompts_sha256(prompts: Iterable[Prompt]) -> str:
-    """Hash of a prompt list: ids and texts, in order."""
+    """Hash of the ids and texts of a prompt list, in order."""
     rows = [[prompt.image_id, prompt.caption_id, prompt.text] for prompt in prompts]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def listing_sha256(coco: Coco) -> str:
-    """Hash of the images' names and sizes in bytes: tells folders apart without reading 6 GB."""
+    """Hash of image names and file sizes, which identifies a folder without reading its 6 GB."""
     folder = coco.path / IMAGES
     rows = [f"{name}\0{(folder / name).stat().st_size}" for name in coco.images]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def square(image: "Image.Image", size: int = SIZE) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """The protocol's image (H, W, 3) uint8: center crop to the shorter side, then LANCZOS to `size` pixels.
+    """The protocol's preprocessing: center crop to the shorter side, then LANCZOS to `size`; (H, W, 3) uint8.
 
-    Drawn images and references both come through here; one that has this size already is unchanged.
+    Applied to generated and reference images alike; an image that already has this size is unchanged.
     """
     import numpy as np
     from PIL import Image
@@ -142,7 +138,7 @@ def read_images(coco: Coco, names: Sequence[str]) -> "tuple[list[Image.Image], l
     """Images of val2014 in RGB, and the sha256 of each file.
 
     Raises:
-        ValueError: naming a file that cannot be read.
+        ValueError: if a file cannot be read.
     """
     import io
 

@@ -1,8 +1,8 @@
 """LightningDataModules over prepared token shards.
 
-The chain: `prepare` writes shards -> `open_split` maps them -> `IndexSampler` draws (epoch, index) pairs ->
-`__getitems__` gathers a micro-batch in one read -> the batch dict that the modules expect. Nothing in it holds
-state but the sampler's one integer, which is derived from the optimizer steps taken.
+The pipeline: `prepare` writes shards -> `open_split` memory-maps them -> `IndexSampler` yields (epoch, index) draws ->
+`__getitems__` gathers a micro-batch in one read -> the batch dict of the modules. Its only state is the sampler's
+integer `consumed`, which follows from the optimizer steps taken.
 """
 
 from pathlib import Path
@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, center_crop
-from t2i_lm.data.sampler import Draw, IndexSampler
+from t2i_lm.data.sampler import Draw, IndexSampler, choose_caption, drops_caption
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import choose_caption, leaves_out_caption, open_split
+from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.data.sources import open_sized
 from t2i_lm.runtime.devices import uses_gpu
@@ -26,10 +26,12 @@ from t2i_lm.tokenizers.layout import ImageLayout, IntArray, Layout
 
 # `ids_BT` int64, `samples` int, `tokens_nominal` int (positions), `tokens_real` 0-d int64 (pads excluded).
 Batch = dict[str, Any]
+# Consecutive unreadable images after which a source counts as broken.
+MAX_CONSECUTIVE_REJECTS = 100
 
 
 class Batches(Dataset[Batch]):
-    """A sized dataset that gathers a whole batch at once."""
+    """A sized dataset that gathers a whole batch in one call."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -40,41 +42,40 @@ class Batches(Dataset[Batch]):
 
 
 class CaptionedIds(Batches):
-    """Prepared caption-image pairs; subclasses say what a batch of them looks like."""
+    """Prepared caption-image pairs; subclasses define the batch."""
 
     def __init__(self, split: datasets.Dataset, captions: str, seed: int) -> None:
         self.captions, self.seed = captions, seed
         self._columns = PairColumns(split)
-        # Where every caption is a sample of its own: row and caption of each.
-        self._each: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        # With captions="all", row and caption number of each sample (S, 2), since every caption is one.
+        self._samples: np.ndarray[Any, np.dtype[np.int64]] | None = None
         if captions == "all":
             counts = self._columns.caption_counts()
-            starts = np.repeat(np.cumsum(counts) - counts, counts)
-            self._each = np.stack([np.repeat(np.arange(len(counts)), counts), np.arange(counts.sum()) - starts], axis=1)
+            rows = np.repeat(np.arange(len(counts)), counts)
+            first = np.repeat(np.cumsum(counts) - counts, counts)
+            self._samples = np.stack([rows, np.arange(len(rows)) - first], axis=1)
 
     def __len__(self) -> int:
-        return len(self._columns if self._each is None else self._each)
+        return len(self._columns if self._samples is None else self._samples)
 
     def pairs(self, draws: list[Draw]) -> tuple[list[IntArray], IntArray]:
-        """A caption's text ids for each draw, and the image ids (B, N)."""
-        indices = [index for _, index in draws]
-        rows = indices if self._each is None else self._each[indices, 0].tolist()
-        texts = [
-            self._columns.caption(row, self._choose(self._columns.count(row), epoch, index))
-            for (epoch, index), row in zip(draws, rows, strict=True)
-        ]
-        return texts, self._columns.images(rows)
+        """Text ids of one caption per draw, and image ids (B, N)."""
+        places = [self._place(*draw) for draw in draws]
+        texts = [self._columns.caption(row, number) for row, number in places]
+        return texts, self._columns.images([row for row, _ in places])
 
-    def _choose(self, captions: int, epoch: int, index: int) -> int:
-        if self._each is not None:
-            return int(self._each[index, 1])
-        if self.captions == "random" and captions > 1:
-            return choose_caption(captions, self.seed, epoch, index)
-        return 0
+    def _place(self, epoch: int, index: int) -> tuple[int, int]:
+        """Row and caption number of a draw."""
+        if self._samples is not None:
+            row, number = self._samples[index].tolist()
+            return row, number
+        if self.captions == "random" and (captions := self._columns.count(index)) > 1:
+            return index, choose_caption(captions, self.seed, epoch, index)
+        return index, 0
 
 
 class PairBatches(CaptionedIds):
-    """Caption-image pairs as packed batches: `ids_BT` joint ids and how much they are."""
+    """Caption-image pairs as batches of joint ids `ids_BT`."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class PairBatches(CaptionedIds):
         trim: int,
         dropout: float = 0.0,
     ) -> None:
-        """`trim` is what a batch's length is a multiple of, `dropout` the share of captions left empty."""
+        """Batch lengths are multiples of `trim`; `dropout` is the share of emptied captions."""
         super().__init__(split, captions, seed)
         self.layout, self.trim, self.dropout = layout, trim, dropout
 
@@ -93,7 +94,7 @@ class PairBatches(CaptionedIds):
         texts, image_ids_BN = self.pairs(draws)
         if self.dropout:
             texts = [
-                text[:0] if leaves_out_caption(self.dropout, self.seed, *draw) else text
+                text[:0] if drops_caption(self.dropout, self.seed, *draw) else text
                 for text, draw in zip(texts, draws, strict=True)
             ]
         ids_BT = self.layout.pack(texts, image_ids_BN)
@@ -128,16 +129,15 @@ class TextBatches(Batches):
         }
 
 
-def _same(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 class BatchDataModule(pl.LightningDataModule):
-    """Any dataset with `__getitems__(draws) -> batch`, in the order of `IndexSampler`.
+    """Loaders over `Batches`: training in the order of `IndexSampler`, validation in sequence.
 
     Attributes:
         train_set, val_set: the datasets, opened in `setup`.
-        sampler: the training order; its `consumed` is the whole state.
     """
 
     train_set: Batches
@@ -150,46 +150,37 @@ class BatchDataModule(pl.LightningDataModule):
 
     @property
     def consumed(self) -> int:
-        """Samples trained on so far, over all ranks."""
+        """Samples trained on so far, over all ranks: the whole state."""
         return int(self.trainer.global_step) * self.config.data.batch_size if self.trainer else self._consumed
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """The rest of the run as one sized loader."""
+        """One loader for the rest of the run, however many epochs."""
         assert self.trainer is not None
-        sampler = make_sampler(
-            self.config,
-            len(self.train_set),
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
+        sampler = make_sampler(self.config, len(self.train_set), self.trainer.global_rank, self.trainer.world_size)
         sampler.consumed = self._consumed
         return self._loader(self.train_set, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation set, each sample once over all ranks."""
+        """The validation set, every sample once over all ranks."""
         assert self.trainer is not None
-        size: int = len(self.val_set)
-        mine = range(self.trainer.global_rank, size, self.trainer.world_size)
+        draws = [(0, index) for index in range(self.trainer.global_rank, len(self.val_set), self.trainer.world_size)]
         micro = self.config.micro_batch
-        batches = [[(0, index) for index in mine[start : start + micro]] for start in range(0, len(mine), micro)]
-        return self._loader(self.val_set, batches)
+        return self._loader(self.val_set, [draws[start : start + micro] for start in range(0, len(draws), micro)])
 
     def _loader(self, dataset: Batches, batches: Any) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=_same,
+            collate_fn=_identity,
             num_workers=self.config.data.workers,
             persistent_workers=self.config.data.workers > 0,
-            pin_memory=uses_gpu(self.config.trainer.accelerator),  # so that the host need not wait for a copy
+            pin_memory=uses_gpu(self.config.trainer.accelerator),  # for asynchronous copies
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The one integer, the same on every rank."""
         return {"consumed": self.consumed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues after the samples consumed."""
         self._consumed = int(state_dict["consumed"])
 
 
@@ -208,14 +199,14 @@ def make_sampler(config: ExperimentConfig, size: int, rank: int = 0, world: int 
 
 
 class PairDataModule(BatchDataModule):
-    """Prepared caption-image pairs (text-to-image)."""
+    """Prepared caption-image pairs (text-to-image, unconditional)."""
 
     def __init__(self, config: ExperimentConfig, folder: Path, layout: Layout | ImageLayout) -> None:
         super().__init__(config)
         self.folder, self.layout = folder, layout
 
     def setup(self, stage: str) -> None:
-        """Maps the shards, checking their hashes."""
+        """Memory-maps the shards and checks their hashes."""
         data, seed = self.config.data, self.config.seed
         self.train_set = PairBatches(
             open_split(self.folder, "train"), self.layout, data.captions, seed, data.trim, data.caption_dropout
@@ -224,28 +215,28 @@ class PairDataModule(BatchDataModule):
 
 
 class TextDataModule(BatchDataModule):
-    """Prepared text (pre-training a backbone)."""
+    """Prepared text (pre-training of a backbone)."""
 
     def __init__(self, config: ExperimentConfig, folder: Path) -> None:
         super().__init__(config)
         self.folder = folder
 
     def setup(self, stage: str) -> None:
-        """Maps the shards, checking their hashes; of each split the rows that the config asks for."""
+        """Memory-maps the shards and checks their hashes; selects `train_size` and `val_size` rows."""
         data = self.config.data
-        self.train_set = TextBatches(spread(open_split(self.folder, "train"), data.train_size))
-        self.val_set = TextBatches(spread(open_split(self.folder, "val"), data.val_size))
+        self.train_set = TextBatches(evenly_spaced(open_split(self.folder, "train"), data.train_size))
+        self.val_set = TextBatches(evenly_spaced(open_split(self.folder, "val"), data.val_size))
 
 
-def spread(split: datasets.Dataset, size: int | None) -> datasets.Dataset:
-    """`size` rows at even distances, so that every document has its share; all where `size` is null or larger."""
+def evenly_spaced(split: datasets.Dataset, size: int | None) -> datasets.Dataset:
+    """`size` evenly spaced rows, so that every document has its share; all rows if `size` is None or larger."""
     if size is None or size >= len(split):
         return split
     return split.select([row * len(split) // size for row in range(size)])
 
 
 class ImageBatches(Batches):
-    """Images of a source as `images_BCHW` uint8; an unreadable one is replaced by the next that can be read."""
+    """Images of a source as `images_BCHW` uint8; an unreadable image is replaced by the next readable one."""
 
     def __init__(self, source: CaptionedSource, image_size: int) -> None:
         self.source, self.image_size = source, image_size
@@ -263,18 +254,13 @@ class ImageBatches(Batches):
                 return center_crop(self.source[(index + step) % len(self.source)].image, self.image_size)
             except RejectedPairError as reject:
                 last = reject
-        raise ValueError(f"{MAX_CONSECUTIVE_REJECTS} images in a row cannot be read; the last: {last}")
-
-
-# Unreadable images in a row after which the source is taken to be broken.
-MAX_CONSECUTIVE_REJECTS = 100
+        raise ValueError(f"{MAX_CONSECUTIVE_REJECTS} consecutive images cannot be read; the last: {last}")
 
 
 class ImageDataModule(BatchDataModule):
-    """Images alone, straight from the source (training an image tokenizer)."""
+    """Images without captions, read from the source (training of an image tokenizer)."""
 
     def setup(self, stage: str) -> None:
-        """Opens the source."""
         size = self.config.image_tokenizer.size
         self.train_set = ImageBatches(open_sized(self.config.data, "train", size), size)
         self.val_set = ImageBatches(open_sized(self.config.data, "val", size), size)

@@ -1,4 +1,4 @@
-"""Caption-image pairs: the interfaces of their sources, and the reading of one image and its captions."""
+"""Caption-image pairs: interfaces of their sources, image decoding, caption parsing."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ class Pair:
         id: unique within its source.
         image: RGB image of any size.
         captions: at least one.
-        meaning: what a generated scene shows (JSON values); None for photographs.
+        meaning: content of a generated scene (JSON values); None for photographs.
     """
 
     id: str
@@ -26,7 +26,7 @@ class Pair:
     meaning: dict[str, Any] | None
 
 
-# Reads one pair, or raises `images.RejectedPairError`.
+# Reads one pair, or raises `RejectedPairError`.
 Sample = Callable[[], Pair]
 
 
@@ -39,7 +39,7 @@ class CaptionedSource(Protocol):
 
 
 class StreamedSource(Protocol):
-    """Pairs that can only be read in order, in shards that can be read apart."""
+    """Pairs that can only be read sequentially, in independent shards."""
 
     @property
     def shards(self) -> int: ...
@@ -47,12 +47,12 @@ class StreamedSource(Protocol):
     def shard(self, number: int) -> Iterator[Sample]: ...
 
 
-# Images above this many pixels are rejected before they are decoded.
+# Larger images, in pixels, are rejected before decoding.
 MAX_PIXELS = 64_000_000
 
 
 class RejectedPairError(Exception):
-    """One sample that cannot be used; `reason` is a short class of failure, the text names the sample."""
+    """An unusable sample; `reason` is a short class of failure, the message also names the sample."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{detail}: {reason}")
@@ -63,7 +63,7 @@ def decode_image(file: Any, name: str) -> Image.Image:
     """An RGB image, upright, from a path or binary stream.
 
     Raises:
-        RejectedPairError: if it is missing, not an image, truncated or larger than `MAX_PIXELS`.
+        RejectedPairError: if the file is missing, not an image, truncated or larger than `MAX_PIXELS`.
     """
     try:
         with warnings.catch_warnings():
@@ -72,7 +72,7 @@ def decode_image(file: Any, name: str) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise RejectedPairError(f"over {MAX_PIXELS} pixels", name)
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+        if upright.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
             upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
         return upright.convert("RGB")
     except FileNotFoundError as error:
@@ -81,12 +81,12 @@ def decode_image(file: Any, name: str) -> Image.Image:
         raise RejectedPairError("not an image", name) from error
     except RejectedPairError:
         raise
-    except Exception as error:  # Pillow's readers raise all sorts on damaged files
+    except Exception as error:  # Pillow's readers raise many types on damaged files
         raise RejectedPairError("truncated or corrupt", name) from error
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The center square, resized (bicubic) to `size` x `size`; uint8 (H, W, 3) (Section 2.1)."""
+    """The center square, resized (bicubic) to `size` x `size`; (H, W, 3) uint8 (Section 2.1)."""
     if image.size != (size, size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

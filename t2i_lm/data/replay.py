@@ -1,7 +1,7 @@
-"""Text replay: a fixed share of every batch is plain text, as the language model was pre-trained on.
+"""Text replay: a fixed share of every batch is plain text, the language model's pre-training data.
 
-Which positions of the sample stream are replayed, and with which window of text, is a function of the position alone:
-a resumed run goes on as an unbroken one, and every pair that is not replaced stands where it stood without replay.
+Which positions of the sample stream are replaced, and by which window of text, depends on the position alone: a resumed
+run continues exactly, and every pair that is not replaced keeps its position.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, Batches, PairBatches, PairDataModule
 from t2i_lm.data.sampler import REPLAYED, Draw
-from t2i_lm.data.shards.format import open_split, read_index, write_index
+from t2i_lm.data.shards.format import open_split, write_index
+from t2i_lm.data.shards.prepare import absolute_path, write_once
 from t2i_lm.data.shards.tokenize import write_text_split
 from t2i_lm.data.text import read_documents
 from t2i_lm.tokenizers.base import TextTokenizer
@@ -25,10 +25,10 @@ from t2i_lm.tokenizers.layout import Layout
 
 
 class ReplayBatches(Batches):
-    """Pairs and windows of text in one batch, all sequences of full length."""
+    """Batches of pairs and text windows; all sequences have full length."""
 
     def __init__(self, pairs: PairBatches, windows: datasets.Dataset, seed: int) -> None:
-        """`windows` have `text_ids` of the layout's length."""
+        """`windows` are text shards whose rows have the layout's length."""
         self.pairs, self.windows, self.seed = pairs, windows, seed
         self._epoch = -1
         self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -54,7 +54,7 @@ class ReplayBatches(Batches):
         }
 
     def _window(self, number: int) -> int:
-        """The window of a draw: every one once an epoch, in an order of its own."""
+        """Index of the `number`-th replayed window: one permutation of all windows per epoch."""
         epoch, place = divmod(number, len(self.windows))
         if epoch != self._epoch:
             self._epoch = epoch
@@ -63,40 +63,34 @@ class ReplayBatches(Batches):
 
 
 def prepare_replay(config: ExperimentConfig, text: TextTokenizer) -> Path:
-    """Token shards of the text to replay, in rows of `data.length` ids; written once, then found again.
+    """Token shards of the replayed text, in rows of `data.length` ids; written once, then reused.
 
     Raises:
         ValueError: if there is no text or less than one row of it.
     """
-    data = config.data
-    path = str(data.replay_path)
-    place = str(Path(path).resolve()) if Path(path).exists() else path
-    key = json.dumps(["replay", place, data.length, text.sha256])
-    folder = Path(data.cache_dir) / f"replay-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if read_index(folder) is None:
-            _write(path, text, data.length, folder)
+    path, length = str(config.data.replay_path), config.data.length
+    key = json.dumps(["replay", absolute_path(path), length, text.sha256])
+    folder = Path(config.data.cache_dir) / f"replay-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+    def write() -> None:
+        split = write_text_split(folder, "train", read_documents(path, "data.replay_path"), text, length - 1)
+        if not split["rows"]:
+            raise ValueError(f"data.replay_path={path}: less text than one row of data.length={length} ids")
+        write_index(folder, {"tokenizers": {"text": text.sha256}, "source": "replay", "splits": {"train": split}})
+
+    write_once(folder, write)
     return folder
 
 
-def _write(path: str, text: TextTokenizer, length: int, folder: Path) -> None:
-    split = write_text_split(folder, "train", read_documents(path, "data.replay_path"), text, length - 1)
-    if not split["rows"]:
-        raise ValueError(f"data.replay_path={path}: less text than one row of data.length={length} ids")
-    write_index(folder, {"tokenizers": {"text": text.sha256}, "source": "replay", "splits": {"train": split}})
-
-
 class ReplayDataModule(PairDataModule):
-    """Caption-image pairs, some of whose training sequences are replayed text."""
+    """Caption-image pairs; in training some sequences are replaced by text."""
 
     def __init__(self, config: ExperimentConfig, folder: Path, layout: Layout, replay: Path) -> None:
-        """`replay` are the shards of `prepare_replay`."""
+        """`replay` is the folder of `prepare_replay`."""
         super().__init__(config, folder, layout)
         self.replay = replay
 
     def setup(self, stage: str) -> None:
-        """Maps the shards of pairs and of text, checking their hashes."""
         super().setup(stage)
         assert isinstance(self.train_set, PairBatches)
         self.train_set = ReplayBatches(self.train_set, open_split(self.replay, "train"), self.config.seed)

@@ -1,8 +1,8 @@
-"""The data order of a run: one seeded permutation per epoch, cut into global batches.
+"""The data order of a run: one seeded permutation per epoch, cut into global batches; random choices per sample.
 
-Everything is a function of (size, batch size, seed, position), and the position is one integer, the samples
-consumed so far. A run that stops and resumes, on the same or another number of processes, therefore sees
-the global batches that an unbroken run sees.
+The order is a function of (size, batch size, seed, position), and the position is one integer, the samples consumed so
+far. A resumed run, on the same or another number of processes, therefore has the global batches of an uninterrupted
+one.
 """
 
 import hashlib
@@ -12,17 +12,17 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-# (epoch, dataset index): what is drawn for a sample may depend on the epoch, never on the rank or the worker.
+# (epoch, dataset index): random choices for a sample may depend on both, never on the rank or the worker.
 Draw = tuple[int, int]
-# The epoch of a draw that is a window of replayed text; its index then counts the windows drawn so far.
+# In place of the epoch: the draw is a window of replayed text, and its index counts the windows since step 0.
 REPLAYED = -1
 
 
 class IndexSampler(Sampler[list[Draw]]):
     """Yields this rank's micro-batches of draws, from `consumed` to the end of the run.
 
-    One pass over the sampler is the whole run, however many epochs of data it takes: an epoch that ends
-    inside a batch is continued by the next one's permutation, so every index is drawn once per epoch.
+    One pass over the sampler is the whole run, whatever the number of epochs: an epoch that ends inside a batch is
+    continued by the next one's permutation, so every index is drawn once per epoch.
 
     Attributes:
         consumed: samples already trained on, over all ranks; set on resume, before iteration.
@@ -54,7 +54,7 @@ class IndexSampler(Sampler[list[Draw]]):
         self._permutation: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run, on each rank: resuming does not change it."""
+        """Micro-batches of the whole run per rank, also after resuming."""
         return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -74,10 +74,10 @@ class IndexSampler(Sampler[list[Draw]]):
         )
         draws = np.stack([epochs, indices], axis=1)
         if self.replayed:
-            before = np.arange(self.batch_size) * self.replayed // self.batch_size
-            after = (np.arange(self.batch_size) + 1) * self.replayed // self.batch_size
-            number = start // self.batch_size * self.replayed + before
-            draws[after > before] = np.stack([np.full_like(number, REPLAYED), number], axis=1)[after > before]
+            count = np.arange(self.batch_size + 1) * self.replayed // self.batch_size  # windows before each place
+            places = np.flatnonzero(np.diff(count))
+            draws[places, 0] = REPLAYED
+            draws[places, 1] = start // self.batch_size * self.replayed + count[places]
         return draws
 
     def _epoch_permutation(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -87,8 +87,18 @@ class IndexSampler(Sampler[list[Draw]]):
         return self._permutation
 
     def stream_hash(self, samples: int) -> str:
-        """sha256 of the draws of the first `samples` samples: equal in two arms that see the same stream."""
+        """sha256 of the first `samples` draws: equal in two arms with the same data order."""
         digest = hashlib.sha256()
         for start in range(0, samples, self.batch_size):
             digest.update(self.global_batch(start).tobytes())
         return digest.hexdigest()
+
+
+def choose_caption(captions: int, seed: int, epoch: int, index: int) -> int:
+    """Which of several captions a sample has in an epoch."""
+    return int(np.random.default_rng([seed, epoch, index]).integers(captions))
+
+
+def drops_caption(share: float, seed: int, epoch: int, index: int) -> bool:
+    """Whether `data.caption_dropout` empties a sample's caption in an epoch."""
+    return bool(np.random.default_rng([seed, epoch, index, 1]).random() < share)

@@ -1,7 +1,7 @@
 """Sources of captioned images, by name: scenes, image folders, Parquet files, tar files, Hugging Face datasets.
 
-A source is a sized sequence of `Pair`s. An image that cannot be read raises `RejectedPairError` with a reason, which
-`prepare` counts; nothing else may go wrong in silence.
+A source is a sized sequence of `Pair`s. An unusable sample raises `RejectedPairError` with a reason, which `prepare`
+counts; every other error stops it.
 """
 
 import io
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.pairs import (
@@ -25,21 +25,14 @@ from t2i_lm.data.pairs import (
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.tars import TarFolder, open_tars
 
-# Share of a source without a validation part of its own that is held out, by position.
+# Every 20th sample, by position, is validation where a source has no validation split.
 HELD_OUT_EVERY = 20
 SPLITS = ("train", "val")
 METADATA = "metadata.jsonl"
 
 
-class Records(Protocol):
-    """Rows that a source turns into pairs."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Any: ...
-
-
 class ImageFolder:
-    """A folder with `metadata.jsonl`: one `{"file_name": ..., "captions": [...]}` a line."""
+    """A folder with `metadata.jsonl`: one `{"file_name": ..., "captions": [...]}` per line."""
 
     def __init__(self, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         self.folder, self.rows = folder, rows
@@ -56,7 +49,7 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the image and the caption column of a Hugging Face dataset."""
+    """Names of the image and caption columns of a Hugging Face dataset."""
 
     IMAGES = ("image", "jpg", "png", "webp")
     CAPTIONS = ("captions", "caption", "text", "txt")
@@ -65,10 +58,10 @@ class Columns:
 
     @classmethod
     def find(cls, names: Sequence[str], origin: str) -> "Columns":
-        """The first known name of either.
+        """The first known name of each.
 
         Raises:
-            ValueError: if one of them is absent.
+            ValueError: if there is none.
         """
 
         def first(known: tuple[str, ...]) -> str:
@@ -80,7 +73,7 @@ class Columns:
         return cls(first(cls.IMAGES), first(cls.CAPTIONS))
 
     def pair(self, row: dict[str, Any], name: str) -> Pair:
-        """The pair of a row whose image is undecoded: bytes, or else a path."""
+        """The pair of a row with an undecoded image: bytes, or else a path."""
         cell = row[self.image] or {}
         if cell.get("bytes") is None and cell.get("path") is None:
             raise RejectedPairError("no image", name)
@@ -95,22 +88,22 @@ class Table:
         import datasets
 
         self.columns, self.indices = Columns.find(rows.column_names, origin), indices
-        # Undecoded bytes, so that a bad image is our reject and not a crash inside the reader.
+        # Undecoded, so that a bad image is a reject and not an exception inside `datasets`.
         self.rows = rows.cast_column(self.columns.image, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Pair:
-        place = self.indices[index]
-        return self.columns.pair(self.rows[place], f"row {place}")
+        row = self.indices[index]
+        return self.columns.pair(self.rows[row], f"row {row}")
 
 
 class Stream:
-    """A streamed Hugging Face dataset; where it has no validation part, every 20th sample of a shard is held out."""
+    """A streamed Hugging Face dataset."""
 
     def __init__(self, rows: Any, origin: str, keep: Callable[[int], bool]) -> None:
-        """`keep` says by its place in the shard whether a sample belongs to the split."""
+        """`keep` selects the split's samples by their position in a shard."""
         import datasets
 
         if rows.column_names is None:
@@ -123,25 +116,30 @@ class Stream:
         return int(self.rows.num_shards)
 
     def shard(self, number: int) -> Iterator[Sample]:
-        """The samples of a shard in order."""
-        for place, row in enumerate(self.rows.shard(num_shards=self.shards, index=number)):
-            if self.keep(place):
-                yield partial(self.columns.pair, row, f"shard {number} row {place}")
+        """The samples of one shard, in order."""
+        for position, row in enumerate(self.rows.shard(num_shards=self.shards, index=number)):
+            if self.keep(position):
+                yield partial(self.columns.pair, row, f"shard {number} row {position}")
 
 
-def held_out(size: int, split: str) -> list[int]:
-    """Indices of a split where the source has none of its own: every 20th sample is validation."""
-    return [index for index in range(size) if (index % HELD_OUT_EVERY == 0) == (split == "val")]
+def in_split(position: int, split: str) -> bool:
+    """Whether a sample of a source without a validation split belongs to `split`."""
+    return (position % HELD_OUT_EVERY == 0) == (split == "val")
+
+
+def split_indices(size: int, split: str) -> list[int]:
+    """Indices of a split's samples in a source without a validation split."""
+    return [index for index in range(size) if in_split(index, split)]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a split lies.
+class SplitPath:
+    """Location of a split.
 
     Attributes:
         path: file or folder.
-        key: what gave it, for errors.
-        split: `train` or `val`; None where all that lies there is the split's.
+        key: config key of the path, for error messages.
+        split: `train` or `val`; None if all samples at `path` belong to the split.
     """
 
     path: Path
@@ -149,10 +147,10 @@ class Place:
     split: str | None
 
     @classmethod
-    def of(cls, data: DataConfig, split: str, files: str) -> "Place":
-        """`data.path` and `data.val_path`; or PATH/train and PATH/val; or PATH, of which every 20th is held out.
+    def from_config(cls, data: DataConfig, split: str, files: str) -> "SplitPath":
+        """`data.path` and `data.val_path`; or PATH/train and PATH/val; or PATH with every 20th sample held out.
 
-        `files` is the pattern of the files that a folder of samples holds.
+        PATH/train and PATH/val count if both have files of the pattern `files`.
         """
         root = Path(str(data.path))
         if data.val_path is not None:
@@ -163,19 +161,19 @@ class Place:
             return cls(root / split, "data.path", None)
         return cls(root, "data.path", split)
 
-    def own(self, size: int) -> Sequence[int]:
-        """Which of all samples there are the split's."""
-        return range(size) if self.split is None else held_out(size, self.split)
+    def indices(self, size: int) -> Sequence[int]:
+        """Indices of the split's samples among all `size` at `path`."""
+        return range(size) if self.split is None else split_indices(size, self.split)
 
 
 def image_folder(data: DataConfig, split: str, size: int) -> CaptionedSource:
     """A folder of images with `metadata.jsonl`."""
-    place = Place.of(data, split, METADATA)
-    table = place.path / METADATA
+    location = SplitPath.from_config(data, split, METADATA)
+    table = location.path / METADATA
     if not table.is_file():
         beside = "" if data.val_path else " or in its folders train and val"
         raise ValueError(
-            f"{place.key}={place.path}: no {METADATA} in {place.path}{beside}; each line is "
+            f"{location.key}={location.path}: no {METADATA} in {location.path}{beside}; each line is "
             '{"file_name": "x.jpg", "captions": ["a caption"]}'
         )
     rows = []
@@ -186,52 +184,54 @@ def image_folder(data: DataConfig, split: str, size: int) -> CaptionedSource:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{table} line {number}: no JSON object with file_name ({error})") from error
         rows.append(row)
-    return ImageFolder(place.path, [rows[index] for index in place.own(len(rows))])
+    return ImageFolder(location.path, [rows[index] for index in location.indices(len(rows))])
 
 
 def parquet(data: DataConfig, split: str, size: int) -> CaptionedSource:
     """Parquet files (one, or a folder of them) with an image and a caption column."""
     import datasets
 
-    place = Place.of(data, split, "*.parquet")
-    files = [place.path] if place.path.is_file() else sorted(place.path.glob("*.parquet"))
+    location = SplitPath.from_config(data, split, "*.parquet")
+    files = [location.path] if location.path.is_file() else sorted(location.path.glob("*.parquet"))
     if not files:
-        raise ValueError(f"{place.key}={place.path}: no Parquet file there")
+        raise ValueError(f"{location.key}={location.path}: no Parquet file there")
     cache = str(Path(data.cache_dir) / "parquet")
     try:
         rows = datasets.load_dataset(
             "parquet", data_files=[str(file) for file in files], split="train", cache_dir=cache
         )
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:
-        raise ValueError(f"{place.key}={place.path} cannot be read as Parquet: {error.__cause__ or error}") from error
-    return Table(rows, str(place.path), place.own(len(rows)))
+        raise ValueError(
+            f"{location.key}={location.path} cannot be read as Parquet: {error.__cause__ or error}"
+        ) from error
+    return Table(rows, str(location.path), location.indices(len(rows)))
 
 
 def webdataset(data: DataConfig, split: str, size: int) -> CaptionedSource:
-    """Tar files (one, or a folder of them) as img2dataset writes them."""
-    place = Place.of(data, split, "*.tar")
-    tars = open_tars(place.path, place.key)
-    return TarFolder([tars.members[index] for index in place.own(len(tars))])
+    """Tar files (one, or a folder of them) in the format of img2dataset."""
+    location = SplitPath.from_config(data, split, "*.tar")
+    tars = open_tars(location.path, location.key)
+    return TarFolder([tars.samples[index] for index in location.indices(len(tars))])
 
 
 def hub(data: DataConfig, split: str, size: int) -> CaptionedSource:
-    """A Hugging Face dataset by name; its own validation split where it has one."""
+    """A Hugging Face dataset by name, with its own validation split if it has one."""
     parts = _load_dataset(data, streaming=False)
     if "validation" in parts:
         rows = parts["train" if split == "train" else "validation"]
         return Table(rows, str(data.path), range(len(rows)))
-    return Table(parts["train"], str(data.path), held_out(len(parts["train"]), split))
+    return Table(parts["train"], str(data.path), split_indices(len(parts["train"]), split))
 
 
 def hub_stream(data: DataConfig, split: str, size: int) -> StreamedSource:
-    """The same, read once in order and never stored: for data that does not fit on a disk."""
+    """As `hub`, but read once, in order, and not stored: for data that does not fit on a disk."""
     limit = data.train_size if split == "train" else data.val_size
     if limit is not None:
-        raise ValueError(f"data.{split}_size={limit}: expected null, a stream is read to its end")
+        raise ValueError(f"data.{split}_size={limit}: expected null, since a stream is read to its end")
     parts = _load_dataset(data, streaming=True)
     if "validation" in parts:
-        return Stream(parts["train" if split == "train" else "validation"], str(data.path), lambda place: True)
-    return Stream(parts["train"], str(data.path), lambda place: (place % HELD_OUT_EVERY == 0) == (split == "val"))
+        return Stream(parts["train" if split == "train" else "validation"], str(data.path), lambda position: True)
+    return Stream(parts["train"], str(data.path), partial(in_split, split=split))
 
 
 def _load_dataset(data: DataConfig, streaming: bool) -> Any:
@@ -243,16 +243,18 @@ def _load_dataset(data: DataConfig, streaming: bool) -> Any:
             raise ValueError(f"data.path={data.path}: no split named train; it has {', '.join(parts)}")
         return parts
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise ValueError(f"data.path={data.path}: no such Hugging Face dataset in reach: {error}") from error
+        raise ValueError(
+            f"data.path={data.path}: no such Hugging Face dataset, or it is unreachable: {error}"
+        ) from error
 
 
 def scenes(data: DataConfig, split: str, size: int) -> CaptionedSource:
-    """Procedural scenes; the number of images is the config's."""
+    """Procedural scenes, as many as the config's `train_size` and `val_size`."""
     count = data.train_size if split == "train" else data.val_size
     if count is None:
-        raise ValueError(f"data.{split}_size=null: scenes are endless, so give a number")
-    drawn = "every_pair" if split == "train" and not data.hold_out_pairs else split
-    return SceneSource(count, drawn, data.seed, size)
+        raise ValueError(f"data.{split}_size=null: expected a number, since scenes are generated")
+    scene_split = "every_pair" if split == "train" and not data.hold_out_pairs else split
+    return SceneSource(count, scene_split, data.seed, size)
 
 
 SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource | StreamedSource]] = {
@@ -275,12 +277,14 @@ def open_source(data: DataConfig, split: str, image_size: int) -> CaptionedSourc
 
 
 def open_sized(data: DataConfig, split: str, image_size: int) -> CaptionedSource:
-    """The same, for what needs its images in any order.
+    """As `open_source`, with random access.
 
     Raises:
-        ValueError: also if the source can only be streamed.
+        ValueError: also if the source is a stream.
     """
     source = open_source(data, split, image_size)
     if isinstance(source, Stream):
-        raise ValueError(f"data.source={data.source}: images are needed in any order, which a stream cannot give")
+        raise ValueError(
+            f"data.source={data.source}: random access to images is required, which a stream does not have"
+        )
     return cast(CaptionedSource, source)

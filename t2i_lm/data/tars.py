@@ -1,7 +1,8 @@
-"""Captioned images in tar files as img2dataset writes them (webdataset): `000.jpg`, `000.txt`, `000.json`, ...
+"""Captioned images in tar files in the format of img2dataset (webdataset): `000.jpg`, `000.txt`, `000.json`, ...
 
-Headers are read once; a sample's bytes are then read in place. Nothing is extracted to disk and nothing is unpickled:
-images go to Pillow; captions are text, or `caption` or a list `captions` of a JSON object; others are passed over.
+Headers are read once; the bytes of a sample are then read in place. Nothing is extracted to disk or unpickled: images
+are decoded by Pillow; captions are a text file, or `caption` or a list `captions` of a JSON object; other files are
+ignored.
 """
 
 import io
@@ -15,13 +16,13 @@ from t2i_lm.data.pairs import Pair, RejectedPairError, captions_of, decode_image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTIONS = (".txt", ".json")
-# Larger captions are taken for something else.
+# Larger files are not captions.
 MAX_CAPTION_BYTES = 1_000_000
 
 
 @dataclass
-class Member:
-    """Where the files of one sample lie: (offset, size) in bytes by suffix; `damage` tells why it cannot be read."""
+class TarSample:
+    """Location of one sample's files: (offset, size) in bytes by suffix; `damage` is why it is unreadable, if so."""
 
     tar: Path
     key: str
@@ -30,25 +31,25 @@ class Member:
 
 
 class TarFolder:
-    """The samples of tar files, in the order of their names and places."""
+    """The samples of tar files, ordered by file name and position."""
 
-    def __init__(self, members: list[Member]) -> None:
-        self.members = members
+    def __init__(self, samples: list[TarSample]) -> None:
+        self.samples = samples
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Pair:
-        member = self.members[index]
-        name = f"{member.tar.name}:{member.key}"
-        if member.damage is not None:
-            raise RejectedPairError("damaged tar", f"{member.tar} {member.damage}")
-        image = next((suffix for suffix in IMAGES if suffix in member.files), None)
+        sample = self.samples[index]
+        name = f"{sample.tar.name}:{sample.key}"
+        if sample.damage is not None:
+            raise RejectedPairError("damaged tar", f"{sample.tar} {sample.damage}")
+        image = next((suffix for suffix in IMAGES if suffix in sample.files), None)
         if image is None:
             raise RejectedPairError("no image", name)
-        with member.tar.open("rb") as tar:
-            captions = captions_of(_caption(tar, member, name), name)
-            return Pair(name, decode_image(io.BytesIO(_read(tar, *member.files[image])), name), captions, None)
+        with sample.tar.open("rb") as tar:
+            captions = captions_of(_caption(tar, sample, name), name)
+            return Pair(name, decode_image(io.BytesIO(_read(tar, *sample.files[image])), name), captions, None)
 
 
 def _read(tar: io.BufferedReader, offset: int, size: int) -> bytes:
@@ -56,39 +57,39 @@ def _read(tar: io.BufferedReader, offset: int, size: int) -> bytes:
     return tar.read(size)
 
 
-def _caption(tar: io.BufferedReader, member: Member, name: str) -> object:
-    suffix = next((suffix for suffix in CAPTIONS if suffix in member.files), None)
+def _caption(tar: io.BufferedReader, sample: TarSample, name: str) -> object:
+    suffix = next((suffix for suffix in CAPTIONS if suffix in sample.files), None)
     if suffix is None:
         return None
-    offset, size = member.files[suffix]
+    offset, size = sample.files[suffix]
     if size > MAX_CAPTION_BYTES:
         raise RejectedPairError(f"caption over {MAX_CAPTION_BYTES:,} bytes", name)
     try:
         text = _read(tar, offset, size).decode("utf-8")
         if suffix == ".txt":
             return text
-        found = json.loads(text)
-        return found["captions"] if "captions" in found else found["caption"]
+        fields = json.loads(text)
+        return fields["captions"] if "captions" in fields else fields["caption"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise RejectedPairError("unreadable caption", name) from error
 
 
 def _damage_after(path: Path, end: int) -> str | None:
-    """What is wrong behind the last member that was read, which ends at byte `end`; tarfile itself just stops."""
+    """Damage after byte `end`, the end of the last file that was read: there `tarfile` stops without an error."""
     size = path.stat().st_size
     if size < end:
         return f"ends at byte {size} of {end}"
     block = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     with path.open("rb") as tar:
         following = _read(tar, block, tarfile.BLOCKSIZE)
-    if following != bytes(tarfile.BLOCKSIZE):  # a whole tar goes on with a block of zeros
+    if following != bytes(tarfile.BLOCKSIZE):  # an intact tar continues with a block of zeros
         return f"is cut or damaged after byte {end}"
     return None
 
 
-def scan(path: Path) -> Iterator[Member]:
-    """The samples of one tar, by its headers; a damaged end is one more, unreadable member."""
-    current: Member | None = None
+def scan_tar(path: Path) -> Iterator[TarSample]:
+    """The samples of one tar, from its headers; damage replaces the last sample by an unreadable one."""
+    current: TarSample | None = None
     end = 0
     try:
         with tarfile.open(path, "r:") as tar:
@@ -102,24 +103,24 @@ def scan(path: Path) -> Iterator[Member]:
                 if current is None or current.key != key:
                     if current is not None:
                         yield current
-                    current = Member(path, key)
+                    current = TarSample(path, key)
                 current.files[suffix] = (entry.offset_data, entry.size)
         damage = _damage_after(path, end)
     except tarfile.TarError as error:
         damage = f"after byte {end}: {error}"
-    if current is not None and damage is None:
+    if damage is not None:  # the last sample may be incomplete
+        yield TarSample(path, "end", damage=damage)
+    elif current is not None:
         yield current
-    if damage is not None:  # its last sample is in doubt
-        yield Member(path, "end", damage=damage)
 
 
 def open_tars(path: Path, key: str = "data.path") -> TarFolder:
-    """A tar file, or the tar files of a folder; `key` gave the path, for errors.
+    """The samples of a tar file or of the tar files of a folder; `key` is the config key of `path`, for errors.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no tar file.
     """
     tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
     if not tars:
         raise ValueError(f"{key}={path}: no tar file there")
-    return TarFolder([member for tar in tars for member in scan(tar)])
+    return TarFolder([sample for tar in tars for sample in scan_tar(tar)])

@@ -1,4 +1,4 @@
-"""Plain text as a source: files of documents separated by form feeds, or a Hugging Face dataset."""
+"""Sources of plain text: files of documents separated by form feeds, or a Hugging Face dataset."""
 
 import gzip
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
     """Documents of a text file (`.txt`, `.txt.gz`), a folder of them, or a Hugging Face dataset.
 
     Args:
-        path: file or folder; anything else is taken as `hub-name[:split]`, column `text`.
-        key: the config key that names it, for errors.
+        path: file or folder; anything else is `hub-name[:split]`, column `text`.
+        key: config key of `path`, for error messages.
 
     Raises:
-        ValueError: if there is nothing to read at `path`.
+        ValueError: if `path` cannot be read or holds no text file.
     """
     location = Path(path)
     if location.is_dir():
@@ -47,7 +47,7 @@ def _hub_documents(name: str, key: str) -> Iterator[str]:
         rows = load_dataset(repository, split=split or "train", streaming=True)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, HFValidationError) as error:
         raise ValueError(
-            f"{key}={name!r} is no file or folder here and no Hugging Face dataset in reach: {error}"
+            f"{key}={name!r} is neither a file or folder nor a reachable Hugging Face dataset: {error}"
         ) from error
     for row in rows:
         yield row["text"]

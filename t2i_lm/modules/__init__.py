@@ -1,1 +1,1 @@
-"""LightningModules: one a task."""
+"""LightningModules: one per task."""

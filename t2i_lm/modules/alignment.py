@@ -14,10 +14,10 @@ from t2i_lm.modules.base import OptimizedModule
 
 
 class AlignmentModule(OptimizedModule):
-    """Image rows and a temperature learn; text rows stay the language model's.
+    """CLIP's symmetric loss with trainable image rows and temperature; the text rows are frozen.
 
-    The loss is the mean of both directions, over all pairs of the global batch. Its inverse temperature is learnt
-    through its logarithm and clamped after every step, as in CLIP.
+    The loss is the mean of both directions over all pairs of the global batch. The logarithm of the inverse temperature
+    is the parameter, clamped after every step, as in CLIP.
     """
 
     modalities = ("image_to_text", "text_to_image")
@@ -32,7 +32,7 @@ class AlignmentModule(OptimizedModule):
 
     @property
     def scale(self) -> Tensor:
-        """The inverse temperature that multiplies cosines, 0-d."""
+        """The inverse temperature, which multiplies cosines, 0-d."""
         return self.log_scale.exp()
 
     def bags(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ class AlignmentModule(OptimizedModule):
         return image_BD, bag_of_words(self.embedding.text, batch["text_ids_L"], batch["text_starts_B"])
 
     def nll(self, batch: dict[str, Any]) -> Tensor:
-        """Nll (2, B): of each image's caption, and of each caption's image."""
+        """Negative log-likelihood (2, B) of each image's caption and of each caption's image."""
         with torch.autocast(self.device.type, enabled=False):
             image_BD, text_BD = self.bags(batch)
             images_ND, texts_ND = gather(image_BD), gather(text_BD)
@@ -63,21 +63,21 @@ class AlignmentModule(OptimizedModule):
         return (hashes_B2[:, None] == gather(hashes_B2)[None]).any(dim=-1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """The mean loss of this rank's pairs; ranks have equally many, so their average is the global mean."""
+        """Mean loss of this rank's pairs; all ranks have equally many, so DDP's average is the global mean."""
         nll_2B = self.nll(batch)
         return {"loss": nll_2B.mean(), **self._report(batch, nll_2B)}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Sums and counts of one batch of as many candidates as in training."""
+        """Sums and counts of one batch, with as many candidates as in training."""
         return self._report(batch, self.nll(batch))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Clamps the parameter itself, so that a gradient can bring it back."""
+        """Clamps the parameter itself: clamping in the forward pass would leave it without gradient."""
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(self.config.align.logit_scale_max))
 
     def scalars(self) -> dict[str, float]:
-        """What is logged beside the loss: the right panel of Figure 6."""
+        """The logit scale, logged beside the loss (Figure 6, right panel)."""
         return {"logit_scale": min(float(self.scale.detach()), self.config.align.logit_scale_max)}
 
     def _report(self, batch: dict[str, Any], nll_2B: Tensor) -> dict[str, Any]:

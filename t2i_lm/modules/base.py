@@ -1,8 +1,17 @@
-"""What every language-modelling task shares: the step, the exact token mean and the optimizer.
+"""Training steps of the language-modeling tasks: split loss, exact token mean, optimizer.
 
-A step returns sums and counts per modality (`callbacks.base.contract`); the loss that is differentiated is the
-(weighted) mean over all tokens of the *global* batch, pads excluded, however the batch is cut over ranks and
-micro-batches.
+Where the split loss is computed:
+
+1. `on_before_batch_transfer`: runs `find_targets` while the batch is on the host.
+2. `find_targets`: `classify` assigns each target a modality; the counted targets become indices (`TargetIndex`).
+3. `decoder.hidden_at` (models/backbone.py): hidden states at those indices.
+4. `Output.forward` (models/token_rows.py): calls the loss there, since only there FSDP2 has the rows whole.
+5. `linear_cross_entropy` (models/cross_entropy.py): negative log-likelihood of each target.
+6. `split_sums` (below): sum and count per modality, returned by the step (`callbacks.base.contract`).
+7. `EMASplitPerplexity` (callbacks/perplexity.py): reduces them over ranks, smooths, exponentiates.
+
+The differentiated loss is the (weighted) mean over all tokens of the *global* batch, pads excluded, however the batch
+is cut over ranks and micro-batches.
 """
 
 from collections.abc import Sequence
@@ -25,16 +34,16 @@ from t2i_lm.models.packing import TargetIndex
 from t2i_lm.modules.l2_sp import Anchor
 from t2i_lm.modules.optim import OPTIMIZERS, cosine_with_warmup
 
-# Processes that hold copies, and those that share one.
+# Mesh dimensions: replicas, and the processes that share one replica.
 MESH = ("replicate", "shard")
 
 
 class OptimizedModule(pl.LightningModule):
-    """A module trained as its experiment's `optim` says.
+    """A LightningModule with the optimizer, schedule and gradient clipping of the config's `optim` section.
 
     Attributes:
-        gradient_norm: total norm of this step's gradient, 0-d, where a callback took it (`callbacks.base.contract`).
-        gradient_scale: what this step's gradient is multiplied by before it is clipped, 0-d; None for 1.
+        gradient_norm: total norm of this step's gradient, 0-d, if a callback computed it (`callbacks.base.contract`).
+        gradient_scale: factor of this step's gradient before clipping, 0-d; None for 1.
     """
 
     gradient_norm: Tensor | None = None
@@ -45,7 +54,6 @@ class OptimizedModule(pl.LightningModule):
         self.config = config
 
     def configure_optimizers(self) -> Any:
-        """The experiment's optimizer over trainable parameters, and the schedule by optimizer step."""
         config = self.config.optim
         optimizer = OPTIMIZERS[config.name](list(self.named_parameters()), config)
         schedule = cosine_with_warmup(optimizer, config, self.config.trainer.max_steps)
@@ -57,17 +65,17 @@ class OptimizedModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Multiplies the gradient by `gradient_scale` and clips its total norm, in one pass over it.
+        """Multiplies the gradient by `gradient_scale` and clips its total norm, in one pass.
 
-        Lightning's own way refuses a fused optimizer under mixed precision, since a float16 gradient scaler would
-        unscale inside the optimizer's step, after clipping. There is no scaler in bfloat16.
+        Lightning's implementation refuses fused optimizers under mixed precision, since a float16 gradient scaler
+        unscales inside the optimizer's step, after clipping. bfloat16 has no scaler.
         """
         assert gradient_clip_val is not None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if self.gradient_norm is None else self.gradient_norm
         scale = torch.ones_like(norm) if self.gradient_scale is None else self.gradient_scale
-        # As torch.nn.utils.clip_grad_norm_ would of the scaled gradient.
+        # Equals torch.nn.utils.clip_grad_norm_ on the scaled gradient.
         factor = scale * (gradient_clip_val / (norm * scale + 1e-6)).clamp(max=1)
         for gradient in gradients:
             gradient.mul_(factor.to(gradient.dtype))
@@ -75,29 +83,29 @@ class OptimizedModule(pl.LightningModule):
 
 
 class Targets(NamedTuple):
-    """The targets of a batch that count, found on the host, so that a step never waits for the device.
+    """The N counted targets of a batch, computed on the host, so that a step never waits for the device.
 
     Attributes:
-        wanted: where they are among all (B, T) targets.
-        class_N: class of each of the N targets.
-        more: what else a module finds there.
+        indices: their positions among all (B, T) targets.
+        class_N: their classes.
+        text: the text targets among them (`modules.distillation.TextTargets`); None without distillation.
     """
 
-    wanted: TargetIndex
+    indices: TargetIndex
     class_N: Tensor
-    more: Any = None
+    text: Any = None
 
 
 class DecoderModule(OptimizedModule):
     """A decoder trained on next-token prediction.
 
-    Subclasses set `modalities` and say which class a target belongs to.
+    Subclasses set `modalities` and implement `classify`.
     """
 
     modalities: tuple[str, ...]
-    # Factor of each modality in the loss; None where all are 1, so that nothing is multiplied.
+    # Loss weight of each modality; None where all are 1, which saves the multiplication.
     weight_M: Tensor | None
-    # Whether the softmax is over the image rows alone; then only image targets may be valid.
+    # Softmax over the image rows alone; all valid targets must then be image tokens.
     image_rows_only = False
 
     def __init__(self, decoder: Backbone, config: ExperimentConfig) -> None:
@@ -105,18 +113,18 @@ class DecoderModule(OptimizedModule):
         self.decoder = decoder
         decoder.output.loss, decoder.output.z_loss = loss_backend(config.loss.backend), config.loss.z
         self._configured = False
-        # Targets seen since the last optimizer step, on this rank; each counted by its weight.
+        # Targets since the last optimizer step, on this rank, counted by weight.
         self._step_count: Tensor | None = None
         self.register_buffer("weight_M", None, persistent=False)
         self.anchor = Anchor(decoder, config.optim.l2_sp) if config.optim.l2_sp else None
 
     def set_weights(self, weights: Sequence[float]) -> None:
-        """Factors of `modalities` in the loss that is differentiated; what is reported stays unweighted."""
+        """Sets the weights of `modalities` in the differentiated loss; reported losses stay unweighted."""
         assert len(weights) == len(self.modalities)
         self.weight_M = torch.tensor(weights)
 
     def configure_model(self) -> None:
-        """Float8 layers and shards, as the trainer's keys say; once, after its processes have found each other."""
+        """Applies `trainer.fp8` and FSDP2 sharding, once, after the process group exists."""
         if self._configured:
             return
         self._configured = True
@@ -137,22 +145,22 @@ class DecoderModule(OptimizedModule):
         raise NotImplementedError
 
     def find_targets(self, ids_BT: Tensor) -> Targets:
-        """The targets of a batch that count; of ids on a GPU, waits for them."""
+        """The counted targets of a batch. Synchronizes with the GPU if `ids_BT` is on one."""
         class_BT, valid_BT = self.classify(ids_BT[:, 1:])
-        wanted = self.decoder.wanted(valid_BT)
-        return Targets(wanted, wanted.of(class_BT))
+        indices = self.decoder.wanted(valid_BT)
+        return Targets(indices, indices.of(class_BT))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Adds the batch's `targets` while its ids are on the host; pinned, so that no copy waits for a GPU."""
+        """Adds `targets` to the batch while its ids are on the host; pinned, so that the copy is asynchronous."""
         targets = self.find_targets(batch["ids_BT"])
         if self.device.type == "cuda":
             targets = apply_to_collection(targets, Tensor, Tensor.pin_memory)
         return batch | {"targets": targets}
 
     def sums(self, ids_BT: Tensor, targets: Targets | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted nll summed over valid targets with gradient, and nll_sum (M,), count (M,) without either.
+        """Weighted sum of nll with gradient, then unweighted, detached nll_sum (M,) and count (M,).
 
-        `targets` are those of `find_targets`, which are found here where they are not given.
+        `targets` default to `find_targets(ids_BT)`.
         """
         if targets is None:
             targets = self.find_targets(ids_BT)
@@ -162,20 +170,19 @@ class DecoderModule(OptimizedModule):
         return loss.total, nll_sum_M, count_M
 
     def token_loss(self, input_BT: Tensor, target_BT: Tensor, targets: Targets, weight_N: Tensor | None) -> TokenLoss:
-        """Loss of the N valid targets, each times its weight in `total` (None: 1); a subclass may add terms to that."""
-        loss: TokenLoss = self.decoder(input_BT, target_BT, targets.wanted, self.image_rows_only, weight_N)
+        """Loss of the N counted targets, weighted in `total` (None: 1); subclasses may add terms to `total`."""
+        loss: TokenLoss = self.decoder(input_BT, target_BT, targets.indices, self.image_rows_only, weight_N)
         return loss
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Loss of one micro-batch, scaled so that `on_before_optimizer_step` makes the exact mean."""
+        """Loss of one micro-batch; `on_before_optimizer_step` corrects its scale to the exact mean."""
         total, nll_sum_M, count_M = self.sums(batch["ids_BT"], batch.get("targets"))
         count = count_M.sum() if self.weight_M is None else (count_M * self.weight_M).sum()
         self._step_count = count if self._step_count is None else self._step_count + count
-        # Divided by the nominal size only to keep gradients of ordinary magnitude until the exact count is known.
+        # The nominal size keeps gradients at an ordinary magnitude until the exact count is known.
         return {"loss": total / batch["tokens_nominal"], **self._report(batch, nll_sum_M, count_M)}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Sums and counts of one batch."""
         _, nll_sum_M, count_M = self.sums(batch["ids_BT"], batch.get("targets"))
         return self._report(batch, nll_sum_M, count_M)
 
@@ -189,10 +196,10 @@ class DecoderModule(OptimizedModule):
         }
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Finds what makes the accumulated, rank-averaged gradient the mean over the global batch's tokens.
+        """Sets `gradient_scale` so that the gradient is the mean over the global batch's tokens.
 
-        Clipping applies it. Lightning divides each micro-batch's loss by `accumulate_grad_batches` and DDP
-        averages over ranks; each divided by `tokens_nominal` of its micro-batch, equal everywhere.
+        Until then it is divided by `tokens_nominal` (equal in all micro-batches) in `training_step`, by
+        `accumulate_grad_batches` in Lightning and by the number of ranks in DDP.
         """
         assert self._step_count is not None
         count = self._step_count.clone()
@@ -206,12 +213,12 @@ class DecoderModule(OptimizedModule):
 
     @property
     def nominal_length(self) -> int:
-        """Positions of one sequence as counted in `tokens_nominal`."""
+        """Positions per sequence, as counted in `tokens_nominal`."""
         return self.config.data.length
 
 
 def split_sums(nll_N: Tensor, class_N: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Sum and count of `nll_N` in each class; never means of means.
+    """Sum and count of `nll_N` per class; sums, since a mean of means would be wrong.
 
     Args:
         nll_N: negative log-likelihood of each target, nats.
@@ -219,8 +226,8 @@ def split_sums(nll_N: Tensor, class_N: Tensor, classes: int) -> tuple[Tensor, Te
         classes: number of classes M.
 
     Returns:
-        (nll_sum_M float64, count_M int64), detached and on the inputs' device. float64 so that the
-        sums of a whole validation set do not depend on its order within printed precision.
+        nll_sum_M (float64) and count_M (int64), detached, on the inputs' device. float64, so that the sums of a
+        whole validation set do not depend on its order within printed precision.
     """
     nll_N = nll_N.detach().double()
     nll_sum_M = torch.zeros(classes, dtype=torch.float64, device=nll_N.device)

@@ -1,7 +1,7 @@
 """Distillation from the frozen initial language model, on the text of captions and of replay.
 
-Shapes: `B` batch, `T` positions, `N` text targets, `M` all targets, `D` width, `V` text rows; `U` positions that the
-initial model reads.
+Shapes: `B` batch, `T` positions, `N` text targets, `M` all targets, `D` width, `V` text rows, `U` positions of the
+initial model's input.
 """
 
 import copy
@@ -20,74 +20,75 @@ from t2i_lm.tokenizers.layout import BOUNDARY, IMAGE, Layout
 
 
 class TextTargets(NamedTuple):
-    """The text targets of a batch, where both models' states for them are.
+    """The N text targets of a batch, and where both models predict them.
 
     Attributes:
-        among_N: their numbers among the M targets.
-        read: U, which is enough for all of them.
-        place_N: where the initial model predicts them, in its flattened (B, U) batch.
+        among_N: their indices among the M targets.
+        length: U, the shortest input of the initial model that covers all of them.
+        place_N: their indices in the initial model's flattened (B, U) output.
     """
 
     among_N: Tensor
-    read: int
+    length: int
     place_N: Tensor
 
 
 class DistilledModule(TextToImageModule):
-    """Text-to-image with `distil.weight` times KL(initial || trained) at every text target.
+    """Text-to-image plus `distil.weight` times KL(initial || trained) at every text target.
 
-    Both distributions are over the text rows alone: the initial model knows no others. It reads a caption as the
-    beginning of a document, without the boundary tokens that it never saw, and replayed text as it is.
+    Both distributions are over the text rows alone, the only ones that the initial model has. Its input is the
+    caption as the beginning of a document, without the boundary tokens, which it was not trained on; replayed text is
+    unchanged.
     """
 
     def __init__(self, decoder: Backbone, config: ExperimentConfig, layout: Layout, document_end: int) -> None:
-        """`decoder` as it begins; `document_end` is its text tokenizer's."""
+        """`decoder` has its initial weights; `document_end` is its text tokenizer's."""
         super().__init__(decoder, config, layout)
         self.document_end = document_end
-        # In a list, so that it is no submodule: neither saved, nor counted, nor trained.
+        # In a list, so that it is not a submodule: neither saved nor counted nor trained.
         self._teacher = [copy.deepcopy(decoder).requires_grad_(False).eval()]
         self._latest: Tensor | None = None
 
     def find_targets(self, ids_BT: Tensor) -> Targets:
-        """As the base module's, with the `TextTargets` among them."""
+        """The base module's targets, with `text` set."""
         targets = super().find_targets(ids_BT)
         T = ids_BT.shape[1] - 1
         among_N = ((targets.class_N != IMAGE) & (targets.class_N != BOUNDARY)).nonzero().squeeze(1)
-        place_N = targets.wanted.place_M[among_N]
+        place_N = targets.indices.place_M[among_N]
         row_N, position_N = place_N // T, place_N % T
-        # A caption's first two, <doc> and <text>, are one token to the initial model: it is one position behind.
+        # <doc> and <text> at a caption's start are one token to the initial model, so its positions are one less.
         position_N = position_N - self._captions(ids_BT)[row_N].long()
-        read = int(position_N.max()) + 1 if len(position_N) else 1
-        return targets._replace(more=TextTargets(among_N, read, row_N * read + position_N))
+        length = int(position_N.max()) + 1 if len(position_N) else 1
+        return targets._replace(text=TextTargets(among_N, length, row_N * length + position_N))
 
     def token_loss(self, input_BT: Tensor, target_BT: Tensor, targets: Targets, weight_N: Tensor | None) -> TokenLoss:
-        """As the base module's, the divergence added to `total`; without gradient it would be thrown away."""
+        """The base module's loss, the divergence added to `total` (only with gradient: validation ignores `total`)."""
         if not torch.is_grad_enabled():
             return super().token_loss(input_BT, target_BT, targets, weight_N)
-        x_MD = self.decoder.hidden_at(input_BT, targets.wanted)
-        loss: TokenLoss = self.decoder.output(x_MD, targets.wanted.of(target_BT), weight_N=weight_N)
-        text: TextTargets = targets.more
+        x_MD = self.decoder.hidden_at(input_BT, targets.indices)
+        loss: TokenLoss = self.decoder.output(x_MD, targets.indices.of(target_BT), weight_N=weight_N)
+        text: TextTargets = targets.text
         divergence_N = self.divergence(x_MD.index_select(0, text.among_N), input_BT, text)
         self._latest = divergence_N.detach().sum() / max(1, len(divergence_N))
         return loss._replace(total=loss.total + self.config.distil.weight * divergence_N.sum())
 
     def divergence(self, x_ND: Tensor, input_BT: Tensor, text: TextTargets) -> Tensor:
-        """KL(initial || trained) (N,) in nats at text targets, with gradient to their hidden states `x_ND`."""
+        """KL(initial || trained) (N,) in nats at the text targets, differentiable in their hidden states `x_ND`."""
         rows_VD = self.decoder.output.text
         teacher = self._teacher[0].to(rows_VD.device)
-        # A caption without <doc>, and the end of a document for <text>.
+        # Drop <doc>, and replace <text> by the end of a document.
         shifted_BT = torch.where(self._captions(input_BT)[:, None], input_BT.roll(-1, dims=1), input_BT)
         shifted_BT = shifted_BT.masked_fill(shifted_BT >= self.layout.vocab.text_size, self.document_end)
         with torch.no_grad():
-            teacher_ND = teacher.hidden(shifted_BT[:, : text.read]).flatten(0, 1).index_select(0, text.place_N)
+            teacher_ND = teacher.hidden(shifted_BT[:, : text.length]).flatten(0, 1).index_select(0, text.place_N)
             log_teacher_NV = F.linear(teacher_ND, teacher.output.text).float().log_softmax(dim=1)
         log_own_NV = F.linear(x_ND, rows_VD).float().log_softmax(dim=1)
         return (log_teacher_NV.exp() * (log_teacher_NV - log_own_NV)).sum(dim=1)
 
     def _captions(self, ids_BT: Tensor) -> Tensor:
-        """Which sequences (B,) are captions with images: those that begin with a boundary."""
+        """Mask (B,) of the caption-image sequences: those that begin with a boundary token."""
         return ids_BT[:, 0] >= self.layout.vocab.text_size
 
     def scalars(self) -> dict[str, Any]:
-        """The last micro-batch's mean divergence, nats a text target (this rank's)."""
+        """Mean divergence of this rank's last micro-batch, nats/text target."""
         return {} if self._latest is None else {"distil_kl": float(self._latest)}

@@ -1,4 +1,4 @@
-"""Training a small image tokenizer: autoencoder first, then k-means into the codebook, then quantized."""
+"""Training a small image tokenizer: autoencoder, then k-means for the codebook, then quantized."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.modules.base import OptimizedModule
 from t2i_lm.tokenizers.vq import PatchedVQ, to_uint8, to_unit
 
-# Latest encoder outputs kept for k-means and for re-seeding unused codes.
+# Number of latest encoder outputs in the buffer for k-means and for re-seeding unused codes.
 RECENT = 32_768
 
 
 class ImageTokenizerModule(OptimizedModule):
     """Trains a `PatchedVQ` on images.
 
-    For `warmup_fraction` of the steps the decoder sees continuous latents. Then k-means of recent latents
-    becomes the codebook, which avoids its collapse, and the rest of the run is quantized with a
-    straight-through gradient. Codes unused for `restart_every` steps are re-seeded from recent latents.
+    For `warmup_fraction` of the steps the decoder's input is continuous latents. Then k-means of recent latents
+    initializes the codebook, which avoids collapse, and the rest of the run is quantized with a straight-through
+    gradient. Codes unused for `restart_every` steps are re-seeded from recent latents.
     """
 
     recent: Tensor
@@ -32,7 +32,7 @@ class ImageTokenizerModule(OptimizedModule):
         self.model = model
         self.settings = config.image_tokenizer
         self.quantize_from = int(self.settings.warmup_fraction * config.trainer.max_steps)
-        # In the checkpoint, so that a resumed run re-seeds with what an unbroken one would.
+        # In the checkpoint, so that a resumed run re-seeds from the same latents as an uninterrupted one.
         self.register_buffer("recent", torch.zeros(RECENT, model.config.code_dim))
         self.register_buffer("used", torch.zeros(model.config.codes, dtype=torch.int64))
         self._val: dict[str, Tensor] = {}
@@ -66,7 +66,7 @@ class ImageTokenizerModule(OptimizedModule):
         }
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        """Re-seeds unused codes every `restart_every` steps of the quantized phase, but not in its last tenth."""
+        """Re-seeds unused codes every `restart_every` steps of the quantized phase, except in the run's last tenth."""
         step, last = self.global_step, 0.9 * self.config.trainer.max_steps
         since = step - self.quantize_from
         if since > 0 and since % self.settings.restart_every == 0 and step < last:
@@ -79,20 +79,20 @@ class ImageTokenizerModule(OptimizedModule):
 
     @torch.no_grad()
     def _seed_codebook(self) -> None:
-        centres = torch.empty_like(self.model.codebook)
+        centers = torch.empty_like(self.model.codebook)
         if self.global_rank == 0:
-            found, _ = kmeans2(
-                self.recent.cpu().double().numpy(), len(centres), minit="++", rng=self.config.seed, missing="warn"
+            means, _ = kmeans2(
+                self.recent.cpu().double().numpy(), len(centers), minit="++", rng=self.config.seed, missing="warn"
             )
-            centres.copy_(torch.from_numpy(found))
-        self.model.codebook.copy_(_from_rank_zero(centres))
+            centers.copy_(torch.from_numpy(means))
+        self.model.codebook.copy_(_from_rank_zero(centers))
 
     @torch.no_grad()
     def _restart_unused(self) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.used)
         unused = self.used == 0
-        # Far vectors first: the chance of a vector is its squared distance from its code.
+        # As in k-means++: probability proportional to the squared distance from the nearest code.
         latents_1Ehw = self.recent.T[None, :, :, None]
         error = (self.model.embed(self.model.nearest(latents_1Ehw)) - latents_1Ehw).square().sum(dim=1).flatten()
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.global_step)
@@ -105,28 +105,27 @@ class ImageTokenizerModule(OptimizedModule):
         self.used.zero_()
 
     def on_validation_epoch_start(self) -> None:
-        """Clears the sums."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._val = {name: zero.clone() for name in ("mse", "psnr", "pictures")}
+        self._val = {name: zero.clone() for name in ("mse", "psnr", "images")}
         self._val["codes"] = torch.zeros_like(self.used)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds one batch to the sums; images are quantized and rounded to uint8 as they will be seen."""
+        """Adds one batch to the sums; outputs are quantized and rounded to uint8, as when used."""
         images_BCHW = batch["images_BCHW"]
         ids_Bhw = self.model.nearest(self.model.latents(to_unit(images_BCHW)))
         output_BCHW = to_uint8(self.model.pixels(self.model.embed(ids_Bhw)))
         mse_B = (output_BCHW.double() - images_BCHW.double()).square().mean(dim=(1, 2, 3)) / 255**2
         self._val["mse"] += mse_B.sum()
         self._val["psnr"] += (-10 * torch.log10(mse_B.clamp(min=1e-10))).sum()
-        self._val["pictures"] += len(mse_B)
+        self._val["images"] += len(mse_B)
         self._val["codes"] += torch.bincount(ids_Bhw.flatten(), minlength=len(self.used))
 
     def validation_summary(self) -> dict[str, float]:
-        """PSNR in dB (of the mean error, and mean over images), share of codes used, code perplexity."""
+        """PSNR in dB (of the mean error, and averaged over images), share of codes used, code perplexity."""
         if dist.is_available() and dist.is_initialized():
             for value in self._val.values():
                 dist.all_reduce(value)
-        images, codes = float(self._val["pictures"]), self._val["codes"].double()
+        images, codes = float(self._val["images"]), self._val["codes"].double()
         share = codes / codes.sum()
         entropy = -(share * share.clamp(min=1e-30).log()).sum()
         return {
@@ -138,7 +137,7 @@ class ImageTokenizerModule(OptimizedModule):
 
 
 def edge_loss(output_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean absolute error of horizontal and vertical pixel differences: sharp outlines."""
+    """Mean absolute error of horizontal and vertical pixel differences, which favors sharp outlines."""
     across = F.l1_loss(output_BCHW.diff(dim=3), target_BCHW.diff(dim=3))
     down = F.l1_loss(output_BCHW.diff(dim=2), target_BCHW.diff(dim=2))
     return across + down

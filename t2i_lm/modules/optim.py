@@ -17,8 +17,8 @@ from t2i_lm.runtime.devices import multiplies_bfloat16
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
     """Parameter groups of the trainable parameters.
 
-    open_lm decays everything (`decay: all`, the default); `matrices` spares one-dimensional tensors. With `l2_sp`
-    pre-trained weights are pulled to where they began (`modules/anchor.py`) instead of to zero.
+    open_lm decays everything (`decay: all`, the default); `matrices` exempts one-dimensional tensors. With `l2_sp`
+    pre-trained weights decay toward their initial values (`modules/l2_sp.py`) instead of zero.
     """
     trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
@@ -34,7 +34,7 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig)
 def orthogonalize(matrix_MN: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix by the quintic Newton-Schulz iteration of Muon (Jordan et al., 2024).
 
-    In bfloat16, as `torch.optim.Muon` does, but in float32 where the device would have to emulate it.
+    In bfloat16, as `torch.optim.Muon`, or in float32 where the device would emulate bfloat16.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     dtype = torch.bfloat16 if multiplies_bfloat16(matrix_MN.device.type) else torch.float32
@@ -48,10 +48,10 @@ def orthogonalize(matrix_MN: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Muon on matrices and AdamW on the rest, as one optimizer so that one schedule drives both.
+    """Muon on matrices and AdamW on the rest, as the single optimizer of Lightning's automatic optimization.
 
-    Groups carry `rule: muon | adamw`. Updates of Muon are scaled by 0.2 sqrt(max(M, N)), which gives them
-    AdamW's root-mean-square, so both rules share a learning rate (Liu et al., 2025).
+    Groups have `rule: muon | adamw`. Muon's updates are scaled by 0.2 sqrt(max(M, N)), which gives them AdamW's
+    root-mean-square, so both rules share a learning rate (Liu et al., 2025).
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Pre-training a backbone on plain text."""
+"""Pre-training of a backbone on plain text."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from t2i_lm.modules.base import DecoderModule
 
 
 class TextModule(DecoderModule):
-    """Next-token prediction on rows of consecutive text; every target counts as `text`."""
+    """Next-token prediction on rows of consecutive text; every target is `text`."""
 
     modalities = ("text",)
 

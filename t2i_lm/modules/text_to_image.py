@@ -1,4 +1,4 @@
-"""Text-to-image: captions and their images as one sequence (Section 2)."""
+"""Text-to-image: each caption and its image as one sequence (Section 2)."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.tokenizers.layout import MODALITIES, PAD, Layout, modality_of_target
 
-# Targets of replayed text: a modality of their own behind the others, in runs that replay.
+# Class of replayed text, after the other modalities; only in runs with replay.
 REPLAY = len(MODALITIES)
 
 
 class TextToImageModule(DecoderModule):
-    """The expanded decoder on packed caption-image sequences, the loss split by the target's modality.
+    """The expanded decoder on caption-image sequences, with the loss split by the target's modality.
 
-    With `data.replay_ratio` some sequences are plain text, which counts as `replay` and not as `text`.
+    With `data.replay_ratio` some sequences are plain text, whose targets are `replay`, not `text`.
     """
 
     modalities: tuple[str, ...] = MODALITIES
@@ -32,10 +32,10 @@ class TextToImageModule(DecoderModule):
             self.set_weights(weights)
 
     def classify(self, target_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """text, image or boundary, or replay where a sequence does not begin with a boundary; pads are masked out."""
+        """text, image or boundary; replay in sequences that do not begin with a boundary. Pads are not valid."""
         modality_BT = modality_of_target(target_BT, self.layout.vocab)
         valid_BT = modality_BT != PAD
         if len(self.modalities) > REPLAY:
-            plain_B1 = target_BT[:, :1] < self.layout.vocab.text_size  # of a caption it would be <text>
+            plain_B1 = target_BT[:, :1] < self.layout.vocab.text_size  # in caption-image sequences it is <text>
             modality_BT = torch.where(plain_B1, REPLAY, modality_BT)
         return modality_BT, valid_BT

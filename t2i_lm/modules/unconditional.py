@@ -1,4 +1,4 @@
-"""Unconditional image modelling: what the text weights are worth to image tokens alone (Section 3.1, Figure 5)."""
+"""Unconditional image modeling: the value of pre-trained weights for image tokens alone (Section 3.1, Figure 5)."""
 
 from torch import Tensor
 
@@ -11,8 +11,8 @@ from t2i_lm.tokenizers.layout import BOUNDARY, IMAGE, ImageLayout, modality_of_t
 class UnconditionalImageModule(DecoderModule):
     """The expanded decoder on images without captions.
 
-    The softmax is over the whole expanded vocabulary, as in the paper, so that text rows are pushed down; with
-    `loss_rows: image` it is over the image rows, and boundary targets do not count.
+    The softmax is over the whole expanded vocabulary, as in the paper, so that text rows are trained down; with
+    `loss_rows: image` it is over the image rows, and boundary targets are not counted.
     """
 
     modalities = ("image", "boundary")
@@ -30,5 +30,5 @@ class UnconditionalImageModule(DecoderModule):
 
     @property
     def nominal_length(self) -> int:
-        """A sequence has no pads, whatever `data.length` says."""
+        """The layout's length: sequences have no pads and ignore `data.length`."""
         return self.layout.length

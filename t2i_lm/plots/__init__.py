@@ -1,1 +1,1 @@
-"""The paper's figures and ours, drawn from run folders."""
+"""The study's figures, rendered from run folders."""

@@ -1,15 +1,19 @@
-"""What is written around the figures: captions, notes and the table of final numbers."""
+"""Text around the figures: captions, notes and tables of final values."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.plots.curves import Pair, Progress, progress
+from t2i_lm.plots.comparability import uncontrolled
+from t2i_lm.plots.curves import Progress, progress
+from t2i_lm.plots.pairing import Pair
+from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.run_folder import Run
 
-# What a sentence calls each arm.
-WORDS = {"pretrained": "pre-trained", "scratch": "random"}
-# What a caption calls the data of each source; `{}` is the last part of data.path.
+# Names of the arms of a pair in a sentence.
+ARM_NAMES = {"pretrained": "pre-trained", "scratch": "random"}
+NAMED = 4  # most arms that a sentence lists by name
+# Names of data sources in a caption; `{}` is the last part of data.path.
 SOURCES = {
     "scenes": "procedural scenes",
     "image_folder": "image folder {}",
@@ -28,13 +32,13 @@ def compact(number: float) -> str:
     return f"{number:.3g}"
 
 
-def smoothing(pair: Pair) -> str:
+def smoothing(run: Run) -> str:
     """Legend text of the smoothed curves."""
-    return f"EMA {pair.pretrained.config['log']['ema']:g}"
+    return f"EMA {run.config['log']['ema']:g}"
 
 
 def final_note(pair: Pair, modality: str) -> str:
-    """Both arms' perplexity at their last common validation, in two lines; empty where there is none."""
+    """Both arms' perplexity at their last common validation, in two lines; empty without one."""
     _, gaps = pair.final_gaps([modality])
     if not gaps:
         return ""
@@ -47,68 +51,111 @@ def _perplexity(value: float) -> str:
 
 
 def pair_caption(pair: Pair) -> str:
-    """What every figure of a pair states: smoothing, scale, model, seed, length, date and data."""
+    """Sentences on smoothing, scale, seed, model, length, dates, uncontrolled differences and data of a pair."""
     run, config = pair.pretrained, pair.pretrained.config
     log = config["log"]
     step, _ = pair.final_gaps()
     seen = {arm: progress(arm_run) for arm, arm_run in pair.arms.items()}
-    dates = " and ".join(sorted({_date(arm_run) for arm_run in pair.arms.values()}))
     sentences = [
         f"Raw: mean loss of {log['interval']} steps, exponentiated. EMA: constant {log['ema']:g}, "
         f"updated every {log['interval']} steps with that loss, bias-corrected, exponentiated. "
         "Validation: held-out data.",
         *([] if step is None else [f"Upper right: validation at step {step:,}, gap in percent of random."]),
-        f"Scale {config['scale']}, seed {config['seed']}, backbone {_model(run)}, {_length(seen)}; runs of {dates}.",
+        f"Scale {config['scale']}, seed {config['seed']}, backbone {_model(run)}, {_length(seen)}; "
+        f"runs of {_dates(pair.arms.values())}.",
         *[
-            f"UNFINISHED: {WORDS[arm]} at step {seen[arm].step:,} of {config['trainer']['max_steps']:,}."
+            f"UNFINISHED: {ARM_NAMES[arm]} at step {seen[arm].step:,} of {config['trainer']['max_steps']:,}."
             for arm in pair.unfinished()
         ],
     ]
-    if differing := pair.other_differences():
+    if differing := pair.uncontrolled():
         words = "; ".join(f"{key}: {_short(one)} and {_short(two)}" for key, (one, two) in differing.items())
         sentences.append(f"NOT CONTROLLED, the arms (pre-trained and random) also differ in {words}.")
     sentences.append(_data(run))
     return " ".join(sentences)
 
 
-def group_caption(arms: dict[str, Run], wanted: Sequence[str], how: str | None = None) -> str:
-    """What a figure of several arms states: scale, model, seed, length, date, data, and who is missing.
+def group_caption(
+    arms: Mapping[str, Run], expected: Iterable[str] = (), varied: tuple[str, ...] = (), how: str | None = None
+) -> str:
+    """Sentences on scale, seeds, length, dates, missing arms, uncontrolled differences and data of several arms.
 
-    `how` says what is drawn; by default curves and their smoothing.
+    Args:
+        arms: runs by arm, the reference first.
+        expected: arms of which the missing ones are named.
+        varied: config keys, or their beginnings, in which arms differ by design.
+        how: the first sentences; None for those on curves and their smoothing.
     """
     run = next(iter(arms.values()))
     log, config = run.config["log"], run.config
     seeds = sorted({arm_run.config["seed"] for arm_run in arms.values()})
     seen = {arm: progress(arm_run) for arm, arm_run in arms.items()}
-    absent = [arm for arm in wanted if arm not in arms]
+    absent = [arm for arm in expected if arm not in arms]
     unfinished = [arm for arm, arm_run in arms.items() if arm_run.report is None]
+    differing = _differences(arms, varied)
     return " ".join(
         [
             how
             or f"Raw: mean loss of {log['interval']} steps. EMA: constant {log['ema']:g}, updated every "
             f"{log['interval']} steps, bias-corrected. Validation: held-out data.",
             f"Scale {config['scale']}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}, "
-            f"{_length(seen)}; runs of "
-            f"{' and '.join(sorted({_date(arm_run) for arm_run in arms.values()}))}.",
+            f"{_length(seen)}; runs of {_dates(arms.values())}.",
             *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
+            *([f"NOT CONTROLLED, arms also differ from {next(iter(arms))} in {differing}."] if differing else []),
             _data(run),
         ]
     )
 
 
-def loss_table(arms: dict[str, Run], modality: str) -> str:
-    """Every arm's held-out loss at its last validation and its distance from the first arm's, as text."""
+def _differences(arms: Mapping[str, Run], varied: tuple[str, ...]) -> str:
+    """Uncontrolled differences from the first arm: `key: its value and another (arms with that)`; empty if none."""
+    first, *others = arms
+    differing: dict[str, dict[str, list[str]]] = {}
+    for arm in others:
+        for key, (own, other) in uncontrolled(arms[first], arms[arm], varied).items():
+            differing.setdefault(f"{key}: {_short(own)}", {}).setdefault(_short(other), []).append(arm)
+    return "; ".join(
+        f"{key} and {', '.join(f'{value} ({_listed(names)})' for value, names in values.items())}"
+        for key, values in differing.items()
+    )
+
+
+def _listed(arms: Sequence[str]) -> str:
+    return ", ".join(arms) if len(arms) <= NAMED else f"{', '.join(arms[: NAMED - 1])} and {len(arms) - NAMED + 1} more"
+
+
+def loss_table(arms: Mapping[str, Run], modality: str, unit: str = "nats/token") -> str:
+    """Every arm's held-out loss at its last validation and its distance from the first arm's."""
     last = {arm: run.records("val")[-1] for arm, run in arms.items() if run.records("val")}
     first = next(iter(arms))
     if first not in last:
         return f"no validation of {first} yet"
     base = last[first]["val"][modality]["nll"]
-    lines = [f"{f'{modality} nll (nats)':<26}{'validation':>12}{f'- {first}':>12}{'step':>9}"]
-    for arm, record in last.items():
-        nll = record["val"][modality]["nll"]
-        lines.append(f"{arm:<26}{nll:>12.4f}{nll - base:>+z12.4f}{record['step']:>9,}")
-    return "\n".join(lines)
+    losses = {arm: (record["val"][modality]["nll"], record["step"]) for arm, record in last.items()}
+    return text_table(
+        (f"{modality} nll ({unit})", "validation", f"- {first}", "step"),
+        [(arm, f"{nll:.4f}", f"{nll - base:+z.4f}", f"{step:,}") for arm, (nll, step) in losses.items()],
+    )
+
+
+def gap_table(pair: Pair) -> str:
+    """Both arms' final held-out values and the gap."""
+    step, gaps = pair.final_gaps()
+    if step is None:
+        return "no validation that both arms have reached"
+    rows = [
+        (
+            gap.quantity + (" (nats/token)" if gap.quantity.endswith("nll") else ""),
+            f"{gap.pretrained:.4f}",
+            f"{gap.scratch:.4f}",
+            f"{gap.absolute:+z.4f}",
+            f"{gap.percent:+z.2f}",
+        )
+        for gap in gaps
+    ]
+    table = text_table((f"validation at step {step}", "pretrained", "random", "gap", "gap %"), rows)
+    return f"{table}\ngap: pretrained minus random, in percent of random"
 
 
 def _model(run: Run) -> str:
@@ -118,8 +165,8 @@ def _model(run: Run) -> str:
     return Path(name.removeprefix("asset:")).name
 
 
-def _length(seen: dict[str, Progress]) -> str:
-    """Steps and tokens, once where all arms are equally long; what is no pad may differ (replayed text has none)."""
+def _length(seen: Mapping[str, Progress]) -> str:
+    """Steps and tokens, once if all arms are equally long; tokens without pads may differ (replayed text has none)."""
     if len(seen) > 1 and len({(one.step, one.tokens) for one in seen.values()}) == 1:
         one, real = next(iter(seen.values())), sorted(arm.real for arm in seen.values())
         range_of = compact(real[0]) if real[0] == real[-1] else f"{compact(real[0])} to {compact(real[-1])}"
@@ -130,11 +177,11 @@ def _length(seen: dict[str, Progress]) -> str:
     }
     if len(set(spans.values())) == 1:
         return f"{next(iter(spans.values()))} in each arm"
-    return ", ".join(f"{WORDS.get(arm, arm)}: {span}" for arm, span in spans.items())
+    return ", ".join(f"{ARM_NAMES.get(arm, arm)}: {span}" for arm, span in spans.items())
 
 
 def _data(run: Run) -> str:
-    """Name, size and hash of the data, and that it is not the paper's."""
+    """Name, size and hash of the data, and the difference from the paper's."""
     data = run.config["data"]
     name = SOURCES.get(data["source"], data["source"]).format(Path(str(data.get("path"))).name)
     pairs = run.environment.get("train_samples")
@@ -147,26 +194,13 @@ def _data(run: Run) -> str:
 
 
 def _short(value: Any) -> str:
-    """A config value in a few letters: a path by its last part, a hash by its beginning."""
+    """A config value in at most 12 characters: the last part of a path, the beginning of a hash."""
     text = Path(value).name if isinstance(value, str) else str(value)
     return text[:12]
 
 
-def _date(run: Run) -> str:
-    """The day that a run folder is named after."""
-    name = run.folder.name
-    return f"{name[:4]}-{name[4:6]}-{name[6:8]}" if name[:8].isdigit() else name
-
-
-def gap_table(pair: Pair) -> str:
-    """Both arms' final held-out values and the gap, as text."""
-    step, rows = pair.final_gaps()
-    if step is None:
-        return "no validation that both arms have reached"
-    head = f"{f'validation at step {step}':<26}{'pretrained':>12}{'random':>12}{'gap':>12}{'gap %':>9}"
-    lines = [head]
-    for gap in rows:
-        unit = " (nats/token)" if gap.quantity.endswith("nll") else ""
-        values = f"{gap.pretrained:>12.4f}{gap.scratch:>12.4f}{gap.absolute:>+z12.4f}"
-        lines.append(f"{gap.quantity + unit:<26}{values}{gap.percent:>+z9.2f}")
-    return "\n".join([*lines, "gap: pretrained minus random, in percent of random"])
+def _dates(runs: Iterable[Run]) -> str:
+    """The first and the last day in the names of run folders."""
+    names = [run.folder.name for run in runs]
+    days = sorted({f"{name[:4]}-{name[4:6]}-{name[6:8]}" if name[:8].isdigit() else name for name in names})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"

@@ -1,38 +1,106 @@
-"""Choosing the two runs that are compared, and what to say where no two belong together."""
+"""Search for the runs of a figure: the two arms of Figures 3 and 4, and groups of arms."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from t2i_lm.plots.curves import PAIR_KEYS, Pair, config_differences, mismatches, pair_values
+from t2i_lm.plots.comparability import PAIR_KEYS, config_differences, mismatches, pair_values, uncontrolled
+from t2i_lm.plots.groups import Group
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 
-# Arm -> experiment name, `init`, and the make target that trains it.
+# Arm -> experiment, `init`, and the make target that trains it.
 ARMS = {
     "pretrained": ("t2i_pretrained", "pretrained", "exp-pretrained"),
     "scratch": ("t2i_scratch", "random", "exp-scratch"),
 }
 
 
+@dataclass(frozen=True)
+class Gap:
+    """A final value of both arms. The gap is pre-trained minus random: < 0 favors pre-training."""
+
+    quantity: str
+    pretrained: float
+    scratch: float
+
+    @property
+    def absolute(self) -> float:
+        """In the quantity's own unit."""
+        return self.pretrained - self.scratch
+
+    @property
+    def percent(self) -> float:
+        """In percent of the random arm."""
+        return 100 * self.absolute / self.scratch
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run from pre-trained and one from random weights, otherwise equal."""
+
+    pretrained: Run
+    scratch: Run
+
+    @property
+    def arms(self) -> dict[str, Run]:
+        """Both runs by arm."""
+        return {"pretrained": self.pretrained, "scratch": self.scratch}
+
+    def unfinished(self) -> list[str]:
+        """Arms without a report."""
+        return [arm for arm, run in self.arms.items() if run.report is None]
+
+    def uncontrolled(self) -> dict[str, tuple[Any, Any]]:
+        """Differences beyond `name` and `init`; empty in a controlled pair."""
+        return uncontrolled(self.pretrained, self.scratch)
+
+    def text_floor_nll(self) -> float | None:
+        """Entropy of the captions in nats per text token; None where no report has it."""
+        for run in self.arms.values():
+            if run.report and run.report.get("text_floor_nll") is not None:
+                return float(run.report["text_floor_nll"])
+        return None
+
+    def final_gaps(self, modalities: Sequence[str] = ("text", "image", "all")) -> tuple[int | None, list[Gap]]:
+        """Held-out nll (nats/token) and perplexity at the last validation of both arms.
+
+        Returns:
+            That step and an nll and a ppl row per modality; (None, []) without a common validation.
+        """
+        pretrained, scratch = ({line["step"]: line["val"] for line in run.records("val")} for run in self.arms.values())
+        common = pretrained.keys() & scratch.keys()
+        if not common:
+            return None, []
+        step = max(common)
+        mine, other = pretrained[step], scratch[step]
+        rows = []
+        for modality in modalities:
+            for key in ("nll", "ppl"):
+                if key in mine.get(modality, {}) and key in other.get(modality, {}):
+                    rows.append(Gap(f"{modality} {key}", mine[modality][key], other[modality][key]))
+        return step, rows
+
+
 def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None = None) -> Pair:
-    """The newest pair of runs that agree in PAIR_KEYS; a run that is named is not looked for.
+    """The newest pair of runs that agree in PAIR_KEYS.
 
     Args:
         root: folder of runs.
-        pretrained: run folder of the pre-trained arm; None to choose.
-        scratch: run folder of the random arm; None to choose.
+        pretrained: run folder of the pre-trained arm; None to search.
+        scratch: run folder of the random arm; None to search.
 
     Raises:
-        ValueError: if no two runs pair; it says what was found, what differs and what to run.
+        ValueError: if no two runs pair; names the runs, what differs and what to run.
     """
     problems: list[str] = []
-    chosen = {"pretrained": pretrained, "scratch": scratch}
+    named = {"pretrained": pretrained, "scratch": scratch}
     candidates = {
-        arm: _discover(root, ARMS[arm][0], problems) if folder is None else [_named(arm, folder)]
-        for arm, folder in chosen.items()
+        arm: _discover(root, ARMS[arm][0], problems=problems) if folder is None else [_read_named(arm, folder)]
+        for arm, folder in named.items()
     }
     pairs = [
         Pair(mine, other)
@@ -48,58 +116,43 @@ def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None =
     )
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that one figure compares: arm -> experiment, and the command that makes them.
-
-    The first arm is the reference: the others must agree with it in PAIR_KEYS. `required` arms must be there.
-    Only runs with lines of `records` in metrics.jsonl are taken.
-    """
-
-    experiments: Mapping[str, str]
-    command: str
-    required: int = 2
-    records: str = "train"
-
-
 def find_group(root: Path, group: Group) -> dict[str, Run]:
-    """The newest runs that agree with a run of the reference, by arm; arms without such a run are left out.
+    """The newest runs that agree with a run of the reference, by arm, without the arms that have no such run.
 
     Raises:
-        ValueError: if fewer arms than required are there.
+        ValueError: if fewer than the required arms are there.
     """
-    problems: list[str] = []
     (first, reference), *others = group.experiments.items()
-    candidates = {arm: _discover(root, name, problems, group.records) for arm, name in others}
-    found = []
-    for run in _discover(root, reference, problems, group.records):
-        fitting = {arm: [other for other in runs if not mismatches(run, other)] for arm, runs in candidates.items()}
-        found.append({first: run} | {arm: runs[-1] for arm, runs in fitting.items() if runs})
-    complete = max(found, key=lambda arms: (len(arms), arms[first].folder.name), default={})
+    candidates = {arm: _discover(root, name, group.records) for arm, name in others}
+    complete: dict[str, Run] = {}
+    for run in _discover(root, reference, group.records):  # oldest first: of equally many arms, the newest stay
+        matching = {arm: [other for other in runs if not mismatches(run, other)] for arm, runs in candidates.items()}
+        arms = {first: run} | {arm: runs[-1] for arm, runs in matching.items() if runs}
+        if len(arms) >= len(complete):
+            complete = arms
     if len(complete) < group.required:
         partner = f" with a partner among {', '.join(name for _, name in others)}" if group.required > 1 else ""
         raise ValueError(f"no run of {reference} in {root}{partner}; to make them: {group.command}")
     return complete
 
 
-def _discover(root: Path, name: str, problems: list[str], records: str = "train") -> list[Run]:
-    """Runs of an experiment with a point to draw, oldest first; `problems` collects the others."""
+def _discover(root: Path, name: str, records: str = "train", problems: list[str] | None = None) -> list[Run]:
+    """Runs of an experiment with something to plot, oldest first; adds a line to `problems` for each other one."""
     runs = []
     for folder in run_folders(root, name):
         try:
             run = _read(folder)
-        except ValueError as error:
-            problems.append(f"{name}/{folder.name}  {error}")
-            continue
-        if run.records("train") and run.records(records):
+            if not (run.records("train") and run.records(records)):
+                raise ValueError("no training step logged yet")
             runs.append(run)
-        else:
-            problems.append(f"{name}/{folder.name}  no training step logged yet")
+        except ValueError as error:
+            if problems is not None:
+                problems.append(f"{name}/{folder.name}  {error}")
     return runs
 
 
 def _read(folder: Path) -> Run:
-    """A run, or a ValueError of one line."""
+    """Reads a run; any damage is a ValueError of one line."""
     try:
         run = read_run(folder)
     except (ValueError, OSError, yaml.YAMLError) as error:
@@ -109,8 +162,8 @@ def _read(folder: Path) -> Run:
     return run
 
 
-def _named(arm: str, folder: Path) -> Run:
-    """A run given on the command line."""
+def _read_named(arm: str, folder: Path) -> Run:
+    """The run of an arm that the command line names."""
     init = ARMS[arm][1]
     try:
         run = _read(folder)
@@ -126,8 +179,8 @@ def _named(arm: str, folder: Path) -> Run:
 def _no_pair(root: Path, candidates: Mapping[str, list[Run]], problems: list[str]) -> str:
     keys = f"{', '.join(PAIR_KEYS[:-1])} and {PAIR_KEYS[-1]}"
     lines = [f"no run from pre-trained and run from random weights in {root} with equal {keys}"]
-    found = [_row(run) for runs in candidates.values() for run in runs] + problems
-    lines += ["runs found:", *(f"  {row}" for row in found)] if found else ["runs found: none"]
+    listed = [_row(run) for runs in candidates.values() for run in runs] + problems
+    lines += ["runs found:", *(f"  {row}" for row in listed)] if listed else ["runs found: none"]
     mine, other = candidates["pretrained"], candidates["scratch"]
     combinations = [(one, two) for one in reversed(mine) for two in reversed(other)]
     if combinations:
@@ -149,9 +202,9 @@ def _no_pair(root: Path, candidates: Mapping[str, list[Run]], problems: list[str
 
 
 def _partner_command(arm: str, have: Run, near: Run | None) -> str:
-    """The training of `arm` that would pair with `have`.
+    """The command that trains a partner for `have`.
 
-    It sets the keys in which `near` is wrong, or, without a near run, every key that must agree.
+    Sets the keys in which `near`, a run of `arm`, differs; without one, every key that must agree.
     """
     values = pair_values(have)
     if near is not None and values["scale"] == pair_values(near)["scale"]:

@@ -1,11 +1,11 @@
-"""Drawing of training curves: pure functions from series to a matplotlib Figure.
+"""Plots of training curves: pure functions from series to a matplotlib Figure.
 
-Figures are made without pyplot, so that drawing needs no display and leaves no global state behind.
+Figures are made without pyplot, which would need a display and keep global state.
 """
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +23,17 @@ from t2i_lm.plots.curves import Series
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """How an arm looks in every figure."""
+    """Label, color, marker and dashes of an arm, the same in every figure."""
 
     label: str
-    colour: str
+    color: str
     marker: str
     dashes: str | tuple[float, Sequence[float]] = "solid"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: a series an arm, and an optional horizontal line at a perplexity."""
+    """One pair of axes: a series per arm, and an optional horizontal line (`floor`) at a perplexity."""
 
     title: str
     series: Mapping[str, Series]
@@ -44,12 +44,13 @@ class Panel:
     axis: str = "tokens seen (pads included)"
 
 
-# Okabe and Ito's palette, which survives the common colour blindnesses. The random arm is dashed
-# and drawn last: where the curves coincide, the other one stays visible between its dashes.
+GREY = "#555555"
+# Okabe and Ito's palette, safe for the common color blindnesses. The random arm is dashed and drawn last: where curves
+# coincide, the other one stays visible between its dashes.
 ARM_STYLES = {
     "pretrained": ArmStyle("pre-trained", "#0072B2", "o"),
     "scratch": ArmStyle("random initialization", "#D55E00", "s", (0, (2.2, 1.3))),
-    # Figure 5: what of the pre-trained model learns.
+    # Figure 5: the trainable part of the pre-trained model.
     "tune_embed": ArmStyle("(1) embedding + output", "#CC79A7", "v"),
     "tune_norm": ArmStyle("(2) = (1) + norms", "#E69F00", "^"),
     "tune_first_half": ArmStyle("(3) = (2) + first half", "#56B4E9", "D"),
@@ -62,7 +63,6 @@ ARM_STYLES = {
     "body_only": ArmStyle("pre-trained body only", "#E69F00", "^"),
     "embeddings_only": ArmStyle("pre-trained rows only", "#56B4E9", "D"),
 }
-GREY = "#555555"
 LEGEND_COLUMNS = 5
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib: the same letters on every machine
@@ -85,42 +85,47 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # TrueType, embedded: text stays text
 }
 WIDTH, AXES_HEIGHT = 8.0, 4.0  # inches
-CAPTION_SIZE, CAPTION_COLUMNS = 8.5, 124  # points; characters a line that fit WIDTH
+CAPTION_SIZE, CAPTION_COLUMNS = 8.5, 124  # points; characters per line that fit WIDTH
 LINE_HEIGHT = CAPTION_SIZE * 1.3 / 72  # inches
 DPI = 300
-# Below this ratio of the largest to the smallest perplexity a linear axis shows more.
+# Least ratio of the largest to the smallest value for a logarithmic axis.
 LOG_RATIO = 3.0
-# A diverged run leaves the axes at the top instead of flattening the other one.
+# Upper limit of the axes: a diverged run leaves them at the top instead of flattening the other curves.
 CEILING = 1e9
+
+
+def arm_style(arm: str) -> ArmStyle:
+    """The style of an arm; grey, labeled by its name, for an arm without a row in ARM_STYLES."""
+    return ARM_STYLES.get(arm) or ArmStyle(arm.replace("_", " "), GREY, "X")
 
 
 def draw_panels(
     panels: Sequence[Panel],
     caption: str,
-    labels: Mapping[str, str],
-    smoothing: str,
+    labels: Mapping[str, str] | None = None,
+    smoothing: str = "",
     tokens_per_step: float | None = None,
 ) -> Figure:
-    """Perplexity against tokens seen: one pair of axes a panel, legend above, caption below.
+    """Curves side by side: one pair of axes per panel, legend above, caption below.
 
     Lines carry a gid of the form `panel/arm/raw|ema|val`.
 
     Args:
-        panels: what is drawn, from left to right.
-        caption: text under the axes; also stored in the files' metadata by `save_figure`.
-        labels: legend text of each arm.
-        smoothing: legend text of the thick curves; empty where curves only join the points that were measured.
-        tokens_per_step: adds an axis of optimizer steps above; None where the arms differ in it.
+        panels: from left to right, with the same arms.
+        caption: text under the axes, which `save_figure` also stores in the files' metadata.
+        labels: legend text by arm, where it is not the arm's usual label.
+        smoothing: legend text of the thick curves; empty where curves only join measured points.
+        tokens_per_step: adds an upper axis of optimizer steps; None where the arms differ in it.
     """
     with captioned_figure(caption) as figure:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw_panel(axes, panel, tokens_per_step)
-        _place_legend(figure, _legend(labels, smoothing))
+        _place_legend(figure, _legend(panels[0].series, labels or {}, smoothing))
     return figure
 
 
 def _place_legend(figure: Figure, handles: list[Line2D]) -> None:
-    """Above the axes, in as many columns as are not cut off."""
+    """Places the legend above the axes in as many columns as fit."""
     for columns in range(min(len(handles), LEGEND_COLUMNS), 0, -1):
         legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
@@ -130,7 +135,7 @@ def _place_legend(figure: Figure, handles: list[Line2D]) -> None:
 
 @contextmanager
 def captioned_figure(caption: str) -> Iterator[Figure]:
-    """An empty figure in the house's style; what is drawn in the block stands above the caption."""
+    """An empty figure in the suite's style; the block adds axes, which stand above the caption."""
     lines = textwrap.wrap(caption, CAPTION_COLUMNS, break_on_hyphens=False)
     below = len(lines) * LINE_HEIGHT + 0.12
     height = AXES_HEIGHT + below
@@ -145,13 +150,13 @@ def captioned_figure(caption: str) -> Iterator[Figure]:
 
 
 def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None:
-    """One pair of axes: thin raw curves below thick averages below validation markers."""
+    """Draws thin raw curves below thick averages below validation markers."""
     for order, (arm, one) in enumerate(panel.series.items()):
-        look, gid = ARM_STYLES[arm], f"{panel.title}/{arm}"
+        look, gid = arm_style(arm), f"{panel.title}/{arm}"
         axes.plot(
             one.tokens,
             one.raw,
-            color=look.colour,
+            color=look.color,
             alpha=0.45,
             linewidth=0.9,
             gid=f"{gid}/raw",
@@ -160,7 +165,7 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
         axes.plot(
             one.tokens,
             one.ema,
-            color=look.colour,
+            color=look.color,
             linewidth=2.2,
             linestyle=look.dashes,
             gid=f"{gid}/ema",
@@ -170,7 +175,7 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
             axes.plot(
                 one.val_tokens,
                 one.val,
-                color=look.colour,
+                color=look.color,
                 linestyle="none",
                 marker=look.marker,
                 # The smaller marker comes last, inside the larger one: both show where they coincide.
@@ -222,7 +227,7 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
 
 
 def _scale_y(axes: Axes, panel: Panel) -> None:
-    """Logarithmic where perplexities span enough; round labels, and room for the floor's."""
+    """Sets the scale, logarithmic from LOG_RATIO on, with round labels and room for the floor's."""
     values = [value for one in panel.series.values() for value in (*one.raw, *one.ema, *one.val)]
     low, high = min(*values, CEILING), min(max(values), CEILING)
     if panel.floor is not None:
@@ -241,26 +246,22 @@ def _scale_y(axes: Axes, panel: Panel) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def _legend(labels: Mapping[str, str], smoothing: str) -> list[Line2D]:
-    """Arms by colour and dash; then what thin, thick and marked mean."""
+def _legend(arms: Iterable[str], labels: Mapping[str, str], smoothing: str) -> list[Line2D]:
+    """Arms by color and dashes, then the meaning of thin and thick lines and of markers."""
 
     def key(label: str, **look: Any) -> Line2D:
         return Line2D([], [], label=label, **{"color": GREY, "linewidth": 2.2, **look})
 
-    arms = [key(label, color=ARM_STYLES[arm].colour, linestyle=ARM_STYLES[arm].dashes) for arm, label in labels.items()]
-    if not smoothing:
-        return arms
-    raw = key("raw", linewidth=0.9, alpha=0.6)
-    return [
-        *arms,
-        raw,
-        key(smoothing),
-        key("validation", linestyle="none", marker="o", markersize=6),
-    ]
+    styles = {arm: arm_style(arm) for arm in arms}
+    handles = [key(labels.get(arm, one.label), color=one.color, linestyle=one.dashes) for arm, one in styles.items()]
+    if smoothing:
+        validation = key("validation", linestyle="none", marker="o", markersize=6)
+        handles += [key("raw", linewidth=0.9, alpha=0.6), key(smoothing), validation]
+    return handles
 
 
 def save_figure(figure: Figure, stem: Path, title: str, caption: str) -> list[Path]:
-    """Writes STEM.png and STEM.pdf; the same figure gives the same bytes.
+    """Writes STEM.png and STEM.pdf and returns their paths; the same figure gives the same bytes.
 
     Raises:
         OSError: if a file cannot be written.
@@ -269,5 +270,5 @@ def save_figure(figure: Figure, stem: Path, title: str, caption: str) -> list[Pa
     png, pdf = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
     with rc_context(STYLE):
         figure.savefig(png, dpi=DPI, metadata={"Title": title, "Description": caption})
-        figure.savefig(pdf, metadata={"Title": title, "EvaluationContext": caption, "CreationDate": None})
+        figure.savefig(pdf, metadata={"Title": title, "Subject": caption, "CreationDate": None})
     return [png, pdf]

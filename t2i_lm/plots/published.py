@@ -1,4 +1,4 @@
-"""Figure 2: zero-shot COCO FID of published systems against their release date, with our own where they exist."""
+"""Figure 2: zero-shot COCO FID of published systems by release date, and of our own runs."""
 
 import csv
 import json
@@ -11,22 +11,23 @@ from matplotlib.figure import Figure
 
 from t2i_lm.evaluation.protocol_card import CANONICAL, HEADLINE
 from t2i_lm.plots.panels import captioned_figure
+from t2i_lm.runtime.tables import text_table
 
 PUBLISHED = Path(__file__).with_name("published_fid.csv")
-# Who states a published number: the system's authors, or others who read it off a plot of theirs.
+# Source of a published number: the system's authors, or others who read it off the authors' plot.
 STATED_BY = ("authors", "others")
-# Family -> colour and marker.
+# Family -> color and marker.
 FAMILIES = {"auto-regressive": ("#0072B2", "o"), "diffusion": ("#D55E00", "s"), "this suite": ("#009E73", "P")}
 
 
 @dataclass(frozen=True)
 class System:
-    """A system's number, and where it comes from.
+    """A system's FID and its source.
 
     Attributes:
         stated_by: one of `STATED_BY`.
-        canonical: whether it may be called COCO FID-30k (our own alone: `t2i_lm.evaluation.protocol_card`).
-        features: width of Inception's layer that was compared; another width is another scale.
+        canonical: of our own numbers, whether it may be called COCO FID-30k (`t2i_lm.evaluation.protocol_card`).
+        features: width of the compared Inception layer; another width is another scale.
     """
 
     name: str
@@ -40,13 +41,13 @@ class System:
     features: int = CANONICAL["features"]
 
     @property
-    def drawn(self) -> bool:
-        """Whether it belongs on the axis of published numbers."""
+    def plotted(self) -> bool:
+        """Whether it is on the scale of the published numbers."""
         return bool(self.features == CANONICAL["features"])
 
 
 def published_systems(path: Path = PUBLISHED) -> list[System]:
-    """The systems of a CSV with the columns of `System`, but for `canonical` and `features`.
+    """The systems of a CSV that has the columns of `System` except `canonical` and `features`.
 
     Raises:
         ValueError: naming the line that cannot be read.
@@ -66,7 +67,7 @@ def published_systems(path: Path = PUBLISHED) -> list[System]:
 
 
 def own_systems(runs: Path) -> list[System]:
-    """Every evaluation below a folder of runs (`t2i_lm.evaluate --coco`), under the title that its card allows.
+    """Every `t2i_lm.evaluate --coco` result below a folder of runs, under the title that its card allows.
 
     Raises:
         ValueError: naming the file that cannot be read.
@@ -94,38 +95,38 @@ def own_systems(runs: Path) -> list[System]:
 
 
 def systems_caption(systems: list[System]) -> str:
-    """Whose the numbers are, and which of them are not comparable: the sentences under the figure."""
+    """Sentences on the origin of the numbers and on those that are not comparable."""
     others = ", ".join(f"{system.name}'s" for system in systems if system.stated_by == "others")
-    read_off = f" ({others} as others read it off a plot of theirs)" if others else ""
+    read_off = f" ({others} is what others read off its authors' plot)" if others else ""
     sentences = [
-        f"Each published value is its authors' own{read_off}, under a protocol of their own: differences of resizer, "
-        "network or captions move such numbers by several points.",
+        f"Published values are the authors' own{read_off}, each under its own protocol: differences of resizer, "
+        "network or captions move FID by several points.",
         "Sources are in t2i_lm/plots/published_fid.csv.",
     ]
-    if any(system.drawn and not system.canonical for system in systems):
+    if any(system.plotted and not system.canonical for system in systems):
         sentences.append(
-            f"Hollow markers are no {HEADLINE} and not comparable: fewer images, for one, give a higher value."
+            f"Hollow markers are no {HEADLINE} and not comparable: fewer images, for example, give a higher value."
         )
-    if missing := sum(not system.drawn for system in systems):
-        sentences.append(f"{missing} of ours not drawn: of other than {CANONICAL['features']:,} features.")
+    if missing := sum(not system.plotted for system in systems):
+        sentences.append(f"Not drawn: {missing} of ours, whose features are not {CANONICAL['features']:,} wide.")
     return " ".join(sentences)
 
 
 def draw_systems(systems: list[System], caption: str) -> Figure:
-    """The scatter: one marker a system, its name beside it, one colour a family, hollow where not comparable."""
-    shown = [system for system in systems if system.drawn]
+    """Scatter of FID by date: one labeled marker per system, one color per family, hollow where not comparable."""
+    shown = [system for system in systems if system.plotted]
     with captioned_figure(caption) as figure:
         axes = figure.subplots()
-        for (family, (colour, marker)), canonical in product(FAMILIES.items(), (True, False)):
+        for (family, (color, marker)), canonical in product(FAMILIES.items(), (True, False)):
             own = [system for system in shown if (system.family, system.canonical) == (family, canonical)]
             if own:
                 axes.plot(
                     [_day(system) for system in own],
                     [system.fid for system in own],
                     linestyle="none",
-                    color=colour,
+                    color=color,
                     marker=marker,
-                    markerfacecolor=colour if canonical else "none",
+                    markerfacecolor=color if canonical else "none",
                     label=family if canonical else f"{family}, no {HEADLINE}",
                     gid=family if canonical else f"{family}/hollow",
                 )
@@ -149,7 +150,7 @@ def draw_systems(systems: list[System], caption: str) -> Figure:
 
 
 def _near(one: System, other: System) -> bool:
-    """Whether two labels on one side of their markers would overlap."""
+    """Whether the labels of two systems would overlap."""
     return abs(_day(one) - _day(other)) < 90 and abs(one.fid - other.fid) < 1
 
 
@@ -159,11 +160,10 @@ def _day(system: System) -> float:
 
 
 def system_table(systems: list[System]) -> str:
-    """Every number with its source, as text."""
-    lines = [f"{'system':<40}{'released':>12}{'FID':>8}  source"]
+    """Every number with its source."""
+    rows = []
     for one in systems:
-        notes = [one.note] if one.note else []
-        notes += [] if one.drawn else ["not drawn"]
-        note = f" ({'; '.join(notes)})" if notes else ""
-        lines.append(f"{one.name:<40}{one.released.isoformat():>12}{one.fid:>8.2f}  {one.source}{note}")
-    return "\n".join(lines)
+        notes = [*([one.note] if one.note else []), *([] if one.plotted else ["not drawn"])]
+        source = one.source + (f" ({'; '.join(notes)})" if notes else "")
+        rows.append((one.name, one.released.isoformat(), f"{one.fid:.2f}", source))
+    return text_table(("system", "released", "FID", "source"), rows, left=(0, 3))

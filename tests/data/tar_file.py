@@ -1,4 +1,4 @@
-"""Tar files as img2dataset writes them."""
+"""Writer of tar files in the format of img2dataset."""
 
 import io
 import tarfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    """Samples by key, each a file's bytes by suffix."""
+    """Writes `samples`: by key, the content of each file by suffix."""
     with tarfile.open(path, "w") as tar:
         for key, files in samples.items():
             for suffix, content in files.items():

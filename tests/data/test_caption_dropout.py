@@ -1,4 +1,4 @@
-"""`data.caption_dropout`: which captions training leaves empty, and that guidance speaks of the same empty caption."""
+"""`data.caption_dropout`: the choice of emptied captions, and guidance with the same empty caption."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ SHARE = 0.1
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of captions that are never empty."""
+    """Shards of images with two non-empty captions each."""
     folder = tmp_path_factory.mktemp("pairs")
     splits = {}
     for split, count in (("train", ROWS), ("val", 200)):
@@ -47,7 +47,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(share: float, seed: int = 0, batch_size: int = 60, devices: int = 1, accumulate: int = 1) -> Any:
-    """Three epochs of the shards."""
+    """Config of a run over three epochs of the shards."""
     steps = 3 * ROWS // batch_size
     return ExperimentConfig(
         seed=seed,
@@ -63,36 +63,36 @@ def data_of(shards: Path, config: ExperimentConfig) -> PairDataModule:
     return data
 
 
-def captionless(batch: Any) -> list[bool]:
-    """Which rows begin as guidance's prompt does."""
+def without_caption(batch: Any) -> list[bool]:
+    """Which rows begin with guidance's empty prompt."""
     null = torch.from_numpy(LAYOUT.prompt(np.empty(0, np.int64)))
     return (batch["ids_BT"][:, : len(null)] == null).all(dim=1).tolist()
 
 
-def left_out(shards: Path, config: ExperimentConfig, rank: int = 0, consumed: int = 0) -> dict[Draw, bool]:
-    """Of each draw of a rank, from a position of the run on, whether its caption was left out."""
+def dropped(shards: Path, config: ExperimentConfig, rank: int = 0, consumed: int = 0) -> dict[Draw, bool]:
+    """Whether the caption of each draw is empty, for one rank and from a position of the run on."""
     train = data_of(shards, config).train_set
     sampler = make_sampler(config, len(train), rank, config.trainer.devices)
     sampler.consumed = consumed
     return {
         draw: empty
         for draws in sampler
-        for draw, empty in zip(draws, captionless(train.__getitems__(draws)), strict=True)
+        for draw, empty in zip(draws, without_caption(train.__getitems__(draws)), strict=True)
     }
 
 
 @pytest.mark.parametrize("share", [SHARE, 0.5])
-def test_training_leaves_out_the_share_of_captions_that_is_asked_for(shards: Path, share: float) -> None:
-    found = left_out(shards, config_of(share))
-    assert len(found) == 3 * ROWS
+def test_training_empties_the_configured_share_of_captions(shards: Path, share: float) -> None:
+    choice = dropped(shards, config_of(share))
+    assert len(choice) == 3 * ROWS
     for epoch in range(3):
-        count = sum(empty for (at, _), empty in found.items() if at == epoch)
+        count = sum(empty for (at, _), empty in choice.items() if at == epoch)
         assert abs(count - share * ROWS) < 4 * np.sqrt(share * (1 - share) * ROWS)
 
 
-def test_it_is_another_choice_in_every_epoch_and_for_every_seed(shards: Path) -> None:
-    found, other = left_out(shards, config_of(SHARE)), left_out(shards, config_of(SHARE, seed=1))
-    chosen = [{index for (at, index), empty in found.items() if empty and at == epoch} for epoch in range(3)]
+def test_the_choice_differs_between_epochs_and_seeds(shards: Path) -> None:
+    choice, other = dropped(shards, config_of(SHARE)), dropped(shards, config_of(SHARE, seed=1))
+    chosen = [{index for (at, index), empty in choice.items() if empty and at == epoch} for epoch in range(3)]
     chosen.append({index for (epoch, index), empty in other.items() if empty and epoch == 0})
     for one in range(4):
         for two in range(one):
@@ -100,41 +100,41 @@ def test_it_is_another_choice_in_every_epoch_and_for_every_seed(shards: Path) ->
 
 
 @pytest.mark.parametrize(("batch_size", "devices", "accumulate"), [(20, 1, 1), (60, 2, 1), (60, 2, 3), (150, 1, 5)])
-def test_it_is_the_same_choice_however_batches_are_cut(
+def test_the_choice_does_not_depend_on_batch_size_devices_or_accumulation(
     shards: Path, batch_size: int, devices: int, accumulate: int
 ) -> None:
     config = config_of(SHARE, batch_size=batch_size, devices=devices, accumulate=accumulate)
     joined: dict[Draw, bool] = {}
     for rank in range(devices):
-        joined |= left_out(shards, config, rank)
-    assert joined == left_out(shards, config_of(SHARE))
+        joined |= dropped(shards, config, rank)
+    assert joined == dropped(shards, config_of(SHARE))
 
 
-def test_a_resumed_run_leaves_out_what_an_unbroken_one_does(shards: Path) -> None:
-    whole = left_out(shards, config_of(SHARE))
+def test_a_resumed_run_makes_the_same_choice(shards: Path) -> None:
+    whole = dropped(shards, config_of(SHARE))
     for consumed in (60, 1560, 4440):
-        rest = left_out(shards, config_of(SHARE), consumed=consumed)
+        rest = dropped(shards, config_of(SHARE), consumed=consumed)
         assert len(rest) == 3 * ROWS - consumed
         assert rest.items() <= whole.items()
 
 
-def test_every_caption_as_a_sample_of_its_own_can_be_left_out(shards: Path) -> None:
+def test_dropout_applies_when_every_caption_is_a_sample(shards: Path) -> None:
     split = data_of(shards, config_of(SHARE)).train_set
     assert isinstance(split, PairBatches)
     config = config_of(SHARE)
     config.data.captions = "all"
     train = data_of(shards, config).train_set
     assert len(train) == 2 * len(split)
-    empty = captionless(train.__getitems__([(0, index) for index in range(len(train))]))
+    empty = without_caption(train.__getitems__([(0, index) for index in range(len(train))]))
     assert abs(sum(empty) - SHARE * len(train)) < 4 * np.sqrt(SHARE * (1 - SHARE) * len(train))
 
 
-def test_images_and_the_other_captions_are_untouched(shards: Path) -> None:
+def test_images_and_other_captions_do_not_change(shards: Path) -> None:
     plain, dropped = (data_of(shards, config_of(share)).train_set for share in (0.0, SHARE))
     draws = [(0, index) for index in range(200)]
     one, other = (data.__getitems__(draws)["ids_BT"] for data in (plain, dropped))
     pad, image = LAYOUT.vocab.pad, LAYOUT.vocab.image_offset
-    for mine_T, other_T, empty in zip(one, other, captionless({"ids_BT": other}), strict=True):
+    for mine_T, other_T, empty in zip(one, other, without_caption({"ids_BT": other}), strict=True):
         if empty:
             assert other_T[other_T >= image].tolist() == mine_T[mine_T >= image].tolist()
             assert not bool((other_T < LAYOUT.vocab.text_size).any())
@@ -142,11 +142,11 @@ def test_images_and_the_other_captions_are_untouched(shards: Path) -> None:
             assert other_T[other_T != pad].tolist() == mine_T[mine_T != pad].tolist()
 
 
-def test_validation_and_a_share_of_0_leave_out_none(shards: Path) -> None:
-    assert not any(left_out(shards, config_of(0.0)).values())
+def test_validation_and_a_share_of_0_drop_no_captions(shards: Path) -> None:
+    assert not any(dropped(shards, config_of(0.0)).values())
     val = data_of(shards, config_of(0.9)).val_set
     draws = [(0, index) for index in range(len(val))]
-    assert not any(captionless(val.__getitems__(draws)))
+    assert not any(without_caption(val.__getitems__(draws)))
     plain = data_of(shards, config_of(0.0)).val_set
     assert torch.equal(val.__getitems__(draws)["ids_BT"], plain.__getitems__(draws)["ids_BT"])
 
@@ -160,8 +160,8 @@ def experiment(tiny: list[str]) -> ImageExperiment:
     return built
 
 
-def test_guidance_starts_from_what_training_saw_for_an_empty_caption(experiment: ImageExperiment) -> None:
-    """With a scale of 0 only the empty caption speaks: the codes are those of a row's beginning that had none."""
+def test_guidance_uses_the_empty_caption_of_training(experiment: ImageExperiment) -> None:
+    """With a scale of 0 only the empty caption counts: codes equal those from a dropped row's beginning."""
     layout = experiment.layout
     assert isinstance(layout, Layout)
     ids_BT = experiment.data.train_set.__getitems__([(0, index) for index in range(60)])["ids_BT"]

@@ -1,4 +1,4 @@
-"""Which captions are drawn, what an image looks like to the metric, and what may be called COCO FID-30k."""
+"""Choice of captions, preprocessing of images, and the protocol of COCO FID-30k."""
 
 import json
 from dataclasses import fields, replace
@@ -16,15 +16,15 @@ from t2i_lm.storage.resumable import ResumableParts
 from tests.data.coco_folder import CAPTION, write_coco
 
 HASH = "0" * 64
-# Fields of a card that may have other values under the headline's name. Every other one refuses it.
+# Fields of a card whose values do not affect the headline name. Any change of another field rejects it.
 RECORDED: dict[str, Any] = {
-    # Of what was found: there is no published list to compare with, and the card's note says so.
+    # Recorded only: there is no published list to compare with, as the card's note says.
     "prompts_sha256": "1" * 64,
     "captions_sha256": "1" * 64,
     "reference_sha256": "1" * 64,
-    # They follow from the captions and `prompt_seed`, and `prompts_sha256` is their hash.
+    # Determined by the captions and `prompt_seed`; their hash is `prompts_sha256`.
     "prompt_ids": [[1, 2]],
-    # No property of the number.
+    # Not a property of the measurement.
     "note": "another wording",
 }
 
@@ -34,7 +34,7 @@ def coco(tmp_path: Path) -> Path:
     return write_coco(tmp_path / "coco", 12)
 
 
-def test_prompts_are_one_a_image_and_the_first_are_always_the_same(coco: Path) -> None:
+def test_prompts_have_distinct_images_and_smaller_counts_are_prefixes(coco: Path) -> None:
     folder = read_coco(coco)
     assert (len(folder.images), folder.caption_count) == (12, 24)
     prompts = choose_prompts(folder, 10, 2014)
@@ -43,11 +43,11 @@ def test_prompts_are_one_a_image_and_the_first_are_always_the_same(coco: Path) -
     assert all(prompt.text.endswith("squares") for prompt in prompts)
     assert choose_prompts(folder, 4, 2014) == prompts[:4]
     assert choose_prompts(folder, 10, 2015) != prompts
-    # Published numbers rest on this list: another hash is another protocol.
+    # Published numbers depend on this list: another hash is another protocol.
     assert prompts_sha256(prompts)[:16] == "a6300b100a43af69"
 
 
-def test_a_image_is_cropped_to_its_middle_and_resized(coco: Path) -> None:
+def test_images_are_center_cropped_and_resized_and_damaged_ones_named(coco: Path) -> None:
     ramp_HW3 = np.zeros((64, 100, 3), np.uint8)
     ramp_HW3[:, 18:82] = 200
     assert (square(Image.fromarray(ramp_HW3)) == 200).all()
@@ -63,7 +63,7 @@ def test_a_image_is_cropped_to_its_middle_and_resized(coco: Path) -> None:
         read_images(read_coco(coco), [broken.name])
 
 
-def test_wrong_folders_and_captions_are_named(coco: Path, tmp_path: Path) -> None:
+def test_errors_name_wrong_folders_captions_and_images(coco: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"found no .*captions_val2014.json"):
         read_coco(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"--prompts 13: .*captions_val2014.json has captions of 12 images"):
@@ -80,7 +80,7 @@ def test_wrong_folders_and_captions_are_named(coco: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"image 7 \(COCO_val2014_000000000007.jpg\) is not in"):
         choose_prompts(read_coco(coco), 1, 2014)
     (coco / CAPTION).write_text("{}")
-    with pytest.raises(ValueError, match="is not COCO's captions"):
+    with pytest.raises(ValueError, match="is not a COCO caption file"):
         read_coco(coco)
     for image in (coco / "val2014").iterdir():
         image.unlink()
@@ -88,7 +88,7 @@ def test_wrong_folders_and_captions_are_named(coco: Path, tmp_path: Path) -> Non
         read_coco(coco)
 
 
-def test_only_the_canonical_card_bears_the_name() -> None:
+def test_only_the_canonical_protocol_has_the_headline_name() -> None:
     card = Card(prompts_sha256=HASH, captions_sha256=HASH, reference_sha256=HASH, **CANONICAL)
     assert card.title == HEADLINE
     require_headline(card)
@@ -108,14 +108,14 @@ def test_only_the_canonical_card_bears_the_name() -> None:
             require_headline(replace(card, **{key: "listing"}))
 
 
-def test_a_card_says_that_its_hashes_were_not_checked() -> None:
+def test_the_card_notes_that_its_hashes_are_unchecked() -> None:
     card = Card(prompts_sha256=HASH, captions_sha256=HASH, reference_sha256=HASH, **CANONICAL)
     assert card.as_dict()["note"] == NOTE
     for word in ("captions", "reference", "recorded", "not checked against a published list"):
         assert word in NOTE
 
 
-def test_parts_are_whole_belong_to_one_work_and_are_made_once(tmp_path: Path) -> None:
+def test_parts_are_computed_once_and_damaged_or_foreign_ones_again(tmp_path: Path) -> None:
     made: list[range] = []
 
     def make(span: range) -> dict[str, torch.Tensor]:
@@ -130,7 +130,7 @@ def test_parts_are_whole_belong_to_one_work_and_are_made_once(tmp_path: Path) ->
     parts.path(2).write_bytes(parts.path(2).read_bytes()[:-3])  # cut short
     other = ResumableParts(tmp_path / "other", {"seed": 1}, items=10, size=4)
     other.complete(make, 0, 1, lambda _: None)
-    other.path(0).replace(parts.path(0))  # of other work
+    other.path(0).replace(parts.path(0))  # of another computation
     assert [parts.done(number) for number in range(3)] == [False, True, False]
     parts.complete(make, 0, 1, lambda _: None)
     assert torch.cat([parts.read(number)["numbers"] for number in range(3)]).tolist() == list(range(10))

@@ -11,7 +11,7 @@ def draws(consumed: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1)
     return list(sampler)
 
 
-def test_each_sample_is_drawn_once_an_epoch() -> None:
+def test_each_sample_is_drawn_once_per_epoch() -> None:
     flat = [draw for batch in draws() for draw in batch]
     assert len(flat) == 240
     counts = Counter(flat)
@@ -26,12 +26,12 @@ def test_epochs_are_shuffled_differently() -> None:
 
 
 @pytest.mark.parametrize("step", range(20))
-def test_a_resumed_order_equals_the_unbroken_one(step: int) -> None:
+def test_a_resumed_order_continues_the_uninterrupted_one(step: int) -> None:
     assert draws(consumed=step * 12) == draws()[step:]
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 3), (2, 3), (4, 1)])
-def test_ranks_and_accumulation_cut_the_same_global_batches(world: int, accumulate: int) -> None:
+def test_global_batches_do_not_depend_on_ranks_or_accumulation(world: int, accumulate: int) -> None:
     whole = draws()
     parts = [draws(rank=rank, world=world, accumulate=accumulate) for rank in range(world)]
     for step in range(20):
@@ -42,7 +42,7 @@ def test_ranks_and_accumulation_cut_the_same_global_batches(world: int, accumula
         assert joined == whole[step]
 
 
-def test_the_stream_hash_tells_seeds_apart() -> None:
+def test_the_stream_hash_depends_on_the_seed() -> None:
     first, second = (IndexSampler(50, 12, 20, seed).stream_hash(120) for seed in (0, 1))
     assert first != second
     assert first == IndexSampler(50, 12, 20, 0).stream_hash(120)

@@ -30,17 +30,17 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
 @pytest.mark.parametrize(
     ("mode", "kind"), [("RGB", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG")]
 )
-def test_every_common_mode_becomes_rgb(mode: str, kind: str) -> None:
+def test_every_common_mode_is_converted_to_rgb(mode: str, kind: str) -> None:
     image = Image.new("I;16", (40, 30)) if mode == "I;16" else make_image(mode)
     assert decode_image(encoded(image, kind), "x").mode == "RGB"
 
 
-def test_sixteen_bit_grey_keeps_its_brightness() -> None:
-    grey = Image.fromarray(np.full((4, 4), 32_896, dtype=np.uint16))
-    assert np.asarray(decode_image(encoded(grey, "PNG"), "x"))[0, 0].tolist() == [128, 128, 128]
+def test_16_bit_gray_keeps_its_brightness() -> None:
+    gray = Image.fromarray(np.full((4, 4), 32_896, dtype=np.uint16))
+    assert np.asarray(decode_image(encoded(gray, "PNG"), "x"))[0, 0].tolist() == [128, 128, 128]
 
 
-def test_exif_rotation_is_applied_and_animations_show_their_first_frame() -> None:
+def test_exif_rotation_is_applied_and_animations_give_their_first_frame() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode_image(encoded(make_image(), "JPEG", exif=exif), "x").size == (30, 40)
@@ -58,7 +58,7 @@ def test_unusable_images_are_rejected_with_a_reason(tmp_path: Path) -> None:
         decode_image(tmp_path / "absent.jpg", "x")
 
 
-def test_a_huge_image_is_rejected_before_it_is_decoded() -> None:
+def test_a_huge_image_is_rejected_before_decoding() -> None:
     side = int(MAX_PIXELS**0.5) + 10
     file = encoded(Image.new("1", (side, side)), "PNG")
     with pytest.raises(RejectedPairError, match="pixels"):
@@ -75,7 +75,7 @@ def test_the_crop_is_central_and_square() -> None:
 
 
 def write_pairs(folder: Path, source: str, captions: list[str]) -> None:
-    """One image a caption, as a source of this kind reads them."""
+    """Writes one image per caption in the format of a source."""
     folder.mkdir()
     images = [encoded(make_image(), "JPEG").getvalue() for _ in captions]
     if source == "parquet":
@@ -103,7 +103,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_without_parts_holds_every_twentieth_image_out(folder: Path) -> None:
+def test_a_folder_without_splits_holds_out_every_20th_image(folder: Path) -> None:
     data = DataConfig(source="image_folder", path=str(folder))
     train, val = (open_source(data, split, 16) for split in ("train", "val"))
     assert (len(train), len(val)) == (38, 2)
@@ -112,7 +112,7 @@ def test_a_folder_without_parts_holds_every_twentieth_image_out(folder: Path) ->
 
 
 @pytest.mark.parametrize("source", ["image_folder", "parquet", "webdataset"])
-def test_held_out_images_lie_in_a_folder_beside_or_at_a_path_of_their_own(source: str, tmp_path: Path) -> None:
+def test_validation_images_are_read_from_the_val_folder_or_val_path(source: str, tmp_path: Path) -> None:
     for split, count in (("train", 3), ("val", 2)):
         write_pairs(tmp_path / split, source, [f"{split} {number}" for number in range(count)])
     beside = DataConfig(source=source, path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
@@ -126,17 +126,17 @@ def test_held_out_images_lie_in_a_folder_beside_or_at_a_path_of_their_own(source
         open_source(absent, "val", 16)
 
 
-def test_a_source_that_reads_no_held_out_path_refuses_one() -> None:
+def test_sources_without_val_path_reject_one() -> None:
     with pytest.raises(ValueError, match=r"data\.val_path='x': expected null where data\.source=hub"):
         DataConfig(source="hub", path="a/b", val_path="x")
 
 
-def test_a_folder_without_metadata_says_what_is_expected(tmp_path: Path) -> None:
+def test_missing_metadata_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"metadata\.jsonl"):
         open_source(DataConfig(source="image_folder", path=str(tmp_path)), "train", 16)
 
 
-def test_a_bad_line_is_named(folder: Path) -> None:
+def test_a_bad_metadata_line_is_named(folder: Path) -> None:
     metadata = folder / "metadata.jsonl"
     metadata.write_text(metadata.read_text() + '\n{"captions": ["x"]}')
     with pytest.raises(ValueError, match="line 41"):
@@ -156,14 +156,14 @@ def test_parquet_reads_images_and_captions(folder: Path, tmp_path: Path) -> None
     assert source[1].image.size == (40, 30)
 
 
-def test_parquet_without_the_columns_names_them(tmp_path: Path) -> None:
+def test_parquet_without_known_columns_lists_its_columns(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"pixels": [1], "words": ["x"]}).to_parquet(str(tmp_path / "x.parquet"))
     data = DataConfig(source="parquet", path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="pixels, words"):
         open_source(data, "train", 16)
 
 
-def test_real_photographs_with_five_captions(shared: Path) -> None:
+def test_flickr8k_has_all_images_with_five_captions(shared: Path) -> None:
     data = DataConfig(source="image_folder", path=str(shared / "data" / "flickr8k"))
     train, val = (open_source(data, split, 128) for split in ("train", "val"))
     assert len(train) + len(val) == 8091

@@ -1,4 +1,4 @@
-"""Tar files as img2dataset writes them, whole and damaged."""
+"""Tar files in the format of img2dataset, intact and damaged."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def test_unusable_samples_are_rejected_with_a_reason(files: dict[str, bytes], re
     assert reject.value.reason == reason
 
 
-def test_pickles_are_passed_over(tmp_path: Path) -> None:
+def test_pickles_are_ignored(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> Any:
             return (open, (str(tmp_path / "ran"), "w"))
@@ -71,7 +71,7 @@ def test_pickles_are_passed_over(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_cut_tar_gives_its_whole_samples_and_names_the_damage(tmp_path: Path) -> None:
+def test_a_truncated_tar_yields_its_complete_samples_and_names_the_damage(tmp_path: Path) -> None:
     samples = {f"{n}": {".png": png(n), ".txt": b"x"} for n in range(5)}
     path = write_tar(tmp_path / "x.tar", samples)
     content = path.read_bytes()
@@ -88,8 +88,8 @@ def test_a_cut_tar_gives_its_whole_samples_and_names_the_damage(tmp_path: Path) 
 Captioned = tuple[bytes, list[str]]
 
 
-def same_shards(pairs: dict[str, Captioned], suffix: str, tiny: list[str], root: Path) -> list[Path]:
-    """Token shards of the same pairs as a folder, as tars and as Parquet, after checking that they are equal."""
+def shards_from_each_source(pairs: dict[str, Captioned], suffix: str, tiny: list[str], root: Path) -> list[Path]:
+    """Prepares the pairs as a folder, as tars and as Parquet, asserts that the shards are equal, returns them."""
     (root / "folder").mkdir()
     (root / "tars").mkdir()
     rows = [{"file_name": f"{key}{suffix}", "captions": captions} for key, (_, captions) in pairs.items()]
@@ -105,11 +105,11 @@ def same_shards(pairs: dict[str, Captioned], suffix: str, tiny: list[str], root:
     table = {"image": [{"bytes": image, "path": None} for image, _ in pairs.values()]}
     table |= {"captions": [captions for _, captions in pairs.values()]}  # type: ignore[misc]
     datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(root / "pairs.parquet")
-    kept = [item for item in tiny if "_size=" not in item or "batch" in item]
+    base = [item for item in tiny if "_size=" not in item or "batch" in item]
     shards = []
     for source, path in (("image_folder", "folder"), ("webdataset", "tars"), ("parquet", "pairs.parquet")):
         cache = root / "cache" / source
-        changes = [*kept, f"data.source={source}", f"data.path={root / path}", f"data.cache_dir={cache}"]
+        changes = [*base, f"data.source={source}", f"data.path={root / path}", f"data.cache_dir={cache}"]
         assert main([PRETRAINED, *changes]) == 0
         shards.append(next(cache.glob(f"{source}-*/index.json")).parent)
     for split in ("train", "val"):
@@ -122,14 +122,14 @@ def same_shards(pairs: dict[str, Captioned], suffix: str, tiny: list[str], root:
     return shards
 
 
-def test_a_folder_tars_and_parquet_of_the_same_images_give_the_same_shards(tiny: list[str], tmp_path: Path) -> None:
+def test_folder_tars_and_parquet_of_the_same_images_give_equal_shards(tiny: list[str], tmp_path: Path) -> None:
     pairs = {f"{n:04}": (png(n), [f"image number {n}"]) for n in range(60)}
-    folder = same_shards(pairs, ".png", tiny, tmp_path)[0]
+    folder = shards_from_each_source(pairs, ".png", tiny, tmp_path)[0]
     assert [len(open_split(folder, split)) for split in ("train", "val")] == [57, 3]
     assert "57 images, 57 captions" in (folder / "README.md").read_text()
 
 
-def test_photographs_with_five_captions_give_the_same_shards_from_all_sources(
+def test_photographs_with_five_captions_give_equal_shards_from_all_sources(
     shared: Path, tiny: list[str], tmp_path: Path
 ) -> None:
     source = shared / "data" / "flickr8k" / "val"
@@ -137,11 +137,11 @@ def test_photographs_with_five_captions_give_the_same_shards_from_all_sources(
     for line in (source / "metadata.jsonl").read_text().splitlines()[:80]:
         row = json.loads(line)
         pairs[Path(row["file_name"]).stem] = ((source / row["file_name"]).read_bytes(), row["captions"])
-    folder = same_shards(pairs, ".jpg", tiny, tmp_path)[0]
+    folder = shards_from_each_source(pairs, ".jpg", tiny, tmp_path)[0]
     assert {len(texts) for texts in open_split(folder, "train")["text_ids"]} == {5}
 
 
-def test_a_stream_gives_every_sample_of_every_shard_once(tiny: list[str], tmp_path: Path) -> None:
+def test_a_stream_yields_every_sample_once_and_rejects_a_size(tiny: list[str], tmp_path: Path) -> None:
     (tmp_path / "pairs").mkdir()
     for shard in range(2):
         numbers = range(30 * shard, 30 * shard + 30)
@@ -149,9 +149,9 @@ def test_a_stream_gives_every_sample_of_every_shard_once(tiny: list[str], tmp_pa
         table["image"][4] = {"bytes": b"broken", "path": None}
         rows = datasets.Dataset.from_dict(table | {"caption": [f"image {n}" for n in numbers]})
         rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "pairs" / f"train-{shard}.parquet")
-    kept = [item for item in tiny if "_size=" not in item or "batch" in item]
+    base = [item for item in tiny if "_size=" not in item or "batch" in item]
     changes = [
-        *kept,
+        *base,
         "data.source=hub_stream",
         f"data.path={tmp_path}/pairs",
         "data.train_size=null",
@@ -162,8 +162,8 @@ def test_a_stream_gives_every_sample_of_every_shard_once(tiny: list[str], tmp_pa
     folder = next((tmp_path / "cache").glob("hub_stream-*/index.json")).parent
     train, val = open_split(folder, "train"), open_split(folder, "val")
     assert (len(train), len(val)) == (54, 4)
-    wanted = {f"shard {shard} row {n}" for shard in range(2) for n in range(30) if n != 4}
-    assert {*train["id"], *val["id"]} == wanted
+    expected = {f"shard {shard} row {n}" for shard in range(2) for n in range(30) if n != 4}
+    assert {*train["id"], *val["id"]} == expected
     assert main([PRETRAINED, *changes, "data.train_size=10"]) == 2
 
 
@@ -172,7 +172,7 @@ def test_a_stream_cannot_train_an_image_tokenizer(tmp_path: Path) -> None:
         open_source(DataConfig(source="hub_stream", path=str(tmp_path), train_size=10), "train", 64)
 
 
-def test_the_source_holds_out_every_twentieth_sample(tmp_path: Path) -> None:
+def test_every_20th_sample_is_held_out(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", {f"{n:03}": {".png": png(0), ".txt": b"x"} for n in range(41)})
     data = DataConfig(source="webdataset", path=str(tmp_path))
     assert [open_source(data, "val", 64)[n].id for n in range(3)] == ["x.tar:000", "x.tar:020", "x.tar:040"]
@@ -180,15 +180,15 @@ def test_the_source_holds_out_every_twentieth_sample(tmp_path: Path) -> None:
     assert load_experiment(PRETRAINED, "demo", ["data.source=webdataset", "data.path=x"]).data.source == "webdataset"
 
 
-@pytest.mark.parametrize("harm", ["header", "member boundary", "inside a header"])
-def test_a_tar_that_stops_early_is_told_however_it_was_damaged(harm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["header", "member boundary", "inside a header"])
+def test_every_kind_of_damaged_tar_is_reported(damage: str, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {f"{n}": {".png": png(n), ".txt": b"x"} for n in range(10)})
     with tarfile.open(path) as tar:
         middle = tar.getmembers()[10].offset
     content = bytearray(path.read_bytes())
-    if harm == "header":
+    if damage == "header":
         content[middle : middle + 512] = b"\x07" * 512
-    path.write_bytes(content if harm == "header" else content[: middle + (100 if harm == "inside a header" else 0)])
+    path.write_bytes(content if damage == "header" else content[: middle + (100 if damage == "inside a header" else 0)])
     source = open_tars(tmp_path)
     assert len(source) < 10
     with pytest.raises(RejectedPairError, match=r"x\.tar .*damaged"):

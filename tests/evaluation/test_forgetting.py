@@ -155,7 +155,7 @@ def test_evaluate_names_what_it_cannot_measure_before_it_loads_a_model(
     assert f"--forgetting {blank}: there is no text in it" in refused(probed.folder, "--forgetting", str(blank))
     for name in (str(tmp_path / "none"), "../none.txt", "org/books:test"):  # what is no file may be a dataset's name
         said = refused(probed.folder, "--forgetting", name)
-        assert f"--forgetting='{name}' is no file or folder here and no Hugging Face dataset in reach" in said
+        assert f"--forgetting='{name}' is neither a file or folder nor a reachable Hugging Face dataset" in said
     assert "is no run folder and holds none" in refused(tmp_path / "nowhere", *text)
     assert f"{bare} has no whole checkpoint" in refused(bare, *text)
 
@@ -208,7 +208,7 @@ def test_a_resumed_run_measures_as_an_unbroken_one(probed: Run, tmp_path: Path) 
         (["loss.text_weight=0", "task=unconditional"], "loss is for task=text_to_image"),
         (["distil.weight=1", "init=random"], "no language to distil from"),
         (["optim.l2_sp=1", "lora.rank=2"], "optim.l2_sp=1.0 contradicts lora.rank=2"),
-        (["optim.l2_sp=1", "freeze=[text_rows,norm,attention,ffn]"], "leave no pre-trained weight that learns"),
+        (["optim.l2_sp=1", "freeze=[text_rows,norm,attention,ffn]"], "leave no pre-trained weight trainable"),
     ],
 )
 def test_bad_settings_are_named(

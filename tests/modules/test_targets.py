@@ -126,17 +126,17 @@ def test_a_mask_and_the_places_that_were_found_before_give_the_same(kind: str, p
     assert torch.equal(found.class_N, class_BT[valid_BT])
     input_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
     masked = module.decoder(input_BT, target_BT, valid_BT, module.image_rows_only)
-    placed = module.decoder(input_BT, target_BT, found.wanted, module.image_rows_only)
+    placed = module.decoder(input_BT, target_BT, found.indices, module.image_rows_only)
     assert torch.equal(masked.nll_N, placed.nll_N)
-    x_ND = module.decoder.hidden_at(input_BT, found.wanted)
+    x_ND = module.decoder.hidden_at(input_BT, found.indices)
     assert torch.allclose(x_ND, module.decoder.hidden(input_BT)[valid_BT], atol=1e-6)
 
 
 def test_targets_move_with_their_batch() -> None:
     module, batch = make("replay distil", packing=True)
     moved: Targets = move_data_to_device(module.on_before_batch_transfer(batch, 0), torch.device("meta"))["targets"]
-    assert moved.wanted.packed is not None
-    for part in (moved.wanted.packed, moved.wanted, moved, moved.more):
+    assert moved.indices.packed is not None
+    for part in (moved.indices.packed, moved.indices, moved, moved.text):
         tensors = [value for value in part if isinstance(value, Tensor)]
         assert tensors
         assert all(tensor.is_meta for tensor in tensors), type(part)

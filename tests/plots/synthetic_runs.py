@@ -1,4 +1,4 @@
-"""Run folders whose curves come from formulas, for tests of what reads them."""
+"""Synthetic run folders with curves from formulas, for tests of figures."""
 
 import json
 import math
@@ -37,25 +37,25 @@ def write_run(
     floor: float | None = 1.0043,
     forgotten: float | None = None,
 ) -> Path:
-    """Writes a run folder as a training does.
+    """Writes a run folder like that of a training.
 
     Args:
         root: folder of runs.
         name: experiment.
         stamp: date and time that name the folder.
-        data_hash: of env.json; None leaves it out.
-        config: dotted keys that differ from the defaults.
+        data_hash: entry of env.json; None omits it.
+        config: values by dotted key that differ from the defaults.
         steps: steps done; None for all of `trainer.max_steps`.
         finished: whether a report is written.
         floor: `text_floor_nll` of the report.
-        forgotten: rise of the held-out text loss by the last step; None where it was not measured.
+        forgotten: increase of the held-out text loss by the last step; None writes no measurement.
     """
     settings = _config(name)
     for key, value in (config or {}).items():
         *parents, leaf = key.split(".")
         tree = settings
         for parent in parents:
-            tree = tree[parent]
+            tree = tree.setdefault(parent, {})
         tree[leaf] = value
     folder = root / name / f"{stamp}-{settings['scale']}"
     folder.mkdir(parents=True)
@@ -110,7 +110,7 @@ def _config(name: str) -> dict[str, Any]:
 
 
 def _lines(name: str, config: dict[str, Any], done: int) -> list[dict[str, Any]]:
-    """A validation before training, then a line an interval and a validation where one is due."""
+    """A validation before training, then a line per interval and the due validations."""
     noise = random.Random(f"{name}/{config['seed']}")
     interval, alpha = config["log"]["interval"], config["log"]["ema"]
     averages: dict[str, float] = {}

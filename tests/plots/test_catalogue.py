@@ -1,4 +1,4 @@
-"""Figures 3 and 4 show what metrics.jsonl holds, of runs that may be compared, and say what they are."""
+"""Figures 3 and 4: lines equal to metrics.jsonl, captions, floors, axes and files."""
 
 import itertools
 import json
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from t2i_lm.figures import FIGURES, Drawing, Request
 from t2i_lm.plots.captions import compact
+from t2i_lm.plots.catalogue import FIGURES, RenderedFigure, Request
 from t2i_lm.plots.panels import AXES_HEIGHT, WIDTH
 from tests.plots.synthetic_runs import read_lines, write_run
 
@@ -48,7 +48,7 @@ def panel_of(axes: Axes) -> str:
 
 
 def texts(figure: Figure) -> str:
-    """Everything written in a figure, with line breaks as spaces."""
+    """All text of a figure, with line breaks as spaces."""
     legends = [text for legend in figure.legends for text in legend.get_texts()]
     notes = [text for axes in figure.axes for text in (*axes.texts, *axes.findobj(Text))]
     return " ".join(text.get_text() for text in [*legends, *notes, *figure.texts]).replace("\n", " ")
@@ -65,8 +65,8 @@ def test_the_files_are_sharp_wide_and_not_blank(number: str, runs: Path, tmp_pat
     ink_HW = np.asarray(pixels_HW3.min(axis=-1) < 250)
     assert 0.02 < ink_HW.mean() < 0.5
     assert not ink_HW[:, :4].any() and not ink_HW[:, -4:].any()  # noqa: PT018
-    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # both arms can be seen
-        assert (abs(pixels_HW3 - colour).max(axis=-1) < 8).sum() > 1000
+    for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # both arms can be seen
+        assert (abs(pixels_HW3 - color).max(axis=-1) < 8).sum() > 1000
     content = pdf.read_bytes()
     assert content.startswith(b"%PDF")
     assert b"/FontFile2" in content  # TrueType, embedded
@@ -93,13 +93,13 @@ def test_drawn_lines_equal_the_metrics_file(number: str, runs: Path) -> None:
     assert set(lines) <= {"Text tokens/floor"}
 
 
-def test_raw_curves_are_thin_and_averages_thick_in_the_arm_s_colour(runs: Path) -> None:
+def test_raw_curves_are_thin_and_averages_thick_in_the_color_of_the_arm(runs: Path) -> None:
     for number in MODALITIES:
         for axes in FIGURES[number](Request(runs)).figure.axes:
             looks = {str(line.get_gid()).partition("/")[2]: line for line in axes.get_lines()}
-            for arm, colour in (("pretrained", "#0072B2"), ("scratch", "#D55E00")):
+            for arm, color in (("pretrained", "#0072B2"), ("scratch", "#D55E00")):
                 raw, ema = looks[f"{arm}/raw"], looks[f"{arm}/ema"]
-                assert raw.get_color() == ema.get_color() == colour
+                assert raw.get_color() == ema.get_color() == color
                 assert 2 * raw.get_linewidth() < ema.get_linewidth()
                 assert (raw.get_alpha() or 1) < 0.5
                 assert looks[f"{arm}/val"].get_marker() in ("o", "s")
@@ -192,7 +192,7 @@ def test_other_data_sources_are_named_without_their_folders(tmp_path: Path) -> N
     assert "someone" not in caption
 
 
-def test_an_unfinished_run_with_a_torn_line_is_drawn_and_labelled(tmp_path: Path) -> None:
+def test_an_unfinished_run_with_a_torn_line_is_drawn_and_labeled(tmp_path: Path) -> None:
     write_run(tmp_path, "t2i_pretrained")
     folder = write_run(tmp_path, "t2i_scratch", steps=140, finished=False)
     with (folder / "metrics.jsonl").open("a") as file:
@@ -210,8 +210,8 @@ def test_an_unfinished_run_with_a_torn_line_is_drawn_and_labelled(tmp_path: Path
 def test_arms_without_a_common_validation_have_no_table(tmp_path: Path) -> None:
     write_run(tmp_path, "t2i_pretrained")
     folder = write_run(tmp_path, "t2i_scratch", steps=50, finished=False)
-    kept = [json.dumps(line) + "\n" for line in read_lines(folder, "train")]
-    (folder / "metrics.jsonl").write_text("".join(kept))
+    lines = [json.dumps(line) + "\n" for line in read_lines(folder, "train")]
+    (folder / "metrics.jsonl").write_text("".join(lines))
     drawing = FIGURES["4"](Request(tmp_path))
     assert drawing.table == "no validation that both arms have reached"
     assert "Upper right" not in drawing.caption
@@ -284,7 +284,7 @@ def test_arms_of_unequal_batch_have_no_step_axis(tmp_path: Path) -> None:
 
 
 def test_the_same_runs_give_the_same_bytes(runs: Path, tmp_path: Path) -> None:
-    def files(drawing: Drawing, stem: str) -> list[bytes]:
+    def files(drawing: RenderedFigure, stem: str) -> list[bytes]:
         return [path.read_bytes() for path in drawing.save(tmp_path / stem)]
 
     assert files(FIGURES["4"](Request(runs)), "a") == files(FIGURES["4"](Request(runs)), "b")

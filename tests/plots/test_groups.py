@@ -1,11 +1,15 @@
-"""Figures of more than two arms: every arm that agrees with the reference, and who is missing."""
+"""Figures of several arms: arms that agree with the reference, missing arms, uncontrolled differences."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from t2i_lm.figures import FIGURE5, FIGURES, Request
 from t2i_lm.figures import main as figures
+from t2i_lm.plots.catalogue import FIGURES, Request
+from t2i_lm.plots.curves import Series
+from t2i_lm.plots.groups import FIGURE5
+from t2i_lm.plots.panels import Panel, draw_panels
 from tests.plots.synthetic_runs import read_lines, write_run
 
 
@@ -32,17 +36,17 @@ def test_every_arm_is_drawn_as_logged(runs: Path) -> None:
     assert "demo" in drawing.caption
 
 
-def test_a_missing_and_a_foreign_arm_are_left_out_and_said(tmp_path: Path) -> None:
-    foreign = tmp_path / "foreign"
+def test_missing_and_mismatched_arms_are_left_out_and_named(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
     for hour, name in enumerate(["uncond_scratch", "uncond_pretrained"]):
-        write_run(foreign, name, f"20260301-{hour + 10}0000")
-    write_run(foreign, "uncond_tune_ffn", "20260301-130000", config={"seed": 1})
-    drawing = FIGURES["5"](Request(foreign))
+        write_run(root, name, f"20260301-{hour + 10}0000")
+    write_run(root, "uncond_tune_ffn", "20260301-130000", config={"seed": 1})
+    drawing = FIGURES["5"](Request(root))
     assert "NOT RUN: tune_embed, tune_norm, tune_first_half, tune_ffn." in drawing.caption
     assert "tune_ffn" not in drawing.table
 
 
-def test_without_partners_the_command_that_makes_them_is_said(tmp_path: Path) -> None:
+def test_without_partners_the_error_has_the_command_that_makes_them(tmp_path: Path) -> None:
     write_run(tmp_path, "uncond_scratch")
     with pytest.raises(ValueError, match="ablate --all"):
         FIGURES["5"](Request(tmp_path))
@@ -84,3 +88,52 @@ def test_a_legend_of_many_arms_is_not_cut_off(tmp_path: Path) -> None:
     box = legend.get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.width
+
+
+def test_an_arm_that_is_not_controlled_is_named(runs: Path) -> None:
+    assert "NOT CONTROLLED" not in FIGURES["5"](Request(runs)).caption
+    neutral = {"fid.interval": 100, "trainer.activation_checkpointing": True, "tune": "norm"}
+    write_run(runs, "uncond_tune_norm", "20260302-100000", config=neutral)
+    assert "NOT CONTROLLED" not in FIGURES["5"](Request(runs)).caption
+    changed = {"optim.lr": 0.001, "data.batch_size": 64}
+    write_run(runs, "uncond_tune_ffn", "20260302-110000", config=changed)
+    folder = write_run(runs, "uncond_tune_norm", "20260302-120000", config={"optim.lr": 0.001, "freeze": ["ffn"]})
+    environment = json.loads((folder / "env.json").read_text())
+    (folder / "env.json").write_text(json.dumps({**environment, "git": "c" * 40}))
+    expected = (
+        "NOT CONTROLLED, arms also differ from scratch in freeze: [] and ['ffn'] (tune_norm); "
+        "optim.lr: 0.002 and 0.001 (tune_norm, tune_ffn); code revision: aaaaaaaaaaaa and cccccccccccc (tune_norm); "
+        "data.batch_size: 32 and 64 (tune_ffn)."
+    )
+    assert expected in FIGURES["5"](Request(runs)).caption
+
+
+@pytest.mark.parametrize(
+    ("figure", "reference", "other", "designed"),
+    [
+        ("6", "align", "align_shuffled", {"align.shuffle_pairs": True}),
+        ("inits", "t2i_scratch", "t2i_aligned", {"aligned_rows": "runs/align/x"}),
+        ("forgetting", "t2i_pretrained", "t2i_scratch", {}),
+        ("remedies", "t2i_pretrained", "remedy_l2_sp", {"optim.l2_sp": 10.0, "data.replay_ratio": 0.25}),
+    ],
+)
+def test_what_arms_differ_in_by_design_is_controlled(
+    figure: str, reference: str, other: str, designed: dict[str, object], tmp_path: Path
+) -> None:
+    for name in dict.fromkeys((reference, "t2i_pretrained")):
+        write_run(tmp_path, name, forgotten=1.0)
+    write_run(tmp_path, other, "20260301-100000", config=designed, forgotten=1.0)
+    assert "NOT CONTROLLED" not in FIGURES[figure](Request(tmp_path)).caption
+    write_run(tmp_path, other, "20260302-100000", config={**designed, "optim.lr": 0.001}, forgotten=1.0)
+    assert "in optim.lr: 0.002 and 0.001 (" in FIGURES[figure](Request(tmp_path)).caption
+
+
+def test_an_arm_without_a_style_of_its_own_is_drawn_and_labeled() -> None:
+    curve = Series([1.0, 2.0], [3.0, 2.0], [3.0, 2.5], [2.0], [2.0])
+    arms = {"scratch": curve, "brand_new": curve}
+    figure = draw_panels([Panel("Image tokens", arms)], "caption", smoothing="EMA 0.95")
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels[:2] == ["random initialization", "brand new"]
+    gids = {str(line.get_gid()) for line in figure.axes[0].get_lines()}
+    assert "Image tokens/brand_new/ema" in gids

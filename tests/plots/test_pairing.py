@@ -1,4 +1,4 @@
-"""Runs are compared only where they belong together; where none do, the error says what to run."""
+"""Search for a pair of comparable runs, and the error with the command that makes the missing one."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def chosen(root: Path, **named: Path) -> tuple[str, str]:
-    """Names of the two run folders that would be drawn."""
+    """Dates and times of the two run folders."""
     pair = find_pair(root, **named)
     return pair.pretrained.folder.name[:15], pair.scratch.folder.name[:15]
 
@@ -48,7 +48,7 @@ def test_the_newest_matching_pair_is_chosen(runs: Path) -> None:
         ({}, None, "data hash: 0123456789abcdef and None"),
     ],
 )
-def test_runs_that_do_not_pair_are_listed_with_what_differs(
+def test_runs_that_do_not_pair_are_listed_with_their_differences(
     config: dict[str, Any], data_hash: str | None, named: str, tmp_path: Path
 ) -> None:
     root = tmp_path / "runs"
@@ -63,13 +63,14 @@ def test_runs_that_do_not_pair_are_listed_with_what_differs(
     assert "python -m t2i_lm.train experiments/t2i_scratch.yaml --scale demo" in message
 
 
-def test_what_changes_speed_alone_is_no_difference(runs: Path) -> None:
-    quick = {"data.trim": 32, "trainer.packing": True, "trainer.threads": 4}
+def test_speed_and_measurements_are_no_difference(runs: Path) -> None:
+    quick = {"data.trim": 32, "trainer.packing": True, "trainer.threads": 4, "trainer.activation_checkpointing": True}
+    quick |= {"fid.interval": 100, "fid.prompts": 64, "samples.prompts": 0, "forgetting.interval": 100}
     write_run(runs, "t2i_scratch", "20260302-100000", config=quick)
     assert chosen(runs) == ("20260301-100000", "20260302-100000")
-    assert not find_pair(runs).other_differences()
+    assert not find_pair(runs).uncontrolled()
     write_run(runs, "t2i_scratch", "20260303-100000", config=quick | {"trainer.fp8": True})
-    assert find_pair(runs).other_differences() == {"trainer.fp8": (False, True)}
+    assert find_pair(runs).uncontrolled() == {"trainer.fp8": (False, True)}
 
 
 def test_two_unknown_data_hashes_do_not_match(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_one_arm_alone_gets_the_command_for_the_other(tmp_path: Path) -> None:
     assert "trainer.max_steps=300 log.interval=5 log.ema=0.95" in command_line
 
 
-def test_no_runs_at_all_gets_both_commands_and_only_what_needs_none(
+def test_without_runs_the_error_has_both_commands_and_only_figure_2_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--runs", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]) == 2
@@ -110,7 +111,7 @@ def test_no_runs_at_all_gets_both_commands_and_only_what_needs_none(
     assert {path.stem for path in (tmp_path / "out").iterdir()} == {"figure2"}
 
 
-def test_a_damaged_or_empty_run_is_passed_over_and_named_where_it_matters(runs: Path) -> None:
+def test_a_damaged_or_empty_run_is_skipped_and_named_in_the_error(runs: Path) -> None:
     broken = write_run(runs, "t2i_scratch", "20260401-100000")
     (broken / "config.yaml").write_text("a: [")
     write_run(runs, "t2i_scratch", "20260402-100000", steps=0, finished=False)
@@ -125,7 +126,7 @@ def test_a_damaged_or_empty_run_is_passed_over_and_named_where_it_matters(runs: 
     assert "t2i_scratch/20260403-100000-demo  unreadable: " in str(caught.value)
 
 
-def test_named_runs_are_drawn_and_the_other_arm_is_found(runs: Path) -> None:
+def test_named_runs_are_used_and_the_other_arm_is_found(runs: Path) -> None:
     older = write_run(runs, "t2i_pretrained", "20260101-100000")
     assert chosen(runs, pretrained=older) == ("20260101-100000", "20260301-110000")
     elsewhere = write_run(runs.parent / "kept", "t2i_scratch", "20250101-000000")

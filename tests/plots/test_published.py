@@ -1,4 +1,4 @@
-"""Figure 2: published numbers with a source each, and our own evaluations."""
+"""Figure 2: published numbers with their sources, and our own evaluations."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from t2i_lm.evaluation.protocol_card import CANONICAL, HASHES, Card
-from t2i_lm.figures import FIGURES, Request
 from t2i_lm.figures import main as figures
+from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.published import own_systems, published_systems, systems_caption
 
 
@@ -20,16 +20,16 @@ def test_every_published_number_has_a_source_and_both_families_are_there() -> No
     assert all(system.source.startswith("arXiv:") and 4 < system.fid < 30 for system in systems)
 
 
-def test_a_number_that_is_not_its_authors_own_is_so_called_in_table_and_caption() -> None:
+def test_a_number_that_others_read_off_a_plot_is_marked_in_table_and_caption() -> None:
     others = [system for system in published_systems() if system.stated_by == "others"]
     assert [system.name for system in others] == ["DALL-E"]
     assert "Figure 9" in others[0].note
-    assert "(DALL-E's as others read it off a plot of theirs)" in systems_caption(published_systems())
-    assert "as others read" not in systems_caption([s for s in published_systems() if s.stated_by == "authors"])
+    assert "(DALL-E's is what others read off its authors' plot)" in systems_caption(published_systems())
+    assert "others read off" not in systems_caption([s for s in published_systems() if s.stated_by == "authors"])
 
 
 def evaluated(runs: Path, fid: float, **card: Any) -> None:
-    """An evaluation as `evaluate --coco` leaves it, canonical but for some fields of its card."""
+    """Writes an evaluation like `evaluate --coco`, canonical except for the given fields of its card."""
     made = Card(**{**dict.fromkeys(HASHES, "0" * 64), **CANONICAL, **card})
     folder = runs / "t2i_pretrained" / "20260301-100000-paper" / "evaluations" / f"step-{fid}"
     folder.mkdir(parents=True)
@@ -57,7 +57,7 @@ def test_only_comparable_evaluations_look_like_published_ones(tmp_path: Path) ->
     assert {names[21.5], names[33.25]} <= labels
     assert names[0.5] not in labels  # distances of 64 features are on another scale
     assert "Hollow markers are no COCO FID-30k and not comparable" in drawing.caption
-    assert "1 of ours not drawn: of other than 2,048 features" in drawing.caption
+    assert "Not drawn: 1 of ours, whose features are not 2,048 wide." in drawing.caption
     (row,) = (line for line in drawing.table.splitlines() if "0.50" in line)
     assert "features=64 (not 2048)" in row
     assert "not drawn" in row
@@ -74,7 +74,7 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:
         own_systems(tmp_path)
 
 
-def test_figure_2_needs_no_run_but_does_not_hide_that_there_is_none(
+def test_figure_2_needs_no_run_but_missing_runs_are_still_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert figures(["--runs", str(tmp_path), "--out", str(tmp_path / "out"), "--figure", "2"]) == 0

@@ -1,4 +1,4 @@
-"""The figures of forgetting and of remedies, and the command that makes their runs."""
+"""Figures of forgetting and of remedies, and the command that trains their runs."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pytest
 from t2i_lm import remedies
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.evaluation.forgetting import write_completions
-from t2i_lm.figures import FIGURES, Request
-from t2i_lm.plots.tradeoff import Point, front
+from t2i_lm.plots.catalogue import FIGURES, Request
+from t2i_lm.plots.tradeoff import Point, pareto_front
 from t2i_lm.storage.run_folder import read_run
 from tests.plots.synthetic_runs import read_lines, write_run
 
@@ -21,7 +21,7 @@ BASE = ROOT / "experiments" / "t2i_pretrained.yaml"
 def runs(tmp_path: Path) -> Path:
     root = tmp_path / "runs"
     write_run(root, "t2i_pretrained", "20260301-100000", forgotten=1.5)
-    write_run(root, "t2i_pretrained", "20260301-120000")  # newer, but it measured nothing
+    write_run(root, "t2i_pretrained", "20260301-120000")  # newer, without a forgetting measurement
     write_run(root, "t2i_scratch", "20260301-110000")
     write_run(root, "remedy_replay", "20260301-130000", forgotten=0.25)
     write_run(root, "remedy_l2_sp", "20260301-140000", forgotten=2.0)
@@ -44,19 +44,19 @@ def test_points_are_the_logged_numbers(runs: Path) -> None:
     assert "image validation" in drawing.table
 
 
-def test_the_front_is_what_no_other_point_beats() -> None:
+def test_no_point_beats_one_of_the_pareto_front() -> None:
     points = [Point(name, x, 0.0, y, 1) for name, x, y in (("a", 2, 1), ("b", 1, 2), ("c", 2, 2), ("d", 0.5, 3))]
-    assert [point.arm for point in front(points)] == ["d", "b", "a"]
+    assert [point.arm for point in pareto_front(points)] == ["d", "b", "a"]
 
 
-def test_a_run_that_measured_nothing_is_no_point(tmp_path: Path) -> None:
+def test_a_run_without_a_measurement_is_an_error(tmp_path: Path) -> None:
     write_run(tmp_path, "t2i_pretrained")
     write_run(tmp_path, "remedy_replay", forgotten=1.0)
     with pytest.raises(ValueError, match=r"t2i_lm\.remedies --text"):
         FIGURES["remedies"](Request(tmp_path))
 
 
-def test_forgetting_is_drawn_as_measured(runs: Path) -> None:
+def test_the_curves_of_forgetting_equal_the_metrics_file(runs: Path) -> None:
     drawing = FIGURES["forgetting"](Request(runs))
     lines = {str(line.get_gid()): line for axes in drawing.figure.axes for line in axes.get_lines()}
     measured = read_lines(runs / "t2i_pretrained" / "20260301-100000-demo", "forgetting")
@@ -84,6 +84,7 @@ def test_a_remedy_is_the_untouched_arm_with_one_thing_changed(path: Path) -> Non
         assert 1 <= len(changed) <= 2
 
 
+@pytest.mark.slow
 def test_one_command_trains_what_is_missing_and_draws(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,11 +12,11 @@ from torch import nn
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.build import build
-from t2i_lm.figures import FIGURES, Request
 from t2i_lm.models.aligned_rows import FILE
 from t2i_lm.models.token_rows import Embedding
 from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.modules.text_to_image import TextToImageModule
+from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
 from tests.runs import EXPERIMENTS, launch, succeed

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from t2i_lm.config.load import load_experiment
-from t2i_lm.data.datamodules import spread
+from t2i_lm.data.datamodules import evenly_spaced
 from t2i_lm.experiment.build import TextExperiment, build
 from t2i_lm.export import main as export
 from t2i_lm.models.open_lm import load_open_lm
@@ -109,8 +109,8 @@ def language_model(tmp_path: Path) -> Path:
 
 def test_validation_during_training_takes_windows_from_all_over_the_held_out_text() -> None:
     rows = datasets.Dataset.from_dict({"row": list(range(100))})
-    assert spread(rows, 4)["row"][:] == [0, 25, 50, 75]
-    assert len(spread(rows, None)) == len(spread(rows, 1000)) == 100
+    assert evenly_spaced(rows, 4)["row"][:] == [0, 25, 50, 75]
+    assert len(evenly_spaced(rows, None)) == len(evenly_spaced(rows, 1000)) == 100
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-"""English captions of scenes, and the entropy that bounds their loss from below.
+"""English captions of scenes, and their entropy, the lower bound of the text loss.
 
-A caption is drawn by a small unambiguous grammar: every string has one derivation, so its probability under
-the generator is the product of the choices it shows. Only the end of a caption is a full stop, so the end is
-signalled by a text token and the floor of the text loss is the entropy of the caption over its text tokens.
+Captions are sampled from a small unambiguous grammar: every string has one derivation, so its probability is the
+product of the choices it reveals. A full stop occurs only at the end, so the end is a text token and the lower bound of
+the text loss is the entropy of a caption per text token.
 """
 
 import math
@@ -74,7 +74,7 @@ ATTRIBUTES = ("background", "colour", "kind", "size", "relation", "count")
 
 @dataclass(frozen=True)
 class Description:
-    """A caption with ln p(caption) in nats over the training distribution, and the attributes it mentions."""
+    """A caption, its ln p under the training distribution in nats, and the attributes that it mentions."""
 
     text: str
     log_prob: float
@@ -82,14 +82,14 @@ class Description:
 
 
 class _Chooser:
-    """Draws choices and adds up the log-probability of all that the caption shows."""
+    """Random choices, with the log-probability of everything that the caption reveals."""
 
     def __init__(self, style: str) -> None:
         self.rng = random.Random(f"caption/{style}")
         self.log_prob = 0.0
 
     def one_of(self, options: Sequence[str]) -> str:
-        # One uniform number a choice, so that another word list does not shift the later choices.
+        # One uniform number per choice, so that the length of a word list does not change later choices.
         position = int(self.rng.random() * len(options))
         self.log_prob -= math.log(len(options))
         return options[position]
@@ -100,21 +100,21 @@ class _Chooser:
         return happens
 
     def shown(self, probability: float) -> None:
-        """A scene attribute that the caption reveals."""
+        """Adds the log-probability of a scene attribute that the caption reveals."""
         self.log_prob += math.log(probability)
 
 
 def describe(scene: Scene, style: str, opposite: bool = False) -> Description:
     """The caption of a scene in a style.
 
-    The style decides every wording; two scenes of one family described in one style differ only where their
-    mentioned attributes do. The log-probability is marginal over what the caption leaves out: positions and
-    unmentioned attributes, which are independent of the rest in the training distribution.
+    The style determines every wording: captions of two scenes of one family in one style differ only in mentioned
+    attributes that differ. The log-probability is marginal over positions and unmentioned attributes, which are
+    independent of the rest in the training distribution.
 
     Args:
-        scene: what the image shows.
+        scene: the scene.
         style: seed of every wording.
-        opposite: states the opposite of the scene's arrangement, all else equal.
+        opposite: state the opposite of the scene's arrangement, all else equal.
     """
     chooser = _Chooser(style)
     chooser.shown(FAMILIES[scene.family])
@@ -180,7 +180,7 @@ def _article(noun: str) -> str:
 
 
 def altered(scene: Scene, style: str, attribute: str, seed: str) -> tuple[str, str] | None:
-    """The caption of a scene and the same caption with one attribute altered; None if it is not mentioned.
+    """A scene's caption, and the caption with one attribute altered; None if it does not mention the attribute.
 
     Raises:
         ValueError: on an unknown attribute.
@@ -193,15 +193,17 @@ def altered(scene: Scene, style: str, attribute: str, seed: str) -> tuple[str, s
     if attribute == "relation":
         return caption.text, describe(scene, style, opposite=True).text
     rng = random.Random(f"altered/{seed}/{style}/{attribute}")
-    # Unmentioned sizes change nothing, so every object is tried until the caption changes.
-    for victim in rng.sample(range(len(scene.objects)), len(scene.objects)):
-        other = describe(_alter(scene, attribute, victim, rng), style).text
+    # The size of an object may be unmentioned, so objects are tried until the caption changes.
+    for place in rng.sample(range(len(scene.objects)), len(scene.objects)):
+        other = describe(_alter(scene, attribute, place, rng), style).text
         if other != caption.text:
             return caption.text, other
     return None
 
 
-def _alter(scene: Scene, attribute: str, victim: int, rng: random.Random) -> Scene:
+def _alter(scene: Scene, attribute: str, place: int, rng: random.Random) -> Scene:
+    """The scene with another value of one attribute, of the object at `place` or of a whole group."""
+
     def pick(options: Sequence[str], *taken: str) -> str:
         return rng.choice([option for option in options if option not in taken])
 
@@ -210,23 +212,21 @@ def _alter(scene: Scene, attribute: str, victim: int, rng: random.Random) -> Sce
     if attribute == "count":
         count = 2 if len(scene.objects) == 3 else 3
         return replace(scene, objects=(scene.objects[0],) * count)
-    item = scene.objects[victim]
+    item = scene.objects[place]
     taken = [other.colour for other in scene.objects] if attribute == "colour" else [getattr(item, attribute)]
     options = {"colour": list(COLOURS), "kind": KINDS, "size": list(SIZES)}[attribute]
     value = pick(options, *taken)
-    chosen = range(len(scene.objects)) if scene.family == "group" else (victim,)
-    return replace(
-        scene,
-        objects=tuple(
-            SceneObject(**{**asdict(other), attribute: value}) if place in chosen else other
-            for place, other in enumerate(scene.objects)
-        ),
-    )
+    altered_places = range(len(scene.objects)) if scene.family == "group" else (place,)
+    objects = [
+        SceneObject(**(asdict(other) | {attribute: value})) if number in altered_places else other
+        for number, other in enumerate(scene.objects)
+    ]
+    return replace(scene, objects=tuple(objects))
 
 
 @cache
 def entropy(samples: int, seed: int) -> tuple[float, float]:
-    """Entropy of a training caption in nats and its standard error, by Monte Carlo over `samples` captions."""
+    """Monte Carlo estimate of a training caption's entropy in nats, and its standard error."""
     values = [-describe(draw_scene(seed, "train", index), f"{seed}/train/{index}").log_prob for index in range(samples)]
     mean = sum(values) / samples
     variance = sum((value - mean) ** 2 for value in values) / max(1, samples - 1)

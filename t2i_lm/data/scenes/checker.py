@@ -1,7 +1,7 @@
-"""Reads a scene back from pixels: background, and each shape's colour, kind, size and place.
+"""Checker of scenes: reads background and shapes (color, kind, size, position) from pixels.
 
-Exact on rendered scenes, tolerant of blur and of an image tokenizer's errors; any image is accepted, so
-that a half-trained model's blobs count as wrong and never as a crash.
+Exact on rendered scenes, tolerant of blur and of an image tokenizer's errors. Any image is accepted, so that the blobs
+of a half-trained model count as wrong instead of raising an error.
 """
 
 import math
@@ -23,19 +23,21 @@ Cover = npt.NDArray[np.float64]
 
 # Euclidean RGB distance from the background above which a pixel belongs to a shape.
 FOREGROUND_DISTANCE = 55.0
-# Smaller regions, in pixels, are artefacts and not shapes.
+# Regions of fewer pixels are artifacts, not shapes.
 MINIMUM_AREA = 30
-# Template matching looks this many pixels around a region's center.
+# Offsets in pixels, around a region's center, of the templates that it is compared with.
 SHIFTS = (-2, -1, 0, 1, 2)
-# Templates are also compared blurred, by Gaussians of these widths in pixels: an image tokenizer softens corners, and
-# a soft small cross is nearer to a sharp circle than to a sharp cross.
+# Widths in pixels of the templates' Gaussian blurs: an image tokenizer softens corners, and a soft small cross is
+# nearer to a sharp circle than to a sharp cross.
 BLURS = (0.0, 1.0, 1.5)
+# Pixels by which one shape must be left of, or above, another.
+MINIMUM_OFFSET = 8
 CHECKS = ("background", "colour", "any_colour", "kind", "size", "relation", "count")
 
 
 @dataclass(frozen=True)
-class FoundObject:
-    """A shape read from an image; x and y are its region's bounding-box center in pixels."""
+class DetectedShape:
+    """A shape read from an image; (x, y) is the center of its bounding box in pixels."""
 
     colour: str
     kind: str
@@ -46,10 +48,10 @@ class FoundObject:
 
 @dataclass(frozen=True)
 class SceneReading:
-    """What an image shows, as far as the checker can tell."""
+    """Background and shapes read from an image."""
 
     background: str
-    objects: tuple[FoundObject, ...]
+    objects: tuple[DetectedShape, ...]
 
 
 def read_scene(image_HW3: Image) -> SceneReading:
@@ -75,47 +77,47 @@ def read_scene(image_HW3: Image) -> SceneReading:
 
 
 def check(image_HW3: Image, meaning: dict[str, Any], mentioned: frozenset[str]) -> dict[str, bool | None]:
-    """Whether an image shows what was asked, per attribute.
+    """Whether an image matches a scene, per attribute.
 
-    `colour` asks for every described colour, `any_colour` for one of them, `kind` for every shape in its colour, `size`
-    for every shape in its colour and size; `relation` finds the two shapes by their colours. So a wrong colour is a
-    wrong kind, size and relation too, and a wrong kind a wrong size.
+    `colour` requires every described color, `any_colour` one of them, `kind` every shape in its color, `size` every
+    shape in its color and size; `relation` identifies the two shapes by color. A wrong color is therefore also a wrong
+    kind, size and relation, and a wrong kind a wrong size. `size` requires the sizes of both shapes of a pair, even if
+    the caption mentions only one.
 
-    What `all` does not judge: further shapes, unless the caption gives a number (`count`; those of groups alone do),
-    even where it closes with "and nothing else"; and where shapes lie, beyond `relation`. `exact` refuses further
-    shapes. `size` asks for the sizes of both shapes of a pair, even where the caption gives one.
+    `all` ignores additional shapes, even if the caption ends in "and nothing else", unless it states a number (`count`,
+    groups only); it also ignores positions beyond `relation`. `exact` rejects additional shapes.
 
     Args:
         image_HW3: image of 64 x 64 pixels.
-        meaning: `Scene.meaning()` of what was asked.
-        mentioned: attributes that the caption asserts; the others are not judged.
+        meaning: `Scene.meaning()` of the scene that the caption describes.
+        mentioned: attributes that the caption asserts; the others are not checked.
 
     Returns:
-        For each of `CHECKS` True, False, or None where the caption does not ask; `all` whether none of them is False,
-        `exact` whether there are also exactly as many shapes as described.
+        For each of `CHECKS` True, False, or None where not mentioned; `all`: none of them is False; `exact`: `all`, and
+        the number of shapes is the scene's.
     """
     reading = read_scene(image_HW3)
-    asked = meaning["objects"]
+    described = meaning["objects"]
     colours = [item.colour for item in reading.objects]
     shapes = [(item.colour, item.kind) for item in reading.objects]
     sized = [(item.colour, item.kind, item.size) for item in reading.objects]
     result: dict[str, bool | None] = {
         "background": reading.background == meaning["background"] if "background" in mentioned else None,
-        "colour": all(item["colour"] in colours for item in asked),
-        "any_colour": any(item["colour"] in colours for item in asked),
-        "kind": all((item["colour"], item["kind"]) in shapes for item in asked),
-        "size": all((item["colour"], item["kind"], item["size"]) in sized for item in asked)
+        "colour": all(item["colour"] in colours for item in described),
+        "any_colour": any(item["colour"] in colours for item in described),
+        "kind": all((item["colour"], item["kind"]) in shapes for item in described),
+        "size": all((item["colour"], item["kind"], item["size"]) in sized for item in described)
         if "size" in mentioned
         else None,
         "relation": _relation_holds(reading, meaning) if "relation" in mentioned else None,
-        "count": len(reading.objects) == len(asked) if "count" in mentioned else None,
+        "count": len(reading.objects) == len(described) if "count" in mentioned else None,
     }
     everything = all(value for value in result.values() if value is not None)
-    return {**result, "all": everything, "exact": everything and len(reading.objects) == len(asked)}
+    return {**result, "all": everything, "exact": everything and len(reading.objects) == len(described)}
 
 
 def shares_right(results: Iterable[dict[str, bool | None]]) -> dict[str, dict[str, float]]:
-    """For each key of `check`'s results the share `right`, its standard error `se`, and how many were asked, `of`."""
+    """For each key of `check`'s results: share `right`, its standard error `se`, and number of checked images `of`."""
     values: dict[str, list[bool]] = {}
     for result in results:
         for name, value in result.items():
@@ -126,24 +128,20 @@ def shares_right(results: Iterable[dict[str, bool | None]]) -> dict[str, dict[st
 
 
 def share_error(share: float, of: int) -> float:
-    """Binomial standard error of a share; 0 where all or none are right, which says nothing of how sure that is."""
+    """Binomial standard error of a share; 0 where all or none are right, although the share is not certain then."""
     return math.sqrt(share * (1 - share) / of)
 
 
 def _relation_holds(reading: SceneReading, meaning: dict[str, Any]) -> bool:
     first, second = (
-        [found for found in reading.objects if found.colour == item["colour"]] for item in meaning["objects"]
+        [shape for shape in reading.objects if shape.colour == item["colour"]] for item in meaning["objects"]
     )
     axis = "x" if meaning["arrangement"] == "left" else "y"
     return any(getattr(a, axis) + MINIMUM_OFFSET < getattr(b, axis) for a in first for b in second)
 
 
-# Pixels by which one shape must be left of, or above, another.
-MINIMUM_OFFSET = 8
-
-
-def _read_object(pixels: npt.NDArray[np.float64], distance: npt.NDArray[np.float64], mask: Mask) -> FoundObject:
-    # How much of each pixel the shape covers: its colour's distance from the ground, relative to the shape's own.
+def _read_object(pixels: npt.NDArray[np.float64], distance: npt.NDArray[np.float64], mask: Mask) -> DetectedShape:
+    # Coverage of each pixel: distance from the background color, relative to the shape's own.
     peak = np.percentile(distance[mask], 90)
     near = ndimage.binary_dilation(mask, iterations=2)
     colour = _nearest(np.median(pixels[near & (distance > 0.9 * peak)], axis=0), COLOURS)
@@ -153,7 +151,7 @@ def _read_object(pixels: npt.NDArray[np.float64], distance: npt.NDArray[np.float
     window = _window(cover, round(x), round(y))
     names, templates, norms = _templates()
     kind, size = names[int((norms - 2 * templates @ window.ravel()).argmin())]  # least squares
-    return FoundObject(colour, kind, size, float(x), float(y))
+    return DetectedShape(colour, kind, size, float(x), float(y))
 
 
 _HALF = 20  # half a window's width, in pixels
@@ -166,7 +164,7 @@ def _window(cover: Cover, x: int, y: int) -> Cover:
 
 @cache
 def _templates() -> tuple[list[tuple[str, str]], Cover, Cover]:
-    """Kinds and sizes (n), coverage as rendered (n, window * window), squared norms (n), at every shift and blur."""
+    """Kinds and sizes (n), rendered coverage (n, window * window), its squared norms (n); at every shift and blur."""
     center = SIZE // 2
     names, covers = [], []
     for kind, size in product(KINDS, SIZES):

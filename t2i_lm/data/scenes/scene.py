@@ -1,12 +1,13 @@
-"""Procedural scenes: one to three coloured shapes on a plain ground, drawn from (seed, split, index).
+"""Procedural scenes: one to three colored shapes on a plain background, sampled from (seed, split, index).
 
-Three families: a single shape; a pair of differently coloured shapes, one left of or above the other; two or
-three equal shapes. Some colour-kind pairs never occur in training and at least one of them occurs in every
-validation scene, so validation asks for composition, not recall.
+Three families: a single shape; a pair of differently colored shapes, one left of or above the other; a group of two or
+three equal shapes. Some color-kind pairs never occur in training and at least one of them occurs in every validation
+scene, so validation measures composition, not recall.
 """
 
 import random
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from math import cos, pi, sin
 from typing import Any
@@ -42,12 +43,12 @@ ARRANGEMENTS = ("left", "above")  # the first object of a pair is left of, or ab
 COUNTS = (2, 3)
 
 SPLITS = ("train", "val", "every_pair")
-# Every kind and every colour keeps most of its partners: one pair in eight is held out.
+# One pair in eight: every kind and every color keeps most of its partners.
 HELD_OUT = frozenset(zip(("red", "green", "blue", "yellow", "purple", "orange"), KINDS, strict=True))
 ALL_PAIRS = tuple(product(COLOURS, KINDS))
 TRAIN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT)
 
-# Centres lie on a grid of this many pixels, a cell of the image tokenizer: a shape has one appearance in ids.
+# Centers lie on a grid of this many pixels, a cell of the image tokenizer, so that a shape has one sequence of ids.
 STEP = 8
 # Coordinates that keep two large shapes apart and off the border.
 NEAR, FAR = 16, 48
@@ -56,7 +57,7 @@ _SUPERSAMPLE = 4
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A shape: colour, kind and size by name; center in pixels from the top left."""
+    """A shape: color, kind and size by name; center in pixels from the top left."""
 
     colour: str
     kind: str
@@ -67,7 +68,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows. `arrangement` is None except in pairs."""
+    """Content of an image. `arrangement` is None except in pairs."""
 
     family: str
     background: str
@@ -80,15 +81,15 @@ class Scene:
 
 
 def scene_from_meaning(meaning: dict[str, Any]) -> Scene:
-    """The scene that `Scene.meaning` wrote."""
+    """Inverse of `Scene.meaning`."""
     objects = tuple(SceneObject(**item) for item in meaning["objects"])
     return Scene(meaning["family"], meaning["background"], objects, meaning["arrangement"])
 
 
 def draw_scene(seed: int, split: str, index: int) -> Scene:
-    """The scene of an index: a function of its arguments, the same on every machine.
+    """The scene of an index, the same on every machine.
 
-    The split `every_pair` is for training what must not be the limit of composition, the image tokenizer.
+    The split `every_pair` trains the image tokenizer, which must be able to represent the held-out pairs.
 
     Raises:
         ValueError: if the split is unknown.
@@ -96,16 +97,17 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     rng = random.Random(f"scene/{seed}/{split}/{index}")
+    coordinate = partial(rng.randrange, NEAR, FAR + 1, STEP)
     family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
     background = rng.choice(list(BACKGROUNDS))
     sizes = list(SIZES)
     if family == "single":
         colour, kind = _pairs(rng, split, 1)[0]
-        x, y = rng.randrange(16, 49, STEP), rng.randrange(16, 49, STEP)
+        x, y = coordinate(), coordinate()
         return Scene(family, background, (SceneObject(colour, kind, rng.choice(sizes), x, y),), None)
     if family == "pair":
         arrangement = rng.choice(ARRANGEMENTS)
-        places = [(NEAR, rng.randrange(16, 49, STEP)), (FAR, rng.randrange(16, 49, STEP))]
+        places = [(NEAR, coordinate()), (FAR, coordinate())]
         if arrangement == "above":
             places = [(y, x) for x, y in places]
         objects = tuple(
@@ -115,7 +117,7 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
         return Scene(family, background, objects, arrangement)
     (colour, kind), size, count = _pairs(rng, split, 1)[0], rng.choice(sizes), rng.choice(COUNTS)
     if count == 2:
-        y = rng.randrange(16, 49, STEP)
+        y = coordinate()
         places = [(NEAR, y), (FAR, y)]
     else:
         places = [(NEAR, NEAR), (FAR, NEAR), (rng.randrange(24, 41, STEP), FAR)]
@@ -123,7 +125,7 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def _pairs(rng: random.Random, split: str, count: int) -> list[tuple[str, str]]:
-    """Colour-kind pairs of differing colours: none held out in training, at least one in validation."""
+    """Color-kind pairs of different colors: no held-out pair in training, at least one in validation."""
     first, later = {
         "train": (TRAIN_PAIRS, TRAIN_PAIRS),
         "val": (tuple(sorted(HELD_OUT)), ALL_PAIRS),
@@ -140,7 +142,7 @@ def _pairs(rng: random.Random, split: str, count: int) -> list[tuple[str, str]]:
 
 
 def outline(kind: str, x: float, y: float, width: float) -> list[tuple[float, float]]:
-    """Polygon of a kind centered at (x, y); circles and rings have none and are drawn as ellipses."""
+    """Polygon of a kind, centered at (x, y); circles and rings are drawn as ellipses instead."""
     r = width / 2
     if kind == "square":
         r *= 0.92

@@ -1,4 +1,4 @@
-"""Generated scenes as a source of captioned images."""
+"""Procedural scenes as a source of captioned images."""
 
 from t2i_lm.data.pairs import Pair
 from t2i_lm.data.scenes.captions import describe

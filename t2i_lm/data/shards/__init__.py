@@ -1,1 +1,1 @@
-"""Token shards: format, preparation and columns."""
+"""Token shards: file format, preparation, column access."""

@@ -1,6 +1,6 @@
-"""The ids of pair shards as numpy views of the mapped Arrow files: a batch costs one gather.
+"""The ids of pair shards as numpy views of the memory-mapped Arrow files: one gather per batch.
 
-Indexing `datasets` builds every caption of every row as an array of its own; here a caption is a slice.
+Indexing `datasets` would allocate an array for every caption of every row; here a caption is a slice.
 
 Shapes: `B` samples, `N` image tokens.
 """
@@ -18,14 +18,15 @@ Offsets = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Batch:
-    """One record batch.
+    """One Arrow record batch of R rows.
 
-    Row r has the captions from `first[r]` to `first[r + 1]`, caption c the ids from `start[c]` to `start[c + 1]`.
+    Row r has captions `row_starts[r]` to `row_starts[r + 1]`; caption c has ids `caption_starts[c]` to
+    `caption_starts[c + 1]`.
     """
 
     image_ids_RN: IntArray
-    first: Offsets
-    start: Offsets
+    row_starts: Offsets
+    caption_starts: Offsets
     text_ids: IntArray
 
 
@@ -33,7 +34,7 @@ class PairColumns:
     """Image ids and captions of the rows of a split."""
 
     def __init__(self, split: datasets.Dataset) -> None:
-        """Maps; reads nothing but offsets."""
+        """Memory-maps the ids; reads only offsets."""
         self._split = split
         batches = split.with_format("arrow")[:].select(["image_ids", "text_ids"]).to_batches()
         self._begin = np.cumsum([0, *(batch.num_rows for batch in batches)])
@@ -44,38 +45,37 @@ class PairColumns:
             self._batches.append(
                 _Batch(
                     image_ids_RN=images.flatten().to_numpy().reshape(batch.num_rows, -1),
-                    first=captions.offsets.to_numpy(),
-                    start=ids.offsets.to_numpy(),
+                    row_starts=captions.offsets.to_numpy(),
+                    caption_starts=ids.offsets.to_numpy(),
                     text_ids=ids.values.to_numpy(),
                 )
             )
 
     def __reduce__(self) -> tuple[type["PairColumns"], tuple[datasets.Dataset]]:
-        # A loader's worker that is not forked maps the files anew: pickled views would be copies of all ids.
+        # Spawned workers map the files again: pickling the views would copy all ids.
         return PairColumns, (self._split,)
 
     def __len__(self) -> int:
         return len(self._split)
 
     def caption_counts(self) -> Offsets:
-        """Captions of each row."""
-        return np.concatenate([np.diff(batch.first) for batch in self._batches])
+        """Number of captions of each row."""
+        return np.concatenate([np.diff(batch.row_starts) for batch in self._batches])
 
     def count(self, row: int) -> int:
-        """Captions of a row."""
+        """Number of captions of a row."""
         batch, place = self._find(row)
-        return int(batch.first[place + 1] - batch.first[place])
+        return int(batch.row_starts[place + 1] - batch.row_starts[place])
 
     def caption(self, row: int, number: int) -> IntArray:
-        """Text ids of one caption of a row."""
+        """Text ids of caption `number` of a row."""
         batch, place = self._find(row)
-        caption = batch.first[place] + number
-        return batch.text_ids[batch.start[caption] : batch.start[caption + 1]]
+        caption = batch.row_starts[place] + number
+        return batch.text_ids[batch.caption_starts[caption] : batch.caption_starts[caption + 1]]
 
     def images(self, rows: list[int]) -> IntArray:
         """Image ids (B, N) of rows."""
-        found = [self._find(row) for row in rows]
-        return np.stack([batch.image_ids_RN[place] for batch, place in found])
+        return np.stack([batch.image_ids_RN[place] for batch, place in map(self._find, rows)])
 
     def _find(self, row: int) -> tuple[_Batch, int]:
         number = int(np.searchsorted(self._begin, row, side="right")) - 1

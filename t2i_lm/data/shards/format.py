@@ -1,11 +1,10 @@
-"""Token shards: Arrow files written by `datasets`, memory-mapped, beside an index with counts and hashes.
+"""Token shards: memory-mapped Arrow files written by `datasets`, with an index of counts and hashes.
 
-A folder holds `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. A part is written beside its
-place and then renamed, with its own `part.json`, so a preparation that was killed goes on after the last whole
-part. Pair shards have columns `id`, `image_ids` (fixed-size uint16), `text_ids` (all captions, a list of lists)
-and `meaning` (JSON, scenes only); text shards have `text_ids` (length + 1 ids: neighbors overlap by one, so
-every token is a target once) and `bytes`. Text and image ids are kept apart because their joint vocabulary does
-not fit uint16.
+A folder has `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. A part with its `part.json` is
+written to a temporary folder and renamed, so that an interrupted preparation continues after the last complete part.
+Pair shards have columns `id`, `image_ids` (fixed-size uint16), `text_ids` (all captions, a list of lists) and `meaning`
+(JSON, scenes only); text shards have `text_ids` (length + 1 ids: neighbors overlap by one, so every token is a target
+once) and `bytes`. Text and image ids are separate because their joint vocabulary does not fit uint16.
 """
 
 import hashlib
@@ -17,21 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import write_atomic
 
-# Progress is `prepare`'s own.
+# `prepare` reports its own progress.
 datasets.disable_progress_bars()
 
 PART = "part.json"
-CARD_BIN = 10  # caption lengths of one row of a card's histogram
+CARD_BIN = 10  # caption lengths per row of the histogram in README.md
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
 
 def text_features(text_vocab: int, length: int) -> datasets.Features:
-    """Schema of text shards of rows of `length` + 1 ids."""
+    """Schema of text shards with `length` + 1 ids per row."""
     ids = datasets.Value("uint16" if text_vocab <= 2**16 else "uint32")
     return datasets.Features({"text_ids": datasets.List(ids, length=length + 1), "bytes": datasets.Value("int32")})
 
@@ -50,35 +48,35 @@ def pair_features(text_vocab: int, image_tokens: int) -> datasets.Features:
 
 
 def part_folder(folder: Path, split: str, number: int) -> Path:
-    """Where a part of a split lies."""
+    """Folder of one part of a split."""
     return folder / split / f"part-{number:05d}"
 
 
 def write_part(target: Path, rows: Rows, features: datasets.Features, details: Callable[[], dict[str, Any]]) -> None:
-    """Writes one part; there is a whole one or none.
+    """Writes one part atomically.
 
     Args:
-        target: its folder.
-        rows: what it holds.
+        target: folder of the part.
+        rows: generator of its rows.
         features: its schema.
-        details: further fields of its `part.json`, asked for when all rows are written.
+        details: further fields of its `part.json`, called after all rows are written.
     """
     work = target.with_name(f"{target.name}.work")
     shutil.rmtree(work, ignore_errors=True)
-    # A fixed fingerprint: the library would otherwise pickle the generator to hash it.
     stream = rows()
     first = next(stream, None)
     count = 0
     (work / "data").mkdir(parents=True)
-    if first is not None:  # `datasets` cannot write a part of which nothing could be used
+    if first is not None:  # `datasets` cannot write an empty part
         try:
             dataset = datasets.Dataset.from_generator(
                 lambda: chain([first], stream),
                 features=features,
                 cache_dir=str(work / "cache"),
+                # By default the library pickles the generator to hash it.
                 fingerprint=f"{target.parent.name}-{target.name}",
             )
-        except datasets.exceptions.DatasetGenerationError as error:  # it wraps whatever the rows raise
+        except datasets.exceptions.DatasetGenerationError as error:  # wraps any exception of `rows`
             raise error.__cause__ or error from error
         assert isinstance(dataset, datasets.Dataset)
         dataset.save_to_disk(str(work / "data"))
@@ -91,19 +89,19 @@ def write_part(target: Path, rows: Rows, features: datasets.Features, details: C
 
 
 def read_part(target: Path) -> dict[str, Any]:
-    """The `part.json` of a whole part."""
+    """The `part.json` of a complete part."""
     entry: dict[str, Any] = json.loads((target / PART).read_text())
     return entry
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Writes `index.json`, which marks the folder as complete."""
+    """Writes `index.json` with its `data_hash`; this marks the folder as complete."""
     index = index | {"data_hash": data_hash(index)}
     write_atomic(folder / "index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_card(folder: Path, index: dict[str, Any], origin: str) -> None:
-    """Writes `README.md`: what the pairs are, how many, how long their captions, and what was left out."""
+    """Writes `README.md`: source, number of pairs, rejected samples, histogram of caption lengths."""
     lines = ["# Token shards", "", f"Source: {index['source']}, {origin}.", ""]
     lines += [f"{name.capitalize()} tokenizer sha256: `{digest}`" for name, digest in index["tokenizers"].items()]
     for split, entry in index["splits"].items():
@@ -125,13 +123,13 @@ def write_card(folder: Path, index: dict[str, Any], origin: str) -> None:
 
 
 def data_hash(index: dict[str, Any]) -> str:
-    """Hash of a prepared folder's contents: shard hashes and tokenizer hashes, not where it lies."""
+    """Hash of a prepared folder's content: shard and tokenizer hashes, independent of its path."""
     content = {key: index[key] for key in ("splits", "tokenizers") if key in index}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a complete folder, None where there is none.
+    """The index of a folder; None if it is incomplete or absent.
 
     Raises:
         ValueError: if the index is not JSON.
@@ -147,10 +145,10 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 
 def open_split(folder: Path, split: str) -> datasets.Dataset:
-    """A split, memory-mapped, as numpy.
+    """A memory-mapped split in numpy format.
 
     Raises:
-        ValueError: if a shard is missing or its sha256 is not the index's.
+        ValueError: if a shard is missing or its sha256 differs from the index.
     """
     index = read_index(folder)
     if index is None:
@@ -168,13 +166,3 @@ def open_split(folder: Path, split: str) -> datasets.Dataset:
     if not parts:
         raise ValueError(f"{folder / split} has no usable sample")
     return datasets.concatenate_datasets(parts).with_format("numpy")
-
-
-def choose_caption(captions: int, seed: int, epoch: int, index: int) -> int:
-    """Which of several captions a sample shows in an epoch: a function of its arguments alone."""
-    return int(np.random.default_rng([seed, epoch, index]).integers(captions))
-
-
-def leaves_out_caption(share: float, seed: int, epoch: int, index: int) -> bool:
-    """Whether a sample has no caption in an epoch: a function of its arguments alone."""
-    return bool(np.random.default_rng([seed, epoch, index, 1]).random() < share)

@@ -1,7 +1,7 @@
-"""Token shards: tokenize a source once, keep the ids.
+"""Preparation of token shards: a source is tokenized once, its ids are reused.
 
-Work is cut into parts. Every process that needs the shards takes parts that nobody works on, so `torchrun` over
-GPUs or several plain processes share it, and one that was killed loses at most its part.
+The work is cut into parts. Every process that needs the shards takes parts that no other process has locked, so several
+ranks of `torchrun` or several plain processes share it, and a killed process loses at most one part.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 from filelock import FileLock, Timeout
 
 from t2i_lm.assets import resolve
@@ -37,25 +37,30 @@ from t2i_lm.runtime.progress import Advance, progress
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
 
-# Bump when the meaning of a shard changes, so that stale caches are not read.
+# Increment when the content of shards changes, so that older caches are not reused.
 FORMAT = 2
-# Seconds between looks at a part that another process works on.
-PATIENCE = 0.5
-# Share of ids that must not change for images to be encoded in bfloat16.
-EQUAL_IDS = 0.999
+# Seconds between checks of parts that other processes are writing.
+POLL_S = 0.5
+# Share of ids that must equal float32's for images to be encoded in bfloat16.
+MIN_EQUAL_IDS = 0.999
+
+# One part of a source: yields its samples in order, from the start at every call.
+Part = Callable[[], Iterable[Sample]]
+
+
+def absolute_path(path: str | None) -> str | None:
+    """The absolute path of an existing file or folder; other names, as of Hugging Face datasets, are unchanged."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def cache_folder(config: ExperimentConfig, tokenizers: dict[str, str]) -> Path:
-    """Where the shards of an experiment's data lie: named by everything that decides their content."""
+    """Folder of an experiment's shards, named by a hash of everything that determines their content."""
     data = config.data
-    path, val_path = (
-        Path(given).resolve() if given and Path(given).exists() else given for given in (data.path, data.val_path)
-    )
     key = {
         "format": FORMAT,
         "source": data.source,
-        "path": str(path),
-        "val_path": None if val_path is None else str(val_path),
+        "path": str(absolute_path(data.path)),
+        "val_path": absolute_path(data.val_path),
         "hold_out_pairs": data.hold_out_pairs,
         "sizes": [data.train_size, data.val_size],
         "part_size": data.part_size,
@@ -69,12 +74,31 @@ def cache_folder(config: ExperimentConfig, tokenizers: dict[str, str]) -> Path:
     return Path(data.cache_dir) / f"{data.source}-{digest}"
 
 
-def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTokenizer) -> Path:
-    """Token shards of a captioned source; done once, then found again.
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache_dir: cannot create {folder}: {error.strerror}") from error
+
+
+def write_once(folder: Path, write: Callable[[], None]) -> None:
+    """Calls `write` unless the folder is complete; other processes (ranks, a second arm) wait for the first one.
 
     Raises:
-        ValueError: if more than `data.max_reject_share` of a split cannot be used, with the reasons, or if
-            images should be encoded in bfloat16 and that changes too many ids.
+        ValueError: if the folder cannot be created.
+    """
+    _make_folder(folder)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if read_index(folder) is None:
+            write()
+
+
+def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTokenizer) -> Path:
+    """Token shards of a captioned source; written once, then reused.
+
+    Raises:
+        ValueError: if more than `data.max_reject_share` of a split is unusable, with the reasons, or if bfloat16
+            encoding of images is configured and changes too many ids.
     """
     tokenizers = {"text": text.sha256, "image": image.sha256}
     folder = cache_folder(config, tokenizers)
@@ -82,31 +106,56 @@ def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTok
         if config.image_tokenizer.precision == "bfloat16":
             _require_equal_ids(config, image)
             image.low_precision = True
-        _make(folder)
-        counts = {}
-        for split in SPLITS:
-            source = open_source(config.data, split, image.image_size)
-            parts, total = cut(source, _limit(config, split), config.data.part_size)
-            counts[split] = len(parts)
-            size = config.data.part_size
-            # How much of what is left falls to this process is known only where it is alone.
-            left = None
-            if total is not None and world_size() == 1:
-                left = sum(min(size, total - number * size) for number in _missing(folder, split, len(parts)))
-            with progress(f"tokenizing {split} images", left, global_rank()) as tell:
-                _write_parts(parts, folder, split, text, image, tell)
-        with _alone(folder):
-            if read_index(folder) is None:
-                _finish_pairs(config, counts, tokenizers, folder)
+        _make_folder(folder)
+        parts = {split: _write_pair_split(config, folder, split, text, image) for split in SPLITS}
+        write_once(folder, lambda: _write_pair_index(config, folder, parts, tokenizers))
     return folder
 
 
-# A part of a source: gives its samples in order, each time anew.
-Part = Callable[[], Iterable[Sample]]
+def _write_pair_split(
+    config: ExperimentConfig, folder: Path, split: str, text: TextTokenizer, image: ImageTokenizer
+) -> list[Path]:
+    """Writes the parts of a split that are missing and not locked, until none is missing; returns their folders."""
+    data, features = config.data, pair_features(text.vocab_size, image.grid[0] * image.grid[1])
+    source = open_source(data, split, image.image_size)
+    limit = data.train_size if split == "train" else data.val_size
+    parts, total = cut(source, limit, data.part_size)
+    targets = [part_folder(folder, split, number) for number in range(len(parts))]
+
+    def missing() -> list[int]:
+        return [number for number, target in enumerate(targets) if not target.exists()]
+
+    # With several processes, this one's share of the rest is unknown.
+    left = None
+    if total is not None and world_size() == 1:
+        left = sum(min(data.part_size, total - number * data.part_size) for number in missing())
+    with progress(f"tokenizing {split} images", left, global_rank()) as advance:
+        while numbers := missing():
+            idle = True
+            for number in numbers:
+                rows = PairRows(parts[number](), text, image, advance)
+                if _write_pair_part(targets[number], rows, features):
+                    idle = False
+            if idle:
+                time.sleep(POLL_S)
+    return targets
+
+
+def _write_pair_part(target: Path, rows: PairRows, features: datasets.Features) -> bool:
+    """Writes a part, unless it exists or another process has locked it; returns whether it was written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(target.with_name(f"{target.name}.lock"), timeout=0):
+            if target.exists():
+                return False
+            write_part(target, rows, features, rows.details)
+            return True
+    except Timeout:
+        return False
 
 
 def cut(source: CaptionedSource | StreamedSource, limit: int | None, part_size: int) -> tuple[list[Part], int | None]:
-    """The parts of a source, and its number of samples where it is known; a stream's shard is a part."""
+    """The parts of a source (of a stream: its shards) and its number of samples (of a stream: None)."""
     if isinstance(source, Stream):
         return [partial(source.shard, number) for number in range(source.shards)], None
     sized = cast(CaptionedSource, source)
@@ -118,45 +167,13 @@ def cut(source: CaptionedSource | StreamedSource, limit: int | None, part_size: 
     return [partial(samples, start) for start in range(0, size, part_size)], size
 
 
-def _missing(folder: Path, split: str, parts: int) -> list[int]:
-    """Numbers of the parts that nobody has finished."""
-    return [number for number in range(parts) if not part_folder(folder, split, number).exists()]
-
-
-def _write_parts(
-    parts: list[Part],
-    folder: Path,
-    split: str,
-    text: TextTokenizer,
-    image: ImageTokenizer,
-    tell: Advance,
+def _write_pair_index(
+    config: ExperimentConfig, folder: Path, parts: dict[str, list[Path]], tokenizers: dict[str, str]
 ) -> None:
-    """Writes the parts that are missing and free, until none is missing."""
-    features = pair_features(text.vocab_size, image.grid[0] * image.grid[1])
-    while missing := _missing(folder, split, len(parts)):
-        idle = True
-        for number in missing:
-            target = part_folder(folder, split, number)
-            target.parent.mkdir(exist_ok=True)
-            try:
-                with FileLock(target.with_name(f"{target.name}.lock"), timeout=0):
-                    if not target.exists():
-                        rows = PairRows(parts[number](), text, image, tell)
-                        write_part(target, rows, features, rows.details)
-                        idle = False
-            except Timeout:
-                continue
-        if idle:
-            time.sleep(PATIENCE)
-
-
-def _finish_pairs(config: ExperimentConfig, counts: dict[str, int], tokenizers: dict[str, str], folder: Path) -> None:
-    """Adds the parts up, judges what was rejected, and writes the card and the index."""
+    """Adds up the parts, checks the share of rejects, and writes README.md and the index."""
     index: dict[str, Any] = {"tokenizers": tokenizers, "source": config.data.source, "splits": {}}
-    for split, count in counts.items():
-        folders = [part_folder(folder, split, number) for number in range(count)]
+    for split, folders in parts.items():
         entries = [read_part(part) for part in folders]
-        rows = sum(entry["rows"] for entry in entries)
         rejects: Counter[str] = Counter()
         lengths: Counter[str] = Counter()
         examples: dict[str, str] = {}
@@ -164,7 +181,9 @@ def _finish_pairs(config: ExperimentConfig, counts: dict[str, int], tokenizers: 
             rejects.update(entry["rejects"])
             lengths.update(entry["caption_tokens"])
             examples = entry["examples"] | examples
-        _check_rejects(config, split, rows + rejects.total(), rejects, examples, folder)
+        rows = sum(entry["rows"] for entry in entries)
+        if rejects:
+            _check_rejects(config, split, rows + rejects.total(), rejects, examples, folder)
         index["splits"][split] = {
             "rows": rows,
             "parts": [entry["sha256"] for entry in entries],
@@ -175,66 +194,43 @@ def _finish_pairs(config: ExperimentConfig, counts: dict[str, int], tokenizers: 
     write_index(folder, index)
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"data.cache_dir: cannot make {folder}: {error.strerror}") from error
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the others (ranks, a second arm) wait and then find the work done."""
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        yield
-
-
-def _limit(config: ExperimentConfig, split: str) -> int | None:
-    return config.data.train_size if split == "train" else config.data.val_size
-
-
 def _check_rejects(
     config: ExperimentConfig, split: str, total: int, rejects: Counter[str], examples: dict[str, str], folder: Path
 ) -> None:
-    if not rejects:
-        return
+    """Prints the rejects by reason; raises if they exceed `data.max_reject_share`."""
     reasons = "; ".join(f"{count} {reason} (first: {examples[reason]})" for reason, count in rejects.most_common())
-    share = rejects.total() / total
     message = f"{rejects.total()} of {total} {split} samples cannot be used: {reasons}"
-    if share > config.data.max_reject_share:
+    if rejects.total() / total > config.data.max_reject_share:
         raise ValueError(
-            f"{message}. data.max_reject_share={config.data.max_reject_share} allows fewer. Raise it, or mend the "
+            f"{message}. data.max_reject_share={config.data.max_reject_share} allows fewer. Raise it, or repair the "
             f"samples and delete {folder}"
         )
     print(message, file=sys.stderr)
 
 
 def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
-    """Token shards of plain text, and the tokenizer, trained here where `text_tokenizer.path` is null.
+    """Token shards of plain text, and the tokenizer, which is trained here if `text_tokenizer.path` is null.
 
     Raises:
         ValueError: if there is no text, or no held-out text.
     """
-    if config.data.val_path is None:
-        raise ValueError("data.val_path=null: give held-out text, for example data.val_path=books_heldout.txt.gz")
-    trained = config.text_tokenizer.path
-    text = open_text_tokenizer(resolve(trained) if trained else _train_text_tokenizer(config))
-    folder = cache_folder(config, {"text": text.sha256})
-    _make(folder)
-    with _alone(folder):
-        if read_index(folder) is None:
-            _write_text(config, text, folder)
-    return folder, text
-
-
-def _write_text(config: ExperimentConfig, text: TextTokenizer, folder: Path) -> None:
     data = config.data
-    index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
-    for split, path in (("train", data.path), ("val", data.val_path)):
-        with progress(f"tokenizing {split} text", None, unit="documents") as tell:
-            documents = _counted(read_documents(str(path)), tell)
-            index["splits"][split] = write_text_split(folder, split, documents, text, data.length)
-    write_index(folder, index)
+    if data.val_path is None:
+        raise ValueError("data.val_path=null: held-out text is required, for example data.val_path=heldout.txt.gz")
+    path = config.text_tokenizer.path
+    text = open_text_tokenizer(resolve(path) if path else _train_text_tokenizer(config))
+    folder = cache_folder(config, {"text": text.sha256})
+
+    def write() -> None:
+        index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
+        for split, source in (("train", data.path), ("val", data.val_path)):
+            with progress(f"tokenizing {split} text", None, unit="documents") as advance:
+                documents = _counted(read_documents(str(source)), advance)
+                index["splits"][split] = write_text_split(folder, split, documents, text, data.length)
+        write_index(folder, index)
+
+    write_once(folder, write)
+    return folder, text
 
 
 def _train_text_tokenizer(config: ExperimentConfig) -> Path:
@@ -249,14 +245,14 @@ def _train_text_tokenizer(config: ExperimentConfig) -> Path:
     return path
 
 
-def _counted(items: Iterable[str], tell: Advance) -> Iterator[str]:
+def _counted(items: Iterable[str], advance: Advance) -> Iterator[str]:
     for item in items:
         yield item
-        tell(1)
+        advance(1)
 
 
 def equal_ids(config: ExperimentConfig, image: ImageTokenizer, images: int = 256) -> tuple[float, int]:
-    """Share of ids that bfloat16 encoding leaves equal to float32's, and of how many, on validation images."""
+    """Share of ids of validation images that bfloat16 encoding leaves equal to float32's, and the number of ids."""
     parts, _ = cut(open_source(config.data, "val", image.image_size), None, images)
     readable: list[Any] = []
     for read in parts[0]():
@@ -271,15 +267,15 @@ def equal_ids(config: ExperimentConfig, image: ImageTokenizer, images: int = 256
     same = total = 0
     for start in range(0, len(readable), ENCODE_BATCH):
         images_BCHW = stack_images(readable[start : start + ENCODE_BATCH])
-        agree_BN = image.encode(images_BCHW) == image.encode(images_BCHW, low_precision=True)
-        same, total = same + int(agree_BN.sum()), total + agree_BN.numel()
+        equal_BN = image.encode(images_BCHW) == image.encode(images_BCHW, low_precision=True)
+        same, total = same + int(equal_BN.sum()), total + equal_BN.numel()
     return same / total, total
 
 
 def _require_equal_ids(config: ExperimentConfig, image: ImageTokenizer) -> None:
     share, ids = equal_ids(config, image)
-    if share < EQUAL_IDS:
+    if share < MIN_EQUAL_IDS:
         raise ValueError(
             f"image_tokenizer.precision=bfloat16: {share:.3%} of {ids:,} ids equal float32's, "
-            f"at least {EQUAL_IDS:.1%} must"
+            f"at least {MIN_EQUAL_IDS:.1%} must"
         )

@@ -1,4 +1,4 @@
-"""Rows of token shards: captioned images and plain text through their tokenizers.
+"""Rows of token shards: tokenized captioned images and tokenized plain text.
 
 Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `N` image ids.
 """
@@ -20,33 +20,33 @@ from t2i_lm.data.text import paragraphs
 from t2i_lm.runtime.progress import Advance
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 
-# Images encoded at once.
+# Images per call of the encoder.
 ENCODE_BATCH = 64
 
 
 @dataclass
 class PairRows:
-    """The rows of some samples, and what was left out.
+    """The rows of some samples, and statistics of them and of rejected samples.
 
     Attributes:
-        rejects: unusable samples by reason.
-        examples: the first of each reason, named.
-        caption_tokens: number of captions of each length in ids.
+        rejects: number of unusable samples by reason.
+        examples: message of the first one by reason.
+        caption_tokens: number of captions by length in ids.
     """
 
     samples: Iterable[Sample]
     text: TextTokenizer
     image: ImageTokenizer
-    tell: Advance = lambda more: None
+    advance: Advance
     rejects: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     caption_tokens: Counter[int] = field(default_factory=Counter)
 
     def __call__(self) -> Iterator[dict[str, Any]]:
-        """One row a usable sample, in order; images are encoded `ENCODE_BATCH` at a time."""
+        """One row per usable sample, in order; images are encoded in batches of `ENCODE_BATCH`."""
         batch: list[tuple[Pair, np.ndarray[Any, np.dtype[np.uint8]]]] = []
         for read in self.samples:
-            self.tell(1)
+            self.advance(1)
             try:
                 pair = read()
                 batch.append((pair, center_crop(pair.image, self.image.image_size)))
@@ -60,7 +60,7 @@ class PairRows:
             yield from self._encode(batch)
 
     def details(self) -> dict[str, Any]:
-        """What a part's `part.json` says beside its rows."""
+        """Fields of `part.json` beside the rows and hashes."""
         lengths = {str(length): count for length, count in sorted(self.caption_tokens.items())}
         return {"rejects": dict(self.rejects), "examples": self.examples, "caption_tokens": lengths}
 
@@ -90,7 +90,7 @@ def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Ite
         for paragraph in paragraphs(document):
             piece_ids = text.encode(f"{paragraph}\n\n")
             ids += piece_ids
-            # A paragraph's bytes are spread evenly over its pieces: exact in sum, near enough at a row's edge.
+            # A paragraph's bytes are spread evenly over its pieces: exact in sum, approximate at a row's edge.
             sizes += [len(f"{paragraph}\n\n".encode()) / len(piece_ids)] * len(piece_ids)
         ids.append(text.document_end)
         sizes.append(0.0)
@@ -102,9 +102,9 @@ def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Ite
 def write_text_split(
     folder: Path, split: str, documents: Iterable[str], text: TextTokenizer, length: int
 ) -> dict[str, Any]:
-    """A split of `length` + 1 ids a row in one part, written where it is missing; its entry in the index.
+    """Writes a split of `length` + 1 ids per row as one part, and returns its entry for the index.
 
-    `documents` are read only where they are needed.
+    An existing part is reused; `documents` are then not read.
     """
     target = part_folder(folder, split, 0)
     if not target.exists():

@@ -33,15 +33,15 @@ from t2i_lm.data.sources import open_source
 EVERYTHING = frozenset(ATTRIBUTES)
 
 
-def asked_of(scene: Scene) -> frozenset[str]:
-    """All that a caption of a scene can ask for: a relation holds between the two shapes of a pair alone."""
+def checkable(scene: Scene) -> frozenset[str]:
+    """Attributes that a caption of the scene can mention: only pairs have a relation."""
     return EVERYTHING if scene.family == "pair" else EVERYTHING - {"relation"}
 
 
-def wrong_in(image: Scene, asked: Scene, mentioned: frozenset[str] | None = None) -> set[str]:
-    """What an image of one scene is judged to have wrong where another was asked for."""
-    found = check(np.asarray(render(image)), asked.meaning(), mentioned or asked_of(asked))
-    return {name for name, right in found.items() if right is False}
+def failed_checks(image: Scene, described: Scene, mentioned: frozenset[str] | None = None) -> set[str]:
+    """Checks that an image of one scene fails when another scene was described."""
+    results = check(np.asarray(render(image)), described.meaning(), mentioned or checkable(described))
+    return {name for name, right in results.items() if right is False}
 
 
 def test_scenes_are_a_function_of_seed_split_and_index() -> None:
@@ -59,25 +59,25 @@ def test_held_out_pairs_never_occur_in_training_and_always_in_validation() -> No
         assert val & HELD_OUT
 
 
-def test_a_tokenizer_sees_every_pair_in_scenes_of_its_own() -> None:
-    drawn = [draw_scene(0, "every_pair", index) for index in range(2000)]
-    assert {(item.colour, item.kind) for scene in drawn for item in scene.objects} == set(ALL_PAIRS)
-    held_out = {repr(draw_scene(0, "val", index)) for index in range(2000)}
-    assert sum(repr(scene) in held_out for scene in drawn) < 100
+def test_the_split_every_pair_has_all_pairs_and_few_validation_scenes() -> None:
+    scenes = [draw_scene(0, "every_pair", index) for index in range(2000)]
+    assert {(item.colour, item.kind) for scene in scenes for item in scene.objects} == set(ALL_PAIRS)
+    validation = {repr(draw_scene(0, "val", index)) for index in range(2000)}
+    assert sum(repr(scene) in validation for scene in scenes) < 100
     source = open_source(DataConfig(train_size=9, val_size=9, hold_out_pairs=False), "train", 64)
-    assert source[7].meaning == drawn[7].meaning() | {"style": "0/every_pair/7"}
+    assert source[7].meaning == scenes[7].meaning() | {"style": "0/every_pair/7"}
     with pytest.raises(ValueError, match="expected one of train, val, every_pair"):
         draw_scene(0, "test", 0)
 
 
-def test_each_colour_and_kind_keeps_most_partners() -> None:
+def test_at_most_one_pair_per_color_and_kind_is_held_out() -> None:
     assert len(HELD_OUT) == 6
     assert max(Counter(colour for colour, _ in HELD_OUT).values()) == 1
     assert {kind for _, kind in HELD_OUT} == set(KINDS)
     assert {colour for colour, _ in HELD_OUT} <= set(COLOURS)
 
 
-def test_objects_neither_touch_nor_leave_the_image() -> None:
+def test_objects_are_separate_and_inside_the_image() -> None:
     for index in range(500):
         scene = draw_scene(0, "train", index)
         assert len(read_scene(np.asarray(render(scene))).objects) == len(scene.objects), scene
@@ -87,10 +87,10 @@ def test_objects_neither_touch_nor_leave_the_image() -> None:
 def test_the_checker_is_exact_on_rendered_scenes() -> None:
     for index in range(2000):
         scene = draw_scene(1, "val" if index % 2 else "train", index)
-        assert check(np.asarray(render(scene)), scene.meaning(), asked_of(scene))["exact"], scene
+        assert check(np.asarray(render(scene)), scene.meaning(), checkable(scene))["exact"], scene
 
 
-def test_the_checker_sees_a_wrong_image() -> None:
+def test_the_checker_rejects_another_scene() -> None:
     right = wrong = 0
     for index in range(200):
         scene, other = draw_scene(0, "train", index), draw_scene(0, "train", index + 1000)
@@ -102,27 +102,27 @@ def test_the_checker_sees_a_wrong_image() -> None:
 
 
 def other(value: str, values: Iterable[str], *taken: str) -> str:
-    """The first of some values that is not one of those."""
+    """The first of `values` that differs from `value` and from all `taken`."""
     return next(one for one in values if one not in (value, *taken))
 
 
 def with_shape(scene: Scene, place: int, **changes: Any) -> Scene:
-    """A scene with one shape changed, or in a group all of them, as its captions speak of all at once."""
+    """The scene with one shape changed; in a group all shapes, since captions describe them together."""
     places = range(len(scene.objects)) if scene.family == "group" else (place,)
     objects = [replace(shape, **changes) if at in places else shape for at, shape in enumerate(scene.objects)]
     return replace(scene, objects=tuple(objects))
 
 
 def alterations(scene: Scene) -> Iterator[tuple[str, Scene, set[str]]]:
-    """Attribute, the scene with it alone altered, and all that is then wrong beside `all` and `exact`."""
+    """Attribute, scene with only that altered, and the checks that then fail beside `all` and `exact`."""
     ground = other(scene.background, BACKGROUNDS)
     yield "background", replace(scene, background=ground), {"background"}
     for place, shape in enumerate(scene.objects):
         colour = other(shape.colour, COLOURS, *(one.colour for one in scene.objects))
-        # A shape is asked for in its colour and found by it. Of two colours one is still there.
-        follow = {"kind", "size"} | ({"relation"} if scene.family == "pair" else {"any_colour"})
-        yield "colour", with_shape(scene, place, colour=colour), {"colour"} | follow
-        # A size is asked for of a shape of its kind.
+        # Shapes are identified by color. In a pair, one of the two colors remains.
+        dependent = {"kind", "size"} | ({"relation"} if scene.family == "pair" else {"any_colour"})
+        yield "colour", with_shape(scene, place, colour=colour), {"colour"} | dependent
+        # `size` requires a shape of the right kind.
         yield "kind", with_shape(scene, place, kind=other(shape.kind, KINDS)), {"kind", "size"}
         yield "size", with_shape(scene, place, size=other(shape.size, SIZES)), {"size"}
     if scene.family == "pair":
@@ -130,55 +130,55 @@ def alterations(scene: Scene) -> Iterator[tuple[str, Scene, set[str]]]:
         swapped = (replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y))
         turned = (replace(first, x=first.y, y=first.x), replace(second, x=second.y, y=second.x))
         yield "relation", replace(scene, objects=swapped), {"relation"}
-        if min(abs(first.x - second.x), abs(first.y - second.y)) <= 8:  # else both relations may hold
+        if min(abs(first.x - second.x), abs(first.y - second.y)) <= 8:  # otherwise both relations may hold
             yield "relation", replace(scene, objects=turned), {"relation"}
     if scene.family == "group":
         yield "count", replace(scene, objects=scene.objects[:-1]), {"count"}
 
 
 @pytest.mark.slow
-def test_a_scene_altered_in_one_attribute_is_wrong_in_that_and_in_what_depends_on_it() -> None:
+def test_one_altered_attribute_fails_its_own_check_and_the_dependent_ones() -> None:
     seen: Counter[str] = Counter()
     for index in range(100):
         scene = draw_scene(2, "val" if index % 2 else "train", index)
         for attribute, image, wrong in alterations(scene):
             seen[attribute] += 1
-            assert wrong_in(image, scene) == wrong | {"all", "exact"}, (attribute, scene)
-            if attribute not in ("colour", "kind"):  # without them nothing is described
+            assert failed_checks(image, scene) == wrong | {"all", "exact"}, (attribute, scene)
+            if attribute not in ("colour", "kind"):  # every caption mentions these
                 left = {"exact"} if attribute == "count" else set()
-                assert wrong_in(image, scene, asked_of(scene) - {attribute}) == left, (attribute, scene)
+                assert failed_checks(image, scene, checkable(scene) - {attribute}) == left, (attribute, scene)
     assert set(seen) == set(ATTRIBUTES)
     assert min(seen.values()) > 15
 
 
-def test_what_a_caption_does_not_ask_is_not_judged() -> None:
+def test_unmentioned_attributes_are_not_checked() -> None:
     scene = draw_scene(0, "train", 0)
-    found = check(np.asarray(render(scene)), scene.meaning(), frozenset({"colour", "kind"}))
-    assert {name for name, right in found.items() if right is None} == {"background", "size", "relation", "count"}
+    results = check(np.asarray(render(scene)), scene.meaning(), frozenset({"colour", "kind"}))
+    assert {name for name, right in results.items() if right is None} == {"background", "size", "relation", "count"}
 
 
 @pytest.mark.slow
-def test_a_further_shape_is_a_wrong_number_and_otherwise_no_longer_exactly_what_was_asked() -> None:
+def test_an_additional_shape_fails_count_if_mentioned_and_exact_always() -> None:
     seen: Counter[str] = Counter()
     for index in range(300):
         scene = draw_scene(2, "val", index)
-        free = [place for place in product((12, 52), repeat=2) if far(place, scene)]
+        free = [place for place in product((12, 52), repeat=2) if is_free(place, scene)]
         if not free:
             continue
         seen[scene.family] += 1
         colour = other("", COLOURS, *(shape.colour for shape in scene.objects))
         more = replace(scene, objects=(*scene.objects, SceneObject(colour, "circle", "small", *free[0])))
-        assert wrong_in(more, scene, asked_of(scene) - {"count"}) == {"exact"}, scene
-        assert wrong_in(more, scene) == {"count", "all", "exact"}, scene
+        assert failed_checks(more, scene, checkable(scene) - {"count"}) == {"exact"}, scene
+        assert failed_checks(more, scene) == {"count", "all", "exact"}, scene
     assert set(seen) == {"single", "pair", "group"}
 
 
-def far(place: tuple[int, int], scene: Scene) -> bool:
-    """Whether a small shape at a place touches none of a scene's."""
+def is_free(place: tuple[int, int], scene: Scene) -> bool:
+    """Whether a small shape at a place would touch no shape of the scene."""
     return all(max(abs(place[0] - shape.x), abs(place[1] - shape.y)) > 24 for shape in scene.objects)
 
 
-def test_the_error_of_a_share_is_binomial() -> None:
+def test_shares_have_binomial_standard_errors() -> None:
     results: list[dict[str, bool | None]] = [{"kind": number < 16, "count": None} for number in range(64)]
     results[0]["count"] = True
     assert shares_right(results) == {
@@ -187,7 +187,7 @@ def test_the_error_of_a_share_is_binomial() -> None:
     }
 
 
-def test_the_checker_survives_blur_and_noise() -> None:
+def test_the_checker_tolerates_blur_and_noise() -> None:
     totals: Counter[str] = Counter()
     for index in range(300):
         scene = draw_scene(0, "val", index)
@@ -203,18 +203,18 @@ def test_the_checker_survives_blur_and_noise() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 64))
-def test_any_image_can_be_read(seed: int, blocks: int) -> None:
+def test_the_checker_accepts_any_image(seed: int, blocks: int) -> None:
     coarse = np.random.default_rng(seed).integers(0, 256, (blocks, blocks, 3), dtype=np.uint8)
     image = np.asarray(Image.fromarray(coarse).resize((64, 64), Image.Resampling.NEAREST))
     check(image, draw_scene(0, "train", seed).meaning(), EVERYTHING - {"relation"})
 
 
-def test_another_image_size_is_refused() -> None:
+def test_another_image_size_is_rejected() -> None:
     with pytest.raises(ValueError, match="64"):
         read_scene(np.zeros((32, 32, 3), dtype=np.uint8))
 
 
-def test_a_source_keeps_the_meaning_beside_the_caption() -> None:
+def test_a_scene_source_yields_caption_and_meaning() -> None:
     pair = SceneSource(10, "val", 0)[3]
     meaning = dict(pair.meaning or {})
     style = meaning.pop("style")
@@ -224,14 +224,14 @@ def test_a_source_keeps_the_meaning_beside_the_caption() -> None:
     assert pair.image.size == (64, 64)
 
 
-def test_captions_end_in_their_only_full_stop() -> None:
+def test_the_only_full_stop_of_a_caption_is_its_end() -> None:
     for index in range(500):
         text = describe(draw_scene(0, "train", index), str(index)).text
         assert text.index(".") == len(text) - 1
         assert text[0].isupper() or text[0].isdigit()
 
 
-def test_one_caption_has_one_derivation() -> None:
+def test_equal_captions_have_equal_probability_and_content() -> None:
     seen: dict[str, tuple[float, str, frozenset[str]]] = {}
     for index in range(20_000):
         scene = draw_scene(0, "train", index)
@@ -243,7 +243,7 @@ def test_one_caption_has_one_derivation() -> None:
 
 @pytest.mark.slow
 def test_log_probabilities_match_frequencies() -> None:
-    """One half of the draws picks captions, the other half counts them: an unbiased check of their probability."""
+    """One half of the samples selects captions, the other half counts them, which makes the check unbiased."""
 
     def captions(seed: int) -> Iterator[Description]:
         for index in range(100_000):
@@ -252,13 +252,13 @@ def test_log_probabilities_match_frequencies() -> None:
                 yield describe(scene, f"{seed}/{index}")
 
     log_probs = {caption.text: caption.log_prob for caption in captions(2) if caption.log_prob > -11.5}
-    counted = sum(caption.text in log_probs for caption in captions(3))
+    count = sum(caption.text in log_probs for caption in captions(3))
     expected = 100_000 * sum(math.exp(value) for value in log_probs.values())
     assert expected > 200
-    assert abs(counted - expected) < 4 * math.sqrt(expected)
+    assert abs(count - expected) < 4 * math.sqrt(expected)
 
 
-def test_the_entropy_has_a_small_error() -> None:
+def test_the_entropy_estimate_has_a_small_error() -> None:
     mean, error = entropy(3000, 0)
     assert 15 < mean < 25
     assert error < 0.15
@@ -266,20 +266,20 @@ def test_the_entropy_has_a_small_error() -> None:
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
 def test_altered_captions_differ_in_one_attribute(attribute: str) -> None:
-    found = 0
+    mentioned = 0
     for index in range(300):
         scene = draw_scene(0, "val", index)
         both = altered(scene, f"s{index}", attribute, "seed")
         if both is None:
             continue
-        found += 1
+        mentioned += 1
         true, other = both
         assert true == describe(scene, f"s{index}").text
         differing = set(true.lower().split()) ^ set(other.lower().split())
         assert 0 < len(differing) <= 8, (true, other)
-    assert found > 20
+    assert mentioned > 20
 
 
-def test_an_unknown_attribute_is_named() -> None:
+def test_an_unknown_attribute_is_rejected_with_the_allowed_ones() -> None:
     with pytest.raises(ValueError, match="background, colour"):
         altered(draw_scene(0, "val", 0), "s", "shape", "seed")

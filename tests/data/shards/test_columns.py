@@ -13,7 +13,7 @@ COUNTS = (3, 1, 2, 4, 1)  # captions of each row
 
 
 def write(folder: Path) -> None:
-    """Two parts, the rows of the second after those of the first."""
+    """Writes a training split of two parts."""
     parts = []
     for number, part in enumerate((range(3), range(3, 5))):
 
@@ -29,7 +29,7 @@ def write(folder: Path) -> None:
     write_index(folder, {"tokenizers": {}, "splits": {"train": {"rows": 5, "parts": parts}}})
 
 
-def test_columns_are_the_rows_of_the_split(tmp_path: Path) -> None:
+def test_columns_equal_the_rows_of_the_split(tmp_path: Path) -> None:
     write(tmp_path)
     split = open_split(tmp_path, "train")
     columns = PairColumns(split)
@@ -44,7 +44,7 @@ def test_columns_are_the_rows_of_the_split(tmp_path: Path) -> None:
     assert images.dtype == np.uint16
 
 
-def test_a_worker_that_is_not_forked_maps_the_files_and_gets_no_copy(tmp_path: Path) -> None:
+def test_pickled_columns_contain_no_ids_and_map_the_files_again(tmp_path: Path) -> None:
     write(tmp_path)
     columns = PairColumns(open_split(tmp_path, "train"))
     sent = pickle.dumps(columns)
@@ -54,7 +54,7 @@ def test_a_worker_that_is_not_forked_maps_the_files_and_gets_no_copy(tmp_path: P
     assert np.array_equal(again.caption(2, 1), columns.caption(2, 1))
 
 
-def test_every_caption_can_be_a_sample_of_its_own(tmp_path: Path) -> None:
+def test_with_all_captions_every_caption_is_a_sample(tmp_path: Path) -> None:
     write(tmp_path)
     each = CaptionedIds(open_split(tmp_path, "train"), "all", seed=0)
     assert len(each) == sum(COUNTS)

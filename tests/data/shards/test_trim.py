@@ -1,4 +1,4 @@
-"""`data.trim` sets how long batches are, and nothing else."""
+"""`data.trim` changes the length of batches and nothing else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +23,14 @@ SIZES = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": LENGTH, "voca
 DRAWS = [(0, row) for row in range(5)]
 
 
-def test_lengths_change_with_it_and_neither_tokens_nor_loss_nor_gradients(tmp_path: Path) -> None:
+def test_trim_changes_batch_lengths_but_not_tokens_loss_or_gradients(tmp_path: Path) -> None:
     write(tmp_path)
     split = open_split(tmp_path, "train")
     decoder = Decoder(decoder_config(SIZES | {"positional_embedding_type": "rotary"}))
     decoder.reset_parameters(torch.Generator().manual_seed(1))
     layout = Layout(expand_vocabulary(decoder, 8, torch.Generator().manual_seed(2)), 4, LENGTH)
     module = TextToImageModule(decoder, ExperimentConfig(data=DataConfig(length=LENGTH)), layout)
-    found = {}
+    results = {}
     for trim in (1, 8, 32, 64):
         batch = PairBatches(split, layout, "first", 0, trim).__getitems__(DRAWS)
         ids_BT = batch.pop("ids_BT")
@@ -38,18 +38,18 @@ def test_lengths_change_with_it_and_neither_tokens_nor_loss_nor_gradients(tmp_pa
         total = module.sums(ids_BT)[0]
         total.backward()
         gradient = torch.cat([parameter.grad.flatten() for parameter in decoder.parameters()])
-        found[trim] = (ids_BT, batch, total.item(), gradient)
+        results[trim] = (ids_BT, batch, total.item(), gradient)
     longest = 4 + 6 + 4  # the last row's caption, boundaries, image ids
-    assert {trim: ids_BT.shape[1] for trim, (ids_BT, *_) in found.items()} == {1: longest, 8: 16, 32: 32, 64: LENGTH}
-    ids_BT, counts, loss, gradient = found[8]
-    for other_BT, other_counts, other_total, other_gradient in found.values():
+    assert {trim: ids_BT.shape[1] for trim, (ids_BT, *_) in results.items()} == {1: longest, 8: 16, 32: 32, 64: LENGTH}
+    ids_BT, counts, loss, gradient = results[8]
+    for other_BT, other_counts, other_total, other_gradient in results.values():
         assert torch.equal(other_BT[:, :longest], ids_BT[:, :longest])
         assert other_counts == counts
         assert other_total == pytest.approx(loss, rel=1e-6)
         assert (other_gradient - gradient).norm() <= 1e-6 * gradient.norm()
 
 
-def test_prepared_shards_are_found_again_whatever_it_is() -> None:
+def test_shards_do_not_depend_on_trim() -> None:
     config = ExperimentConfig()
     wide = replace(config, data=replace(config.data, trim=32))
     assert cache_folder(wide, {"text": "a"}) == cache_folder(config, {"text": "a"})

@@ -1,0 +1,273 @@
+"""The study's figures by name: the paper's Figures 2 to 6, and those beyond the paper."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
+from t2i_lm.plots.curves import progress, scalar_series, series, text_series
+from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group
+from t2i_lm.plots.pairing import Pair, find_group, find_pair
+from t2i_lm.plots.panels import Panel, arm_style, draw_panels, save_figure
+from t2i_lm.plots.published import draw_systems, own_systems, published_systems, system_table, systems_caption
+from t2i_lm.plots.tradeoff import (
+    draw_tradeoff,
+    image_loss,
+    point_of,
+    probe_table,
+    remedy_group,
+    scratch_run,
+    tradeoff_table,
+)
+from t2i_lm.storage.run_folder import Run
+
+UNITS = {"nll": "loss (nats/token)", "ppl": "perplexity"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The folder of runs to search, and the run folders of a pair where the user names them."""
+
+    root: Path = Path("runs")
+    pretrained: Path | None = None
+    scratch: Path | None = None
+
+    @cached_property
+    def pair(self) -> Pair:
+        """The two arms of Figures 3 and 4, read once.
+
+        Raises:
+            ValueError: if no two runs pair.
+        """
+        return find_pair(self.root, self.pretrained, self.scratch)
+
+
+@dataclass(frozen=True)
+class RenderedFigure:
+    """A figure with its caption and the table of its values."""
+
+    title: str
+    figure: Figure
+    caption: str
+    table: str
+
+    def save(self, stem: Path) -> list[Path]:
+        """Writes STEM.png and STEM.pdf and returns their paths."""
+        return save_figure(self.figure, stem, self.title, self.caption)
+
+
+@dataclass(frozen=True)
+class PairFigure:
+    """Perplexity of the pre-trained and the random arm, one panel per modality.
+
+    Attributes:
+        title: first sentence of the caption.
+        how: its second sentence.
+        panels: panel titles by modality.
+    """
+
+    title: str
+    how: str
+    panels: Mapping[str, str]
+
+    def __call__(self, request: Request) -> RenderedFigure:
+        """Renders the figure from the pair of a request."""
+        pair = request.pair
+        unfinished = pair.unfinished()
+        labels = {arm: arm_style(arm).label + (" (unfinished)" if arm in unfinished else "") for arm in pair.arms}
+        rates = {seen.tokens / seen.step for seen in map(progress, pair.arms.values())}
+        caption = f"{self.title}. {self.how} {pair_caption(pair)}"
+        panels = [self._panel(pair, modality) for modality in self.panels]
+        figure = draw_panels(
+            panels, caption, labels, smoothing(pair.pretrained), rates.pop() if len(rates) == 1 else None
+        )
+        return RenderedFigure(self.title, figure, caption, gap_table(pair))
+
+    def _panel(self, pair: Pair, modality: str) -> Panel:
+        curves = {arm: series(run, modality) for arm, run in pair.arms.items()}
+        panel = Panel(self.panels[modality], curves, note=final_note(pair, modality))
+        nll = pair.text_floor_nll() if modality == "text" else None
+        if nll is None:
+            return panel
+        floor = math.exp(nll)
+        return replace(panel, floor=floor, floor_label=f"floor, the captions' entropy: {floor:.3g}")
+
+
+@dataclass(frozen=True)
+class GroupFigure:
+    """Curves of the arms of a group, one panel per modality.
+
+    Attributes:
+        title: first sentence of the caption.
+        group: the arms.
+        panels: panel titles by modality.
+        unit: `nll` or `ppl`.
+        labels: legend text by arm, where it is not the arm's usual label.
+    """
+
+    title: str
+    group: Group
+    panels: Mapping[str, str]
+    unit: str = "nll"
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, request: Request) -> RenderedFigure:
+        """Renders the figure from the runs of a request."""
+        arms = find_group(request.root, self.group)
+        reference, *others = arms
+        order = (*others, reference)  # the reference on top
+        panels = [
+            Panel(title, {arm: series(arms[arm], modality, self.unit) for arm in order}, unit=UNITS[self.unit])
+            for modality, title in self.panels.items()
+        ]
+        return _render_group(self.title, self.group, arms, panels, loss_table(arms, "image"), self.labels)
+
+
+def figure2(request: Request) -> RenderedFigure:
+    """Figure 2: published zero-shot COCO FIDs by release date, and those of our runs (Section 1)."""
+    systems = [*published_systems(), *own_systems(request.root)]
+    title = "Figure 2. Zero-shot FID on COCO of auto-regressive and diffusion models by release date"
+    caption = f"{title}. {systems_caption(systems)}"
+    return RenderedFigure(title, draw_systems(systems, caption), caption, system_table(systems))
+
+
+def figure6(request: Request) -> RenderedFigure:
+    """Figure 6: contrastive alignment of image rows with text rows, loss and temperature (Section 3.2)."""
+    arms = find_group(request.root, FIGURE6)
+    pairs = arms["align"].config["data"]["batch_size"]
+    axis = "pairs seen"
+    loss = {arm: series(run, "all", "nll", "samples") for arm, run in arms.items()}
+    scale = {arm: scalar_series(run, "logit_scale", "samples") for arm, run in arms.items()}
+    panels = [
+        Panel("Contrastive loss", loss, math.log(pairs), f"chance, ln {pairs:,}", unit="loss (nats)", axis=axis),
+        Panel("Learnable temperature", scale, unit="logit scale, 1 / temperature", axis=axis),
+    ]
+    title = f"Figure 6. Contrastive alignment of image-token rows with text-token rows, {pairs:,} pairs per batch"
+    return _render_group(title, FIGURE6, arms, panels, loss_table(arms, "all", "nats"))
+
+
+def figure_forgetting(request: Request) -> RenderedFigure:
+    """Forgetting: held-out text perplexity by tokens seen, over the text rows and over all rows (Table 1 as curves)."""
+    arms = find_group(request.root, FORGETTING)
+    title = "Perplexity of held-out text in text-to-image training"
+    rows = {"text_rows": "Softmax over the text rows", "all_rows": "Softmax over all rows"}
+    panels = [Panel(words, {arm: text_series(run, key) for arm, run in arms.items()}) for key, words in rows.items()]
+    how = "Measured at the points, both softmaxes in one pass."
+    caption = f"{title}. {group_caption(arms, varied=FORGETTING.varied, how=how)}"
+    table = "\n\n".join([loss_table(arms, "image"), probe_table(arms)])
+    return RenderedFigure(title, draw_panels(panels, caption), caption, table)
+
+
+def figure_remedies(request: Request) -> RenderedFigure:
+    """Remedies: increase of held-out text loss against held-out image loss."""
+    group = remedy_group(request.root)
+    arms = find_group(request.root, group)
+    points = [point_of(arm, run) for arm, run in arms.items()]
+    random = scratch_run(request.root, arms["pretrained"])
+    scratch = None if random is None else image_loss(random)
+    title = "Remedies against forgetting: increase of text loss against image loss"
+    how = (
+        "Horizontal: final held-out text loss minus that before training, softmax over the text rows; bars: standard "
+        "error of the paired differences of rows. Vertical: final held-out image loss. One run each."
+    )
+    compared = arms if random is None else {**arms, "scratch": random}
+    caption = f"{title}. {group_caption(compared, varied=group.varied, how=how)}"
+    return RenderedFigure(title, draw_tradeoff(points, caption, scratch), caption, tradeoff_table(points, scratch))
+
+
+def _render_group(
+    title: str,
+    group: Group,
+    arms: Mapping[str, Run],
+    panels: list[Panel],
+    table: str,
+    labels: Mapping[str, str] | None = None,
+) -> RenderedFigure:
+    """Panels of a group with the caption of its runs."""
+    caption = f"{title}. {group_caption(arms, group.experiments, group.varied)}"
+    figure = draw_panels(panels, caption, labels, smoothing(next(iter(arms.values()))))
+    return RenderedFigure(title, figure, caption, table)
+
+
+# Figure by name: what finds its runs and renders it.
+FIGURES: dict[str, Callable[[Request], RenderedFigure]] = {
+    "2": figure2,
+    "3": PairFigure(
+        "Figure 3. Perplexity of all tokens, from a pre-trained language model and from random weights",
+        "Every target counts, including the five boundary tokens of a sequence; pads do not.",
+        {"all": "All tokens"},
+    ),
+    "4": PairFigure(
+        "Figure 4. Perplexity of text and of image tokens, from a pre-trained language model and from random weights",
+        "A prediction counts as text or image by the predicted token.",
+        {"text": "Text tokens", "image": "Image tokens"},
+    ),
+    "5": GroupFigure(
+        "Figure 5. Loss of image tokens without captions, by the tuned part of the pre-trained model",
+        FIGURE5,
+        {"image": "Image tokens"},
+        labels={"pretrained": "tuned fully"},
+    ),
+    "6": figure6,
+    "inits": GroupFigure(
+        "Perplexity of text and of image tokens, by the part taken from the pre-trained language model",
+        INITS,
+        {"text": "Text tokens", "image": "Image tokens"},
+        unit="ppl",
+    ),
+    "forgetting": figure_forgetting,
+    "remedies": figure_remedies,
+}
+# Figures that need no run.
+WITHOUT_RUNS = ("2",)
+
+
+def stem(name: str) -> str:
+    """File name of a figure without its suffix: figure4, figure_inits."""
+    return f"figure{name}" if name.isdigit() else f"figure_{name}"
+
+
+def show(name: str, request: Request, folder: Path) -> Figure | None:
+    """Prints a figure's table, saves and returns it; without its runs, prints the command that makes them."""
+    try:
+        rendered = FIGURES[name](request)
+    except ValueError as error:
+        print(error)
+        return None
+    print(rendered.table, "", *rendered.save(folder / stem(name)), sep="\n")
+    return rendered.figure
+
+
+def write_figures(request: Request, folder: Path, names: Iterable[str] | None = None) -> int:
+    """Writes figures and prints their paths, then their tables; returns 0, the exit code of the command.
+
+    Args:
+        request: where to find the runs.
+        folder: where to write.
+        names: keys of FIGURES, all of which are required; None for those whose runs are there.
+
+    Raises:
+        ValueError: if the runs of a required figure, or of all figures, are missing.
+        OSError: if a file cannot be written.
+    """
+    tables: dict[str, None] = {}  # figures of the same runs share a table, which is printed once
+    problems: list[Exception] = []
+    for name in dict.fromkeys(names or FIGURES):
+        try:
+            rendered = FIGURES[name](request)
+            print(*rendered.save(folder / stem(name)), sep="\n")
+            if names or name not in WITHOUT_RUNS:
+                tables[rendered.table] = None
+        except (ValueError, OSError) as error:
+            if names:
+                raise
+            problems.append(error)
+    if problems and not tables:
+        raise problems[0]
+    for table in tables:
+        print(f"\n{table}")
+    return 0
