@@ -21,7 +21,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no
 BENCHMARKS := train_step head generate loader trainer_overhead fid
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-quick tensorboard figures open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch clean
+.PHONY: help setup check test test-quick tensorboard figures open-lm bench bench-gpu demo-assets docs exp-pretrained exp-scratch clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ exp-scratch: $(STAMP)  ## the same run from random weights
 
 figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
 	$(PY) -m t2i_lm.figures --runs $(RUNS) $(ARGS)
+
+docs: $(STAMP)  ## docs/configuration.md from the docstrings of the config
+	$(PY) -c "from t2i_lm.config.reference import write_reference; write_reference()"
 
 tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost

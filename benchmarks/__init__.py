@@ -1,1 +1,1 @@
-"""Side-by-side measurements against peers. Scripts, not a package to import: nothing else imports them."""
+"""Side-by-side measurements against peers: scripts, imported by nothing else."""

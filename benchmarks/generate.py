@@ -1,7 +1,7 @@
 """Greedy generation of image ids: our `generate` against transformers' on the same weights (goals G5 and G6).
 
-Both draw the same number of ids after prompts of one length. Ours confines ids to the image codes; so that
-transformers' draws the same ids without extra work, the other output rows are zero and never win.
+Both generate the same number of ids after prompts of one length. Ours restricts ids to the image codes; for
+transformers' the other output rows are zero and never win, so that it generates the same ids without extra work.
 
 Shapes: `B` images, `T` prompt positions, `N` image tokens, `V` image codes.
 """
@@ -21,9 +21,9 @@ from benchmarks.rounds import (
     Contender,
     GateError,
     Report,
-    answer,
-    can_compile,
     compare,
+    compiles,
+    exit_code,
     gate,
     interleave,
     parser,
@@ -33,23 +33,23 @@ from benchmarks.rounds import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Draw = Callable[[], Tensor]  # image codes (B, N)
+    Generation = Callable[[], Tensor]  # image codes (B, N)
 
 EXAMPLE = "python -m benchmarks.generate --shape demo --batch 8 --threads 1"
 LOGITS = 1e-4  # of the largest, in float32
-# Both of two logits may be off by that much, so an id this far below the best may be drawn in its place.
+# Each of two logits may be off by that much, so an id this far below the best may replace it.
 TIE = 2 * LOGITS
-GATE_ROWS = 8  # prompts whose ids are compared: a large batch's float32 cache may not fit where its bfloat16 one does
+GATE_ROWS = 8  # prompts to compare: a large batch's float32 cache may not fit where its bfloat16 cache does
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the arguments."""
     arguments = parser("generate", "Greedy generation by equal decoders, side by side.", EXAMPLE)
     arguments.add_argument("--shape", choices=("demo", "paper"), default="demo", help="default: %(default)s")
-    arguments.add_argument("--batch", type=int, default=8, help="images drawn together (default: %(default)s)")
+    arguments.add_argument("--batch", type=int, default=8, help="images per batch (default: %(default)s)")
     arguments.add_argument("--prompt", type=int, default=32, help="prompt positions (default: %(default)s)")
-    arguments.add_argument("--tokens", type=int, default=256, help="ids drawn for each (default: %(default)s)")
-    arguments.add_argument("--alone", action="store_true", help="only ours: for batches that leave a peer no memory")
+    arguments.add_argument("--tokens", type=int, default=256, help="ids per image (default: %(default)s)")
+    arguments.add_argument("--alone", action="store_true", help="without peers, for batches that leave them no memory")
     arguments.add_argument(
         "--precision",
         choices=("bf16", "fp32"),
@@ -60,7 +60,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Builds, compares, times, reports."""
+    """Checks, times, reports."""
     report = Report("generate", options)
     import torch
 
@@ -84,9 +84,9 @@ def measure(options: argparse.Namespace) -> None:
     size = (options.batch, options.prompt)
     prompt_BT = torch.randint(vocab.size, size, generator=generator, device=options.device)
 
-    def forms_of(prompt_BT: Tensor) -> dict[str, tuple[str, Draw]]:
+    def forms_of(prompt_BT: Tensor) -> dict[str, tuple[str, Generation]]:
         peer = None if llama is None else llama.model
-        return drawing_forms(decoder, peer, vocab, prompt_BT, options.tokens, can_compile(options))
+        return generation_forms(decoder, peer, vocab, prompt_BT, options.tokens, compiles(options))
 
     few_BT = prompt_BT[:GATE_ROWS]
     forms = forms_of(few_BT)
@@ -94,17 +94,19 @@ def measure(options: argparse.Namespace) -> None:
     if llama is not None:
         with torch.no_grad():
             agreement["logits"] = gate("transformers: logits", llama.logits(few_BT), decoder(few_BT), LOGITS)
-    agreement |= check(draw_all(forms), lambda codes_BN: recompute(decoder, vocab, few_BT, codes_BN), options.device)
+    agreement |= check(
+        generate_all(forms), lambda codes_BN: recompute(decoder, vocab, few_BT, codes_BN), options.device
+    )
     if options.precision == "bf16":
         from t2i_lm.generation.images import round_weights
 
         for model in (decoder,) if llama is None else (decoder, llama.model):
             round_weights(model)
-        # Two roundings may prefer different ids, after which the images part: said, not refused.
-        agreement["equal_ids_bf16"] = shares(draw_all(forms))
+        # Rounding may swap an id, after which the images differ: reported, not refused.
+        agreement["equal_ids_bf16"] = shares(generate_all(forms))
     if len(few_BT) < len(prompt_BT):
         forms = forms_of(prompt_BT)
-    contenders = [Contender(name, family, draw) for name, (family, draw) in forms.items()]
+    contenders = [Contender(name, family, run) for name, (family, run) in forms.items()]
     seconds = interleave(contenders, options.rounds, 1, options.device)
     report.write(
         shape=vars(shape),
@@ -114,18 +116,18 @@ def measure(options: argparse.Namespace) -> None:
     )
 
 
-def drawing_forms(
+def generation_forms(
     decoder: Any, llama: Any, vocab: Any, prompt_BT: Tensor, tokens: int, compiled: bool
-) -> dict[str, tuple[str, Draw]]:
-    """Name -> (family, generation); without a Llama, ours alone."""
+) -> dict[str, tuple[str, Generation]]:
+    """Name -> (family, generation); only ours if there is no Llama."""
     import torch
 
     from t2i_lm.models.generate import generate
 
     prompts = list(prompt_BT.cpu())
 
-    def theirs(**how: Any) -> Draw:
-        def draw() -> Tensor:
+    def theirs(**settings: Any) -> Generation:
+        def run() -> Tensor:
             lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
             with torch.no_grad():
                 ids_BT = llama.generate(
@@ -134,76 +136,76 @@ def drawing_forms(
                     do_sample=False,
                     pad_token_id=vocab.pad,
                     **lengths,
-                    **how,
+                    **settings,
                 )
             codes_BN: Tensor = ids_BT[:, prompt_BT.shape[1] :].cpu() - vocab.image_offset
             return codes_BN
 
-        return draw
+        return run
 
     static = {"cache_implementation": "static"}
     graphs = ", CUDA graphs" if prompt_BT.is_cuda else ""
-    forms: dict[str, tuple[str, Draw]] = {
+    forms: dict[str, tuple[str, Generation]] = {
         f"{OURS} eager{graphs}": (OURS, lambda: generate(decoder, vocab, prompts, tokens))
     }
     if llama is not None:
         forms["transformers eager, growing cache"] = ("transformers", theirs())
         forms["transformers eager, static cache"] = ("transformers", theirs(**static, disable_compile=True))
     if compiled:
-        # As `--compile` of the commands that draw. A shallow copy shares the weights.
+        # As `--compile` of the commands. A shallow copy shares the weights.
         compiled_decoder = copy.copy(decoder)
         compiled_decoder.compile_steps()
         forms[f"{OURS} compiled{graphs}"] = (OURS, lambda: generate(compiled_decoder, vocab, prompts, tokens))
     if compiled and llama is not None:
         from transformers import CompileConfig
 
-        # Its own automatic compilation of the decoding step, which it leaves to GPUs unless told otherwise.
+        # Its own automatic compilation of the decoding step, by default on GPUs only.
         mode: Any = CompileConfig(mode="reduce-overhead" if prompt_BT.is_cuda else "default", fullgraph=False)
         mode._compile_all_devices = True
         forms["transformers compiled, static cache"] = ("transformers", theirs(**static, compile_config=mode))
     return forms
 
 
-def draw_all(forms: dict[str, tuple[str, Draw]]) -> dict[str, Tensor]:
+def generate_all(forms: dict[str, tuple[str, Generation]]) -> dict[str, Tensor]:
     """Image codes (B, N) of every form.
 
     Raises:
-        GateError: if a form cannot draw, for another reason than a full GPU.
+        GateError: if a form fails for another reason than GPU memory.
     """
     from t2i_lm.runtime.devices import is_gpu_full
 
-    found: dict[str, Tensor] = {}
-    for name, (_, draw) in forms.items():
+    codes: dict[str, Tensor] = {}
+    for name, (_, run) in forms.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the compiler, about itself
-                found[name] = draw()
+                codes[name] = run()
         except (RuntimeError, TypeError) as error:
             if is_gpu_full(error):
                 raise
-            raise GateError(f"{name} cannot draw: {str(error).splitlines()[0]}") from error
-    return found
+            raise GateError(f"{name} cannot generate: {str(error).splitlines()[0]}") from error
+    return codes
 
 
-def shares(found: dict[str, Tensor]) -> dict[str, float]:
-    """Of each form, the share of ids that are those of the first, which is ours.
+def shares(codes: dict[str, Tensor]) -> dict[str, float]:
+    """Share of each form's ids that equal those of the first form, which is ours.
 
     Raises:
-        GateError: if they prove nothing or are of another number.
+        GateError: if the numbers of ids differ, or all ids are the same.
     """
     import torch
 
-    ours = next(iter(found.values()))
+    ours = next(iter(codes.values()))
     if len(torch.unique(ours)) == 1:
-        raise GateError("all ids are the same one: equal ids would prove nothing")
-    for name, codes_BN in found.items():
+        raise GateError("all ids are the same: equal ids would prove nothing")
+    for name, codes_BN in codes.items():
         if codes_BN.shape != ours.shape:
-            raise GateError(f"{name} drew {tuple(codes_BN.shape)} ids, expected {tuple(ours.shape)}")
-    return {name: float((codes_BN == ours).double().mean()) for name, codes_BN in found.items()}
+            raise GateError(f"{name} generated {tuple(codes_BN.shape)} ids, expected {tuple(ours.shape)}")
+    return {name: float((codes_BN == ours).double().mean()) for name, codes_BN in codes.items()}
 
 
 def recompute(decoder: Any, vocab: Any, prompt_BT: Tensor, codes_BN: Tensor) -> Tensor:
-    """Our logits (B, N, V) of every image position behind given codes, by one pass without a cache."""
+    """Our logits (B, N, V) of every image position, by one pass over the codes without a cache."""
     import torch
 
     ids_BT = torch.cat((prompt_BT, codes_BN[:, :-1].to(prompt_BT.device) + vocab.image_offset), dim=1)
@@ -214,50 +216,50 @@ def recompute(decoder: Any, vocab: Any, prompt_BT: Tensor, codes_BN: Tensor) -> 
 
 
 def shortfall(logits_MV: Tensor, codes_M: Tensor) -> float:
-    """How far below the best logit that of a code lies at most, of the largest of its position; M positions."""
+    """Largest distance of a code's logit from the best, relative to its position's largest; M positions."""
     codes_M = codes_M.to(logits_MV.device)
     if not bool(((codes_M >= 0) & (codes_M < logits_MV.shape[1])).all()):
-        return float("inf")  # no image code
+        return float("inf")  # not an image code
     chosen_M = logits_MV.gather(1, codes_M[:, None])[:, 0]
     return float(((logits_MV.amax(1) - chosen_M) / logits_MV.abs().amax(1)).max())
 
 
-def check(found: dict[str, Tensor], logits_of: Callable[[Tensor], Tensor], device: str) -> dict[str, Any]:
-    """Our ids are the likeliest ones of a full recomputation, and every id of every form is ours.
+def check(codes: dict[str, Tensor], logits_of: Callable[[Tensor], Tensor], device: str) -> dict[str, Any]:
+    """Our ids are the most likely ones of a full recomputation, and every form generates our ids.
 
-    On a GPU, whose kernels sum in other orders, a form may part from ours at an id whose logit is as good as the best.
-    What follows in this row is another image and is not compared; how many rows part is part of the result.
+    On a GPU, whose kernels sum in other orders, a form may diverge from ours at an id whose logit ties with the best.
+    The rest of that row is another image and is not compared; the number of such rows is part of the result.
 
     Raises:
-        GateError: naming the form whose ids are others.
+        GateError: naming the form whose ids differ.
     """
-    equal, ours = shares(found), next(iter(found.values()))
+    equal, ours = shares(codes), next(iter(codes.values()))
     logits_BNV = logits_of(ours)
     own = shortfall(logits_BNV.flatten(0, 1), ours.flatten())
     if not own <= TIE:
         raise GateError(f"{OURS}: an id is {own:.1e} of the largest logit below the best one recomputed: not timed")
-    parted = {}
-    for name, codes_BN in found.items():
+    diverged = {}
+    for name, codes_BN in codes.items():
         differ_BN = codes_BN != ours
         rows_R = differ_BN.any(1).nonzero()[:, 0]
-        parted[name] = len(rows_R)
+        diverged[name] = len(rows_R)
         if not len(rows_R):
             continue
         if device == "cpu":
-            raise GateError(f"{name}: only {equal[name]:.1%} of its greedy ids are ours: not timed")
+            raise GateError(f"{name}: only {equal[name]:.1%} of its greedy ids equal ours: not timed")
         first_R = differ_BN[rows_R].int().argmax(1)
         below = shortfall(logits_BNV[rows_R, first_R], codes_BN[rows_R, first_R])
         if not below <= TIE:
             raise GateError(
-                f"{name}: its first greedy id that is not ours is {below:.1e} of the largest logit below the best, "
+                f"{name}: its first greedy id that differs is {below:.1e} of the largest logit below the best, "
                 f"allowed is {TIE:.0e}: not timed"
             )
-    return {"recomputed": own, "equal_ids": equal, "rows_that_part": parted}
+    return {"recomputed": own, "equal_ids": equal, "rows_that_part": diverged}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    return answer(measure, options(argv))
+    """Runs the benchmark and returns its exit code."""
+    return exit_code(measure, options(argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The output projection with its loss: fused in chunks against logits that are held whole (goals G4 and G6).
+"""Output projection and cross-entropy: fused in chunks against materialized logits (goals G4 and G6).
 
-Forward and backward on random hidden states. Memory is the peak above what the inputs take, gradients of the inputs
-included; on a CPU it is measured in a process of its own for each variant.
+Forward and backward on random hidden states. Memory is the peak above the inputs, including their gradients; on a CPU
+each variant is measured in a separate process.
 
 Shapes: `N` targets, `D` width, `V` vocabulary.
 """
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rounds import OURS, Contender, GateError, Report, answer, can_compile, compare, gate, interleave, parser
+from benchmarks.rounds import OURS, Contender, GateError, Report, compare, compiles, exit_code, gate, interleave, parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,41 +26,41 @@ if TYPE_CHECKING:
     HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 EXAMPLE = "python -m benchmarks.head --width 256 --threads 2"
-# Of the largest value, in float32: the loss as goal G4 asks, gradients by the order of their sums.
+# Tolerances relative to the largest value, in float32: the loss by goal G4, gradients for their order of summation.
 LOSS, GRADIENTS = 1e-6, 1e-4
-# In bfloat16 ours may err, against float32, this many times as much as bfloat16 logits held whole do.
+# Our allowed error in bfloat16, as a multiple of that of materialized bfloat16 logits.
 BF16_ERROR = 2.0
 CHUNK = 256  # targets of torch's own chunked loss; its default is slow at small widths
 MIB = 2**20
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the arguments."""
     arguments = parser("head", "Output projection and cross-entropy, time and peak memory.", EXAMPLE)
     arguments.add_argument("--tokens", type=int, default=2304, help="targets (default: %(default)s, two sequences)")
     arguments.add_argument("--vocab", type=int, default=66_823, help="rows (default: %(default)s, the paper's)")
     arguments.add_argument("--width", type=int, help="default: 2048, the paper's, on a GPU; 256 on a CPU")
     arguments.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="default: %(default)s")
-    arguments.add_argument("--peak-of", metavar="VARIANT", help=argparse.SUPPRESS)  # what a child process measures
+    arguments.add_argument("--peak-of", metavar="VARIANT", help=argparse.SUPPRESS)  # for child processes
     return arguments.parse_args(argv)
 
 
 def fused(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """This project's."""
+    """Ours."""
     from t2i_lm.models.cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(x_ND, weight_VD, target_N).total / len(target_N)
 
 
 def whole(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """What training code commonly does: all logits, in float32."""
+    """Common training code: all logits, in float32."""
     import torch.nn.functional as F
 
     return F.cross_entropy(F.linear(x_ND, weight_VD).float(), target_N)
 
 
 def torch_chunked(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """Torch's own chunked loss, of releases that have it, in its faster form: the mean alone."""
+    """Torch's chunked loss (newer releases) in its faster form: the mean alone."""
     import torch.nn.functional as F
     from torch.nn import LinearCrossEntropyOptions
 
@@ -69,27 +69,27 @@ def torch_chunked(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
 
 
 def torch_single(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """Torch's chunked loss as `loss.backend=torch` asks for it: the loss of each target, and its logsumexp."""
+    """Torch's chunked loss as in `loss.backend=torch`: loss and logsumexp of each target."""
     from t2i_lm.models.cross_entropy import torch_linear_cross_entropy
 
     return torch_linear_cross_entropy(x_ND, weight_VD, target_N).total / len(target_N)
 
 
 def variants(precision: str, compiled: bool) -> dict[str, tuple[str, HeadLoss]]:
-    """Name -> (family, loss). Torch's own take no notice of autocast: they would compute in float32 all the same."""
+    """Name -> (family, loss); torch's own only in float32, since they ignore autocast."""
     import torch
 
-    found: dict[str, tuple[str, HeadLoss]] = {f"{OURS} fused": (OURS, fused), "whole logits eager": ("whole", whole)}
+    losses: dict[str, tuple[str, HeadLoss]] = {f"{OURS} fused": (OURS, fused), "whole logits eager": ("whole", whole)}
     if precision == "fp32" and hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        found["torch chunked"] = ("torch chunked", torch_chunked)
-        found["loss.backend=torch"] = ("loss.backend=torch", torch_single)
+        losses["torch chunked"] = ("torch chunked", torch_chunked)
+        losses["loss.backend=torch"] = ("loss.backend=torch", torch_single)
     if compiled:
-        found["whole logits compiled"] = ("whole", torch.compile(whole))
-    return found
+        losses["whole logits compiled"] = ("whole", torch.compile(whole))
+    return losses
 
 
 def inputs(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of a normalized layer, rows of open_lm's initial size, targets; drawn from a fixed seed."""
+    """Random hidden states of a normalized layer, rows with open_lm's initial scale, targets; from a fixed seed."""
     import torch
 
     generator = torch.Generator(options.device).manual_seed(0)
@@ -103,7 +103,7 @@ def inputs(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
 def differentiate(
     loss: HeadLoss, x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and its gradients by x and weight, which are not kept."""
+    """The loss and its gradients by x and weight."""
     import torch
 
     with torch.autocast(x_ND.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -113,24 +113,23 @@ def differentiate(
 
 
 def check(losses: dict[str, tuple[str, HeadLoss]], options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Value and gradients of every variant against whole logits in float32.
+    """Errors of every variant's value and gradients against materialized logits in float32.
 
-    In bfloat16 the allowance is what rounding costs the eager variant that holds all logits.
+    In bfloat16 the tolerance follows the rounding error of eager materialized logits.
 
     Raises:
-        GateError: naming what differs.
+        GateError: naming the difference.
     """
-    given = inputs(options)
-    expected = differentiate(whole, *given, "fp32")
+    tensors = inputs(options)
+    expected = differentiate(whole, *tensors, "fp32")
     parts = ("loss", "gradient of x", "gradient of weight")
     errors: dict[str, dict[str, float]] = {}
 
     def compare_all(name: str, loss: HeadLoss, precision: str, allowed: Sequence[float]) -> dict[str, float]:
-        found = differentiate(loss, *given, precision)
-        where = [f"{name}: {part} in {precision}" for part in parts]
+        values = differentiate(loss, *tensors, precision)
         return {
-            part: gate(what, value, other, limit)
-            for part, what, value, other, limit in zip(parts, where, found, expected, allowed, strict=True)
+            part: gate(f"{name}: {part} in {precision}", value, reference, limit)
+            for part, value, reference, limit in zip(parts, values, expected, allowed, strict=True)
         }
 
     for name, (_, loss) in losses.items():
@@ -144,25 +143,25 @@ def check(losses: dict[str, tuple[str, HeadLoss]], options: argparse.Namespace) 
 
 
 def peak_of(options: argparse.Namespace, loss: HeadLoss) -> float:
-    """Peak MiB above the inputs of one forward and backward; on a CPU of this whole process, so call it once."""
+    """Peak MiB above the inputs of one forward and backward; on a CPU that of the process, so call it once."""
     import torch
 
-    given = inputs(options)
-    # The libraries' own buffers and code are loaded by a small problem first.
-    few = [tensor.detach()[:64].requires_grad_() for tensor in given[:2]]
-    differentiate(loss, few[0], few[1], given[2][:64] % 64, options.precision)
+    tensors = inputs(options)
+    # A small problem first loads the libraries' own buffers and code.
+    few = [tensor.detach()[:64].requires_grad_() for tensor in tensors[:2]]
+    differentiate(loss, few[0], few[1], tensors[2][:64] % 64, options.precision)
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        differentiate(loss, *given, options.precision)
+        differentiate(loss, *tensors, options.precision)
         return (torch.cuda.max_memory_allocated() - before) / MIB
     before = _peak_bytes()
-    differentiate(loss, *given, options.precision)
+    differentiate(loss, *tensors, options.precision)
     return (_peak_bytes() - before) / MIB
 
 
 def _peak_bytes() -> int:
-    """Highest resident size so far, or since Linux was last asked to forget it."""
+    """Peak resident size of the process, or since Linux last reset it."""
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -171,47 +170,46 @@ def _peak_bytes() -> int:
 
 
 def peaks(names: Sequence[str], options: argparse.Namespace, losses: dict[str, Any]) -> dict[str, float]:
-    """Peak MiB of each variant: here on a GPU, in a child process each on a CPU."""
+    """Peak MiB of each variant: on a GPU in this process, on a CPU in a child process each."""
     if options.device == "cuda":
         return {name: round(peak_of(options, losses[name][1]), 1) for name in names}
-    found = {}
+    peak_mib = {}
     for name in names:
         command = [sys.executable, "-m", "benchmarks.head", "--peak-of", name, "--device", options.device]
         for key in ("tokens", "vocab", "width", "precision", "threads"):
             if (value := getattr(options, key)) is not None:
                 command += [f"--{key}", str(value)]
-        command += [] if can_compile(options) else ["--no-compile"]
+        command += [] if compiles(options) else ["--no-compile"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
         if done.returncode:
-            raise ValueError(f"memory of {name} could not be measured: {done.stderr.strip()}")
-        found[name] = round(float(json.loads(done.stdout.splitlines()[-1])), 1)
-    return found
+            raise ValueError(f"cannot measure the memory of {name}: {done.stderr.strip()}")
+        peak_mib[name] = round(float(json.loads(done.stdout.splitlines()[-1])), 1)
+    return peak_mib
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Compares, times, weighs, reports."""
+    """Checks, times, measures memory, reports."""
     report = Report("head", options)
     if options.quick:
         options.tokens, options.vocab, options.width = 128, 20_000, 32
     options.width = options.width or (2048 if options.device == "cuda" else 256)
-    losses = variants(options.precision, can_compile(options))
+    losses = variants(options.precision, compiles(options))
     if options.peak_of is not None:
         print(peak_of(options, losses[options.peak_of][1]))
         return
     agreement = check(losses, options)
-    given = inputs(options)
+    tensors = inputs(options)
     contenders = [
-        Contender(name, family, partial(differentiate, loss, *given, options.precision))
+        Contender(name, family, partial(differentiate, loss, *tensors, options.precision))
         for name, (family, loss) in losses.items()
     ]
     seconds = interleave(contenders, options.rounds, 1 if options.quick else 2, options.device)
-    # A process each, to which on a CPU the compiler's own memory would be added.
-    weighed = [name for name in losses if options.device == "cuda" or "compiled" not in name]
-    weighed = weighed[:1] if options.quick else weighed
-    peak_mib = peaks(weighed, options, losses)
+    # On a CPU, without compiled variants: the compiler's own memory would count.
+    names = [name for name in losses if options.device == "cuda" or "compiled" not in name]
+    peak_mib = peaks(names[:1] if options.quick else names, options, losses)
     own = peak_mib[f"{OURS} fused"]
     if own <= 0:
-        raise GateError("the fused head took no memory: the measurement is broken")
+        raise GateError("the fused head used no memory: the measurement is broken")
     report.write(
         gate=agreement,
         **compare(contenders, seconds),
@@ -222,8 +220,8 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    return answer(measure, options(argv))
+    """Runs the benchmark and returns its exit code."""
+    return exit_code(measure, options(argv))
 
 
 if __name__ == "__main__":

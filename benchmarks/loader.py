@@ -1,8 +1,8 @@
-"""Samples a second of the data module: token shards -> batches of joint ids, in one process (goal G8).
+"""Samples/s of the data module: token shards -> batches of joint ids, in one process (goal G8).
 
-The peer is the common way to read the same shards: a map-style dataset of one sample at a time, packed by the
-collate function. Files are in the page cache, since they have just been written; on Linux ours is also timed
-without: opened, and then dropped from memory.
+The peer reads the same shards in the common way: a map-style dataset of single samples, packed by the collate
+function. Files are in the page cache, since they have just been written; on Linux ours is also timed without it:
+files are opened, then dropped from the cache.
 
 Shapes: `B` batch, `T` tokens.
 """
@@ -19,36 +19,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import (
-    OURS,
-    Contender,
-    GateError,
-    Report,
-    answer,
-    compare,
-    interleave,
-    parser,
-    rates,
-)
+from benchmarks.rounds import OURS, Contender, GateError, Report, compare, exit_code, interleave, parser, rates
 
 EXAMPLE = "python -m benchmarks.loader --shape paper --threads 1"
 # (image tokens, text vocabulary, image codes, positions, batch)
 SHAPES = {"demo": (64, 4096, 512, 112, 16), "paper": (1024, 50_432, 16_384, 1152, 14)}
 
-PROBE = 2**16  # bytes from one place to the next at which a file is asked for
+PROBE = 2**16  # bytes between the offsets at which a file's presence in memory is tested
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the arguments."""
     arguments = parser("loader", "Batches from prepared token shards.", EXAMPLE)
     arguments.add_argument("--shape", choices=tuple(SHAPES), default="demo", help="default: %(default)s")
-    arguments.add_argument("--samples", type=int, default=8192, help="of the shards (default: %(default)s)")
-    arguments.add_argument("--batches", type=int, default=200, help="of one repetition (default: %(default)s)")
+    arguments.add_argument("--samples", type=int, default=8192, help="samples in the shards (default: %(default)s)")
+    arguments.add_argument("--batches", type=int, default=200, help="batches per repetition (default: %(default)s)")
     return arguments.parse_args(argv)
 
 
 def open_data(folder: Path, scale: str, batches: int) -> Any:
-    """The suite's data module over a folder."""
+    """Our data module over a folder."""
     from benchmarks.shards import experiment, open_alone
     from t2i_lm.data.datamodules import PairDataModule
     from t2i_lm.tokenizers.joint_vocab import JointVocab
@@ -62,7 +52,7 @@ def open_data(folder: Path, scale: str, batches: int) -> Any:
 
 
 def one_at_a_time(data: Any) -> Callable[[], Any]:
-    """Batches in the same order, read one sample at a time."""
+    """The same batches, read sample by sample."""
     import torch
     from torch.utils.data import DataLoader, Dataset
 
@@ -84,34 +74,34 @@ def one_at_a_time(data: Any) -> Callable[[], Any]:
 
 
 def check(data: Any, theirs: Callable[[], Any], batches: int) -> dict[str, int]:
-    """Our batches equal the peer's up to trimmed pads, and a resumed stream equals the unbroken one's rest.
+    """Our batches equal the peer's up to trimmed pads, and a resumed stream equals the rest of an uninterrupted one.
 
     Raises:
         GateError: naming the first batch that differs.
     """
     import torch
 
-    unbroken = [batch["ids_BT"] for batch in data.train_dataloader()]
-    if len(unbroken) != batches:
-        raise GateError(f"{len(unbroken)} batches, expected {batches}")
+    uninterrupted = [batch["ids_BT"] for batch in data.train_dataloader()]
+    if len(uninterrupted) != batches:
+        raise GateError(f"{len(uninterrupted)} batches, expected {batches}")
     pad = data.layout.vocab.pad
-    for number, (ids_BT, whole_BT) in enumerate(zip(unbroken, theirs(), strict=True)):
-        kept = ids_BT.shape[1]
-        if not torch.equal(ids_BT, whole_BT[:, :kept]) or not bool((whole_BT[:, kept:] == pad).all()):
-            raise GateError(f"batch {number} differs from the one that is read sample by sample: not timed")
+    for number, (ids_BT, padded_BT) in enumerate(zip(uninterrupted, theirs(), strict=True)):
+        length = ids_BT.shape[1]
+        if not torch.equal(ids_BT, padded_BT[:, :length]) or not bool((padded_BT[:, length:] == pad).all()):
+            raise GateError(f"batch {number} differs from the peer's: not timed")
     half = batches // 2
     data.load_state_dict({"consumed": half * data.config.data.batch_size})
     resumed = [batch["ids_BT"] for batch in data.train_dataloader()]
     data.load_state_dict({"consumed": 0})
     if len(resumed) != batches - half or not all(
-        torch.equal(after, before) for after, before in zip(resumed, unbroken[half:], strict=True)
+        torch.equal(after, before) for after, before in zip(resumed, uninterrupted[half:], strict=True)
     ):
-        raise GateError(f"the stream resumed after batch {half} is another one: not timed")
+        raise GateError(f"the stream resumed after batch {half} differs: not timed")
     return {"batches_equal": batches, "resumed_batches_equal": batches - half}
 
 
 def drop_from_memory(data: Any) -> bool:
-    """Opens the shards anew, which reads them for their hashes, and has the system forget them; whether it did."""
+    """Reopens the shards, which reads them for their hashes, and drops them from memory; whether that worked."""
     data.setup("fit")
     return all(_forget(path) for path in Path(data.folder, "train").rglob("*.arrow"))
 
@@ -120,21 +110,21 @@ def must_drop(data: Any) -> None:
     """As `drop_from_memory`.
 
     Raises:
-        GateError: if it did not.
+        GateError: if it failed.
     """
     if not drop_from_memory(data):
-        raise GateError("files that were to be read from the disk are in memory: not timed")
+        raise GateError("files to be read from disk are in memory: not timed")
 
 
 def _forget(path: Path) -> bool:
     if not hasattr(os, "posix_fadvise"):
         return False
     with path.open("rb") as file:
-        os.fsync(file)  # what is not on the disk yet would be kept
+        os.fsync(file)  # unwritten pages would stay in memory
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         probes = range(0, path.stat().st_size, PROBE)
-        kept = sum(_in_memory(file.fileno(), offset) for offset in probes)
-    return 2 * kept < len(probes)  # headers, which opening maps, stay
+        present = sum(_in_memory(file.fileno(), offset) for offset in probes)
+    return 2 * present < len(probes)  # headers stay: opening maps them
 
 
 def _in_memory(descriptor: int, offset: int) -> bool:
@@ -142,12 +132,12 @@ def _in_memory(descriptor: int, offset: int) -> bool:
         return bool(os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT))
     except BlockingIOError:
         return False
-    except OSError:  # the file system cannot say
+    except OSError:  # unsupported by the file system
         return True
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Writes shards, compares, times, reports."""
+    """Writes shards, checks, times, reports."""
     report = Report("loader", options)
     from benchmarks.shards import write_random_shards
 
@@ -172,13 +162,13 @@ def measure(options: argparse.Namespace) -> None:
             Contender(OURS, OURS, read(data.train_dataloader)),
             Contender("sample by sample", "sample by sample", read(theirs)),
         ]
-        shutil.copytree(folder, aside)  # what the others have mapped would stay in memory
+        shutil.copytree(folder, aside)  # files mapped by the others would stay in memory
         unread = open_data(aside, options.shape, options.batches)
         if drop_from_memory(unread):
             cold = f"{OURS}, files not in memory"
             contenders.append(Contender(cold, cold, read(unread.train_dataloader), partial(must_drop, unread)))
         else:
-            print("the files cannot be dropped from memory here: reading the disk is left out", file=sys.stderr)
+            print("files cannot be dropped from memory here: reading from disk is not timed", file=sys.stderr)
         seconds = interleave(contenders, options.rounds, 1, "cpu")
         report.write(
             gate=agreement,
@@ -190,8 +180,8 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    return answer(measure, options(argv))
+    """Runs the benchmark and returns its exit code."""
+    return exit_code(measure, options(argv))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Decoders of other projects with our decoder's weights, so that all compute one function.
+"""Decoders of other projects with our decoder's weights, so that all compute the same function.
 
-That function is what all of them have: RMSNorm, rotary positions, SwiGLU, no biases, untied rows. Each peer says
-how open_lm's parameter names and layouts, which are ours, map to its own; weights are copied and gradients
-compared through that one map.
+The architecture is what all of them support: RMSNorm, rotary positions, SwiGLU, no biases, untied rows. Each peer
+maps open_lm's parameter names and layouts, which are ours, to its own; weights are copied and gradients compared
+through that map.
 
 Shapes: `B` batch, `T` tokens, `D` width, `V` vocabulary.
 """
@@ -44,7 +44,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape(32, 2, 2, text_vocab=64, image_codes=32, batch=2, length=24),
     "demo": Shape(256, 6, 4, text_vocab=4096, image_codes=512, batch=16, length=112),
-    # The paper's: 1.5B parameters; 14 sequences are one of 64 GPUs' share of a batch of 1M tokens.
+    # The paper's: 1.5B parameters; 14 sequences are the share of one of 64 GPUs in a batch of 1M tokens.
     "paper": Shape(2048, 24, 16, text_vocab=50_432, image_codes=16_384, batch=14, length=1152),
 }
 
@@ -54,9 +54,9 @@ class Peer:
     """Another project's decoder.
 
     Attributes:
-        name: the project's.
-        model: with our weights once `copy_weights` ran.
-        rename: tensors by open_lm's names and layouts -> by the model's.
+        name: of the project.
+        model: with our weights after `copy_weights`.
+        rename: tensors in open_lm's names and layouts -> in the model's.
         logits: ids (B, T) -> logits (B, T, V) float32.
     """
 
@@ -67,7 +67,7 @@ class Peer:
 
 
 def build_decoder(shape: Shape, device: str) -> tuple[Decoder, JointVocab]:
-    """Ours, expanded by image rows as for training, from a fixed seed."""
+    """Our decoder, expanded by image rows as for training, from a fixed seed."""
     with torch.device(device):
         decoder = Decoder(
             DecoderConfig(
@@ -85,20 +85,17 @@ def build_decoder(shape: Shape, device: str) -> tuple[Decoder, JointVocab]:
     return decoder, expand_vocabulary(decoder, shape.image_codes, generator)
 
 
-def compiled_by_block(decoder: Decoder, **how: Any) -> Decoder:
-    """A copy with the same parameters, compiled as by `trainer.compile`: each block, nothing around them.
-
-    `how` is torch.compile's.
-    """
+def compiled_by_block(decoder: Decoder, **settings: Any) -> Decoder:
+    """A copy that shares the parameters, each block compiled as by `trainer.compile` with torch.compile's settings."""
     own = copy.copy(decoder)
     own._modules = {**decoder._modules, "layers": nn.ModuleList(copy.copy(block) for block in decoder.layers)}
     for block in own.layers:
-        block.compile(**how)
+        block.compile(**settings)
     return own
 
 
 def copy_weights(decoder: Decoder, peer: Peer) -> None:
-    """Gives the peer our weights; every parameter of either must have its twin."""
+    """Copies our weights to the peer; parameters must correspond one to one."""
     renamed = peer.rename(open_lm_state_dict(decoder))
     parameters = dict(peer.model.named_parameters())
     if renamed.keys() != parameters.keys():
@@ -109,15 +106,15 @@ def copy_weights(decoder: Decoder, peer: Peer) -> None:
 
 def gradients(decoder: Decoder) -> Tensors:
     """Our gradients by open_lm's names, row blocks joined."""
-    found = {name: parameter.grad for name, parameter in decoder.named_parameters()}
+    named = {name: parameter.grad for name, parameter in decoder.named_parameters()}
     for matrix in ("tok_embeddings", "output"):
-        blocks = [found.pop(f"{matrix}.{block}") for block in decoder.output.BLOCKS]
-        found[f"{matrix}.weight"] = torch.cat([block for block in blocks if block is not None])
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
+        blocks = [named.pop(f"{matrix}.{block}") for block in decoder.output.BLOCKS]
+        named[f"{matrix}.weight"] = torch.cat([block for block in blocks if block is not None])
+    return {name: gradient for name, gradient in named.items() if gradient is not None}
 
 
 def _rename(tensors: Tensors, table: dict[str, tuple[str, ...]]) -> Tensors:
-    """Renames by the ends of names; where a table row has several, the tensor is split among them."""
+    """Renames by suffix; a tensor with several target names is split among them."""
     renamed: Tensors = {}
     for name, tensor in tensors.items():
         prefix, layer = "", name
@@ -156,7 +153,7 @@ _LITGPT = {
 
 
 def build_llama(shape: Shape, vocab: JointVocab, device: str) -> Peer:
-    """LlamaForCausalLM of transformers, with its default attention."""
+    """Transformers' LlamaForCausalLM with its default attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -171,8 +168,8 @@ def build_llama(shape: Shape, vocab: JointVocab, device: str) -> Peer:
         rms_norm_eps=NORM_EPS,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=None,  # no id ends a generation early
-        pad_token_id=None,  # the embedding would leave this row's gradient out
+        eos_token_id=None,  # no id ends generation early
+        pad_token_id=None,  # the embedding would skip this row's gradient
     )
     with torch.device(device):
         model = LlamaForCausalLM(config)
@@ -185,7 +182,7 @@ def build_llama(shape: Shape, vocab: JointVocab, device: str) -> Peer:
 
 
 def build_litgpt(shape: Shape, vocab: JointVocab, device: str) -> Peer | None:
-    """LitGPT's GPT; None where it is not installed."""
+    """LitGPT's GPT; None if it is not installed."""
     if importlib.util.find_spec("litgpt") is None:
         return None
     from litgpt.config import Config
@@ -216,16 +213,16 @@ def build_open_lm(shape: Shape, vocab: JointVocab, device: str, checkout: Path) 
     """open_lm's own model.py, from a checkout of mlfoundations/open_lm at commit 9bb92ef.
 
     Raises:
-        ValueError: if the folder is no checkout of it.
+        ValueError: if the folder is not a checkout.
     """
     if not (checkout / "open_lm" / "model.py").is_file():
         raise ValueError(f"--open-lm {checkout}: no open_lm/model.py in it")
     if "xformers" not in sys.modules and importlib.util.find_spec("xformers") is None:
-        # Upstream imports it even where, as here, torch's attention and SwiGLU are chosen.
+        # Upstream imports it even with torch's attention and SwiGLU, as chosen here.
         package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
-        stand_ins = {"SwiGLU": nn.Identity, "LowerTriangularMask": None, "memory_efficient_attention": None}
-        for name, stand_in in stand_ins.items():
-            setattr(ops, name, stand_in)
+        stubs = {"SwiGLU": nn.Identity, "LowerTriangularMask": None, "memory_efficient_attention": None}
+        for name, stub in stubs.items():
+            setattr(ops, name, stub)
         package.ops = ops  # type: ignore[attr-defined]
         sys.modules |= {"xformers": package, "xformers.ops": ops}
     sys.path.insert(0, str(checkout))

@@ -1,8 +1,8 @@
-"""How everything here is measured: correctness first, then interleaved rounds, then one JSON line.
+"""The benchmark protocol: correctness checks, then interleaved rounds, then one JSON line.
 
-In each round every contender runs once, in an order that is rotated from round to round, and times are divided
-*within* the round: drifting clocks and neighbors hit both sides of a ratio alike. Standard library only, so that
-`--help` answers at once; torch is imported by whoever measures.
+Every contender runs once per round, in an order rotated from round to round, and ratios of times are taken *within* a
+round, so that clock drift and other processes affect both sides alike. Standard library only, so that `--help` is
+fast; torch is imported when measuring.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OURS = "t2i_lm"
-# Load average above which somebody else was computing too, and the line says so.
+# Load average above which the line is marked `noisy`: other processes were running.
 NOISY_LOAD = 0.3
-# Option -> how it saves memory.
+# Option -> advice for saving memory.
 SMALLER = {
     "batch": "a smaller --batch",
     "peers": "fewer --peers",
@@ -40,7 +40,7 @@ PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", 
 
 
 class GateError(RuntimeError):
-    """Implementations that must agree do not: their times would compare different things."""
+    """Implementations that must agree differ, so that comparing their times would be meaningless."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Contender:
     """One implementation in one form.
 
     Attributes:
-        name: what its times are listed under.
-        family: implementation; of its forms (eager, compiled) the fastest counts.
+        name: of the form, in the report.
+        family: implementation; the fastest of its forms (eager, compiled) counts.
         run: one repetition of the work.
-        before: what makes it ready each time, not timed.
+        before: preparation of each repetition, not timed.
     """
 
     name: str
@@ -71,19 +71,19 @@ def parser(name: str, description: str, example: str) -> argparse.ArgumentParser
     arguments.add_argument("--rounds", type=_count, default=9, help="interleaved rounds (default: %(default)s)")
     arguments.add_argument("--threads", type=_count, help="CPU threads (default: torch's own choice)")
     arguments.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    arguments.add_argument("--no-compile", action="store_true", help="leave torch.compile's contenders out")
-    arguments.add_argument("--quick", action="store_true", help="tiny sizes, not compiled: does it run? no result")
+    arguments.add_argument("--no-compile", action="store_true", help="skip contenders with torch.compile")
+    arguments.add_argument("--quick", action="store_true", help="smoke test: tiny sizes, not compiled, no result")
     return arguments
 
 
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return int(text)
 
 
-def answer(measure: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """Runs a benchmark; its exit code is 1 where the contenders disagree or cannot be built, 2 where a GPU is full."""
+def exit_code(measure: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """Runs a benchmark; 1 if contenders disagree or cannot be built, 2 if a GPU is out of memory."""
     try:
         measure(options)
     except (GateError, ValueError) as error:
@@ -94,19 +94,19 @@ def answer(measure: Callable[[argparse.Namespace], None], options: argparse.Name
 
         if not is_gpu_full(error):
             raise
-        smaller = [what for key, what in SMALLER.items() if key in vars(options)]
-        print(f"error: out of GPU memory; what takes less: {', '.join(smaller)}", file=sys.stderr)
+        advice = [text for key, text in SMALLER.items() if key in vars(options)]
+        print(f"error: out of GPU memory; use {', '.join(advice)}", file=sys.stderr)
         return 2
     return 0
 
 
 class Report:
-    """The one JSON line; makes `options.device` and the number of threads definite."""
+    """The JSON line of a result; resolves `options.device` and the number of threads."""
 
     def __init__(self, benchmark: str, options: argparse.Namespace) -> None:
         self.benchmark, self.options = benchmark, options
         self.date = datetime.now(UTC).isoformat(timespec="seconds")
-        self.load_before = os.getloadavg()[0]  # before torch is imported, which is load too
+        self.load_before = os.getloadavg()[0]  # before importing torch, which is load too
         import torch
 
         if options.threads:
@@ -115,8 +115,8 @@ class Report:
         self.threads = torch.get_num_threads()
 
     def write(self, **numbers: Any) -> None:
-        """Prints the line. Paths are left out: it is made to be copied into RESULTS.md."""
-        given = {key: value for key, value in vars(self.options).items() if not isinstance(value, Path)}
+        """Prints the line, without paths, to be copied into RESULTS.md."""
+        settings = {key: value for key, value in vars(self.options).items() if not isinstance(value, Path)}
         line = {
             "benchmark": self.benchmark,
             "date": self.date,
@@ -125,7 +125,7 @@ class Report:
             "threads": self.threads,
             "load": [round(self.load_before, 2), round(os.getloadavg()[0], 2)],
             "noisy": self.load_before > NOISY_LOAD,
-            "settings": given,
+            "settings": settings,
             **numbers,
         }
         print(json.dumps(line), flush=True)
@@ -137,49 +137,49 @@ def _machine(device: str) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    found = {
+    machine = {
         "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
     }
-    return found | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
+    return machine | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def can_compile(options: argparse.Namespace) -> bool:
-    """Whether torch.compile's contenders take part; says why not."""
-    from t2i_lm.runtime import devices
+def compiles(options: argparse.Namespace) -> bool:
+    """Whether contenders with torch.compile take part."""
+    from t2i_lm.runtime.devices import can_compile
 
-    return not (options.no_compile or options.quick) and devices.can_compile("contenders of torch.compile")
+    return not (options.no_compile or options.quick) and can_compile("torch.compile")
 
 
-def gate(what: str, found: Tensor, expected: Tensor, tolerance: float) -> float:
+def gate(what: str, value: Tensor, expected: Tensor, tolerance: float) -> float:
     """The largest difference relative to the largest expected value.
 
     Raises:
-        GateError: if it is above the tolerance, or no number.
+        GateError: if it exceeds the tolerance or is NaN.
     """
-    if found.shape != expected.shape:
-        raise GateError(f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
-    differ = (found.detach().double() - expected.detach().double()).abs().max()
+    if value.shape != expected.shape:
+        raise GateError(f"{what}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
+    differ = (value.detach().double() - expected.detach().double()).abs().max()
     error = float(differ / expected.detach().double().abs().max().clamp(min=1e-30))
-    if not error <= tolerance:  # a nan is above every tolerance
+    if not error <= tolerance:  # also true for NaN
         raise GateError(f"{what} differs by {error:.2e} of the largest value, allowed is {tolerance:.0e}: not timed")
     return error
 
 
 def seconds_of(run: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Time of one repetition by a clock, on a GPU until it is idle again."""
+    """Seconds of one repetition, synchronized on a GPU."""
     import torch
 
     if device == "cuda":
@@ -198,9 +198,9 @@ def interleave(
     device: str,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after `warmup` unmeasured repetitions of each.
+    """Seconds of each contender in each round, after `warmup` untimed repetitions of each.
 
-    `clock` is the wall's by default; `time.process_time` leaves out what neighbors take, where one thread computes.
+    `clock` is wall time by default; on one thread, `time.process_time` excludes other processes.
     """
     for contender in contenders:
         for _ in range(warmup):
@@ -208,7 +208,7 @@ def interleave(
             contender.run()
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     gc.collect()
-    gc.disable()  # otherwise the garbage of one contender is collected on another's time
+    gc.disable()  # otherwise one contender's garbage is collected in another's time
     try:
         for number in range(rounds):
             shift = number % len(contenders)
@@ -222,28 +222,28 @@ def interleave(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and the range between the 10th and 90th percentile."""
+    """Median, 10th and 90th percentile."""
     ordered = sorted(values)
 
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = int(place)
+    def percentile(share: float) -> float:
+        index = share * (len(ordered) - 1)
+        low = int(index)
         high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+        return ordered[low] + (ordered[high] - ordered[low]) * (index - low)
 
-    return {"median": _short(median(ordered)), "p10": _short(at(0.1)), "p90": _short(at(0.9))}
+    return {"median": _rounded(median(ordered)), "p10": _rounded(percentile(0.1)), "p90": _rounded(percentile(0.9))}
 
 
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
 def compare(
     contenders: Sequence[Contender], seconds: Mapping[str, Sequence[float]], ours: str = OURS
 ) -> dict[str, Any]:
-    """Seconds of all, the fastest form of each family, and how many times slower than ours each other family is.
+    """Seconds of all, the fastest form of each family, and each other family's time as a multiple of ours.
 
-    A ratio is the other family's fastest form over our fastest form within each round: above 1, we are faster.
+    A ratio is the other family's fastest form over our fastest form within each round; above 1, ours is faster.
     """
     fastest: dict[str, str] = {}
     for contender in contenders:
@@ -264,5 +264,5 @@ def compare(
 
 
 def rates(seconds: Mapping[str, Sequence[float]], amount: float) -> dict[str, float]:
-    """Units a second at the median of each contender."""
+    """Units/s at the median of each contender."""
     return {name: round(amount / median(values), 1) for name, values in seconds.items()}

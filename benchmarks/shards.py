@@ -1,4 +1,4 @@
-"""Token shards with random ids, as `prepare` would write them, and an experiment that reads them.
+"""Token shards with random ids in the format of `prepare`, and an experiment that reads them.
 
 Shapes: `N` image tokens.
 """
@@ -18,14 +18,14 @@ from t2i_lm.data.datamodules import BatchDataModule
 from t2i_lm.data.shards.format import pair_features, part_folder, read_part, write_index, write_part
 from t2i_lm.tokenizers.layout import BOUNDARY_TOKENS
 
-CAPTIONS = 5  # of each image, as in COCO
-TRIM = {"paper": 32}  # data.trim of scales where it is not the default
+CAPTIONS = 5  # per image, as in COCO
+PAD_TO_MULTIPLE_OF = {"paper": 32}  # data.pad_to_multiple_of of scales without the default
 
 
 def write_random_shards(
     folder: Path, samples: int, image_tokens: int, text_vocab: int, image_codes: int, length: int
 ) -> None:
-    """Splits `train` and `val` (one batch's worth) of `samples` images with captions of random lengths."""
+    """Splits `train` and `val` (one batch) of `samples` images with captions of random lengths."""
     index: dict[str, Any] = {"tokenizers": {}, "source": "random", "splits": {}}
     longest = length - image_tokens - BOUNDARY_TOKENS
     for number, (split, count) in enumerate((("train", samples), ("val", min(samples, 16)))):
@@ -57,14 +57,14 @@ def experiment(
     accumulate: int = 1,
     scale: str = "demo",
 ) -> ExperimentConfig:
-    """Settings for `steps` steps of `accumulate` times `batch`, with no validation or checkpoint between.
+    """The demo's settings for `steps` steps of `accumulate` times `batch`, without validation or checkpoint in between.
 
-    They are the demo's but for what is given and how the `scale` rounds lengths.
+    `scale` sets how lengths are rounded.
     """
-    trim = TRIM.get(scale, DataConfig.trim)
+    multiple = PAD_TO_MULTIPLE_OF.get(scale, DataConfig.pad_to_multiple_of)
     return ExperimentConfig(
         name="benchmark",
-        data=DataConfig(batch_size=batch * accumulate, length=length, trim=trim),
+        data=DataConfig(batch_size=batch * accumulate, length=length, pad_to_multiple_of=multiple),
         optim=OptimConfig(warmup_steps=1),
         trainer=TrainerConfig(
             max_steps=steps,
@@ -79,7 +79,7 @@ def experiment(
 
 
 def open_alone(data: BatchDataModule) -> None:
-    """Opens a data module that no Trainer will fit; it asks one for rank and world all the same."""
+    """Sets up a data module without fitting; it requires a Trainer for rank and world size."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)

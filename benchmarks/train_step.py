@@ -1,7 +1,7 @@
-"""One training step of our decoder against other projects' decoders with the same weights (goals G2 and G6).
+"""A training step of our decoder against other projects' decoders with the same weights (goals G2 and G6).
 
 A step is forward, loss, backward, clipping, fused AdamW and zeroing of gradients, on random ids without pads.
-Ours is timed in the two forms that training has: eager, and compiled block by block (`trainer.compile`).
+Ours is timed in both forms of training: eager, and compiled by block (`trainer.compile`).
 
 Shapes: `B` batch, `T` tokens, `V` vocabulary.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rounds import OURS, Contender, Report, answer, can_compile, compare, gate, interleave, parser, rates
+from benchmarks.rounds import OURS, Contender, Report, compare, compiles, exit_code, gate, interleave, parser, rates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 EXAMPLE = "python -m benchmarks.train_step --shape demo --threads 2 --open-lm ../open_lm"
 PEERS = ("transformers", "open_lm", "litgpt")
-# Of the largest value. In float32 only the order of sums may differ; in bfloat16 roundings do as well.
+# Tolerances relative to the largest value: for the order of summation, in bfloat16 also for rounding.
 LOGITS, GRADIENTS, LOSS_FP32, LOSS_BF16 = 1e-4, 1e-3, 1e-4, 1e-2
 WARMUP = 3
-GATE_ROWS = 2  # sequences that are computed in float32 together, a peer's logits held whole
-# Sequences where the shape's own do not fit. Estimated for ours and one peer at the paper's 1.5B parameters, in GB:
-#   weights 2 x 6, AdamW's state 2 x 12, weights rounded to bfloat16 3 (later gradients: 6, as activations go)   39
-#   activations under autocast, 24 layers x 109 kB a token (Llama's some 15 more), 8 x 1,152 tokens           24-28
-#   a peer's whole logits, bfloat16 and float32 with gradients: 16 bytes each of 66,823 a token                  10
+GATE_ROWS = 2  # sequences per float32 check, for which a peer materializes its logits
+# Sequences where the shape's own do not fit. Estimate for ours and one peer at the paper's 1.5B parameters, in GB:
+#   weights 2 x 6, AdamW's state 2 x 12, bfloat16 weights 3 (later gradients: 6, as activations are freed)       39
+#   activations under autocast, 24 layers x 109 kB per token (Llama's some 15 more), 8 x 1,152 tokens         24-28
+#   a peer's logits, bfloat16 and float32 with gradients: 16 bytes each of 66,823 per token                      10
 # Together 73 to 77 of an 80 GB card's 83. The 14 sequences of each of the paper's 64 GPUs would take about 100.
 BATCH = {"paper": 8}
 
@@ -44,11 +44,11 @@ Loss = Callable[[], "Tensor"]
 
 @dataclass(frozen=True)
 class Form:
-    """Something to be timed: a decoder's mean loss, in one form.
+    """A decoder's mean loss in one form, to be timed.
 
     Attributes:
-        name, family: as a `Contender`'s.
-        module: whose parameters are trained.
+        name, family: as in `Contender`.
+        module: the model to train.
         loss: the mean loss of the batch.
         precision: bf16 (autocast over float32 weights) or fp32.
     """
@@ -61,18 +61,18 @@ class Form:
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the arguments."""
     arguments = parser("train_step", "Training steps of equal decoders, side by side.", EXAMPLE)
     arguments.add_argument("--shape", choices=("demo", "paper"), default="demo", help="default: %(default)s")
     arguments.add_argument("--batch", type=int, help="sequences (default: 16; 8 at the paper's shape)")
     arguments.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is faster")
-    arguments.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all there are")
+    arguments.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all available")
     arguments.add_argument("--open-lm", type=Path, metavar="PATH", help="checkout of mlfoundations/open_lm")
     return arguments.parse_args(argv)
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Builds, compares, times, reports."""
+    """Checks, times, reports."""
     report = Report("train_step", options)
     import torch
 
@@ -86,12 +86,12 @@ def measure(options: argparse.Namespace) -> None:
     options.precision = options.precision or ("bf16" if multiplies_bfloat16(device) else "fp32")
     decoder, vocab = build_decoder(shape, device)
     generator = torch.Generator(device).manual_seed(1)
-    drawn = torch.randint(vocab.size, (shape.batch, shape.length + 1), generator=generator, device=device)
-    ids_BT, target_BT = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+    all_BT = torch.randint(vocab.size, (shape.batch, shape.length + 1), generator=generator, device=device)
+    ids_BT, target_BT = all_BT[:, :-1].contiguous(), all_BT[:, 1:].contiguous()
     peers = find_peers(options, shape, vocab, decoder)
     agreement = {peer.name: check_peer(decoder, peer, ids_BT[:GATE_ROWS], target_BT[:GATE_ROWS]) for peer in peers}
 
-    forms = list(loss_forms(decoder, peers, ids_BT, target_BT, options.precision, can_compile(options)))
+    forms = list(loss_forms(decoder, peers, ids_BT, target_BT, options.precision, compiles(options)))
     if name != "paper":
         forms.append(float32_form(decoder, peers, ids_BT, target_BT))
     agreement["losses"], first_seconds = check_forms(forms, expected_loss_and_norm(decoder, ids_BT, target_BT), device)
@@ -119,29 +119,29 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def find_peers(options: argparse.Namespace, shape: Any, vocab: Any, decoder: Decoder) -> list[Peer]:
-    """The peers that are here and asked for, with our weights."""
+    """The selected peers that are installed, with our weights."""
     from benchmarks import peers
 
-    found: list[Peer | None] = []
+    built: list[Peer | None] = []
     if "transformers" in options.peers:
-        found.append(peers.build_llama(shape, vocab, options.device))
+        built.append(peers.build_llama(shape, vocab, options.device))
     if "open_lm" in options.peers and options.open_lm is not None:
-        found.append(peers.build_open_lm(shape, vocab, options.device, options.open_lm))
+        built.append(peers.build_open_lm(shape, vocab, options.device, options.open_lm))
     if "litgpt" in options.peers:
-        found.append(peers.build_litgpt(shape, vocab, options.device))
-    present = [peer for peer in found if peer is not None]
-    for name in sorted(set(options.peers) - {peer.name for peer in present}):
-        print(f"{name} is left out: {'give --open-lm' if name == 'open_lm' else 'not installed'}", file=sys.stderr)
-    for peer in present:
+        built.append(peers.build_litgpt(shape, vocab, options.device))
+    installed = [peer for peer in built if peer is not None]
+    for name in sorted(set(options.peers) - {peer.name for peer in installed}):
+        print(f"{name} is skipped: {'requires --open-lm' if name == 'open_lm' else 'not installed'}", file=sys.stderr)
+    for peer in installed:
         peers.copy_weights(decoder, peer)
-    return present
+    return installed
 
 
 def check_peer(decoder: Decoder, peer: Peer, ids_BT: Tensor, target_BT: Tensor) -> dict[str, float]:
-    """Logits, loss and every gradient of a peer against ours, in float32.
+    """Errors of a peer's logits, loss and gradients against ours, in float32.
 
     Raises:
-        GateError: naming what differs.
+        GateError: naming the difference.
     """
     import torch
 
@@ -149,7 +149,7 @@ def check_peer(decoder: Decoder, peer: Peer, ids_BT: Tensor, target_BT: Tensor) 
 
     name, model = peer.name, peer.model
     errors = {"logits": gate(f"{name}: logits", peer.logits(ids_BT), decoder(ids_BT), LOGITS)}
-    ours = decoder(ids_BT, target_BT).total / target_BT.numel()
+    ours = decoder.loss(ids_BT, target_BT).total / target_BT.numel()
     theirs = materialized(peer.logits, ids_BT, target_BT)
     errors["loss"] = gate(f"{name}: loss", theirs, ours, LOSS_FP32)
     torch.autograd.backward([ours, theirs])
@@ -164,7 +164,7 @@ def check_peer(decoder: Decoder, peer: Peer, ids_BT: Tensor, target_BT: Tensor) 
 
 
 def materialized(logits: Callable[[Tensor], Tensor], ids_BT: Tensor, target_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of logits that are held whole, as the peers' own training code computes it."""
+    """Mean cross-entropy of materialized logits, as in the peers' own training code."""
     import torch.nn.functional as F
 
     return F.cross_entropy(logits(ids_BT).flatten(0, 1), target_BT.flatten())
@@ -173,19 +173,19 @@ def materialized(logits: Callable[[Tensor], Tensor], ids_BT: Tensor, target_BT: 
 def loss_forms(
     decoder: Decoder, peers: list[Peer], ids_BT: Tensor, target_BT: Tensor, precision: str, compiled: bool
 ) -> Iterator[Form]:
-    """What is timed at one precision.
+    """All forms to time at one precision.
 
-    A peer is compiled whole, its loss included; ours by block, since that is what a run can have.
+    A peer is compiled whole, including its loss; ours by block, as in a run.
     """
     import torch
 
     from benchmarks.peers import compiled_by_block
 
     count = target_BT.numel()
-    yield Form(f"{OURS} eager", OURS, decoder, lambda: decoder(ids_BT, target_BT).total / count, precision)
+    yield Form(f"{OURS} eager", OURS, decoder, lambda: decoder.loss(ids_BT, target_BT).total / count, precision)
     if compiled:
         by_block = compiled_by_block(decoder)
-        yield Form(f"{OURS} compiled", OURS, decoder, lambda: by_block(ids_BT, target_BT).total / count, precision)
+        yield Form(f"{OURS} compiled", OURS, decoder, lambda: by_block.loss(ids_BT, target_BT).total / count, precision)
     for peer in peers:
 
         def whole(peer: Peer = peer) -> Tensor:
@@ -197,23 +197,23 @@ def loss_forms(
 
 
 def float32_form(decoder: Decoder, peers: list[Peer], ids_BT: Tensor, target_BT: Tensor) -> Form:
-    """What open_lm does in float32: its own code where it is here. Left out at the paper's shape, for its memory."""
+    """open_lm's float32 step, by its own code if available. Not used at the paper's shape, for its memory."""
     upstream = next((peer for peer in peers if peer.name == "open_lm"), None)
     if upstream is not None:
         name, module, logits = "open_lm fp32 eager", upstream.model, upstream.logits
-    else:  # the same operations, but this project's code: the name must not claim more
+    else:  # the same operations by our own code, as the name tells
         name, module, logits = "our decoder fp32 eager, whole logits (stands in for open_lm)", decoder, decoder
     return Form(name, name, module, lambda: materialized(logits, ids_BT, target_BT), "fp32")
 
 
 def expected_loss_and_norm(decoder: Decoder, ids_BT: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Our eager mean loss and its gradient's norm in float32, a few sequences at a time for want of memory."""
+    """Our eager mean loss and its gradient norm in float32, a few sequences at a time to save memory."""
     import torch
 
     losses = []
     for start in range(0, len(ids_BT), GATE_ROWS):
         few = slice(start, start + GATE_ROWS)
-        loss = decoder(ids_BT[few], target_BT[few]).total / target_BT.numel()
+        loss = decoder.loss(ids_BT[few], target_BT[few]).total / target_BT.numel()
         torch.autograd.backward(loss)
         losses.append(loss.detach())
     return torch.stack(losses).sum(), take_norm(decoder)
@@ -222,9 +222,9 @@ def expected_loss_and_norm(decoder: Decoder, ids_BT: Tensor, target_BT: Tensor) 
 def check_forms(
     forms: Sequence[Form], expected: tuple[Tensor, Tensor], device: str
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Loss and gradient norm of every form at its precision against our eager ones in float32.
+    """Checks every form's loss and gradient norm against our eager float32 ones.
 
-    Compiles what is to be compiled. Returns the loss errors and the seconds of the first call.
+    Also triggers compilation. Returns the loss errors and the seconds of the first call.
 
     Raises:
         GateError: naming the form.
@@ -235,7 +235,7 @@ def check_forms(
         tolerance = LOSS_FP32 if form.precision == "fp32" else LOSS_BF16
         start = time.perf_counter()
         loss, norm = loss_and_norm(form, device)
-        errors[form.name] = gate(f"{form.name}: loss", loss, expected[0], tolerance)  # waits for the device
+        errors[form.name] = gate(f"{form.name}: loss", loss, expected[0], tolerance)  # synchronizes
         first[form.name] = round(time.perf_counter() - start, 3)
         gate(f"{form.name}: gradient norm", norm, expected[1], 5 * tolerance)
     return errors, first
@@ -252,7 +252,7 @@ def loss_and_norm(form: Form, device: str) -> tuple[Tensor, Tensor]:
 
 
 def take_norm(module: Any) -> Tensor:
-    """The norm of all gradients, which are then let go."""
+    """The norm of all gradients, which are then cleared."""
     import torch
 
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
@@ -270,7 +270,7 @@ def arithmetic(precision: str, device: str) -> Iterator[None]:
 
 
 def training_step(form: Form, optimizer: Any, device: str) -> Callable[[], None]:
-    """One whole step as a function."""
+    """A complete step as a function."""
     import torch
 
     parameters = list(form.module.parameters())
@@ -287,8 +287,8 @@ def training_step(form: Form, optimizer: Any, device: str) -> Callable[[], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    return answer(measure, options(argv))
+    """Runs the benchmark and returns its exit code."""
+    return exit_code(measure, options(argv))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What Lightning's Trainer with all our callbacks costs a step, against a hand-written loop (goals G1 and G3).
+"""Overhead per step of Lightning's Trainer with all our callbacks over a hand-written loop (goals G1 and G3).
 
 Both train the same module from the same weights on the same batches with the same optimizer, schedule, clipping and
-precision; on a CPU losses and weights are then equal bit for bit. Timed is the period of a step, from the start of one
-to the start of the next, so loading, logging and callbacks count; set-up, validation and checkpoints, which are no
-part of a step, do not.
+precision; on a CPU losses and weights are bitwise equal. The measured time runs from the start of a step to the start
+of the next, including loading, logging and callbacks, without setup, validation and checkpoints.
 """
 
 from __future__ import annotations
@@ -19,27 +18,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import GateError, Report, answer, can_compile, gate, parser, spread
+from benchmarks.rounds import GateError, Report, compiles, exit_code, gate, parser, spread
 
 EXAMPLE = "python -m benchmarks.trainer_overhead --shape demo --steps 60 --threads 2"
-WARMUP = 5  # steps of each repetition that are not timed
+WARMUP = 5  # untimed steps of each repetition
 IMAGE_TOKENS = {"tiny": 8, "demo": 64, "paper": 1024}
-# On a GPU sums have no fixed order, and Adam makes whole steps of gradients that are rounding alone: single weights may
-# differ by as much as they have moved. So losses may differ by a part of the largest, weights by a part of the norm of
-# their change. On 10 steps of the tiny shape in bfloat16, noise of 1 % in gradients made 0.0003 and 0.08 of it, a tenth
-# of the learning rate 0.004 and 0.10.
+# On a GPU sums have no fixed order, and Adam turns gradients that are pure rounding into full steps: single weights may
+# differ by as much as they moved. Tolerances: losses relative to the largest, weights relative to the norm of their
+# change. In 10 steps of the tiny shape in bfloat16, 1 % noise in gradients gave 0.0003 and 0.08, a tenth of the
+# learning rate 0.004 and 0.10.
 LOSSES, CHANGE = 2e-3, 0.2
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the arguments."""
     arguments = parser("trainer_overhead", "Trainer with all callbacks against a hand-written loop.", EXAMPLE)
     arguments.add_argument("--shape", choices=("demo", "paper"), default="demo", help="default: %(default)s")
+    arguments.add_argument("--steps", type=int, default=60, help="micro-batches per repetition (default: %(default)s)")
     arguments.add_argument(
-        "--steps", type=int, default=60, help="micro-batches of one repetition (default: %(default)s)"
-    )
-    arguments.add_argument(
-        "--accumulate", type=int, default=1, help="micro-batches of an optimizer step (default: %(default)s)"
+        "--accumulate", type=int, default=1, help="micro-batches per optimizer step (default: %(default)s)"
     )
     arguments.add_argument("--compile", action="store_true", help="compile each block, as trainer.compile does")
     arguments.add_argument(
@@ -56,9 +53,9 @@ class Trained:
     """One repetition.
 
     Attributes:
-        period: seconds a micro-batch.
-        losses: of every micro-batch, one tensor.
-        weights: the last ones by name.
+        period: seconds per micro-batch.
+        losses: of all micro-batches, one tensor.
+        weights: final weights by name.
     """
 
     period: float
@@ -67,17 +64,17 @@ class Trained:
 
 
 class Clock:
-    """Starts of micro-batches, in seconds, and their losses."""
+    """Start times of micro-batches in seconds, and their losses."""
 
     def __init__(self, device: str, steps: int, accumulate: int) -> None:
-        """Timed from the first to the last whole optimizer step behind the warm-up."""
+        """Times from the first to the last complete optimizer step after the warm-up."""
         self.device, self.steps = device, steps
         self.first, self.last = -(-WARMUP // accumulate) * accumulate, steps - accumulate
         self.starts: list[float] = []
         self.losses: list[Any] = []
 
     def tick(self) -> None:
-        """A micro-batch begins. A GPU is waited for where timing begins and ends; in between the host may run ahead."""
+        """Records the start of a micro-batch, synchronizing a GPU only where timing starts and ends."""
         if self.device == "cuda" and len(self.starts) in (self.first, self.last):
             import torch
 
@@ -85,13 +82,13 @@ class Clock:
         self.starts.append(time.perf_counter())
 
     def period(self) -> float:
-        """Mean seconds a micro-batch, warm-up left out."""
+        """Mean seconds per micro-batch after the warm-up."""
         assert len(self.starts) == self.steps
         return (self.starts[self.last] - self.starts[self.first]) / (self.last - self.first)
 
 
 def train_by_trainer(module: Any, data: Any, config: Any, clock: Clock, folder: Path) -> None:
-    """As `t2i_lm.train` does, without the validation before the first step."""
+    """As `t2i_lm.train`, without the validation before the first step."""
     from lightning.pytorch.callbacks import Callback
 
     from callbacks import EventLog
@@ -139,7 +136,7 @@ def train_by_hand(module: Any, data: Any, config: Any, clock: Clock) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Builds, compares, times, reports."""
+    """Checks, times, reports."""
     report = Report("trainer_overhead", options)
     import torch
 
@@ -158,8 +155,8 @@ def measure(options: argparse.Namespace) -> None:
     least = -(-WARMUP // max(1, accumulate)) * accumulate + 2 * accumulate
     if accumulate < 1 or options.steps < least or options.steps % accumulate:
         raise ValueError(
-            f"--steps={options.steps}: expected a multiple of --accumulate={accumulate} from {least} on, of which the "
-            f"first {least - 2 * accumulate} and the last {accumulate} are not timed"
+            f"--steps={options.steps}: expected a multiple of --accumulate={accumulate}, at least {least}; the first "
+            f"{least - 2 * accumulate} and the last {accumulate} are not timed"
         )
     shape = SHAPES[name]
     decoder, vocab = build_decoder(shape, "cpu")
@@ -168,7 +165,8 @@ def measure(options: argparse.Namespace) -> None:
         shape.batch, shape.length, options.steps // accumulate, options.precision, options.logger, accumulate, name
     )
     accelerator = "gpu" if options.device == "cuda" else "cpu"
-    config.trainer = replace(config.trainer, accelerator=accelerator, compile=options.compile and can_compile(options))
+    compiled = options.compile and compiles(options)
+    config = replace(config, trainer=replace(config.trainer, accelerator=accelerator, compile=compiled))
     prepare_blocks(decoder, config)
     layout = Layout(vocab, IMAGE_TOKENS[name], shape.length)
     samples = shape.batch * 32 * accumulate
@@ -179,8 +177,8 @@ def measure(options: argparse.Namespace) -> None:
         runs = 0
 
         def repeat(train: Callable[..., None], *more: Any) -> Trained:
-            """Trains from the first weights."""
-            gc.collect()  # the optimizer of the repetition before: at the paper's shape 12 GB
+            """Trains from the initial weights."""
+            gc.collect()  # the previous repetition's optimizer, 12 GB at the paper's shape
             decoder.load_state_dict(weights)
             module = TextToImageModule(decoder, config, layout)
             data = PairDataModule(config, shards, layout)
@@ -223,10 +221,10 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def check(trained: Trained, looped: Trained, initial: dict[str, Any], device: str) -> dict[str, float]:
-    """Losses and last weights of both kinds of training: equal bit for bit on a CPU, close on a GPU.
+    """Differences of losses and final weights between both trainings: none on a CPU, small on a GPU.
 
     Raises:
-        GateError: naming what differs, or if nothing was learnt.
+        GateError: naming the difference, or if the weights did not change.
     """
     import torch
 
@@ -243,14 +241,14 @@ def check(trained: Trained, looped: Trained, initial: dict[str, Any], device: st
 
 
 def distance(some: dict[str, Any], others: dict[str, Any]) -> float:
-    """Norm of the difference of all weights."""
+    """Norm of the difference over all weights."""
     squares = [float((some[key].double() - others[key].double()).square().sum()) for key in others]
     return float(sum(squares) ** 0.5)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    return answer(measure, options(argv))
+    """Runs the benchmark and returns its exit code."""
+    return exit_code(measure, options(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Lightning callbacks of the suite: a leaf package that knows modules only by their step outputs."""
+"""Lightning callbacks, independent of t2i_lm: they know modules by their step outputs alone."""
 
 from callbacks.base.contract import SplitLossModule, StepOutput, record_head
 from callbacks.checkpoints import RunCheckpoints, find_resumable

@@ -1,6 +1,6 @@
 """Frechet and kernel distance to COCO at intervals of a run.
 
-B is the number of images drawn together, D the width of a feature, W the number of ranks.
+B is the number of images per batch, D the width of a feature, W the number of ranks.
 """
 
 import json
@@ -15,43 +15,44 @@ from torch import Tensor
 
 from callbacks.base.interval_sums import collective_device, distributed
 from callbacks.base.periodic import Periodic, undisturbed
+from callbacks.files.atomic import write_atomic
 from callbacks.metrics.frechet import FeatureDistance, kernel_distance
 from callbacks.metrics.inception import Inception
 from callbacks.perplexity import EMASplitPerplexity
 from callbacks.preemption import Preemption
 
-# Reference features of this rank of so many: (numbers, features (B, D)), each image once over all ranks.
+# (network, rank, world) -> this rank's reference features: (image numbers, features (B, D)), each image on one rank.
 Reference = Callable[[Inception, int, int], Iterator[tuple[Sequence[int], Tensor]]]
 
 
 @dataclass(frozen=True)
 class FidTask:
-    """What a run is compared with.
+    """Prompts, generation and reference of an FID measurement.
 
     Attributes:
-        prompts: how many prompts there are.
-        draw: images (B, 3, H, W) uint8 of the module as it is, for prompt numbers; from random streams of its own.
+        prompts: number of prompts.
+        sample: images (B, 3, H, W) uint8 for prompt numbers, from the current module and random generators of its own.
         reference: features of the real images.
-        card: everything that the number depends on, and under `title` what it may be called. Asked at each
-            measurement, as the module is then: a trainer may change how it computes after a run is set up.
-        batch: prompts drawn at once, always the same ones.
+        card: everything that the number depends on, and under `title` the number's name. Called at each measurement,
+            since a trainer may change how the module computes after a run is set up.
+        batch: prompts per batch; batches always consist of the same prompts.
     """
 
     prompts: int
-    draw: Callable[[Sequence[int]], Tensor]
+    sample: Callable[[Sequence[int]], Tensor]
     reference: Reference
     card: Callable[[], dict[str, Any]]
     batch: int = 64
 
 
 class CocoFID(Periodic):
-    """Draws every prompt on some rank every `interval` optimizer steps and compares the features with the reference's.
+    """Measures FID and KID of the samples for all prompts every `interval` optimizer steps, on all ranks.
 
-    Network and sums live here, not in the module, so no checkpoint holds them. Writes FOLDER/step-NNNNNNNN.json with
-    the card, and `fid` (fid, kid, kid_std, n, title) to metrics.jsonl and the loggers. The subsets of the kernel
-    distance are drawn from all reference images, whose features rank 0 keeps (0.3 GB of val2014's). A batch is drawn
-    whole by one rank, so the value does not depend on how many there are. A run that is asked to stop gives the
-    measurement up after the batch at hand.
+    Writes FOLDER/step-NNNNNNNN.json with the card, and `fid` (fid, kid, kid_std, n, title) to metrics.jsonl and the
+    loggers. Network and sums are not part of the module, so checkpoints do not contain them. The subsets of the kernel
+    distance come from all reference images, whose features rank 0 keeps (0.3 GB for val2014). Each batch is generated
+    by one rank, so the value does not depend on the number of ranks. On a request to stop, the measurement is abandoned
+    after the current batch.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class CocoFID(Periodic):
         meter: EMASplitPerplexity | None = None,
         preemption: Preemption | None = None,
     ) -> None:
-        """`meter` opens and writes the line; `preemption` says when to give up.
+        """`meter` writes the line; `preemption` requests a stop.
 
         Raises:
             ValueError: if `interval` is not positive or there are fewer than two prompts.
         """
         super().__init__(interval)
         if task.prompts < 2:
-            raise ValueError(f"prompts={task.prompts}: a Frechet distance needs at least 2")
+            raise ValueError(f"prompts={task.prompts}: a Frechet distance requires at least 2")
         self.task, self.network = task, network
         self.folder, self.meter, self.preemption = folder, meter, preemption
         self.latest: dict[str, Any] | None = None
@@ -78,91 +79,87 @@ class CocoFID(Periodic):
         self._real_ND: Tensor | None = None  # on rank 0
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """Measures, and writes the number with its card."""
-        head = self.meter.head(trainer) if self.meter else {"step": step}  # every rank must ask
+        head = self.meter.head(trainer) if self.meter else {"step": step}  # a collective call
         with undisturbed(pl_module):
-            found = self.measure(trainer, pl_module.device)
-        self.latest = found
-        if found is None or not trainer.is_global_zero:
+            result = self.measure(trainer, pl_module.device)
+        self.latest = result
+        if result is None or not trainer.is_global_zero:
             return
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"step-{step:08d}.json"
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps({**found, "card": self.task.card()}, indent=2) + "\n")
-            partial.replace(path)
+            content = json.dumps({**result, "card": self.task.card()}, indent=2) + "\n"
+            write_atomic(self.folder / f"step-{step:08d}.json", content.encode())
         if self.meter and self.meter.file:
-            self.meter.file.append({**head, "fid": found})
+            self.meter.file.append({**head, "fid": result})
         for logger in trainer.loggers:
-            scalars = {f"fid/{name}": found[name] for name in ("fid", "kid")}
+            scalars = {f"fid/{name}": result[name] for name in ("fid", "kid")}
             logger.log_metrics(scalars, step=head.get("tokens_nominal", step))
 
     def measure(self, trainer: pl.Trainer, device: torch.device) -> dict[str, Any] | None:
-        """The distances of the module as it is; None where the run was asked to stop. Every rank must call it."""
+        """The distances of the current module; None on a request to stop. Every rank must call it."""
         rank, world = trainer.global_rank, trainer.world_size
         task, network = self.task, self.network
         network.to(torch.device("cpu") if device.type == "mps" else device)
         try:
             metric = self._with_reference(rank, world)
             metric.update(torch.empty(0, network.width), real=False)  # a rank may have no batch
-            every = range(task.prompts)
-            batches = [every[start : start + task.batch] for start in range(0, task.prompts, task.batch)]
-            kept = Rows()
-            for turn in range(0, len(batches), world):  # as many on every rank: they agree in each
+            prompts = range(task.prompts)
+            batches = [prompts[start : start + task.batch] for start in range(0, task.prompts, task.batch)]
+            rows = FeatureRows()
+            for turn in range(0, len(batches), world):  # equally often on every rank: `asked` is a collective call
                 if self.preemption is not None and self.preemption.asked():
                     return None
                 if turn + rank < len(batches):
                     numbers = batches[turn + rank]
-                    features_BD = network(task.draw(numbers))
+                    features_BD = network(task.sample(numbers))
                     metric.update(features_BD, real=False)
-                    kept.add(numbers, features_BD)
+                    rows.add(numbers, features_BD)
         finally:
-            network.to(torch.device("cpu"))  # leaves the device to training
+            network.to(torch.device("cpu"))  # frees device memory for training
         metric.to(collective_device() if distributed() else torch.device("cpu"))
         distance = float(metric.compute())
-        kid, deviation = self._kernel_distance(kept.gathered())
-        named = {"n": task.prompts, "title": task.card().get("title", "FID")}
-        return {"fid": distance, "kid": kid, "kid_std": deviation, **named}
+        kid, deviation = self._kernel_distance(rows.gathered())
+        title = task.card().get("title", "FID")
+        return {"fid": distance, "kid": kid, "kid_std": deviation, "n": task.prompts, "title": title}
 
-    def _kernel_distance(self, drawn_ND: Tensor | None) -> tuple[float, float]:
-        """Mean and deviation, which rank 0 computes and tells the others."""
-        found_2 = torch.zeros(2, dtype=torch.float64)
-        if drawn_ND is not None:
+    def _kernel_distance(self, fake_ND: Tensor | None) -> tuple[float, float]:
+        """Mean and deviation, computed on rank 0 and broadcast."""
+        result_2 = torch.zeros(2, dtype=torch.float64)
+        if fake_ND is not None:
             assert self._real_ND is not None
-            found_2 = torch.tensor(kernel_distance(drawn_ND, self._real_ND), dtype=torch.float64)
+            result_2 = torch.tensor(kernel_distance(fake_ND, self._real_ND), dtype=torch.float64)
         if distributed():
-            found_2 = found_2.to(collective_device())
-            torch.distributed.broadcast(found_2, 0)
-        kid, deviation = found_2.tolist()
+            result_2 = result_2.to(collective_device())
+            torch.distributed.broadcast(result_2, 0)
+        kid, deviation = result_2.tolist()
         return kid, deviation
 
     def _with_reference(self, rank: int, world: int) -> FeatureDistance:
-        """Sums with this rank's share of the reference, which is read once, and nothing drawn."""
+        """A metric with the sums of this rank's share of the reference, which is read once, and no samples."""
         if self._real is None:
-            self._real, kept = FeatureDistance(self.network.width, reset_real_features=False), Rows()
+            self._real, rows = FeatureDistance(self.network.width, reset_real_features=False), FeatureRows()
             for numbers, features_BD in self.task.reference(self.network, rank, world):
                 self._real.update(features_BD, real=True)
-                kept.add(numbers, features_BD)
-            self._real_ND = kept.gathered()
+                rows.add(numbers, features_BD)
+            self._real_ND = rows.gathered()
         self._real.to(torch.device("cpu"))
         self._real.reset()
         return self._real
 
 
-class Rows:
-    """Numbered features of this rank, which come back in one order on any number of ranks."""
+class FeatureRows:
+    """Numbered features of this rank, gathered in an order that does not depend on the number of ranks."""
 
     def __init__(self) -> None:
         self._numbers: list[int] = []
         self._features: list[Tensor] = []
 
     def add(self, numbers: Sequence[int], features_BD: Tensor) -> None:
-        """Keeps some."""
         self._numbers += numbers
         self._features.append(features_BD)
 
     def gathered(self) -> Tensor | None:
-        """All ranks' features (N, D), by number, on rank 0, and None on the others; every rank must call it."""
+        """All ranks' features (N, D) by number on rank 0, None on others; every rank must call it."""
         own: tuple[list[int], Tensor | None] = self._numbers, torch.cat(self._features) if self._features else None
         parts = [own]
         if distributed():

@@ -1,4 +1,4 @@
-"""What a model has forgotten, measured before, during and after training (Table 1, and as curves)."""
+"""Language retention measured before, during and after training (Table 1, and as curves)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,14 @@ from callbacks.perplexity import EMASplitPerplexity
 class Forgetting(Periodic):
     """Measures on rank 0 while the others wait: before the first step, every `interval` steps, after the last.
 
-    Writes a line with `forgetting`, what `measure` returned, to metrics.jsonl, and its numbers to TensorBoard. Whatever
-    the measurement draws or switches, training goes on as if it had not been: random streams and the mode of every
-    submodule are put back.
+    Writes the result of `measure` as `forgetting` to metrics.jsonl, and its numbers to TensorBoard. Training is
+    unaffected: random generators and the mode of every submodule are restored.
     """
 
     def __init__(
         self, interval: int, measure: Callable[[pl.LightningModule], dict[str, Any]], meter: EMASplitPerplexity
     ) -> None:
-        """`measure` is given the module in evaluation mode and returns what JSON can hold; `meter` writes the line.
+        """`measure` receives the module in evaluation mode and returns JSON values; `meter` writes the line.
 
         Raises:
             ValueError: if `interval` is not positive.
@@ -29,18 +28,15 @@ class Forgetting(Periodic):
         self.measure, self.meter = measure, meter
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures the model as it was, unless the run goes on from a later step."""
         super().on_train_start(trainer, pl_module)
-        if trainer.global_step == 0:
+        if trainer.global_step == 0:  # not resumed
             self.due(trainer, pl_module, 0)
 
     def is_due(self, trainer: pl.Trainer, step: int) -> bool:
-        """Where an interval or the run ends."""
         return super().is_due(trainer, step) or step == trainer.max_steps
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """Measures, and writes the line."""
-        head = self.meter.head(trainer)  # every rank must ask
+        head = self.meter.head(trainer)  # a collective call
         if not trainer.is_global_zero:
             return
         with undisturbed(pl_module):
@@ -52,11 +48,11 @@ class Forgetting(Periodic):
 
 
 def numbers(tree: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Every number of a tree of dicts by its path."""
-    found: dict[str, float] = {}
+    """The numbers in a tree of dicts by path."""
+    flat: dict[str, float] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            found |= numbers(value, f"{prefix}/{key}")
+            flat |= numbers(value, f"{prefix}/{key}")
         elif isinstance(value, int | float):
-            found[f"{prefix}/{key}"] = float(value)
-    return found
+            flat[f"{prefix}/{key}"] = float(value)
+    return flat

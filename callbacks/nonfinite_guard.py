@@ -1,4 +1,4 @@
-"""Skips optimizer steps whose gradient is not finite, on all ranks together."""
+"""Skipping of optimizer steps with a non-finite gradient, on all ranks together."""
 
 from typing import Any
 
@@ -15,17 +15,16 @@ from callbacks.files.event_log import EventLog
 
 
 class NonFiniteGuard(Callback):
-    """Leaves parameters and moments bit for bit as they are when the gradient norm is NaN or infinite anywhere.
+    """Leaves parameters and moments bitwise unchanged if the gradient norm is NaN or infinite on any rank.
 
-    The step counts: the sample stream and the schedule go on. Zeroed gradients would not do, since the optimizer
-    would still decay weights and move its moments. Two ways, both exact:
+    The step still counts for the data order and the schedule. Zeroed gradients would not suffice: the optimizer would
+    still decay weights and update its moments. Two exact ways:
 
-    - `found_inf`, where the optimizer takes it (torch's fused Adam family): the kernel itself skips the update, so
-      that the host never waits for the device. Skips are counted on the device and read every `check_every` steps.
-    - elsewhere, and on the CPU, the gradients are removed: torch's optimizers pass over parameters without one.
+    - `found_inf`, if the optimizer supports it (torch's fused Adam family): the kernel itself skips the update,
+      without a synchronization. Skips are counted on the device and read every `check_every` steps.
+    - Otherwise, and on the CPU, gradients are set to None: torch's optimizers skip parameters without one.
 
-    Modules need do nothing, and may take the norm from their `gradient_norm`. One all-reduce of one number a step,
-    and none on one rank.
+    Modules may use the norm in their `gradient_norm`. Costs one all-reduce of one number per step, none on one rank.
     """
 
     def __init__(self, limit: int = 5, check_every: int = 50, events: EventLog | None = None) -> None:
@@ -39,23 +38,22 @@ class NonFiniteGuard(Callback):
                 raise ValueError(f"{name}={value}: expected at least 1")
         self.limit, self.check_every, self.events = limit, check_every, events
         self.skipped = 0  # in the whole run, as last read
-        # Skips in the run, in a row until now, and the longest row; on the device of the gradients.
+        # Skips in the run, current consecutive skips, most consecutive skips; on the device of the gradients.
         self._counts: Tensor = torch.zeros(3, dtype=torch.int64)
         self._fused: Optimizer | None = None
         self._last_check = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts from the step that was resumed from."""
         self._last_check = trainer.global_step
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Judges the gradients of this step; runs inside the optimizer's step, before clipping."""
+        # Lightning calls this inside the optimizer's step, before clipping.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):  # of sharded gradients: every rank holds a part of the sum
+        if isinstance(norm, DTensor):  # of sharded gradients, a partial sum on every rank
             norm = norm.full_tensor()
         pl_module.gradient_norm = norm
         bad = ~norm.isfinite().reshape(1)
@@ -73,7 +71,7 @@ class NonFiniteGuard(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Reads the counts, tells of skips and stops a run that only skips.
+        """Reads the counts, logs skips and stops a run that only skips.
 
         Raises:
             FloatingPointError: on every rank, after `limit` skips in a row.
@@ -88,29 +86,26 @@ class NonFiniteGuard(Callback):
         self.skipped, self._last_check = skipped, step
         if longest >= self.limit:
             raise FloatingPointError(
-                f"the gradient was not finite in {longest} steps in a row (step {step}); parameters are those from "
-                "before. Lower optim.lr, or use trainer.precision=32-true"
+                f"the gradient was not finite in {longest} steps in a row (step {step}); parameters are those before "
+                "them. Lower optim.lr, or use trainer.precision=32-true"
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves the optimizer as it was."""
         self.skipped = int(self._counts[0])
         if self._fused is not None:
             del self._fused.found_inf  # type: ignore[attr-defined]
             self._fused = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
         return {"counts": self._counts.tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the counts."""
         self._counts = torch.tensor(state_dict["counts"], dtype=torch.int64)
         self.skipped = int(self._counts[0])
 
     @staticmethod
     def skips_on_device(flag: Tensor, optimizer: Optimizer) -> bool:
-        """Whether the optimizer's own kernel can skip, and the host would else have to wait for the device."""
+        """Whether the optimizer's own kernel can skip, which on a GPU avoids a synchronization."""
         return flag.is_cuda and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
     def _count(self, flag: Tensor) -> None:

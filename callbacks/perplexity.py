@@ -1,7 +1,7 @@
 """Split perplexity, raw and EMA-smoothed, against tokens seen (Figures 3 and 4).
 
-M is the number of modalities, S = 3 M + 3 the number of sums kept: nll (M), count (M), micro-batches left out
-for a non-finite loss (M), samples, tokens_nominal, tokens_real.
+M is the number of modalities, S = 3 M + 3 the number of sums: nll (M), count (M), micro-batches skipped for a
+non-finite loss (M), samples, tokens_nominal, tokens_real.
 """
 
 import math
@@ -20,11 +20,11 @@ from callbacks.base.contract import Extras, StepOutput, record_head
 from callbacks.base.interval_sums import IntervalSums, to_double
 from callbacks.files.metrics_file import MetricsFile
 
-# The modality that the aggregate `all_no_boundary` leaves out: near-deterministic separators.
+# The modality that the aggregate `all_no_boundary` excludes: near-deterministic separators.
 BOUNDARY = "boundary"
 SEEN = ("samples", "tokens_nominal", "tokens_real")
-# Fields of an entry that are drawn; sums and counts are for metrics.jsonl alone.
-DRAWN = ("nll", "ppl", "nll_ema", "ppl_ema")
+# Fields of an entry for the loggers; sums and counts go to metrics.jsonl alone.
+LOGGED = ("nll", "ppl", "nll_ema", "ppl_ema")
 
 
 class EMASplitPerplexity(Callback):
@@ -32,11 +32,11 @@ class EMASplitPerplexity(Callback):
 
     For each modality m and the aggregates `all` and `all_no_boundary`: x = nll_sum / count over the interval,
     ema <- a ema + (1 - a) x, divided by 1 - a^n, and only then exp: exp(EMA(loss)), not EMA(exp(loss)).
-    A modality without targets in an interval leaves its average as it is. Micro-batches with a non-finite loss
-    are left out and counted in the line. Ranks meet once an interval, and the device is read only then.
+    A modality without targets in an interval keeps its average. Micro-batches with a non-finite loss are skipped, and
+    their number is written. Ranks communicate, and the device is synchronized, once per interval.
 
     Attributes:
-        seen: samples and tokens trained on so far, over all ranks; up to date at every written line.
+        seen: samples and tokens trained on so far, over all ranks; current at every written line.
         latest: the interval's nll of each modality and aggregate.
     """
 
@@ -63,10 +63,10 @@ class EMASplitPerplexity(Callback):
         self._rank, self._world = 0, 1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Makes room for the module's modalities.
+        """Allocates sums for the module's modalities.
 
         Raises:
-            ValueError: if the module names none.
+            ValueError: if the module has none.
         """
         names = getattr(pl_module, "modalities", ())
         if not names:
@@ -77,7 +77,7 @@ class EMASplitPerplexity(Callback):
         self._rank, self._world = trainer.global_rank, trainer.world_size
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts after the step that was resumed from; puts text and image side by side in TensorBoard."""
+        """Lays out modalities side by side in TensorBoard."""
         self._last_step = trainer.global_step
         names = [*pl_module.modalities, *_aggregates(pl_module.modalities)]  # type: ignore[arg-type, misc]
         chart = {name: ["Multiline", [f"train/{name}/ppl_ema", f"val/{name}/ppl"]] for name in names}
@@ -88,7 +88,6 @@ class EMASplitPerplexity(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds a micro-batch; at the end of an interval reduces, smooths and writes."""
         self._train.add(_vector(outputs))
         step = trainer.global_step
         if step == self._last_step:
@@ -116,7 +115,6 @@ class EMASplitPerplexity(Callback):
         self._write(trainer, "train", values, self.seen, more)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forgets the last validation."""
         self._val = IntervalSums(self._train.size)
 
     def on_validation_batch_end(
@@ -128,7 +126,6 @@ class EMASplitPerplexity(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Adds a validation batch."""
         self._val.add(_vector(outputs))
         self._val.end_step()
 
@@ -143,11 +140,11 @@ class EMASplitPerplexity(Callback):
         self._write(trainer, "val", values, self._seen_with(self._train.total()), {})
 
     def head(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """The fields that open a line, up to date at this step; every rank must call it."""
+        """The first fields of a line, as of this step; every rank must call it."""
         return record_head(trainer, self._seen_with(self._train.total()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages, counters and the partial interval of every rank (called on every rank)."""
+        """Averages, counters and the partial interval of every rank; every rank must call it."""
         return {
             "ema": dict(self._ema),
             "updates": dict(self._updates),
@@ -156,13 +153,12 @@ class EMASplitPerplexity(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the averages and the partial interval."""
         self._ema, self._updates = dict(state_dict["ema"]), dict(state_dict["updates"])
         self.seen = dict(state_dict["seen"])
         self._train.load(state_dict["interval_WS"], self._rank, self._world)
 
     def _seen_with(self, total_S: Tensor) -> dict[str, int]:
-        """Samples and tokens when those of `total_S` are added."""
+        """Samples and tokens including those of `total_S`."""
         return {name: self.seen[name] + int(more) for name, more in zip(SEEN, total_S[-3:].tolist(), strict=True)}
 
     def _write(
@@ -178,7 +174,7 @@ class EMASplitPerplexity(Callback):
         if self.file:
             self.file.append({**record_head(trainer, seen), key: values, **more, "time": time.time()})
         scalars = {
-            f"{key}/{name}/{field}": entry[field] for name, entry in values.items() for field in DRAWN & entry.keys()
+            f"{key}/{name}/{field}": entry[field] for name, entry in values.items() for field in LOGGED & entry.keys()
         }
         scalars |= {f"{key}/{name}": value for name, value in more.get("scalars", {}).items()}
         scalars |= {f"throughput/{name}": value for name, value in more.get("throughput", {}).items()}
@@ -187,7 +183,7 @@ class EMASplitPerplexity(Callback):
 
 
 def _vector(output: StepOutput) -> Tensor:
-    """A micro-batch as its S sums."""
+    """The S sums of a micro-batch."""
     device = output["nll_sum"].device
     nll_sum_M, count_M = to_double(output["nll_sum"], device), to_double(output["count"], device)
     finite_M = nll_sum_M.isfinite()
@@ -204,7 +200,7 @@ def _vector(output: StepOutput) -> Tensor:
 
 
 def _aggregates(names: Sequence[str]) -> dict[str, list[str]]:
-    """Which modalities each aggregate adds up; one modality alone needs none."""
+    """Modalities of each aggregate; a single modality has no aggregate."""
     totals = {"all": list(names)} if len(names) > 1 else {}
     if BOUNDARY in names:
         totals["all_no_boundary"] = [name for name in names if name != BOUNDARY]
@@ -212,13 +208,13 @@ def _aggregates(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _entries(names: Sequence[str], total_S: Tensor) -> dict[str, dict[str, float]]:
-    """Fields of each modality and aggregate: `nll_sum`, `count`, and where there are targets `nll`, `ppl`."""
+    """Fields of each modality and aggregate: `nll_sum`, `count`, and with any targets `nll`, `ppl`."""
     size = len(names)
-    nll_sums, counts, left_out = (
+    nll_sums, counts, skipped = (
         dict(zip(names, part.tolist(), strict=True)) for part in total_S[: 3 * size].reshape(3, size)
     )
     for total, parts in _aggregates(names).items():
-        for sums in (nll_sums, counts, left_out):
+        for sums in (nll_sums, counts, skipped):
             sums[total] = sum(sums[name] for name in parts)
     values: dict[str, dict[str, float]] = {}
     for name in nll_sums:
@@ -226,12 +222,12 @@ def _entries(names: Sequence[str], total_S: Tensor) -> dict[str, dict[str, float
         if counts[name]:
             nll = nll_sums[name] / counts[name]
             entry |= {"nll": nll, "ppl": _exp(nll)}
-        if left_out[name]:
-            entry["nonfinite"] = int(left_out[name])
+        if skipped[name]:
+            entry["nonfinite"] = int(skipped[name])
         values[name] = entry
     return values
 
 
 def _exp(nll: float) -> float:
-    """exp, capped where a float would overflow."""
+    """exp, capped before a float overflows."""
     return math.exp(min(nll, 700.0))

@@ -1,4 +1,4 @@
-"""Ends a run cleanly on SIGTERM or Ctrl-C: save, then stop, on all ranks together."""
+"""Clean end of a run on SIGTERM or Ctrl-C: all ranks save, then stop."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ from callbacks.base.interval_sums import distributed
 from callbacks.checkpoints import RunCheckpoints
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Seconds after the first signal in which another is taken for its echo from a launcher.
+# Seconds after the first signal in which another counts as the launcher's copy of it.
 ECHO = 1.0
 
 
-class Preempted(Exception):  # noqa: N818 - an order carried out, not an error
-    """The run was asked to stop, and saved itself. `exit_code` follows the shell's convention: 143 or 130."""
+class Preempted(Exception):  # noqa: N818 - not an error
+    """The run has saved and stopped on a signal. `exit_code` follows the shell's convention: 143 or 130."""
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
@@ -29,12 +29,12 @@ class Preempted(Exception):  # noqa: N818 - an order carried out, not an error
 
 
 class Preemption(Callback):
-    """Raises a flag on a signal, agrees on it over ranks before the next batch, saves and raises `Preempted`.
+    """Sets a flag on a signal, agrees on it over ranks before the next batch, saves and raises `Preempted`.
 
-    The handler only sets the flag: a collective call inside a handler hangs when one rank alone is signalled.
-    Ranks agree once an optimizer step and once a validation batch, over a group of their own on the host, so
-    that the device need not be waited for. A second Ctrl-C ends the process at once; a second SIGTERM does
-    nothing more, since torchrun passes on to its workers what Slurm has sent them already.
+    The handler only sets the flag: a collective call in a handler would hang if only one rank is signalled. Ranks
+    agree once per optimizer step and per validation batch, over a process group on the host, without synchronizing the
+    device. A second Ctrl-C ends the process immediately; a second SIGTERM has no effect, since torchrun forwards to its
+    workers what Slurm already sent them.
 
     List it before callbacks that work in `on_train_start`.
     """
@@ -48,37 +48,34 @@ class Preemption(Callback):
         self._shared_batches = 0
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The first validation can take long, too."""
-        self._install(trainer)
+        self._install(trainer)  # the first validation can be long
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Installs the handlers, over Lightning's own."""
         self._install(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stops between two optimizer steps if any rank was signalled."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds how many validation batches all ranks have: only before those can they agree."""
+        # Ranks can agree only before batches that all of them have.
         mine = sum(int(number) for number in trainer.num_val_batches if number != float("inf"))
         self._shared_batches = -self._highest(-mine)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stops inside a validation, which the resumed run repeats."""
+        # A resumed run repeats the validation.
         if self._installed and batch_idx < self._shared_batches and dataloader_idx == 0:
             self.stop_if_asked(trainer)
 
     def stop_if_asked(self, trainer: pl.Trainer) -> None:
-        """Saves and stops if any rank was signalled; for long work in callbacks, where every rank must call it.
+        """Saves and stops if any rank was signalled; also for long work in callbacks. Every rank must call it.
 
         Raises:
-            Preempted: after the checkpoint is saved.
+            Preempted: after saving the checkpoint.
         """
         received = self._highest(self._received)
         if received:
@@ -86,19 +83,17 @@ class Preemption(Callback):
             raise Preempted(received, trainer.global_step)
 
     def asked(self) -> bool:
-        """Whether any rank was signalled; for work that can be given up within a step. Every rank must call it."""
+        """Whether any rank was signalled, for work that can be abandoned within a step. Every rank must call it."""
         return self._highest(self._received) > 0
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning is about to put back the handlers from before the run."""
-        self._installed = False
+        self._installed = False  # Lightning restores the earlier handlers
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lightning has put back the handlers from before the run."""
         self._installed = False
 
     def _highest(self, value: int) -> int:
-        """The highest value on any rank."""
+        """The highest value of all ranks."""
         if not distributed():
             return value
         agreed = torch.tensor(value)
@@ -111,21 +106,19 @@ class Preemption(Callback):
         if distributed() and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
-            return  # Python takes signals in the main thread alone
+            return  # Python handles signals only in the main thread
         self._received = 0
         for number in SIGNALS:
             signal.signal(number, self._note)
         self._installed = True
         loop = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
-            # Lightning asks rank 0 before every batch whether its own handler, replaced here, has run, and waits
-            # for the device to hear the answer.
-            loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+            loop._broadcast_sigterm_tensor = _no_broadcast  # type: ignore[method-assign]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self._received:
             self._received, self._received_at = number, time.monotonic()
-            # Not print: the handler may have interrupted one.
+            # Not print, which the handler may have interrupted.
             text = f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C stops without\n"
             os.write(2, text.encode())
         elif number == signal.SIGINT and time.monotonic() - self._received_at > ECHO:
@@ -133,5 +126,5 @@ class Preemption(Callback):
             os.kill(os.getpid(), number)
 
 
-def _nothing() -> None:
-    """In place of Lightning's question."""
+def _no_broadcast() -> None:
+    """Replaces Lightning's per-batch SIGTERM broadcast, which synchronizes the device."""

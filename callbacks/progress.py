@@ -1,4 +1,4 @@
-"""Progress with ETA: a bar on a terminal, plain lines elsewhere; only rank 0 talks."""
+"""Training progress with ETA on rank 0: a bar on a terminal, otherwise plain lines."""
 
 import os
 import sys
@@ -11,26 +11,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class HasLatest(Protocol):
-    """A callback whose `latest` scalars the progress shows."""
+    """A callback with scalars to show."""
 
     latest: dict[str, float]
 
 
 class HasNote(Protocol):
-    """A callback that has something to say about speed."""
+    """A callback with a note on speed to show."""
 
     def note(self) -> str: ...
 
 
 class RunProgress(Callback):
-    """Shows optimizer steps, speed, the latest losses and the time left.
+    """Shows optimizer steps, speed, the latest losses and ETA.
 
     Lightning's own bars must be off (`enable_progress_bar=False`). List it after `scalars`, so that a line shows
-    the interval that it ends.
+    the interval that just ended.
     """
 
     def __init__(self, scalars: HasLatest, every: int = 10, shown: int = 4, throughput: HasNote | None = None) -> None:
-        """`every` is the number of steps between plain lines; `shown` scalars and `throughput`'s note are printed.
+        """`every` is the number of steps between plain lines, `shown` the number of scalars per line.
 
         Raises:
             ValueError: if `every` is less than 1.
@@ -44,7 +44,6 @@ class RunProgress(Callback):
         self._last_note = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock, and the bar on a terminal."""
         self._started, self._tokens = time.monotonic(), 0.0
         self._first_step = self._last_step = trainer.global_step
         if trainer.is_global_zero and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
@@ -62,7 +61,6 @@ class RunProgress(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the bar, or prints a line."""
         self._tokens += outputs.get("tokens_nominal", outputs["samples"]) * trainer.world_size
         step = trainer.global_step
         if not trainer.is_global_zero or step == self._last_step:
@@ -77,21 +75,17 @@ class RunProgress(Callback):
             print(f"step {step}/{trainer.max_steps}  {self._last_note}  ETA {_clock(left)}", flush=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says what takes time."""
         if self._bar:
             self._bar.update(self._bar.task_ids[0], note="validating")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Shows the speed and losses again."""
         if self._bar:
             self._bar.update(self._bar.task_ids[0], note=self._last_note)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops the bar, which keeps the last losses in sight."""
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the terminal as it was."""
         self._stop()
 
     def _stop(self) -> None:
@@ -101,7 +95,7 @@ class RunProgress(Callback):
 
     def _note(self, outputs: Any) -> str:
         speed = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        unit = "tokens" if "tokens_nominal" in outputs else "pictures"
+        unit = "tokens" if "tokens_nominal" in outputs else "images"
         losses = "  ".join(f"{name} {value:.3f}" for name, value in list(self.scalars.latest.items())[: self.shown])
         note = self.throughput.note() if self.throughput else ""
         return "  ".join(part for part in (f"{speed:,.0f} {unit}/s", losses, note) if part)

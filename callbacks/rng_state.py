@@ -1,4 +1,4 @@
-"""Random-number state in the checkpoint, per rank."""
+"""State of the random generators in the checkpoint, per rank."""
 
 import hashlib
 import random
@@ -17,13 +17,12 @@ from callbacks.files.event_log import EventLog
 class RngState(Callback):
     """Saves Python's, NumPy's and torch's generators of every rank, and restores them before the first step.
 
-    Lightning saves none. What is saved is the state at the end of the last step and of its validation, not at
-    the moment of saving: by then the next batch may have been drawn, and a resumed run draws it again.
-    On another number of ranks the states do not apply; each rank is then seeded from (seed, step, rank), which
-    is told in `events`. Generators inside loader workers start anew either way: what a dataset draws for a sample
-    must be a function of (seed, epoch, index).
+    Lightning saves none. The saved state is that at the end of the last step and its validation, not at the moment
+    of saving: by then the next batch may have been loaded, and a resumed run loads it again. With another number of
+    ranks each rank is seeded from (seed, step, rank) instead, which is logged in `events`. Generators in loader workers
+    always restart: a dataset's random choices must be a function of (seed, epoch, index).
 
-    List it last, so that what other callbacks draw at the end of a step is in the state.
+    List it last, so that the state includes what other callbacks sample at the end of a step.
     """
 
     def __init__(self, seed: int = 0, events: EventLog | None = None) -> None:
@@ -34,15 +33,14 @@ class RngState(Callback):
         self._after_validation: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Keeps the trainer: whether it validates decides which state a checkpoint gets."""
         self._trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        """States of all ranks (called on every rank)."""
-        # A checkpoint taken inside a validation is resumed with the whole of that validation.
+        """States of all ranks; every rank must call it."""
+        # Resuming a checkpoint from inside a validation repeats the whole validation.
         validating = self._trainer is not None and self._trainer.validating
-        kept = self._after_step if validating else self._after_validation or self._after_step
-        mine = _plain(kept or _collect())
+        latest = self._after_step if validating else self._after_validation or self._after_step
+        mine = _plain(latest or _collect())
         states: list[Any] = [mine]
         if distributed():
             states = [None] * dist.get_world_size()
@@ -50,11 +48,9 @@ class RngState(Callback):
         return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the states until training starts: setting up data and model draws numbers of its own."""
-        self._restored = state_dict["ranks"]
+        self._restored = state_dict["ranks"]  # applied when training starts: setup uses the generators
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores this rank's state, or seeds it anew where the number of ranks has changed."""
         states, self._restored = self._restored, None
         if states is not None and len(states) == trainer.world_size:
             _restore(states[trainer.global_rank])
@@ -62,25 +58,23 @@ class RngState(Callback):
             _reseed(self.seed, trainer.global_step, trainer.global_rank)
             if self.events and trainer.is_global_zero:
                 text = f"{len(states)} -> {trainer.world_size} ranks at step {trainer.global_step}"
-                self.events.write("reseeded", f"{text}: random generators start anew from the seed")
+                self.events.write("reseeded", f"{text}: random generators restart from the seed")
         self._after_step, self._after_validation = _collect(), None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes the state after a whole step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._after_step, self._after_validation = _collect(), None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes the state after a validation."""
         if not trainer.sanity_checking:
             self._after_validation = _collect()
 
 
 def _collect() -> dict[str, Any]:
-    """The states as they are: taken every step, so nothing is converted yet."""
-    # Not `is_available`, which asks the driver each time.
+    """The raw states, not yet converted because it is called every step."""
+    # Not `is_available`, which queries the driver each time.
     on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "python": random.getstate(),
@@ -91,7 +85,7 @@ def _collect() -> dict[str, Any]:
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """The states in types that `torch.load(weights_only=True)` reads."""
+    """The states in types that `torch.load(weights_only=True)` accepts."""
     version, internal, gauss = state["python"]
     kind, keys, position, has_gauss, cached = state["numpy"]
     return state | {

@@ -1,4 +1,4 @@
-"""Scalars of a run that is not split by modality (the image tokenizer)."""
+"""Scalars of a run without modalities (the image tokenizer)."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from callbacks.files.metrics_file import MetricsFile
 class RunScalars(Callback):
     """Writes the mean of each `outputs["metrics"]` over an interval, and `validation_summary()`.
 
-    Means are weighted by samples. The device is read once an interval.
+    Means are weighted by samples. The device is synchronized once per interval.
     """
 
     def __init__(self, interval: int, metrics_path: Path) -> None:
@@ -37,17 +37,14 @@ class RunScalars(Callback):
         self._rank, self._world = 0, 1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Notes this rank's place."""
         self._rank, self._world = trainer.global_rank, trainer.world_size
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts after the step that was resumed from."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds a micro-batch; writes at the end of an interval."""
         metrics, samples = outputs["metrics"], outputs["samples"]
         if not self._names:
             self._names = list(metrics)
@@ -68,20 +65,19 @@ class RunScalars(Callback):
             self._write(trainer, "train", self.latest, self.samples)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the module's summary of the validation set; a whole sanity check is that of step 0."""
+        """Writes the module's summary of the validation set; a complete sanity check is that of step 0."""
         summary = pl_module.validation_summary()  # type: ignore[operator]
         if trainer.sanity_checking and not math.isinf(trainer.num_sanity_val_steps):
             return
-        # Before the first batch no rank knows the names, and none asks another.
+        # Before the first batch no rank knows the names, so none makes the collective call.
         more = int(self._sums.total()[-1]) if self._names else 0
         self._write(trainer, "val", summary, self.samples + more)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the partial interval of every rank (called on every rank)."""
+        """Counters and the partial interval of every rank; every rank must call it."""
         return {"samples": self.samples, "names": list(self._names), "interval_WS": self._sums.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the partial interval."""
         self.samples, self._names = int(state_dict["samples"]), list(state_dict["names"])
         self._sums = IntervalSums(state_dict["interval_WS"].shape[1])
         self._sums.load(state_dict["interval_WS"], self._rank, self._world)

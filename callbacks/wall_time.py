@@ -1,4 +1,4 @@
-"""How long a run has trained, over all its sessions."""
+"""Wall time of a run over all its sessions."""
 
 import time
 from typing import Any
@@ -8,9 +8,9 @@ from lightning.pytorch.callbacks import Callback
 
 
 class WallTime(Callback):
-    """Seconds since training was set up, and those of earlier sessions up to the checkpoint that this one continues.
+    """Seconds since setup, plus those of earlier sessions up to the checkpoint that this one resumes.
 
-    What a killed session did after its last checkpoint is done again, and counts once.
+    Work that a killed session did after its last checkpoint is repeated and counts once.
     """
 
     def __init__(self) -> None:
@@ -19,18 +19,15 @@ class WallTime(Callback):
 
     @property
     def seconds(self) -> float:
-        """Up to now; validations and what callbacks measure are in it."""
+        """Seconds until now, including validations and measurements of callbacks."""
         return self._before + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Starts the clock; a validation after the last step goes on with it."""
-        if self._started is None:
+        if self._started is None:  # a validation after the last step sets up again
             self._started = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """The seconds up to this checkpoint."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Counts on."""
         self._before = float(state_dict["seconds"])

@@ -22,7 +22,7 @@ EXAMPLE = """example:
 
 RUN is a run folder, or a folder of runs, whose newest is taken. PATH holds annotations/captions_val2014.json and
 val2014/*.jpg. FILE is torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its release v0.2.0), or
-hub:ORG/NAME/FILE[#sha256=HEX]. The same command again continues what was interrupted; a result of other settings is
+hf://ORG/NAME/FILE[#sha256=HEX]. The same command again continues what was interrupted; a result of other settings is
 never replaced, so these need an --out of their own. TEXT is a .txt or .txt.gz file of documents, a folder of them, or
 a Hugging Face dataset, NAME[:SPLIT], column text; other settings of forgetting are the run's. Every number carries its
 protocol card, and only the canonical one is called COCO FID-30k. Captions too long for the run's data.length are cut
@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="of torch-fidelity's Inception; needed with --coco")
     add("--weights-sha256", metavar="HEX", help="refuse another file")
     add("--features", type=int, default=2048, help="layer of the network, by its width (default: %(default)s)")
-    add("--clip", metavar="MODEL", help="with --coco: also the CLIP score, by a CLIP folder or hub:ORG/NAME[@REVISION]")
+    add(
+        "--clip", metavar="MODEL", help="with --coco: also the CLIP score, by a CLIP folder or hf://ORG/NAME[@REVISION]"
+    )
     add("--prompts", type=int, default=30_000, metavar="N", help="captions, one an image (default: %(default)s)")
     add("--forgetting", metavar="TEXT", help="held-out text: measure what is left of the language model")
     add("--tasks", type=Path, metavar="FOLDER", help="with --forgetting: questions, NAME.jsonl[.gz]")

@@ -155,7 +155,7 @@ def held_out_sums(decoder: Any, split: Any) -> tuple[float, int, int]:
         for start in track(range(0, len(split), SCORE_BATCH), description="held-out text"):
             rows = split[start : start + SCORE_BATCH]
             ids_BT = torch.from_numpy(np.stack(rows["text_ids"]).astype(np.int64))
-            nll_N = decoder(ids_BT[:, :-1], ids_BT[:, 1:]).nll_N
+            nll_N = decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:]).nll_N
             nll += float(nll_N.double().sum())
             tokens += nll_N.numel()
             bytes_ += int(np.sum(rows["bytes"]))

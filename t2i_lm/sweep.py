@@ -3,10 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.config.sections import RunConfig
 from t2i_lm.runtime.command_line import FAILURES, NO_SAMPLES, add_jobs, add_scale
 from t2i_lm.training.jobs import Job, find_equal_run, run_jobs, unfinished
 
@@ -79,7 +81,7 @@ def planned(options: argparse.Namespace, folder: Path = FOLDER) -> tuple[str, di
             raise ValueError(f"--arm {arm}: expected one of {', '.join(known)}")
         chosen = [f"{name}={value}" for name, value in zip(order, values, strict=True)]
         config = load_experiment(file, options.scale, [*NO_SAMPLES, *fixed, *chosen])
-        config.run.dir = str(Path(config.run.dir) / "sweep")
+        config = replace(config, run=RunConfig(str(Path(config.run.dir) / "sweep")))
         config.require_paths()
         if config.task not in ("text_to_image", "unconditional", "text"):
             raise ValueError(f"--arm {arm}: task={config.task} has no loss of text or image tokens")

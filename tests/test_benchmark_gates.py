@@ -54,7 +54,7 @@ def test_another_loss_in_the_head_is_not_timed(
 
 
 def test_another_distance_is_not_timed() -> None:
-    given, found = fid.gaussians(16), fid.ways()
+    given, found = fid.gaussians(16), fid.implementations()
     assert fid.check(found, given).keys() == {"scipy", "torchmetrics"}
     found["scipy"] = lambda *statistics: fid.scipy_root(*statistics) * (1 + 1e-9)
     with pytest.raises(rounds.GateError, match="scipy: distance differs"):

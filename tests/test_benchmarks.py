@@ -99,7 +99,7 @@ def test_ours_compiled_is_compiled_by_block_and_has_the_same_weights() -> None:
     assert own.keys() == dict(by_block.named_parameters()).keys()
     assert all(parameter is own[name] for name, parameter in by_block.named_parameters())
     ids_BT = torch.arange(24).view(2, 12)
-    torch.testing.assert_close(by_block(ids_BT, ids_BT).total, decoder(ids_BT, ids_BT).total)
+    torch.testing.assert_close(by_block.loss(ids_BT, ids_BT).total, decoder.loss(ids_BT, ids_BT).total)
     forms = list(train_step.loss_forms(decoder, [], ids_BT, ids_BT, "fp32", compiled=True))
     assert [form.name for form in forms] == ["t2i_lm eager", "t2i_lm compiled"]
     assert all(form.module is decoder for form in forms), "one optimizer"
@@ -131,7 +131,7 @@ def test_a_full_gpu_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> Non
     def fill(options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    assert rounds.answer(fill, train_step.options([])) == 2
+    assert rounds.exit_code(fill, train_step.options([])) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "out of GPU memory" in err
@@ -142,7 +142,7 @@ def test_a_full_gpu_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> Non
         raise RuntimeError("another error")
 
     with pytest.raises(RuntimeError, match="another error"):
-        rounds.answer(fail, train_step.options([]))
+        rounds.exit_code(fail, train_step.options([]))
 
 
 def test_the_head_is_timed_as_loss_backend_torch_runs_it() -> None:
@@ -159,10 +159,10 @@ def test_what_cannot_draw_is_named_unless_memory_was_short() -> None:
 
         return {"other": ("other", draw)}
 
-    with pytest.raises(rounds.GateError, match="other cannot draw: bad"):
-        generate.draw_all(forms(RuntimeError("bad")))
+    with pytest.raises(rounds.GateError, match="other cannot generate: bad"):
+        generate.generate_all(forms(RuntimeError("bad")))
     with pytest.raises(torch.OutOfMemoryError):
-        generate.draw_all(forms(torch.OutOfMemoryError("CUDA out of memory")))
+        generate.generate_all(forms(torch.OutOfMemoryError("CUDA out of memory")))
 
 
 @pytest.mark.slow
@@ -190,8 +190,10 @@ def test_alone_needs_no_peer_and_positions_stay_in_float32(
 
 @pytest.mark.parametrize("scale", ["demo", "paper"])
 def test_random_shards_are_read_as_the_scale_says(scale: str) -> None:
-    stated = OmegaConf.load(ROOT / "experiments" / "scale" / f"{scale}.yaml").data.get("trim", DataConfig.trim)
-    assert shards.experiment(4, 1152, 2, scale=scale).data.trim == stated
+    stated = OmegaConf.load(ROOT / "experiments" / "scale" / f"{scale}.yaml").data.get(
+        "pad_to_multiple_of", DataConfig.pad_to_multiple_of
+    )
+    assert shards.experiment(4, 1152, 2, scale=scale).data.pad_to_multiple_of == stated
 
 
 @pytest.mark.slow

@@ -248,7 +248,7 @@ def test_other_tokenizers_and_other_evaluations_are_refused(
     assert main([*command, *few]) == 0
     (tmp_path / "out" / "coco.json").unlink()
     assert main([*command, *few, "--seed", "1"]) == 2
-    assert "holds parts of another evaluation (seed=0, now 1)" in capsys.readouterr().err
+    assert "has parts of a different evaluation (seed=0, now 1)" in capsys.readouterr().err
 
 
 def test_a_dry_run_describes_and_writes_nothing(
@@ -262,7 +262,7 @@ def test_a_dry_run_describes_and_writes_nothing(
     assert "draw 10 captions of val2014" in said
     assert f"measure {run / 'checkpoints' / 'step-00000008.ckpt'}, write to {run / 'evaluations'}" in said
     assert main([*command, "--checkpoint", str(run / "nowhere"), "--dry-run"]) == 2
-    assert f"{run / 'nowhere'} is no run folder and holds none" in capsys.readouterr().err
+    assert f"{run / 'nowhere'} is not a run folder and contains none" in capsys.readouterr().err
     assert sorted(run.rglob("*")) == before
     assert main(["--checkpoint", str(run)]) == 2
     assert "nothing to measure" in capsys.readouterr().err

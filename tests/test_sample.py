@@ -155,7 +155,7 @@ def test_folders_that_hold_no_run_or_would_be_overwritten_are_named(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--checkpoint", str(tmp_path), PROMPT]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     assert main(["--checkpoint", str(run), PROMPT, "--out", str(run)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert "example:" in parser().format_help()

@@ -1,1 +1,1 @@
-"""What the callbacks share."""
+"""Interfaces and base classes of the callbacks."""

@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 def distributed() -> bool:
-    """Whether there are other ranks to agree with."""
+    """Whether there are several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def collective_device() -> torch.device:
-    """Where tensors of a collective call must live."""
+    """Device of the tensors in a collective call."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 class IntervalSums:
-    """Running float64 sums that a checkpoint can hold at any moment without losing or doubling anything.
+    """Running float64 sums that can be checkpointed at any moment without losing or repeating anything.
 
-    Micro-batches of an optimizer step that is not finished are kept apart: a resumed run repeats that step from
-    its first micro-batch. The sums stay on the device of the first micro-batch; nothing waits for them before
-    `take`. Integers are exact up to 2**53.
+    Micro-batches of an unfinished optimizer step are separate, since a resumed run repeats that step from its first
+    micro-batch. The sums stay on the device of the first micro-batch, without synchronization before `take`. Integers
+    are exact up to 2**53.
     """
 
     def __init__(self, size: int) -> None:
@@ -36,14 +36,14 @@ class IntervalSums:
         self._step.append(vector_S)
 
     def end_step(self) -> None:
-        """Books the current step."""
+        """Adds the current step to the interval."""
         for vector_S in self._step:
-            booked_S = self._interval_S
-            self._interval_S = vector_S if booked_S is None else booked_S.to(vector_S.device) + vector_S
+            sum_S = self._interval_S
+            self._interval_S = vector_S if sum_S is None else sum_S.to(vector_S.device) + vector_S
         self._step = []
 
     def total(self) -> Tensor:
-        """The booked sums of all ranks, on the CPU; every rank must call it."""
+        """Sums of all ranks over the finished steps, on the CPU; every rank must call it."""
         mine_S = self._mine()
         if not distributed():
             return mine_S.to("cpu", copy=True)
@@ -58,9 +58,9 @@ class IntervalSums:
         return total_S
 
     def state(self) -> Tensor:
-        """The booked sums of each rank, (W, S); every rank must call it.
+        """Sums of each rank over the finished steps, (W, S); every rank must call it.
 
-        Kept by rank, not added up: a resumed run then adds in the order of an unbroken one, to the last bit.
+        Per rank, so that a resumed run adds in the order of an uninterrupted one, to the last bit.
         """
         mine_S = self._mine()
         if not distributed():
@@ -71,7 +71,7 @@ class IntervalSums:
         return torch.stack(rows).cpu()
 
     def load(self, state_WS: Tensor, rank: int, world: int) -> None:
-        """Takes this rank's sums; on another number of ranks the first takes them all."""
+        """Restores this rank's sums; with another number of ranks the first takes them all."""
         self._step = []
         if len(state_WS) == world:
             self._interval_S = state_WS[rank]
@@ -83,8 +83,8 @@ class IntervalSums:
 
 
 def to_double(value: Tensor | float, device: torch.device) -> Tensor:
-    """A number or tensor as detached float64 where sums of `device` are kept (MPS has no float64)."""
-    place = torch.device("cpu") if device.type == "mps" else device
+    """A number or tensor as detached float64 on `device`, or on the CPU for MPS, which has no float64."""
+    target = torch.device("cpu") if device.type == "mps" else device
     if isinstance(value, Tensor):
-        return value.detach().to(place).to(torch.float64)
-    return torch.full((), value, dtype=torch.float64, device=place)  # a fill, not a copy from the host
+        return value.detach().to(target).to(torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=target)  # a fill, not a copy from the host

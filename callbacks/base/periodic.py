@@ -1,4 +1,4 @@
-"""What measures at intervals of a run: counted in optimizer steps, once each, without disturbing training."""
+"""Base class of callbacks that act at intervals of optimizer steps, and isolation of their side effects."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ class Periodic(Callback):
         self._last_step = 0
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """What happens at the end of an interval."""
+        """Acts at the end of an interval."""
         raise NotImplementedError
 
     def is_due(self, trainer: pl.Trainer, step: int) -> bool:
@@ -33,15 +33,13 @@ class Periodic(Callback):
         return step % self.interval == 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts after the step that was resumed from."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts optimizer steps, not micro-batches."""
         step = trainer.global_step
-        if step == self._last_step:
+        if step == self._last_step:  # a micro-batch without an optimizer step
             return
         self._last_step = step
         if self.is_due(trainer, step):
@@ -50,9 +48,9 @@ class Periodic(Callback):
 
 @contextmanager
 def undisturbed(module: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule's mode and the random streams are as before."""
+    """Evaluation mode without gradients; restores the mode of every submodule and the random generators on exit."""
     modes = {part: part.training for part in module.modules()}
-    # Only the device in use: asking for the state of all would open each of them.
+    # Only the device in use: reading the state of all would initialize each of them.
     devices = [module.device] if module.device.type == "cuda" else []
     module.eval()
     try:

@@ -1,1 +1,1 @@
-"""Files that the callbacks write."""
+"""Files of a run: metrics, events, checkpoints."""

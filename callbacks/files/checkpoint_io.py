@@ -1,9 +1,9 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit.
 
-Written to a temporary file in the same folder and synced; then the digest of what was meant to be written goes
-into `NAME.sha256`, and only then is the file renamed. A checkpoint whose bytes match no line of its digest file
-counts as absent. Lightning's own writer goes through TMPDIR, which on another file system is a copy that a kill
-can cut short.
+A checkpoint is written to a temporary file in the same folder and synced; then the digest of the intended bytes is
+written to `NAME.sha256`, and only then is the file renamed. A checkpoint whose bytes match no line of its digest file
+counts as missing. Lightning's own writer goes through TMPDIR; on another file system that is a copy, which a kill can
+truncate.
 """
 
 import hashlib
@@ -15,11 +15,13 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-SUFFIX, DIGEST_SUFFIX, PARTIAL_SUFFIX = ".ckpt", ".sha256", ".tmp"
+from callbacks.files.atomic import PARTIAL_SUFFIX, write_atomic
+
+SUFFIX, DIGEST_SUFFIX = ".ckpt", ".sha256"
 
 
 class CorruptCheckpointError(ValueError):
-    """A checkpoint whose bytes are not those that were saved."""
+    """A checkpoint whose bytes differ from those that were saved."""
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -32,7 +34,7 @@ class DurableCheckpointIO(CheckpointIO):
 
         Raises:
             OSError: if the disk is full or not writable; earlier checkpoints are untouched.
-            TypeError: if the checkpoint holds an object that could not be read back.
+            TypeError: if the checkpoint holds an object that `weights_only=True` refuses.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -42,15 +44,16 @@ class DurableCheckpointIO(CheckpointIO):
             if unsafe := get_unsafe_globals_in_checkpoint(partial):
                 raise TypeError(
                     f"{target.name} would not be readable with weights_only=True: it holds {', '.join(unsafe)}. "
-                    "A module's or callback's state must be tensors, numbers, strings, lists and dicts"
+                    "The state of modules and callbacks must consist of tensors, numbers, strings, lists and dicts"
                 )
-            # An older file of this name stays valid until the rename: its digest is the second line.
-            _write_digests(target, [digest, *digests(target)[:1]])
+            # The second line is the digest of an older file of this name, which stays valid until the rename.
+            lines = [f"{known}  {target.name}\n" for known in (digest, *digests(target)[:1])]
+            write_atomic(digest_of(target), "".join(lines).encode("ascii"))
             partial.replace(target)
             _sync_folder(target.parent)
         except OSError as error:
             raise OSError(
-                f"could not write checkpoint {target}: {error}. Free space or permission in {target.parent}; "
+                f"could not write checkpoint {target}: {error}. Check free space and permissions in {target.parent}; "
                 "earlier checkpoints are intact"
             ) from error
         finally:
@@ -59,7 +62,7 @@ class DurableCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Reads a checkpoint after checking its digest; never runs code from it, whatever `weights_only` says.
+        """Reads a checkpoint after checking its digest, always with `weights_only=True`, so that it runs no code.
 
         Raises:
             CorruptCheckpointError: before any tensor is read.
@@ -74,12 +77,12 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def digest_of(path: Path) -> Path:
-    """The file beside a checkpoint that holds its sha256, in the format of `sha256sum`."""
+    """The file beside a checkpoint with its sha256, in the format of `sha256sum`."""
     return path.with_name(path.name + DIGEST_SUFFIX)
 
 
 def digests(path: Path) -> list[str]:
-    """The digests that a checkpoint may have."""
+    """The valid digests of a checkpoint."""
     beside = digest_of(path)
     lines = beside.read_text(encoding="ascii", errors="replace").splitlines() if beside.is_file() else []
     return [line.split()[0] for line in lines if line.split()]
@@ -104,16 +107,16 @@ def verify(path: Path) -> None:
 
 
 def sweep(folder: Path) -> int:
-    """Removes what a killed save left in `folder`, and digests without a checkpoint; returns how many files."""
-    litter = list(folder.glob(f"*{SUFFIX}*{PARTIAL_SUFFIX}"))
-    litter += [path for path in folder.glob(f"*{SUFFIX}{DIGEST_SUFFIX}") if not path.with_suffix("").is_file()]
-    for path in litter:
+    """Removes temporary files of killed saves, and digests without a checkpoint; returns the number of files."""
+    stale = list(folder.glob(f"*{SUFFIX}*{PARTIAL_SUFFIX}"))
+    stale += [path for path in folder.glob(f"*{SUFFIX}{DIGEST_SUFFIX}") if not path.with_suffix("").is_file()]
+    for path in stale:
         path.unlink(missing_ok=True)
-    return len(litter)
+    return len(stale)
 
 
 class _HashingFile:
-    """A file that hashes what it is given: damage between here and the disk then shows."""
+    """A file that hashes the bytes before they are written, so that damage on the way to the disk is detected."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -125,7 +128,7 @@ class _HashingFile:
             try:
                 self.file.write(data)
             except OSError as error:
-                # torch's writer is C++ and must not unwind through a Python error: it is raised after it is done.
+                # Raised after torch's writer returns: a Python error must not unwind its C++ code.
                 self.error = error
         return len(data)
 
@@ -134,28 +137,15 @@ class _HashingFile:
 
 
 def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
-    """Writes and syncs a file; the sha256 of the bytes meant to be in it."""
+    """Writes and syncs a file; returns the sha256 of the intended bytes."""
     with path.open("wb") as file:
         hashing = _HashingFile(file)
-        torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it needs no more than write and flush
+        torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # uses write and flush only
         if hashing.error is not None:
             raise hashing.error
         file.flush()
         os.fsync(file.fileno())
     return hashing.sha256.hexdigest()
-
-
-def _write_digests(target: Path, known: list[str]) -> None:
-    beside = digest_of(target)
-    partial = beside.with_name(beside.name + PARTIAL_SUFFIX)
-    try:
-        with partial.open("w", encoding="ascii") as file:
-            file.write("".join(f"{digest}  {target.name}\n" for digest in known))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(beside)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

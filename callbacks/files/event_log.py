@@ -1,4 +1,4 @@
-"""events.log: every skip, fall-back and stop of a run, one line each."""
+"""events.log: every skip, fallback and stop of a run, one per line."""
 
 import sys
 import time
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 class EventLog:
-    """Appends `time kind text` lines; nothing that changes a run happens in silence."""
+    """Appends `time kind text` lines for everything that changes the course of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, kind: str, text: str) -> None:
-        """Adds one event; `kind` is one word, `text` is put on one line.
+        """Appends an event; line breaks in `text` become spaces.
 
         Raises:
             ValueError: if `kind` is not one word.
@@ -24,17 +24,17 @@ class EventLog:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
-        except OSError as error:  # a full disk is itself an event: it must not end the run that reports it
+        except OSError as error:  # a full disk must not end the run
             print(f"{self.path} cannot be written ({error}): {line}", end="", file=sys.stderr)
 
     def read(self) -> list[tuple[str, str, str]]:
-        """Time, kind and text of each whole line."""
+        """Time, kind and text of each complete line."""
         if not self.path.is_file():
             return []
-        whole = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        parts = [line.split(" ", 2) for line in whole]
+        complete = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        parts = [line.split(" ", 2) for line in complete]
         return [(part[0], part[1], part[2]) for part in parts if len(part) == 3]
 
     def counts(self) -> dict[str, int]:
-        """How many events of each kind, in the order in which they first came."""
+        """Number of events of each kind, in order of first occurrence."""
         return dict(Counter(kind for _, kind, _ in self.read()))

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, the only source of every figure."""
+"""metrics.jsonl: one JSON object per line, the only source of every figure."""
 
 import json
 import os
@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from callbacks.files.atomic import write_atomic
+
 
 class MetricsFile:
-    """Appends whole lines, and cuts the file back when a run resumes from an earlier step.
+    """Appends complete lines, and truncates the file when a run resumes from an earlier step.
 
-    A line that cannot be written (full disk) is kept and written with a later one; it is never written in part.
-    Only rank 0 writes; that is the callers' care.
+    A line that cannot be written (full disk) waits and is written with a later one, never partially. Callers make sure
+    that only rank 0 writes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -20,30 +22,30 @@ class MetricsFile:
         self._warned = False
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds one line; says so once if it has to wait for space."""
+        """Appends a line; prints a warning the first time that one has to wait."""
         self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             self._write()
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                print(f"{self.path} cannot be written now ({error}); its lines are kept for later", file=sys.stderr)
+                print(f"{self.path} cannot be written now ({error}); lines are written later", file=sys.stderr)
 
     def sync(self) -> None:
-        """Writes what waits and makes it durable: a checkpoint must not be newer than the lines before it.
+        """Writes waiting lines and syncs the file: a checkpoint must not be newer than the lines before it.
 
         Raises:
-            OSError: if that is impossible.
+            OSError: if that fails.
         """
         self._write(durable=True)
 
     def size(self) -> int:
-        """Bytes of the file, with the lines that still wait."""
+        """Bytes of the file including waiting lines."""
         written = self.path.stat().st_size if self.path.is_file() else 0
         return written + len(self._waiting)
 
     def read(self) -> list[dict[str, Any]]:
-        """All records; a last line torn by a kill is left out.
+        """All records, without an incomplete last line.
 
         Raises:
             ValueError: if any other line is damaged.
@@ -51,9 +53,9 @@ class MetricsFile:
         return [record for _, record in self._lines()]
 
     def cut_after(self, step: int) -> int:
-        """Drops the records of later steps, and a torn last line; returns how many lines went.
+        """Removes the records of later steps, and an incomplete last line; returns the number of removed lines.
 
-        A resumed run writes them again. Lines that stay keep their bytes.
+        A resumed run writes them again. Other lines keep their bytes.
 
         Raises:
             ValueError: if a line in the middle is damaged.
@@ -61,17 +63,15 @@ class MetricsFile:
         self._waiting = b""
         if not self.path.is_file():
             return 0
-        kept = b"".join(line for line, record in self._lines() if record.get("step", 0) <= step)
+        earlier = b"".join(line for line, record in self._lines() if record.get("step", 0) <= step)
         content = self.path.read_bytes()
-        if kept == content:
+        if earlier == content:
             return 0
-        partial = self.path.with_name(f"{self.path.name}.tmp")
-        partial.write_bytes(kept)
-        partial.replace(self.path)
-        return len(content.splitlines()) - len(kept.splitlines())
+        write_atomic(self.path, earlier)
+        return len(content.splitlines()) - len(earlier.splitlines())
 
     def cut_to(self, size: int) -> bool:
-        """Cuts the file to its first `size` bytes; False, and nothing done, where no line ends there."""
+        """Truncates the file to `size` bytes; returns False, unchanged, if no line ends there."""
         self._waiting = b""
         with self.path.open("a+b") as file:
             if size > os.fstat(file.fileno()).st_size:
@@ -84,17 +84,17 @@ class MetricsFile:
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
         content = self.path.read_bytes() if self.path.is_file() else b""
-        whole, _, _torn = content.rpartition(b"\n")
-        found = []
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        complete, _, _ = content.rpartition(b"\n")
+        lines = []
+        for number, line in enumerate(complete.split(b"\n") if complete else [], start=1):
             try:
                 record = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{self.path}:{number} is damaged: {error}") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{self.path}:{number} is damaged: not an object")
-            found.append((line + b"\n", record))
-        return found
+            lines.append((line + b"\n", record))
+        return lines
 
     def _write(self, durable: bool = False) -> None:
         """Writes the waiting lines, all or none."""

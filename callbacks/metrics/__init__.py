@@ -1,1 +1,1 @@
-"""Metrics that the callbacks report."""
+"""Metrics of images."""

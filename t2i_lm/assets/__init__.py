@@ -1,4 +1,4 @@
-"""Where the files that a config names lie; the demo's own trained weights lie here (`README.md` says how made)."""
+"""Paths of a config as files; the demo's own trained weights lie in this folder (README.md: how they were made)."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -9,12 +9,12 @@ PREFIX = "asset:"
 
 
 def resolve(path: str) -> Path:
-    """A path from a config: `asset:NAME` is shipped, `hub:...` is fetched, anything else is taken as it stands.
+    """The file of a path: `asset:NAME` is shipped, `hf://...` is fetched, any other is a local path.
 
     Raises:
-        ValueError: if the asset is not shipped, naming those that are, or the hub's file is out of reach.
+        ValueError: if there is no such asset, naming those that exist, or the hub's file is out of reach.
     """
-    if path.startswith(hub.PREFIX):
+    if hub.is_hub(path):
         return hub.fetch(path)
     if not path.startswith(PREFIX):
         return Path(path)
@@ -22,11 +22,11 @@ def resolve(path: str) -> Path:
     asset = folder / path.removeprefix(PREFIX)
     if not asset.exists():
         known = sorted(item.name for item in folder.iterdir() if not item.name.startswith("_"))
-        raise ValueError(f"{path}: not shipped; known are {', '.join(known)}")
+        raise ValueError(f"{path}: expected one of {', '.join(f'{PREFIX}{name}' for name in known)}")
     return asset
 
 
 def find(path: str) -> Path | None:
-    """`resolve` without the network; None where nothing is there."""
-    found = hub.cached(path) if path.startswith(hub.PREFIX) else resolve(path)
-    return found if found is not None and found.exists() else None
+    """As `resolve`, without the network; None where there is no file."""
+    file = hub.cached(path) if hub.is_hub(path) else resolve(path)
+    return file if file is not None and file.exists() else None

@@ -1,12 +1,15 @@
-"""Every key of an experiment. Standard library only; values are checked in `__post_init__`.
+"""An experiment: its sections, the rules between them, and which keys change what is computed.
 
-`load.py` merges the YAML files into this dataclass and its sections (`sections.py`). A wrong value raises a
-ValueError that names the key, the value and what is allowed.
+Standard library only. `load.py` merges YAML files into this frozen dataclass; a change is `dataclasses.replace`.
+A wrong value raises a ValueError that names the key, the value and what is allowed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from t2i_lm.config.sections import (
+    CODE,
     SHARDED,
     AlignConfig,
     BackboneConfig,
@@ -21,9 +24,10 @@ from t2i_lm.config.sections import (
     OptimConfig,
     RunConfig,
     SampleConfig,
+    Section,
     TextTokenizerConfig,
     TrainerConfig,
-    one_of,
+    is_plugin,
     require,
 )
 
@@ -31,8 +35,11 @@ TASKS = ("text_to_image", "unconditional", "align", "text", "image_tokenizer")
 LOSS_ROWS = ("all", "image")
 INITS = ("pretrained", "random", "shuffled", "body_only", "embeddings_only", "aligned")
 NEW_ROWS = ("random", "mean", "aligned", "codebook")
+# Keys that may select a plug-in.
+PLUGIN_KEYS = ("backbone.path", "text_tokenizer.path", "image_tokenizer.path", "data.source")
 
-# What may change when a run goes on: where it runs and what it prints, never what it computes.
+# Keys that change no curve, in three groups; `samples.` stands for all keys of the section.
+# 1. Where a run works and what it prints. These may change when it is resumed.
 RESUMABLE = (
     "trainer.devices",
     "trainer.num_nodes",
@@ -43,22 +50,61 @@ RESUMABLE = (
     "data.workers",
     "log.logger",
 )
+# 2. Where files lie, and limits at which a run stops.
+PLACES = ("run.", "data.cache_dir", "data.max_reject_share", "image_tokenizer.expect", "allow_code")
+# 3. What else a run measures, and at what cost it computes the same. Runs that differ here report other things.
+REPORTED = (
+    "samples.",
+    "fid.",
+    "forgetting.",
+    "trainer.packing",
+    "trainer.activation_checkpointing",
+    "data.pad_to_multiple_of",
+)
 
 
-@dataclass
-class ExperimentConfig:
+def is_neutral(key: str) -> bool:
+    """Whether a dotted key changes no curve."""
+    return _among(key, (*RESUMABLE, *PLACES, *REPORTED))
+
+
+def is_reported(key: str) -> bool:
+    """Whether a key changes no curve, but what a run reports beside its curves."""
+    return _among(key, REPORTED)
+
+
+def _among(key: str, group: tuple[str, ...]) -> bool:
+    return any(key == one or (one.endswith(".") and key.startswith(one)) for one in group)
+
+
+@dataclass(frozen=True)
+class ExperimentConfig(Section):
     """One experiment at one scale."""
 
     name: str = "experiment"
+    """Name of the experiment and of its folder of runs."""
     task: str = "text_to_image"
+    """`text_to_image`, `unconditional` (images alone), `align` (image rows with text rows), `text` (a language model)
+    or `image_tokenizer`."""
     scale: str = "demo"
+    """Name of the overlay in scale/, set by `--scale`."""
     seed: int = 0
+    """Seed of weights, data order and dropout, in [0, 2**32)."""
     init: str = "pretrained"
-    tune: str = "all"  # one of models/freeze.py's TUNE_SETS: what learns, as in Figure 5
-    freeze: list[str] = field(default_factory=list)  # FREEZE_GROUPS that do not learn, whatever `tune` says
-    new_rows: str = "random"  # what the image rows start from, the same in every arm
-    aligned_rows: str | None = None  # file or run folder of an alignment, or `latest`; for init or new_rows aligned
-    loss_rows: str = "all"  # of task=unconditional: softmax over the whole vocabulary, or the image rows alone
+    """Initial weights: `pretrained`, `random`, `shuffled` (each pre-trained tensor permuted), `body_only` or
+    `embeddings_only` (the rest random), or `aligned` (pre-trained, with image rows from an alignment)."""
+    tune: str = "all"
+    """Trained parameters of Figure 5, one of TUNE_SETS in models/freeze.py."""
+    freeze: list[str] = field(default_factory=list)
+    """Groups of FREEZE_GROUPS in models/freeze.py that are frozen, whatever `tune` is."""
+    new_rows: str = "random"
+    """Initial image rows, the same in every arm: `random`, `mean`, `aligned` or `codebook`."""
+    aligned_rows: str | None = None
+    """With `aligned`: the file or run folder of an alignment, or `latest`."""
+    loss_rows: str = "all"
+    """Rows of the softmax: `all`, or with task=unconditional `image`."""
+    allow_code: bool = False
+    """Permits `code:MODULE:FUNCTION[:ARGUMENT]` in place of a plug-in: runs the code of MODULE, whoever wrote it."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
@@ -76,129 +122,134 @@ class ExperimentConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        one_of("task", self.task, TASKS)
-        one_of("init", self.init, INITS)
-        one_of("new_rows", self.new_rows, NEW_ROWS)
-        one_of("loss_rows", self.loss_rows, LOSS_ROWS)
-        if self.loss_rows != "all" and self.task != "unconditional":
-            raise ValueError(f"loss_rows={self.loss_rows!r} is for task=unconditional, not task={self.task!r}")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "a value in [0, 2**32)")
-        require(
-            self.optim.warmup_steps < self.trainer.max_steps,
-            "optim.warmup_steps",
-            self.optim.warmup_steps,
-            f"less than trainer.max_steps={self.trainer.max_steps}",
-        )
-        if self.task in ("text", "image_tokenizer") and self.init != "random":
-            raise ValueError(f"init={self.init!r}: task={self.task} starts from random weights")
-        if self.fid.interval is not None and self.task != "text_to_image":
-            raise ValueError(f"fid.interval={self.fid.interval}: task={self.task} draws no captions; use null")
-        if self.init == "aligned" and self.new_rows not in ("random", "aligned"):
-            raise ValueError(f"new_rows={self.new_rows!r} contradicts init='aligned', whose image rows are aligned")
-        if self.task == "align":
-            self._check_align()
-        if self.trainer.strategy in SHARDED:
-            self._check_sharded()
-        if self.task == "image_tokenizer" and (self.freeze or self.tune != "all"):
-            raise ValueError("freeze and tune are for language models, not task=image_tokenizer")
-        if self.task in ("align", "image_tokenizer"):
-            self._check_no_language_model()
-        self._check_remedies()
-        if (self.task == "text") != (self.data.source == "text"):
-            raise ValueError(f"data.source={self.data.source!r} does not fit task={self.task!r}")
-        ranks = self.trainer.devices * self.trainer.num_nodes
-        share = ranks * self.trainer.accumulate_grad_batches
-        require(
-            self.data.batch_size % share == 0,
-            "data.batch_size",
-            self.data.batch_size,
-            f"a multiple of {share} (trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches)",
-        )
+        self.one_of("task", TASKS)
+        self.one_of("init", INITS)
+        self.one_of("new_rows", NEW_ROWS)
+        self.one_of("loss_rows", LOSS_ROWS)
+        self.check(0 <= self.seed < 2**32, "seed", "a value in [0, 2**32)")
+        for refused, key, expected in self._rules():
+            require(not refused, key, self.value(key), expected)
 
-    def _check_no_language_model(self) -> None:
-        for key, value, plain, word in (
-            ("trainer.packing", self.trainer.packing, False, "false"),
-            ("trainer.fp8", self.trainer.fp8, False, "false"),
-            ("loss.backend", self.loss.backend, "fused", "fused"),
-            ("forgetting.interval", self.forgetting.interval, None, "null"),
+    def value(self, key: str) -> Any:
+        """The value of a dotted key."""
+        value: Any = self
+        for name in key.split("."):
+            value = getattr(value, name)
+        return value
+
+    def _rules(self) -> Iterator[tuple[bool, str, str]]:
+        """Rules between keys, in the order in which they are checked: (refused, key, what is expected)."""
+        task, data, optim, trainer = f"task={self.task}", self.data, self.optim, self.trainer
+        sharded = f"trainer.strategy={trainer.strategy}"
+        for key in PLUGIN_KEYS:
+            code = (self.value(key) or "").startswith(CODE)
+            yield (
+                code and not self.allow_code,
+                key,
+                "a path or a plug-in; code: runs code, which requires allow_code=true",
+            )
+
+        # Tasks
+        text, image_tokenizer, align = (self.task == name for name in ("text", "image_tokenizer", "align"))
+        yield text != (data.source == "text"), "data.source", f"{'' if text else 'not '}text with {task}"
+        yield (text or image_tokenizer) and self.init != "random", "init", f"random, with which {task} starts"
+        yield self.loss_rows != "all" and self.task != "unconditional", "loss_rows", f"all with {task}"
+        yield self.fid.interval is not None and self.task != "text_to_image", "fid.interval", f"null with {task}"
+        for key, plain, word in (
+            ("trainer.packing", False, "false"),
+            ("trainer.fp8", False, "false"),
+            ("loss.backend", "fused", "fused"),
+            ("forgetting.interval", None, "null"),
         ):
-            require(value == plain, key, value, f"{word}, task={self.task} trains no language model")
-
-    def _check_remedies(self) -> None:
-        used = {
-            "loss": self.loss.weighted,
-            "distil.weight": self.distil.weight > 0,
-            "data.replay_ratio": self.data.replay_ratio > 0,
-            "lora.rank": self.lora.rank > 0,
-        }
-        for key in (name for name, on in used.items() if on):
-            if self.task != "text_to_image":
-                raise ValueError(f"{key} is for task=text_to_image, not task={self.task!r}")
-        if self.distil.weight and self.init not in ("pretrained", "aligned"):
-            raise ValueError(f"distil.weight={self.distil.weight}: init={self.init!r} has no language to distil from")
-        if self.optim.l2_sp and self.lora.rank:
-            raise ValueError(
-                f"optim.l2_sp={self.optim.l2_sp} contradicts lora.rank={self.lora.rank}, which leaves all pre-trained "
-                "weights where they began: expected one of them to be 0"
+            no_language_model = f"{word}, {task} trains no language model"
+            yield (align or image_tokenizer) and self.value(key) != plain, key, no_language_model
+        yield image_tokenizer and self.tune != "all", "tune", f"all with {task}"
+        yield image_tokenizer and bool(self.freeze), "freeze", f"an empty list with {task}"
+        if align:
+            rows_alone = f"{task} trains the image rows alone, from random ones"
+            yield self.tune != "all", "tune", f"all, {rows_alone}"
+            yield bool(self.freeze), "freeze", f"an empty list, {rows_alone}"
+            yield self.new_rows != "random", "new_rows", f"random, {rows_alone}"
+            yield self.init == "aligned", "init", f"another than aligned, {rows_alone}"
+            whole = f"1, {task} takes its negatives from the whole batch"
+            yield trainer.accumulate_grad_batches != 1, "trainer.accumulate_grad_batches", whole
+            yield (
+                data.val_size is not None and data.val_size < data.batch_size,
+                "data.val_size",
+                f"null or at least a batch: {task} validates on whole batches of data.batch_size={data.batch_size}, "
+                "since the loss depends on their size",
             )
 
-    def _check_align(self) -> None:
-        if self.freeze or self.tune != "all" or self.new_rows != "random" or self.init == "aligned":
-            raise ValueError("task=align learns the image rows alone, from a random draw: leave freeze, tune, new_rows")
-        if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                "trainer.accumulate_grad_batches: task=align takes its negatives from the whole batch; use 1"
-            )
-        if self.data.val_size is not None and self.data.val_size < self.data.batch_size:
-            raise ValueError(
-                f"data.val_size={self.data.val_size}: task=align validates on whole batches of "
-                f"data.batch_size={self.data.batch_size}, since the loss depends on their size"
-            )
+        # Initial weights
+        aligned_twice = self.init == "aligned" and self.new_rows not in ("random", "aligned")
+        yield aligned_twice, "new_rows", "random or aligned with init=aligned, whose image rows are aligned"
 
-    def _check_sharded(self) -> None:
-        strategy = self.trainer.strategy
-        if self.task in ("align", "image_tokenizer"):
-            raise ValueError(f"trainer.strategy={strategy!r}: task={self.task} is small and not sharded; use ddp")
-        if self.optim.name == "muon":
-            raise ValueError(f"trainer.strategy={strategy!r}: optim.name=muon needs whole matrices; use adamw")
-        whole = {
-            "forgetting.interval": self.forgetting.interval is not None,
-            "fid.interval": self.fid.interval is not None,
-            "optim.l2_sp": self.optim.l2_sp > 0,
-            "distil.weight": self.distil.weight > 0,
-            "lora.rank": self.lora.rank > 0,
-        }
-        for key in (name for name, on in whole.items() if on):
-            raise ValueError(f"trainer.strategy={strategy!r}: {key} needs the whole model in every process; use ddp")
+        # Remedies
+        for key, used in (
+            ("loss.text_weight", self.loss.text_weight != 1),
+            ("loss.image_weight", self.loss.image_weight != 1),
+            ("loss.replay_weight", self.loss.replay_weight != 1),
+            ("distil.weight", self.distil.weight > 0),
+            ("data.replay_ratio", data.replay_ratio > 0),
+            ("lora.rank", self.lora.rank > 0),
+        ):
+            off = "1" if key.startswith("loss") else "0"
+            yield used and self.task != "text_to_image", key, f"{off} with {task}, it is for task=text_to_image"
+        no_language = self.init not in ("pretrained", "aligned")
+        distil = f"0, init={self.init} has no language to distil from"
+        yield self.distil.weight > 0 and no_language, "distil.weight", distil
+        yield (
+            optim.l2_sp > 0 and self.lora.rank > 0,
+            "optim.l2_sp",
+            f"0 with lora.rank={self.lora.rank}, which leaves all pre-trained weights at their initial values",
+        )
+
+        # Sharded models
+        if trainer.strategy in SHARDED:
+            yield align or image_tokenizer, "trainer.strategy", f"ddp, {task} is small and not sharded"
+            yield optim.name == "muon", "optim.name", f"adamw with {sharded}, muon needs whole matrices"
+            for key in ("forgetting.interval", "fid.interval", "optim.l2_sp", "distil.weight", "lora.rank"):
+                off = "null" if key.endswith("interval") else "0"
+                whole_model = f"{off} with {sharded}, {key} needs the whole model in every process; or use ddp"
+                yield bool(self.value(key)), key, whole_model
+
+        # Steps and batches
+        steps = f"less than trainer.max_steps={trainer.max_steps}"
+        yield optim.warmup_steps >= trainer.max_steps, "optim.warmup_steps", steps
+        share = trainer.devices * trainer.num_nodes * trainer.accumulate_grad_batches
+        factors = "trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches"
+        yield data.batch_size % share != 0, "data.batch_size", f"a multiple of {share} ({factors})"
 
     @property
     def image_rows(self) -> str:
-        """What the image rows start from: `new_rows`, which init=aligned implies."""
+        """Initial image rows: `new_rows`, where init=aligned implies aligned."""
         return "aligned" if self.init == "aligned" else self.new_rows
 
     def require_paths(self) -> None:
-        """Checks that every path is given without which the experiment cannot run; a dry run does without.
+        """Checks that every path is set that a run reads; a dry run does without.
 
         Raises:
             ValueError: naming the first key.
         """
-        needed = {"data.path": (self.data.path, f"a path for data.source={self.data.source}")}
-        if self.data.source == "scenes":
-            del needed["data.path"]
-        if self.task in ("text_to_image", "unconditional", "align"):
-            for name in ("text_tokenizer", "image_tokenizer"):
-                needed[f"{name}.path"] = (getattr(self, name).path, f"a path for task={self.task}")
-            if self.init != "random":
-                needed["backbone.path"] = (self.backbone.path, f"a checkpoint for init={self.init}")
-            if self.image_rows == "aligned":
-                needed["aligned_rows"] = (self.aligned_rows, "the file or run folder of an alignment, or latest")
-        if self.data.replay_ratio:
-            needed["data.replay_path"] = (
-                self.data.replay_path,
-                f"text for data.replay_ratio={self.data.replay_ratio}: a .txt or .txt.gz file, or a folder of them",
-            )
-        for key, (path, expected) in needed.items():
-            require(path is not None, key, path, expected)
+        images = self.task in ("text_to_image", "unconditional", "align")
+        replay = f"text for data.replay_ratio={self.data.replay_ratio}: a .txt or .txt.gz file, or a folder of them"
+        for needed, key, expected in (
+            (
+                self.data.source != "scenes" and not is_plugin(self.data.source),
+                "data.path",
+                f"a path for data.source={self.data.source}",
+            ),
+            (images, "text_tokenizer.path", f"a path for task={self.task}"),
+            (images, "image_tokenizer.path", f"a path for task={self.task}"),
+            (images and self.init != "random", "backbone.path", f"a checkpoint for init={self.init}"),
+            (
+                images and self.image_rows == "aligned",
+                "aligned_rows",
+                "the file or run folder of an alignment, or latest",
+            ),
+            (self.data.replay_ratio > 0, "data.replay_path", replay),
+        ):
+            require(not needed or self.value(key) is not None, key, self.value(key), expected)
 
     @property
     def micro_batch(self) -> int:

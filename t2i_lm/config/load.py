@@ -1,8 +1,14 @@
-"""The only file that knows OmegaConf: base.yaml <- scale/S.yaml <- experiment <- key=value -> ExperimentConfig."""
+"""The merge of YAML files into an ExperimentConfig, the only user of OmegaConf beside the dry run.
+
+Layers, later ones win: base.yaml, scale/SCALE.yaml, the experiment, `key=value`.
+"""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from t2i_lm.config.experiment import ExperimentConfig
 
 SCALES = ("demo", "flickr8k", "paper")
+# Former keys and prefixes of values, still read from files and overrides, with a note on stderr.
+MOVED_KEYS = {"data.trim": "data.pad_to_multiple_of", "align.neighbours": "align.neighbors"}
+MOVED_PREFIXES = {"hub:": "hf://"}
 
 
 def load_experiment(path: str | Path, scale: str | None = None, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -36,11 +45,12 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
             raise ValueError(f"--scale {scale}: no {overlay}; known here: {', '.join(known) or 'none'}")
         layers = [_read(beside / "base.yaml"), _read(overlay), *layers]
     layers.append(_parse_overrides(overrides))
-    merged = OmegaConf.structured(ExperimentConfig)
-    for layer in layers:
-        merged = _merge(merged, layer)
     if scale is not None:
-        merged.scale = scale
+        layers.append({"scale": scale})
+    merged = OmegaConf.structured(ExperimentConfig)
+    known_keys = {key for key, _ in _walk(OmegaConf.to_container(merged))}
+    for layer in layers:
+        merged = _merge(merged, layer, known_keys)
     return _build(merged)
 
 
@@ -50,18 +60,69 @@ def save_experiment(config: ExperimentConfig, path: Path) -> None:
 
 
 def flatten(config: ExperimentConfig) -> dict[str, Any]:
-    """Every leaf of a config by its dotted key."""
-    leaves: dict[str, Any] = {}
+    """Every value of a config by its dotted key."""
+    return flatten_mapping(asdict(config))
 
-    def walk(tree: dict[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                leaves[f"{prefix}{key}"] = value
 
-    walk(asdict(config), "")
-    return leaves
+def flatten_mapping(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Every leaf of a nested mapping by its dotted key; an empty mapping has none."""
+    return {key: value for key, value in _walk(tree) if not isinstance(value, Mapping)}
+
+
+def migrate(tree: Mapping[str, Any], origin: str | Path) -> dict[str, Any]:
+    """A nested config with today's keys and values; a note on stderr names each that was replaced.
+
+    Args:
+        tree: the config, such as a run's config.yaml as read.
+        origin: where it is from, for notes and errors.
+
+    Raises:
+        ValueError: if both names of a key are present.
+    """
+    result = deepcopy(dict(tree))
+    keys = dict(_walk(result))
+    for old, new in MOVED_KEYS.items():
+        if old not in keys:
+            continue
+        if new in keys:
+            raise ValueError(f"{origin}: {old} is the former name of {new}; expected one of them")
+        _set(result, new, _pop(result, old))
+        _note(f"note: {origin}: {old} is now {new}")
+    for key, value in flatten_mapping(result).items():
+        for old, new in MOVED_PREFIXES.items():
+            if isinstance(value, str) and value.startswith(old):
+                renamed = f"{new}{value.removeprefix(old)}"
+                _set(result, key, renamed)
+                _note(f"note: {origin}: {key}={value} is now written {renamed}")
+    return result
+
+
+@cache
+def _note(text: str) -> None:
+    """Prints a line once, however often a file is read."""
+    print(text, file=sys.stderr)
+
+
+def _walk(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of all nodes of a nested mapping."""
+    for key, value in tree.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{key}.")
+
+
+def _pop(tree: dict[str, Any], key: str) -> Any:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree[section]
+    return tree.pop(name)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[name] = value
 
 
 def _shared_folder(path: Path) -> Path:
@@ -70,7 +131,7 @@ def _shared_folder(path: Path) -> Path:
     return above if not (path.parent / "base.yaml").is_file() and (above / "base.yaml").is_file() else path.parent
 
 
-def _read(path: Path) -> DictConfig:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no experiment file {path}")
     try:
@@ -79,40 +140,34 @@ def _read(path: Path) -> DictConfig:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, found {type(content).__name__}")
-    return OmegaConf.create(content)
+    return migrate(content, path)
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for item in overrides:
         if "=" not in item or item.startswith(("-", "=")):
             raise ValueError(f"{item!r} is not of the form key=value, for example optim.lr=1e-3")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        content = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {' '.join(overrides)}: {error}") from error
+    assert isinstance(content, dict)
+    return migrate({str(key): value for key, value in content.items()}, "command line")
 
 
-def _merge(merged: DictConfig, layer: DictConfig) -> DictConfig:
-    known = set(_dotted(OmegaConf.to_container(merged)))
-    for key in _dotted(OmegaConf.to_container(layer)):
+def _merge(merged: DictConfig, layer: dict[str, Any], known: set[str]) -> DictConfig:
+    for key, _ in _walk(layer):
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"unknown key {key!r}{hint}")
     try:
-        result = OmegaConf.merge(merged, layer)
+        result = OmegaConf.merge(merged, OmegaConf.create(layer))
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
         raise ValueError(f"{getattr(error, 'full_key', None) or 'config'}: {message}") from error
     assert isinstance(result, DictConfig)
     return result
-
-
-def _dotted(tree: Any, prefix: str = "") -> Iterable[str]:
-    for key, value in tree.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def _build(merged: DictConfig) -> ExperimentConfig:

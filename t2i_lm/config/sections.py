@@ -1,11 +1,12 @@
-"""The sections of an experiment (`experiment.py`), each a dataclass that checks its values.
+"""The sections of an experiment (`experiment.py`), each a frozen dataclass that checks its values.
 
 Standard library only. A wrong value raises a ValueError that names the key, the value and what is allowed.
+`docs/configuration.md` is made from the docstrings of the keys.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 SOURCES = ("scenes", "image_folder", "parquet", "webdataset", "hub", "hub_stream", "text")
 OPENED_BY_PATH = ("image_folder", "parquet", "webdataset", "text")
@@ -19,118 +20,201 @@ ENCODE_PRECISIONS = ("float32", "bfloat16")
 MOVQGAN_SIZES = ("67M", "102M", "270M")
 FID_FEATURES = (64, 192, 768, 2048)
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
+LOSS_BACKENDS = ("fused", "torch")
+# `plugin:NAME[:ARGUMENT]` of an installed package, `code:MODULE:FUNCTION[:ARGUMENT]` of any (`runtime/plugins.py`).
+PLUGIN, CODE = "plugin:", "code:"
+
+
+def is_plugin(value: str | None) -> bool:
+    """Whether the value of a key selects a plug-in."""
+    return value is not None and value.startswith((PLUGIN, CODE))
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    """Raises a ValueError in the words of every wrong value."""
+    """Raises the ValueError of a wrong value."""
     if not condition:
         raise ValueError(f"{key}={value!r}: expected {allowed}")
 
 
-def one_of(key: str, value: Any, allowed: Collection[str]) -> None:
-    """Raises a ValueError where a value is no known name."""
-    require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+class Section:
+    """Base of the sections: checks that name a key in full. A key whose default is null may also be null."""
+
+    prefix: ClassVar[str] = ""
+
+    def __init_subclass__(cls, prefix: str = "") -> None:
+        cls.prefix = f"{prefix}." if prefix else ""
+
+    def check(self, condition: bool, name: str, allowed: str) -> None:
+        """Any condition on the key `name`."""
+        require(condition, f"{self.prefix}{name}", getattr(self, name), allowed)
+
+    def at_least(self, least: int, *names: str) -> None:
+        """Keys of numbers with a smallest value."""
+        for name in names:
+            value, null = getattr(self, name), self._null(name)
+            self.check(value is None or value >= least, name, null + (f"at least {least}" if least else "0 or more"))
+
+    def positive(self, *names: str) -> None:
+        """Keys of numbers above 0."""
+        for name in names:
+            self.check(getattr(self, name) > 0, name, "a positive value")
+
+    def share(self, *names: str) -> None:
+        """Keys of numbers in [0, 1]."""
+        for name in names:
+            self.check(0 <= getattr(self, name) <= 1, name, "a value in [0, 1]")
+
+    def below_one(self, *names: str) -> None:
+        """Keys of numbers in [0, 1)."""
+        for name in names:
+            self.check(0 <= getattr(self, name) < 1, name, "a value in [0, 1)")
+
+    def one_of(self, name: str, allowed: Collection[str]) -> None:
+        """A key of names."""
+        value = getattr(self, name)
+        self.check(value is None or value in allowed, name, f"{self._null(name)}one of {', '.join(allowed)}")
+
+    def _null(self, name: str) -> str:
+        return "null or " if getattr(type(self), name, 0) is None else ""
 
 
-@dataclass
-class BackboneConfig:
-    """The language model. `preset` or `config` gives the architecture, `path` the pre-trained weights."""
+@dataclass(frozen=True)
+class BackboneConfig(Section, prefix="backbone"):
+    """The language model: `config` is its architecture, `path` its pre-trained weights."""
 
-    path: str | None = None  # open_lm .pt or safetensors, or a transformers folder; `asset:NAME`, `hub:ORG/NAME`
-    config: str | None = None  # preset, open_lm model JSON or transformers folder; null: config.json beside `path`
-    positional: str | None = None  # overrides the config's positional_embedding_type
-    seq_len: int | None = None  # overrides the config's seq_len (rotary tables only)
+    path: str | None = None
+    """Weights: an open_lm `.pt` or safetensors file, its folder, or a `transformers` folder; also `asset:NAME`,
+    `hf://ORG/NAME[/FILE]` or a plug-in (docs/plugins.md)."""
+    config: str | None = None
+    """Architecture: a preset of models/open_lm.py, an open_lm model JSON, or a `transformers` folder; null: config.json
+    beside `path`."""
+    positional: str | None = None
+    """Replaces the architecture's positional_embedding_type."""
+    seq_len: int | None = None
+    """Positions of the rotary tables, where more than the architecture's."""
 
 
-@dataclass
-class TextTokenizerConfig:
-    """A sentencepiece model. Text experiments train one where `path` is null."""
+@dataclass(frozen=True)
+class TextTokenizerConfig(Section, prefix="text_tokenizer"):
+    """The text tokenizer, which must be the backbone's."""
 
-    path: str | None = None  # `asset:lm_rotary/text_tokenizer.model` is shipped
-    vocab_size: int = 4096  # pieces, when one is trained
-    train_paragraphs: int = 100_000  # evenly spaced paragraphs it is trained on
+    path: str | None = None
+    """A sentencepiece model or a `tokenizer.json`; also `asset:lm_rotary/text_tokenizer.model`, `hf://ORG/NAME/FILE` or
+    a plug-in. null: task=text trains a sentencepiece model."""
+    vocab_size: int = 4096
+    """Pieces of a trained model, more than 259."""
+    train_paragraphs: int = 100_000
+    """Evenly spaced paragraphs that a model is trained on."""
 
     def __post_init__(self) -> None:
-        require(self.vocab_size > 259, "text_tokenizer.vocab_size", self.vocab_size, "more than 259")
-        require(self.train_paragraphs >= 1, "text_tokenizer.train_paragraphs", self.train_paragraphs, "at least 1")
+        self.check(self.vocab_size > 259, "vocab_size", "more than 259")
+        self.at_least(1, "train_paragraphs")
 
 
-@dataclass
-class VQModelConfig:
-    """Architecture of a small diffusers `VQModel` behind a pixel-unshuffle of `patch`."""
+@dataclass(frozen=True)
+class VQModelConfig(Section, prefix="image_tokenizer.model"):
+    """Architecture of a trained image tokenizer: a small diffusers `VQModel` behind a pixel-unshuffle."""
 
     patch: int = 4
+    """Side of the pixel-unshuffle, in pixels."""
     block_out_channels: list[int] = field(default_factory=lambda: [64, 128])
+    """Channels of each level; each level after the first halves the resolution."""
     layers_per_block: int = 1
+    """ResNet layers per level."""
     latent_channels: int = 8
+    """Channels before quantization."""
     codes: int = 512
+    """Code vectors, which are the image ids."""
     code_dim: int = 8
+    """Width of a code vector."""
 
 
-@dataclass
-class ImageTokenizerConfig:
-    """The image tokenizer: weights by `path`, or the architecture and phases that train one."""
+@dataclass(frozen=True)
+class ImageTokenizerConfig(Section, prefix="image_tokenizer"):
+    """The image tokenizer: the weights at `path`, or how task=image_tokenizer trains one."""
 
-    path: str | None = None  # our folder, a diffusers VQModel folder or a MoVQGAN .ckpt; `asset:NAME` is shipped
-    expect: str | None = None  # size of a MoVQGAN checkpoint: another is refused
-    size: int = 64  # pixels a side after the center crop
-    precision: str = "float32"  # of encoding; bfloat16 is refused where it changes more than 0.1 % of the ids
+    path: str | None = None
+    """A folder that `t2i_lm.export` wrote, a diffusers `VQModel` folder, a folder of a VQ model of `transformers`, or a
+    MoVQGAN `.ckpt`; also `asset:image_tokenizer`, `hf://ORG/NAME/FILE` or a plug-in."""
+    expect: str | None = None
+    """Size of a MoVQGAN checkpoint: 67M, 102M or 270M; another is refused. null: any."""
+    size: int = 64
+    """Side of the images in pixels after the center crop, a multiple of 8."""
+    precision: str = "float32"
+    """Precision of encoding: float32, or bfloat16, which is refused where it changes more than 0.1 % of the ids."""
     model: VQModelConfig = field(default_factory=VQModelConfig)
-    warmup_fraction: float = 0.4  # share of the steps without quantization
-    restart_every: int = 100  # steps between re-seeding of unused codes
+    """Architecture of a trained tokenizer."""
+    warmup_fraction: float = 0.4
+    """Share of the steps without quantization, in [0, 1)."""
+    restart_every: int = 100
+    """Steps between replacements of unused codes."""
     commitment: float = 0.25
-    edge_weight: float = 0.0  # weight of the image-gradient term
+    """Weight of the commitment loss."""
+    edge_weight: float = 0.0
+    """Weight of the loss on image gradients."""
 
     def __post_init__(self) -> None:
-        if self.expect is not None:
-            one_of("image_tokenizer.expect", self.expect, MOVQGAN_SIZES)
-        one_of("image_tokenizer.precision", self.precision, ENCODE_PRECISIONS)
-        require(self.size >= 8 and self.size % 8 == 0, "image_tokenizer.size", self.size, "a multiple of 8")
-        require(
-            0 <= self.warmup_fraction < 1, "image_tokenizer.warmup_fraction", self.warmup_fraction, "a value in [0, 1)"
-        )
+        self.one_of("expect", MOVQGAN_SIZES)
+        self.one_of("precision", ENCODE_PRECISIONS)
+        self.check(self.size >= 8 and self.size % 8 == 0, "size", "a multiple of 8")
+        self.below_one("warmup_fraction")
 
 
-@dataclass
-class DataConfig:
-    """Where the data comes from and how it is batched."""
+@dataclass(frozen=True)
+class DataConfig(Section, prefix="data"):
+    """Data and batches."""
 
     source: str = "scenes"
-    path: str | None = None  # file, folder or hub name, for every source but `scenes`
-    val_path: str | None = None  # held-out data; null: PATH/val or every 20th of `path` (text needs it)
-    train_size: int | None = None  # samples taken from the source; null: all
+    """`scenes` (generated), `image_folder`, `parquet`, `webdataset`, `hub` or `hub_stream` (Hugging Face datasets),
+    `text` (task=text), or a plug-in."""
+    path: str | None = None
+    """File, folder or name of a Hugging Face dataset, for every source but `scenes`."""
+    val_path: str | None = None
+    """Held-out data; null: PATH/val, or every 20th sample of `path`. task=text requires it."""
+    train_size: int | None = None
+    """Training samples taken from the source; null: all. `scenes` requires a number."""
     val_size: int | None = None
-    seed: int = 0  # of generated scenes and of a validation split made here; not the run's seed
-    hold_out_pairs: bool = True  # scenes: keep some colour-kind pairs out of training, so validation asks to compose
-    batch_size: int = 64  # global: split over ranks and accumulation
-    length: int = 128  # positions of a sequence, pads included
-    captions: str = "random"  # of several: `first`, a `random` one per epoch, or `all` as samples of their own
-    caption_dropout: float = 0.0  # share of training captions left empty: what classifier-free guidance needs
-    max_reject_share: float = 0.01  # unreadable samples above this share stop the preparation
-    cache_dir: str = "cache"  # prepared token shards
-    part_size: int = 8192  # samples of one part of the shards: what a killed preparation loses at most
-    workers: int = 0  # processes that load batches
-    trim: int = 8  # a micro-batch is as long as its longest sequence, rounded up to a multiple of this
-    replay_path: str | None = None  # plain text that takes the place of pairs; read where replay_ratio > 0
-    replay_ratio: float = 0.0  # share of each batch's sequences that are windows of it
+    """Held-out samples taken from the source; null: all. `scenes` requires a number."""
+    seed: int = 0
+    """Seed of generated scenes, not of the run."""
+    hold_out_pairs: bool = True
+    """With `scenes`: keeps some color-shape pairs out of training, so that validation tests composition."""
+    batch_size: int = 64
+    """Global batch size in sequences, split over ranks and accumulation."""
+    length: int = 128
+    """Positions of a sequence, pads included."""
+    captions: str = "random"
+    """Of several captions of an image: the `first`, a `random` one per epoch, or `all`, each a sample of its own."""
+    caption_dropout: float = 0.0
+    """Share of training captions left empty, in [0, 1); classifier-free guidance requires some."""
+    max_reject_share: float = 0.01
+    """Largest share of unreadable samples, in [0, 1]; above it the preparation stops."""
+    cache_dir: str = "cache"
+    """Folder of prepared token shards."""
+    part_size: int = 8192
+    """Samples per part of the shards, which is what an interrupted preparation loses at most."""
+    workers: int = 0
+    """Processes that load batches; 0: the training process."""
+    pad_to_multiple_of: int = 8
+    """A micro-batch is as long as its longest sequence, rounded up to a multiple of this; the loss does not change."""
+    replay_path: str | None = None
+    """Plain text in place of pairs, read where replay_ratio > 0."""
+    replay_ratio: float = 0.0
+    """Share of each batch's sequences that are windows of replay_path, in [0, 1); a whole number of sequences."""
 
     def __post_init__(self) -> None:
-        one_of("data.source", self.source, SOURCES)
-        expected = f"null where data.source={self.source}; {', '.join(OPENED_BY_PATH)} read one"
-        require(self.val_path is None or self.source in OPENED_BY_PATH, "data.val_path", self.val_path, expected)
-        one_of("data.captions", self.captions, CAPTION_CHOICES)
-        for key in ("batch_size", "length", "part_size", "trim"):
-            require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "at least 1")
-        for key in ("train_size", "val_size"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"data.{key}", value, "null or at least 1")
-        require(0 <= self.caption_dropout < 1, "data.caption_dropout", self.caption_dropout, "a value in [0, 1)")
-        require(0 <= self.max_reject_share <= 1, "data.max_reject_share", self.max_reject_share, "a value in [0, 1]")
-        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        require(
+        if not is_plugin(self.source):
+            self.one_of("source", SOURCES)
+            readers = f"null where data.source={self.source}; {', '.join(OPENED_BY_PATH)} read one"
+            self.check(self.val_path is None or self.source in OPENED_BY_PATH, "val_path", readers)
+        self.one_of("captions", CAPTION_CHOICES)
+        self.at_least(1, "batch_size", "length", "part_size", "pad_to_multiple_of", "train_size", "val_size")
+        self.at_least(0, "workers")
+        self.below_one("caption_dropout")
+        self.share("max_reject_share")
+        self.check(
             0 <= self.replay_ratio < 1 and abs(self.replay_ratio * self.batch_size - self.replayed) < 1e-9,
-            "data.replay_ratio",
-            self.replay_ratio,
+            "replay_ratio",
             f"a value in [0, 1) that gives a whole number of data.batch_size={self.batch_size} sequences",
         )
 
@@ -140,180 +224,250 @@ class DataConfig:
         return round(self.replay_ratio * self.batch_size)
 
 
-@dataclass
-class OptimConfig:
-    """AdamW with warm-up and cosine (Section 2.1). What the paper does not state is open_lm's default."""
+@dataclass(frozen=True)
+class OptimConfig(Section, prefix="optim"):
+    """The optimizer with warm-up and cosine decay (Section 2.1); values that the paper does not state are open_lm's."""
 
     name: str = "adamw"
+    """`adamw` or `muon`."""
     lr: float = 3e-4
+    """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's two decay rates of moments, each in [0, 1)."""
     weight_decay: float = 0.1
+    """Decoupled weight decay."""
     decay: str = "all"
+    """Parameters that are decayed: `all`, or `matrices`."""
     warmup_steps: int = 2000
+    """Optimizer steps of linear warm-up, fewer than trainer.max_steps."""
     final_lr_ratio: float = 0.0
+    """Learning rate at the end, as a share of `lr`, in [0, 1]."""
     grad_clip: float = 1.0
-    l2_sp: float = 0.0  # pull of pre-trained weights to where they began, in place of their decay; 0: none
+    """Largest norm of the gradients."""
+    l2_sp: float = 0.0
+    """Pull of pre-trained weights to their initial values, in place of their decay (L2-SP); 0: none."""
 
     def __post_init__(self) -> None:
-        one_of("optim.name", self.name, OPTIMIZERS)
-        one_of("optim.decay", self.decay, DECAYS)
-        require(self.lr > 0, "optim.lr", self.lr, "a positive value")
-        require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "optim.betas",
-            self.betas,
-            "two values in [0, 1)",
-        )
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
-        require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "a value in [0, 1]")
-        require(self.l2_sp >= 0, "optim.l2_sp", self.l2_sp, "0 or more")
-        require(self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "a positive value")
+        self.one_of("name", OPTIMIZERS)
+        self.one_of("decay", DECAYS)
+        self.positive("lr", "grad_clip")
+        self.check(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "betas", "two values in [0, 1)")
+        self.at_least(0, "weight_decay", "warmup_steps", "l2_sp")
+        self.share("final_lr_ratio")
 
 
-@dataclass
-class TrainerConfig:
-    """Lightning's own names."""
+@dataclass(frozen=True)
+class TrainerConfig(Section, prefix="trainer"):
+    """Lightning's Trainer, by its own names, and how the model is run."""
 
-    max_steps: int = 100_000  # optimizer steps
+    max_steps: int = 100_000
+    """Optimizer steps."""
     accelerator: str = "auto"
+    """`auto`, `cpu`, `gpu`, `cuda` or `mps`."""
     devices: int = 1
+    """Processes per node, one per GPU."""
     num_nodes: int = 1
-    strategy: str = "auto"  # fsdp2 shards the model over all processes; hsdp within each node, and copies between nodes
-    precision: str = "auto"  # bf16-mixed where the device computes in bfloat16, else 32-true
-    accumulate_grad_batches: int = 1  # parts of a step, reduced together; under fsdp2 and hsdp gradients are then whole
-    activation_checkpointing: bool = False  # recomputes blocks in the backward pass: less memory, a third more time
-    packing: bool = False  # layers without pads: same loss and gradients; a demo step on a CPU takes 6 % less time
-    fp8: bool = False  # layers multiply in float8 (extra `fp8`, NVIDIA from Ada on): changes curves, not comparable
-    compile: bool = False  # torch.compile of each block; eager with a message where there is no C++ compiler
-    val_check_interval: int = 1000  # optimizer steps between validations
-    checkpoint_interval: int = 1000  # optimizer steps between checkpoints
-    threads: int | None = None  # CPU threads a process; null: torch's default
+    """Nodes."""
+    strategy: str = "auto"
+    """`auto`, `ddp`, `fsdp2` (the model is sharded over all processes) or `hsdp` (sharded within each node, copied
+    between nodes)."""
+    precision: str = "auto"
+    """`32-true`, `bf16-mixed`, or `auto`: bf16-mixed where the device computes in bfloat16, else 32-true."""
+    accumulate_grad_batches: int = 1
+    """Micro-batches per optimizer step, reduced together; under fsdp2 and hsdp their gradients are unsharded."""
+    activation_checkpointing: bool = False
+    """Recomputes blocks in the backward pass: less memory, a third more time, the same values."""
+    packing: bool = False
+    """Layers skip pads: the same loss and gradients; a demo step on a CPU takes 6 % less time."""
+    fp8: bool = False
+    """Linear layers multiply in float8 (extra `fp8`, NVIDIA GPUs from Ada on): curves change and are not comparable."""
+    compile: bool = False
+    """torch.compile of each block; eager, with a message, where there is no C++ compiler."""
+    val_check_interval: int = 1000
+    """Optimizer steps between validations."""
+    checkpoint_interval: int = 1000
+    """Optimizer steps between checkpoints."""
+    threads: int | None = None
+    """CPU threads per process; null: torch's default."""
 
     def __post_init__(self) -> None:
-        one_of("trainer.strategy", self.strategy, STRATEGIES)
-        one_of("trainer.precision", self.precision, PRECISIONS)
+        self.one_of("strategy", STRATEGIES)
+        self.one_of("precision", PRECISIONS)
         shapes = "false with trainer.compile=true, since every batch would have a shape of its own"
-        require(not (self.packing and self.compile), "trainer.packing", True, shapes)
-        for key in (
-            "max_steps",
-            "devices",
-            "num_nodes",
-            "accumulate_grad_batches",
-            "val_check_interval",
-            "checkpoint_interval",
-        ):
-            require(getattr(self, key) >= 1, f"trainer.{key}", getattr(self, key), "at least 1")
-        require(self.threads is None or self.threads >= 1, "trainer.threads", self.threads, "null or at least 1")
+        self.check(not (self.packing and self.compile), "packing", shapes)
+        self.at_least(1, "max_steps", "devices", "num_nodes", "accumulate_grad_batches")
+        self.at_least(1, "val_check_interval", "checkpoint_interval", "threads")
 
 
-@dataclass
-class LogConfig:
-    """How often and where curves go."""
+@dataclass(frozen=True)
+class LogConfig(Section, prefix="log"):
+    """Logging of curves."""
 
-    interval: int = 10  # optimizer steps of one point of a curve; equal in both arms
-    ema: float = 0.95  # smoothing of the drawn curves (Figures 3 to 5)
+    interval: int = 10
+    """Optimizer steps per point of a curve; equal in both arms."""
+    ema: float = 0.95
+    """Smoothing of the curves of Figures 3 to 5, in [0, 1)."""
     logger: str = "tensorboard"
+    """`tensorboard`, `csv`, `wandb` or `none`; metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
-        require(self.interval >= 1, "log.interval", self.interval, "at least 1")
-        require(0 <= self.ema < 1, "log.ema", self.ema, "a value in [0, 1)")
-        one_of("log.logger", self.logger, LOGGERS)
+        self.at_least(1, "interval")
+        self.below_one("ema")
+        self.one_of("logger", LOGGERS)
 
 
-@dataclass
-class SampleConfig:
-    """What a text-to-image run draws and measures at its end."""
+@dataclass(frozen=True)
+class SampleConfig(Section, prefix="samples"):
+    """Sampled images of a text-to-image run, and measurements on them at its end."""
 
-    prompts: int = 64  # held-out prompts drawn
-    grid: int = 16  # of these shown in the grid
+    prompts: int = 64
+    """Held-out prompts that are sampled; 0: none."""
+    grid: int = 16
+    """Samples shown in the grid."""
     temperature: float = 1.0
+    """Sampling temperature."""
     top_k: int | None = None
+    """Most likely ids that are sampled from; null: all."""
     top_p: float | None = None
-    guidance: float = 1.0  # scale of classifier-free guidance, which needs data.caption_dropout in training; 1: none
-    interval: int | None = (
-        None  # optimizer steps between grids during training; null, or a sharded model: only at the end
-    )
-    preference_scenes: int = 500  # held-out scenes for caption preference (scenes only)
+    """Probability mass that is sampled from, in (0, 1]; null: all."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance, which requires data.caption_dropout in training; 1: none."""
+    interval: int | None = None
+    """Optimizer steps between grids during training; null, or a sharded model: only at the end."""
+    preference_scenes: int = 500
+    """Held-out scenes for caption preference, with data.source=scenes."""
 
     def __post_init__(self) -> None:
-        for key in ("prompts", "grid", "preference_scenes"):
-            require(getattr(self, key) >= 0, f"samples.{key}", getattr(self, key), "0 or more")
-        require(self.temperature > 0, "samples.temperature", self.temperature, "a positive value")
-        require(self.top_k is None or self.top_k >= 1, "samples.top_k", self.top_k, "null or at least 1")
-        require(self.top_p is None or 0 < self.top_p <= 1, "samples.top_p", self.top_p, "null or a value in (0, 1]")
-        require(self.guidance >= 0, "samples.guidance", self.guidance, "0 or more")
-        require(self.interval is None or self.interval >= 1, "samples.interval", self.interval, "null or at least 1")
+        self.at_least(0, "prompts", "grid", "preference_scenes", "guidance")
+        self.at_least(1, "top_k", "interval")
+        self.positive("temperature")
+        self.check(self.top_p is None or 0 < self.top_p <= 1, "top_p", "null or a value in (0, 1]")
 
 
-@dataclass
-class FidConfig:
-    """FID against COCO's val2014 during training (`callbacks.CocoFID`); a finished run takes `t2i_lm.evaluate`."""
+@dataclass(frozen=True)
+class FidConfig(Section, prefix="fid"):
+    """FID against COCO val2014 during training (`callbacks.CocoFID`); of a finished run: `t2i_lm.evaluate`."""
 
-    interval: int | None = None  # optimizer steps between measurements; null: none
-    coco: str | None = None  # folder with annotations/captions_val2014.json and val2014/*.jpg
-    weights: str | None = None  # of torch-fidelity's Inception: a file, or `hub:ORG/NAME/FILE`
-    weights_sha256: str | None = None  # another file is refused
-    features: int = 2048  # layer of the network, by its width; others than 2048 are for tests
-    prompts: int = 1000  # captions drawn; the distance depends on it
+    interval: int | None = None
+    """Optimizer steps between measurements; null: none."""
+    coco: str | None = None
+    """Folder with annotations/captions_val2014.json and val2014/*.jpg."""
+    weights: str | None = None
+    """Weights of torch-fidelity's Inception: a file, or `hf://ORG/NAME/FILE`."""
+    weights_sha256: str | None = None
+    """Hash of the weights; another file is refused. null: any."""
+    features: int = 2048
+    """Layer of the network, by its width: 64, 192, 768 or 2048; others than 2048 are for tests."""
+    prompts: int = 1000
+    """Captions sampled, at least 2; the distance depends on their number."""
 
     def __post_init__(self) -> None:
-        require(self.interval is None or self.interval >= 1, "fid.interval", self.interval, "null or at least 1")
-        for key in ("coco", "weights"):
-            given = getattr(self, key) is not None
-            require(self.interval is None or given, f"fid.{key}", None, f"a path for fid.interval={self.interval}")
-        require(self.features in FID_FEATURES, "fid.features", self.features, "64, 192, 768 or 2048")
-        require(self.prompts >= 2, "fid.prompts", self.prompts, "at least 2")
+        self.at_least(1, "interval")
+        for name in ("coco", "weights"):
+            present = self.interval is None or getattr(self, name) is not None
+            self.check(present, name, f"a path for fid.interval={self.interval}")
+        self.check(self.features in FID_FEATURES, "features", "64, 192, 768 or 2048")
+        self.at_least(2, "prompts")
 
 
-@dataclass
-class AlignConfig:
+@dataclass(frozen=True)
+class AlignConfig(Section, prefix="align"):
     """Contrastive alignment of image rows with text rows (Section 3.2); the batch is N = `data.batch_size`."""
 
-    logit_scale_init: float = 1 / 0.07  # inverse temperature; the paper names neither, both are CLIP's
+    logit_scale_init: float = 1 / 0.07
+    """Initial inverse temperature; the paper names none, this and the largest are CLIP's."""
     logit_scale_max: float = 100.0
-    mask_duplicates: bool = True  # pairs that share a caption or an image are no negatives of each other
-    shuffle_pairs: bool = False  # control: every image keeps a caption of another one
-    neighbors: int = 5  # text tokens listed for every image id
+    """Largest inverse temperature."""
+    mask_duplicates: bool = True
+    """Pairs that share a caption or an image are no negatives of each other."""
+    shuffle_pairs: bool = False
+    """Control: every image gets the caption of another one."""
+    neighbors: int = 5
+    """Text tokens listed per image id."""
 
     def __post_init__(self) -> None:
-        require(self.logit_scale_init > 0, "align.logit_scale_init", self.logit_scale_init, "a positive value")
-        require(
-            self.logit_scale_max >= self.logit_scale_init,
-            "align.logit_scale_max",
-            self.logit_scale_max,
-            f"at least align.logit_scale_init={self.logit_scale_init:g}",
-        )
-        require(self.neighbors >= 1, "align.neighbors", self.neighbors, "at least 1")
+        self.positive("logit_scale_init")
+        least = self.logit_scale_init
+        self.check(self.logit_scale_max >= least, "logit_scale_max", f"at least align.logit_scale_init={least:g}")
+        self.at_least(1, "neighbors")
 
 
-@dataclass
-class RunConfig:
-    """Where a run's folder is made."""
+@dataclass(frozen=True)
+class LossConfig(Section, prefix="loss"):
+    """The loss that is differentiated; the logged loss stays plain cross-entropy.
 
-    dir: str = "runs"
+    It is the mean over targets, weighted by modality (boundary tokens keep 1), plus the z-loss of each.
+    """
+
+    text_weight: float = 1.0
+    """Weight of text targets; 0: captions condition the images but are not trained on."""
+    image_weight: float = 1.0
+    """Weight of image targets."""
+    replay_weight: float = 1.0
+    """Weight of targets in data.replay_path's text."""
+    backend: str = "fused"
+    """`fused`, or `torch`: PyTorch's own chunked loss, in float32 and slower, for comparison."""
+    z: float = 0.0
+    """Factor of logsumexp squared, which keeps logits small (PaLM's z-loss, there 1e-4); 0: none."""
+
+    def __post_init__(self) -> None:
+        self.one_of("backend", LOSS_BACKENDS)
+        self.at_least(0, "text_weight", "image_weight", "replay_weight", "z")
+
+    @property
+    def weighted(self) -> bool:
+        """Whether any modality's weight is not 1."""
+        return (self.text_weight, self.image_weight, self.replay_weight) != (1, 1, 1)
 
 
-LOSS_BACKENDS = ("fused", "torch")
+@dataclass(frozen=True)
+class DistilConfig(Section, prefix="distil"):
+    """Distillation from the frozen initial model on text: captions and replay."""
+
+    weight: float = 0.0
+    """Factor of KL(initial || trained) over the text rows, in nats per text target; 0: none."""
+
+    def __post_init__(self) -> None:
+        self.at_least(0, "weight")
 
 
-@dataclass
-class ForgettingConfig:
-    """What is measured of the language model before, during and after training; nothing where `interval` is null."""
+@dataclass(frozen=True)
+class LoraConfig(Section, prefix="lora"):
+    """Low-rank adapters on the linear layers of attention and feed-forward, which stay frozen (extra `lora`)."""
 
-    interval: int | None = None  # optimizer steps between measurements; also before the first and after the last step
-    text: str | None = None  # held-out text: .txt, .txt.gz, a folder of them, or a hub name
-    rows: int = 64  # evenly spaced rows of it
-    length: int = 256  # ids of a row
-    tasks: str | None = None  # folder of questions, NAME.jsonl[.gz] (probes/questions.py says in which forms)
-    questions: int = 100  # evenly spaced questions of each
+    rank: int = 0
+    """Rank of the adapters; 0: none."""
+    alpha: float = 16.0
+    """The adapters' product is scaled by alpha / rank."""
+
+    def __post_init__(self) -> None:
+        self.at_least(0, "rank")
+        self.positive("alpha")
+
+
+@dataclass(frozen=True)
+class ForgettingConfig(Section, prefix="forgetting"):
+    """Measurements of language retention before, during and after training."""
+
+    interval: int | None = None
+    """Optimizer steps between measurements, beside those before the first and after the last step; null: none."""
+    text: str | None = None
+    """Held-out text: .txt, .txt.gz, a folder of them, or the name of a Hugging Face dataset."""
+    rows: int = 64
+    """Evenly spaced rows of the text."""
+    length: int = 256
+    """Ids per row."""
+    tasks: str | None = None
+    """Folder of questions, NAME.jsonl[.gz] (evaluation/probes/questions.py documents the formats); null: none."""
+    questions: int = 100
+    """Evenly spaced questions of each task."""
     completion_tokens: int = 32
-    prompts: list[str] = field(default_factory=list)  # completed beside those of Table 1
+    """Length of a completion."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts completed beside those of Table 1."""
 
     def __post_init__(self) -> None:
-        require(self.interval is None or self.interval >= 1, "forgetting.interval", self.interval, "null or at least 1")
-        for key in ("rows", "length", "questions", "completion_tokens"):
-            require(getattr(self, key) >= 1, f"forgetting.{key}", getattr(self, key), "at least 1")
+        self.at_least(1, "interval", "rows", "length", "questions", "completion_tokens")
         if self.interval is not None and self.text is None:
             raise ValueError(
                 f"forgetting.text=null: forgetting.interval={self.interval} needs held-out text, "
@@ -321,47 +475,9 @@ class ForgettingConfig:
             )
 
 
-@dataclass
-class LossConfig:
-    """What is differentiated; what is logged stays the plain loss.
+@dataclass(frozen=True)
+class RunConfig(Section, prefix="run"):
+    """Run folders."""
 
-    The loss is the mean over targets, weighted by modality (boundary tokens keep 1), with the z-loss added to each.
-    """
-
-    text_weight: float = 1.0  # 0: captions condition the images but are not learnt
-    image_weight: float = 1.0
-    replay_weight: float = 1.0  # of data.replay_path's text
-    backend: str = "fused"  # or torch: its own chunked loss, in float32 and slower, for comparison
-    z: float = 0.0  # factor of logsumexp squared, which keeps logits small (PaLM's z-loss, there 1e-4); 0: none
-
-    def __post_init__(self) -> None:
-        one_of("loss.backend", self.backend, LOSS_BACKENDS)
-        for key in ("text_weight", "image_weight", "replay_weight", "z"):
-            require(getattr(self, key) >= 0, f"loss.{key}", getattr(self, key), "0 or more")
-
-    @property
-    def weighted(self) -> bool:
-        """Whether any modality's factor is not 1."""
-        return (self.text_weight, self.image_weight, self.replay_weight) != (1, 1, 1)
-
-
-@dataclass
-class DistilConfig:
-    """Distillation from the frozen initial model on text: captions and replay."""
-
-    weight: float = 0.0  # factor of KL(initial || trained) over the text rows, nats, at every text target
-
-    def __post_init__(self) -> None:
-        require(self.weight >= 0, "distil.weight", self.weight, "0 or more")
-
-
-@dataclass
-class LoraConfig:
-    """Low-rank adapters on the linear layers of attention and feed-forward (extra `lora`); those stay frozen."""
-
-    rank: int = 0  # 0: none
-    alpha: float = 16.0  # the adapters' product is scaled by alpha / rank
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 0, "lora.rank", self.rank, "0 or more")
-        require(self.alpha > 0, "lora.alpha", self.alpha, "a positive value")
+    dir: str = "runs"
+    """Folder of run folders; a run lies in DIR/NAME/DATE-TIME-SCALE."""

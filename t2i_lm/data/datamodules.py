@@ -83,12 +83,12 @@ class PairBatches(CaptionedIds):
         layout: Layout | ImageLayout,
         captions: str,
         seed: int,
-        trim: int,
+        multiple: int,
         dropout: float = 0.0,
     ) -> None:
-        """Batch lengths are multiples of `trim`; `dropout` is the share of emptied captions."""
+        """`multiple` is `data.pad_to_multiple_of`; `dropout` is the share of emptied captions."""
         super().__init__(split, captions, seed)
-        self.layout, self.trim, self.dropout = layout, trim, dropout
+        self.layout, self.multiple, self.dropout = layout, multiple, dropout
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         texts, image_ids_BN = self.pairs(draws)
@@ -99,7 +99,7 @@ class PairBatches(CaptionedIds):
             ]
         ids_BT = self.layout.pack(texts, image_ids_BN)
         used_B = (ids_BT != self.layout.vocab.pad).sum(dim=1)
-        longest = -(-int(used_B.max()) // self.trim) * self.trim
+        longest = -(-int(used_B.max()) // self.multiple) * self.multiple
         return {
             "ids_BT": ids_BT[:, : min(self.layout.length, longest)],
             "samples": len(draws),
@@ -208,10 +208,10 @@ class PairDataModule(BatchDataModule):
     def setup(self, stage: str) -> None:
         """Memory-maps the shards and checks their hashes."""
         data, seed = self.config.data, self.config.seed
-        self.train_set = PairBatches(
-            open_split(self.folder, "train"), self.layout, data.captions, seed, data.trim, data.caption_dropout
-        )
-        self.val_set = PairBatches(open_split(self.folder, "val"), self.layout, "first", seed, data.trim)
+        multiple, dropout = data.pad_to_multiple_of, data.caption_dropout
+        train = open_split(self.folder, "train")
+        self.train_set = PairBatches(train, self.layout, data.captions, seed, multiple, dropout)
+        self.val_set = PairBatches(open_split(self.folder, "val"), self.layout, "first", seed, multiple)
 
 
 class TextDataModule(BatchDataModule):

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -38,6 +38,7 @@ class CaptionedSource(Protocol):
     def __getitem__(self, index: int) -> Pair: ...
 
 
+@runtime_checkable
 class StreamedSource(Protocol):
     """Pairs that can only be read sequentially, in independent shards."""
 

@@ -1,4 +1,4 @@
-"""Sources of captioned images, by name: scenes, image folders, Parquet files, tar files, Hugging Face datasets.
+"""Sources of captioned images by name: scenes, image folders, Parquet, tar files, Hugging Face datasets, plug-ins.
 
 A source is a sized sequence of `Pair`s. An unusable sample raises `RejectedPairError` with a reason, which `prepare`
 counts; every other error stops it.
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from t2i_lm.config.sections import DataConfig
+from t2i_lm.config.sections import DataConfig, is_plugin
 from t2i_lm.data.pairs import (
     CaptionedSource,
     Pair,
@@ -24,6 +24,7 @@ from t2i_lm.data.pairs import (
 )
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.tars import TarFolder, open_tars
+from t2i_lm.runtime.plugins import SOURCE, find_plugin
 
 # Every 20th sample, by position, is validation where a source has no validation split.
 HELD_OUT_EVERY = 20
@@ -271,9 +272,15 @@ def open_source(data: DataConfig, split: str, image_size: int) -> CaptionedSourc
     """The captioned images of a split.
 
     Raises:
-        ValueError: if there is nothing to read, naming the key.
+        ValueError: if there is nothing to read, naming the key, or a plug-in cannot be used.
     """
-    return SOURCES[data.source](data, split, image_size)
+    if not is_plugin(data.source):
+        return SOURCES[data.source](data, split, image_size)
+    plugin = find_plugin(SOURCE, data.source, SOURCES)
+    source: CaptionedSource | StreamedSource = plugin.function(data, split, image_size)
+    if not isinstance(source, StreamedSource):
+        plugin.require(source, ("__len__", "__getitem__"))
+    return source
 
 
 def open_sized(data: DataConfig, split: str, image_size: int) -> CaptionedSource:
@@ -283,8 +290,8 @@ def open_sized(data: DataConfig, split: str, image_size: int) -> CaptionedSource
         ValueError: also if the source is a stream.
     """
     source = open_source(data, split, image_size)
-    if isinstance(source, Stream):
+    if isinstance(source, StreamedSource):
         raise ValueError(
             f"data.source={data.source}: random access to images is required, which a stream does not have"
         )
-    return cast(CaptionedSource, source)
+    return source

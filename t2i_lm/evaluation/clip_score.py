@@ -16,7 +16,7 @@ from torch import Tensor
 
 from t2i_lm.assets import resolve
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.hub import PREFIX, require_model
+from t2i_lm.storage.hub import is_hub, require_model
 
 # Weights as `transformers` looks for them, and images that go through the model together.
 WEIGHTS, BATCH = ("model.safetensors", "pytorch_model.bin"), 32
@@ -34,7 +34,7 @@ class Clip:
         """Reads a folder that `save_pretrained` wrote.
 
         Args:
-            reference: a folder, or `hub:ORG/NAME[@REVISION]`.
+            reference: a folder, or `hf://ORG/NAME[@REVISION]`.
 
         Raises:
             ValueError: if it is no CLIP model, lacks a tensor or cannot be read, or `transformers` is not installed.
@@ -61,7 +61,7 @@ class Clip:
         self._model.eval().requires_grad_(False)
         self._positions = int(self._model.config.text_config.max_position_embeddings)
         self.card = {
-            "clip_model": reference if reference.startswith(PREFIX) else folder.resolve().name,
+            "clip_model": reference if is_hub(reference) else folder.resolve().name,
             "clip_sha256": file_sha256(weights),
             "clip_settings_sha256": _settings_sha256(folder),
         }

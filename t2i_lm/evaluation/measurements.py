@@ -51,8 +51,7 @@ def _check_coco(options: argparse.Namespace) -> tuple["Coco", "list[Prompt]"]:
     from t2i_lm.assets import PREFIX
     from t2i_lm.data.coco import choose_prompts, read_coco
     from t2i_lm.storage.hashing import file_sha256
-    from t2i_lm.storage.hub import PREFIX as HUB
-    from t2i_lm.storage.hub import require_model
+    from t2i_lm.storage.hub import is_hub, require_model
 
     for key, least in (("prompts", 2), ("part", 1), ("seed", 0)):
         if getattr(options, key) < least:
@@ -61,7 +60,7 @@ def _check_coco(options: argparse.Namespace) -> tuple["Coco", "list[Prompt]"]:
         raise ValueError(f"--features {options.features}: expected 64, 192, 768 or 2048")
     if options.weights is None:
         raise ValueError("--weights: --coco needs the file of torch-fidelity's Inception, see --help")
-    if not options.weights.startswith((HUB, PREFIX)):
+    if not options.weights.startswith(PREFIX) and not is_hub(options.weights):
         file = Path(options.weights)
         if not file.is_file():
             raise ValueError(f"--weights {file}: no such file")

@@ -167,7 +167,8 @@ def image_nll(experiment: ImageExperiment, captions: list[str], image_ids_BN: An
         ids_BT = layout.pack(text_ids, image_ids_BN[batch]).to(experiment.module.device)
         target_BT = ids_BT[:, 1:]
         image_BT = modality_of_target(target_BT, layout.vocab) == IMAGE
-        nll_N = experiment.module.decoder(ids_BT[:, :-1], target_BT, image_BT).nll_N
+        decoder, backend = experiment.module.decoder, experiment.module.loss_backend
+        nll_N = decoder.loss(ids_BT[:, :-1], target_BT, decoder.target_index(image_BT), backend=backend).nll_N
         totals.append(nll_N.view(len(text_ids), layout.image_tokens).double().sum(dim=1).cpu())
     return torch.cat(totals)
 

@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.alignment import BagDataModule
 from t2i_lm.data.datamodules import BatchDataModule, ImageDataModule, PairDataModule, TextDataModule
@@ -106,7 +105,7 @@ class ImageTokenizerExperiment(Experiment):
 def open_text(config: ExperimentConfig) -> TextTokenizer:
     """The experiment's text tokenizer."""
     assert config.text_tokenizer.path is not None
-    return open_text_tokenizer(resolve(config.text_tokenizer.path))
+    return open_text_tokenizer(config.text_tokenizer.path)
 
 
 def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
@@ -117,7 +116,7 @@ def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
     """
     settings = config.image_tokenizer
     assert settings.path is not None
-    image = open_image_tokenizer(resolve(settings.path), settings.size, settings.expect)
+    image = open_image_tokenizer(settings.path, settings.size, settings.expect)
     if uses_gpu(config.trainer.accelerator):
         image.to(torch.device("cuda", rank))
     if config.samples.prompts and not image.decodes:

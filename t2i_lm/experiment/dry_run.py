@@ -13,12 +13,14 @@ from torch import nn
 
 from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import OPENED_BY_PATH, is_plugin
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.factory import choose_trained, empty_backbone
 from t2i_lm.models.flops import PEAKS, flop_per_token, formula
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.runtime.devices import precision
+from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.storage import hub
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
@@ -76,7 +78,7 @@ def _rows_to_align(decoder: Backbone, codes: int) -> nn.Module:
 def image_ids(config: ExperimentConfig) -> tuple[int, tuple[int, int]]:
     """Codes of the image tokenizer and the grid of an image's ids; from the config where there is no file."""
     settings = config.image_tokenizer
-    path = find(settings.path) if settings.path is not None else None
+    path = settings.path if settings.path is None or is_plugin(settings.path) else find(settings.path)
     if path is not None:
         image = open_image_tokenizer(path, settings.size, settings.expect)
         return image.vocab_size, image.grid
@@ -89,6 +91,7 @@ def describe(config: ExperimentConfig) -> str:
     planned = plan(config)
     lines = [OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), "---"]
     lines += [f"missing: {missing}" for missing in absent_files(config)]
+    lines += [f"plug-in: {key} of {identity}" for key, identity in plugin_identities(config).items()]
     lines.append(f"precision here: {precision(config)}")
     total, trainable = count(planned.model), count(planned.model, trainable=True)
     if not isinstance(planned.model, Backbone):
@@ -157,12 +160,14 @@ def absent_files(config: ExperimentConfig) -> list[str]:
     lines = []
     for section in () if config.task in ("text", "image_tokenizer") else images:
         path = getattr(config, section).path
-        if path is None or find(path) is None:
-            fetch = f" (a run fetches it; or: {hub.parse(path).command})" if (path or "").startswith(hub.PREFIX) else ""
+        if path is None or (not is_plugin(path) and find(path) is None):
+            fetch = f" (a run fetches it; or: {hub.parse(path).command})" if path and hub.is_hub(path) else ""
             lines.append(f"{section}.path={path or 'null'}{fetch}")
-    local = config.data.source in ("image_folder", "parquet", "webdataset", "text")
-    if config.data.source != "scenes" and (config.data.path is None or (local and not Path(config.data.path).exists())):
-        lines.append(f"data.path={config.data.path or 'null'}")
+    data = config.data
+    local = data.source in OPENED_BY_PATH
+    reads_path = data.source != "scenes" and not is_plugin(data.source)
+    if reads_path and (data.path is None or (local and not Path(data.path).exists())):
+        lines.append(f"data.path={data.path or 'null'}")
     return lines
 
 

@@ -67,7 +67,7 @@ def computing(model: ImageModel) -> dict[str, Any]:
     """
     decoder = model.decoder
     formats = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in decoder.parameters()})
-    return {"weights": "+".join(formats), "compiled": decoder.draws_compiled, "fp8": multiplies_in_float8(decoder)}
+    return {"weights": "+".join(formats), "compiled": decoder.generates_compiled, "fp8": multiplies_in_float8(decoder)}
 
 
 def caption_layout(model: ImageModel) -> tuple[Layout, TextTokenizer]:

@@ -1,1 +1,1 @@
-"""The decoder and what is done to it: loading, expanding, freezing, sampling."""
+"""Language models: decoders, checkpoints, vocabulary expansion, freezing, loss, generation."""

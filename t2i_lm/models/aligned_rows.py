@@ -1,6 +1,7 @@
-"""The file that an alignment leaves and `new_rows: aligned` starts from: image rows, and the tokenizers they are of."""
+"""Image rows trained by a contrastive alignment run, the initial values of `new_rows: aligned`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,18 +13,18 @@ from t2i_lm.storage.run_folder import run_folders
 
 FILE = "aligned_rows.safetensors"
 TENSOR = "image"
-# The experiment whose newest run `aligned_rows: latest` means.
+# `aligned_rows: latest` is this experiment's newest run.
 EXPERIMENT = "align"
 
 
 def write_aligned_rows(rows_ID: Tensor, path: Path, text_sha256: str, image_sha256: str) -> None:
-    """Writes image rows (I, D) in float32 with the hashes of both tokenizers."""
+    """Writes image rows (I, D) in float32, with the hashes of both tokenizers."""
     hashes = {"text_tokenizer": text_sha256, "image_tokenizer": image_sha256}
     save_file({TENSOR: rows_ID.detach().float().cpu().contiguous()}, path, {"tokenizers": json.dumps(hashes)})
 
 
 def find_aligned_rows(config: ExperimentConfig) -> Path:
-    """The file that `aligned_rows` names: a file, a run folder, or the newest alignment for `latest`.
+    """Path of the file for `aligned_rows`: a file, a run folder, or `latest` for the newest alignment.
 
     Raises:
         ValueError: if there is none, with the command that makes one.
@@ -32,28 +33,39 @@ def find_aligned_rows(config: ExperimentConfig) -> Path:
     assert named is not None
     if named == "latest":
         runs = run_folders(Path(config.run.dir), EXPERIMENT, config.scale)
-        found = [run / FILE for run in runs if (run / FILE).is_file()]
-        if not found:
+        files = [run / FILE for run in runs if (run / FILE).is_file()]
+        if not files:
             raise ValueError(
                 f"aligned_rows=latest: no finished run of {EXPERIMENT} at scale {config.scale} in {config.run.dir}; "
                 f"to make one: python -m t2i_lm.train experiments/{EXPERIMENT}.yaml --scale {config.scale} "
                 f"run.dir={config.run.dir}"
             )
-        return found[-1]
+        return files[-1]
     path = Path(named) / FILE if Path(named).is_dir() else Path(named)
     if not path.is_file():
-        raise ValueError(f"aligned_rows={named}: no {path}; give an alignment's {FILE}, its run folder, or latest")
+        raise ValueError(f"aligned_rows={named}: no {path}; expected a {FILE}, an alignment's run folder, or latest")
     return path
 
 
-def read_aligned_rows(config: ExperimentConfig, text_sha256: str, image_sha256: str) -> Tensor:
-    """The rows (I, D) that `aligned_rows` names; `latest` is replaced by the file found, so that the run says it.
+def resolve_aligned_rows(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with the file that `aligned_rows` means, which a run's config.yaml then names; same where unused.
 
     Raises:
-        ValueError: if there are none, or they are of other tokenizers.
+        ValueError: if there is none.
+    """
+    used = config.image_rows == "aligned" and config.task in ("text_to_image", "unconditional")
+    if not used or config.aligned_rows is None:
+        return config
+    return replace(config, aligned_rows=str(find_aligned_rows(config)))
+
+
+def read_aligned_rows(config: ExperimentConfig, text_sha256: str, image_sha256: str) -> Tensor:
+    """Reads the rows (I, D) of `aligned_rows`.
+
+    Raises:
+        ValueError: if there are none, or they were trained with other tokenizers.
     """
     path = find_aligned_rows(config)
-    config.aligned_rows = str(path)
     try:
         with safe_open(path, framework="pt") as file:
             hashes = json.loads((file.metadata() or {}).get("tokenizers", "{}"))

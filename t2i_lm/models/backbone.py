@@ -1,4 +1,4 @@
-"""What the suite asks of a language model: hidden states over row-blocked embedding and output matrices.
+"""Interface of a language model: hidden states between row-blocked embedding and output matrices.
 
 Shapes: `B` batch, `T` tokens, `N` targets, `D` width, `V` vocabulary.
 """
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Generator, Tensor, nn
 
-from t2i_lm.models.cross_entropy import TokenLoss
+from t2i_lm.models.cross_entropy import LossBackend, TokenLoss, linear_cross_entropy
 from t2i_lm.models.packing import TargetIndex
 from t2i_lm.models.token_rows import Embedding, Output
 
@@ -33,9 +33,9 @@ class Backbone(nn.Module):
     """A decoder-only language model: `Decoder` for open_lm, `HuggingFaceDecoder` for the rest.
 
     Attributes:
-        config: its sizes.
-        tok_embeddings, output: token rows; one parameter where they are tied.
-        ragged_cache: whether one cache holds prompts of several lengths (`KVCache.place`).
+        config: sizes.
+        tok_embeddings, output: token rows; one parameter if tied.
+        ragged_cache: whether one cache can hold prompts of different lengths (`KVCache.place`).
     """
 
     ragged_cache = False
@@ -45,21 +45,21 @@ class Backbone(nn.Module):
     output: Output
 
     def hidden(self, ids_BT: Tensor, cache: Any = None) -> Tensor:
-        """Final normalized hidden states (B, T, D); an empty cache keeps what later positions need."""
+        """Final normalized hidden states (B, T, D); an empty cache is filled for `next_hidden`."""
         raise NotImplementedError
 
-    def wanted(self, wanted_BT: Tensor) -> TargetIndex:
-        """What `hidden_at` takes for the N positions where the mask holds; of one on a GPU, waits for it."""
-        return TargetIndex.where(wanted_BT)
+    def target_index(self, mask_BT: Tensor) -> TargetIndex:
+        """Index of the N positions in the mask, for `hidden_at`; synchronizes if the mask is on a GPU."""
+        return TargetIndex.from_mask(mask_BT)
 
-    def hidden_at(self, ids_BT: Tensor, wanted: TargetIndex) -> Tensor:
+    def hidden_at(self, ids_BT: Tensor, index: TargetIndex) -> Tensor:
         """Final normalized hidden states (N, D) of N positions."""
-        return wanted.of(self.hidden(ids_BT))
+        return index.select(self.hidden(ids_BT))
 
     def next_hidden(self, ids_B: Tensor, cache: Any, image_rows_only: bool = False) -> Tensor:
         """Final normalized hidden states (B, D) of one more position.
 
-        `ids_B` are joint ids, or image codes where `image_rows_only`.
+        `ids_B` are joint ids, or image codes if `image_rows_only`.
         """
         raise NotImplementedError
 
@@ -68,23 +68,23 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def enable_packing(self) -> None:
-        """Leaves pads out of `hidden_at`, where the model can.
+        """Leaves pads out of `hidden_at`.
 
         Raises:
-            ValueError: if it cannot.
+            ValueError: if the model cannot.
         """
         raise NotImplementedError
 
     def compile_steps(self) -> None:
-        """Compiles `next_hidden`, where the model can.
+        """Compiles `next_hidden`.
 
         Raises:
-            ValueError: if it cannot.
+            ValueError: if the model cannot.
         """
         raise NotImplementedError
 
     @property
-    def draws_compiled(self) -> bool:
+    def generates_compiled(self) -> bool:
         """Whether `next_hidden` runs compiled code."""
         raise NotImplementedError
 
@@ -92,36 +92,34 @@ class Backbone(nn.Module):
         """An empty key-value cache for `batch` sequences of at most `length` positions."""
         raise NotImplementedError
 
-    def drawing_cache(self, batch: int, length: int, used: Any = None) -> Any:
-        """As `new_cache`, in the form that draws images fastest.
+    def generation_cache(self, batch: int, length: int, used: Any = None) -> Any:
+        """As `new_cache`, in the form that generates images fastest.
 
-        What `next_hidden` returns with it lasts until its next call. `used` is the cache of a batch that is drawn,
-        whose memory may be taken over.
+        The result of `next_hidden` is then valid until its next call. `used` is the cache of a finished batch, whose
+        memory may be reused.
         """
         return self.new_cache(batch, length)
 
     def reset_parameters(self, generator: Generator) -> None:
-        """Draws all weights as the model's authors do, from the generator alone."""
+        """Initializes all weights as the model's authors do, from the generator alone."""
         raise NotImplementedError
 
-    def forward(
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) float32."""
+        return self.output(self.hidden(ids_BT))  # type: ignore[no-any-return]
+
+    def loss(
         self,
         ids_BT: Tensor,
-        target_BT: Tensor | None = None,
-        valid: Tensor | TargetIndex | None = None,
+        target_BT: Tensor,
+        index: TargetIndex | None = None,
         image_rows_only: bool = False,
         weight_N: Tensor | None = None,
-    ) -> Tensor | TokenLoss:
-        """Logits (B, T, V) float32, or the loss of the N targets that are valid (all by default).
-
-        `valid` is a mask (B, T), or what `wanted` has made of it on the host. `weight_N` are factors of the targets in
-        the loss's `total`.
-        """
-        if target_BT is None:
-            return self.output(self.hidden(ids_BT))  # type: ignore[no-any-return]
-        if valid is None:
-            return self.output(self.hidden(ids_BT).flatten(0, 1), target_BT.flatten(), weight_N=weight_N)  # type: ignore[no-any-return]
-        if isinstance(valid, Tensor):
-            valid = self.wanted(valid)
-        x_ND = self.hidden_at(ids_BT, valid)
-        return self.output(x_ND, valid.of(target_BT), image_rows_only, weight_N)  # type: ignore[no-any-return]
+        backend: LossBackend = linear_cross_entropy,
+    ) -> TokenLoss:
+        """Loss of the N targets in `index` (default: all B * T); the other arguments are those of `Output.loss`."""
+        if index is None:
+            x_ND, target_N = self.hidden(ids_BT).flatten(0, 1), target_BT.flatten()
+        else:
+            x_ND, target_N = self.hidden_at(ids_BT, index), index.select(target_BT)
+        return self.output.loss(x_ND, target_N, image_rows_only, weight_N, backend)

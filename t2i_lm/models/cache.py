@@ -1,4 +1,4 @@
-"""The static key-value cache of generation.
+"""Static key-value cache for generation.
 
 Shapes: `B` sequences, `H` heads, `T` columns, `K` head dim, `S` positions written at once.
 """
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from t2i_lm.models.cuda_graph import StepGraphs
 
-# What attention needs of a store: keys and values (B, H, T, K) to attend to, and what is added to scores (None: 0).
+# Keys and values (B, H, T, K) to attend to, and the mask added to scores (None: 0).
 Extended = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """What one step reads and writes: the first columns of a cache.
+    """The first columns of a cache, which one step reads and writes.
 
-    Where that is depends on tensors and their shapes alone, so that one compiled graph serves all steps. All are views
-    of the cache, which the next step changes.
+    A step depends on tensors and their shapes alone, so one compiled graph serves all steps. The tensors are views of
+    the cache: the next step changes them.
 
     Attributes:
         keys, values: of each layer (B, H, T, K).
-        column_1: the column that is written; None is the last.
+        column_1: the column to write; None for the last.
         position_B: position of the new token in each sequence.
-        mask_B11T: 0 at the columns that hold something after the step, else minus infinity; None where all do.
+        mask_B11T: 0 at the columns filled after the step, else minus infinity; None if all are filled.
     """
 
     keys: list[Tensor]
@@ -35,7 +35,7 @@ class Window:
     mask_B11T: Tensor | None
 
     def extend(self, layer: int, k_BH1K: Tensor, v_BH1K: Tensor) -> Extended:
-        """Writes one position and returns all."""
+        """Writes one position and returns all of them."""
         k_BHTK, v_BHTK = self.keys[layer], self.values[layer]
         if self.column_1 is None:
             k_BHTK[:, :, -1:], v_BHTK[:, :, -1:] = k_BH1K, v_BH1K
@@ -46,19 +46,19 @@ class Window:
 
 
 class KVCache:
-    """Keys and values of every layer, filled from the left, all sequences alike.
+    """Keys and values of every layer, filled from the left, in the same columns for all sequences.
 
-    A step attends to the filled columns, their number rounded up to a multiple of `bucket`. At 1 it reads no more than
-    there is, and its shapes are others at every step. Within a larger bucket only values of tensors change,
-    so that one CUDA graph serves all its steps.
+    A step attends to the filled columns, rounded up to a multiple of `bucket`. With 1 it reads no more than needed,
+    but every step has other shapes. Within a larger bucket only tensor values change, so that one CUDA graph serves
+    all its steps.
 
     Attributes:
         filled: columns in use.
-        graphs: of the steps, on CUDA with buckets.
+        graphs: CUDA graphs of the steps, with buckets on CUDA.
     """
 
     def __init__(self, layers: int, heads: int, head_dim: int, like: Tensor, bucket: int = 1) -> None:
-        """Dtype and device are those of `like`. It holds nothing before `reset`."""
+        """Dtype and device are those of `like`. No memory is allocated before `reset`."""
         self.bucket, self.filled = bucket, 0
         self.graphs: StepGraphs | None = None
         self._layers, self._heads, self._head_dim, self._like = layers, heads, head_dim, like
@@ -67,11 +67,11 @@ class KVCache:
         self._windows: dict[int, Window] = {}
 
     def reset(self, batch: int, length: int) -> None:
-        """Empties it for `batch` sequences of at most `length` columns; one of that size keeps memory and graphs."""
+        """Empties the cache for `batch` sequences of up to `length` columns; keeps memory and graphs of equal size."""
         length = self._rounded(length)
         shape = (batch, self._heads, length, self._head_dim)
         if not self.keys or self.keys[0].shape != shape:
-            self.keys, self.values, self._windows, self.graphs = [], [], {}, None  # freed before more is taken
+            self.keys, self.values, self._windows, self.graphs = [], [], {}, None  # freed before the allocation
             self.keys = [self._like.new_zeros(shape) for _ in range(self._layers)]
             self.values = [self._like.new_zeros(shape) for _ in range(self._layers)]
             self._mask_B11L = self._like.new_empty(batch, 1, 1, length)
@@ -86,20 +86,20 @@ class KVCache:
         return -(-columns // self.bucket) * self.bucket
 
     def extend(self, layer: int, k_BHSK: Tensor, v_BHSK: Tensor) -> Extended:
-        """Writes the prompts of an empty cache and returns them; `prefilled` ends it."""
+        """Writes one layer's prompts into an empty cache and returns them; `prefilled` follows the last layer."""
         assert self.filled == 0
         length = k_BHSK.shape[2]
         self.keys[layer][:, :, :length], self.values[layer][:, :, :length] = k_BHSK, v_BHSK
         return k_BHSK, v_BHSK, None
 
     def prefilled(self, length: int) -> None:
-        """Says that all layers have written the prompts."""
+        """Marks the prompts as written, in all layers."""
         self.filled = length
         self._position_B.fill_(length - 1)
         self._mask_B11L[..., :length].zero_()
 
     def place(self, rows_R: Tensor, part: "KVCache", end: int) -> None:
-        """Copies what another cache holds into some sequences, so that it ends before column `end`."""
+        """Copies another cache into the sequences `rows_R`, so that it ends before column `end`."""
         start = end - part.filled
         for whole, other in zip([*self.keys, *self.values], [*part.keys, *part.values], strict=True):
             whole[rows_R, :, start:end] = other[:, :, : part.filled]
@@ -108,7 +108,7 @@ class KVCache:
         self.filled, self._ragged = end, True
 
     def next_window(self) -> Window:
-        """The window of the next step, whose column then counts as filled: within a bucket the same object."""
+        """The window of the next step, whose column it marks as filled; within a bucket always the same object."""
         column, self.filled = self.filled, self.filled + 1
         self._column_1.fill_(column)
         self._position_B.add_(1)

@@ -1,9 +1,9 @@
 """Contrastive alignment of image-token rows with text-token rows (Section 3.2, Figure 6).
 
-A caption and its image are each the mean of their tokens' embedding rows; CLIP's symmetric loss asks for an image's
-own caption among the N of a batch, and for a caption's own image.
+A caption and its image are each represented by the mean of their tokens' embedding rows. CLIP's symmetric loss
+classifies each image's caption among the N of a batch, and each caption's image.
 
-Shapes: `B` pairs of this rank, `N` pairs of the global batch, `L` ids of all bags, `D` width, `V` text rows,
+Shapes: `B` pairs on this rank, `N` pairs of the global batch, `L` ids of all bags, `D` width, `V` text rows,
 `I` image codes, `K` neighbors.
 """
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows compared at once.
+# Image rows per product.
 CHUNK = 1024
 
 
@@ -24,21 +24,21 @@ def bag_of_words(rows_VD: Tensor, ids_L: Tensor, starts_B: Tensor) -> Tensor:
 
     Args:
         rows_VD: embedding rows.
-        ids_L: the ids of all bags, one after the other.
-        starts_B: where each bag begins.
+        ids_L: the concatenated ids of all bags.
+        starts_B: offset of each bag.
     """
     return F.normalize(F.embedding_bag(ids_L, rows_VD, starts_B, mode="mean"), dim=-1)
 
 
 def contrastive_nll(own_BD: Tensor, others_ND: Tensor, scale: Tensor, first: int, same_BN: Tensor | None) -> Tensor:
-    """Nll (B,) in nats of each pair's own partner among N candidates.
+    """Nll (B,) in nats of each pair's partner among N candidates.
 
     Args:
         own_BD: normalized bags of one modality.
-        others_ND: normalized bags of the other one; the partner of row b is row `first` + b.
+        others_ND: normalized bags of the other; the partner of row b is row `first` + b.
         scale: inverse temperature, 0-d.
         first: position of this rank's pairs in the global batch.
-        same_BN: candidates that are no negatives; the partner itself always counts.
+        same_BN: candidates to leave out of the negatives; the partner itself always stays.
     """
     target_B = torch.arange(len(own_BD), device=own_BD.device) + first
     logits_BN = scale * own_BD @ others_ND.T
@@ -49,7 +49,10 @@ def contrastive_nll(own_BD: Tensor, others_ND: Tensor, scale: Tensor, first: int
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows, with gradients: each rank's loss reaches every rank's rows."""
+    """Differentiable all-gather: each rank's loss has gradients for every rank's rows.
+
+    Torch's own, `torch.distributed.nn.functional.all_gather`, is deprecated since 2.15 in favor of a private function.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows_BD: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(rows: Tensor) -> Tensor:
-    """Rows of all ranks in rank order (N, ...); every rank must bring equally many."""
+    """Rows of all ranks in rank order (N, ...); every rank must have the same number."""
     if not (dist.is_available() and dist.is_initialized()):
         return rows
     gathered: Tensor = _Gather.apply(rows)
@@ -73,7 +76,7 @@ def gather(rows: Tensor) -> Tensor:
 
 
 class Neighbors(NamedTuple):
-    """The nearest text rows of every image row, by cosine, nearest first.
+    """The nearest text rows of every image row by cosine, nearest first.
 
     Attributes:
         ids_IK: text ids.
@@ -86,7 +89,7 @@ class Neighbors(NamedTuple):
 
 @torch.no_grad()
 def nearest_text_tokens(image_ID: Tensor, text_VD: Tensor, neighbors: int) -> Neighbors:
-    """The K nearest text rows of every image row; rows that are zero are nobody's neighbor before all others."""
+    """The K nearest text rows of every image row; all-zero rows rank last."""
     text_VD = F.normalize(text_VD.float(), dim=-1)
     parts = [
         (F.normalize(part_CD.float(), dim=-1) @ text_VD.T).topk(min(neighbors, len(text_VD)), dim=-1)
@@ -97,12 +100,12 @@ def nearest_text_tokens(image_ID: Tensor, text_VD: Tensor, neighbors: int) -> Ne
 
 @dataclass(frozen=True)
 class Hubness:
-    """How much the neighbor lists crowd on a few text tokens (Radovanovic et al., 2010).
+    """Concentration of the neighbor lists on few text tokens (Radovanovic et al., 2010).
 
     Attributes:
-        skewness: of how often each text token is in a list; 0 for a symmetric spread, large where hubs exist.
-        distinct_nearest: text tokens that are the nearest one of some image id.
-        top10_share: image ids whose nearest token is one of the ten most frequent nearest ones, as a share.
+        skewness: of the number of lists per text token; 0 for a symmetric distribution, large if hubs exist.
+        distinct_nearest: number of text tokens that are the nearest of some image id.
+        top10_share: share of image ids whose nearest token is one of the ten most frequent nearest ones.
     """
 
     skewness: float
@@ -111,11 +114,11 @@ class Hubness:
 
 
 def hubness(neighbors: Neighbors, text_size: int) -> Hubness:
-    """The crowding of neighbor lists over `text_size` text tokens."""
+    """The hubness of neighbor lists over `text_size` text tokens."""
     occurrences_V = torch.bincount(neighbors.ids_IK.flatten(), minlength=text_size).double()
-    centred_V = occurrences_V - occurrences_V.mean()
-    deviation = centred_V.square().mean().sqrt()
-    skewness = float((centred_V**3).mean() / deviation**3) if deviation > 0 else 0.0
+    centered_V = occurrences_V - occurrences_V.mean()
+    deviation = centered_V.square().mean().sqrt()
+    skewness = float((centered_V**3).mean() / deviation**3) if deviation > 0 else 0.0
     nearest_V = torch.bincount(neighbors.ids_IK[:, 0], minlength=text_size)
     top10 = int(nearest_V.topk(min(10, text_size)).values.sum())
     return Hubness(skewness, int((nearest_V > 0).sum()), top10 / len(neighbors.ids_IK))

@@ -1,4 +1,4 @@
-"""The loss: a fused output projection with cross-entropy, and its sums and counts per modality (Figure 4).
+"""Cross-entropy fused with the output projection, in chunks.
 
 Shapes: `N` targets, `D` width, `V` vocabulary, `M` classes; `C` targets of one chunk, `X` of the largest.
 """
@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits held at once, in elements: what stays in a CPU's cache, and what keeps a GPU's cores busy. But so many targets
-# at least that reading the rows for each chunk does not cost more than multiplying by them.
+# Elements of logits per chunk: what fits a CPU's cache, and what keeps a GPU busy.
 CPU_LOGITS, GPU_LOGITS = 2**21, 2**27
+# Minimum targets per chunk: with fewer, reading the rows costs more than multiplying by them.
 TARGETS = 256
-ROWS = 1024  # multiplied by at once on a CPU, whose float32 product by all rows can take 1.6 times as long
+ROWS = 1024  # per matmul on a CPU, where a float32 product with all rows can take 1.6 times as long
 
 
 class TokenLoss(NamedTuple):
-    """The loss to differentiate, and what it is made of.
+    """The loss to differentiate, and its terms.
 
     Attributes:
-        total: sum of nll times token weight, nats, 0-d with gradient.
+        total: weighted sum of nll and z-loss, nats, 0-d with gradient.
         nll_N: negative log-likelihood of each target, nats, float32, without gradient.
         lse_N: logsumexp of each target's logits, float32, without gradient.
     """
@@ -31,27 +31,31 @@ class TokenLoss(NamedTuple):
     lse_N: Tensor
 
 
+# A function with the signature of `linear_cross_entropy`; `z_loss` may be bound.
+LossBackend = Callable[..., TokenLoss]
+
+
 def linear_cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None, z_loss: float = 0.0
 ) -> TokenLoss:
-    """Cross-entropy of `x_ND @ weight_VD.T`, whose logits are never held whole.
+    """Cross-entropy of `x_ND @ weight_VD.T` without materializing the logits.
 
-    Works through chunks of targets and forms the gradient while a chunk's logits are there, so memory does not
-    grow with N x V and nothing is computed twice. Under autocast the products are in its dtype; logsumexp,
-    losses and the sum of the weight's gradient are in float32.
+    Computes the gradient of each chunk of targets in the forward pass, while its logits exist, so memory does not
+    grow with N x V and nothing is computed twice. Under autocast the products have its dtype; logsumexp, losses and
+    the sum of the weight's gradient are float32.
 
     Args:
         x_ND: hidden states.
         weight_VD: output rows.
         target_N: int64 in [0, V).
         token_weight_N: factor of each target in `total`; ones by default.
-        z_loss: factor of lse squared, added to each target's part of `total` but never to `nll_N`.
+        z_loss: factor of lse squared in each target's term of `total`; never in `nll_N`.
     """
     device = x_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
     if token_weight_N is None:
         token_weight_N = torch.ones_like(target_N, dtype=torch.float32)
-    if not torch.is_grad_enabled():  # in a Function's forward it always is off
+    if not torch.is_grad_enabled():  # it is always off inside a Function's forward
         x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
     values = _LinearCrossEntropy.apply(x_ND.to(dtype), weight_VD, target_N, token_weight_N, z_loss)
     return TokenLoss(*values)
@@ -62,38 +66,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, token_weight_N: Tensor, z_loss: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
-        weight_VD = weight_VD.to(x_ND.dtype)  # here, so that autograd does not round the weight's gradient with it
+        x_grad, weight_grad = ctx.needs_input_grad[:2]
+        weight_VD = weight_VD.to(x_ND.dtype)  # here, so that autograd does not round the weight's gradient
         chunk = max(TARGETS, (GPU_LOGITS if x_ND.is_cuda else CPU_LOGITS) // len(weight_VD))
         chunk = max(1, min(chunk, len(x_ND)))
-        # Reused by all chunks: fresh memory of this size costs a CPU as much time as the exponentials.
+        # Reused by all chunks: allocating this much costs a CPU as much time as the exponentials.
         logits_XV = x_ND.new_empty(chunk, len(weight_VD))
         converts = logits_XV.dtype != torch.float32
         prob_XV = torch.empty_like(logits_XV, dtype=torch.float32) if converts else logits_XV
         minus_one_X1 = prob_XV.new_full((chunk, 1), -1.0)
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         lse_N = torch.empty_like(nll_N)
-        grad_x_ND = torch.empty_like(x_ND) if wants_x else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grad_x_ND = torch.empty_like(x_ND) if x_grad else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_grad else None
         with torch.autocast(x_ND.device.type, enabled=False):
             for start in range(0, len(x_ND), chunk):
                 part = slice(start, start + chunk)
                 x_CD, target_C1 = x_ND[part], target_N[part, None]
                 logits_CV, prob_CV = logits_XV[: len(x_CD)], prob_XV[: len(x_CD)]
                 _multiply(x_CD, weight_VD, logits_CV)
-                if converts:  # torch's softmax would, into fresh memory
+                if converts:  # torch's softmax would allocate for it
                     prob_CV.copy_(logits_CV)
                 highest_C1 = prob_CV.amax(1, keepdim=True)
                 below_C1 = highest_C1 - prob_CV.gather(1, target_C1)
                 torch.softmax(prob_CV, dim=1, out=prob_CV)
-                # The highest probability is the inverse of the sum that all of them were divided by.
+                # The highest probability is the inverse of the softmax's denominator.
                 log_sum_C1 = prob_CV.amax(1, keepdim=True).log_().neg_()
                 lse_C1 = highest_C1 + log_sum_C1
                 nll_N[part], lse_N[part] = (below_C1 + log_sum_C1).squeeze(1), lse_C1.squeeze(1)
-                if not (wants_x or wants_weight):
+                if not (x_grad or weight_grad):
                     continue
-                # d total / d logits = weight * (growth * p - onehot); the weight is applied to (C, D), not (C, V), and
-                # all before the cast is in float32, where a growth of 1.002 is not yet 1.
+                # d total / d logits = weight * (growth * p - onehot), the weight applied to (C, D) instead of (C, V).
+                # Float32 until the cast: bfloat16 would round a growth of 1.002 to 1.
                 grad_CV = prob_CV
                 if z_loss:
                     grad_CV *= 1 + 2 * z_loss * lse_C1
@@ -118,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x_ND, grad_weight_VD = ctx.saved_tensors
         return (
             None if grad_x_ND is None else grad_x_ND * grad.to(grad_x_ND.dtype),
-            None if grad_weight_VD is None else grad_weight_VD.mul_(grad),  # the largest tensor there is: no copy
+            None if grad_weight_VD is None else grad_weight_VD.mul_(grad),  # in place: the largest tensor of all
             None,
             None,
             None,
@@ -126,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _multiply(x_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
-    """The logits of a chunk into `out_CV`."""
+    """Writes the logits of a chunk into `out_CV`."""
     rows = ROWS if x_CD.is_cpu else len(weight_VD)
     for start in range(0, len(weight_VD), rows):
         some = slice(start, start + rows)
@@ -136,9 +140,9 @@ def _multiply(x_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
 def torch_linear_cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None, z_loss: float = 0.0
 ) -> TokenLoss:
-    """As `linear_cross_entropy`, by torch's own chunked loss: products in float32, under autocast too.
+    """As `linear_cross_entropy`, by torch's own chunked loss, in float32 even under autocast.
 
-    Of bfloat16 states and rows it would return losses rounded to bfloat16.
+    In bfloat16 torch would return losses rounded to bfloat16.
     """
     x_ND, weight_VD = x_ND.float(), weight_VD.float()
     with torch.autocast(x_ND.device.type, enabled=False):
@@ -151,18 +155,18 @@ def torch_linear_cross_entropy(
     return TokenLoss(total, nll_N.detach(), lse_N.detach())
 
 
-# loss.backend -> a function as `linear_cross_entropy`.
-BACKENDS: dict[str, Callable[..., TokenLoss]] = {
+# By `loss.backend`.
+BACKENDS: dict[str, LossBackend] = {
     "fused": linear_cross_entropy,
     "torch": torch_linear_cross_entropy,
 }
 
 
-def loss_backend(name: str) -> Callable[..., TokenLoss]:
-    """What `loss.backend` names.
+def loss_backend(name: str) -> LossBackend:
+    """The implementation of a `loss.backend`.
 
     Raises:
-        ValueError: if this torch does not have it.
+        ValueError: if the installed torch lacks it.
     """
     if name == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise ValueError(f"loss.backend=torch: torch {torch.__version__} has no chunked loss; use loss.backend=fused")

@@ -1,4 +1,4 @@
-"""CUDA graphs of a decoder's step: its hundreds of launches become one.
+"""CUDA graphs of a decoder's step, which replace hundreds of kernel launches by one.
 
 Shapes: `B` sequences, `D` width.
 """
@@ -11,17 +11,17 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-# Steps before a capture: what compiles, loads or tunes itself at its first calls must not do so during it.
+# Steps before a capture, so that nothing compiles, loads or autotunes during it.
 WARM_UP = 3
-_CAPTURING = Lock()  # a stream takes part in one capture at a time
+_CAPTURE_LOCK = Lock()  # a stream can take part in one capture at a time
 
 
 class StepGraphs:
-    """The graphs of one cache, each captured when its key is first met.
+    """The graphs of one cache, each captured at the first use of its key.
 
-    A replay reads and writes the memory of its capture: the cache's, a copy of the ids, and a pool that these graphs
-    share, as one step is over before the next. So a result is gone with the next step. Caches share no pool:
-    guidance reads the results of two together.
+    A replay uses the memory of its capture: the cache, a copy of the ids, and a pool that these graphs share, since
+    steps follow each other. A result is therefore valid until the next step. Caches have separate pools: guidance reads
+    the results of two caches together.
     """
 
     def __init__(self) -> None:
@@ -30,9 +30,9 @@ class StepGraphs:
         self._refused = False
 
     def run(self, key: Hashable, step: Callable[[Tensor], Tensor], ids_B: Tensor) -> Tensor:
-        """Hidden states (B, D): `step(ids_B)`, which must depend on nothing but the key and values of tensors.
+        """Hidden states (B, D): `step(ids_B)`, which may depend on the key and on tensor values only.
 
-        A capture repeats the step: it must write the same each time.
+        A capture repeats the step, so its writes must be idempotent.
         """
         if key not in self._graphs and not self._refused:
             try:
@@ -41,8 +41,8 @@ class StepGraphs:
                 raise
             except RuntimeError as error:
                 self._refused = True
-                cause = error.__context__ or error  # what went wrong, not that the capture could not end well
-                _say("drawing goes on without CUDA graphs, slower: " + str(cause).partition("\n")[0])
+                cause = error.__context__ or error  # the first error, not the failed end of the capture
+                _warn_once("generation continues without CUDA graphs (slower): " + str(cause).partition("\n")[0])
         if key not in self._graphs:
             return step(ids_B)
         graph, own_B, out_BD = self._graphs[key]
@@ -53,11 +53,11 @@ class StepGraphs:
     def _capture(self, step: Callable[[Tensor], Tensor], ids_B: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         graph, own_B = torch.cuda.CUDAGraph(), ids_B.clone()
         outer, inner = torch.cuda.current_stream(ids_B.device), _side_stream(ids_B.device)
-        with _CAPTURING, torch.cuda.stream(inner):
+        with _CAPTURE_LOCK, torch.cuda.stream(inner):
             inner.wait_stream(outer)
             for _ in range(WARM_UP):
                 step(own_B)
-            # Other threads (a loader's, the demo's page) may use the device meanwhile: their work is not captured.
+            # thread_local: other threads (a loader's, the web page's) may use the device meanwhile.
             with torch.cuda.graph(graph, self._pool, inner, capture_error_mode="thread_local"):
                 out_BD = step(own_B)
         outer.wait_stream(inner)
@@ -66,11 +66,10 @@ class StepGraphs:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for every stream that it has met."""
+    """One stream for all captures: cuBLAS keeps a workspace for every stream that it was used on."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @cache
-def _say(message: str) -> None:
-    """Once, however many caches there are."""
+def _warn_once(message: str) -> None:
     print(message, file=sys.stderr)

@@ -1,8 +1,8 @@
 """An open_lm-compatible decoder (mlfoundations/open_lm at commit 9bb92ef), all of it in this file.
 
-In order: norms, feed-forward layers, attention, block, decoder. Attribute names are open_lm's, so state dicts map name
-by name (`models/open_lm.py`). Two things differ in form, not in value: token rows are kept in blocks, and the loss is
-computed inside the output module's forward (`token_rows.py`).
+In order: config, initialization, norms, feed-forward layers, attention, block, decoder. Attribute names are open_lm's,
+so state dicts map name by name (`models/open_lm.py`). Two things differ in form, not in value: token rows are stored in
+blocks, and the output module computes the loss (`token_rows.py`).
 
 Shapes: `B` batch, `T` tokens, `D` width, `H` heads, `K` head dim, `F` feed-forward width, `V` vocabulary.
 """
@@ -22,217 +22,18 @@ from t2i_lm.models.cache import KVCache, Window
 from t2i_lm.models.packing import Packed, TargetIndex
 from t2i_lm.models.token_rows import Embedding, Output
 
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm computed in float32, as open_lm's `rms_norm`."""
-
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
-
-
-# open_lm's low-precision (`lp_`) norms differ only in the dtype under autocast, which torch's own autocast
-# rules decide here; in float32 they are the same function.
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "default_layer_norm": nn.LayerNorm,
-    "lp_layer_norm": nn.LayerNorm,
-    "gain_only_layer_norm": lambda dim: nn.LayerNorm(dim, bias=False),
-    "gain_only_lp_layer_norm": lambda dim: nn.LayerNorm(dim, bias=False),
-    "no_wb_layer_norm": lambda dim: nn.LayerNorm(dim, elementwise_affine=False),
-    "rms_norm": RMSNorm,
-}
-
-
-def swiglu_width(dim: int) -> int:
-    """8/3 of the model width, rounded up to a multiple of 256."""
-    return 256 * ((int(8 * dim / 3) + 255) // 256)
-
-
-class SwiGLU(nn.Module):
-    """w3(silu(gate) * value) with gate and value from one projection `w12`."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        width = swiglu_width(dim)
-        self.w12 = nn.Linear(dim, 2 * width, bias=False)
-        self.w3 = nn.Linear(width, dim, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_BTF, value_BTF = self.w12(x_BTD).chunk(2, dim=-1)
-        return self.w3(F.silu(gate_BTF) * value_BTF)  # type: ignore[no-any-return]
-
-    def reset_parameters(self, depth: int, generator: Generator) -> None:
-        """Truncated normals of std 1/sqrt(fan-in), the output projection scaled by depth (from 1)."""
-        fan_in_normal_(self.w12.weight, generator)
-        fan_in_normal_(self.w3.weight, generator, depth)
-
-
-class GELU(nn.Sequential):
-    """Two projections with an exact GELU between; four times the model width."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False))
-
-    def reset_parameters(self, depth: int, generator: Generator) -> None:
-        """As `SwiGLU`'s."""
-        first, _, second = self
-        assert isinstance(first, nn.Linear)
-        assert isinstance(second, nn.Linear)
-        fan_in_normal_(first.weight, generator)
-        fan_in_normal_(second.weight, generator, depth)
-
-
-class GemmaGeGLU(nn.Module):
-    """down_proj(gelu(gate_proj) * up_proj), with biases."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        width = swiglu_width(dim)
-        self.gate_proj = nn.Linear(dim, width)
-        self.up_proj = nn.Linear(dim, width)
-        self.down_proj = nn.Linear(width, dim)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def reset_parameters(self, depth: int, generator: Generator) -> None:
-        """Torch's own uniform draw: upstream defines another one and never calls it."""
-        for layer in (self.gate_proj, self.up_proj, self.down_proj):
-            bound = 1 / math.sqrt(layer.in_features)
-            layer.weight.uniform_(-bound, bound, generator=generator)
-            layer.bias.uniform_(-bound, bound, generator=generator)
-
-
-FEED_FORWARDS: dict[str, Callable[[int], SwiGLU | GELU | GemmaGeGLU]] = {
-    "swiglu": SwiGLU,
-    "swiglu_torch": SwiGLU,
-    "gelu": GELU,
-    "gemma_geglu": GemmaGeGLU,
-}
-
-
-def fan_in_normal_(weight: Tensor, generator: Generator, depth: int | None = None) -> None:
-    """A truncated normal of std 1/sqrt(fan-in), divided by sqrt(2 depth) where a depth is given; in place."""
-    std = 1 / math.sqrt(weight.shape[1])
-    trunc_normal_(weight, std if depth is None else std / math.sqrt(2 * depth), generator)
-
-
-def trunc_normal_(tensor: Tensor, std: float, generator: Generator) -> None:
-    """Normal of standard deviation `std`, cut at three of them; in place."""
-    nn.init.trunc_normal_(tensor, std=std, a=-3 * std, b=3 * std, generator=generator)
-
-
 POSITIONS = ("rotary", "llama_rotary", "head_rotary", "none")
 ROTARY = ("rotary", "llama_rotary")
 ROTARY_BASE = 10_000.0
-SHORT = 512  # positions up to which `attend` may hold all scores
-HALF = (torch.float16, torch.bfloat16)
 Rotary = tuple[Tensor, Tensor] | None  # cosines and sines that broadcast to (B, H, T, K)
-
-
-def rotary_table(positions: str, length: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, K) of each entry's angle."""
-    inv_freq = 1.0 / (ROTARY_BASE ** (torch.arange(0, head_dim, 2).float() / head_dim))
-    angles = torch.outer(torch.arange(length).float(), inv_freq)
-    pairs = positions == "llama_rotary"
-    angles = angles.repeat_interleave(2, dim=-1) if pairs else torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def turn_halves(x: Tensor) -> Tensor:
-    """A quarter turn of the pairs (x_i, x_{i+K/2}), which `rotary` rotates."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def turn_neighbors(x: Tensor) -> Tensor:
-    """A quarter turn of the pairs (x_2i, x_2i+1), which `llama_rotary` rotates."""
-    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-
-
-def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention; the mask is added to scores.
-
-    Torch's bfloat16 flash kernel for CPUs is slow at short sequences (5 times slower than plain products at
-    104 positions, 1.5 times at 320), so these take plain products. Of one position it is slow, too: compiled sums,
-    which read keys and values once, make a whole step an eighth shorter.
-    """
-    B, H, T, K = q_BHTK.shape
-    if q_BHTK.is_cpu and T == 1 and torch.compiler.is_compiling():
-        scores_BHT1 = (q_BHTK * k_BHTK).sum(-1, keepdim=True) / math.sqrt(K)
-        if mask is not None:
-            scores_BHT1 = scores_BHT1 + mask.transpose(2, 3)
-        return (scores_BHT1.softmax(2) * v_BHTK).sum(2, keepdim=True)
-    if q_BHTK.is_cpu and q_BHTK.dtype == torch.bfloat16 and causal and T <= SHORT:
-        mask_TT = torch.full((T, T), float("-inf"), dtype=q_BHTK.dtype).triu(1)
-        q_XTK, k_XTK, v_XTK = (x.reshape(B * H, T, K) for x in (q_BHTK, k_BHTK, v_BHTK))
-        scores_XTT = torch.baddbmm(mask_TT, q_XTK, k_XTK.transpose(1, 2), alpha=1 / math.sqrt(K))
-        return (scores_XTT.softmax(dim=-1) @ v_XTK).view(B, H, T, K)
-    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=causal)
-
-
-def attend_packed(q_1HNK: Tensor, k_1HNK: Tensor, v_1HNK: Tensor, packed: Packed) -> Tensor:
-    """Causal attention within each of the packed sequences.
-
-    A kernel that starts again at every sequence exists for half precision on GPUs; elsewhere queries, keys and values
-    are padded once more, a small part of the whole work.
-    """
-    if q_1HNK.is_cuda and v_1HNK.dtype in HALF and q_1HNK.shape[-1] % 8 == 0:
-        q_NHK, k_NHK, v_NHK = (x[0].transpose(0, 1).to(v_1HNK.dtype) for x in (q_1HNK, k_1HNK, v_1HNK))
-        ends_S, T = packed.ends_S, packed.shape[1]
-        out_NHK = varlen_attn(q_NHK, k_NHK, v_NHK, ends_S, ends_S, T, T, window_size=(-1, 0))
-        assert isinstance(out_NHK, Tensor)
-        return out_NHK.transpose(0, 1)[None]
-    out_BHTK = attend(packed.pad(q_1HNK), packed.pad(k_1HNK), packed.pad(v_1HNK), causal=True)
-    return packed.unpad(out_BHTK)
-
-
-class Attention(nn.Module):
-    """Causal multi-head attention with a fused query-key-value projection."""
-
-    def __init__(self, layer: int, dim: int, n_heads: int, positions: str, norm: Callable[[int], nn.Module]) -> None:
-        """`norm` is that of queries and keys."""
-        super().__init__()
-        self.layer, self.n_heads = layer, n_heads
-        self.in_proj = nn.Linear(dim, 3 * dim, bias=False)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
-        self.q_norm, self.k_norm = norm(dim), norm(dim)
-        self.turn = turn_neighbors if positions == "llama_rotary" else turn_halves
-
-    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | Packed | None) -> Tensor:
-        B, T, D = x_BTD.shape
-        q_BTD, k_BTD, v_BTD = self.in_proj(x_BTD).chunk(3, dim=-1)
-        heads = (B, T, self.n_heads, D // self.n_heads)
-        q_BHTK = self.q_norm(q_BTD).view(heads).transpose(1, 2)
-        k_BHTK = self.k_norm(k_BTD).view(heads).transpose(1, 2)
-        v_BHTK = v_BTD.view(heads).transpose(1, 2)
-        if rotary is not None:
-            cos, sin = rotary
-            q_BHTK = (q_BHTK * cos + self.turn(q_BHTK) * sin).to(v_BHTK.dtype)
-            k_BHTK = (k_BHTK * cos + self.turn(k_BHTK) * sin).to(v_BHTK.dtype)
-        if isinstance(store, Packed):
-            out_BHTK = attend_packed(q_BHTK, k_BHTK, v_BHTK, store)
-        else:
-            mask = None
-            if store is not None:
-                k_BHTK, v_BHTK, mask = store.extend(self.layer, k_BHTK, v_BHTK)
-            out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal=T > 1, mask=mask)
-        return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
-
-
-CUDA_BUCKET = 128  # 9 graphs for 1,088 positions, of which a step reads 64 more on average than it must
+SHORT = 512  # positions up to which bfloat16 attention on a CPU materializes the scores
+HALF = (torch.float16, torch.bfloat16)
+CUDA_BUCKET = 128  # cache columns: 9 CUDA graphs for 1,088 positions; a step reads 64 columns too many on average
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """open_lm's model JSON, with its key names."""
+    """open_lm's model JSON, under its key names."""
 
     hidden_dim: int
     n_layers: int
@@ -262,6 +63,198 @@ class DecoderConfig:
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected one of {', '.join(values)}")
 
 
+def fan_in_normal_(weight: Tensor, generator: Generator, depth: int | None = None) -> None:
+    """Normal of std 1/sqrt(fan-in), divided by sqrt(2 depth) if a depth is given, truncated at 3 std; in place."""
+    std = 1 / math.sqrt(weight.shape[1])
+    std = std if depth is None else std / math.sqrt(2 * depth)
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm computed in float32, as open_lm's `rms_norm`."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_float = x.float()
+        normed = x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+# open_lm's low-precision (`lp_`) norms differ only in their dtype under autocast, which torch's autocast rules decide
+# here; in float32 they are the same function.
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "default_layer_norm": nn.LayerNorm,
+    "lp_layer_norm": nn.LayerNorm,
+    "gain_only_layer_norm": lambda dim: nn.LayerNorm(dim, bias=False),
+    "gain_only_lp_layer_norm": lambda dim: nn.LayerNorm(dim, bias=False),
+    "no_wb_layer_norm": lambda dim: nn.LayerNorm(dim, elementwise_affine=False),
+    "rms_norm": RMSNorm,
+}
+
+
+def swiglu_width(dim: int) -> int:
+    """8/3 of the model width, rounded up to a multiple of 256."""
+    return 256 * ((int(8 * dim / 3) + 255) // 256)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(gate) * value) with gate and value from one projection `w12`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        width = swiglu_width(dim)
+        self.w12 = nn.Linear(dim, 2 * width, bias=False)
+        self.w3 = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate_BTF, value_BTF = self.w12(x_BTD).chunk(2, dim=-1)
+        return self.w3(F.silu(gate_BTF) * value_BTF)  # type: ignore[no-any-return]
+
+    def reset_parameters(self, depth: int, generator: Generator) -> None:
+        """Truncated normals of std 1/sqrt(fan-in), the output projection scaled by depth (counted from 1)."""
+        fan_in_normal_(self.w12.weight, generator)
+        fan_in_normal_(self.w3.weight, generator, depth)
+
+
+class GELU(nn.Sequential):
+    """Two projections around an exact GELU; four times the model width."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False))
+
+    def reset_parameters(self, depth: int, generator: Generator) -> None:
+        """As `SwiGLU`'s."""
+        first, _, second = self
+        assert isinstance(first, nn.Linear)
+        assert isinstance(second, nn.Linear)
+        fan_in_normal_(first.weight, generator)
+        fan_in_normal_(second.weight, generator, depth)
+
+
+class GemmaGeGLU(nn.Module):
+    """down_proj(gelu(gate_proj) * up_proj), with biases."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        width = swiglu_width(dim)
+        self.gate_proj = nn.Linear(dim, width)
+        self.up_proj = nn.Linear(dim, width)
+        self.down_proj = nn.Linear(width, dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def reset_parameters(self, depth: int, generator: Generator) -> None:
+        """Torch's default uniform initialization: upstream defines another and never calls it."""
+        for layer in (self.gate_proj, self.up_proj, self.down_proj):
+            bound = 1 / math.sqrt(layer.in_features)
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            layer.bias.uniform_(-bound, bound, generator=generator)
+
+
+FEED_FORWARDS: dict[str, Callable[[int], SwiGLU | GELU | GemmaGeGLU]] = {
+    "swiglu": SwiGLU,
+    "swiglu_torch": SwiGLU,
+    "gelu": GELU,
+    "gemma_geglu": GemmaGeGLU,
+}
+
+
+def rotary_table(positions: str, length: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (length, K) of each entry's angle."""
+    inv_freq = 1.0 / (ROTARY_BASE ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    angles = torch.outer(torch.arange(length).float(), inv_freq)
+    pairs = positions == "llama_rotary"
+    angles = angles.repeat_interleave(2, dim=-1) if pairs else torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def turn_halves(x: Tensor) -> Tensor:
+    """Quarter turn of the pairs (x_i, x_{i+K/2}), which `rotary` rotates."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def turn_neighbors(x: Tensor) -> Tensor:
+    """Quarter turn of the pairs (x_2i, x_2i+1), which `llama_rotary` rotates."""
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention; the mask is added to the scores.
+
+    Torch's bfloat16 flash kernel for CPUs is slow on short sequences (5 times slower than plain products at
+    104 positions, 1.5 times at 320), which therefore use plain products. It is also slow on one position: compiled
+    sums, which read keys and values once, make a whole step an eighth shorter.
+    """
+    B, H, T, K = q_BHTK.shape
+    if q_BHTK.is_cpu and T == 1 and torch.compiler.is_compiling():
+        scores_BHT1 = (q_BHTK * k_BHTK).sum(-1, keepdim=True) / math.sqrt(K)
+        if mask is not None:
+            scores_BHT1 = scores_BHT1 + mask.transpose(2, 3)
+        return (scores_BHT1.softmax(2) * v_BHTK).sum(2, keepdim=True)
+    if q_BHTK.is_cpu and q_BHTK.dtype == torch.bfloat16 and causal and T <= SHORT:
+        mask_TT = torch.full((T, T), float("-inf"), dtype=q_BHTK.dtype).triu(1)
+        q_XTK, k_XTK, v_XTK = (x.reshape(B * H, T, K) for x in (q_BHTK, k_BHTK, v_BHTK))
+        scores_XTT = torch.baddbmm(mask_TT, q_XTK, k_XTK.transpose(1, 2), alpha=1 / math.sqrt(K))
+        return (scores_XTT.softmax(dim=-1) @ v_XTK).view(B, H, T, K)
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=causal)
+
+
+def attend_packed(q_1HNK: Tensor, k_1HNK: Tensor, v_1HNK: Tensor, packed: Packed) -> Tensor:
+    """Causal attention within each packed sequence.
+
+    The variable-length kernel exists for half precision on GPUs; elsewhere queries, keys and values are padded again,
+    a small part of the whole work.
+    """
+    if q_1HNK.is_cuda and v_1HNK.dtype in HALF and q_1HNK.shape[-1] % 8 == 0:
+        q_NHK, k_NHK, v_NHK = (x[0].transpose(0, 1).to(v_1HNK.dtype) for x in (q_1HNK, k_1HNK, v_1HNK))
+        offsets_S, T = packed.offsets_S, packed.shape[1]
+        out_NHK = varlen_attn(q_NHK, k_NHK, v_NHK, offsets_S, offsets_S, T, T, window_size=(-1, 0))
+        assert isinstance(out_NHK, Tensor)
+        return out_NHK.transpose(0, 1)[None]
+    out_BHTK = attend(packed.pad(q_1HNK), packed.pad(k_1HNK), packed.pad(v_1HNK), causal=True)
+    return packed.unpad(out_BHTK)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with a fused query-key-value projection."""
+
+    def __init__(self, layer: int, dim: int, n_heads: int, positions: str, norm: Callable[[int], nn.Module]) -> None:
+        """`norm` applies to queries and keys."""
+        super().__init__()
+        self.layer, self.n_heads = layer, n_heads
+        self.in_proj = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.q_norm, self.k_norm = norm(dim), norm(dim)
+        self.turn = turn_neighbors if positions == "llama_rotary" else turn_halves
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | Packed | None) -> Tensor:
+        B, T, D = x_BTD.shape
+        q_BTD, k_BTD, v_BTD = self.in_proj(x_BTD).chunk(3, dim=-1)
+        heads = (B, T, self.n_heads, D // self.n_heads)
+        q_BHTK = self.q_norm(q_BTD).view(heads).transpose(1, 2)
+        k_BHTK = self.k_norm(k_BTD).view(heads).transpose(1, 2)
+        v_BHTK = v_BTD.view(heads).transpose(1, 2)
+        if rotary is not None:
+            cos, sin = rotary
+            q_BHTK = (q_BHTK * cos + self.turn(q_BHTK) * sin).to(v_BHTK.dtype)
+            k_BHTK = (k_BHTK * cos + self.turn(k_BHTK) * sin).to(v_BHTK.dtype)
+        if isinstance(store, Packed):
+            out_BHTK = attend_packed(q_BHTK, k_BHTK, v_BHTK, store)
+        else:
+            mask = None
+            if store is not None:
+                k_BHTK, v_BHTK, mask = store.extend(self.layer, k_BHTK, v_BHTK)
+            out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal=T > 1, mask=mask)
+        return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
+
+
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
@@ -287,7 +280,7 @@ class Decoder(Backbone):
     is. `none` is the same function.
 
     Attributes:
-        bucket: columns by which the cache that a step of a drawing reads grows; None is `CUDA_BUCKET` on CUDA, else 1.
+        bucket: bucket size of `generation_cache`; None for `CUDA_BUCKET` on CUDA, else 1.
     """
 
     config: DecoderConfig
@@ -313,10 +306,10 @@ class Decoder(Backbone):
             self.register_buffer("rotary_sin", sin_TK, persistent=False)
 
     def rotary(self, length: int) -> Rotary:
-        """Cosines and sines (T, K) of the first positions, or None for a position-free model.
+        """Cosines and sines (T, K) of the first positions; None for a position-free model.
 
         Raises:
-            ValueError: if they run past `seq_len`.
+            ValueError: if there are more than `seq_len`.
         """
         if self.config.positional_embedding_type not in ROTARY:
             return None
@@ -328,30 +321,27 @@ class Decoder(Backbone):
             raise ValueError(f"position {length} is past the decoder's seq_len={self.config.seq_len}")
 
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Final normalized hidden states (B, T, D); an empty cache keeps the keys and values."""
         x_BTD = self._hidden(ids_BT, self.rotary(ids_BT.shape[1]), cache)
         if cache is not None:
             cache.prefilled(ids_BT.shape[1])
         return x_BTD
 
-    def wanted(self, wanted_BT: Tensor) -> TargetIndex:
-        """Where the mask holds, and what is computed for it."""
-        return TargetIndex.where(wanted_BT, self._packing)
+    def target_index(self, mask_BT: Tensor) -> TargetIndex:
+        return TargetIndex.from_mask(mask_BT, self._packing)
 
-    def hidden_at(self, ids_BT: Tensor, wanted: TargetIndex) -> Tensor:
-        """Final normalized hidden states (N, D) where wanted, without computing what they do not depend on."""
-        packed, rotary = wanted.packed, self.rotary(ids_BT.shape[1])
+    def hidden_at(self, ids_BT: Tensor, index: TargetIndex) -> Tensor:
+        packed, rotary = index.packed, self.rotary(ids_BT.shape[1])
         if packed is None:
-            return super().hidden_at(ids_BT, wanted)
+            return super().hidden_at(ids_BT, index)
         if rotary is not None:
             rotary = rotary[0][packed.position_N], rotary[1][packed.position_N]
-        return self._hidden(packed.pack(ids_BT), rotary, packed)[0].index_select(0, packed.wanted_M)
+        return self._hidden(packed.pack(ids_BT), rotary, packed)[0].index_select(0, packed.target_M)
 
     def _hidden(self, ids_BT: Tensor, rotary: Rotary, store: KVCache | Packed | None) -> Tensor:
         x_BTD = self.post_embed_norm(self.tok_embeddings(ids_BT))
         for block in self.layers:
             if isinstance(store, KVCache):
-                x_BTD = block.forward(x_BTD, rotary, store)  # past `torch.compile`, whose graphs are of training
+                x_BTD = block.forward(x_BTD, rotary, store)  # bypasses `torch.compile`, whose graphs are for training
             elif self._checkpointing and self.training:
                 x_BTD = checkpoint(block, x_BTD, rotary, store, use_reentrant=False)
             else:
@@ -359,7 +349,6 @@ class Decoder(Backbone):
         return self.norm(x_BTD)  # type: ignore[no-any-return]
 
     def next_hidden(self, ids_B: Tensor, cache: KVCache, image_rows_only: bool = False) -> Tensor:
-        """Final normalized hidden states (B, D) of one more position."""
         step, window = self._compiled_step or self._step, cache.next_window()
         if cache.graphs is None:
             return step(ids_B, window, image_rows_only)
@@ -376,35 +365,33 @@ class Decoder(Backbone):
         return self.norm(x_B1D)[:, 0]  # type: ignore[no-any-return]
 
     def compile_steps(self) -> None:
-        """Compiles `next_hidden`: some seconds at the first images, then less time a token."""
+        """Compiles `next_hidden`: some seconds at the first images, then less time per token."""
         self._compiled_step = torch.compile(self._step)
 
     @property
-    def draws_compiled(self) -> bool:
-        """Whether the step is compiled; the blocks that `trainer.compile` compiles are passed by."""
+    def generates_compiled(self) -> bool:
+        """Whether the step is compiled; steps bypass the blocks that `trainer.compile` compiles."""
         return self._compiled_step is not None
 
     def enable_activation_checkpointing(self) -> None:
-        """Recomputes each block in the backward pass."""
         self._checkpointing = True
 
     def enable_packing(self) -> None:
-        """Computes in `hidden_at` only what is needed."""
         self._packing = True
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """A static cache on the decoder's device.
 
         Raises:
-            ValueError: if a decoder with positions has fewer.
+            ValueError: if `length` exceeds the positions of a decoder that has any.
         """
         return self._cache(batch, length, self._empty_cache(1))
 
-    def drawing_cache(self, batch: int, length: int, used: KVCache | None = None) -> KVCache:
-        """As `new_cache`, with buckets and graphs on CUDA, which a `used` cache of the same size has already.
+    def generation_cache(self, batch: int, length: int, used: KVCache | None = None) -> KVCache:
+        """As `new_cache`, on CUDA with buckets and graphs, which are kept from a `used` cache of the same size.
 
         Raises:
-            ValueError: if a decoder with positions has fewer.
+            ValueError: if `length` exceeds the positions of a decoder that has any.
         """
         bucket = self.bucket or (CUDA_BUCKET if self.output.text.is_cuda else 1)
         return self._cache(batch, length, used or self._empty_cache(bucket))

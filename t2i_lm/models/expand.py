@@ -1,4 +1,4 @@
-"""Expanding a decoder's embedding and output by the special and image rows (Section 2.1).
+"""Expansion of a decoder's embedding and output by special and image rows (Section 2.1).
 
 Shapes: `I` image codes, `E` code width, `D` width.
 """
@@ -14,13 +14,13 @@ from t2i_lm.models.decoder import fan_in_normal_
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.tokenizers.joint_vocab import SPECIALS, JointVocab
 
-# Of `mean_rows`: how much of the random draw is added, so that no two rows start equal.
+# Share of the random rows that `mean_rows` adds, so that no two rows start equal.
 MEAN_NOISE = 0.01
 
 
 @dataclass(frozen=True)
 class ImageRowSource:
-    """What image rows may start from besides chance.
+    """Non-random initial values of the image rows.
 
     Attributes:
         codebook_IE: the image tokenizer's code vectors.
@@ -31,23 +31,23 @@ class ImageRowSource:
     aligned_ID: Tensor | None = None
 
 
-# Each changes drawn rows (rows, D) in place: (rows, the matrix, whether it is the embedding, source, generator).
+# Changes randomly initialized rows (rows, D) in place: (rows, matrix, whether it is the embedding, source, generator).
 RowRule = Callable[[Tensor, TokenRows, bool, ImageRowSource, Generator], None]
 
 
 def random_rows(rows: Tensor, *_: object) -> None:
-    """open_lm's own draw, as it is."""
+    """open_lm's own random initialization, unchanged."""
 
 
 def mean_rows(rows: Tensor, matrix: TokenRows, *_: object) -> None:
-    """The mean of the text rows, with a little of the draw."""
+    """The mean of the text rows plus `MEAN_NOISE` times the random rows."""
     rows.mul_(MEAN_NOISE).add_(matrix.text.mean(dim=0))
 
 
 def codebook_rows(
     rows_ID: Tensor, matrix: TokenRows, embedding: bool, source: ImageRowSource, generator: Generator
 ) -> None:
-    """Code vectors, standardised and projected at random to the scale of the draw: near codes get near rows."""
+    """Code vectors, standardized and randomly projected to the random rows' scale: near codes get near rows."""
     assert source.codebook_IE is not None
     codes_IE = source.codebook_IE.to(rows_ID)
     codes_IE = (codes_IE - codes_IE.mean(dim=0)) / codes_IE.std(dim=0).clamp(min=1e-6)
@@ -57,13 +57,13 @@ def codebook_rows(
 
 
 def aligned_rows(rows_ID: Tensor, matrix: TokenRows, embedding: bool, source: ImageRowSource, *_: object) -> None:
-    """Rows of a contrastive run in the embedding; the output, which it does not train, keeps the draw."""
+    """Rows of a contrastive run in the embedding; the output, which it does not train, stays random."""
     assert source.aligned_ID is not None
     if embedding:
         rows_ID.copy_(source.aligned_ID)
 
 
-# `new_rows` -> what becomes of the drawn image rows. Boundary tokens keep the draw but for `mean`.
+# `new_rows` -> initialization of the image rows. Special rows stay random except under `mean`.
 ROW_RULES: dict[str, RowRule] = {
     "random": random_rows,
     "mean": mean_rows,
@@ -80,24 +80,24 @@ def expand_vocabulary(
     new_rows: str = "random",
     source: ImageRowSource | None = None,
 ) -> JointVocab:
-    """Adds rows for `SPECIALS` and `image_size` codes, drawn as open_lm draws its own.
+    """Adds rows for `SPECIALS` and `image_size` codes, initialized as open_lm initializes its own.
 
-    The draw depends on the generator alone, so two decoders expanded with equal generators get identical
-    new rows whatever their other weights (`mean` adds to them the mean of the text rows); old rows are not
-    touched. A tied decoder stays tied.
+    The random rows depend on the generator alone: decoders expanded with equal generators get identical new rows,
+    whatever their other weights (`mean` adds the mean of the text rows). Existing rows are unchanged, and a tied
+    decoder stays tied.
 
     Args:
-        decoder: an unexpanded one.
+        decoder: not yet expanded.
         image_size: image codes I.
-        generator: of the draw.
+        generator: of the random rows.
         new_rows: one of `ROW_RULES`.
-        source: what `codebook` and `aligned` start from.
+        source: initial values for `codebook` and `aligned`.
 
     Raises:
-        ValueError: if the decoder is expanded already, or the source's rows have another shape.
+        ValueError: if the decoder is already expanded, or the source's rows have another shape.
     """
     if decoder.output.image is not None:
-        raise ValueError("the decoder's vocabulary is expanded already")
+        raise ValueError("the decoder's vocabulary is already expanded")
     vocab = JointVocab(decoder.config.vocab_size, image_size)
     dim = decoder.config.hidden_dim
     source = source or ImageRowSource()
@@ -105,13 +105,13 @@ def expand_vocabulary(
     if aligned_ID is not None and aligned_ID.shape != (image_size, dim):
         raise ValueError(f"aligned rows have shape {tuple(aligned_ID.shape)}, expected {(image_size, dim)}")
     matrices: list[TokenRows] = [decoder.tok_embeddings, decoder.output]
-    drawn = matrices[:1] if decoder.config.weight_tying else matrices
-    for matrix in drawn:
+    untied = matrices[:1] if decoder.config.weight_tying else matrices
+    for matrix in untied:
         for name, count in (("special", len(SPECIALS)), ("image", image_size)):
             rows = nn.Parameter(matrix.text.new_empty(count, dim))
             fan_in_normal_(rows, generator)
             setattr(matrix, name, rows)
-    for matrix in drawn:  # after all draws, so that no rule shifts another's
+    for matrix in untied:  # after all random rows, so that a rule does not shift the generator for the next
         for name in ("special", "image") if new_rows == "mean" else ("image",):
             rule = ROW_RULES[new_rows]
             rule(getattr(matrix, name), matrix, matrix is decoder.tok_embeddings, source, generator)

@@ -1,29 +1,33 @@
-"""The language model of an experiment: read or drawn, and which of its parameters learn."""
+"""The language model of an experiment: its backbone by format and initialization, and its trainable parameters."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, nn
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import is_plugin
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.float8 import float8_layers
 from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.fsdp import blocks_of
-from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
+from t2i_lm.models.huggingface import empty_huggingface, is_huggingface, load_huggingface
 from t2i_lm.models.lora import add_adapters
 from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
 from t2i_lm.runtime.devices import can_compile
+from t2i_lm.runtime.plugins import BACKBONE, find_plugin
 from t2i_lm.runtime.seeds import generator
+from t2i_lm.storage.hashing import weights_sha256
 
 
 @torch.no_grad()
 def shuffle_entries(model: nn.Module, generator: Generator) -> None:
-    """Permutes the entries of every tensor within it: the same statistics, no knowledge."""
+    """Permutes the entries within each tensor, which keeps their statistics."""
     for parameter in model.parameters():
         order = torch.randperm(parameter.numel(), generator=generator)
         parameter.copy_(parameter.flatten()[order.to(parameter.device)].view_as(parameter))
@@ -37,10 +41,10 @@ def copy_text_rows(source: Backbone, target: Backbone) -> None:
 
 
 def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig:
-    """The unexpanded decoder's config; its rotary table is long enough for `length` positions.
+    """The unexpanded open_lm decoder's config, with rotary tables of at least `length` positions.
 
     Raises:
-        ValueError: if the config names no architecture, or a file that is not one.
+        ValueError: if the config has no architecture, or a file that is not one.
     """
     backbone = config.backbone
     source: str | Path | None = backbone.config
@@ -64,32 +68,126 @@ def huggingface_folder(config: ExperimentConfig) -> Path | None:
     return folder if is_huggingface(folder) else None
 
 
+@dataclass(frozen=True)
+class BackboneFormat:
+    """A library's backbones.
+
+    Attributes:
+        recognizes: whether a config selects one.
+        empty: the unexpanded backbone with uninitialized weights.
+        pretrained: the weights at `backbone.path`.
+    """
+
+    name: str
+    recognizes: Callable[[ExperimentConfig], bool]
+    empty: Callable[[ExperimentConfig], Backbone]
+    pretrained: Callable[[ExperimentConfig], Backbone]
+
+
+def _empty_open_lm(config: ExperimentConfig) -> Backbone:
+    return Decoder(decoder_architecture(config, config.data.length))
+
+
+def _pretrained_open_lm(config: ExperimentConfig) -> Backbone:
+    assert config.backbone.path is not None
+    return load_open_lm(resolve(config.backbone.path), vars(decoder_architecture(config, config.data.length)))
+
+
+def _empty_huggingface(config: ExperimentConfig) -> Backbone:
+    folder = huggingface_folder(config)
+    assert folder is not None
+    return empty_huggingface(folder)
+
+
+def _pretrained_huggingface(config: ExperimentConfig) -> Backbone:
+    assert config.backbone.path is not None
+    return load_huggingface(resolve(config.backbone.path))
+
+
+# Methods that `Backbone` leaves to its subclasses.
+METHODS = (
+    "hidden",
+    "next_hidden",
+    "enable_activation_checkpointing",
+    "enable_packing",
+    "compile_steps",
+    "draws_compiled",
+    "new_cache",
+    "reset_parameters",
+)
+# Hash of each plug-in's pre-trained weights in this process: an alignment keeps no more of a backbone than its rows.
+_PLUGIN_SHA256: dict[str, str] = {}
+
+
+def _from_plugin(config: ExperimentConfig, pretrained: bool) -> Backbone:
+    path = config.backbone.path
+    assert path is not None
+    if config.backbone.config is not None:
+        raise ValueError(f"backbone.config={config.backbone.config}: expected null, {path} has its own architecture")
+    plugin = find_plugin(BACKBONE, path, [known.name for known in FORMATS])
+    backbone: Any = plugin.function(plugin.argument, pretrained)
+    if not isinstance(backbone, Backbone):
+        made = type(backbone).__name__
+        raise ValueError(f"{plugin.where}: {made} of {plugin.origin} is no t2i_lm.models.backbone.Backbone")
+    plugin.require(backbone, ("sha256", "config", "tok_embeddings", "output"))
+    missing = [name for name in METHODS if getattr(type(backbone), name) is getattr(Backbone, name)]
+    if missing:
+        raise ValueError(f"{plugin.where}: {type(backbone).__name__} of {plugin.origin} lacks {', '.join(missing)}")
+    if pretrained:
+        _PLUGIN_SHA256[path] = str(backbone.sha256)
+    return backbone
+
+
+# Tried in order.
+FORMATS = (
+    BackboneFormat(
+        "plugin",
+        lambda config: is_plugin(config.backbone.path),
+        lambda config: _from_plugin(config, pretrained=False),
+        lambda config: _from_plugin(config, pretrained=True),
+    ),
+    BackboneFormat(
+        "transformers",
+        lambda config: huggingface_folder(config) is not None,
+        _empty_huggingface,
+        _pretrained_huggingface,
+    ),
+    BackboneFormat("open_lm", lambda config: True, _empty_open_lm, _pretrained_open_lm),
+)
+
+
+def _format(config: ExperimentConfig) -> BackboneFormat:
+    return next(known for known in FORMATS if known.recognizes(config))
+
+
 def empty_backbone(config: ExperimentConfig) -> Backbone:
-    """The unexpanded backbone, its weights yet to be drawn.
+    """The unexpanded backbone with uninitialized weights.
 
     Raises:
-        ValueError: if it has fewer positions than `data.length`.
+        ValueError: if it has fewer positions than `data.length`, or a plug-in cannot be used.
     """
-    folder = huggingface_folder(config)
-    if folder is not None:
-        return _with_positions(empty_huggingface(folder), config)
-    return Decoder(decoder_architecture(config, config.data.length))
+    return _with_positions(_format(config).empty(config), config)
 
 
 def pretrained_backbone(config: ExperimentConfig) -> Backbone:
     """The weights at `backbone.path`.
 
     Raises:
-        ValueError: if they cannot be read or do not fit.
+        ValueError: if they cannot be read or do not fit, or a plug-in cannot be used.
     """
-    assert config.backbone.path is not None
-    if huggingface_folder(config) is not None:
-        return _with_positions(load_huggingface(resolve(config.backbone.path)), config)
-    return load_open_lm(resolve(config.backbone.path), vars(decoder_architecture(config, config.data.length)))
+    return _with_positions(_format(config).pretrained(config), config)
+
+
+def weights_hashes(config: ExperimentConfig) -> dict[str, str] | None:
+    """Hashes by file of the weights that a built experiment started from; None where these were random."""
+    path = config.backbone.path
+    if path is None or config.init == "random":
+        return None
+    return {path: _PLUGIN_SHA256[path]} if is_plugin(path) else weights_sha256(resolve(path))
 
 
 def random_backbone(config: ExperimentConfig) -> Backbone:
-    """All weights drawn from the seed."""
+    """All weights random, from the seed."""
     backbone = empty_backbone(config)
     backbone.reset_parameters(generator(config.seed, "decoder"))
     return backbone
@@ -128,7 +226,7 @@ INITIALIZATIONS: dict[str, Callable[[ExperimentConfig], Backbone]] = {
 
 
 def build_backbone(config: ExperimentConfig) -> Backbone:
-    """The unexpanded backbone as `init` says; all arms take this path.
+    """The unexpanded backbone with the weights of `init`.
 
     Raises:
         ValueError: if weights cannot be read or do not fit.
@@ -136,14 +234,14 @@ def build_backbone(config: ExperimentConfig) -> Backbone:
     return INITIALIZATIONS[config.init](config)
 
 
-def _with_positions(backbone: HuggingFaceDecoder, config: ExperimentConfig) -> HuggingFaceDecoder:
+def _with_positions(backbone: Backbone, config: ExperimentConfig) -> Backbone:
     if config.data.length > backbone.config.seq_len:
         raise ValueError(f"data.length={config.data.length}: the backbone has {backbone.config.seq_len} positions")
     return backbone
 
 
 def choose_trained(decoder: Backbone, config: ExperimentConfig) -> None:
-    """Freezes what `tune` and `freeze` say, and adds adapters; before a strategy wraps the decoder."""
+    """Freezes all parameters outside `tune` and all in `freeze`, and adds adapters; before a strategy wraps it."""
     tune_only(decoder, config.tune)
     if config.freeze:
         freeze(decoder, config.freeze)
@@ -152,10 +250,10 @@ def choose_trained(decoder: Backbone, config: ExperimentConfig) -> None:
 
 
 def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:
-    """Packing, recomputation and compilation, as the trainer's keys say; before a strategy wraps the decoder.
+    """Turns on packing, float8, activation checkpointing and compilation; before a strategy wraps the decoder.
 
     Raises:
-        ValueError: if the backbone cannot be packed or has no layers for float8, which training alone turns on.
+        ValueError: if the backbone cannot be packed or has no layers for float8.
     """
     if config.trainer.packing:
         decoder.enable_packing()

@@ -1,19 +1,19 @@
-"""Float8 products in the layers of a language model by torchao (the extra `fp8`); what is trained stays as it is."""
+"""Float8 matmuls in the linear layers of a language model by torchao (extra `fp8`); parameters stay as they are."""
 
 from torch import nn
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.fsdp import blocks_of
 
-# What the sizes of a float8 product must be multiples of.
+# The sizes of a float8 matmul must be multiples of this.
 MULTIPLE = 16
 
 
 def float8_layers(model: Backbone) -> list[str]:
-    """Names of the linear layers in the blocks, adapters excluded; token rows and loss are none of them.
+    """Names of the linear layers in the blocks, adapters excluded; token rows and loss stay as they are.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there are none.
     """
     inside = {part for block in blocks_of(model) for part in block.modules()}
     names = [
@@ -33,19 +33,19 @@ def float8_layers(model: Backbone) -> list[str]:
 
 def multiplies_in_float8(model: nn.Module) -> bool:
     """Whether any layer does."""
-    return any(type(part).__name__ == "Float8Linear" for part in model.modules())  # without an import of torchao
+    return any(type(part).__name__ == "Float8Linear" for part in model.modules())  # avoids importing torchao
 
 
 def use_float8(model: Backbone, emulate: bool = False) -> None:
-    """Lets `float8_layers` multiply in float8, forwards and backwards; parameters keep their names and values.
+    """Converts `float8_layers` to float8 matmuls, forward and backward; parameters keep their names and values.
 
     Args:
-        model: before it is sharded.
-        emulate: rounds to float8 and multiplies in the model's own type, which any processor can.
+        model: not yet sharded.
+        emulate: rounds to float8 but multiplies in the model's own dtype, which any processor supports.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     names = set(float8_layers(model))
-    # Padded inside: the gradient of a weight sums over tokens, of which there is any number.
+    # Padded: the gradient of a weight sums over tokens, whose number need not be a multiple.
     settings = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     convert_to_float8_training(model, module_filter_fn=lambda _, name: name in names, config=settings)

@@ -1,13 +1,13 @@
-"""Floating-point operations of training, and what accelerators do at most: what MFU is a share of.
+"""Floating-point operations per token of training, and peak rates of GPUs, for model FLOPs utilization (MFU).
 
-The convention is that of PaLM and nanoGPT: 6 N + 12 L D T operations a token, N the parameters of matrix products
-(the output rows among them, the embedding not), L layers, D width, T positions; recomputed blocks are not counted
-and frozen parts are counted as if trained, so that arms and settings compare.
+By the convention of PaLM and nanoGPT: 6 N + 12 L D T operations per token, with N the parameters of matrix products
+(output rows included, embedding excluded), L layers, D width, T positions. Recomputed blocks are not counted, and
+frozen parts count as trained, so that arms and settings compare.
 """
 
 from t2i_lm.models.backbone import Backbone
 
-# Dense bfloat16 operations a second, by a part of the device's name as its driver gives it; the first match counts.
+# Dense bfloat16 operations per second, by a part of the driver's name of the device; the first match counts.
 PEAKS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -19,28 +19,28 @@ PEAKS = {
 
 
 def product_parameters(decoder: Backbone) -> int:
-    """N: all parameters but an embedding of its own."""
-    every = sum(parameter.numel() for parameter in decoder.parameters())
-    return every if decoder.config.weight_tying else every - decoder.tok_embeddings.matrix().numel()
+    """N: all parameters except an untied embedding."""
+    total = sum(parameter.numel() for parameter in decoder.parameters())
+    return total if decoder.config.weight_tying else total - decoder.tok_embeddings.matrix().numel()
 
 
 def flop_per_token(decoder: Backbone, length: int) -> float:
-    """Operations of forward and backward for each of `length` positions."""
+    """Operations per position of a forward and backward pass over `length` positions."""
     shape = decoder.config
     return 6.0 * product_parameters(decoder) + 12.0 * shape.n_layers * shape.hidden_dim * length
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 operations a second of a device; None where this is not known."""
+    """Dense bfloat16 operations per second of a device; None if unknown."""
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
 def formula(decoder: Backbone, length: int, device_name: str | None) -> str:
-    """How `mfu` comes about, in one line."""
+    """The terms of `mfu`, in one line."""
     shape, per_token = decoder.config, flop_per_token(decoder, length)
     peak = None if device_name is None else peak_flops(device_name)
     share = "" if peak is None else f"; MFU: of {peak / 1e12:.0f} TFLOP/s ({device_name}, dense bfloat16)"
     return (
-        f"compute: {per_token:.4g} FLOP a token = 6 N + 12 L D T with N={product_parameters(decoder):,} "
+        f"compute: {per_token:.4g} FLOP/token = 6 N + 12 L D T with N={product_parameters(decoder):,} "
         f"L={shape.n_layers} D={shape.hidden_dim} T={length}{share}"
     )

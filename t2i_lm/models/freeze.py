@@ -1,8 +1,8 @@
-"""Which parameters learn: named groups to freeze, and the paper's cumulative sets to tune (Figure 5).
+"""Trainable parameters: named groups to freeze, and the paper's cumulative sets to tune (Figure 5).
 
-Freezing is by `requires_grad`, before a strategy wraps the model and before the optimizer is made, so a frozen
-parameter has no gradient, no optimizer state and no weight decay. Rows are frozen exactly because text and image
-rows are parameters of their own (`token_rows.py`).
+Freezing sets `requires_grad` before a strategy wraps the model and before the optimizer is built, so a frozen
+parameter has no gradient, no optimizer state and no weight decay. Token rows can be frozen exactly because text and
+image rows are separate parameters (`token_rows.py`).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from t2i_lm.models.backbone import Backbone
 
-# Name -> globs over parameter names; `{first}` and `{second}` stand for the layers of either half.
+# Name -> globs over parameter names; `{first}` and `{second}` are the layers of either half.
 FREEZE_GROUPS: dict[str, tuple[str, ...]] = {
     "embedding": ("tok_embeddings.*",),
     "output": ("output.*",),
@@ -37,7 +37,7 @@ FREEZE_GROUPS: dict[str, tuple[str, ...]] = {
     "position": ("*.wpe.*", "*.embed_positions.*"),  # rotary positions, open_lm's too, have no parameters
 }
 
-# What each of the paper's sets tunes; everything else is frozen. Set (2) names positions too, which have no parameters.
+# Groups that each of the paper's sets tunes, all else frozen. Set (2) names positions too, which have no parameters.
 TUNE_SETS: dict[str, tuple[str, ...]] = {
     "embed": ("embedding", "output"),
     "norm": ("embedding", "output", "norm", "position"),
@@ -49,7 +49,7 @@ TUNE_SETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class GroupSize:
-    """Parameters of a group, and how many of them are trainable."""
+    """Number of parameters of a group, and of trainable ones."""
 
     name: str
     parameters: int
@@ -79,12 +79,12 @@ def group_members(model: "Backbone", group: str) -> "dict[str, nn.Parameter]":
 def _known_members(model: "Backbone", group: str) -> "dict[str, nn.Parameter]":
     members = group_members(model, group)
     if not members and group != "position":
-        raise ValueError(f"group {group}: no parameter of this backbone is known to belong to it")
+        raise ValueError(f"group {group}: matches no parameter of this backbone")
     return members
 
 
 def freeze(model: "Backbone", groups: Sequence[str]) -> None:
-    """Freezes the union of the groups and leaves the rest as it is.
+    """Freezes the union of the groups.
 
     Raises:
         ValueError: on an unknown group, or if nothing would be left to train.
@@ -99,7 +99,7 @@ def freeze(model: "Backbone", groups: Sequence[str]) -> None:
 
 
 def overlaps(model: "Backbone", groups: Sequence[str]) -> list[str]:
-    """One sentence for each two of the groups that share parameters."""
+    """One sentence per pair of groups that share parameters."""
     members = {group: group_members(model, group) for group in groups}
     return [
         f"{one} and {two} share {sum(members[one][name].numel() for name in shared):,} parameters: "
@@ -119,14 +119,14 @@ def tune_only(model: "Backbone", tuned: str) -> None:
         raise ValueError(f"tune={tuned!r}: expected one of {', '.join(TUNE_SETS)}")
     if tuned == "all":
         return
-    kept = {id(parameter) for group in TUNE_SETS[tuned] for parameter in _known_members(model, group).values()}
+    trainable = {id(parameter) for group in TUNE_SETS[tuned] for parameter in _known_members(model, group).values()}
     for parameter in model.parameters():
-        if id(parameter) not in kept:
+        if id(parameter) not in trainable:
             parameter.requires_grad_(False)
 
 
 def group_sizes(model: "Backbone") -> list[GroupSize]:
-    """Every group's size, which overlap (a norm lies in a half too), and `all` last."""
+    """Sizes of all groups, which overlap (a norm is also in a half), and `all` last."""
     members = {group: list(group_members(model, group).values()) for group in FREEZE_GROUPS}
     members["all"] = list(model.parameters())
     return [

@@ -1,4 +1,4 @@
-"""Sampling: batched prefill, a static key-value cache, ids confined to the image range.
+"""Sampling with batched prefill and a static key-value cache, restricted to image ids.
 
 Shapes: `B` images, `T` prompt positions, `N` image tokens, `D` width, `V` image codes.
 """
@@ -13,21 +13,21 @@ from torch import Tensor
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 
-# Rows of a batch at least, but in float32: products of a single one are rounded as no others.
-LEAST_ROWS = 2
-# Called after each token with (tokens drawn, tokens in all, codes so far (B, N), -1 where none is yet).
+# Minimum batch size below float32: single-row matmuls use another kernel, whose rounding differs.
+MIN_ROWS = 2
+# Called after each token with (tokens generated, tokens in all, codes so far (B, N), -1 for those still missing).
 Progress = Callable[[int, int, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next code is drawn from logits: guidance, then temperature, then top-k, then top-p.
+    """Sampling of the next code from logits: guidance, then temperature, then top-k, then top-p.
 
     Attributes:
         temperature: divides the logits.
-        top_k: codes kept at each step; None keeps all.
-        top_p: the likeliest codes are kept whose probabilities just reach this sum; None keeps all.
-        guidance: scale s of classifier-free guidance, null + s (caption - null) on logits; 1 is none.
+        top_k: number of most likely codes to sample from; None for all.
+        top_p: total probability of the most likely codes to sample from; None for all.
+        guidance: scale s of classifier-free guidance, null + s (caption - null) on logits; 1 for none.
     """
 
     temperature: float = 1.0
@@ -47,7 +47,7 @@ class Sampling:
 
 
 def filter_top_k(logits_BV: Tensor, top_k: int | None) -> Tensor:
-    """Keeps each row's k largest logits and sets the rest to minus infinity."""
+    """Sets all but each row's k largest logits to minus infinity."""
     if top_k is None or top_k >= logits_BV.shape[-1]:
         return logits_BV
     smallest_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
@@ -55,7 +55,10 @@ def filter_top_k(logits_BV: Tensor, top_k: int | None) -> Tensor:
 
 
 def filter_top_p(logits_BV: Tensor, top_p: float | None) -> Tensor:
-    """Keeps each row's likeliest codes up to a total probability; the likeliest one always."""
+    """Sets all but each row's most likely codes, up to a total probability of `top_p`, to minus infinity.
+
+    The most likely code always stays.
+    """
     if top_p is None or top_p == 1:
         return logits_BV
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
@@ -65,17 +68,17 @@ def filter_top_p(logits_BV: Tensor, top_p: float | None) -> Tensor:
     return logits_BV.masked_fill(dropped_BV, float("-inf"))
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor | None) -> Tensor:
-    """One id a row: the inverse of its cumulative distribution at a uniform number, or greedy without."""
+def sample_ids(logits_BV: Tensor, uniform_B: Tensor | None) -> Tensor:
+    """One id per row: the inverse cumulative distribution at a uniform number; greedy without."""
     if uniform_B is None:
         return logits_BV.argmax(dim=-1)
     share_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
     reached_BV = share_BV > uniform_B[:, None] * share_BV[:, -1:]
-    return reached_BV.int().argmax(dim=-1)  # the first that is true
+    return reached_BV.int().argmax(dim=-1)  # the first True
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """Uniform numbers (B, count) float64 in [0, 1): each row a function of its seed alone, not of the batch."""
+    """Uniform numbers (B, count) float64 in [0, 1), each row a function of its seed alone."""
     rows = [
         torch.rand(count, generator=torch.Generator().manual_seed(seed % 2**63), dtype=torch.float64) for seed in seeds
     ]
@@ -83,10 +86,10 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
 
 
 def prefill(decoder: Backbone, prompts: Sequence[Tensor], cache: Any, end: int | None = None) -> Tensor:
-    """Puts all prompts into an empty cache; their last hidden states (B, D).
+    """Fills an empty cache with the prompts and returns their last hidden states (B, D).
 
-    Prompts of one length are computed together. Several lengths lie in the cache so that all end before one column:
-    `end`, which then holds for prompts of one length, too, or that of the longest.
+    Prompts of equal length are computed together. In the cache all prompts end before column `end` (default: the
+    length of the longest); without `end`, prompts of one common length are computed straight into the cache.
     """
     device = decoder.output.text.device
     lengths = [len(prompt) for prompt in prompts]
@@ -119,47 +122,46 @@ def generate(
     at_once: int | None = None,
     prompt_end: int | None = None,
 ) -> Tensor:
-    """Draws images: exactly `image_tokens` ids each, confined to the image codes.
+    """Generates images of `image_tokens` ids each, restricted to the image codes.
 
-    With `prompt_end` an image's ids depend on its prompt and seed, not on its neighbors, as far as a product rounds
-    each row alike among any number of rows. On CPUs it does in bfloat16; in float32 the last bits may differ, those of
-    GPUs and of compiled code too, and an id of two nearly equally likely ones is then another (float8 layers scale a
-    whole batch by its largest value). Without it, columns move with a batch's longest prompt, which in bfloat16 changes
-    most images.
+    With `prompt_end` an image's ids depend on its prompt and seed alone, not on the batch, wherever matmuls round each
+    row alike at any batch size. On CPUs bfloat16 does. Float32, GPUs and compiled code may differ in the last bits,
+    which can swap two nearly equally likely ids, and float8 layers scale a whole batch by its largest value. Without
+    `prompt_end`, columns shift with a batch's longest prompt, which in bfloat16 changes most images.
 
     Args:
         decoder: an expanded decoder.
         vocab: its id ranges.
         prompts: B one-dimensional joint-id tensors that end in `<image>`.
-        image_tokens: ids to draw for each.
-        seeds: one seed an image; None decodes greedily.
-        sampling: how; the default draws from the model's own distribution.
-        null_prompt: the prompt of an empty caption, for guidance.
+        image_tokens: ids to generate per image.
+        seeds: one seed per image; None decodes greedily.
+        sampling: settings; by default the model's own distribution.
+        null_prompt: the prompt of an empty caption, required for guidance.
         on_token: progress.
-        at_once: images drawn together, which the cache must hold; None draws all.
-        prompt_end: column of the cache before which every prompt ends, at least the longest one's length; None takes
-            that of the longest in each batch. A backbone without a ragged cache has one length in a batch anyway.
+        at_once: images per batch, which the cache must hold; None for all.
+        prompt_end: cache column before which every prompt ends, at least the length of the longest prompt; None for
+            the longest of each batch. Without a ragged cache every batch has prompts of one length anyway.
 
     Returns:
         Image codes (B, N) int64 in [0, vocab.image_size), row-major, on the CPU.
 
     Raises:
-        ValueError: if there are not as many seeds as prompts, guidance has no null prompt, or a prompt is too long.
+        ValueError: if seeds and prompts differ in number, guidance has no null prompt, or a prompt is too long.
     """
     sampling = sampling or Sampling()
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
     if sampling.guidance != 1 and null_prompt is None:
-        raise ValueError(f"guidance={sampling.guidance}: needs the prompt of an empty caption")
+        raise ValueError(f"guidance={sampling.guidance}: requires the prompt of an empty caption")
     longest = max(map(len, prompts), default=0)
     if prompt_end is not None and prompt_end < longest:
         raise ValueError(f"prompt_end={prompt_end}: expected at least {longest}, the longest prompt")
     device = decoder.output.text.device
     codes_BN = torch.full((len(prompts), image_tokens), -1, device=device)
     done, batches = 0, _batches(decoder, prompts, at_once or len(prompts))
-    caches: list[Any] = [None] if sampling.guidance == 1 else [None, None]  # kept from batch to batch
+    caches: list[Any] = [None] if sampling.guidance == 1 else [None, None]  # reused by all batches
     for members in batches:
-        rows_B = torch.tensor(members, device=device)  # one copy to the device instead of one a token
+        rows_B = torch.tensor(members, device=device)  # one copy to the device instead of one per token
         uniform_BN = None if seeds is None else uniforms([seeds[index] for index in members], image_tokens).to(device)
         streams = [[prompts[index] for index in members]]
         if null_prompt is not None and sampling.guidance != 1:
@@ -168,13 +170,13 @@ def generate(
         for number, heads in enumerate(streams):
             end = prompt_end if decoder.ragged_cache and number == 0 else None  # null prompts are all alike
             length = (end or max(map(len, heads))) + image_tokens
-            caches[number] = decoder.drawing_cache(len(heads), length, caches[number])
+            caches[number] = decoder.generation_cache(len(heads), length, caches[number])
             last.append(prefill(decoder, heads, caches[number], end))
         for step in range(image_tokens):
             logits = [decoder.output(last_BD, image_rows_only=True) for last_BD in last]
             logits_BV = logits[0] if len(logits) == 1 else logits[1] + sampling.guidance * (logits[0] - logits[1])
             logits_BV = filter_top_p(filter_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
-            codes_B = draw(logits_BV, None if uniform_BN is None else uniform_BN[:, step])
+            codes_B = sample_ids(logits_BV, None if uniform_BN is None else uniform_BN[:, step])
             codes_BN[rows_B, step] = codes_B
             if step + 1 < image_tokens:
                 last = [decoder.next_hidden(codes_B, cache, image_rows_only=True) for cache in caches]
@@ -185,11 +187,11 @@ def generate(
 
 
 def _batches(decoder: Backbone, prompts: Sequence[Tensor], at_once: int) -> list[list[int]]:
-    """Prompts that are drawn together: neighbors, and of one length where the cache cannot hold several.
+    """Indices of the prompts of each batch: consecutive, and of one length if the cache is not ragged.
 
-    One alone is drawn twice where its roundings are not float32's.
+    Below float32 a single prompt is repeated up to `MIN_ROWS`.
     """
-    least = 1 if decoder.output.text.dtype == torch.float32 else LEAST_ROWS
+    least = 1 if decoder.output.text.dtype == torch.float32 else MIN_ROWS
     batches: dict[tuple[int, int], list[int]] = {}
     for index, prompt in enumerate(prompts):
         length = 0 if decoder.ragged_cache else len(prompt)
@@ -212,14 +214,14 @@ def continue_text(
     Args:
         decoder: expanded or not.
         prompt: one-dimensional text ids, at least one, on any device.
-        tokens: ids to add at most.
-        stop: id that ends the text; it is not returned.
-        seed: of the draw; None decodes greedily.
+        tokens: maximum number of new ids.
+        stop: id that ends the text, not returned.
+        seed: of the samples; None decodes greedily.
         temperature: divides the logits.
-        all_rows: whether image and boundary ids may be drawn too; otherwise their rows are masked.
+        all_rows: whether image and special ids may be sampled too.
 
     Returns:
-        The added ids, one-dimensional int64 on the CPU, joint ids where `all_rows`.
+        The new ids, one-dimensional int64 on the CPU; joint ids if `all_rows`.
     """
     cache = decoder.new_cache(1, len(prompt) + tokens)
     text_size = None if all_rows else decoder.config.vocab_size
@@ -228,7 +230,7 @@ def continue_text(
     last_BD, added = decoder.hidden(prompt[None].to(device), cache)[:, -1], []
     for step in range(tokens):
         logits_BV = decoder.output(last_BD)[:, :text_size] / temperature
-        chosen_B = draw(logits_BV, None if uniform_1N is None else uniform_1N[:, step])
+        chosen_B = sample_ids(logits_BV, None if uniform_1N is None else uniform_1N[:, step])
         if int(chosen_B) == stop:
             break
         added.append(int(chosen_B))

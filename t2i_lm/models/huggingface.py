@@ -1,4 +1,4 @@
-"""Any causal language model of `transformers` as a backbone (the extra `hf`); code of a repository is never run.
+"""Any causal language model of `transformers` as a backbone (extra `hf`); code from a repository is never run.
 
 Shapes: `B` batch, `T` tokens, `D` width.
 """
@@ -18,7 +18,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import Embedding, Output
 from t2i_lm.runtime.seeds import seeded
 
-# Relative to the largest logit: what reordered float32 sums may differ by.
+# Of the largest logit: allowance for reordered float32 sums.
 TOLERANCE = 1e-4
 
 
@@ -35,7 +35,7 @@ class HuggingFaceShape:
 
 
 class _NoEmbedding(nn.Module):
-    """Stands where the model's own embedding was, whose rows moved to `tok_embeddings`."""
+    """Replaces the model's own embedding, whose rows moved to `tok_embeddings`."""
 
     def forward(self, *_: Any) -> Tensor:
         raise AssertionError("the backbone embeds tokens itself")
@@ -51,16 +51,16 @@ class HuggingFaceDecoder(Backbone):
     config: HuggingFaceShape
 
     def __init__(self, causal_lm: Any) -> None:
-        """Takes a causal language model apart; its tensors are kept, not copied.
+        """Takes over the tensors of a causal language model, without copies.
 
         Raises:
-            ValueError: if its head has a bias or its logits are more than hidden states times output rows.
+            ValueError: if its logits are not hidden states times output rows (bias, scale, cap).
         """
         super().__init__()
         name = type(causal_lm).__name__
         head, self.body = causal_lm.get_output_embeddings(), causal_lm.base_model
         if getattr(head, "bias", None) is not None:
-            raise ValueError(f"backbone: {name} has a bias in its output, which is not supported")
+            raise ValueError(f"backbone: {name} has an output bias, which is not supported")
         rows, head_rows, own = self.body.get_input_embeddings().weight, head.weight, causal_lm.config
         for key in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
             if getattr(own, key, None) is None:
@@ -69,7 +69,7 @@ class HuggingFaceDecoder(Backbone):
         probe_BT = torch.arange(min(8, len(rows)))[None]
         with torch.no_grad():
             expected = None if on_meta else causal_lm.eval()(probe_BT).logits.float()
-        # transformers renamed it in 5.24.
+        # Renamed in transformers 5.24.
         arguments = inspect.signature(self.body.forward).parameters
         self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
         self.hf_config = own
@@ -97,37 +97,34 @@ class HuggingFaceDecoder(Backbone):
         """Final normalized hidden states (B, T, D); with a cache, of the new positions only.
 
         Raises:
-            ValueError: if the sequence is longer than the model's positions.
+            ValueError: if the sequence exceeds the model's positions.
         """
         return self._hidden(self.tok_embeddings(ids_BT), cache)
 
     def next_hidden(self, ids_B: Tensor, cache: Any, image_rows_only: bool = False) -> Tensor:
-        """Final normalized hidden states (B, D) of one more position."""
         return self._hidden(self.tok_embeddings(ids_B[:, None], image_rows_only), cache)[:, 0]
 
     def _hidden(self, embedded_BTD: Tensor, cache: Any) -> Tensor:
         seen = 0 if cache is None else cache.get_seq_length()
         if seen + embedded_BTD.shape[1] > self.config.seq_len:
             raise ValueError(f"position {seen + embedded_BTD.shape[1]} is past the backbone's {self.config.seq_len}")
-        given = {} if cache is None else {self._cache_argument: cache}
-        output = self.body(inputs_embeds=embedded_BTD, use_cache=cache is not None, **given)
+        cached = {} if cache is None else {self._cache_argument: cache}
+        output = self.body(inputs_embeds=embedded_BTD, use_cache=cache is not None, **cached)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def enable_activation_checkpointing(self) -> None:
-        """As `transformers` does it."""
         self.body.gradient_checkpointing_enable({"use_reentrant": False})
 
     def enable_packing(self) -> None:
-        """Its attention is the library's own."""
-        raise ValueError("trainer.packing=True: a backbone of transformers is not packed; expected false")
+        raise ValueError("trainer.packing=True: expected false, a transformers backbone cannot be packed")
 
     def compile_steps(self) -> None:
-        """Its growing cache would be compiled anew for every token."""
-        raise ValueError("--compile: a backbone of transformers draws with a growing cache, which is not compiled")
+        """Refuses: its growing cache would recompile for every token."""
+        raise ValueError("--compile: a transformers backbone generates with a growing cache, which cannot be compiled")
 
     @property
-    def draws_compiled(self) -> bool:
-        """Whether its blocks are compiled, by `trainer.compile`: they draw, too."""
+    def generates_compiled(self) -> bool:
+        """Whether `trainer.compile` compiled its blocks, which generation uses too."""
         return any(part._compiled_call_impl is not None for part in self.body.modules())
 
     def new_cache(self, batch: int, length: int) -> Any:
@@ -144,7 +141,7 @@ class HuggingFaceDecoder(Backbone):
 
 
 def is_huggingface(folder: Path) -> bool:
-    """Whether a folder's `config.json` is one of `transformers` (open_lm's has no `model_type`)."""
+    """Whether a folder's `config.json` is a `transformers` config (open_lm's has no `model_type`)."""
     path = folder / "config.json"
     try:
         return folder.is_dir() and "model_type" in json.loads(path.read_text())
@@ -153,10 +150,10 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def load_huggingface(folder: Path) -> HuggingFaceDecoder:
-    """A pre-trained backbone from a folder that `save_pretrained` wrote, in float32.
+    """A pre-trained backbone from a `save_pretrained` folder, in float32.
 
     Raises:
-        ValueError: if it cannot be read or is no causal language model.
+        ValueError: if it cannot be read or is not a causal language model.
     """
     library = _transformers()
     try:
@@ -171,10 +168,10 @@ def load_huggingface(folder: Path) -> HuggingFaceDecoder:
 
 
 def empty_huggingface(folder: Path) -> HuggingFaceDecoder:
-    """The architecture of a folder's config with weights yet to be drawn.
+    """The architecture of a folder's config, its weights to be initialized.
 
     Raises:
-        ValueError: if the config is of no causal language model.
+        ValueError: if the config is not that of a causal language model.
     """
     library = _transformers()
     try:
@@ -185,7 +182,7 @@ def empty_huggingface(folder: Path) -> HuggingFaceDecoder:
 
 
 def save_huggingface(decoder: HuggingFaceDecoder, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the (expanded) model so that `transformers` loads it, its vocabulary grown to all rows."""
+    """Writes the model for `transformers`, with all rows of an expanded vocabulary."""
     config = copy.deepcopy(decoder.hf_config)
     matrix_VD, output_VD = decoder.tok_embeddings.matrix().detach(), decoder.output.matrix().detach()
     config.vocab_size = len(matrix_VD)
@@ -202,6 +199,6 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ValueError(
-            "backbone.path: this is a model of transformers, which is not installed: pip install 't2i_lm[hf]'"
+            "backbone.path: requires transformers, which is not installed: pip install 't2i_lm[hf]'"
         ) from error
     return transformers

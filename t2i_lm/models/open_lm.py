@@ -1,4 +1,4 @@
-"""open_lm checkpoints: reading upstream's `.pt` and our safetensors, writing safetensors, presets by name."""
+"""open_lm checkpoints: upstream's `.pt` (read), safetensors (read and written), and model presets by name."""
 
 import json
 import pickle
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,8 +39,8 @@ def _preset(size: tuple[int, int, int], positional: str, **more: Any) -> dict[st
     return _NEOX | dict(zip(names, size, strict=True)) | {"positional_embedding_type": positional} | more
 
 
-# What upstream's files leave out is its command line's default: rotary positions, LayerNorm with bias, no qk-norm.
-# The released 1B model is `open_lm_1b_old`, whose positions are head_rotary: it has none.
+# Omitted keys have the defaults of upstream's command line: rotary positions, LayerNorm with bias, no qk-norm.
+# The released 1B model is `open_lm_1b_old`, whose head_rotary positions amount to none.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo_7m": _preset((256, 6, 4), "rotary", vocab_size=4096, seq_len=512),
     **{name: _preset(size, "rotary") for name, size in _SIZES.items()},
@@ -51,7 +51,7 @@ GELU_TWINS = {"_ff_w1.": "feed_forward.0.", "_ff_w2.": "feed_forward.2."}
 
 
 def decoder_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> DecoderConfig:
-    """A `DecoderConfig` from a preset's name, a JSON file or a mapping.
+    """A `DecoderConfig` from a preset name, a JSON file or a mapping.
 
     Raises:
         ValueError: on an unknown preset, key or value, or a file that is not JSON.
@@ -67,15 +67,15 @@ def decoder_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> 
         except json.JSONDecodeError as error:
             raise ValueError(f"{source} is not a JSON model config: {error}") from error
     else:
-        raise ValueError(f"no model config {str(source)!r}: give a JSON file or one of {', '.join(PRESETS)}")
+        raise ValueError(f"no model config {str(source)!r}: expected a JSON file or one of {', '.join(PRESETS)}")
     values |= {key: value for key, value in overrides.items() if value is not None}
     known = {field.name for field in fields(DecoderConfig)}
     if unknown := set(values) - known:
-        raise ValueError(f"{origin}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}")
+        raise ValueError(f"{origin}: unknown key {sorted(unknown)[0]!r}; expected {', '.join(sorted(known))}")
     missing = {"hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size", "positional_embedding_type"} - set(values)
     if missing:
         raise ValueError(
-            f"{origin}: {sorted(missing)[0]!r} is missing. Shapes cannot tell it: "
+            f"{origin}: {sorted(missing)[0]!r} is missing and cannot be inferred from shapes; "
             "the released open_lm-1b needs positional_embedding_type=head_rotary"
         )
     return DecoderConfig(**values)
@@ -114,7 +114,7 @@ def load_open_lm_state(decoder: Decoder, state: Mapping[str, Tensor], origin: st
     own = decoder.state_dict()
     for name in sorted(own.keys() | state.keys()):
         if name not in state or name not in own:
-            what = "is missing from" if name not in state else "is not a tensor of this model config but stands in"
+            what = "is missing from" if name not in state else "does not belong to this model config but is in"
             raise ValueError(f"tensor {name} {what} {origin}")
         if state[name].shape != own[name].shape:
             raise ValueError(
@@ -125,7 +125,7 @@ def load_open_lm_state(decoder: Decoder, state: Mapping[str, Tensor], origin: st
 
 
 def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None = None) -> Decoder:
-    """A decoder with the weights of an open_lm checkpoint, in float32.
+    """Loads an open_lm checkpoint into a decoder, in float32.
 
     Args:
         path: an open_lm `.pt` (tensors under `state_dict`, read with `weights_only=True`), a safetensors
@@ -133,7 +133,7 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
         config: open_lm's model JSON (path or dict) or a preset's name; by default `config.json` beside `path`.
 
     Raises:
-        ValueError: if the file cannot be read, or does not fit the config.
+        ValueError: if the file cannot be read or does not match the config.
     """
     path = Path(path)
     if path.is_dir():
@@ -143,7 +143,7 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
     if config is None:
         config = path.with_name("config.json")
         if not config.is_file():
-            raise ValueError(f"{path} needs a model config: pass open_lm's model JSON, or put config.json beside it")
+            raise ValueError(f"{path} requires a model config: pass open_lm's model JSON or put config.json beside it")
     decoder = Decoder(decoder_config(config))
     try:
         if path.suffix == ".safetensors":
@@ -152,7 +152,7 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
             saved = torch.load(path, map_location="cpu", weights_only=True)
             state = saved.get("state_dict", saved)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and is not read (Weights only load failed)") from error
+        raise ValueError(f"{path} contains more than tensors and is not loaded (weights_only failed)") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     load_open_lm_state(decoder, state, str(path))
@@ -160,30 +160,24 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights of a folder: `model.safetensors`, or the only `.pt`.
+    """The weights file of a folder: `model.safetensors`, or the only `.pt`.
 
     Raises:
-        ValueError: if there are several, naming them.
+        ValueError: if there are several `.pt`, naming them.
     """
     if (folder / "model.safetensors").is_file():
         return folder / "model.safetensors"
-    found = sorted(folder.glob("*.pt"))
-    if len(found) > 1:
-        raise ValueError(f"{folder} holds several checkpoints, name one: {', '.join(path.name for path in found)}")
-    return found[0] if found else folder / "model.safetensors"
+    files = sorted(folder.glob("*.pt"))
+    if len(files) > 1:
+        raise ValueError(f"{folder} has several checkpoints, choose one: {', '.join(path.name for path in files)}")
+    return files[0] if files else folder / "model.safetensors"
 
 
 def save_open_lm(decoder: Decoder, folder: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-    """Writes `model.safetensors` (open_lm's names) and `config.json`, which `load_open_lm(folder)` reads."""
+    """Writes `model.safetensors` (open_lm's names) and `config.json` for `load_open_lm(folder)`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in open_lm_state_dict(decoder).items()}
     save_file(state, folder / "model.safetensors", metadata=dict(metadata))
-    # An expanded decoder is read back with all its rows as one vocabulary.
+    # All rows of an expanded decoder become one vocabulary.
     config = asdict(decoder.config) | {"vocab_size": len(decoder.tok_embeddings.matrix())}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def read_metadata(folder: Path) -> dict[str, str]:
-    """The safetensors header's metadata of a folder that `save_open_lm` wrote."""
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return dict(file.metadata() or {})

@@ -1,10 +1,10 @@
-"""Target positions as indices, and packed batches.
+"""Indices of the target positions, and packed batches.
 
 Both are computed on the host before the batch is moved: boolean-mask indexing on a GPU would force a synchronization
 every step.
 
 Shapes: `B` sequences, `T` positions of the padded batch, `N` packed tokens, `M` target positions; `1` before `N` where
-all packed tokens are one sequence to the layers.
+the layers see all packed tokens as one sequence.
 """
 
 from typing import NamedTuple
@@ -15,75 +15,76 @@ from torch import Tensor
 
 
 class Packed(NamedTuple):
-    """Which tokens of a batch are computed: of each sequence those up to the last whose state is wanted.
+    """The tokens of a padded batch that its targets depend on, concatenated.
 
-    What comes later cannot change these, since attention is causal. A named tuple, as `TargetIndex` is.
+    Each sequence is cut after its last target: attention is causal, so nothing later matters. A named tuple, as
+    `TargetIndex` is.
 
     Attributes:
         shape: B and T.
-        place_N: of each packed token in the flattened batch.
-        position_N: in its sequence.
-        ends_S: where each sequence begins, and the end of the last (B + 1), int32.
-        wanted_M: packed tokens whose states are wanted, in the batch's order.
+        index_N: of each packed token in the flattened batch.
+        position_N: of each packed token in its sequence.
+        offsets_S: cumulative lengths of the sequences (B + 1), int32, as `varlen_attn` takes them.
+        target_M: of each target among the packed tokens, in the batch's order.
     """
 
     shape: tuple[int, int]
-    place_N: Tensor
+    index_N: Tensor
     position_N: Tensor
-    ends_S: Tensor
-    wanted_M: Tensor
+    offsets_S: Tensor
+    target_M: Tensor
 
     @classmethod
-    def up_to_last(cls, wanted_BT: Tensor) -> "Packed":
-        """All that the states depend on which are wanted; of a mask on a GPU, waits for it."""
-        B, T = wanted_BT.shape
-        position_T = torch.arange(T, device=wanted_BT.device)
-        length_B = (wanted_BT * (position_T + 1)).amax(dim=1)
-        place_N = (position_T < length_B[:, None]).flatten().nonzero().squeeze(1)
+    def from_mask(cls, mask_BT: Tensor) -> "Packed":
+        """The tokens that the positions in the mask depend on; synchronizes if the mask is on a GPU."""
+        B, T = mask_BT.shape
+        position_T = torch.arange(T, device=mask_BT.device)
+        length_B = (mask_BT * (position_T + 1)).amax(dim=1)
+        index_N = (position_T < length_B[:, None]).flatten().nonzero().squeeze(1)
         return cls(
             shape=(B, T),
-            place_N=place_N,
-            position_N=place_N % T,
-            ends_S=F.pad(length_B.cumsum(0), (1, 0)).int(),
-            wanted_M=wanted_BT.flatten()[place_N].nonzero().squeeze(1),
+            index_N=index_N,
+            position_N=index_N % T,
+            offsets_S=F.pad(length_B.cumsum(0), (1, 0)).int(),
+            target_M=mask_BT.flatten()[index_N].nonzero().squeeze(1),
         )
 
     def pack(self, ids_BT: Tensor) -> Tensor:
         """The packed tokens (1, N) of a batch."""
-        return ids_BT.flatten().index_select(0, self.place_N)[None]
+        return ids_BT.flatten().index_select(0, self.index_N)[None]
 
     def pad(self, x_1HNK: Tensor) -> Tensor:
-        """Packed values as a batch (B, H, T, K), with zeros behind the ends."""
+        """Packed values as a padded batch (B, H, T, K), zero at pads."""
         B, T = self.shape
         x_NHK = x_1HNK[0].transpose(0, 1)
-        padded = x_NHK.new_zeros(B * T, *x_NHK.shape[1:]).index_copy(0, self.place_N, x_NHK)
+        padded = x_NHK.new_zeros(B * T, *x_NHK.shape[1:]).index_copy(0, self.index_N, x_NHK)
         return padded.view(B, T, *x_NHK.shape[1:]).transpose(1, 2)
 
     def unpad(self, x_BHTK: Tensor) -> Tensor:
-        """The packed part (1, H, N, K) of a batch."""
+        """The packed values (1, H, N, K) of a padded batch."""
         x_XHK = x_BHTK.transpose(1, 2).flatten(0, 1)
-        return x_XHK.index_select(0, self.place_N).transpose(0, 1)[None]
+        return x_XHK.index_select(0, self.index_N).transpose(0, 1)[None]
 
 
 class TargetIndex(NamedTuple):
-    """Places of a batch, found where its ids are: on the host, before the batch is moved.
+    """Indices of the target positions of a batch.
 
     A named tuple, so that loaders pin it and trainers move it with the rest of a batch.
 
     Attributes:
-        place_M: of each wanted position in the flattened batch, ascending, int64.
-        packed: what is computed for them, where the model packs.
+        index_M: of each target position in the flattened batch, ascending, int64.
+        packed: the tokens to compute, if the model packs.
     """
 
-    place_M: Tensor
+    index_M: Tensor
     packed: Packed | None = None
 
     @classmethod
-    def where(cls, wanted_BT: Tensor, pack: bool = False) -> "TargetIndex":
-        """Those where the mask holds; of a mask on a GPU, waits for it."""
-        packed = Packed.up_to_last(wanted_BT) if pack else None
-        return cls(wanted_BT.flatten().nonzero().squeeze(1), packed)
+    def from_mask(cls, mask_BT: Tensor, pack: bool = False) -> "TargetIndex":
+        """The positions in the mask; synchronizes if the mask is on a GPU."""
+        packed = Packed.from_mask(mask_BT) if pack else None
+        return cls(mask_BT.flatten().nonzero().squeeze(1), packed)
 
-    def of(self, x_BT: Tensor) -> Tensor:
-        """What a (B, T, ...) tensor holds there, (M, ...)."""
-        return x_BT.flatten(0, 1).index_select(0, self.place_M)
+    def select(self, x_BT: Tensor) -> Tensor:
+        """The values (M, ...) of a (B, T, ...) tensor at the target positions."""
+        return x_BT.flatten(0, 1).index_select(0, self.index_M)

@@ -1,19 +1,17 @@
-"""The embedding and output matrices as row blocks, so that one block can be frozen, decayed or replaced exactly.
+"""Embedding and output matrices in row blocks, so that a block can be frozen, decayed or replaced exactly.
 
 Shapes: `B` batch, `T` tokens, `N` targets, `D` width, `V` vocabulary.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i_lm.models.cross_entropy import TokenLoss, linear_cross_entropy
+from t2i_lm.models.cross_entropy import LossBackend, TokenLoss, linear_cross_entropy
 
 
 class TokenRows(nn.Module):
-    """A (V, D) matrix in row blocks text | special | image; the last two appear on expansion."""
+    """A (V, D) matrix in row blocks text | special | image; expansion adds the last two."""
 
     BLOCKS = ("text", "special", "image")
     special: nn.Parameter | None
@@ -32,7 +30,7 @@ class TokenRows(nn.Module):
 
 
 class Embedding(TokenRows):
-    """Joint ids -> rows; with `image_rows_only`, image codes -> image rows, for which no matrix is put together."""
+    """Joint ids -> rows; if `image_rows_only`, image codes -> image rows, without concatenating the blocks."""
 
     def forward(self, ids_BT: Tensor, image_rows_only: bool = False) -> Tensor:
         if image_rows_only:
@@ -42,39 +40,44 @@ class Embedding(TokenRows):
 
 
 class Output(TokenRows):
-    """Hidden states (..., D) -> logits (..., V) in float32, or the loss of given targets.
+    """Hidden states -> logits by `forward`, or the loss of targets by `loss`.
 
-    The loss lives in this forward because under FSDP2 the rows are whole only here.
-
-    Attributes:
-        loss: what computes the loss, of `losses.BACKENDS`.
-        z_loss: factor of each target's squared logsumexp in the loss's `total`.
+    The loss is a method of this module because under FSDP2 the rows are whole only inside its forward methods
+    (`fsdp.shard` makes `loss` one of them).
     """
 
-    loss: Callable[..., TokenLoss] = staticmethod(linear_cross_entropy)
-    z_loss = 0.0
+    def forward(self, x: Tensor, image_rows_only: bool = False) -> Tensor:
+        """Logits (..., V) float32 of hidden states (..., D); of the image rows alone if `image_rows_only`."""
+        if image_rows_only:
+            assert self.image is not None
+            return F.linear(x, self.image).float()
+        return F.linear(x, self.matrix()).float()
 
-    def forward(
+    def loss(
         self,
-        x: Tensor,
-        target_N: Tensor | None = None,
+        x_ND: Tensor,
+        target_N: Tensor,
         image_rows_only: bool = False,
         weight_N: Tensor | None = None,
-    ) -> Tensor | TokenLoss:
-        """Logits, or the loss of targets (joint ids): over all rows, or over the image rows alone."""
-        if target_N is None:
-            if image_rows_only:
-                assert self.image is not None
-                return F.linear(x, self.image).float()
-            return F.linear(x, self.matrix()).float()
+        backend: LossBackend = linear_cross_entropy,
+    ) -> TokenLoss:
+        """Loss of targets (joint ids) over all rows, or over the image rows alone.
+
+        Args:
+            x_ND: hidden states.
+            target_N: joint ids.
+            image_rows_only: restricts the softmax to the image rows; all targets must be image ids.
+            weight_N: factor of each target in the loss's `total`; ones by default.
+            backend: one of `cross_entropy.BACKENDS`, its options bound.
+        """
         if image_rows_only:
             assert self.special is not None
             assert self.image is not None
             target_N = target_N - len(self.text) - len(self.special)
-            return self.loss(x, self.image, target_N, weight_N, self.z_loss)
-        return self.loss(x, self.matrix(), target_N, weight_N, self.z_loss)
+            return backend(x_ND, self.image, target_N, weight_N)
+        return backend(x_ND, self.matrix(), target_N, weight_N)
 
 
 def is_new_row(name: str) -> bool:
-    """Whether no language model was pre-trained with a parameter: boundary and image rows, adapters."""
+    """Whether a parameter is absent from the pre-trained model: special and image rows, adapters."""
     return name.endswith((".special", ".image")) or ".lora_" in name

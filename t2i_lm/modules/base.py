@@ -15,6 +15,7 @@ is cut over ranks and micro-batches.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -111,7 +112,7 @@ class DecoderModule(OptimizedModule):
     def __init__(self, decoder: Backbone, config: ExperimentConfig) -> None:
         super().__init__(config)
         self.decoder = decoder
-        decoder.output.loss, decoder.output.z_loss = loss_backend(config.loss.backend), config.loss.z
+        self.loss_backend = partial(loss_backend(config.loss.backend), z_loss=config.loss.z)
         self._configured = False
         # Targets since the last optimizer step, on this rank, counted by weight.
         self._step_count: Tensor | None = None
@@ -147,8 +148,8 @@ class DecoderModule(OptimizedModule):
     def find_targets(self, ids_BT: Tensor) -> Targets:
         """The counted targets of a batch. Synchronizes with the GPU if `ids_BT` is on one."""
         class_BT, valid_BT = self.classify(ids_BT[:, 1:])
-        indices = self.decoder.wanted(valid_BT)
-        return Targets(indices, indices.of(class_BT))
+        indices = self.decoder.target_index(valid_BT)
+        return Targets(indices, indices.select(class_BT))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Adds `targets` to the batch while its ids are on the host; pinned, so that the copy is asynchronous."""
@@ -171,8 +172,8 @@ class DecoderModule(OptimizedModule):
 
     def token_loss(self, input_BT: Tensor, target_BT: Tensor, targets: Targets, weight_N: Tensor | None) -> TokenLoss:
         """Loss of the N counted targets, weighted in `total` (None: 1); subclasses may add terms to `total`."""
-        loss: TokenLoss = self.decoder(input_BT, target_BT, targets.indices, self.image_rows_only, weight_N)
-        return loss
+        index, backend = targets.indices, self.loss_backend
+        return self.decoder.loss(input_BT, target_BT, index, self.image_rows_only, weight_N, backend)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Loss of one micro-batch; `on_before_optimizer_step` corrects its scale to the exact mean."""

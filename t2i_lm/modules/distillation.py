@@ -54,7 +54,7 @@ class DistilledModule(TextToImageModule):
         targets = super().find_targets(ids_BT)
         T = ids_BT.shape[1] - 1
         among_N = ((targets.class_N != IMAGE) & (targets.class_N != BOUNDARY)).nonzero().squeeze(1)
-        place_N = targets.indices.place_M[among_N]
+        place_N = targets.indices.index_M[among_N]
         row_N, position_N = place_N // T, place_N % T
         # <doc> and <text> at a caption's start are one token to the initial model, so its positions are one less.
         position_N = position_N - self._captions(ids_BT)[row_N].long()
@@ -66,7 +66,8 @@ class DistilledModule(TextToImageModule):
         if not torch.is_grad_enabled():
             return super().token_loss(input_BT, target_BT, targets, weight_N)
         x_MD = self.decoder.hidden_at(input_BT, targets.indices)
-        loss: TokenLoss = self.decoder.output(x_MD, targets.indices.of(target_BT), weight_N=weight_N)
+        target_M = targets.indices.select(target_BT)
+        loss = self.decoder.output.loss(x_MD, target_M, weight_N=weight_N, backend=self.loss_backend)
         text: TextTargets = targets.text
         divergence_N = self.divergence(x_MD.index_select(0, text.among_N), input_BT, text)
         self._latest = divergence_N.detach().sum() / max(1, len(divergence_N))

@@ -1,35 +1,16 @@
 """Comparability of runs: the keys that must agree, and the differences that a figure has to name."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.storage.run_folder import Run
+from t2i_lm.config.experiment import ExperimentConfig, is_neutral
+from t2i_lm.config.load import flatten_mapping, migrate
+from t2i_lm.storage.run_folder import CONFIG, Run
 
 # Runs of one figure agree in these.
 PAIR_KEYS = ("data hash", "seed", "scale", "trainer.max_steps", "log.interval", "log.ema")
 # The arm itself: every comparison is between values of these.
 ARM_KEYS = ("name", "init")
-# Keys, or their beginnings, that change no curve: storage, speed and further measurements.
-NEUTRAL = (
-    "run.",
-    "samples.",
-    "fid.",
-    "forgetting.",
-    "data.cache_dir",
-    "data.workers",
-    "data.trim",
-    "log.logger",
-    "trainer.accelerator",
-    "trainer.activation_checkpointing",
-    "trainer.checkpoint_interval",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.packing",
-    "trainer.strategy",
-    "trainer.threads",
-)
 # Paths whose contents the data hash covers.
 HASHED = ("data.path", "data.val_path", "text_tokenizer.path", "image_tokenizer.path")
 ORDER = "order of the data"
@@ -45,7 +26,7 @@ def mismatches(one: Run, two: Run) -> list[str]:
 
 def pair_values(run: Run) -> dict[str, Any]:
     """A run's values of PAIR_KEYS, None where unknown."""
-    config = _flatten(run.config)
+    config = _flatten(run)
     return {key: run.environment.get("data_hash") if key == "data hash" else config.get(key) for key in PAIR_KEYS}
 
 
@@ -54,12 +35,12 @@ def config_differences(one: Run, two: Run) -> dict[str, tuple[Any, Any]]:
 
     A key that a run's config lacks is newer than the run and counts as its default.
     """
-    known = _flatten(asdict(ExperimentConfig()))
-    mine, other = _flatten(one.config), _flatten(two.config)
+    known = flatten_mapping(asdict(ExperimentConfig()))
+    mine, other = _flatten(one), _flatten(two)
     differing = {}
     for key in known | mine | other:
         values = mine.get(key, known.get(key)), other.get(key, known.get(key))
-        if values[0] != values[1] and key not in ARM_KEYS and not _is_circumstance(key):
+        if values[0] != values[1] and key not in ARM_KEYS and not is_neutral(key):
             differing[key] = values
     return differing
 
@@ -80,14 +61,6 @@ def uncontrolled(one: Run, two: Run, varied: tuple[str, ...] = ()) -> dict[str, 
     return {key: values for key, values in differing.items() if not key.startswith(varied)}
 
 
-def _is_circumstance(key: str) -> bool:
-    """Whether a config key changes no curve."""
-    return key.startswith(NEUTRAL)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every leaf of a nested config by its dotted key."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
+def _flatten(run: Run) -> dict[str, Any]:
+    """A run's config by dotted keys, with today's names."""
+    return flatten_mapping(migrate(run.config, run.folder / CONFIG))

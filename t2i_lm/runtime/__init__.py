@@ -1,1 +1,1 @@
-"""Devices, ranks, seeds, progress, loggers and what all commands share."""
+"""Devices, ranks, seeds, progress, loggers and the shared command line."""

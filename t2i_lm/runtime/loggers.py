@@ -1,4 +1,4 @@
-"""Loggers of a run, and Markdown texts beside its curves."""
+"""The logger of a run, and Markdown texts beside its curves."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 
 
 def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
-    """The logger named by `log.logger`; metrics.jsonl is written whatever it is."""
+    """The logger of `log.logger`; metrics.jsonl is written in any case."""
     name = config.log.logger
     if name == "tensorboard":
         return TensorBoardLogger(save_dir=folder, name="", version="tb", default_hp_metric=False)
@@ -22,7 +22,7 @@ def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
 
 
 def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
-    """Puts a text beside a run's curves, where its logger is TensorBoard."""
+    """Adds a text to a run's TensorBoard; does nothing under another logger."""
     logger = build_logger(config, folder)
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text(tag, markdown)

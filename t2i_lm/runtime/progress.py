@@ -17,10 +17,10 @@ def log_progress(what: str, items: int | None, rank: int = 0, world: int = 1, un
 
     Args:
         what: the work, as in `tokenizing train`.
-        items: number of items of all ranks; None where it is unknown.
-        rank: this process.
+        items: number of items of all ranks; None if unknown.
+        rank: of this process.
         world: number of processes, assumed to advance alike.
-        unit: what an item is, in the plural.
+        unit: plural name of the items.
     """
     started = time.monotonic()
     logged, done, ended = started, 0, False
@@ -30,7 +30,7 @@ def log_progress(what: str, items: int | None, rank: int = 0, world: int = 1, un
         done += more
         now = time.monotonic()
         shown = done * world if items is None else min(items, done * world)
-        last = shown == items and not ended  # logged once, whatever the time: other ranks may go on
+        last = shown == items and not ended  # always logged, but once: other ranks may continue
         if rank or (now - logged < LOG_EVERY_S and not last):
             return
         logged, ended = now, ended or last
@@ -47,7 +47,7 @@ def log_progress(what: str, items: int | None, rank: int = 0, world: int = 1, un
 
 @contextmanager
 def progress(what: str, items: int | None, rank: int = 0, unit: str = "images") -> Iterator[Advance]:
-    """`log_progress` of this process's items, or a bar where stderr is a terminal."""
+    """A bar if stderr is a terminal, else `log_progress`, for this process's items."""
     if not sys.stderr.isatty():
         yield log_progress(what, items, rank, unit=unit)
         return

@@ -1,4 +1,4 @@
-"""Random streams."""
+"""Random generators."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ import torch
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """A random stream of its own for each purpose, so that draws of one never shift another's."""
+    """An independent generator per purpose, so that samples of one never shift another's."""
     digest = hashlib.sha256(f"{purpose}/{seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
 @contextmanager
 def seeded(source: int | torch.Generator) -> Iterator[None]:
-    """Torch's global stream of the CPU begins at a seed, and afterwards is as before: for code that takes no generator.
+    """Temporarily seeds torch's global CPU generator and restores it on exit, for code that takes no generator.
 
     Args:
-        source: the seed, or the stream that draws it. No other device's stream is touched.
+        source: the seed, or a generator to sample it from. Generators of other devices are untouched.
     """
     seed = source if isinstance(source, int) else int(torch.randint(2**31, (), generator=source))
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs', too
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs'
         yield

@@ -1,4 +1,4 @@
-"""The hashes that name what files hold."""
+"""SHA-256 of files and folders."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_sha256(folder: Path, suffixes: Sequence[str]) -> str:
-    """Hash of the names and bytes of all files below a folder that end in one of `suffixes`."""
+    """Hash of the names and bytes of all files below a folder with one of the `suffixes`."""
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file()):
         digest.update(f"{file.relative_to(folder).as_posix()} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
-# What a folder of a model may keep its weights in.
+# Suffixes of weights in a model's folder.
 WEIGHTS = (".safetensors", ".pt", ".bin")
 
 
 def weights_sha256(path: Path) -> dict[str, str]:
-    """Hash of a weights file, or of every one in a folder, by its name."""
+    """Hash by name of a weights file, or of all weights files in a folder."""
     files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS) if path.is_dir() else [path]
     return {file.name: file_sha256(file) for file in files}

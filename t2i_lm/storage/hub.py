@@ -1,24 +1,27 @@
-"""Files of the Hugging Face hub by name: `hub:ORG/NAME[@REVISION][/FILE][#sha256=HEX]`.
+"""Files of the Hugging Face hub by reference: `hf://ORG/NAME[@REVISION][/FILE][#sha256=HEX]`, huggingface_hub's form.
 
-The cache is looked at first, so what was fetched once works offline. Without a file, the whole repository is meant.
+The cache comes first, so that a fetched file works offline. Without FILE, the reference is to the whole repository.
+`hub:` is the former spelling of `hf://`.
 """
 
 import json
 import re
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from t2i_lm.storage.hashing import file_sha256
 
-PREFIX = "hub:"
+PREFIXES = ("hf://", "hub:")
 _FORM = re.compile(
-    r"hub:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[^#]+))?(#sha256=(?P<sha256>[0-9a-f]{64}))?"
+    r"(hf://|hub:)(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[^#]+))?(#sha256=(?P<sha256>[0-9a-f]{64}))?"
 )
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file, or with `file` None all files, of a repository on the hub."""
+    """A file of a repository on the hub; all of its files where `file` is None."""
 
     repo: str
     revision: str | None
@@ -32,85 +35,98 @@ class HubFile:
         return " ".join(part for part in parts if part)
 
 
+def is_hub(path: str) -> bool:
+    """Whether a path is a reference to the hub."""
+    return path.startswith(PREFIXES)
+
+
 def parse(reference: str) -> HubFile:
-    """Reads a `hub:` reference.
+    """The parts of a reference.
 
     Raises:
         ValueError: if it has another form.
     """
-    found = _FORM.fullmatch(reference)
-    if found is None:
-        raise ValueError(f"{reference}: expected hub:ORG/NAME[@REVISION][/FILE][#sha256=64 hexadecimal digits]")
-    if found["sha256"] and not found["file"]:
-        raise ValueError(f"{reference}: a sha256 needs a file")
-    return HubFile(found["repo"], found["revision"], found["file"], found["sha256"])
+    match = _FORM.fullmatch(reference)
+    if match is None:
+        raise ValueError(f"{reference}: expected hf://ORG/NAME[@REVISION][/FILE][#sha256=64 hexadecimal digits]")
+    if match["sha256"] and not match["file"]:
+        raise ValueError(f"{reference}: a sha256 requires a file")
+    if reference.startswith("hub:"):
+        _note(f"note: {reference} is now written hf://{reference.removeprefix('hub:')}")
+    return HubFile(match["repo"], match["revision"], match["file"], match["sha256"])
+
+
+@cache
+def _note(text: str) -> None:
+    """Prints a line once, however often a reference is read."""
+    print(text, file=sys.stderr)
 
 
 def cached(reference: str) -> Path | None:
-    """Where the file lies in the cache; None if it is not there. Never uses the network."""
+    """The path in the cache; None if it is absent. Never uses the network."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = parse(reference)
+    remote = parse(reference)
     try:
-        if wanted.file is None:
-            return Path(snapshot_download(wanted.repo, revision=wanted.revision, local_files_only=True))
-        return Path(hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision, local_files_only=True))
+        if remote.file is None:
+            return Path(snapshot_download(remote.repo, revision=remote.revision, local_files_only=True))
+        return Path(hf_hub_download(remote.repo, remote.file, revision=remote.revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
 
 
 def fetch(reference: str) -> Path:
-    """The local file, or folder of a whole repository, fetched where it is not in the cache.
+    """The local file, or folder of a whole repository, fetched if it is not in the cache.
 
     Raises:
-        ValueError: if it is out of reach, saying the command that gets it, or if its sha256 is another.
+        ValueError: if it is out of reach, naming the command that fetches it, or its sha256 differs.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = parse(reference)
-    # A folder in the cache may hold a single file that something else fetched: the hub is asked first for all of them.
-    path = None if wanted.file is None else cached(reference)
+    remote = parse(reference)
+    # A folder in the cache may lack files, if only one was fetched: the hub is asked first for a whole repository.
+    path = None if remote.file is None else cached(reference)
     if path is None:
         try:
-            if wanted.file is None:
-                path = Path(snapshot_download(wanted.repo, revision=wanted.revision))
+            if remote.file is None:
+                path = Path(snapshot_download(remote.repo, revision=remote.revision))
             else:
-                path = Path(hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision))
+                path = Path(hf_hub_download(remote.repo, remote.file, revision=remote.revision))
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             path = cached(reference)
             if path is None:
                 raise ValueError(
                     f"{reference} is not in the cache and cannot be fetched ({type(error).__name__}). Where there is a "
-                    f"network: {wanted.command}"
+                    f"network: {remote.command}"
                 ) from error
-    if wanted.sha256 is not None:
+    if remote.sha256 is not None:
         digest = file_sha256(path)
-        if digest != wanted.sha256:
+        if digest != remote.sha256:
             raise ValueError(f"{reference}: the file at {path} has sha256 {digest}")
     return path
 
 
 def require_model(reference: str, kind: str, key: str) -> None:
-    """Checks without the network that a reference is a repository, or a folder that `transformers` takes for a `kind`.
+    """Checks without the network that a reference is a repository, or a `transformers` folder of a model type.
 
     Args:
-        reference: a folder, or `hub:ORG/NAME[@REVISION]`.
-        kind: the `model_type` that its config must name.
+        reference: a folder, or `hf://ORG/NAME[@REVISION]`.
+        kind: the required `model_type`.
         key: the option, for errors.
 
     Raises:
         ValueError: if it is neither.
     """
-    if reference.startswith(PREFIX):
+    if is_hub(reference):
         if parse(reference).file is not None:
-            raise ValueError(f"{key} {reference}: expected a whole repository, hub:ORG/NAME[@REVISION]")
+            raise ValueError(f"{key} {reference}: expected a whole repository, hf://ORG/NAME[@REVISION]")
         return
     config = Path(reference, "config.json")
     try:
-        found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{key} {reference}: expected a folder of a {kind} model, {config} cannot be read") from error
-    if found != kind:
-        raise ValueError(f"{key} {reference}: {config} says model_type={found!r}, expected {kind!r}")
+    if model_type != kind:
+        raise ValueError(f"{key} {reference}: {config} has model_type={model_type!r}, expected {kind!r}")

@@ -1,6 +1,6 @@
-"""Long work in parts, each a file: what a kill has left is taken up, what belongs to other work is refused.
+"""Resumable computation in part files, and atomic writes of files and folders.
 
-And files and folders that appear whole or not at all.
+Finished parts are reused after an interruption; parts of a different job are rejected.
 """
 
 import hashlib
@@ -20,23 +20,22 @@ IDENTITY = "parts.json"
 
 
 class ResumableParts:
-    """Files `part-00000.safetensors` of one folder, and what they are parts of.
+    """Files `part-00000.safetensors` of a folder, and the identity of the job that they are parts of.
 
-    Several processes may share a folder: every file appears whole or not at all, and two that write the same one write
-    the same content.
+    Processes may share a folder: writes are atomic, and processes that write the same file write the same content.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], items: int, size: int) -> None:
-        """Names the work; the folder is made with the first part.
+        """Opens a job; its folder is created with the first part.
 
         Args:
-            folder: where the files go.
-            identity: what the content depends on.
-            items: how many there are in all.
-            size: items of a part; the last may have fewer.
+            folder: of the part files.
+            identity: everything that the content depends on.
+            items: number of items of the job.
+            size: items per part; the last part may have fewer.
 
         Raises:
-            ValueError: if the folder holds parts of other work, naming what differs.
+            ValueError: if the folder has parts of a different job, naming the differences.
         """
         self.folder, self.items, self.size = folder, items, size
         self.identity = {**identity, "items": items, "part_size": size}
@@ -44,11 +43,11 @@ class ResumableParts:
         self._stamp = hashlib.sha256(text.encode()).hexdigest()
         file = folder / IDENTITY
         if file.is_file():
-            found = json.loads(file.read_text())
-            keys = [key for key in {**found, **self.identity} if found.get(key) != self.identity.get(key)]
+            other = json.loads(file.read_text())
+            keys = [key for key in {**other, **self.identity} if other.get(key) != self.identity.get(key)]
             if keys:
-                said = "; ".join(f"{key}={found.get(key)!r}, now {self.identity.get(key)!r}" for key in sorted(keys))
-                raise ValueError(f"{folder} holds parts of another evaluation ({said}); give another folder")
+                changes = "; ".join(f"{key}={other.get(key)!r}, now {self.identity.get(key)!r}" for key in sorted(keys))
+                raise ValueError(f"{folder} has parts of a different evaluation ({changes}); use another folder")
 
     def __len__(self) -> int:
         return -(-self.items // self.size)
@@ -62,21 +61,21 @@ class ResumableParts:
         return self.folder / f"part-{number:05d}.safetensors"
 
     def done(self, number: int) -> bool:
-        """Whether a part is there, whole and of this work."""
+        """Whether a part is complete and belongs to this job."""
         if not self.path(number).is_file():
             return False
         try:
             with safe_open(self.path(number), framework="pt") as file:
                 return (file.metadata() or {}).get("identity") == self._stamp
-        except (SafetensorError, OSError):  # cut short: made again
+        except (SafetensorError, OSError):  # truncated: computed again
             return False
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a part that is done."""
+        """The tensors of a finished part."""
         return load_file(self.path(number))
 
     def write(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """Writes a part, whole or not at all."""
+        """Writes a part atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY).is_file():
             write_atomic(self.folder / IDENTITY, json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
@@ -90,34 +89,34 @@ class ResumableParts:
             own.unlink(missing_ok=True)
 
     def complete(
-        self, make: Callable[[range], dict[str, Tensor]], rank: int, world: int, told: Callable[[int], None]
+        self, make: Callable[[range], dict[str, Tensor]], rank: int, world: int, advance: Callable[[int], None]
     ) -> None:
-        """Makes the missing parts of one rank of several; `told` hears the items of each, made or found."""
+        """Computes this rank's missing parts; calls `advance` with the items of each part, computed or reused."""
         for number in range(rank, len(self), world):
             self.complete_one(number, make)
-            told(len(self.span(number)))
+            advance(len(self.span(number)))
 
     def complete_one(self, number: int, make: Callable[[range], dict[str, Tensor]]) -> None:
-        """Makes one part, if it is missing."""
+        """Computes a part if it is missing."""
         if not self.done(number):
             self.write(number, make(self.span(number)))
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file atomically: other processes see the old or the new content."""
     own = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    own.write_text(text, encoding="utf-8")
+    own.write_bytes(content.encode() if isinstance(content, str) else content)
     own.replace(path)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write files into, which becomes `path` at the end; after an error nothing of it is left.
+    """Yields a temporary folder that becomes `path` on success and is removed on an error.
 
-    Where `path` is an empty folder already, it is kept, and the files move into it at the end.
+    If `path` is already an empty folder, the files are moved into it instead.
 
     Raises:
-        OSError: if it cannot be made.
+        OSError: if the folder cannot be created.
     """
     name = f"{path.name}.{os.getpid()}.tmp"
     own = path / name if path.is_dir() else path.with_name(name)

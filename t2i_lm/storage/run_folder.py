@@ -1,4 +1,4 @@
-"""Run folders: where a run keeps what it used, saw and made."""
+"""Run folders: config, environment, metrics, report, checkpoints and samples of a run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ CHECKPOINTS, SAMPLES, FID = "checkpoints", "samples", "fid"
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as read back."""
+    """The content of a run folder."""
 
     folder: Path
     config: dict[str, Any]
@@ -40,15 +40,15 @@ class Run:
         return str(self.config["name"])
 
     def records(self, key: str) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl that carry `key` (train, val, ...)."""
+        """Lines of metrics.jsonl with `key` (train, val, ...)."""
         return [record for record in self.metrics if key in record]
 
 
 def new_run_folder(root: Path, name: str, scale: str) -> Path:
-    """Makes `root/name/DATE-TIME-SCALE`, with a number behind it where that exists already.
+    """Creates `root/name/DATE-TIME-SCALE`, with a number appended if that exists.
 
     Raises:
-        ValueError: if it cannot be made.
+        ValueError: if it cannot be created.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for attempt in range(100):
@@ -58,19 +58,19 @@ def new_run_folder(root: Path, name: str, scale: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ValueError(f"run.dir={root}: cannot make {folder}: {error.strerror}") from error
+            raise ValueError(f"run.dir={root}: cannot create {folder}: {error.strerror}") from error
         return folder
     raise ValueError(f"run.dir={root}: a hundred runs of {name} started in one second")
 
 
 def run_folders(root: Path, name: str | None = None, scale: str = "") -> list[Path]:
-    """Run folders below `root`, of an experiment and a scale where given, oldest first."""
-    found = [path.parent for path in root.glob(f"{name or '*'}/*/{CONFIG}") if f"-{scale}" in path.parent.name]
-    return sorted(found, key=lambda folder: folder.name)
+    """Run folders below `root`, optionally of one experiment and one scale, oldest first."""
+    runs = [path.parent for path in root.glob(f"{name or '*'}/*/{CONFIG}") if f"-{scale}" in path.parent.name]
+    return sorted(runs, key=lambda folder: folder.name)
 
 
 def find_run(path: Path) -> Path:
-    """A run folder, or the newest one in a folder of runs.
+    """The run folder at a path, or the newest in a folder of runs.
 
     Raises:
         ValueError: if there is none.
@@ -81,18 +81,18 @@ def find_run(path: Path) -> Path:
         (file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{CONFIG}")), key=lambda run: run.name
     )
     if not runs:
-        raise ValueError(f"{path} is no run folder and holds none (a run folder has a {CONFIG})")
+        raise ValueError(f"{path} is not a run folder and contains none (a run folder has a {CONFIG})")
     return runs[-1]
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run folder; a last line of metrics torn by a kill is left out.
+    """Reads a run folder, without an incomplete last line of metrics.jsonl.
 
     Raises:
-        ValueError: if it is no run folder, or a file in it is damaged.
+        ValueError: if it is not a run folder, or a file in it is damaged.
     """
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no run folder: it has no {CONFIG}")
+        raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}")
     metrics = []
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -117,7 +117,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def environment(**extra: Any) -> dict[str, Any]:
-    """What a result depends on besides its config: code, versions, hardware."""
+    """The code, versions and hardware of a result."""
     return {
         "git": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),

@@ -1,1 +1,1 @@
-"""Text and image tokenizers behind two small protocols (`base.py`)."""
+"""Text and image tokenizers, their joint vocabulary, and sequence layouts."""

@@ -1,4 +1,4 @@
-"""What the suite asks of a tokenizer."""
+"""Protocols of the tokenizers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class TextTokenizer(Protocol):
-    """Text <-> ids. `sha256` names the vocabulary in every result, `path` is its file.
+    """Text <-> ids; `sha256` is that of its file at `path` and identifies the vocabulary in every result.
 
-    Whatever a text says, its ids are ordinary ones: `document_end` and other special ids never arise from it.
+    Encoding never produces special ids such as `document_end`, whatever the text contains.
     """
 
     path: Path
@@ -32,10 +32,10 @@ class TextTokenizer(Protocol):
 
 
 class ImageTokenizer(Protocol):
-    """Images <-> a grid of ids, row-major.
+    """Images <-> a row-major grid of ids.
 
-    `image_size` is the side in pixels of the images it is used on, `grid` the (height, width) of their ids,
-    `decodes` whether ids can be turned back, `low_precision` whether it encodes in bfloat16.
+    `image_size` is the side of its images in pixels, `grid` the (height, width) of their ids, `decodes` whether it
+    has a decoder, `low_precision` whether it encodes in bfloat16.
     """
 
     image_size: int

@@ -1,33 +1,69 @@
-"""The image tokenizer at a path, of whichever kind its files are."""
+"""Opening of image tokenizers: one table of formats, tried in order."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from t2i_lm.assets import resolve
+from t2i_lm.config.sections import is_plugin
+from t2i_lm.runtime.plugins import IMAGE_TOKENIZER, find_plugin, interface
 from t2i_lm.tokenizers.base import ImageTokenizer
 from t2i_lm.tokenizers.transformers_vq import TransformersVQ, is_transformers_vq
 from t2i_lm.tokenizers.vq import CONFIG, MoVQGAN, VQTokenizer
 
 
-def open_image_tokenizer(path: Path, image_size: int, expect: str | None = None) -> ImageTokenizer:
-    """The tokenizer at a path, of whichever kind its files are.
+@dataclass(frozen=True)
+class ImageFormat:
+    """Files of an image tokenizer.
+
+    Attributes:
+        recognizes: whether an existing path is of this format.
+        open: (path, image size, required size of a MoVQGAN) -> tokenizer.
+    """
+
+    name: str
+    recognizes: Callable[[Path], bool]
+    open: Callable[[Path, int, str | None], ImageTokenizer]
+
+
+def _is_diffusers(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and "_class_name" in json.loads((folder / CONFIG).read_text())
+
+
+FORMATS = (
+    ImageFormat("movqgan", Path.is_file, MoVQGAN.from_checkpoint),
+    ImageFormat("transformers", is_transformers_vq, lambda folder, size, _: TransformersVQ(folder, size)),
+    ImageFormat("diffusers", _is_diffusers, lambda folder, size, _: VQTokenizer.from_diffusers(folder, size)),
+    ImageFormat("t2i_lm", Path.is_dir, lambda folder, size, _: VQTokenizer.from_folder(folder, size)),
+)
+
+
+def open_image_tokenizer(path: str | Path, image_size: int, expect: str | None = None) -> ImageTokenizer:
+    """The image tokenizer at a path, or of a plug-in.
 
     Args:
-        path: a folder that `save_tokenizer` wrote, a folder of a diffusers `VQModel` or of one of transformers'
-            VQ models, or a MoVQGAN `.ckpt`.
+        path: a folder that `save_tokenizer` wrote, a folder of a diffusers `VQModel` or of a VQ model of transformers,
+            or a MoVQGAN `.ckpt`; `asset:NAME`, `hf://...`, or a plug-in (`runtime/plugins.py`).
         image_size: side of the images in pixels.
-        expect: size of a MoVQGAN, checked.
+        expect: required size of a MoVQGAN.
 
     Raises:
-        ValueError: if there is none, or it cannot be read.
+        ValueError: if there is none, it cannot be read, or a plug-in cannot be used.
     """
-    if not path.exists():
+    plugin = is_plugin(str(path))
+    file = Path(path) if plugin else resolve(str(path))
+    if not plugin and not file.exists():
         raise ValueError(f"image_tokenizer.path={path}: no such file or folder")
-    if path.is_file():
-        return MoVQGAN.from_checkpoint(path, image_size, expect)
-    if expect is not None:
-        raise ValueError(f"image_tokenizer.expect={expect!r}: only a MoVQGAN checkpoint has a size, {path} is none")
-    if is_transformers_vq(path):
-        return TransformersVQ(path, image_size)
-    if (path / CONFIG).is_file() and "_class_name" in json.loads((path / CONFIG).read_text()):
-        return VQTokenizer.from_diffusers(path, image_size)
-    return VQTokenizer.from_folder(path, image_size)
+    if expect is not None and not file.is_file():
+        raise ValueError(f"image_tokenizer.expect={expect!r}: only a MoVQGAN checkpoint has a size, {file} is none")
+    if plugin:
+        return _from_plugin(str(path), image_size)
+    return next(known for known in FORMATS if known.recognizes(file)).open(file, image_size, expect)
+
+
+def _from_plugin(value: str, image_size: int) -> ImageTokenizer:
+    plugin = find_plugin(IMAGE_TOKENIZER, value, [known.name for known in FORMATS])
+    image: ImageTokenizer = plugin.function(plugin.argument, image_size)
+    plugin.require(image, interface(ImageTokenizer))
+    return image

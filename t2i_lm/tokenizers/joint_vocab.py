@@ -1,7 +1,6 @@
 """The joint vocabulary: text ids | seven special ids | image ids, in that order (Section 2.1).
 
-The special rows follow the backbone's own vocabulary, padding rows included, so that no row of the
-pre-trained matrix ever changes meaning.
+Special rows follow the backbone's vocabulary, padding rows included, so that no pre-trained row changes its meaning.
 """
 
 from dataclasses import dataclass
@@ -42,5 +41,5 @@ class JointVocab:
 
     @property
     def pad(self) -> int:
-        """Joint id of `<pad>`, the last special row: every id above it is an image id."""
+        """Joint id of `<pad>`, the last special id: all above it are image ids."""
         return self.special("<pad>")

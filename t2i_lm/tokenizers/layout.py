@@ -15,11 +15,10 @@ from t2i_lm.tokenizers.joint_vocab import JointVocab
 
 IntArray = npt.NDArray[np.integer]
 
-# Index of a modality in every (M,) sum and count; pads are a class of their own and never counted.
+# Indices in every (M,) sum and count; pads are a class of their own and never counted.
 MODALITIES = ("text", "image", "boundary")
 TEXT, IMAGE, BOUNDARY, PAD = range(4)
-# The six boundary tokens of one text-to-image sequence.
-BOUNDARY_TOKENS = 6
+BOUNDARY_TOKENS = 6  # of a text-to-image sequence
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Layout:
 
     Attributes:
         vocab: id ranges.
-        image_tokens: ids of one image (1,024 in the paper).
+        image_tokens: ids per image (1,024 in the paper).
         length: positions of a padded sequence (1,152 in the paper).
     """
 
@@ -54,7 +53,7 @@ class Layout:
         return self.length - self.image_tokens - 2  # `</image>` and `</doc>` follow the image
 
     def prompt(self, text_ids: IntArray) -> IntArray:
-        """Everything up to and including `<image>`, cut to the text budget; 1-d int64."""
+        """Ids up to and including `<image>`, the text cut to its budget; 1-d int64."""
         special = self.vocab.special
         head = [special("<doc>"), special("<text>")]
         tail = [special("</text>"), special("<image>")]
@@ -64,7 +63,7 @@ class Layout:
         """Joint ids (B, T) int64 of B captions and their images.
 
         Args:
-            text_ids: B arrays of text ids, each cut to the text budget.
+            text_ids: B arrays of text ids, each to be cut to the text budget.
             image_ids_BN: codes in [0, vocab.image_size), row-major.
 
         Raises:
@@ -89,11 +88,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """`<doc> <image> i.. </image> </doc>`, without pads: unconditional image modelling (Section 3.1).
+    """`<doc> <image> i.. </image> </doc>`, without pads: unconditional image modeling (Section 3.1).
 
     Attributes:
         vocab: id ranges.
-        image_tokens: ids of one image.
+        image_tokens: ids per image.
     """
 
     vocab: JointVocab
@@ -109,7 +108,7 @@ class ImageLayout:
         return np.array([self.vocab.special("<doc>"), self.vocab.special("<image>")], dtype=np.int64)
 
     def pack(self, text_ids: Sequence[IntArray], image_ids_BN: IntArray) -> Tensor:
-        """Joint ids (B, T) int64 of B images; captions are left out.
+        """Joint ids (B, T) int64 of B images; captions are ignored.
 
         Raises:
             ValueError: if the images do not have `image_tokens` ids.

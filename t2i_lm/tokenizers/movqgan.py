@@ -1,6 +1,6 @@
-"""SBER-MoVQGAN checkpoints (ai-forever/MoVQGAN): the model behind a file's shapes, and diffusers' name of each tensor.
+"""Conversion of SBER-MoVQGAN checkpoints (ai-forever/MoVQGAN) to diffusers.
 
-Nothing is configured: widths, depth, attention and codebook are read from the shapes.
+Widths, depth, attention and codebook size are inferred from the tensor shapes.
 """
 
 import re
@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-# (width of the first level, residual blocks a level) of the published models, all of levels 1-2-2-4 with 16,384 codes.
+# (first level's width, residual blocks per level) of the published models, all of levels 1-2-2-4 with 16,384 codes.
 SIZES = {(128, 2): "67M", (128, 4): "102M", (256, 2): "270M"}
 LEVELS, CODES = (1, 2, 2, 4), 16_384
-# ResumableParts of a training checkpoint that are not the autoencoder.
-FOREIGN = ("loss.", "model_ema.", "ema_")
+# Prefixes of tensors in a training checkpoint outside the autoencoder.
+SKIPPED = ("loss.", "model_ema.", "ema_")
 
 _ENCODER_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _DECODER_ATTENTION = _ENCODER_ATTENTION | {"norm": "spatial_norm"}
@@ -24,9 +24,9 @@ def diffusers_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of diffusers' `VQModel` for a MoVQGAN state dict.
 
     Raises:
-        KeyError: naming a tensor without which a file is no MoVQGAN.
+        KeyError: naming the tensor that is missing in a file of another model.
     """
-    levels = 1 + max(int(found[1]) for key in state if (found := re.match(r"encoder\.down\.(\d+)\.", key)))
+    levels = 1 + max(int(match[1]) for key in state if (match := re.match(r"encoder\.down\.(\d+)\.", key)))
     widths = [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
     blocks = sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key) is not None for key in state)
     attends = [f"encoder.down.{level}.attn.0.q.weight" in state for level in range(levels)]
@@ -48,14 +48,14 @@ def size_name(config: Mapping[str, Any]) -> str:
     widths, blocks, codes = config["block_out_channels"], config["layers_per_block"], config["num_vq_embeddings"]
     published = tuple(width / widths[0] for width in widths) == LEVELS and codes == CODES
     name = SIZES.get((widths[0], blocks)) if published else None
-    return name or f"{'-'.join(map(str, widths))} channels, {blocks} blocks a level, {codes:,} codes"
+    return name or f"{'-'.join(map(str, widths))} channels, {blocks} blocks per level, {codes:,} codes"
 
 
 def to_diffusers(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """The autoencoder's tensors in float32 under diffusers' names; projections of attention as matrices."""
+    """The autoencoder's tensors in float32 under diffusers' names, attention's 1x1 convolutions as matrices."""
     renamed = {}
     for key, tensor in state.items():
-        if not key.startswith(FOREIGN):
+        if not key.startswith(SKIPPED):
             name = diffusers_name(key, levels)
             is_projection = re.search(r"\.(to_q|to_k|to_v|to_out\.0)\.weight$", name) is not None
             renamed[name] = (tensor[:, :, 0, 0] if is_projection and tensor.ndim == 4 else tensor).float()
@@ -63,7 +63,7 @@ def to_diffusers(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 
 def diffusers_name(key: str, levels: int) -> str:
-    """Diffusers' name of a MoVQGAN tensor; other names are returned as they are."""
+    """Diffusers' name of a MoVQGAN tensor; other names stay unchanged."""
     side = key.split(".", 1)[0]
     attention = _DECODER_ATTENTION if side == "decoder" else _ENCODER_ATTENTION
 

@@ -1,21 +1,26 @@
-"""Text tokenizers: sentencepiece models, read and trained, and `tokenizers` JSON (GPT-NeoX, Section 2.1)."""
+"""Text tokenizers: sentencepiece models (loading and training) and `tokenizers` JSON (GPT-NeoX, Section 2.1)."""
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
 
+from t2i_lm.assets import resolve
+from t2i_lm.config.sections import is_plugin
+from t2i_lm.runtime.plugins import TEXT_TOKENIZER, find_plugin, interface
+from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 
-# Longest caption or paragraph handed to a tokenizer at once, in characters.
+# Length to which a text is cut, in characters.
 MAX_CHARACTERS = 100_000
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model. Special tokens never arise from text: only ordinary pieces are produced.
+    """A sentencepiece model, which encodes any text into ordinary pieces, never special tokens.
 
     Attributes:
         vocab_size: number of pieces.
@@ -27,7 +32,7 @@ class SentencePieceTokenizer:
         """Reads a `.model` file.
 
         Raises:
-            ValueError: if the file is absent or is not a sentencepiece model.
+            ValueError: if the file is missing or is not a sentencepiece model.
         """
         self.path = Path(path)
         if not self.path.is_file():
@@ -63,22 +68,22 @@ class SentencePieceTokenizer:
 class JsonTokenizer:
     """A `tokenizer.json` of Hugging Face's `tokenizers`: GPT-NeoX-20B's is open_lm-1b's.
 
-    Its own special tokens, such as `<|endoftext|>`, are spelt out where they stand in a text.
+    Special tokens that occur literally in a text, such as `<|endoftext|>`, are encoded as ordinary text.
 
     Attributes:
-        vocab_size: ids, added tokens included (50,277 of GPT-NeoX-20B; the backbone has padding rows beyond).
+        vocab_size: ids, added tokens included (50,277 for GPT-NeoX-20B, whose backbones have padding rows beyond).
         sha256: of the file.
         document_end: id that separates documents in text-only training.
     """
 
-    # What models of this format call the end of a document.
+    # Names of the end of a document in models of this format.
     DOCUMENT_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
     def __init__(self, path: str | Path) -> None:
         """Reads a `tokenizer.json`.
 
         Raises:
-            ValueError: if the file is absent or is no such file.
+            ValueError: if the file is missing or is not a `tokenizer.json`.
         """
         self.path = Path(path)
         if not self.path.is_file():
@@ -99,7 +104,7 @@ class JsonTokenizer:
         ends = (self._tokenizer.token_to_id(token) for token in self.DOCUMENT_ENDS)
         found = next((end for end in ends if end is not None), None)
         if found is None:
-            raise ValueError(f"{self.path} has no end of document: none of {', '.join(self.DOCUMENT_ENDS)}")
+            raise ValueError(f"{self.path} has no end-of-document token: expected {', '.join(self.DOCUMENT_ENDS)}")
         return int(found)
 
     def encode(self, text: str) -> list[int]:
@@ -117,24 +122,46 @@ class JsonTokenizer:
 
 
 def clean(text: str) -> str:
-    """At most `MAX_CHARACTERS` characters that UTF-8 can hold: a lone surrogate becomes `?`, a NUL a space."""
+    """The first `MAX_CHARACTERS` characters as valid UTF-8: a lone surrogate becomes `?`, a NUL a space."""
     return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8").replace("\0", " ")
 
 
-def open_text_tokenizer(path: Path) -> TextTokenizer:
-    """The tokenizer at a path: `.json` of `tokenizers`, else a sentencepiece model.
+@dataclass(frozen=True)
+class TextFormat:
+    """A file of a text tokenizer: whether a path is of this format, and its reader."""
+
+    name: str
+    recognizes: Callable[[Path], bool]
+    open: Callable[[Path], TextTokenizer]
+
+
+# Tried in order.
+FORMATS = (
+    TextFormat("tokenizers", lambda path: path.suffix == ".json", JsonTokenizer),
+    TextFormat("sentencepiece", lambda path: True, SentencePieceTokenizer),
+)
+
+
+def open_text_tokenizer(path: str | Path) -> TextTokenizer:
+    """The text tokenizer at a path (`.json` of `tokenizers`, else a sentencepiece model), or of a plug-in.
 
     Raises:
-        ValueError: if there is none, or it cannot be read.
+        ValueError: if there is none, it cannot be read, or a plug-in cannot be used.
     """
-    return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    if is_plugin(str(path)):
+        plugin = find_plugin(TEXT_TOKENIZER, str(path), [known.name for known in FORMATS])
+        text: TextTokenizer = plugin.function(plugin.argument)
+        plugin.require(text, interface(TextTokenizer))
+        return text
+    file = resolve(str(path))
+    return next(known for known in FORMATS if known.recognizes(file)).open(file)
 
 
 def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -> SentencePieceTokenizer:
-    """Trains a BPE model with byte fallback and writes it to `path`; deterministic for equal sentences.
+    """Trains a BPE model with byte fallback and writes it to `path`; deterministic given the sentences.
 
     Raises:
-        ValueError: if the text is too short for so many pieces.
+        ValueError: if the text is too short for `vocab_size` pieces.
     """
     model = io.BytesIO()
     try:
@@ -156,7 +183,5 @@ def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -
         reason = str(error).rsplit("] ", 1)[-1]
         raise ValueError(f"text_tokenizer.vocab_size={vocab_size} does not suit this text: {reason}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_bytes(model.getvalue())
-    partial.replace(path)
+    write_atomic(path, model.getvalue())
     return SentencePieceTokenizer(path)

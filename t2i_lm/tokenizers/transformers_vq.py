@@ -1,4 +1,4 @@
-"""Image tokenizers of `transformers` (the extra `hf`): Emu3's, Chameleon's and Janus' VQ models.
+"""Image tokenizers of `transformers` (extra `hf`): the VQ models of Emu3, Chameleon and Janus.
 
 Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids, `N` = h * w.
 """
@@ -19,7 +19,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class Kind:
-    """A VQ model: its class in transformers, and the config key of its codebook's size."""
+    """A VQ model: its class in transformers, and the config key of its codebook size."""
 
     model: str
     codes: str
@@ -49,15 +49,17 @@ class TransformersVQ:
     """
 
     def __init__(self, folder: Path, image_size: int) -> None:
-        """Reads a folder that `save_pretrained` wrote.
+        """Loads a `save_pretrained` folder.
 
         Raises:
-            ValueError: if it cannot be read, or the image's side is no multiple of the downsampling.
+            ValueError: if it cannot be read, or the image size is not a multiple of the downsampling.
         """
         try:
             import transformers
         except ImportError as error:
-            raise ValueError(f"image_tokenizer.path: {folder} needs transformers: pip install 't2i_lm[hf]'") from error
+            raise ValueError(
+                f"image_tokenizer.path={folder}: requires transformers: pip install 't2i_lm[hf]'"
+            ) from error
         self._kind = KINDS[json.loads((folder / CONFIG).read_text())["model_type"]]
         if not (folder / WEIGHTS).is_file():
             raise ValueError(f"image_tokenizer.path: no {WEIGHTS} in {folder}")
@@ -65,7 +67,7 @@ class TransformersVQ:
             self.model: Any = getattr(transformers, self._kind.model).from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
-        except Exception as error:  # safetensors and transformers raise their own kinds
+        except Exception as error:  # safetensors and transformers raise types of their own
             raise ValueError(f"image_tokenizer.path: {folder} cannot be read by transformers: {error}") from error
         self.model.eval().requires_grad_(False)
         self.image_size, self.sha256, self.low_precision = image_size, file_sha256(folder / WEIGHTS), False
@@ -84,7 +86,6 @@ class TransformersVQ:
 
     @property
     def codebook(self) -> Tensor:
-        """Code vectors (codes, E), float32 on the CPU."""
         weight: Tensor = self.model.quantize.embedding.weight
         return weight.detach().float().cpu()
 
@@ -94,12 +95,10 @@ class TransformersVQ:
         return hasattr(self.model, "decode")
 
     def to(self, device: torch.device) -> None:
-        """Moves the model; images and ids follow it."""
         self.model.to(device)
 
     @torch.no_grad()
     def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
-        """Ids (B, N) int64, row-major."""
         pixels_BCHW = to_unit(images_uint8_BCHW.to(self.model.device))
         sizes = {"image_sizes": [pixels_BCHW.shape[2:]] * len(pixels_BCHW)} if self._is_emu3 else {}
         with torch.autocast(pixels_BCHW.device.type, torch.bfloat16, enabled=low_precision or self.low_precision):
@@ -118,7 +117,7 @@ class TransformersVQ:
             raise ValueError(f"image_tokenizer.path: {self._kind.model} of transformers has no decoder")
         ids_BN = ids_BN.to(self.model.device)
         pixels_BCHW = self.model.decode(ids_BN.view(-1, *self.grid) if self._is_emu3 else ids_BN)
-        if pixels_BCHW.shape[1] != 3:  # Janus gives channels last
+        if pixels_BCHW.shape[1] != 3:  # Janus returns channels last
             pixels_BCHW = pixels_BCHW.permute(0, 3, 1, 2)
         return to_uint8(pixels_BCHW).cpu()
 

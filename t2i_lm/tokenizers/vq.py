@@ -32,7 +32,7 @@ class VQAutoencoder(nn.Module):
 
     @property
     def downsampling(self) -> int:
-        """Pixels a side of one id."""
+        """Side of an id's patch in pixels."""
         return int(self.patch * 2 ** (len(self.vq.config.block_out_channels) - 1))
 
     @property
@@ -47,7 +47,7 @@ class VQAutoencoder(nn.Module):
         return self.vq.quant_conv(self.vq.encoder(F.pixel_unshuffle(pixels_BCHW, self.patch)))  # type: ignore[no-any-return]
 
     def nearest(self, latents_BEhw: Tensor) -> Tensor:
-        """Id (B, h, w) of the nearest code, in float32."""
+        """Ids (B, h, w) of the nearest codes, computed in float32."""
         flat = latents_BEhw.permute(0, 2, 3, 1).flatten(0, 2).float()
         codes = self.codebook.float()
         # |z - e|^2 without |z|^2, which does not change the order.
@@ -67,7 +67,7 @@ class VQAutoencoder(nn.Module):
 
 
 class PatchedVQ(VQAutoencoder):
-    """A small autoencoder by its config, uninitialized but for diffusers' own draw."""
+    """A small autoencoder from a config, with diffusers' random initialization."""
 
     def __init__(self, config: VQModelConfig) -> None:
         channels, levels = 3 * config.patch**2, len(config.block_out_channels)
@@ -89,7 +89,7 @@ class PatchedVQ(VQAutoencoder):
 
 
 class VQTokenizer:
-    """A trained autoencoder as an image tokenizer, in float32.
+    """An image tokenizer from a trained autoencoder, in float32.
 
     Attributes:
         sha256: of the weights file.
@@ -107,10 +107,10 @@ class VQTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, image_size: int) -> "VQTokenizer":
-        """Reads what `save_tokenizer` wrote.
+        """Loads a `save_tokenizer` folder.
 
         Raises:
-            ValueError: if a file is absent or does not fit the config.
+            ValueError: if a file is missing or does not match the config.
         """
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
@@ -120,15 +120,15 @@ class VQTokenizer:
         try:
             model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
         except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"image_tokenizer.path: {folder / WEIGHTS} does not fit its config: {error}") from error
+            raise ValueError(f"image_tokenizer.path: {folder / WEIGHTS} does not match its config: {error}") from error
         return cls(model, image_size, file_sha256(folder / WEIGHTS))
 
     @classmethod
     def from_diffusers(cls, folder: Path, image_size: int) -> "VQTokenizer":
-        """Reads a folder in diffusers' format: `config.json` of a `VQModel` and its safetensors.
+        """Loads a folder in diffusers' format: `config.json` of a `VQModel` and its safetensors.
 
         Raises:
-            ValueError: if a file is absent or does not fit the config.
+            ValueError: if a file is missing or does not match the config.
         """
         if not (folder / DIFFUSERS_WEIGHTS).is_file():
             raise ValueError(f"image_tokenizer.path: no {DIFFUSERS_WEIGHTS} in {folder}")
@@ -137,7 +137,7 @@ class VQTokenizer:
             vq.load_state_dict(load_file(folder / DIFFUSERS_WEIGHTS))
         except (RuntimeError, TypeError, SafetensorError) as error:
             raise ValueError(
-                f"image_tokenizer.path: {folder / DIFFUSERS_WEIGHTS} does not fit its config: {error}"
+                f"image_tokenizer.path: {folder / DIFFUSERS_WEIGHTS} does not match its config: {error}"
             ) from error
         return cls(VQAutoencoder(vq.float()), image_size, file_sha256(folder / DIFFUSERS_WEIGHTS))
 
@@ -147,12 +147,10 @@ class VQTokenizer:
 
     @property
     def codebook(self) -> Tensor:
-        """Code vectors (codes, E), float32 on the CPU."""
         return self.model.codebook.detach().float().cpu()
 
     @property
     def decodes(self) -> bool:
-        """Always."""
         return True
 
     @property
@@ -161,14 +159,13 @@ class VQTokenizer:
         return side, side
 
     def to(self, device: torch.device) -> None:
-        """Moves the model; images and ids follow it."""
         self.model.to(device)
 
     @torch.no_grad()
     def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
         """Ids (B, N) int64, row-major, of uint8 images whose sides are multiples of the downsampling.
 
-        In float32; `low_precision` runs the encoder in bfloat16. Distances to the codes are float32 either way.
+        `low_precision` runs the encoder in bfloat16; distances to the codes are always float32.
         """
         device = self.model.codebook.device
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision or self.low_precision):
@@ -180,7 +177,7 @@ class VQTokenizer:
         """uint8 images (B, C, H, W) of ids.
 
         Raises:
-            ValueError: if an id is not a code or the number of ids does not fill the grid.
+            ValueError: if an id is out of range or the ids do not fill the grid.
         """
         height, width = self.grid
         if ids_BN.shape[1] != height * width or ids_BN.min() < 0 or ids_BN.max() >= self.vocab_size:
@@ -193,17 +190,17 @@ class VQTokenizer:
 
 
 class MoVQGAN(VQTokenizer):
-    """SBER's MoVQGAN: 8 pixels a side an id, 16,384 codes; 256 pixels are 1,024 ids (Section 2.1).
+    """SBER's MoVQGAN: one of 16,384 codes per 8x8 pixels; 256 pixels are 1,024 ids (Section 2.1).
 
     Attributes:
-        size_name: `67M`, `102M`, `270M`, or what the shapes say.
+        size_name: `67M`, `102M`, `270M`, or a description of other shapes.
     """
 
     size_name: str
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, image_size: int = 256, expect: str | None = None) -> "MoVQGAN":
-        """Reads SBER's own `.ckpt`; the model is inferred from the shapes.
+        """Loads SBER's own `.ckpt`; the model is inferred from the shapes.
 
         Args:
             path: the file, read with `weights_only=True`.
@@ -212,7 +209,7 @@ class MoVQGAN(VQTokenizer):
                 is the 67M model.
 
         Raises:
-            ValueError: if the file cannot be read, is no MoVQGAN, or is not the one expected.
+            ValueError: if the file cannot be read, is not a MoVQGAN, or not the expected one.
         """
         path = Path(path)
         if not path.is_file():
@@ -222,26 +219,26 @@ class MoVQGAN(VQTokenizer):
             state = saved.get("state_dict", saved)
             config = movqgan.diffusers_config(state)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"image_tokenizer.path: {path} holds more than tensors and is not read") from error
+            raise ValueError(f"image_tokenizer.path: {path} contains more than tensors and is not loaded") from error
         except (RuntimeError, EOFError, AttributeError, KeyError, ValueError) as error:
-            raise ValueError(f"image_tokenizer.path: {path} is no MoVQGAN checkpoint: {error}") from error
+            raise ValueError(f"image_tokenizer.path: {path} is not a MoVQGAN checkpoint: {error}") from error
         name = movqgan.size_name(config)
         if expect is not None and name != expect:
-            raise ValueError(f"image_tokenizer.expect={expect!r}: {path} holds the {name} model")
+            raise ValueError(f"image_tokenizer.expect={expect!r}: {path} is the {name} model")
         vq: Any = VQModel(**config)  # type: ignore[no-untyped-call]
         try:
             vq.load_state_dict(movqgan.to_diffusers(state, len(config["block_out_channels"])))
         except RuntimeError as error:
-            raise ValueError(f"image_tokenizer.path: {path} is no whole MoVQGAN: {error}") from error
+            raise ValueError(f"image_tokenizer.path: {path} is an incomplete MoVQGAN: {error}") from error
         tokenizer = cls(VQAutoencoder(vq), image_size, file_sha256(path))
         tokenizer.size_name = name
         return tokenizer
 
 
 def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:
-    """Writes weights and config, which `VQTokenizer.from_folder` reads.
+    """Writes weights and config for `VQTokenizer.from_folder`.
 
-    Ids may change when weights are rounded to bfloat16, so a tokenizer is measured as it is shipped.
+    Rounding weights to bfloat16 may change ids, so a tokenizer is measured as shipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}

@@ -15,14 +15,11 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from t2i_lm.config.experiment import RESUMABLE, ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import require
 from t2i_lm.runtime.command_line import FAILURES
 from t2i_lm.storage.run_folder import CONFIG, REPORT, run_folders
-
-# Where a run is kept; nothing of it changes what is computed.
-PLACES = (*RESUMABLE, "run.dir", "data.cache_dir")
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,10 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
 
 def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
     """The newest run folder of an equal config and whether it is finished; finished ones first."""
+    if config.aligned_rows is not None:  # the others need no torch
+        from t2i_lm.models.aligned_rows import resolve_aligned_rows
+
+        config = resolve_aligned_rows(config)  # as in a run's config.yaml
     wanted = _computed(config)
     equal = []
     for folder in run_folders(Path(config.run.dir), config.name):
@@ -91,7 +92,7 @@ def _computed_in(file: Path) -> dict[str, object] | None:
 
 
 def _computed(config: ExperimentConfig) -> dict[str, object]:
-    return {key: value for key, value in flatten(config).items() if key not in PLACES}
+    return {key: value for key, value in flatten(config).items() if not is_neutral(key) or is_reported(key)}
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int = 1, keep_going: bool = False) -> int:

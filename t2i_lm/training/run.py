@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 
 from callbacks import EventLog, MetricsFile, Preempted, find_resumable
-from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import save_experiment
 from t2i_lm.config.sections import SHARDED
@@ -20,13 +19,15 @@ from t2i_lm.evaluation.forgetting import BASELINE, forgetting_probes
 from t2i_lm.evaluation.report import sampler, write_report
 from t2i_lm.experiment.build import Experiment, ImageExperiment, build
 from t2i_lm.experiment.restore import load_trained
+from t2i_lm.models.aligned_rows import resolve_aligned_rows
 from t2i_lm.models.cross_entropy import loss_backend
+from t2i_lm.models.factory import weights_hashes
 from t2i_lm.models.flops import flop_per_token, formula
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.runtime.devices import device_name, global_rank, is_out_of_memory, memory_advice, precision, require_device
+from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.runtime.seeds import generator
-from t2i_lm.storage.hashing import weights_sha256
 from t2i_lm.storage.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -50,6 +51,7 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     """Trains an experiment; returns the exit code."""
     require_device(config.trainer)
     loss_backend(config.loss.backend)
+    config = resolve_aligned_rows(config)
     experiment = build(config)
     inherited = os.environ.get(FOLDER_VARIABLE)
     main_rank = inherited is None and global_rank() == 0
@@ -130,7 +132,7 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
     details = environment(
         data_hash=experiment.index.get("data_hash"),
         tokenizers=experiment.index.get("tokenizers"),
-        backbone=_backbone_hashes(config),
+        backbone=weights_hashes(config),
         stream_hash=make_sampler(config, size).stream_hash(samples),
         precision=precision(config),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -139,6 +141,7 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
         train_samples=size,
         parameters=sum(parameter.numel() for parameter in experiment.module.parameters()),
         flop_per_token=_flop_per_token(experiment),
+        **({"plugins": plugins} if (plugins := plugin_identities(config)) else {}),
     )
     (folder / ENVIRONMENT).write_text(json.dumps(details, indent=2) + "\n")
     if isinstance(experiment.module, DecoderModule):
@@ -155,12 +158,6 @@ def _print_formula(experiment: Experiment) -> None:
     module = experiment.module
     if isinstance(module, DecoderModule):
         print(formula(module.decoder, module.nominal_length, device_name(experiment.config)), flush=True)
-
-
-def _backbone_hashes(config: ExperimentConfig) -> dict[str, str] | None:
-    """Of the weights that the run starts from; None where it starts from random ones."""
-    path = config.backbone.path
-    return None if path is None or config.init == "random" else weights_sha256(resolve(path))
 
 
 def _flop_per_token(experiment: Experiment) -> float | None:

@@ -76,7 +76,7 @@ def test_an_old_checkpoint_stays_while_the_new_one_cannot_be_read_back(
     monkeypatch.setattr(callbacks.checkpoints, "verify", damaged_until_15)
     fit(toy)
     assert EventLog(tmp_path / EVENTS).counts() == {"save-failed": 2}
-    assert "cannot be read back: bad sectors; training goes on" in capsys.readouterr().err
+    assert "cannot be read back: bad sectors; training continues" in capsys.readouterr().err
     assert 17 in kept(toy)
 
 

@@ -1,7 +1,7 @@
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, asdict
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,13 @@ def test_a_run_to_sample_from_differs_in_empty_captions_alone() -> None:
         changed = {key for key in pretrained if pretrained[key] != sampling[key]}
         assert changed == {"name", "data.caption_dropout"}
         assert sampling["data.caption_dropout"] == 0.1
+
+
+def test_a_config_is_never_changed() -> None:
+    config = load_experiment(PRETRAINED, "demo")
+    for section, key in ((config, "init"), (config.optim, "lr"), (config.image_tokenizer.model, "codes")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(section, key, None)
 
 
 def test_layers_merge_in_order() -> None:
@@ -94,7 +101,7 @@ def test_a_bad_override_names_the_key_and_what_is_allowed(override: str, message
         (["trainer.fp8=true", "task=align"], "trainer.fp8=True: expected false, task=align"),
         (["loss.backend=liger"], "loss.backend='liger': expected one of fused, torch"),
         (["loss.backend=torch", "task=align"], "loss.backend='torch': expected fused, task=align"),
-        (["data.trim=0"], "data.trim=0: expected at least 1"),
+        (["data.pad_to_multiple_of=0"], "data.pad_to_multiple_of=0: expected at least 1"),
     ],
 )
 def test_speed_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:

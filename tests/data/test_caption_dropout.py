@@ -1,6 +1,7 @@
 """`data.caption_dropout`: the choice of emptied captions, and guidance with the same empty caption."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_dropout_applies_when_every_caption_is_a_sample(shards: Path) -> None:
     split = data_of(shards, config_of(SHARE)).train_set
     assert isinstance(split, PairBatches)
     config = config_of(SHARE)
-    config.data.captions = "all"
+    config = replace(config, data=replace(config.data, captions="all"))
     train = data_of(shards, config).train_set
     assert len(train) == 2 * len(split)
     empty = without_caption(train.__getitems__([(0, index) for index in range(len(train))]))

@@ -153,7 +153,7 @@ def test_a_finished_evaluation_is_scored_without_drawing_and_its_fid_stays(
 
     other = write_clip(tmp_path / "other", seed=1)
     assert main([*plain, *out, "--clip", str(other)]) == 2
-    assert "holds parts of another evaluation (clip_model='tiny', now 'other'; clip_sha256=" in capsys.readouterr().err
+    assert "parts of a different evaluation (clip_model='tiny', now 'other'; clip_sha256=" in capsys.readouterr().err
 
 
 def test_reconstructions_are_scored_beside_their_floor(command: list[str], tmp_path: Path) -> None:
@@ -176,10 +176,10 @@ def test_wrong_models_are_named_before_anything_is_loaded(
         return capsys.readouterr().err
 
     assert "--clip absent: expected a folder of a clip model" in refused("--clip", "absent")
-    assert "expected a whole repository" in refused("--clip", "hub:org/clip/model.safetensors")
+    assert "expected a whole repository" in refused("--clip", "hf://org/clip/model.safetensors")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    assert "says model_type='bert', expected 'clip'" in refused("--clip", str(tmp_path / "bert"))
+    assert "has model_type='bert', expected 'clip'" in refused("--clip", str(tmp_path / "bert"))
     (tmp_path / "bert" / "config.json").write_text((folder / "config.json").read_text())
     assert "expected model.safetensors or pytorch_model.bin" in refused("--clip", str(tmp_path / "bert"))
     assert main(["--checkpoint", "runs", "--clip", str(folder), "--forgetting", str(tmp_path)]) == 2

@@ -156,7 +156,7 @@ def test_evaluate_names_what_it_cannot_measure_before_it_loads_a_model(
     for name in (str(tmp_path / "none"), "../none.txt", "org/books:test"):  # what is no file may be a dataset's name
         said = refused(probed.folder, "--forgetting", name)
         assert f"--forgetting='{name}' is neither a file or folder nor a reachable Hugging Face dataset" in said
-    assert "is no run folder and holds none" in refused(tmp_path / "nowhere", *text)
+    assert "is not a run folder and contains none" in refused(tmp_path / "nowhere", *text)
     assert f"{bare} has no whole checkpoint" in refused(bare, *text)
 
 
@@ -205,9 +205,9 @@ def test_a_resumed_run_measures_as_an_unbroken_one(probed: Run, tmp_path: Path) 
         (["data.replay_ratio=0.25", "data.replay_path=/nowhere"], "data.replay_path='/nowhere'"),
         (["data.replay_ratio=0.3"], "a whole number of data.batch_size=8"),
         (["loss.text_weight=-1"], "loss.text_weight=-1.0: expected 0 or more"),
-        (["loss.text_weight=0", "task=unconditional"], "loss is for task=text_to_image"),
+        (["loss.text_weight=0", "task=unconditional"], "loss.text_weight=0.0: expected 1 with task=unconditional"),
         (["distil.weight=1", "init=random"], "no language to distil from"),
-        (["optim.l2_sp=1", "lora.rank=2"], "optim.l2_sp=1.0 contradicts lora.rank=2"),
+        (["optim.l2_sp=1", "lora.rank=2"], "optim.l2_sp=1.0: expected 0 with lora.rank=2"),
         (["optim.l2_sp=1", "freeze=[text_rows,norm,attention,ffn]"], "leave no pre-trained weight trainable"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import SampleConfig
 from t2i_lm.evaluate import parser
 from t2i_lm.evaluation.lm_eval import ChosenTasks
 from t2i_lm.evaluation.measurements import MEASUREMENTS
@@ -43,8 +44,7 @@ def test_guidance_is_the_runs_unless_the_command_says_otherwise(
     from tests.data.coco_folder import write_coco
 
     coco = read_coco(write_coco(tmp_path / "coco", 3))
-    config = ExperimentConfig()
-    config.samples.guidance = 1.5
+    config = ExperimentConfig(samples=SampleConfig(guidance=1.5))
     options = parser().parse_args(["--checkpoint", "run", *words])
     made = MEASUREMENTS["coco"].made_with(options, (coco, choose_prompts(coco, 2, 0)), config)
     assert (made["guidance"], made["prompts"], made["weights"]) == (guidance, 2, "float32")

@@ -17,7 +17,7 @@ def test_the_papers_numbers_come_out_without_weights() -> None:
     assert "1,024 image ids and at most 122 text ids" in text
     assert "tokens a step: 1,032,192" in text
     assert "1e+11 tokens" in text
-    assert "8.901e+09 FLOP a token" in text
+    assert "8.901e+09 FLOP/token" in text
     assert "hf download ai-forever/MoVQGAN movqgan_270M.ckpt" in text
     assert "missing: data.path=null" in text
 

@@ -1,4 +1,4 @@
-"""Figures of open_lm's variants, measured on upstream's code; weights are a formula, so only numbers are kept.
+"""Reference numbers of open_lm's variants from upstream's code; weights come from a formula and are not stored.
 
 `python -m tests.models.open_lm_variants > tests/models/open_lm_variants.json` measures them again on commit 9bb92ef of
 mlfoundations/open_lm: as `make open-lm` installs it, or a CHECKOUT, named after the module.
@@ -46,20 +46,20 @@ IDS_BT = (torch.arange(48) * 7 % 40).view(2, 24)
 
 
 def formula(shape: torch.Size, number: int) -> Tensor:
-    """Weights without a random generator: equal on every machine and in every version."""
+    """Weights without a random generator, equal on every machine and in every version."""
     count = shape.numel()
     wave = torch.sin(torch.arange(count, dtype=torch.float64) * 1.7 + number).float().view(shape)
     return 1 + 0.1 * wave if len(shape) == 1 else wave / shape[-1] ** 0.5
 
 
 def weights(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """A tensor for each name; names that upstream registers twice or ties share one."""
+    """A tensor per name; names that upstream registers twice or ties share one."""
     names = sorted(shapes)
     return {name: formula(shapes[name], number) for number, name in enumerate(names)}
 
 
 def figures(logits_BTV: Tensor, grad_norms: dict[str, float]) -> dict[str, Any]:
-    """What is compared: loss, some logits in full precision, gradient norms."""
+    """The numbers to compare: loss, some logits in full precision, gradient norms."""
     loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), IDS_BT[:, 1:].flatten())
     return {
         "loss": float(loss.detach()),
@@ -69,7 +69,7 @@ def figures(logits_BTV: Tensor, grad_norms: dict[str, float]) -> dict[str, Any]:
 
 
 def _stub_xformers() -> None:
-    """Upstream imports xformers; its SwiGLU has a torch twin in upstream itself, and no other part is used here."""
+    """Stubs xformers, which upstream imports: upstream's torch SwiGLU replaces its SwiGLU, the rest is unused."""
     package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
     ops.SwiGLU = nn.Identity  # type: ignore[attr-defined]
     ops.LowerTriangularMask = ops.memory_efficient_attention = None  # type: ignore[attr-defined]
@@ -78,7 +78,7 @@ def _stub_xformers() -> None:
 
 
 def measure_upstream(checkout: Path | None) -> dict[str, dict[str, Any]]:
-    """Every variant's figures by upstream's code."""
+    """Every variant's numbers from upstream's code."""
     _stub_xformers()
     if checkout is not None:
         sys.path.insert(0, str(checkout))

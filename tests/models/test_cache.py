@@ -1,4 +1,4 @@
-"""Windows that grow by buckets: what a CUDA graph needs, and that ids stay the same."""
+"""Cache windows that grow in buckets, as CUDA graphs require, generate the same ids."""
 
 import shutil
 from typing import Any
@@ -17,11 +17,11 @@ from t2i_lm.tokenizers.layout import Layout
 from tests.models.test_generate import setup
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-ALIKE, RAGGED = (0, 2), (0, 1, 2, 3)
+EQUAL, RAGGED = (0, 2), (0, 1, 2, 3)
 
 
 def ways(decoder: Decoder, vocab: JointVocab, prompts: list[torch.Tensor], **how: Any) -> list[torch.Tensor]:
-    """Ids drawn greedily, from seeds, and with guidance."""
+    """Ids generated greedily, from seeds, and with guidance."""
     null = torch.from_numpy(Layout(vocab, 6, 20).prompt(np.empty(0, np.int64)))
     guided = {"sampling": Sampling(guidance=3.0), "null_prompt": null}
     seeds = {"seeds": list(range(len(prompts)))}
@@ -37,9 +37,9 @@ def recomputed(decoder: Decoder, vocab: JointVocab, prompt: torch.Tensor) -> tor
     return ids[len(prompt) :] - vocab.image_offset
 
 
-@pytest.mark.parametrize("members", [ALIKE, RAGGED])
+@pytest.mark.parametrize("members", [EQUAL, RAGGED])
 @pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
-def test_buckets_draw_the_ids_of_growing_windows_and_of_full_recomputation(
+def test_buckets_generate_the_ids_of_growing_windows_and_of_full_recomputation(
     positional: str, members: tuple[int, ...]
 ) -> None:
     decoder, vocab, every = setup(positional)
@@ -54,8 +54,8 @@ def test_buckets_draw_the_ids_of_growing_windows_and_of_full_recomputation(
 
 
 @pytest.mark.parametrize("bucket", [1, 4])
-def test_batches_that_share_a_cache_draw_the_ids_of_one(bucket: int) -> None:
-    """Of prompts of one length and of several in turn, the last batch being smaller."""
+def test_batches_that_share_a_cache_generate_the_ids_of_a_single_batch(bucket: int) -> None:
+    """Batches of equal and of ragged prompts in turn, the last one smaller."""
     decoder, vocab, every = setup("rotary")
     prompts = [every[member] for member in (0, 2, 3, 1, 2, 0, 1)]
     expected = ways(decoder, vocab, prompts)
@@ -64,7 +64,7 @@ def test_batches_that_share_a_cache_draw_the_ids_of_one(bucket: int) -> None:
         assert torch.equal(found, together)
 
 
-def test_a_used_cache_keeps_its_memory_and_forgets_what_was_in_it() -> None:
+def test_a_reused_cache_keeps_its_memory_but_not_its_content() -> None:
     decoder, _, every = setup("rotary")
     decoder.bucket = 4
     ids_BT = torch.stack([every[0], every[2]])
@@ -74,27 +74,27 @@ def test_a_used_cache_keeps_its_memory_and_forgets_what_was_in_it() -> None:
         return torch.stack([decoder.next_hidden(ids_BT[:, 0], cache) for _ in range(4)])
 
     with torch.no_grad():
-        cache = decoder.drawing_cache(2, 13)
+        cache = decoder.generation_cache(2, 13)
         expected = steps(cache)
         keys, windows = cache.keys[0], dict(cache._windows)
         for whole in [*cache.keys, *cache.values]:
             whole.fill_(7.0)
-        assert decoder.drawing_cache(2, 16, cache) is cache  # both are four buckets
+        assert decoder.generation_cache(2, 16, cache) is cache  # both are four buckets
         assert torch.equal(steps(cache), expected)
         assert cache.keys[0] is keys
         assert cache._windows == windows
-        assert decoder.drawing_cache(2, 17, cache) is cache
+        assert decoder.generation_cache(2, 17, cache) is cache
         assert cache.keys[0].shape[2] == 20
         assert not cache._windows
 
 
-@pytest.mark.parametrize("members", [ALIKE, RAGGED])
-def test_steps_within_a_bucket_see_the_same_tensors(members: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("members", [EQUAL, RAGGED])
+def test_steps_within_a_bucket_use_the_same_tensors(members: tuple[int, ...]) -> None:
     decoder, _, every = setup("rotary")
     decoder.bucket = 8
-    cache = decoder.drawing_cache(len(members), 20)
+    cache = decoder.generation_cache(len(members), 20)
     lengths = [len(every[member]) for member in members]
-    if members == ALIKE:
+    if members == EQUAL:
         cache.prefilled(lengths[0])
     else:
         for row, length in enumerate(lengths):
@@ -115,8 +115,9 @@ def test_steps_within_a_bucket_see_the_same_tensors(members: tuple[int, ...]) ->
     assert len(seen) == len({column // 8 for column in range(filled, 20)})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
-def test_compiled_steps_in_buckets_draw_the_same_ids() -> None:
+def test_compiled_steps_in_buckets_generate_the_same_ids() -> None:
     decoder, vocab, prompts = setup("rotary")
     expected = generate(decoder, vocab, prompts[:2], 6)
     decoder.bucket = 8
@@ -126,8 +127,8 @@ def test_compiled_steps_in_buckets_draw_the_same_ids() -> None:
 
 @on_cuda
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("members", [ALIKE, RAGGED])
-def test_graphs_draw_the_ids_of_growing_windows(
+@pytest.mark.parametrize("members", [EQUAL, RAGGED])
+def test_graphs_generate_the_ids_of_growing_windows(
     members: tuple[int, ...], compiled: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     decoder, vocab, every = setup("rotary")
@@ -145,9 +146,9 @@ def test_graphs_draw_the_ids_of_growing_windows(
 
 
 @on_cuda
-def test_a_step_that_cannot_be_captured_runs_without(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(capsys: pytest.CaptureFixture[str]) -> None:
     graphs, ids_B = StepGraphs(), torch.tensor([1, 2], device="cuda")
     for _ in range(2):
         assert graphs.run("key", lambda own_B: own_B + int(own_B.sum()), ids_B).tolist() == [4, 5]
-    assert capsys.readouterr().err.count("drawing goes on without CUDA graphs") == 1
+    assert capsys.readouterr().err.count("generation continues without CUDA graphs") == 1
     assert StepGraphs().run("key", lambda own_B: own_B * 2, ids_B).tolist() == [2, 4]

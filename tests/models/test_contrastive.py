@@ -21,14 +21,14 @@ def test_a_bag_is_the_normalized_mean_of_its_rows() -> None:
         assert torch.allclose(row_D, F.normalize(rows_VD[bag].mean(dim=0), dim=0), atol=1e-6)
 
 
-def test_an_empty_bag_is_zero_and_leaves_the_loss_finite() -> None:
+def test_an_empty_bag_is_zero_and_the_loss_stays_finite() -> None:
     bag_BD = bag_of_words(bags(9, 5, 0), torch.tensor([1]), torch.tensor([0, 1]))
     assert torch.equal(bag_BD[1], torch.zeros(5))
     assert contrastive_nll(bag_BD, bag_BD, torch.tensor(9.0), 0, None).isfinite().all()
 
 
-def test_the_loss_is_clips() -> None:
-    """Against the definition: the log of the partner's share, written out."""
+def test_the_loss_equals_clips_definition() -> None:
+    """The log of the partner's softmax share, written out."""
     image_ND, text_ND, scale = bags(32, 8, 1), bags(32, 8, 2), torch.tensor(1 / 0.07)
     share_NN = (scale * image_ND @ text_ND.T).exp()
     for nll_N, matrix_NN in (
@@ -48,7 +48,7 @@ def test_the_loss_equals_open_clips() -> None:
     assert float(torch.cat(both).mean()) == pytest.approx(theirs, rel=1e-6)
 
 
-def test_equal_bags_are_at_chance_and_duplicates_are_no_negatives() -> None:
+def test_equal_bags_are_at_chance_and_duplicates_are_not_negatives() -> None:
     same_ND = torch.ones(8, 4) / 2
     scale = torch.tensor(5.0)
     assert contrastive_nll(same_ND, same_ND, scale, 0, None).allclose(torch.tensor(math.log(8)))
@@ -59,7 +59,7 @@ def test_equal_bags_are_at_chance_and_duplicates_are_no_negatives() -> None:
     assert nll_N[2:].allclose(torch.tensor(math.log(8)))
 
 
-def test_a_ranks_rows_find_their_partners_in_the_global_batch() -> None:
+def test_a_ranks_pairs_have_their_partners_in_the_global_batch() -> None:
     image_ND, text_ND, scale = bags(12, 8, 1), bags(12, 8, 2), torch.tensor(9.0)
     whole_N = contrastive_nll(image_ND, text_ND, scale, 0, None)
     parts = [contrastive_nll(image_ND[first : first + 4], text_ND, scale, first, None) for first in (0, 4, 8)]

@@ -1,4 +1,4 @@
-"""The fused loss against the materialized one, in value and gradient, chunked and whole."""
+"""Values and gradients of the fused loss against materialized logits, chunked and whole."""
 
 from collections.abc import Callable
 
@@ -59,11 +59,11 @@ def test_value_and_gradients_equal_the_materialized_loss(
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4, 1e-2])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_in_bfloat16_the_error_is_the_materialized_losss_own(
+def test_in_bfloat16_the_error_is_that_of_materialized_logits(
     linear_cross_entropy: Backend, weighted: bool, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "CPU_LOGITS", 1)
-    monkeypatch.setattr(losses, "TARGETS", 200)  # a chunk, the last one shorter
+    monkeypatch.setattr(losses, "TARGETS", 200)  # per chunk, the last one shorter
     x_ND, weight_VD, target_N, token_weight_N = inputs(512, 64, 2000)
     given = x_ND, weight_VD, target_N, token_weight_N if weighted else torch.ones_like(token_weight_N), z_loss
     exact = torch.autograd.grad(materialized(*given)[0], (x_ND, weight_VD))
@@ -83,13 +83,13 @@ def test_in_bfloat16_the_z_loss_still_shrinks_the_logits(linear_cross_entropy: B
             loss = linear_cross_entropy(x_ND, weight_VD, target_N, None, z_loss)
         return torch.autograd.grad(loss.total, weight_VD)[0].sum(0)
 
-    # Over the rows, a target's logit gradient sums to nothing, and the z-loss' part of it to 2 z lse.
+    # Summed over rows, the nll's gradient by the logits is zero and the z-loss's is 2 z lse.
     lse_N = F.linear(x_ND, weight_VD).logsumexp(dim=1).detach()
     expected_D = (2e-4 * lse_N[:, None] * x_ND).sum(0)
     assert (summed_gradient(1e-4) - summed_gradient(0.0) - expected_D).norm() <= 0.5 * expected_D.norm()
 
 
-def test_no_targets_are_no_loss(linear_cross_entropy: Backend) -> None:
+def test_without_targets_the_loss_is_zero(linear_cross_entropy: Backend) -> None:
     x_ND, weight_VD, target_N, _ = inputs(targets=0)
     loss = linear_cross_entropy(x_ND, weight_VD, target_N)
     assert loss.total.item() == 0
@@ -106,7 +106,7 @@ def test_frozen_rows_need_no_gradient(linear_cross_entropy: Backend) -> None:
         assert linear_cross_entropy(x_ND, weight_VD, target_N).total.item() == pytest.approx(loss.total.item())
 
 
-def test_every_backend_of_a_config_is_there() -> None:
+def test_every_backend_of_the_config_is_implemented() -> None:
     assert set(LOSS_BACKENDS) == set(BACKENDS)
 
 
@@ -116,6 +116,6 @@ def test_a_torch_without_a_chunked_loss_is_refused(monkeypatch: pytest.MonkeyPat
         loss_backend("torch")
 
 
-def test_a_processor_is_asked_before_bfloat16_is_used() -> None:
+def test_bfloat16_support_is_that_of_the_processor() -> None:
     assert multiplies_bfloat16("cpu") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert not multiplies_bfloat16("meta")

@@ -6,7 +6,7 @@ from t2i_lm.models.decoder import attend
 
 
 @pytest.mark.parametrize("length", [3, 104, 600])
-def test_short_attention_in_bfloat16_is_as_near_the_truth_as_torchs(length: int) -> None:
+def test_short_attention_in_bfloat16_is_as_accurate_as_torchs(length: int) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, length, 16, generator=generator) for _ in range(3))
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -4,7 +4,7 @@ from t2i_lm.models.factory import copy_text_rows, shuffle_entries
 from tests.decoders import tiny_decoder as tiny
 
 
-def test_shuffling_keeps_every_tensors_entries_and_no_place() -> None:
+def test_shuffling_permutes_the_entries_of_every_tensor() -> None:
     before, after = tiny(), tiny()
     shuffle_entries(after, torch.Generator().manual_seed(1))
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
@@ -13,7 +13,7 @@ def test_shuffling_keeps_every_tensors_entries_and_no_place() -> None:
         assert torch.equal(old, new) == constant, name
 
 
-def test_rows_are_copied_and_nothing_else() -> None:
+def test_only_text_rows_are_copied() -> None:
     source, target = tiny(), tiny()
     target.reset_parameters(torch.Generator().manual_seed(1))
     before = {name: value.clone() for name, value in target.named_parameters()}

@@ -1,4 +1,4 @@
-"""Float8 layers (extra `fp8`): which they are, what they change, and that their weights are the model's."""
+"""Float8 layers (extra `fp8`): their selection, their accuracy, and unchanged weights."""
 
 import copy
 from dataclasses import replace
@@ -21,12 +21,12 @@ def converted(model: nn.Module) -> set[str]:
     return {name for name, part in model.named_modules() if type(part).__name__ == "Float8Linear"}
 
 
-def test_the_layers_are_the_blocks_linear_ones() -> None:
+def test_float8_layers_are_the_linear_layers_of_the_blocks() -> None:
     decoder, _ = make(VARIANTS[0])
     assert float8_layers(decoder) == [f"layers.{layer}.{name}" for layer in range(3) for name in LINEAR]
 
 
-def test_a_backbone_without_such_layers_is_refused() -> None:
+def test_a_backbone_without_suitable_layers_is_refused() -> None:
     decoder, _ = make(VARIANTS[0])
     for block in decoder.layers:
         block.attention, block.feed_forward = nn.Identity(), nn.Linear(8, 8)
@@ -34,8 +34,8 @@ def test_a_backbone_without_such_layers_is_refused() -> None:
         float8_layers(decoder)
 
 
-def test_a_step_is_near_float32s_and_its_weights_load_into_a_plain_decoder() -> None:
-    """Expected of the loss: within 2 % of float32's (found: 0.6 % at the first step, 1.0 % after it)."""
+def test_a_step_is_close_to_float32_and_its_weights_load_into_a_plain_decoder() -> None:
+    """The loss is within 2 % of float32 (measured: 0.6 % at the first step, 1.0 % after it)."""
     pytest.importorskip("torchao")
     decoder, layout = make(VARIANTS[0])
     module = TextToImageModule(decoder, PLAIN, layout)
@@ -63,7 +63,7 @@ def test_a_step_is_near_float32s_and_its_weights_load_into_a_plain_decoder() -> 
     assert plain.sums(ids_BT)[0].item() == pytest.approx(module.sums(ids_BT)[0].item(), rel=2e-2)
 
 
-def test_training_alone_turns_it_on() -> None:
+def test_only_training_enables_float8() -> None:
     pytest.importorskip("torchao")
     decoder, layout = make(VARIANTS[0])
     module = TextToImageModule(decoder, replace(PLAIN, trainer=TrainerConfig(fp8=True)), layout)

@@ -1,4 +1,4 @@
-"""Frozen means bitwise unchanged under weight decay, without gradient and without optimizer state."""
+"""Frozen parameters are bitwise unchanged under weight decay, without gradient or optimizer state."""
 
 from typing import Any
 
@@ -33,13 +33,13 @@ def train(decoder: Decoder, steps: int = 3) -> torch.optim.Optimizer:
     ids_BT = torch.arange(40).view(2, 20) * 2
     for _ in range(steps):
         optimizer.zero_grad()
-        decoder(ids_BT[:, :-1], ids_BT[:, 1:]).total.backward()
+        decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:]).total.backward()
         optimizer.step()
     return optimizer
 
 
 @pytest.mark.parametrize("group", FREEZE_GROUPS)
-def test_a_frozen_group_is_bitwise_unchanged_and_costs_nothing(group: str) -> None:
+def test_a_frozen_group_is_bitwise_unchanged_without_gradient_or_state(group: str) -> None:
     decoder = expanded()
     members = group_members(decoder, group)
     before = {name: parameter.clone() for name, parameter in decoder.named_parameters()}
@@ -96,7 +96,7 @@ def test_the_table_counts_every_group() -> None:
     assert "no parameters in this backbone" in group_table(decoder)
 
 
-def test_overlapping_groups_are_told_with_what_they_share() -> None:
+def test_overlapping_groups_are_reported_with_their_shared_parameters() -> None:
     decoder = expanded()
     norms = sum(
         value.numel()

@@ -7,7 +7,7 @@ import torch
 
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.generate import Sampling, continue_text, draw, filter_top_k, filter_top_p, generate, uniforms
+from t2i_lm.models.generate import Sampling, continue_text, filter_top_k, filter_top_p, generate, sample_ids, uniforms
 from t2i_lm.runtime.devices import COMPILERS
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import Layout
@@ -37,8 +37,8 @@ def test_greedy_ids_equal_full_recomputation(positional: str) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_images_ids_do_not_depend_on_its_batch(dtype: torch.dtype, positional: str, guidance: float) -> None:
-    """At the demo's width, where bfloat16 products of one row are rounded as no others."""
+def test_an_images_ids_do_not_depend_on_its_batch(dtype: torch.dtype, positional: str, guidance: float) -> None:
+    """At the demo's width, where single-row bfloat16 matmuls round differently."""
     decoder = tiny(positional, seq_len=64, hidden_dim=256, n_heads=4)
     layout = Layout(expand_vocabulary(decoder, 512, torch.Generator().manual_seed(0)), 20, 60)
     for parameter in decoder.parameters():
@@ -57,7 +57,7 @@ def test_a_images_ids_do_not_depend_on_its_batch(dtype: torch.dtype, positional:
     assert torch.equal(backwards.flip(0), together)
 
 
-def test_a_common_end_of_prompts_draws_the_ids_of_full_recomputation() -> None:
+def test_a_common_prompt_end_gives_the_ids_of_full_recomputation() -> None:
     decoder, vocab, prompts = setup("rotary")
     expected = generate(decoder, vocab, prompts, 6)
     assert torch.equal(generate(decoder, vocab, prompts, 6, prompt_end=14), expected)
@@ -65,13 +65,13 @@ def test_a_common_end_of_prompts_draws_the_ids_of_full_recomputation() -> None:
         generate(decoder, vocab, prompts, 6, prompt_end=11)
 
 
-def test_draws_follow_the_models_distribution() -> None:
+def test_samples_follow_the_models_distribution() -> None:
     decoder, vocab, prompts = setup("rotary")
-    draws = 3000
-    codes = generate(decoder, vocab, [prompts[0]] * draws, 1, seeds=list(range(draws)))[:, 0]
+    samples = 3000
+    codes = generate(decoder, vocab, [prompts[0]] * samples, 1, seeds=list(range(samples)))[:, 0]
     expected = decoder(prompts[0][None])[0, -1, vocab.image_offset :].softmax(-1)
-    share = torch.bincount(codes, minlength=16) / draws
-    assert (share - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
+    share = torch.bincount(codes, minlength=16) / samples
+    assert (share - expected).abs().max() < 4 * (0.25 / samples) ** 0.5
 
 
 def test_ids_stay_in_the_image_range_and_top_k_narrows_them() -> None:
@@ -91,7 +91,7 @@ def test_top_p_keeps_the_fewest_codes_that_reach_it() -> None:
     assert kept.tolist() == [[True, False, True], [False, True, False]]
 
 
-def test_guidance_is_a_step_from_the_empty_caption_on_logits() -> None:
+def test_guidance_extrapolates_the_logits_from_the_empty_caption() -> None:
     """Greedy codes under guidance equal a full recomputation of both streams."""
     decoder, vocab, prompts = setup("rotary")
     null = torch.from_numpy(Layout(vocab, 6, 20).prompt(np.empty(0, np.int64)))
@@ -99,9 +99,9 @@ def test_guidance_is_a_step_from_the_empty_caption_on_logits() -> None:
     assert not torch.equal(codes_BN, generate(decoder, vocab, prompts, 6))
     for prompt, codes_N in zip(prompts, codes_BN, strict=True):
         for step, code in enumerate(codes_N):
-            drawn = codes_N[:step] + vocab.image_offset
+            earlier = codes_N[:step] + vocab.image_offset
             own, empty = (
-                decoder(torch.cat([head, drawn])[None])[0, -1, vocab.image_offset :] for head in (prompt, null)
+                decoder(torch.cat([head, earlier])[None])[0, -1, vocab.image_offset :] for head in (prompt, null)
             )
             assert int((empty + 3.0 * (own - empty)).argmax()) == int(code)
     none = generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4], sampling=Sampling(guidance=1.0), null_prompt=null)
@@ -115,10 +115,10 @@ def test_guidance_is_a_step_from_the_empty_caption_on_logits() -> None:
         pytest.param(2, 3, [(1, 4, 3), (2, 4, 6), (3, 4, 7), (4, 4, 8)], id="over all batches"),
     ],
 )
-def test_progress_sees_the_codes_that_are_there(
+def test_progress_reports_the_codes_generated_so_far(
     tokens: int, at_once: int | None, expected: list[tuple[int, int, int]]
 ) -> None:
-    """(tokens drawn, tokens in all, codes that are there) after each."""
+    """(tokens generated, tokens in all, codes generated) after each token."""
     decoder, vocab, prompts = setup("rotary")
     seen: list[tuple[int, int, int]] = []
     generate(
@@ -142,7 +142,7 @@ def test_progress_sees_the_codes_that_are_there(
         ({"guidance": 2}, "empty caption"),
     ],
 )
-def test_senseless_settings_are_refused(change: dict[str, float], message: str) -> None:
+def test_invalid_settings_are_refused(change: dict[str, float], message: str) -> None:
     decoder, vocab, prompts = setup("rotary")
     with pytest.raises(ValueError, match=message):
         generate(decoder, vocab, prompts, 6, sampling=Sampling(**change))
@@ -164,7 +164,7 @@ def test_a_continued_text_equals_full_recomputation(positional: str, all_rows: b
         ids = prompt
         for step in range(tokens):
             logits_1V = decoder(ids[None])[:, -1, : None if all_rows else text_size] / 0.8
-            ids = torch.cat([ids, draw(logits_1V, None if uniform_N is None else uniform_N[step : step + 1])])
+            ids = torch.cat([ids, sample_ids(logits_1V, None if uniform_N is None else uniform_N[step : step + 1])])
         return ids[len(prompt) :].tolist()
 
     for seed in (None, 5):
@@ -185,19 +185,20 @@ def test_a_text_is_continued_on_a_gpu(seed: int | None) -> None:
     assert torch.equal(continue_text(decoder.cuda(), torch.tensor([7, 3]), 8, -1, seed), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 @pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
-def test_compiled_steps_draw_the_same_ids(positional: str) -> None:
-    """For prompts of one length and of several, whose columns are masked."""
+def test_compiled_steps_generate_the_same_ids(positional: str) -> None:
+    """For prompts of one length, and of several, whose columns are masked."""
     decoder, vocab, prompts = setup(positional)
-    alike = [prompts[0], prompts[2]]
-    expected = generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4]), generate(decoder, vocab, alike, 6)
+    equal = [prompts[0], prompts[2]]
+    expected = generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4]), generate(decoder, vocab, equal, 6)
     decoder.compile_steps()
     assert torch.equal(generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4]), expected[0])
-    assert torch.equal(generate(decoder, vocab, alike, 6), expected[1])
+    assert torch.equal(generate(decoder, vocab, equal, 6), expected[1])
 
 
-def test_more_positions_than_the_decoder_has_are_refused_before_drawing() -> None:
+def test_more_positions_than_the_decoder_has_are_refused() -> None:
     decoder, vocab, prompts = setup("rotary")
     with pytest.raises(ValueError, match="seq_len=32"):
         generate(decoder, vocab, prompts, 30)

@@ -1,4 +1,4 @@
-"""Backbones of transformers: its own logits before expansion, and all that the suite does to a backbone."""
+"""Backbones of transformers: its own logits before expansion, and every operation on a backbone."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder_of(request.param, tmp_path)
 
 
-def test_logits_are_transformers_own_and_old_rows_are_untouched_by_expansion(folder: Path) -> None:
+def test_logits_equal_transformers_and_expansion_leaves_old_rows_unchanged(folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     expected = model(IDS_BT).logits
     backbone = load_huggingface(folder).eval()
@@ -59,7 +59,7 @@ def test_logits_are_transformers_own_and_old_rows_are_untouched_by_expansion(fol
 
 
 @pytest.mark.parametrize("group", FREEZE_GROUPS)
-def test_every_freezing_group_works(group: str, folder: Path) -> None:
+def test_a_frozen_group_is_unchanged(group: str, folder: Path) -> None:
     backbone = load_huggingface(folder)
     expand_vocabulary(backbone, 30, torch.Generator().manual_seed(1))
     members = group_members(backbone, group)
@@ -69,7 +69,7 @@ def test_every_freezing_group_works(group: str, folder: Path) -> None:
     trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.1, weight_decay=0.5)
     ids_BT = torch.cat([IDS_BT, IDS_BT % 37 + 512], dim=1)
-    backbone(ids_BT[:, :-1], ids_BT[:, 1:]).total.backward()
+    backbone.loss(ids_BT[:, :-1], ids_BT[:, 1:]).total.backward()
     optimizer.step()
     frozen = {id(parameter) for parameter in members.values()}
     for name, parameter in backbone.named_parameters():
@@ -88,8 +88,7 @@ def test_greedy_ids_with_a_cache_equal_full_recomputation(folder: Path) -> None:
     backbone = load_huggingface(folder).eval()
     vocab = expand_vocabulary(backbone, 30, torch.Generator().manual_seed(1))
     prompts = [torch.tensor([3, 5, 7]), torch.tensor([9, 2, 4, 8])]
-    drawn = generate(backbone, vocab, prompts, 6)
-    for prompt, codes in zip(prompts, drawn, strict=True):
+    for prompt, codes in zip(prompts, generate(backbone, vocab, prompts, 6), strict=True):
         ids = prompt
         for code in codes:
             logits = backbone(ids[None])[0, -1, vocab.image_offset :]
@@ -97,23 +96,23 @@ def test_greedy_ids_with_a_cache_equal_full_recomputation(folder: Path) -> None:
             ids = torch.cat([ids, code[None] + vocab.image_offset])
 
 
-def test_compiled_blocks_draw_too(folder: Path) -> None:
+def test_generation_uses_compiled_blocks(folder: Path) -> None:
     backbone = load_huggingface(folder)
-    assert not backbone.draws_compiled
+    assert not backbone.generates_compiled
     for block in blocks_of(backbone):
         block.compile()  # at its first call
-    assert backbone.draws_compiled
+    assert backbone.generates_compiled
 
 
-def test_a_random_arm_inherits_nothing_and_follows_its_seed(folder: Path) -> None:
+def test_a_random_arm_depends_on_its_seed_alone(folder: Path) -> None:
     pretrained = load_huggingface(folder).state_dict()
 
-    def drawn(seed: int) -> dict[str, torch.Tensor]:
+    def initialized(seed: int) -> dict[str, torch.Tensor]:
         backbone = empty_huggingface(folder)
         backbone.reset_parameters(torch.Generator().manual_seed(seed))
         return backbone.state_dict()
 
-    first, again, other = drawn(0), drawn(0), drawn(1)
+    first, again, other = initialized(0), initialized(0), initialized(1)
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name])
         constant = bool((tensor == tensor.flatten()[0]).all())  # norms and biases
@@ -121,6 +120,7 @@ def test_a_random_arm_inherits_nothing_and_follows_its_seed(folder: Path) -> Non
         assert torch.equal(tensor, pretrained[name]) == constant, name
 
 
+@pytest.mark.slow
 def test_a_run_from_pretrained_to_an_export_that_transformers_loads(tiny: list[str], tmp_path: Path) -> None:
     folder = folder_of("Llama", tmp_path)
     overrides = [*tiny, f"backbone.path={folder}", f"run.dir={tmp_path}/runs"]
@@ -136,12 +136,12 @@ def test_a_run_from_pretrained_to_an_export_that_transformers_loads(tiny: list[s
     assert main([str(ROOT / "experiments" / "t2i_scratch.yaml"), *overrides, "samples.prompts=0"]) == 0
 
 
-def test_packing_is_refused_before_data_are_prepared(
+def test_packing_is_refused_before_data_preparation(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = [f"backbone.path={folder_of('Llama', tmp_path)}", f"data.cache_dir={tmp_path}/cache"]
     assert main([str(ROOT / "experiments" / "t2i_pretrained.yaml"), *tiny, *overrides, "trainer.packing=true"]) == 2
-    assert "trainer.packing=True: a backbone of transformers is not packed" in capsys.readouterr().err
+    assert "trainer.packing=True: expected false, a transformers backbone cannot be packed" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
 
 

@@ -1,4 +1,4 @@
-"""LoRA (extra `lora`): what learns, that it begins as the model was, and that merging gives plain files back."""
+"""LoRA (extra `lora`): trainable parameters, zero initialization, merging into plain files."""
 
 from pathlib import Path
 
@@ -27,16 +27,16 @@ def make_decoder() -> Decoder:
     return decoder
 
 
-def test_adapters_begin_as_nothing_and_learn_with_the_new_rows_alone() -> None:
+def test_adapters_start_at_zero_and_only_they_and_new_rows_are_trainable() -> None:
     decoder, ids_BT = make_decoder(), torch.arange(10)[None]
     before, state = decoder(ids_BT), torch.get_rng_state()
     add_adapters(decoder, 2, 4.0, torch.Generator().manual_seed(3))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(decoder(ids_BT), before)
-    learning = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
+    trainable = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
     rows = {f"{matrix}.{block}" for matrix in ("tok_embeddings", "output") for block in ("special", "image")}
-    assert {name for name in learning if ".lora_" not in name} == rows
-    assert len(learning) == 4 + 2 * 4 * 2  # two layers of four linear ones, two factors each
+    assert {name for name in trainable if ".lora_" not in name} == rows
+    assert len(trainable) == 4 + 2 * 4 * 2  # 4 blocks of rows; 2 layers x 4 linear layers x 2 factors
     again = make_decoder()
     add_adapters(again, 2, 4.0, torch.Generator().manual_seed(3))
     assert all(torch.equal(one, two) for one, two in zip(decoder.parameters(), again.parameters(), strict=True))
@@ -49,11 +49,11 @@ def test_a_frozen_layer_gets_no_adapter() -> None:
     assert not any("attention" in name for name, _ in decoder.named_parameters() if ".lora_" in name)
     frozen = make_decoder()
     freeze(frozen, ["attention", "ffn"])
-    with pytest.raises(ValueError, match=r"lora\.rank=2: no linear layer learns"):
+    with pytest.raises(ValueError, match=r"lora\.rank=2: every linear layer is frozen"):
         add_adapters(frozen, 2, 4.0, torch.Generator())
 
 
-def test_merging_leaves_the_plain_model_with_the_same_function() -> None:
+def test_merging_restores_the_plain_model_with_the_same_function() -> None:
     decoder, ids_BT = make_decoder(), torch.arange(10)[None]
     names = set(decoder.state_dict())
     add_adapters(decoder, 2, 4.0, torch.Generator())

@@ -27,7 +27,7 @@ def test_logits_loss_and_gradients_equal_open_lms(name: str, shared: Path) -> No
     logits_BTV = decoder(ids_BT)
     scale = reference["logits"].abs().max()
     assert (logits_BTV - reference["logits"]).abs().max() <= 1e-5 * scale
-    nll = decoder(ids_BT[:, :-1], ids_BT[:, 1:])
+    nll = decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:])
     loss = nll.total / len(nll.nll_N)
     assert loss.item() == pytest.approx(reference["loss"].item(), rel=1e-6)
     loss.backward()
@@ -48,7 +48,7 @@ MEASURED = json.loads(Path(__file__).with_name("open_lm_variants.json").read_tex
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_equals_upstreams_measured_figures(name: str, tmp_path: Path) -> None:
+def test_every_variant_equals_upstreams_measured_numbers(name: str, tmp_path: Path) -> None:
     measured = MEASURED[name]
     config = BASE | VARIANTS[name]
     shapes = {key: value.shape for key, value in open_lm_state_dict(Decoder(decoder_config(config))).items()}
@@ -78,7 +78,7 @@ def test_head_rotary_is_position_free_in_upstreams_own_code() -> None:
 
 @pytest.mark.skipif(not ("OPEN_LM" in os.environ or find_spec("open_lm")), reason="no open_lm: make open-lm")
 @pytest.mark.filterwarnings("ignore")
-def test_the_measured_figures_are_upstreams() -> None:
+def test_the_committed_numbers_are_upstreams() -> None:
     checkout = os.environ.get("OPEN_LM")
     for name, values in measure_upstream(Path(checkout) if checkout else None).items():
         for key in ("loss", "logits", "grad_norms"):
@@ -86,7 +86,7 @@ def test_the_measured_figures_are_upstreams() -> None:
 
 
 @pytest.mark.parametrize("ffn_type", ["swiglu", "gelu", "gemma_geglu"])
-def test_upstreams_names_are_written_and_read_back(ffn_type: str, tmp_path: Path) -> None:
+def test_upstreams_tensor_names_are_written_and_read_back(ffn_type: str, tmp_path: Path) -> None:
     decoder = tiny(ffn_type=ffn_type)
     save_open_lm(decoder, tmp_path, torch.float32, {})
     again = load_open_lm(tmp_path)
@@ -113,7 +113,7 @@ def test_saving_and_loading_keeps_every_weight(tmp_path: Path) -> None:
 
 
 def test_head_rotary_is_position_free() -> None:
-    """The released open_lm-1b's positions: order is seen only through the causal mask (traps T1)."""
+    """The released open_lm-1b's positions: order enters only through the causal mask."""
     free, rotary = tiny("head_rotary"), tiny("rotary")
     ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6]])
     swapped_BT = torch.tensor([[3, 1, 2, 5, 4, 6]])

@@ -1,4 +1,4 @@
-"""Packed sequences: loss and gradients of the padded batch, for any of the decoder's variants and losses."""
+"""Packed sequences give the loss and gradients of the padded batch, for all decoder variants and losses."""
 
 import copy
 from pathlib import Path
@@ -42,7 +42,7 @@ def make(variant: dict[str, Any]) -> tuple[Decoder, Layout]:
 
 
 def batches(layout: Layout) -> list[Tensor]:
-    """Ragged ones, one as long as can be, one without a pad, one sequence alone."""
+    """Ragged, of maximal length, without pads, and of a single sequence."""
     generator = torch.Generator().manual_seed(3)
     found = []
     for sizes in ([5, 8, 0], [14, 1], [3, 3], [6]):
@@ -53,7 +53,7 @@ def batches(layout: Layout) -> list[Tensor]:
 
 
 def assert_equal(module: DecoderModule, batches: list[Tensor]) -> None:
-    """That packing changes neither sums nor a gradient, within float32's roundings."""
+    """Packing changes neither sums nor gradients, up to float32 rounding."""
     packed = copy.deepcopy(module)
     packed.decoder.enable_packing()
     for ids_BT in batches:
@@ -75,12 +75,12 @@ def assert_equal(module: DecoderModule, batches: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant["positional_embedding_type"])
 @pytest.mark.parametrize("config", [PLAIN, WEIGHTED], ids=["plain", "weighted"])
-def test_loss_and_gradients_are_those_of_the_padded_batch(variant: dict[str, Any], config: ExperimentConfig) -> None:
+def test_loss_and_gradients_equal_the_padded_batch(variant: dict[str, Any], config: ExperimentConfig) -> None:
     decoder, layout = make(variant)
     assert_equal(TextToImageModule(decoder, config, layout), batches(layout))
 
 
-def test_states_that_only_unwanted_ones_follow_are_left_out_of_an_image_loss() -> None:
+def test_an_image_loss_ignores_positions_after_its_last_target() -> None:
     decoder, pairs = make(VARIANTS[0])
     layout = ImageLayout(pairs.vocab, 4)
     ids_BT = layout.pack([], torch.arange(8).view(2, 4).numpy())
@@ -89,7 +89,7 @@ def test_states_that_only_unwanted_ones_follow_are_left_out_of_an_image_loss() -
     )
 
 
-def test_a_distilled_model_gives_the_same() -> None:
+def test_packing_leaves_a_distilled_model_unchanged() -> None:
     decoder, layout = make(VARIANTS[0])
     config = ExperimentConfig(data=DataConfig(length=LENGTH), distil=DistilConfig(weight=0.7))
     module = DistilledModule(decoder, config, layout, document_end=2)
@@ -99,34 +99,36 @@ def test_a_distilled_model_gives_the_same() -> None:
     assert_equal(module, batches(layout))
 
 
-def test_recomputed_blocks_give_the_same() -> None:
+def test_packing_works_with_activation_checkpointing() -> None:
     decoder, layout = make(VARIANTS[0])
     decoder.enable_activation_checkpointing()
     assert_equal(TextToImageModule(decoder, PLAIN, layout), batches(layout))
 
 
-def test_layers_see_only_what_a_wanted_state_depends_on() -> None:
+def test_layers_compute_only_the_tokens_that_targets_depend_on() -> None:
     (decoder, _), seen = make(VARIANTS[0]), []
     decoder.enable_packing()
     decoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-    wanted_BT = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]).bool()
+    mask_BT = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]).bool()
     ids_BT = torch.arange(15).view(3, 5)
-    x_ND = decoder.hidden_at(ids_BT, decoder.wanted(wanted_BT))
+    x_ND = decoder.hidden_at(ids_BT, decoder.target_index(mask_BT))
     assert seen == [(1, 4 + 0 + 2, 64)]
-    assert torch.allclose(x_ND, decoder.hidden(ids_BT)[wanted_BT], atol=1e-6)
+    assert torch.allclose(x_ND, decoder.hidden(ids_BT)[mask_BT], atol=1e-6)
 
 
-@pytest.mark.parametrize("trim", [1, 32])
-def test_a_packed_run_is_the_padded_run(pretrained: Run, tiny: list[str], tmp_path: Path, trim: int) -> None:
-    run = train(PRETRAINED, tmp_path, *tiny, "trainer.packing=true", f"data.trim={trim}", "samples.prompts=0")
+@pytest.mark.slow
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_a_packed_run_equals_the_padded_run(pretrained: Run, tiny: list[str], tmp_path: Path, multiple: int) -> None:
+    keys = ("trainer.packing=true", f"data.pad_to_multiple_of={multiple}", "samples.prompts=0")
+    run = train(PRETRAINED, tmp_path, *tiny, *keys)
     same_losses(run, pretrained, 1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_the_kernel_for_packed_sequences_attends_as_padded_ones_do() -> None:
+def test_the_packed_attention_kernel_equals_padded_attention() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     length_B1 = torch.tensor([[7], [300], [0], [64]], device="cuda")
-    packed = Packed.up_to_last(torch.arange(300, device="cuda") < length_B1)
+    packed = Packed.from_mask(torch.arange(300, device="cuda") < length_B1)
     shape = (1, 4, 371, 64)
     q, k, v = (torch.randn(shape, generator=generator, device="cuda").bfloat16().requires_grad_() for _ in range(3))
     out = attend_packed(q, k, v, packed)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig, DistilConfig, LossConfig, OptimConfig
 from t2i_lm.models.expand import expand_vocabulary
+from t2i_lm.models.packing import TargetIndex
 from t2i_lm.modules.base import DecoderModule, Targets
 from t2i_lm.modules.distillation import DistilledModule
 from t2i_lm.modules.optim import OPTIMIZERS
@@ -125,8 +126,8 @@ def test_a_mask_and_the_places_that_were_found_before_give_the_same(kind: str, p
     class_BT, valid_BT = module.classify(ids_BT[:, 1:])
     assert torch.equal(found.class_N, class_BT[valid_BT])
     input_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-    masked = module.decoder(input_BT, target_BT, valid_BT, module.image_rows_only)
-    placed = module.decoder(input_BT, target_BT, found.indices, module.image_rows_only)
+    masked = module.decoder.loss(input_BT, target_BT, TargetIndex.from_mask(valid_BT), module.image_rows_only)
+    placed = module.decoder.loss(input_BT, target_BT, found.indices, module.image_rows_only)
     assert torch.equal(masked.nll_N, placed.nll_N)
     x_ND = module.decoder.hidden_at(input_BT, found.indices)
     assert torch.allclose(x_ND, module.decoder.hidden(input_BT)[valid_BT], atol=1e-6)

@@ -64,7 +64,12 @@ def test_runs_that_do_not_pair_are_listed_with_their_differences(
 
 
 def test_speed_and_measurements_are_no_difference(runs: Path) -> None:
-    quick = {"data.trim": 32, "trainer.packing": True, "trainer.threads": 4, "trainer.activation_checkpointing": True}
+    quick = {
+        "data.pad_to_multiple_of": 32,
+        "trainer.packing": True,
+        "trainer.threads": 4,
+        "trainer.activation_checkpointing": True,
+    }
     quick |= {"fid.interval": 100, "fid.prompts": 64, "samples.prompts": 0, "forgetting.interval": 100}
     write_run(runs, "t2i_scratch", "20260302-100000", config=quick)
     assert chosen(runs) == ("20260301-100000", "20260302-100000")
@@ -141,5 +146,5 @@ def test_a_named_run_of_the_wrong_arm_is_refused(runs: Path) -> None:
     message = "init='random', expected 'pretrained'"
     with pytest.raises(ValueError, match=f"--pretrained .*{message}"):
         find_pair(runs, pretrained=scratch)
-    with pytest.raises(ValueError, match=r"--scratch .*absent: unreadable: .* is no run folder"):
+    with pytest.raises(ValueError, match=r"--scratch .*absent: unreadable: .* is not a run folder"):
         find_pair(runs, scratch=runs / "absent")

@@ -1,4 +1,4 @@
-"""What this machine cannot do is refused by name, and an exhausted memory says which keys help."""
+"""Unsupported devices and precisions are refused by name, and out-of-memory errors name the keys that help."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +21,16 @@ from tests.runs import EXPERIMENTS, PRETRAINED, train
 
 
 @pytest.mark.parametrize("accelerator", ["tpu", "gpu", "cuda"])
-def test_an_accelerator_that_is_not_here_is_refused_with_those_that_are(accelerator: str) -> None:
+def test_a_missing_accelerator_is_refused_with_the_available_ones(accelerator: str) -> None:
     if accelerator != "tpu" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ValueError, match=rf"trainer\.accelerator='{accelerator}': expected here auto, cpu"):
+    with pytest.raises(ValueError, match=rf"trainer\.accelerator='{accelerator}': expected one of auto, cpu"):
         require_device(TrainerConfig(accelerator=accelerator))
     require_device(TrainerConfig(accelerator="cpu", devices=2, precision="bf16-mixed"))
 
 
-def test_float8_is_refused_where_the_processor_does_not_multiply_in_it() -> None:
-    with pytest.raises(
-        ValueError, match=r"trainer\.fp8=True: expected false: this processor does not multiply in float8"
-    ):
+def test_float8_is_refused_on_a_processor_without_it() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.fp8=True: expected false: this processor has no float8 matmuls"):
         require_device(TrainerConfig(accelerator="cpu", fp8=True))
 
 
@@ -42,7 +40,7 @@ def test_more_gpus_than_there_are_are_refused() -> None:
         require_device(TrainerConfig(devices=99))
 
 
-def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
+def test_out_of_memory_is_distinguished_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**57)
     assert is_out_of_memory(raised.value)
@@ -54,18 +52,18 @@ def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
 
 
 @pytest.mark.slow
-def test_memory_that_is_used_up_while_the_report_draws_names_the_keys(
+def test_running_out_of_memory_in_the_report_names_the_keys(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def draw(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(session, "write_report", draw)
+    monkeypatch.setattr(session, "write_report", fail)
     assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", "trainer.max_steps=4"]) == 2
     assert "out of memory with a micro-batch of" in capsys.readouterr().err
 
 
-def test_a_loss_that_this_torch_lacks_is_refused_before_anything_is_prepared(
+def test_a_loss_that_torch_lacks_is_refused_before_the_data_preparation(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
@@ -76,7 +74,7 @@ def test_a_loss_that_this_torch_lacks_is_refused_before_anything_is_prepared(
 
 @pytest.mark.slow
 @needs_torchs
-def test_a_model_trained_by_torchs_loss_is_opened_without_it(
+def test_a_model_trained_with_torchs_loss_loads_without_it(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(PRETRAINED, tmp_path, *tiny, "trainer.max_steps=4", "loss.backend=torch")
@@ -84,20 +82,20 @@ def test_a_model_trained_by_torchs_loss_is_opened_without_it(
     assert load_trained(run.folder).config.loss.backend == "torch"
 
 
-def test_the_advice_names_the_micro_batch_and_keys_that_lower_it() -> None:
+def test_the_advice_names_the_micro_batch_and_the_keys_that_reduce_it() -> None:
     trainer = TrainerConfig(devices=2, accumulate_grad_batches=2, max_steps=3000)
     config = ExperimentConfig(trainer=trainer, data=DataConfig(batch_size=64))
     advice = memory_advice(config)
     assert "micro-batch of 16 sequences" in advice
-    for way in ("accumulate_grad_batches=4", "activation_checkpointing=true", "strategy=fsdp2"):
-        assert f"trainer.{way}" in advice
+    for key in ("accumulate_grad_batches=4", "activation_checkpointing=true", "strategy=fsdp2"):
+        assert f"trainer.{key}" in advice
     sharded = replace(trainer, accumulate_grad_batches=1, strategy="fsdp2")
-    assert "parts, between which whole gradients are held)" in memory_advice(replace(config, trainer=sharded))
+    assert "micro-batches, between which whole gradients are held)" in memory_advice(replace(config, trainer=sharded))
     odd = ExperimentConfig(trainer=TrainerConfig(activation_checkpointing=True), data=DataConfig(batch_size=3))
-    assert "with: a smaller data.batch_size. " in memory_advice(odd)
+    assert "reduce it: a smaller data.batch_size. " in memory_advice(odd)
 
 
-def test_the_papers_model_takes_the_flop_that_its_sizes_give() -> None:
+def test_the_papers_flop_per_token_follow_from_its_sizes() -> None:
     """6 N + 12 L D T by hand: N = 24 (4 D^2 + 3 D F) + V D with D 2048, F 5632, V 66,823; T 1152."""
     decoder = plan(load_experiment(EXPERIMENTS / "t2i_scratch.yaml", "paper")).model
     assert isinstance(decoder, Backbone)
@@ -108,7 +106,7 @@ def test_the_papers_model_takes_the_flop_that_its_sizes_give() -> None:
     assert "T=1152" in formula(decoder, 1152, None)
 
 
-def test_a_peak_is_of_the_very_device() -> None:
+def test_peaks_distinguish_variants_of_a_device() -> None:
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == PEAKS["H100"] == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12

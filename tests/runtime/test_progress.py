@@ -1,4 +1,4 @@
-"""Log lines of long work: how many items, how fast, how long still."""
+"""Log lines of long work: items, rate, ETA."""
 
 import re
 

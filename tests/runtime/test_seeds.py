@@ -5,7 +5,7 @@ from t2i_lm.runtime.seeds import generator, seeded
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_seeded_block_draws_what_its_seed_gives_and_leaves_the_global_stream_as_it_was(fails: bool) -> None:
+def test_seeded_uses_its_seed_and_restores_the_global_generator(fails: bool) -> None:
     state = torch.get_rng_state()
     try:
         with seeded(5):
@@ -18,7 +18,7 @@ def test_a_seeded_block_draws_what_its_seed_gives_and_leaves_the_global_stream_a
     assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
 
 
-def test_a_stream_draws_the_seed_of_each_block() -> None:
+def test_seeded_samples_its_seed_from_a_generator() -> None:
     stream, again = generator(0, "blocks"), generator(0, "blocks")
     drawn = []
     for source in (stream, stream, again):

@@ -1,4 +1,4 @@
-"""A run names the weights that it began with by their content."""
+"""Hashes of weights, which a run records for its initial ones."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +12,7 @@ from t2i_lm.train import main
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
-def test_weights_are_named_by_file(tmp_path: Path) -> None:
+def test_weights_are_hashed_by_file(tmp_path: Path) -> None:
     for name in ("b.safetensors", "a.bin", "config.json"):
         (tmp_path / name).write_text(name)
     assert weights_sha256(tmp_path) == {name: sha256(name.encode()).hexdigest() for name in ("a.bin", "b.safetensors")}
@@ -20,7 +20,7 @@ def test_weights_are_named_by_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_says_which_weights_it_began_with(tiny: list[str], tmp_path: Path) -> None:
+def test_a_run_records_the_hash_of_its_initial_weights(tiny: list[str], tmp_path: Path) -> None:
     backbone = Path(tiny[0].removeprefix("backbone.path="))
     short = [
         "trainer.max_steps=1",

@@ -14,19 +14,24 @@ COMMIT = "0" * 40
 @pytest.mark.parametrize(
     ("reference", "expected"),
     [
-        ("hub:a/b", HubFile("a/b", None, None, None)),
-        ("hub:a/b.c-d@v1/x/y.ckpt", HubFile("a/b.c-d", "v1", "x/y.ckpt", None)),
-        (f"hub:a/b/f.json#sha256={'a' * 64}", HubFile("a/b", None, "f.json", "a" * 64)),
+        ("hf://a/b", HubFile("a/b", None, None, None)),
+        ("hf://a/b.c-d@v1/x/y.ckpt", HubFile("a/b.c-d", "v1", "x/y.ckpt", None)),
+        (f"hf://a/b/f.json#sha256={'a' * 64}", HubFile("a/b", None, "f.json", "a" * 64)),
     ],
 )
 def test_references_are_read(reference: str, expected: HubFile) -> None:
     assert parse(reference) == expected
 
 
-@pytest.mark.parametrize("reference", ["hub:", "hub:a", "hub:a/b/f#sha256=12", f"hub:a/b#sha256={'a' * 64}"])
+@pytest.mark.parametrize("reference", ["hf://", "hf://a", "hf://a/b/f#sha256=12", f"hf://a/b#sha256={'a' * 64}"])
 def test_other_forms_are_refused(reference: str) -> None:
-    with pytest.raises(ValueError, match="hub:"):
+    with pytest.raises(ValueError, match="hf://"):
         parse(reference)
+
+
+def test_the_former_spelling_is_read_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("hub:a/former.pt") == parse("hf://a/former.pt")
+    assert capsys.readouterr().err == "note: hub:a/former.pt is now written hf://a/former.pt\n"
 
 
 @pytest.fixture
@@ -46,18 +51,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_was_fetched_once_works_offline(cache: Path) -> None:
     digest = hashlib.sha256(b"{}").hexdigest()
-    path = resolve(f"hub:some/tokenizer/tokenizer.json#sha256={digest}")
+    path = resolve(f"hf://some/tokenizer/tokenizer.json#sha256={digest}")
     assert path.read_text() == "{}"
-    assert find("hub:some/tokenizer/tokenizer.json") == path
-    assert (resolve("hub:some/tokenizer") / "tokenizer.json").is_file()
+    assert find("hf://some/tokenizer/tokenizer.json") == path
+    assert (resolve("hf://some/tokenizer") / "tokenizer.json").is_file()
 
 
 def test_an_absent_file_says_the_command_that_gets_it(cache: Path) -> None:
-    assert find("hub:some/model/m.ckpt") is None
+    assert find("hf://some/model/m.ckpt") is None
     with pytest.raises(ValueError, match=r"hf download some/model m\.ckpt --revision v2"):
-        resolve("hub:some/model@v2/m.ckpt")
+        resolve("hf://some/model@v2/m.ckpt")
 
 
 def test_another_file_than_promised_is_refused(cache: Path) -> None:
     with pytest.raises(ValueError, match="has sha256"):
-        resolve(f"hub:some/tokenizer/tokenizer.json#sha256={'a' * 64}")
+        resolve(f"hf://some/tokenizer/tokenizer.json#sha256={'a' * 64}")

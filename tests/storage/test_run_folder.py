@@ -1,4 +1,4 @@
-"""Run folders are read back as they were written, whatever state a run was left in."""
+"""Reading and creating run folders, in whatever state a run left them."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from t2i_lm.storage.run_folder import METRICS, environment, new_run_folder, read
 from tests.plots.synthetic_runs import read_lines, write_run
 
 
-def test_a_finished_run_reads_back_every_part(tmp_path: Path) -> None:
+def test_a_finished_run_is_read_completely(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "t2i_scratch", config={"seed": 7})
     run = read_run(folder)
     assert (run.name, run.folder) == ("t2i_scratch", folder)
@@ -31,16 +31,16 @@ def test_an_unfinished_run_has_no_report(tmp_path: Path) -> None:
     assert run.metrics[-1]["step"] == 40
 
 
-@pytest.mark.parametrize("kept", [1, 40, -2])
-def test_a_torn_last_line_is_left_out(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("end", [1, 40, -2])
+def test_an_incomplete_last_line_is_skipped(tmp_path: Path, end: int) -> None:
     folder = write_run(tmp_path, "t2i_scratch", finished=False)
     whole = read_run(folder).metrics
     *lines, last = (folder / METRICS).read_text().splitlines(keepends=True)
-    (folder / METRICS).write_text("".join(lines) + last[:kept])
+    (folder / METRICS).write_text("".join(lines) + last[:end])
     assert read_run(folder).metrics == whole[:-1]
 
 
-def test_a_run_that_has_logged_nothing_reads_as_empty(tmp_path: Path) -> None:
+def test_a_run_without_logs_reads_as_empty(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "t2i_scratch", finished=False)
     (folder / METRICS).unlink()
     (folder / "env.json").unlink()
@@ -49,11 +49,11 @@ def test_a_run_that_has_logged_nothing_reads_as_empty(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_config_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing is no run folder: it has no config\.yaml"):
+    with pytest.raises(ValueError, match=r"nothing is not a run folder: it has no config\.yaml"):
         read_run(tmp_path / "nothing")
 
 
-def test_runs_are_listed_by_their_time_across_experiments(tmp_path: Path) -> None:
+def test_runs_are_listed_by_time_across_experiments(tmp_path: Path) -> None:
     second = write_run(tmp_path, "t2i_pretrained", "20260301-000000")
     third = write_run(tmp_path, "t2i_scratch", "20260301-000001")
     first = write_run(tmp_path, "t2i_scratch", "20251231-235959")
@@ -74,13 +74,13 @@ def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path, mon
     assert all(folder.is_dir() for folder in folders)
 
 
-def test_a_folder_that_cannot_be_made_names_the_key(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_names_the_key(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
-    with pytest.raises(ValueError, match=r"run\.dir=.*runs: cannot make"):
+    with pytest.raises(ValueError, match=r"run\.dir=.*runs: cannot create"):
         new_run_folder(tmp_path / "runs", "t2i_scratch", "demo")
 
 
-def test_the_environment_is_json_and_carries_what_is_added() -> None:
+def test_the_environment_is_json_with_extra_keys() -> None:
     read = json.loads(json.dumps(environment(data_hash="abc")))
     assert read["data_hash"] == "abc"
     assert read["python"].count(".") == 2

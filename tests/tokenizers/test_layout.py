@@ -16,7 +16,7 @@ def test_ids_are_text_then_special_then_image() -> None:
     assert VOCAB.size == 123
 
 
-def test_the_papers_layout() -> None:
+def test_sequences_have_the_papers_layout() -> None:
     row_T = LAYOUT.pack([np.array([5, 6])], np.array([[0, 15, 3, 3]]))[0].tolist()
     doc, end_doc, text, end_text, image, end_image, pad = range(100, 107)
     assert row_T == [doc, text, 5, 6, end_text, image, 107, 122, 110, 110, end_image, end_doc, *[pad] * 4]
@@ -30,7 +30,7 @@ def test_long_captions_are_cut_to_the_budget() -> None:
     assert row_T[2:8].tolist() == list(range(6))
 
 
-def test_the_split_is_by_target() -> None:
+def test_modalities_are_those_of_the_targets() -> None:
     ids_BT = LAYOUT.pack([np.array([5, 6])], np.array([[0, 15, 3, 3]]))
     modality = modality_of_target(ids_BT[:, 1:], VOCAB)[0].tolist()
     assert modality == [BOUNDARY, TEXT, TEXT, BOUNDARY, BOUNDARY, *[IMAGE] * 4, BOUNDARY, BOUNDARY, *[PAD] * 4]

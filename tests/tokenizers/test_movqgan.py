@@ -1,4 +1,4 @@
-"""SBER's checkpoints against outputs of SBER's own code, and what is refused."""
+"""SBER's checkpoints against outputs of SBER's own code, and refused files."""
 
 from pathlib import Path
 
@@ -28,14 +28,14 @@ def test_ids_and_reconstructions_equal_sbers(tiny: Path) -> None:
     assert tokenizer.decode(ids_BN).shape == (2, 3, 64, 64)
 
 
-def test_ids_run_row_by_row(tiny: Path) -> None:
+def test_ids_are_row_major(tiny: Path) -> None:
     tokenizer = MoVQGAN.from_checkpoint(tiny / "checkpoint.ckpt", image_size=64)
     plain = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
     marked = plain.clone()
     marked[:, :, :16, -16:] = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)  # top right
     moved = (tokenizer.encode(marked) != tokenizer.encode(plain)).view(8, 8)
     assert moved[:2, 6:].any()
-    # Decoding puts it back where it was: the top right changes most.
+    # Decoding changes the top right most.
     change = (tokenizer.decode(tokenizer.encode(marked)).float() - tokenizer.decode(tokenizer.encode(plain))).abs()
     assert change[..., :32, 32:].mean() > change[..., 32:, :32].mean()
 
@@ -46,7 +46,7 @@ def test_another_size_than_expected_is_refused(tiny: Path) -> None:
 
 
 def sber_shapes(width: int, blocks: int) -> dict[str, torch.Tensor]:
-    """The shapes that tell the published models apart."""
+    """The shapes that distinguish the published models."""
     shapes: dict[str, tuple[int, ...]] = {f"encoder.down.{level}.block.{block}.conv1.weight": (width * m, 3, 3, 3)
               for level, m in enumerate((1, 2, 2, 4)) for block in range(blocks)}  # fmt: skip
     shapes |= {"encoder.down.3.attn.0.q.weight": (1, 1), "quantize.embedding.weight": (16_384, 4)}
@@ -57,7 +57,7 @@ def sber_shapes(width: int, blocks: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("width", "blocks", "name", "millions"), [(128, 2, "67M", 67.8), (128, 4, "102M", 101.6), (256, 2, "270M", 270.7)]
 )
-def test_the_published_models_are_told_apart(width: int, blocks: int, name: str, millions: float) -> None:
+def test_the_published_models_are_distinguished(width: int, blocks: int, name: str, millions: float) -> None:
     config = diffusers_config(sber_shapes(width, blocks))
     assert size_name(config) == name
     with torch.device("meta"):
@@ -65,11 +65,11 @@ def test_the_published_models_are_told_apart(width: int, blocks: int, name: str,
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-def test_files_that_are_no_movqgan_are_named(tmp_path: Path) -> None:
+def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoint at"):
         MoVQGAN.from_checkpoint(tmp_path / "none.ckpt")
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="is no MoVQGAN"):
+    with pytest.raises(ValueError, match="is not a MoVQGAN"):
         MoVQGAN.from_checkpoint(tmp_path / "other.ckpt")
     (tmp_path / "text.ckpt").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.ckpt"):

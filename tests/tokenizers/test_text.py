@@ -37,14 +37,14 @@ def test_any_text_is_encoded_without_special_ids(tokenizer: SentencePieceTokeniz
     assert tokenizer.document_end not in ids
 
 
-def test_literal_specials_stay_text(tokenizer: SentencePieceTokenizer) -> None:
+def test_literal_special_tokens_stay_text(tokenizer: SentencePieceTokenizer) -> None:
     for token in (*SPECIALS, "</s>", "<s>", "<unk>"):
         ids = tokenizer.encode(f"a {token} b")
         assert tokenizer.document_end not in ids
         assert tokenizer.decode(ids) == f"a {token} b"
 
 
-def test_awkward_captions_survive(tokenizer: SentencePieceTokenizer) -> None:
+def test_unusual_captions_are_preserved(tokenizer: SentencePieceTokenizer) -> None:
     assert tokenizer.encode("") == []
     assert tokenizer.decode(tokenizer.encode("lone \ud800 surrogate")) == "lone ? surrogate"
     assert tokenizer.decode(tokenizer.encode("nul \0 byte")) == "nul   byte"
@@ -60,7 +60,7 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
         SentencePieceTokenizer(tmp_path / "x.model")
 
 
-def test_too_many_pieces_for_a_short_text_name_the_key(tmp_path: Path) -> None:
+def test_a_vocabulary_too_large_for_the_text_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text_tokenizer\.vocab_size=5000"):
         train_sentencepiece(iter(["a short text"]), 5000, tmp_path / "x.model")
 
@@ -88,38 +88,38 @@ def bytes_json(tmp_path_factory: pytest.TempPathFactory) -> JsonTokenizer:
     return JsonTokenizer(path)
 
 
-SPELT_OUT = (*SPECIALS, "<|endoftext|>", "<|padding|>", "</s>")
+LITERALS = (*SPECIALS, "<|endoftext|>", "<|padding|>", "</s>")
 
 
-def test_special_tokens_of_a_json_tokenizer_are_spelt_out(bytes_json: JsonTokenizer) -> None:
-    for token in SPELT_OUT:
+def test_a_json_tokenizer_encodes_literal_special_tokens_as_text(bytes_json: JsonTokenizer) -> None:
+    for token in LITERALS:
         ids = bytes_json.encode(f"a {token} b")
         assert min(ids) > bytes_json.document_end + 1
         assert bytes_json.decode(ids) == f"a {token} b"
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.one_of(st.text(max_size=40), st.sampled_from(SPELT_OUT)), max_size=5).map("".join))
-def test_any_text_survives_a_json_tokenizer(bytes_json: JsonTokenizer, text: str) -> None:
+@given(st.lists(st.one_of(st.text(max_size=40), st.sampled_from(LITERALS)), max_size=5).map("".join))
+def test_a_json_tokenizer_preserves_any_text(bytes_json: JsonTokenizer, text: str) -> None:
     ids = bytes_json.encode(text)
     assert not {0, 1} & set(ids)
     assert bytes_json.decode(ids) == clean(text)
     assert bytes_json.encode_batch([text]) == [ids]
 
 
-def test_gpt_neox_is_read_as_it_was_published(neox: TextTokenizer) -> None:
+def test_gpt_neox_gives_its_published_ids(neox: TextTokenizer) -> None:
     assert neox.vocab_size == 50_277
     assert neox.document_end == 0
     # Published ids of GPT-NeoX-20B.
     assert neox.encode("Hello world") == [12092, 1533]
-    for token in SPELT_OUT:
+    for token in LITERALS:
         assert neox.document_end not in neox.encode(f"caption {token}")
         assert neox.decode(neox.encode(f"caption {token}")) == f"caption {token}"
 
 
 def test_ten_thousand_fuzzed_captions_never_become_special(neox: TextTokenizer) -> None:
     rng = random.Random(0)
-    parts = [*SPELT_OUT, "\ud800", "\0", "\u202e", "🦦", "\x07", "é", " ", "a dog", "\r\n", "字"]
+    parts = [*LITERALS, "\ud800", "\0", "\u202e", "🦦", "\x07", "é", " ", "a dog", "\r\n", "字"]
     captions = ["".join(rng.choices(parts, k=rng.randrange(12))) for _ in range(9_999)] + ["x <image> " * 10_000]
     ids = neox.encode_batch(captions)
     assert all(min(row, default=1) > 0 and max(row, default=1) < neox.vocab_size for row in ids)

@@ -1,4 +1,4 @@
-"""Emu3's, Chameleon's and Janus' image tokenizers against transformers' own calls."""
+"""Image tokenizers of Emu3, Chameleon and Janus against transformers' own calls."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / kind
 
 
-def test_ids_are_transformers_own_and_images_come_back(folder: Path) -> None:
+def test_ids_equal_transformers_and_images_are_decoded(folder: Path) -> None:
     tokenizer = open_image_tokenizer(folder, 32)
     assert isinstance(tokenizer, TransformersVQ)
     assert (tokenizer.vocab_size, tokenizer.grid) == (40, (8, 8))
@@ -61,7 +61,7 @@ def test_damage_and_wrong_sizes_are_named(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_tokenizer_without_a_decoder_is_told_before_the_run(
+def test_a_tokenizer_without_a_decoder_is_refused_before_the_run(
     folder: Path, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = [*tiny, f"image_tokenizer.path={folder}", "image_tokenizer.size=32", f"run.dir={tmp_path}/runs"]

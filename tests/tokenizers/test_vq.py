@@ -27,7 +27,7 @@ def test_ids_are_a_row_major_grid(folder: Path) -> None:
     ids_BN = tokenizer.encode(make_images())
     assert ids_BN.shape == (3, 64)
     assert ids_BN.dtype == torch.int64
-    # A change in the top right corner moves ids of the top right, not of the bottom left.
+    # A change in the top right corner changes ids in the top right, not in the bottom left.
     changed = make_images()
     changed[:, :, :8, -8:] = 255 - changed[:, :, :8, -8:]
     moved = (tokenizer.encode(changed) != ids_BN).view(3, 8, 8).any(dim=0)
@@ -41,7 +41,7 @@ def test_a_batch_equals_its_images_one_by_one(folder: Path) -> None:
     assert torch.equal(together, torch.cat([tokenizer.encode(image[None]) for image in make_images()]))
 
 
-def test_decoding_is_of_the_codes_alone(folder: Path) -> None:
+def test_decoding_depends_on_the_codes_alone(folder: Path) -> None:
     tokenizer = VQTokenizer.from_folder(folder, 64)
     ids_BN = tokenizer.encode(make_images())
     again = tokenizer.decode(ids_BN)
@@ -63,7 +63,7 @@ def test_nearest_is_the_euclidean_nearest(folder: Path) -> None:
     assert torch.equal(model.nearest(latents).flatten(), expected)
 
 
-def test_pixels_survive_the_range_change() -> None:
+def test_pixels_survive_the_round_trip_through_floats() -> None:
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(to_uint8(to_unit(every)), every)
 
@@ -79,7 +79,7 @@ def test_wrong_ids_and_files_are_refused(folder: Path, tmp_path: Path) -> None:
         VQTokenizer.from_folder(folder, 60)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text().replace("64", "65"))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not match"):
         VQTokenizer.from_folder(tmp_path, 64)
 
 
@@ -95,10 +95,10 @@ def test_a_diffusers_folder_gives_the_same_ids_as_diffusers_own_model(tmp_path: 
     _, _, (_, _, expected) = vq.eval().quantize(vq.encode(to_unit(images)).latents)
     assert torch.equal(ids_BN.flatten(), expected.flatten())
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="does not fit its config"):
+    with pytest.raises(ValueError, match="does not match its config"):
         open_image_tokenizer(tmp_path, 32)
 
 
-def test_an_absent_tokenizer_is_named(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"image_tokenizer\.path=.*movqgan\.ckpt: no such file or folder"):
         open_image_tokenizer(tmp_path / "movqgan.ckpt", 32)

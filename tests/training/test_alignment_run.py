@@ -1,6 +1,7 @@
 """Contrastive alignment and the initializations, through the command line."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -158,11 +159,16 @@ def test_another_seed_changes_every_drawn_tensor_and_none_is_the_pretrained_one(
 
 
 @pytest.mark.slow
-def test_t2i_from_aligned_rows_runs_and_says_which(aligned: Run, tiny: list[str], tmp_path: Path) -> None:
-    path = aligned.folder / FILE
-    assert main([experiment("t2i_aligned"), *tiny, f"run.dir={tmp_path}", f"aligned_rows={aligned.folder}"]) == 0
-    run = read_run(run_folders(tmp_path)[-1])
-    assert run.config["aligned_rows"] == str(path)
+@pytest.mark.parametrize("latest", [False, True])
+def test_t2i_from_aligned_rows_runs_and_its_config_names_the_file(
+    aligned: Run, tiny: list[str], tmp_path: Path, latest: bool
+) -> None:
+    shutil.copytree(aligned.folder, tmp_path / "align" / aligned.folder.name)
+    folder = tmp_path / "align" / aligned.folder.name
+    named = "latest" if latest else folder
+    assert main([experiment("t2i_aligned"), *tiny, f"run.dir={tmp_path}", f"aligned_rows={named}"]) == 0
+    run = read_run(run_folders(tmp_path, "t2i_aligned")[-1])
+    assert run.config["aligned_rows"] == str(folder / FILE)
 
 
 @pytest.mark.slow
@@ -191,7 +197,7 @@ def test_bad_aligned_rows_are_named(
     [
         (["data.val_size=8"], "whole batches of data.batch_size=16"),
         (["trainer.accumulate_grad_batches=2"], "negatives from the whole batch"),
-        (["freeze=[ffn]"], "learns the image rows alone"),
+        (["freeze=[ffn]"], "trains the image rows alone"),
         (["align.logit_scale_max=1"], "at least align.logit_scale_init"),
         (["data.train_size=8", "data.batch_size=16"], "train split has only 8 pairs"),
     ],

@@ -6,19 +6,20 @@ ranks of `torchrun` or several plain processes share it, and a killed process lo
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 from filelock import FileLock, Timeout
 
-from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, Sample, StreamedSource, center_crop
 from t2i_lm.data.shards.format import (
     pair_features,
@@ -30,9 +31,10 @@ from t2i_lm.data.shards.format import (
     write_part,
 )
 from t2i_lm.data.shards.tokenize import ENCODE_BATCH, PairRows, stack_images, write_text_split
-from t2i_lm.data.sources import SPLITS, Stream, open_source
+from t2i_lm.data.sources import SPLITS, open_source
 from t2i_lm.data.text import paragraphs, read_documents
 from t2i_lm.runtime.devices import global_rank, world_size
+from t2i_lm.runtime.plugins import SOURCE, find_plugin
 from t2i_lm.runtime.progress import Advance, progress
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
@@ -70,8 +72,10 @@ def cache_folder(config: ExperimentConfig, tokenizers: dict[str, str]) -> Path:
         "length": data.length if config.task == "text" else None,
         "tokenizers": tokenizers,
     }
+    if is_plugin(data.source):
+        key["plugin"] = find_plugin(SOURCE, data.source).identity
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(data.cache_dir) / f"{data.source}-{digest}"
+    return Path(data.cache_dir) / f"{re.sub(r'[^a-zA-Z0-9_.]', '-', data.source)}-{digest}"
 
 
 def _make_folder(folder: Path) -> None:
@@ -156,10 +160,9 @@ def _write_pair_part(target: Path, rows: PairRows, features: datasets.Features) 
 
 def cut(source: CaptionedSource | StreamedSource, limit: int | None, part_size: int) -> tuple[list[Part], int | None]:
     """The parts of a source (of a stream: its shards) and its number of samples (of a stream: None)."""
-    if isinstance(source, Stream):
+    if isinstance(source, StreamedSource):
         return [partial(source.shard, number) for number in range(source.shards)], None
-    sized = cast(CaptionedSource, source)
-    size = len(sized) if limit is None else min(len(sized), limit)
+    sized, size = source, len(source) if limit is None else min(len(source), limit)
 
     def samples(start: int) -> Iterator[Sample]:
         return (partial(sized.__getitem__, index) for index in range(start, min(start + part_size, size)))
@@ -218,7 +221,7 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
     if data.val_path is None:
         raise ValueError("data.val_path=null: held-out text is required, for example data.val_path=heldout.txt.gz")
     path = config.text_tokenizer.path
-    text = open_text_tokenizer(resolve(path) if path else _train_text_tokenizer(config))
+    text = open_text_tokenizer(path or _train_text_tokenizer(config))
     folder = cache_folder(config, {"text": text.sha256})
 
     def write() -> None:

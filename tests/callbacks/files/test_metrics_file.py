@@ -93,7 +93,7 @@ def test_lines_wait_for_a_full_disk_and_none_is_written_in_part(
             file.sync()
         assert file.path.read_bytes() == before
         assert file.size() == len(before) + len(b'{"step": 30}\n{"step": 40}\n')
-    assert capsys.readouterr().err.count("kept for later") == 1
+    assert capsys.readouterr().err.count("lines are written later") == 1
     file.append({"step": 50})
     assert steps(file) == [0, 10, 20, 30, 40, 50]
     file.sync()

@@ -97,9 +97,9 @@ def test_wrong_weights_are_refused_and_run_no_code(inception_weights: Path, tmp_
         Inception(inception_weights, 65)
     for name, content in {"harm": {"a": Harm()}, "other": {"a": torch.zeros(1)}, "list": [torch.zeros(1)]}.items():
         torch.save(content, tmp_path / name)
-        with pytest.raises(ValueError, match=f"{name} holds no weights"):
+        with pytest.raises(ValueError, match=f"{name} is not torch-fidelity"):
             Inception(tmp_path / name, 64)
     (tmp_path / "text").write_text("no weights")
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="text holds no weights"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="text is not torch-fidelity"):
         Inception(tmp_path / "text", 64)
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""`data.trim` changes the length of batches and nothing else."""
+"""`data.pad_to_multiple_of` changes the length of batches and nothing else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -51,5 +51,5 @@ def test_trim_changes_batch_lengths_but_not_tokens_loss_or_gradients(tmp_path: P
 
 def test_shards_do_not_depend_on_trim() -> None:
     config = ExperimentConfig()
-    wide = replace(config, data=replace(config.data, trim=32))
+    wide = replace(config, data=replace(config.data, pad_to_multiple_of=32))
     assert cache_folder(wide, {"text": "a"}) == cache_folder(config, {"text": "a"})
