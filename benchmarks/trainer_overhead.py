@@ -92,6 +92,7 @@ def train_by_trainer(module: Any, data: Any, config: Any, clock: Clock, folder: 
     from lightning.pytorch.callbacks import Callback
 
     from callbacks import EventLog
+    from t2i_lm.experiment.build import Experiment
     from t2i_lm.training.trainer import build_trainer
 
     class Ticks(Callback):
@@ -101,7 +102,8 @@ def train_by_trainer(module: Any, data: Any, config: Any, clock: Clock, folder: 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
             clock.losses.append(outputs["loss"])
 
-    trainer = build_trainer(config, folder, EventLog(folder / "events.log"), resumed=True)
+    experiment = Experiment(config=config, module=module, data=data)
+    trainer = build_trainer(experiment, folder, EventLog(folder / "events.log"), resumed=True)
     trainer.callbacks.insert(0, Ticks())  # type: ignore[attr-defined]
     trainer.fit(module, data)
 
@@ -147,7 +149,7 @@ def measure(options: argparse.Namespace) -> None:
     from t2i_lm.models.flops import flop_per_token
     from t2i_lm.modules.text_to_image import TextToImageModule
     from t2i_lm.tokenizers.layout import Layout
-    from t2i_lm.training.trainer import peak
+    from t2i_lm.training.callbacks import peak
 
     name = "tiny" if options.quick else options.shape
     options.steps = WARMUP + 5 if options.quick else options.steps

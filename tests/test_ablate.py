@@ -1,4 +1,4 @@
-"""Partial freezing and unconditional runs through the command line."""
+"""Frozen parameters and unconditional runs, through the command line."""
 
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def test_a_softmax_over_image_rows_alone_runs_on_two_processes(tiny: list[str], 
 def test_freezing_what_is_no_language_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = str(EXPERIMENTS / "image_tokenizer.yaml")
     assert main(["--freeze", "ffn", tokenizer]) == 2
-    assert "not task=image_tokenizer" in capsys.readouterr().err
+    assert "with task=image_tokenizer" in capsys.readouterr().err
 
 
 def test_an_export_of_an_expanded_decoder_is_read_back(tiny: list[str], tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_lm.demo import PIXELS, UNDRAWN, answer, frames, main, page
+from t2i_lm.demo import main
 from t2i_lm.experiment.restore import load_trained
-from t2i_lm.generation.images import draw_captions
+from t2i_lm.generation.images import generate_images
+from t2i_lm.generation.web_page import PIXELS, UNSAMPLED, answer, frames, page
 from t2i_lm.models.generate import Sampling
 from t2i_lm.storage.run_folder import Run
 from tests.runs import PROMPT
@@ -24,13 +25,13 @@ def test_the_grid_fills_in_row_by_row_and_ends_as_the_image(run: Path) -> None:
     model = load_trained(run)
     seen = list(frames(model, PROMPT, Sampling(), 3))
     assert len(seen) == 8
-    for row, (image, ids) in enumerate(seen, start=1):
+    for row, pair in enumerate(seen, start=1):
         edge = row * PIXELS // 8
-        for pixels in (image, ids):
+        for pixels in pair:
             assert pixels.shape == (PIXELS, PIXELS, 3)
-            assert (pixels[edge:] == UNDRAWN).all()
-    drawn = draw_captions(model, [PROMPT], [3], Sampling())[0]
-    whole = Image.fromarray(drawn).resize((PIXELS, PIXELS), Image.Resampling.NEAREST)
+            assert (pixels[edge:] == UNSAMPLED).all()
+    image = generate_images(model, [PROMPT], [3], Sampling())[0]
+    whole = Image.fromarray(image).resize((PIXELS, PIXELS), Image.Resampling.NEAREST)
     assert (seen[-1][0] == np.asarray(whole)).all()
 
 
@@ -41,7 +42,7 @@ def test_an_error_in_the_thread_reaches_the_page(run: Path) -> None:
         list(frames(model, PROMPT, Sampling(), 3))
 
 
-def test_what_the_boxes_hold_is_drawn(run: Path) -> None:
+def test_the_values_in_the_boxes_are_used(run: Path) -> None:
     model = load_trained(run)
     seen = list(answer(model, PROMPT, 3.0, 0.5, 0.9, 1.0))
     expected = list(frames(model, PROMPT, Sampling(temperature=0.5, top_p=0.9), 3))
@@ -60,13 +61,13 @@ def test_what_the_boxes_hold_is_drawn(run: Path) -> None:
         ({"top_p": 0.0}, "top_p=0"),
     ],
 )
-def test_boxes_that_cannot_be_drawn_are_named(run: Path, change: dict[str, Any], message: str) -> None:
+def test_boxes_out_of_range_are_named(run: Path, change: dict[str, Any], message: str) -> None:
     boxes: dict[str, Any] = {"prompt": PROMPT, "seed": 0, "temperature": 1.0, "top_p": 1.0, "guidance": 1.0}
     with pytest.raises(ValueError, match=message):
         next(answer(load_trained(run), **boxes | change))
 
 
-def test_the_page_draws_from_its_sliders(run: Path) -> None:
+def test_the_page_generates_from_its_sliders(run: Path) -> None:
     gradio = pytest.importorskip("gradio")
     blocks = page(load_trained(run))
     (handler,) = {function.fn for function in blocks.fns.values()}

@@ -1,4 +1,4 @@
-"""The evaluate command: torch-fidelity's number, on one rank, on two, and after a kill."""
+"""The evaluate command: equal to torch-fidelity, on one rank, on two, and after a kill."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_a_run_measures_itself_and_keeps_the_network_out_of_its_checkpoints(run:
     assert not any("FID" in name for name in state["callbacks"])
 
 
-def test_measuring_changes_nothing_of_the_run(run: Path, pretrained: Run) -> None:
+def test_measuring_does_not_change_the_run(run: Path, pretrained: Run) -> None:
     def losses(folder: Path) -> list[Any]:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [line[kind] for line in lines for kind in ("train", "val") if kind in line]
@@ -72,7 +72,7 @@ def test_measuring_changes_nothing_of_the_run(run: Path, pretrained: Run) -> Non
     assert losses(pretrained.folder) == losses(run)
 
 
-def test_the_number_carries_its_card_and_not_the_headlines_name(unbroken: dict[str, Any]) -> None:
+def test_the_result_has_its_card_and_not_the_headline_title(unbroken: dict[str, Any]) -> None:
     assert unbroken["title"] == "FID, n=10, not COCO FID-30k"
     assert "prompts=10 (not 30000)" in unbroken["differs"]
     card = unbroken["card"]
@@ -85,7 +85,9 @@ def test_the_number_carries_its_card_and_not_the_headlines_name(unbroken: dict[s
     assert floor["card"]["prompt_ids"] == card["prompt_ids"]
 
 
-def test_a_part_is_drawn_as_all_images_are(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:
+def test_the_size_of_parts_does_not_change_the_result(
+    command: list[str], unbroken: dict[str, Any], tmp_path: Path
+) -> None:
     assert main([*command, "--part", "10", "--no-floor", "--out", str(tmp_path / "out")]) == 0
     assert read(tmp_path / "out")["fid"] == pytest.approx(unbroken["fid"], rel=1e-6)
     assert "floor" not in read(tmp_path / "out")
@@ -122,7 +124,7 @@ def on_two_ranks(arguments: list[str]) -> None:
     assert finish(*ranks) == [0, 0]
 
 
-def test_an_interrupted_evaluation_ends_as_an_unbroken_one(
+def test_an_interrupted_evaluation_gives_the_result_of_an_unbroken_one(
     command: list[str], unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
     arguments = [*command, "--out", str(tmp_path / "out")]
@@ -140,7 +142,7 @@ def test_an_interrupted_evaluation_ends_as_an_unbroken_one(
     assert resumed == unbroken
 
 
-def test_two_ranks_find_the_number_of_one(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:
+def test_two_ranks_give_the_result_of_one(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:
     on_two_ranks([*command, "--out", str(tmp_path / "out")])
     two = read(tmp_path / "out")
     for name in ("fid", "kid"):
@@ -149,13 +151,15 @@ def test_two_ranks_find_the_number_of_one(command: list[str], unbroken: dict[str
 
 
 @pytest.mark.timeout(600 if WIDTH == 64 else 4 * 3600)
-def test_the_number_is_torch_fidelitys_on_the_same_folders(run: Path, inception_weights: Path, tmp_path: Path) -> None:
+def test_the_result_equals_torch_fidelity_on_the_same_folders(
+    run: Path, inception_weights: Path, tmp_path: Path
+) -> None:
     """Its own command; references of 256 pixels pass the crop and resize unchanged."""
     coco = write_coco(tmp_path / "coco", IMAGES, 256, 256)
     drawn = tmp_path / "out" / "pictures"
     given = {"checkpoint": run, "coco": coco, "weights": inception_weights, "features": WIDTH, "prompts": IMAGES}
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    rest = ["--no-floor", "--pictures", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    rest = ["--no-floor", "--images", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     assert main([*words, *rest]) == 0
     assert len(list(drawn.iterdir())) == IMAGES
     assert np.asarray(Image.open(next(drawn.iterdir()))).shape == (256, 256, 3)
@@ -184,10 +188,10 @@ def test_the_number_is_torch_fidelitys_on_the_same_folders(run: Path, inception_
         (["--prompts", "1"], "--prompts 1: expected at least 2"),
         (["--features", "65"], "--features 65"),
         (["--cfg", "-1"], "guidance=-1.0"),
-        (["--canonical"], "this is no COCO FID-30k: prompts=10"),
+        (["--canonical"], "this is not COCO FID-30k: prompts=10"),
     ],
 )
-def test_bad_arguments_are_named_and_nothing_is_written(
+def test_bad_options_are_refused_and_nothing_is_written(
     more: list[str], message: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*command, *more, "--out", str(tmp_path / "out")]) == 2
@@ -239,12 +243,15 @@ def test_other_tokenizers_and_other_evaluations_are_refused(
     few = ["--prompts", "3", "--no-floor", *out]
     assert main([*command, *few]) == 0
     assert main([*command, *few, "--seed", "1"]) == 2
-    assert "coco.json holds another result (seed=0, now 1); give another folder: --out" in capsys.readouterr().err
+    assert (
+        "coco.json holds a result of other settings (seed=0, now 1); give another folder: --out"
+        in capsys.readouterr().err
+    )
     content = read(tmp_path / "out")
     del content["made_with"]  # as earlier versions wrote it: its card says the same
     (tmp_path / "out" / "coco.json").write_text(json.dumps(content))
     assert main([*command, *few, "--seed", "1"]) == 2
-    assert "coco.json holds another result (seed=0, now 1)" in capsys.readouterr().err
+    assert "coco.json holds a result of other settings (seed=0, now 1)" in capsys.readouterr().err
     assert main([*command, *few]) == 0
     (tmp_path / "out" / "coco.json").unlink()
     assert main([*command, *few, "--seed", "1"]) == 2
@@ -259,7 +266,7 @@ def test_a_dry_run_describes_and_writes_nothing(
     assert main([*command, "--dry-run"]) == 0
     assert time.monotonic() - started < 1
     said = capsys.readouterr().out
-    assert "draw 10 captions of val2014" in said
+    assert "generate images of 10 captions of val2014" in said
     assert f"measure {run / 'checkpoints' / 'step-00000008.ckpt'}, write to {run / 'evaluations'}" in said
     assert main([*command, "--checkpoint", str(run / "nowhere"), "--dry-run"]) == 2
     assert f"{run / 'nowhere'} is not a run folder and contains none" in capsys.readouterr().err
@@ -270,6 +277,6 @@ def test_a_dry_run_describes_and_writes_nothing(
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
-def test_without_the_harness_the_command_that_installs_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_harness_its_installation_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint", "runs", "--lm-eval", "piqa"]) == 2
     assert "pip install 't2i_lm[lm-eval]'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""How the model computed: in the card, in what may be taken up again, and in the name that the number may bear."""
+"""Number format and compilation in the protocol card, in the identity of parts, and in the title."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from t2i_lm.evaluate import _default_name, main, parser
+from t2i_lm.evaluate import main, parser
+from t2i_lm.evaluation.session import default_name
 from t2i_lm.storage.run_folder import Run
 from tests.marks import needs_compiler
 
@@ -21,7 +22,7 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def test_a_runs_last_number_is_that_of_its_evaluation(measured: Run, command: list[str], tmp_path: Path) -> None:
+def test_the_last_fid_of_a_run_equals_its_evaluation(measured: Run, command: list[str], tmp_path: Path) -> None:
     last = json.loads((measured.folder / "fid" / "step-00000008.json").read_text())
     same = ["--prompts", "5", "--part", "5", "--seed", str(last["card"]["seed"]), "--no-floor"]
     assert main([*command, *same, "--out", str(tmp_path / "out")]) == 0
@@ -32,7 +33,7 @@ def test_a_runs_last_number_is_that_of_its_evaluation(measured: Run, command: li
     assert differ == {"reference_sha256"}
 
 
-def test_weights_in_bfloat16_are_disclosed_and_are_another_evaluation(
+def test_bfloat16_weights_are_in_the_card_and_another_evaluation(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--no-floor", "--out", str(tmp_path / "out")]
@@ -48,7 +49,7 @@ def test_weights_in_bfloat16_are_disclosed_and_are_another_evaluation(
 
 
 @needs_compiler
-def test_compiled_drawing_is_disclosed_and_is_another_evaluation(
+def test_compiled_sampling_is_in_the_card_and_another_evaluation(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--prompts", "2", "--no-floor", "--out", str(tmp_path / "out")]
@@ -57,5 +58,5 @@ def test_compiled_drawing_is_disclosed_and_is_another_evaluation(
     assert "compiled=True (not False)" in read(tmp_path / "out")["differs"]
     assert main([*command, *out]) == 2
     assert "compiled=True, now None" in capsys.readouterr().err
-    names = {_default_name(parser().parse_args([*command, *more]), Path("a.ckpt")) for more in ([], ["--compile"])}
+    names = {default_name(parser().parse_args([*command, *more]), Path("a.ckpt")) for more in ([], ["--compile"])}
     assert names == {"a-10-seed0", "a-10-seed0-compiled"}

@@ -1,4 +1,4 @@
-"""Drawing with a finished run through the command line."""
+"""Images from a finished run through the command line."""
 
 import json
 import resource
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from t2i_lm.experiment.restore import load_trained
-from t2i_lm.generation.images import caption_prompts, computing, draw_codes, prepare_drawing
+from t2i_lm.generation.images import caption_prompts, generate_codes, numerics, prepare_generation
 from t2i_lm.models.float8 import use_float8
 from t2i_lm.sample import main, parser
 from t2i_lm.storage.run_folder import ENVIRONMENT, Run
@@ -49,34 +49,34 @@ def test_images_and_a_grid_are_written_and_do_not_depend_on_their_batch(
     assert (pixels(tmp_path / "other" / files[0]) != pixels(tmp_path / "both" / files[0])).any()
 
 
-def test_rounded_weights_draw_nearly_the_same_codes(run: Path) -> None:
+def test_rounded_weights_sample_nearly_the_same_codes(run: Path) -> None:
     float32, bfloat16 = load_trained(run), load_trained(run)
-    prepare_drawing(bfloat16, bf16=True, compiled=False)
+    prepare_generation(bfloat16, bf16=True, compiled=False)
     plain = {"compiled": False, "fp8": False}
-    assert (computing(float32), computing(bfloat16)) == (
+    assert (numerics(float32), numerics(bfloat16)) == (
         {"weights": "float32"} | plain,
         {"weights": "bfloat16"} | plain,
     )
-    codes = [draw_codes(model, caption_prompts(model, [PROMPT] * 8), range(8)) for model in (float32, bfloat16)]
+    codes = [generate_codes(model, caption_prompts(model, [PROMPT] * 8), range(8)) for model in (float32, bfloat16)]
     assert (codes[0][:, 0] == codes[1][:, 0]).float().mean() >= 0.75  # where a code differs, so do those that follow
     buffer = bfloat16.module.decoder.get_buffer("rotary_cos")
     assert buffer.dtype == torch.float32
 
 
-def test_how_a_model_computes_is_said_as_it_is_now(run: Path) -> None:
+def test_numerics_are_those_of_the_model_as_it_is(run: Path) -> None:
     model = load_trained(run)
     decoder = model.module.decoder
-    decoder.layers[0].feed_forward.w3.bfloat16()
-    assert computing(model) == {"weights": "bfloat16+float32", "compiled": False, "fp8": False}
-    decoder.compile_steps()  # compiles at its first call
-    assert computing(model) == {"weights": "bfloat16+float32", "compiled": True, "fp8": False}
+    decoder.layers[0].feed_forward.w3.bfloat16()  # type: ignore[union-attr]
+    assert numerics(model) == {"weights": "bfloat16+float32", "compiled": False, "fp8": False}
+    decoder.compile_steps()  # type: ignore[operator]  # compiles at its first call
+    assert numerics(model) == {"weights": "bfloat16+float32", "compiled": True, "fp8": False}
 
 
-def test_float8_is_said(run: Path) -> None:
+def test_numerics_name_float8(run: Path) -> None:
     pytest.importorskip("torchao")
     model = load_trained(run)
-    use_float8(model.module.decoder, emulate=True)
-    assert computing(model) == {"weights": "float32", "compiled": False, "fp8": True}
+    use_float8(model.module.decoder, emulate=True)  # type: ignore[arg-type]
+    assert numerics(model) == {"weights": "float32", "compiled": False, "fp8": True}
 
 
 def test_by_default_a_new_folder_of_the_run_is_written(
@@ -108,7 +108,7 @@ def test_a_run_whose_tokenizer_changed_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to draw"),
+        ([], "no prompt: expected one"),
         (["  "], "a prompt is empty"),
         (["word " * 200], "at most 42 fit"),
         ([PROMPT, "--prompts", "absent.txt"], "no such file"),
@@ -129,7 +129,7 @@ def test_bad_arguments_are_named_and_nothing_is_written(
 def test_an_error_while_images_are_written_leaves_none(
     there: bool, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def draw(name: str) -> Path:
+    def write(name: str) -> Path:
         out = tmp_path / name / "drawn"
         out.parent.mkdir()
         if there:
@@ -138,13 +138,13 @@ def test_an_error_while_images_are_written_leaves_none(
         assert code == (0 if name == "whole" else 2)
         return out
 
-    *images, grid = (path.stat().st_size for path in sorted(draw("whole").iterdir()))
+    *images, grid = (path.stat().st_size for path in sorted(write("whole").iterdir()))
     assert len(images) == 3
     assert max(images) < grid
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max(images), hard))  # the grid does not go onto the disk
     try:
-        failed = draw("failed")
+        failed = write("failed")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A sweep: which runs it makes, what it draws, and what it says."""
+"""A sweep: its runs, figure and table."""
 
 from pathlib import Path
 from statistics import fmean, stdev
@@ -7,7 +7,8 @@ import pytest
 
 from t2i_lm.plots.sweep import Outcome, draw_sweep, sweep_caption, sweep_table
 from t2i_lm.storage.run_folder import read_run, run_folders
-from t2i_lm.sweep import main, parser, planned, split_keys
+from t2i_lm.sweep import main
+from t2i_lm.training.sweep import ARMS, split_keys, sweep_jobs
 from tests.plots.synthetic_runs import write_run
 
 SWEPT = ["optim.lr=1e-3,3e-3", "seed=0,1"]
@@ -39,10 +40,9 @@ def test_what_cannot_be_swept_is_named(words: list[str], message: str, capsys: p
 
 
 def test_every_arm_runs_at_every_value_with_every_seed() -> None:
-    _, jobs = planned(parser().parse_intermixed_args([*SWEPT, "run.dir=here", "samples.prompts=3"]))
+    _, jobs = sweep_jobs([*SWEPT, "run.dir=here", "samples.prompts=3"], ARMS, "demo")
     settings = {(job.config.name, job.config.optim.lr, job.config.seed) for job in jobs.values()}
-    arms = ("t2i_pretrained", "t2i_scratch")
-    assert settings == {(arm, lr, seed) for arm in arms for lr in (1e-3, 3e-3) for seed in (0, 1)}
+    assert settings == {(arm, lr, seed) for arm in ARMS for lr in (1e-3, 3e-3) for seed in (0, 1)}
     for job in jobs.values():
         assert job.config.run.dir == "here/sweep"
         assert (job.config.samples.prompts, job.config.samples.preference_scenes) == (3, 0)
@@ -55,13 +55,13 @@ def test_a_sweep_trains_what_is_missing_draws_and_says_who_is_best(
     short = ["trainer.max_steps=2", "trainer.val_check_interval=2", "optim.warmup_steps=0", f"run.dir={tmp_path}"]
     command = ["optim.lr=1e-4,1e-2", *tiny, *short, "--out", str(tmp_path / "figures")]
     assert main(command) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert len(run_folders(tmp_path / "sweep")) == 4
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "figure_sweep_optim_lr.png",
         "figure_sweep_optim_lr.pdf",
     }
-    assert "scratch - pretrained, each at its best (*):" in said
+    assert "scratch - pretrained, each at its best (*):" in output
     assert main(command) == 0
     assert capsys.readouterr().out.count("(finished: ") == 4
     assert len(run_folders(tmp_path / "sweep")) == 4

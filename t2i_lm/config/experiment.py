@@ -31,6 +31,7 @@ from t2i_lm.config.sections import (
     require,
 )
 
+SCALES = ("demo", "flickr8k", "paper")  # files of experiments/scale/
 TASKS = ("text_to_image", "unconditional", "align", "text", "image_tokenizer")
 LOSS_ROWS = ("all", "image")
 INITS = ("pretrained", "random", "shuffled", "body_only", "embeddings_only", "aligned")

@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from t2i_lm.config.experiment import ExperimentConfig
 
-SCALES = ("demo", "flickr8k", "paper")
 # Former keys and prefixes of values, still read from files and overrides, with a note on stderr.
 MOVED_KEYS = {"data.trim": "data.pad_to_multiple_of", "align.neighbours": "align.neighbors"}
 MOVED_PREFIXES = {"hub:": "hf://"}

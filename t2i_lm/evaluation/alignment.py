@@ -1,4 +1,4 @@
-"""What an alignment leaves: the aligned rows, retrieval, and the nearest text token of every image id (Section 3.2)."""
+"""Report of an alignment: its rows, retrieval, and the nearest text tokens of every image id (Section 3.2)."""
 
 import csv
 from dataclasses import asdict
@@ -17,13 +17,13 @@ from t2i_lm.runtime.loggers import write_text
 from t2i_lm.runtime.tables import markdown_table
 
 TABLE = "nearest_text_tokens.csv"
-# Rows of the table in TensorBoard's text tab: the image ids that occur most.
+# Rows of the table in TensorBoard's text tab: the most frequent image ids.
 SHOWN = 200
 
 
 @torch.no_grad()
 def alignment_report(experiment: AlignmentExperiment, folder: Path) -> dict[str, Any]:
-    """Writes the rows and the table; returns retrieval accuracy, hubness and row norms."""
+    """Writes the aligned rows and the table; returns retrieval accuracy, hubness and row norms."""
     module = experiment.module
     image_ID, text_VD = module.embedding.image, module.embedding.text
     assert image_ID is not None
@@ -44,7 +44,7 @@ def alignment_report(experiment: AlignmentExperiment, folder: Path) -> dict[str,
 
 
 def _retrieval(experiment: AlignmentExperiment, module: AlignmentModule) -> dict[str, Any]:
-    """Top-1 accuracy in the first validation batch, both directions; equal captions all count as right."""
+    """Top-1 accuracy in the first validation batch, both directions; any pair with the same caption counts as right."""
     size = experiment.config.data.batch_size
     batch = experiment.data.val_set.__getitems__([(0, index) for index in range(size)])
     on_device = {
@@ -60,7 +60,7 @@ def _retrieval(experiment: AlignmentExperiment, module: AlignmentModule) -> dict
 
 
 def _table(experiment: AlignmentExperiment, neighbors: Neighbors) -> list[list[Any]]:
-    """Header and one row for every image id: how often it occurs in training, its nearest tokens and cosines."""
+    """Header and one row per image id: its count in the training split, its nearest tokens and their cosines."""
     uses = np.zeros(len(neighbors.ids_IK), dtype=np.int64)
     for rows in open_split(experiment.shards, "train").iter(batch_size=4096):
         uses += np.bincount(np.stack(rows["image_ids"]).ravel(), minlength=len(uses))

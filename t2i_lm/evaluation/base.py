@@ -1,27 +1,82 @@
-"""What an evaluation measures."""
+"""The interface of an evaluator, and the model that it measures.
+
+Evaluators import torch inside functions, so that `--help` and wrong options are answered at once.
+"""
 
 import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
+from t2i_lm.config.experiment import ExperimentConfig
 
-from t2i_lm.experiment.build import ImageModel
+if TYPE_CHECKING:
+    from t2i_lm.experiment.build import ImageModel
 
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """What is measured: a trained model, where its numbers go, and which rank of how many this is."""
+    """The trained model of a run, the folder of its results, and this process's rank.
 
-    options: argparse.Namespace
+    Attributes:
+        run: the run folder.
+        checkpoint: the file of the model's weights.
+        checkpoint_sha256: its hash.
+        model: in evaluation mode.
+        out: folder of the results; made when the first one is written.
+        rank: this process, of `world`.
+        world: number of processes.
+    """
+
     run: Path
     checkpoint: Path
-    model: ImageModel
+    checkpoint_sha256: str
+    model: "ImageModel"
     out: Path
     rank: int = 0
     world: int = 1
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Blocks until every rank has called it."""
         if self.world > 1:
-            dist.barrier()
+            import torch.distributed
+
+            torch.distributed.barrier()
+
+
+class Evaluator(ABC):
+    """An evaluation of a finished run, constructed where the command line requests it.
+
+    The constructor takes the parsed options and reads the inputs without torch, so that wrong ones are named before a
+    model is loaded; it raises ValueError or OSError. `evaluate.EVALUATORS` gives each class its name NAME: the option
+    that requests it, and the file OUT/NAME.json of its result.
+
+    Attributes:
+        title: heading of its options in `--help`.
+        alone: why no other evaluator may run in the same command; empty where any may.
+    """
+
+    title: str
+    alone: str = ""
+
+    @abstractmethod
+    def __init__(self, options: argparse.Namespace) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def add_arguments(add: Callable[..., Any]) -> None:
+        """Adds the option NAME (default None) and the options that require it, with `add_argument` of a parser."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The lines of `--dry-run`."""
+
+    @abstractmethod
+    def identity(self, config: ExperimentConfig) -> dict[str, Any]:
+        """What the result depends on besides the checkpoint; a result of other values is not overwritten."""
+
+    @abstractmethod
+    def run(self, context: EvaluationContext) -> dict[str, Any] | None:
+        """Measures, called on every rank; rank 0 returns the result as JSON can hold it."""

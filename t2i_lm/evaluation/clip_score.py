@@ -1,6 +1,6 @@
 """CLIP score of images and captions (Hessel et al., 2021) by a CLIP model of `transformers` (the extra `clip`).
 
-100 times the cosine of both embeddings, as torchmetrics' CLIPScore counts it. Code of a repository is never run.
+100 times the cosine of both embeddings, as in torchmetrics' CLIPScore. Code in a repository is never run.
 
 Shapes: `B` images, `H`, `W` pixels, `D` width of an embedding.
 """
@@ -18,15 +18,17 @@ from t2i_lm.assets import resolve
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.hub import is_hub, require_model
 
-# Weights as `transformers` looks for them, and images that go through the model together.
-WEIGHTS, BATCH = ("model.safetensors", "pytorch_model.bin"), 32
+# Weight files in the order in which `transformers` looks for them.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# Images per pass.
+BATCH = 32
 
 
 class Clip:
-    """Images and captions -> scores.
+    """CLIP model that scores images with captions.
 
     Attributes:
-        card: what names the model: `clip_model`, the hash of its weights, and one of its config, vocabulary and
+        card: identity of the model: `clip_model`, the hash of its weights, and one of its config, vocabulary and
             preprocessing.
     """
 
@@ -42,7 +44,7 @@ class Clip:
         try:
             import transformers
         except ImportError as error:
-            raise ValueError("--clip needs transformers: pip install 't2i_lm[clip]'") from error
+            raise ValueError("--clip requires transformers: pip install 't2i_lm[clip]'") from error
         folder = resolve(reference)
         require_model(str(folder), "clip", f"--clip {reference}:")
         weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
@@ -67,12 +69,12 @@ class Clip:
         }
 
     def to(self, device: torch.device) -> None:
-        """Moves the model; images and captions follow it."""
+        """Moves the model; inputs are moved to its device."""
         self._model.to(device)
 
     @torch.no_grad()
     def __call__(self, images_uint8_BCHW: Tensor, captions: Sequence[str]) -> Tensor:
-        """Scores (B,) float32 on the CPU; a caption that is too long loses its end, but not its end mark."""
+        """Scores (B,) float32 on the CPU; a caption that is too long is cut, and keeps its end-of-text token."""
         assert len(images_uint8_BCHW) == len(captions)
         parts = []
         for start in range(0, len(captions), BATCH):
@@ -93,9 +95,9 @@ class Clip:
         return torch.cat(parts)
 
 
-def _unit(found: Any) -> Tensor:
-    """Embeddings (B, D) of length one."""
-    features_BD: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+def _unit(output: Any) -> Tensor:
+    """Embeddings (B, D) of length one; since 5.0 transformers returns more than the embedding."""
+    features_BD: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     unit_BD: Tensor = features_BD / features_BD.norm(p=2, dim=-1, keepdim=True)
     return unit_BD
 

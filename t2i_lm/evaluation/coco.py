@@ -1,170 +1,126 @@
-"""The COCO measurement of `evaluate`: every rank's parts, then one number with its card, CLIP scores, and a grid.
+"""`evaluate --coco`: zero-shot FID, KID and CLIP score on COCO's val2014, with the image tokenizer's floor."""
 
-Shapes: `B` images, `N` image tokens; of the scores `N` images.
-"""
-
+import argparse
+import json
 import sys
-import time
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from callbacks import Inception
-from t2i_lm.assets import resolve
-from t2i_lm.data.coco import CROP, RESIZER, SIZE, Coco, Prompt, prompts_sha256, square
-from t2i_lm.data.shards.tokenize import stack_images
-from t2i_lm.evaluation.base import EvaluationContext
-from t2i_lm.evaluation.clip_score import Clip
-from t2i_lm.evaluation.fid import Drawing, Reference, count_cut, distances, network_card
-from t2i_lm.evaluation.protocol_card import CANONICAL, Card, require_headline
-from t2i_lm.generation.grid import captioned_grid
-from t2i_lm.generation.images import computing, decode, sampling_of
-from t2i_lm.runtime.progress import log_progress
+from t2i_lm.assets import PREFIX as ASSET
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import FID_FEATURES
+from t2i_lm.data.coco import choose_prompts, prompts_sha256, read_coco
+from t2i_lm.evaluation.base import EvaluationContext, Evaluator
+from t2i_lm.evaluation.protocol_card import HEADLINE, PROMPT_SEED
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.resumable import ResumableParts
-from t2i_lm.storage.run_folder import environment
-
-GRID = 16  # images shown
-GRID_FILE, IMAGES_FOLDER = "grid.png", "pictures"
+from t2i_lm.storage.hub import is_hub, require_model
 
 
-def measure_coco(subject: EvaluationContext, coco: Coco, prompts: list[Prompt]) -> dict[str, Any] | None:
-    """FID, KID and where asked for CLIP score of drawn images and, unless left out, reconstructions; on rank 0.
+class CocoEvaluator(Evaluator):
+    """FID, KID and CLIP score of generated images and of the tokenizer's reconstructions, each with its card."""
 
-    Raises:
-        ValueError: if the model takes no captions, a file cannot be read or has another hash, the folder belongs to
-            another evaluation, or only `COCO FID-30k` was wanted and this is not.
-    """
-    options, model = subject.options, subject.model
-    cut = count_cut(model, coco, prompts, tell=subject.rank == 0)
-    sampling = sampling_of(model.config.samples)
-    if options.guidance is not None:
-        sampling = replace(sampling, guidance=options.guidance)
-    if sampling.guidance != 1 and not model.config.data.caption_dropout and subject.rank == 0:
-        print("note: this run was trained with data.caption_dropout=0: it knows no empty caption", file=sys.stderr)
-    network = Inception(resolve(options.weights), options.features, options.weights_sha256)
-    clip = None if options.clip is None else Clip(options.clip)
-    drawing = Drawing(model=model, coco=coco, prompts=prompts, sampling=sampling, seed=options.seed, cut=cut)
-    if options.canonical:
-        require_headline(drawing.card(network, "0" * 64))
-    device = next(model.module.parameters()).device
-    network.to(device)
-    reference = Reference(coco, network, options.cache)
-    drawn = _parts(subject, drawing, network, "drawn")
-    rebuilt = None if options.no_floor else _parts(subject, drawing, network, "reconstructed")
-    scored: dict[str, ResumableParts] = {}
-    if clip is not None:
-        clip.to(device)
-        scored = {parts.folder.name: _scores(parts, clip) for parts in (drawn, rebuilt) if parts is not None}
+    title = "FID, KID and CLIP score (require --coco)"
 
-    share = (subject.rank, subject.world)
-    whole = len(coco.images)
-    reference.parts.complete(reference.make, *share, log_progress("reference", whole, *share))
-    if rebuilt is not None:
-        told = log_progress("reconstruction", len(prompts), *share)
-        rebuilt.complete(lambda span: drawing.reconstruct(span, network), *share, told)
-    drawn.complete(lambda span: drawing.make(span, network), *share, log_progress("drawing", len(prompts), *share))
-    for parts in (drawn, rebuilt):
-        if clip is not None and parts is not None:
-            told = log_progress(f"CLIP score, {parts.folder.name}", len(prompts), *share)
-            scored[parts.folder.name].complete(partial(_score, drawing, parts, clip), *share, told)
-    subject.wait()
-    if subject.rank:
-        return None
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Reads the captions and chooses the prompts.
 
-    reference_sha256 = reference.sha256()
-    result: dict[str, Any] = {
-        "run": subject.run.name,
-        "checkpoint": subject.checkpoint.name,
-        "checkpoint_sha256": drawn.identity["checkpoint_sha256"],
-        **_number(drawing.card(network, reference_sha256), drawn, reference),
-        **_clip_number(scored.get("drawn"), clip),
-        "environment": environment(finished=time.strftime("%Y-%m-%dT%H:%M:%S")),
-    }
-    if rebuilt is not None:
-        card = drawing.card(network, reference_sha256, "reconstructed")
-        result["floor"] = _number(card, rebuilt, reference) | _clip_number(scored.get("reconstructed"), clip)
-    _write_images(subject, drawing, drawn)
-    _say(result)
-    return result
+        Raises:
+            ValueError: naming the wrong option, key or file.
+        """
+        for key, least in (("prompts", 2), ("part", 1), ("seed", 0)):
+            if getattr(options, key) < least:
+                raise ValueError(f"--{key} {getattr(options, key)}: expected at least {least}")
+        if options.features not in FID_FEATURES:
+            raise ValueError(f"--features {options.features}: expected one of {', '.join(map(str, FID_FEATURES))}")
+        _require_weights(options.weights, options.weights_sha256)
+        if options.clip is not None:
+            if find_spec("transformers") is None:
+                raise ValueError("--clip requires transformers: pip install 't2i_lm[clip]'")
+            require_model(options.clip, "clip", "--clip")
+        if options.bf16:
+            self.alone = "--bf16 rounds the weights for all later evaluators: run those in a separate command"
+        self.options = options
+        self.coco = read_coco(options.coco)
+        self.prompts = choose_prompts(self.coco, options.prompts, PROMPT_SEED)
 
+    @staticmethod
+    def add_arguments(add: Callable[..., Any]) -> None:
+        add("--coco", type=Path, metavar="PATH", help="COCO folder of val2014")
+        add("--weights", metavar="FILE", help="weights of torch-fidelity's Inception (required)")
+        add("--weights-sha256", metavar="HEX", help="expected hash of --weights")
+        add("--features", type=int, default=2048, help="layer of the network, by its width (default: %(default)s)")
+        add("--clip", metavar="MODEL", help="also the CLIP score, by a CLIP folder or hf://ORG/NAME[@REVISION]")
+        add("--prompts", type=int, default=30_000, metavar="N", help="captions, one per image (default: %(default)s)")
+        add("--guidance", "--cfg", type=float, metavar="S", help="classifier-free guidance scale (default: the run's)")
+        add("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+        add("--compile", action="store_true", help=f"compile sampling; nearly tied ids may differ: not {HEADLINE}")
+        add("--bf16", action="store_true", help=f"sample with weights in bfloat16: not {HEADLINE}")
+        add("--no-floor", action="store_true", help="leave out the reconstruction FID of the tokenizer")
+        add("--canonical", action="store_true", help=f"refuse to measure anything that is not {HEADLINE}")
+        add("--images", "--pictures", action="store_true", help="also write every generated image as PNG")
+        add("--part", type=int, default=256, metavar="N", help="prompts lost at most if killed (default: %(default)s)")
+        add("--cache", type=Path, default=Path("cache"), help="folder of reference features (default: %(default)s)")
 
-def _parts(subject: EvaluationContext, drawing: Drawing, network: Inception, kind: str) -> ResumableParts:
-    """Where the features of drawn or reconstructed images lie."""
-    model, options = subject.model, subject.options
-    assert model.image is not None
-    identity = {
-        "pictures": kind,
-        "prompts_sha256": prompts_sha256(drawing.prompts),
-        "image_tokenizer_sha256": model.image.sha256,
-        "crop": CROP,
-        "resizer": RESIZER,
-        "size": SIZE,
-        **network_card(network),
-    }
-    if kind == "drawn":
-        identity |= {"checkpoint_sha256": file_sha256(subject.checkpoint), "seed": drawing.seed}
-        identity |= vars(drawing.sampling)
-        identity |= {key: value for key, value in computing(model).items() if value != CANONICAL[key]}
-    return ResumableParts(subject.out / kind, identity, len(drawing.prompts), options.part)
+    def describe(self) -> str:
+        options, prompts = self.options, self.prompts
+        lines = [
+            f"generate images of {len(prompts):,} captions of val2014 (sha256 {prompts_sha256(prompts)})",
+            f"compare with {len(self.coco.images):,} images, center crop, lanczos to 256 pixels, no antialias "
+            "in the metric",
+            f"network: torch-fidelity's Inception, {options.features} features, {options.weights}",
+            f"{-(-len(prompts) // options.part)} parts of {options.part} prompts; seed {options.seed}",
+        ]
+        if options.clip is not None:
+            lines.append(f"CLIP score of the same images and captions, by {options.clip}")
+        return "\n".join(lines)
 
+    def identity(self, config: ExperimentConfig) -> dict[str, Any]:
+        """Keys match the protocol card, so that results older than `made_with` can still be compared."""
+        options = self.options
+        return {
+            "prompts": len(self.prompts),
+            "prompts_sha256": prompts_sha256(self.prompts),
+            "captions_sha256": self.coco.captions_sha256,
+            "features": options.features,
+            "seed": options.seed,
+            "guidance": config.samples.guidance if options.guidance is None else options.guidance,
+            "weights": "bfloat16" if options.bf16 else "float32",
+        }
 
-def _scores(measured: ResumableParts, clip: Clip) -> ResumableParts:
-    """Where the CLIP scores of measured images lie: a part for each of theirs, made by the same rank."""
-    folder = measured.folder.with_name(f"{measured.folder.name}-clip")
-    return ResumableParts(folder, {**measured.identity, **clip.card}, measured.items, measured.size)
+    def run(self, context: EvaluationContext) -> dict[str, Any] | None:
+        from t2i_lm.evaluation.coco_scores import measure_coco
+
+        result = measure_coco(context, self.options, self.coco, self.prompts)
+        file = context.out / "coco.json"
+        if result is not None and file.is_file():
+            _keep_earlier(json.loads(file.read_text()), result, file)
+        return result
 
 
-def _score(drawing: Drawing, measured: ResumableParts, clip: Clip, span: range) -> dict[str, Tensor]:
-    """Scores of one part's images, as FID sees them, with their prompts."""
-    codes_BN = measured.read(span.start // measured.size)["codes"].long()
-    images = [square(Image.fromarray(image)) for image in decode(drawing.model, codes_BN)]
-    return {"scores": clip(stack_images(images), [drawing.prompts[number].text for number in span])}
-
-
-def _clip_number(scored: ResumableParts | None, clip: Clip | None) -> dict[str, Any]:
-    """Mean CLIP score, never below 0, with its standard error and the model that gave it."""
-    if scored is None or clip is None:
-        return {}
-    scores_N = torch.cat([scored.read(number)["scores"] for number in range(len(scored))]).double()
-    error = float(scores_N.std() / len(scores_N) ** 0.5)
-    return {"clip": {"score": max(0.0, float(scores_N.mean())), "se": error, "n": len(scores_N), **clip.card}}
-
-
-def _number(card: Card, measured: ResumableParts, reference: Reference) -> dict[str, Any]:
-    """Distances with the card that they hold under."""
-    found = distances(measured, reference.parts, reference.network.width)
-    return {"title": card.title, **found, "differs": card.differences(), "card": card.as_dict()}
-
-
-def _write_images(subject: EvaluationContext, drawing: Drawing, drawn: ResumableParts) -> None:
-    """A captioned grid of the first images and, where asked for, all of them as the metric sees them."""
-    shown = min(GRID, drawn.items)
-    first_BN = torch.cat([drawn.read(number)["codes"] for number in range(-(-shown // drawn.size))])[:shown]
-    captions = [prompt.text for prompt in drawing.prompts[:shown]]
-    captioned_grid(decode(subject.model, first_BN.long()), captions).save(subject.out / GRID_FILE)
-    if not subject.options.pictures:
+def _require_weights(path: str | None, sha256: str | None) -> None:
+    """Refuses absent or other weights; those on a hub and shipped ones are checked when they are loaded."""
+    if path is None:
+        raise ValueError("--coco requires --weights, the file of torch-fidelity's Inception, see --help")
+    if path.startswith(ASSET) or is_hub(path):
         return
-    folder = subject.out / IMAGES_FOLDER
-    folder.mkdir(exist_ok=True)
-    for number in range(len(drawn)):
-        images = decode(subject.model, drawn.read(number)["codes"].long())
-        for index, image in zip(drawn.span(number), images, strict=True):
-            name = f"{index:05d}-{drawing.prompts[index].caption_id}.png"
-            Image.fromarray(square(Image.fromarray(image))).save(folder / name)
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"--weights {file}: no such file")
+    if sha256 is not None and file_sha256(file) != sha256.lower():
+        raise ValueError(f"--weights {file} has sha256 {file_sha256(file)}, expected {sha256}")
 
 
-def _say(result: dict[str, Any]) -> None:
-    """The numbers, and what they may not be called."""
-    for entry in (result, result.get("floor")):
-        if entry is not None:
-            print(f"{entry['title']}: {entry['fid']:.4f}; KID {entry['kid']:.6f} +- {entry['kid_std']:.6f}")
-            if "clip" in entry:
-                clip = entry["clip"]
-                print(f"  CLIP score {clip['score']:.4f} +- {clip['se']:.4f} ({clip['clip_model']})")
-    for line in result["differs"]:
-        print(f"  {line}")
+def _keep_earlier(earlier: dict[str, Any], result: dict[str, Any], file: Path) -> None:
+    """Adds the floor and CLIP scores of an earlier command on the same images that this one did not request."""
+    added = []
+    if "floor" in earlier and "floor" not in result:
+        result["floor"] = earlier["floor"]
+        added.append("floor")
+    for entry, before in ((result, earlier), (result.get("floor", {}), earlier.get("floor", {}))):
+        if "clip" in before and "clip" not in entry:
+            entry["clip"] = before["clip"]
+            added.append("CLIP score")
+    if added:
+        print(f"note: {file} keeps its {' and '.join(dict.fromkeys(added))}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""FID of drawn or reconstructed images against COCO's val2014: features in parts that survive a kill, then a number.
+"""FID of generated or reconstructed images against COCO's val2014: features in resumable parts, then one number.
 
 Shapes: `B` images, `N` image tokens, `H`, `W` pixels, `D` feature width.
 """
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ from t2i_lm.generation.images import (
     ImageArray,
     caption_layout,
     caption_prompts,
-    computing,
     decode,
-    draw_codes,
+    generate_codes,
+    numerics,
     sampling_of,
     seeds_of,
 )
@@ -49,14 +49,14 @@ from t2i_lm.runtime.devices import local_rank
 from t2i_lm.runtime.progress import log_progress
 from t2i_lm.storage.resumable import ResumableParts
 
-# Images that go through the feature network together, and images of one part of the reference.
+# Images per pass of the feature network, and images per part of the reference.
 NETWORK_BATCH, REFERENCE_PART = 32, 256
 
 
-def count_cut(model: ImageModel, coco: Coco, prompts: Sequence[Prompt], tell: bool = True) -> int:
-    """How many captions are longer than the model's sequence takes: they are cut, as training cuts its own.
+def count_cut(model: ImageModel, coco: Coco, prompts: Sequence[Prompt], log: bool = True) -> int:
+    """Number of captions that are longer than the model's sequence takes: they are cut as in training.
 
-    `tell` says on stderr which is the longest; the card keeps the number, and the result is then not canonical.
+    `log` prints the longest on stderr; the number is in the card, and the result is then not canonical.
 
     Raises:
         ValueError: if the model takes no captions.
@@ -64,7 +64,7 @@ def count_cut(model: ImageModel, coco: Coco, prompts: Sequence[Prompt], tell: bo
     layout, text = caption_layout(model)
     lengths = [len(ids) for ids in text.encode_batch([prompt.text for prompt in prompts])]
     over = sum(length > layout.text_budget for length in lengths)
-    if over and tell:
+    if over and log:
         longest = max(range(len(prompts)), key=lengths.__getitem__)
         print(
             f"note: {coco.path / CAPTIONS}: {over} of {len(prompts)} captions are cut to the {layout.text_budget} ids "
@@ -76,16 +76,13 @@ def count_cut(model: ImageModel, coco: Coco, prompts: Sequence[Prompt], tell: bo
 
 def features_of(images: Sequence[ImageArray | Image.Image], network: Inception) -> Tensor:
     """Features (B, D) of images (H, W, 3) of any size, after the protocol's crop and resize."""
-    found = []
-    for start in range(0, len(images), NETWORK_BATCH):
-        some = images[start : start + NETWORK_BATCH]
-        opened = (image if isinstance(image, Image.Image) else Image.fromarray(image) for image in some)
-        found.append(network(stack_images([square(image) for image in opened])))
-    return torch.cat(found)
+    opened = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
+    batches = (opened[start : start + NETWORK_BATCH] for start in range(0, len(opened), NETWORK_BATCH))
+    return torch.cat([network(stack_images([square(image) for image in batch])) for batch in batches])
 
 
 class Reference:
-    """Features of all of val2014, kept in a cache: every run is compared with the same ones."""
+    """Features of all images of val2014, cached for all runs."""
 
     def __init__(self, coco: Coco, network: Inception, cache: Path) -> None:
         self.coco, self.network = coco, network
@@ -129,8 +126,13 @@ def network_card(network: Inception) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """A model and the captions that it is to draw, `cut` of which are longer than its sequence takes."""
+class PromptSet:
+    """A model, the captions that it generates images of, and how.
+
+    Attributes:
+        prompts: chosen captions of `coco`.
+        cut: how many of them are longer than the model's sequence takes.
+    """
 
     model: ImageModel
     coco: Coco
@@ -144,13 +146,13 @@ class Drawing:
         seeds = seeds_of(self.seed, len(self.prompts))
         captions = [self.prompts[number].text for number in numbers]
         prompts = caption_prompts(self.model, captions)
-        return draw_codes(self.model, prompts, [seeds[number] for number in numbers], self.sampling)
+        return generate_codes(self.model, prompts, [seeds[number] for number in numbers], self.sampling)
 
     def card(self, network: Inception, reference_sha256: str, images: str = "drawn") -> Card:
-        """The card of a number that is made with this now."""
-        drawn: dict[str, Any] = {}
+        """The protocol card of `drawn` or `reconstructed` images, as the model computes now."""
+        generation: dict[str, Any] = {}
         if images == "drawn":
-            drawn = {**asdict(self.sampling), "prompts_cut": self.cut, **computing(self.model)}
+            generation = {**asdict(self.sampling), "prompts_cut": self.cut, **numerics(self.model)}
         return Card(
             pictures=images,
             prompts=len(self.prompts),
@@ -168,17 +170,17 @@ class Drawing:
             seed=self.seed,
             prompt_ids=[[prompt.image_id, prompt.caption_id] for prompt in self.prompts],
             **network_card(network),
-            **drawn,
+            **generation,
         )
 
     def make(self, span: range, network: Inception) -> dict[str, Tensor]:
-        """Codes and features of some prompts' drawn images."""
+        """Codes and features of images generated for some prompts."""
         codes_BN = self.codes(span)
         features_BD = features_of(decode(self.model, codes_BN), network)
         return {"codes": codes_BN.to(torch.int32), "features": features_BD}
 
     def reconstruct(self, span: range, network: Inception) -> dict[str, Tensor]:
-        """The same of the prompts' real images, encoded and decoded: what no model of these codes can beat."""
+        """Codes and features of the prompts' real images, encoded and decoded: the floor of every model."""
         tokenizer = self.model.image
         real, _ = read_images(self.coco, [self.prompts[number].file for number in span])
         codes = [
@@ -189,24 +191,24 @@ class Drawing:
         return {"codes": codes_BN.to(torch.int32), "features": features_of(decode(self.model, codes_BN), network)}
 
 
-def distances(measured: ResumableParts, reference: ResumableParts, width: int) -> dict[str, float]:
-    """Frechet and kernel distance of features that lie in parts; summed in order, whoever made them.
+def distances(images: ResumableParts, reference: ResumableParts, width: int) -> dict[str, float]:
+    """Frechet and kernel distance of features in parts, summed in the order of the images on any number of ranks.
 
-    The subsets of the kernel distance are drawn from all measured and all reference images, as during training.
+    The subsets of the kernel distance are drawn from all images and all reference images, as during training.
     """
     metric = FeatureDistance(width, sync_on_compute=False)
-    kept: dict[bool, list[Tensor]] = {False: [], True: []}
-    for parts, real in ((measured, False), (reference, True)):
+    features: dict[bool, list[Tensor]] = {False: [], True: []}
+    for parts, real in ((images, False), (reference, True)):
         for number in range(len(parts)):
             features_BD = parts.read(number)["features"]
             metric.update(features_BD, real=real)
-            kept[real].append(features_BD)
-    kid, deviation = kernel_distance(torch.cat(kept[False]), torch.cat(kept[True]))
+            features[real].append(features_BD)
+    kid, deviation = kernel_distance(torch.cat(features[False]), torch.cat(features[True]))
     return {"fid": float(metric.compute()), "kid": kid, "kid_std": deviation}
 
 
 def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
-    """What `fid.interval` measures during training; None where it is null.
+    """Task and network of `callbacks.CocoFID` during training; None where `fid.interval` is null.
 
     Raises:
         ValueError: if COCO or the weights cannot be used, or the model takes no captions.
@@ -220,29 +222,29 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
     assert settings.weights is not None
     coco = read_coco(Path(settings.coco))
     prompts = choose_prompts(coco, settings.prompts, PROMPT_SEED)
-    cut = count_cut(experiment, coco, prompts, tell=local_rank() == 0)
+    cut = count_cut(experiment, coco, prompts, log=local_rank() == 0)
     network = Inception(resolve(settings.weights), settings.features, settings.weights_sha256)
     sampling = sampling_of(config.samples)
-    drawing = Drawing(model=experiment, coco=coco, prompts=prompts, sampling=sampling, seed=config.seed, cut=cut)
+    prompt_set = PromptSet(model=experiment, coco=coco, prompts=prompts, sampling=sampling, seed=config.seed, cut=cut)
     reference = Reference(coco, network, Path(config.data.cache_dir))
     parts = reference.parts
 
     def draw(numbers: Sequence[int]) -> Tensor:
         experiment.image.to(experiment.module.device)
-        images = decode(experiment, drawing.codes(numbers))
+        images = decode(experiment, prompt_set.codes(numbers))
         experiment.image.to(torch.device("cpu"))  # leaves the GPU to training
         return stack_images([square(Image.fromarray(image)) for image in images])
 
     def features(network: Inception, rank: int, world: int) -> Iterator[tuple[Sequence[int], Tensor]]:
-        tell = log_progress("reference", parts.items, rank, world)
+        advance = log_progress("reference", parts.items, rank, world)
         for number in range(rank, len(parts), world):
             parts.complete_one(number, reference.make)
-            tell(len(parts.span(number)))
+            advance(len(parts.span(number)))
             yield parts.span(number), parts.read(number)["features"]
 
     def card() -> dict[str, Any]:
         # Content hashes would need all images read before the first step: the listing's names the folder here.
-        found = replace(drawing.card(network, ""), reference_sha256=f"listing {parts.identity['listing_sha256']}")
-        return {"title": found.title, **found.as_dict()}
+        made = prompt_set.card(network, f"listing {parts.identity['listing_sha256']}")
+        return {"title": made.title, **made.as_dict()}
 
     return FidTask(len(prompts), draw, features, card), network

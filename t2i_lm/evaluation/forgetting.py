@@ -1,194 +1,164 @@
-"""What a model has kept of its language: probes with standard errors, during training and after it (Table 1).
+"""Forgetting: the probes of a language model during training and after it (`evaluate --forgetting`), and Table 1.
 
-The numbers of a record are means over rows of text or questions, `se` their standard error; where the model was
-measured before training, `change` is the mean of the paired differences and `change_se` its own, much smaller error.
-Differences are taken between equal rows and equal questions alone: the file from before training says which it holds.
+Torch is imported late: the command reads text and questions before it loads a model.
 """
 
+import argparse
 import csv
 import hashlib
-import json
-import math
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-import torch
-from torch import Tensor
-
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import ForgettingConfig
-from t2i_lm.evaluation.probes.completions import PROMPTS, complete
-from t2i_lm.evaluation.probes.heldout import heldout_rows, text_losses
-from t2i_lm.evaluation.probes.questions import Task, answer, read_tasks
-from t2i_lm.experiment.build import Experiment, ImageExperiment, ImageModel
-from t2i_lm.models.backbone import Backbone
-from t2i_lm.modules.base import DecoderModule
+from t2i_lm.data.text import DOCUMENT_SEPARATOR, read_documents
+from t2i_lm.evaluation.base import EvaluationContext, Evaluator
+from t2i_lm.evaluation.probes.questions import Task, read_tasks
 from t2i_lm.runtime.tables import markdown_table
-from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.storage.run_folder import Run
-from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.storage.run_folder import CONFIG, Run, find_run
 
-# Values of each row and question before training, and hashes of these, in the run folder.
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from t2i_lm.experiment.build import Experiment, ImageModel
+
+# Values of each row and question before training, and their hashes, in the run folder.
 BASELINE = "forgetting_before.json"
 # Table 1 of a run, in its folder.
 TABLE = "completions"
-# Of each group (`text`, `tasks/NAME`) and name in it, a value a row or question.
-Values = dict[str, dict[str, list[float]]]
 
 
-class Probes:
-    """All probes of an experiment. Text and questions are read at the first call, which rank 0 alone makes."""
+class ForgettingEvaluator(Evaluator):
+    """Perplexity on held-out text, question accuracy and completions, with the run's own settings unless overridden."""
 
-    def __init__(self, settings: ForgettingConfig, text: TextTokenizer, baseline: Path | None = None) -> None:
-        """`baseline` is written by the first call where it does not exist, and compared with by later ones."""
-        self.settings, self.text, self.baseline = settings, text, baseline
-        self._rows: tuple[Tensor, int] | None = None
-        self._tasks: list[Task] | None = None
-        self._told = False
+    title = "forgetting (require --forgetting)"
 
-    def __call__(self, decoder: Backbone) -> dict[str, Any]:
-        """Measures a decoder in evaluation mode.
-
-        Returns:
-            `text` (`all_rows`, `text_rows`), `tasks` (by name) and `completions`, and in `note` what has no `change`
-            though the model was measured before training, and why; what JSON can hold.
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Reads the text and the questions; of a text on a hub, the first document.
 
         Raises:
-            ValueError: if text or questions cannot be read, or the rows are longer than the model's positions.
+            ValueError: if there is no run, or the text or the questions cannot be read.
         """
-        settings, limit = self.settings, decoder.config.seq_len
-        if settings.length > limit:
-            raise ValueError(
-                f"forgetting.length={settings.length}: the backbone has {limit} positions; "
-                f"give at most so many (evaluate: --length {limit})"
-            )
-        values: Values = {}
-        if settings.text is not None:
-            if self._rows is None:
-                self._rows = heldout_rows(settings.text, self.text, settings.rows, settings.length)
-            values["text"] = text_losses(decoder, self._rows[0])
-        if self._tasks is None:
-            self._tasks = [] if settings.tasks is None else read_tasks(Path(settings.tasks), settings.questions)
-        for task in self._tasks:
-            values[f"tasks/{task.name}"] = answer(decoder, self.text, task, limit)
-        before, note = self._before(values)
-        record: dict[str, Any] = {"text": {}, "tasks": {}}
-        for group, columns in values.items():
-            entry = {
-                name: summary("nll" if group == "text" or name.endswith("_nll") else "accuracy", column, earlier)
-                for name, column in columns.items()
-                for earlier in [before.get(group, {}).get(name)]
-            }
-            if group == "text":
-                record["text"] = entry | self._per_byte(entry)
-            else:
-                record["tasks"][group.removeprefix("tasks/")] = entry
-        for task in self._tasks:
-            record["tasks"][task.name] |= {"chance": task.chance, "questions": len(task.questions)}
-        record["completions"] = {
-            name: complete(decoder, self.text, prompt, settings.completion_tokens, limit)
-            for name, prompt in {**PROMPTS, **{prompt: prompt for prompt in settings.prompts}}.items()
-        }
-        if note is not None:
-            record["note"] = note
-            if not self._told:
-                print(f"note: {note}", file=sys.stderr)
-            self._told = True
-        return record
+        if options.questions is not None and options.tasks is None:
+            raise ValueError("--questions requires --tasks")
+        sizes = {key: getattr(options, key) for key in ("rows", "length", "questions")}
+        overrides = {key: value for key, value in sizes.items() if value is not None}
+        for key, value in overrides.items():
+            if value < 1:
+                raise ValueError(f"--{key} {value}: expected at least 1")
+        if options.tasks is not None and not options.tasks.is_dir():
+            raise ValueError(f"--tasks {options.tasks}: no such folder")
+        of_run = load_experiment(find_run(options.checkpoint) / CONFIG).forgetting
+        folder = None if options.tasks is None else str(options.tasks)
+        self.settings: ForgettingConfig = replace(of_run, text=options.forgetting, tasks=folder, **overrides)
+        self.tasks: list[Task] = []
+        if options.tasks is not None:
+            self.tasks = read_tasks(options.tasks, self.settings.questions, "--tasks")
+        self.documents = _read_text(options.forgetting)
 
-    def _per_byte(self, entry: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Sizes of the held-out text, and its bits per byte: what models of other vocabularies can be compared by."""
-        assert self._rows is not None
-        ids_RT, size = self._rows
-        targets = ids_RT.shape[0] * (ids_RT.shape[1] - 1)
-        for values in entry.values():
-            values["bits_per_byte"] = values["nll"] * targets / math.log(2) / size
-        return {"rows": len(ids_RT), "targets": targets}
+    @staticmethod
+    def add_arguments(add: Callable[..., Any]) -> None:
+        add("--forgetting", metavar="TEXT", help="held-out text")
+        add("--tasks", type=Path, metavar="FOLDER", help="questions, NAME.jsonl[.gz]")
+        add("--rows", type=int, metavar="N", help="rows of TEXT (default: the run's forgetting.rows)")
+        add("--length", type=int, metavar="N", help="ids per row (default: the run's)")
+        add("--questions", type=int, metavar="N", help="with --tasks: questions per task (default: the run's)")
 
-    def _identity(self) -> dict[str, str]:
-        """Hashes of the text tokenizer, of the ids of all rows, and of each task's questions."""
-        identity = {f"tasks/{task.name}": task.sha256 for task in self._tasks or ()}
-        if self._rows is not None:
-            ids_RT, _ = self._rows
-            content = f"{list(ids_RT.shape)} ".encode() + ids_RT.numpy().tobytes()
-            identity["text"] = hashlib.sha256(content).hexdigest()
-        return {"text_tokenizer": self.text.sha256, **identity}
+    def describe(self) -> str:
+        settings = self.settings
+        names = ", ".join(task.name for task in self.tasks)
+        tasks = f", {settings.questions} questions each of {names} in {settings.tasks}" if names else ""
+        return f"held-out text: {settings.rows} rows of {settings.length} ids of {settings.text}{tasks}; completions"
 
-    def _before(self, values: Values) -> tuple[Values, str | None]:
-        """Values before training of the rows and questions that are measured now, and what is to be said of others.
+    def identity(self, config: ExperimentConfig) -> dict[str, Any]:
+        """Settings, and hashes of the text and the questions; the name of a text on a hub."""
+        text = {"text": self.settings.text} if self.documents is None else {"text_sha256": _sha256(self.documents)}
+        sizes = {key: value for key, value in vars(self.settings).items() if key not in ("interval", "text", "tasks")}
+        return {**text, **sizes, "tasks_sha256": {task.name: task.sha256 for task in self.tasks}}
 
-        Written where this is before training.
-        """
-        if self.baseline is None:
-            return {}, None
-        identity = self._identity()
-        if not self.baseline.is_file():
-            write_atomic(self.baseline, json.dumps({"identity": identity, "values": values}) + "\n")
-        found = json.loads(self.baseline.read_text())
-        name = self.baseline.name
-        if "identity" not in found:  # written by an earlier version
-            return {}, f"no change of anything: {name} does not say which rows and questions it holds"
-        differing = {key for key, value in identity.items() if found["identity"].get(key) != value}
-        other = [group for group in values if differing & {group, "text_tokenizer"}]
-        earlier = {group: found["values"][group] for group in values if group not in other}
-        if not other:
-            return earlier, None
-        return earlier, f"no change of {', '.join(other)}: {name} holds other rows or questions, or another tokenizer's"
+    def run(self, context: EvaluationContext) -> dict[str, Any] | None:
+        if context.rank:
+            return None
+        record = forgetting_report(context.model, self.settings, context.run, self.documents, self.tasks)
+        names = {"run": context.run.name, "checkpoint": context.checkpoint.name}
+        return {**names, "settings": vars(self.settings), **record}
 
 
-def summary(unit: str, values: Sequence[float], before: Sequence[float] | None = None) -> dict[str, float]:
-    """Mean and standard error under `unit` and `se`, of a nll also `ppl`; with `before`, those of the differences."""
-    column = torch.tensor(values, dtype=torch.float64)
-    entry = {unit: float(column.mean()), "se": _error(column)}
-    if unit == "nll":
-        entry["ppl"] = math.exp(min(entry[unit], 700.0))
-    if before is not None and len(before) == len(values):
-        difference = column - torch.tensor(before, dtype=torch.float64)
-        entry |= {"change": float(difference.mean()), "change_se": _error(difference)}
-    return entry
+def _read_text(path: str) -> list[str] | None:
+    """Documents of a text; None for one on a hub, of which the first document is read.
+
+    Raises:
+        ValueError: if it has no document or cannot be read.
+    """
+    documents = read_documents(path, "--forgetting")
+    first = next(documents, None)
+    if first is None:
+        raise ValueError(f"--forgetting {path}: there is no text in it")
+    return [first, *documents] if Path(path).exists() else None
 
 
-def _error(column: Tensor) -> float:
-    """Standard error of a mean; 0 of a single value, which says nothing."""
-    return float(column.std() / len(column) ** 0.5) if len(column) > 1 else 0.0
+def _sha256(documents: Sequence[str]) -> str:
+    digest = hashlib.sha256(documents[0].encode())
+    for document in documents[1:]:
+        digest.update(f"{DOCUMENT_SEPARATOR}{document}".encode())
+    return digest.hexdigest()
 
 
-def forgetting_probes(experiment: Experiment, folder: Path) -> Callable[[pl.LightningModule], dict[str, Any]] | None:
-    """What measures a run's module at `forgetting.interval`; None where nothing is to be measured."""
+def forgetting_probes(
+    experiment: "Experiment", folder: Path
+) -> "Callable[[pl.LightningModule], dict[str, Any]] | None":
+    """Measures a run's module every `forgetting.interval` steps; None where that is null."""
     if experiment.config.forgetting.interval is None:
         return None
+    from t2i_lm.evaluation.probes.suite import Probes
+    from t2i_lm.experiment.build import ImageExperiment
+    from t2i_lm.modules.base import DecoderModule
+
     assert isinstance(experiment, ImageExperiment)
     probes = Probes(experiment.config.forgetting, experiment.text, folder / BASELINE)
 
-    def measure(module: pl.LightningModule) -> dict[str, Any]:
+    def measure(module: "pl.LightningModule") -> dict[str, Any]:
         assert isinstance(module, DecoderModule)
         return probes(module.decoder)
 
     return measure
 
 
-def forgetting_report(model: ImageModel, settings: ForgettingConfig, folder: Path | None = None) -> dict[str, Any]:
-    """Measures a trained model (`trained.load_trained`), compared with before training where `folder` knows that.
+def forgetting_report(
+    model: "ImageModel",
+    settings: ForgettingConfig,
+    folder: Path | None = None,
+    documents: Sequence[str] | None = None,
+    tasks: list[Task] | None = None,
+) -> dict[str, Any]:
+    """Measures a trained model (`experiment.restore.load_trained`).
 
     Args:
         model: a model with a text tokenizer.
-        settings: what to measure; its interval does not matter.
-        folder: the run folder.
+        settings: what to measure; its interval is ignored.
+        folder: the run folder, whose values before training are compared with where it has any.
+        documents: those of `settings.text`, where they have been read.
+        tasks: those of `settings.tasks`, where they have been read.
 
     Raises:
         ValueError: if text or questions cannot be read.
     """
-    known = folder is not None and (folder / BASELINE).is_file()
-    probes = Probes(settings, model.text, folder / BASELINE if folder is not None and known else None)
+    import torch
+
+    from t2i_lm.evaluation.probes.suite import Probes
+
+    baseline = None if folder is None or not (folder / BASELINE).is_file() else folder / BASELINE
+    probes = Probes(settings, model.text, baseline, documents, tasks)
     model.module.eval()
     with torch.no_grad():
         return probes(model.decoder)
 
 
 def completion_rows(run: Run) -> list[dict[str, str]]:
-    """Table 1: each prompt with its completions before training and at the last measurement, both ways of decoding."""
+    """Table 1: the completions of each prompt before training and at the last measurement, over text and all rows."""
     lines = run.records("forgetting")
     if not lines:
         return []
@@ -203,7 +173,7 @@ def completion_rows(run: Run) -> list[dict[str, str]]:
 
 
 def write_completions(run: Run) -> list[Path]:
-    """Writes Table 1 into the run folder as CSV and Markdown; nothing where nothing was measured."""
+    """Writes Table 1 of a run that measured forgetting into its folder, as CSV and Markdown."""
     rows = completion_rows(run)
     if not rows:
         return []

@@ -1,111 +1,170 @@
-"""The lm-eval measurement of `evaluate`: lm-evaluation-harness' tasks before training and after (extra `lm-eval`)."""
+"""`evaluate --lm-eval`: tasks of lm-evaluation-harness before and after training (extra `lm-eval`).
 
+Torch and the harness are imported late: the command checks task names before it loads a model.
+"""
+
+import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from t2i_lm.evaluation.base import EvaluationContext
-from t2i_lm.evaluation.forgetting import summary
-from t2i_lm.experiment.build import ImageModel
-from t2i_lm.experiment.restore import load_initial
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.evaluation.base import EvaluationContext, Evaluator
+from t2i_lm.storage.hashing import folder_sha256
 from t2i_lm.storage.run_folder import environment
+
+if TYPE_CHECKING:
+    from t2i_lm.experiment.build import ImageModel
+
+
+class LmEvalEvaluator(Evaluator):
+    """Tasks on the trained model and, unless left out or random, on the model that training began with."""
+
+    title = "lm-evaluation-harness (require --lm-eval)"
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Finds the tasks.
+
+        Raises:
+            ValueError: if the harness is not installed or has no such task, or an option is wrong.
+        """
+        self.folder, self.limit = options.lm_eval_tasks, options.lm_eval_limit
+        self.all_rows, self.no_before = options.lm_eval_all_rows, options.no_before
+        if self.folder is not None and not self.folder.is_dir():
+            raise ValueError(f"--lm-eval-tasks {self.folder}: no such folder")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--lm-eval-limit {self.limit}: expected at least 1")
+        self.tasks = choose_tasks(options.lm_eval, self.folder)
+
+    @staticmethod
+    def add_arguments(add: Callable[..., Any]) -> None:
+        add("--lm-eval", metavar="TASKS", help="tasks to run before and after training (extra lm-eval)")
+        add("--lm-eval-tasks", type=Path, metavar="FOLDER", help="your own tasks, YAML; Python code they name is run")
+        add("--lm-eval-limit", type=int, metavar="N", help="questions per task (default: all)")
+        add("--lm-eval-all-rows", action="store_true", help="score over image rows too, not over text rows only")
+        add("--no-before", action="store_true", help="leave out the model before training")
+
+    def describe(self) -> str:
+        limit = "all" if self.limit is None else f"at most {self.limit}"
+        rows = "all rows" if self.all_rows else "the text rows only"
+        models = "the trained model" if self.no_before else "the model before and after training"
+        return (
+            f"lm-evaluation-harness: {limit} questions each of {', '.join(self.tasks.names)}, over {rows}, by {models}"
+        )
+
+    def identity(self, config: ExperimentConfig) -> dict[str, Any]:
+        return {
+            "tasks": self.tasks.names,
+            "folder_sha256": None if self.folder is None else folder_sha256(self.folder, (".yaml", ".yml", ".py")),
+            "limit": self.limit,
+            "rows": "all" if self.all_rows else "text",
+            "before": self._has_before(config),
+        }
+
+    def run(self, context: EvaluationContext) -> dict[str, Any] | None:
+        """Measures on rank 0.
+
+        Returns:
+            As JSON can hold it. `tasks`: by name the task's version, shots, number of questions, and by metric its
+            value with the harness' standard error (`se`); of both models also `before`, `before_se`, `change`, and
+            where the metric is a mean over questions `change_se`, of the paired differences.
+
+        Raises:
+            ValueError: if a task cannot be run, or the model before training cannot be built again.
+        """
+        if context.rank:
+            return None
+        model = context.model
+        after = self._measure(model)
+        before = self._measure(_load_initial(context.run)) if self._has_before(model.config) else None
+        tasks = {name: _entry(name, after, before) for name in after["results"]}
+        for name, entry in tasks.items():
+            for metric, values in entry["metrics"].items():
+                print(f"{name} {metric}: {_line(values)}")
+        return {
+            "run": context.run.name,
+            "checkpoint": context.checkpoint.name,
+            "harness": version("lm_eval"),
+            "rows": "all" if self.all_rows else "text",
+            "context": "after the end of a document",
+            "positions": model.decoder.config.seq_len,
+            "text_tokenizer_sha256": model.text.sha256,
+            "limit": self.limit,
+            "before": before is not None,
+            "tasks": tasks,
+            "environment": environment(finished=time.strftime("%Y-%m-%dT%H:%M:%S")),
+        }
+
+    def _has_before(self, config: ExperimentConfig) -> bool:
+        return config.init != "random" and not self.no_before
+
+    def _measure(self, model: "ImageModel") -> dict[str, Any]:
+        """The harness' own result, with the values of each question."""
+        from lm_eval import simple_evaluate
+
+        from t2i_lm.evaluation.probes.harness import HarnessModel
+
+        harness = HarnessModel(model.decoder, model.text, self.all_rows)
+        result: dict[str, Any] = simple_evaluate(
+            harness, tasks=self.tasks.names, task_manager=self.tasks.manager, limit=self.limit
+        )
+        return result
 
 
 @dataclass(frozen=True)
 class ChosenTasks:
-    """Names that the harness knows, and the harness' index of tasks."""
+    """Names of tasks, and the harness' index that contains them."""
 
     names: list[str]
     manager: Any
 
 
-def choose_tasks(wanted: str, folder: Path | None) -> ChosenTasks:
+def choose_tasks(names: str, folder: Path | None) -> ChosenTasks:
     """Finds tasks, groups and tags by name.
 
     Args:
-        wanted: names, separated by commas; `*` stands for anything.
-        folder: further tasks, one YAML each; Python code that a YAML names is run.
+        names: separated by commas; `*` matches anything.
+        folder: further tasks, one per YAML file; Python code that a YAML names is run.
 
     Raises:
-        ValueError: naming a name that stands for nothing, with those that are close.
+        ValueError: if the harness is not installed; for a name that matches nothing, with close ones.
     """
+    if find_spec("lm_eval") is None:
+        raise ValueError("--lm-eval requires lm-evaluation-harness: pip install 't2i_lm[lm-eval]'")
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if folder is None else str(folder))
-    names: list[str] = []
-    for name in filter(None, (name.strip() for name in wanted.split(","))):
-        found = manager.match_tasks([name])
-        if not found:
+    tasks: list[str] = []
+    for name in filter(None, (name.strip() for name in names.split(","))):
+        matches = manager.match_tasks([name])
+        if not matches:
             close = get_close_matches(name, manager.all_tasks, n=5) or ["none"]
             where = "" if folder is None else f" and none of {folder}"
             raise ValueError(
                 f"--lm-eval {name}: no task of lm_eval {version('lm_eval')}{where}; close ones: {', '.join(close)}"
             )
-        names += [task for task in found if task not in names]
-    if not names:
-        raise ValueError(f"--lm-eval {wanted!r}: expected names of tasks, separated by commas")
-    return ChosenTasks(names, manager)
+        tasks += [task for task in matches if task not in tasks]
+    if not tasks:
+        raise ValueError(f"--lm-eval {names!r}: expected names of tasks, separated by commas")
+    return ChosenTasks(tasks, manager)
 
 
-def measure_tasks(subject: EvaluationContext, chosen: ChosenTasks) -> dict[str, Any]:
-    """Runs the tasks on the trained model and, unless left out or random, on the model that training began with.
+def _load_initial(run: Path) -> "ImageModel":
+    from t2i_lm.experiment.restore import load_initial
 
-    Returns:
-        What JSON can hold. `tasks`: by name the task's version, shots, number of questions, and by metric its value
-        with the harness' standard error (`se`); of both models also `before`, `before_se`, `change`, and where the
-        metric is a mean over questions `change_se`, of the paired differences.
-
-    Raises:
-        ValueError: if a task cannot be run, or the model before training cannot be built again.
-    """
-    options, model = subject.options, subject.model
-    after = _run(model, chosen, options.lm_eval_limit, options.lm_eval_all_rows)
-    before = None
-    if model.config.init != "random" and not options.no_before:
-        before = _run(_initial(subject), chosen, options.lm_eval_limit, options.lm_eval_all_rows)
-    tasks = {name: _entry(name, after, before) for name in after["results"]}
-    for name, entry in tasks.items():
-        for metric, found in entry["metrics"].items():
-            print(f"{name} {metric}: {_said(found)}")
-    return {
-        "run": subject.run.name,
-        "checkpoint": subject.checkpoint.name,
-        "harness": version("lm_eval"),
-        "rows": "all" if options.lm_eval_all_rows else "text",
-        "context": "after the end of a document",
-        "positions": model.decoder.config.seq_len,
-        "text_tokenizer_sha256": model.text.sha256,
-        "limit": options.lm_eval_limit,
-        "before": before is not None,
-        "tasks": tasks,
-        "environment": environment(finished=time.strftime("%Y-%m-%dT%H:%M:%S")),
-    }
-
-
-def _initial(subject: EvaluationContext) -> ImageModel:
     try:
-        return load_initial(subject.run)
+        return load_initial(run)
     except ValueError as error:
         raise ValueError(f"the model before training: {error} (--no-before leaves it out)") from error
 
 
-def _run(model: ImageModel, chosen: ChosenTasks, limit: int | None, all_rows: bool) -> dict[str, Any]:
-    """What the harness says of a model, with the values of each question."""
-    from lm_eval import simple_evaluate
-
-    from t2i_lm.evaluation.probes.harness import HarnessModel
-
-    harness = HarnessModel(model.decoder, model.text, all_rows)
-    found: dict[str, Any] = simple_evaluate(harness, tasks=chosen.names, task_manager=chosen.manager, limit=limit)
-    return found
-
-
 def _entry(name: str, after: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
-    """A task or group as the result shows it."""
+    """A task or group in the result."""
     results = after["results"][name]
     metrics = {}
     for key, value in results.items():
@@ -113,12 +172,12 @@ def _entry(name: str, after: dict[str, Any], before: dict[str, Any] | None) -> d
         if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = f"{metric}_stderr,{kind}"
-        found = {"value": float(value), "se": _number(results.get(error))}
+        entry = {"value": float(value), "se": _number(results.get(error))}
         if before is not None:
             earlier = before["results"][name]
-            found |= {"before": float(earlier[key]), "before_se": _number(earlier.get(error))}
-            found |= _change(found, *(_values(one, name, metric, kind) for one in (after, before)))
-        metrics[metric if kind == "none" else key] = found
+            entry |= {"before": float(earlier[key]), "before_se": _number(earlier.get(error))}
+            entry |= _change(entry, *(_values(result, name, metric, kind) for result in (after, before)))
+        metrics[metric if kind == "none" else key] = entry
     return {
         "version": after["versions"].get(name),
         "shots": after["n-shot"].get(name),
@@ -129,30 +188,32 @@ def _entry(name: str, after: dict[str, Any], before: dict[str, Any] | None) -> d
 
 
 def _number(value: Any) -> float | None:
-    """A standard error, which the harness gives as a word where it has none."""
+    """A standard error; None where the harness has none, for which it writes a word."""
     return float(value) if isinstance(value, int | float) else None
 
 
-def _values(found: dict[str, Any], name: str, metric: str, kind: str) -> list[Any]:
-    """A metric of each question, in order; none of a group."""
-    rows = [row for row in found["samples"].get(name, []) if row["filter"] == kind and metric in row]
+def _values(result: dict[str, Any], name: str, metric: str, kind: str) -> list[Any]:
+    """A metric of each question, in order; empty for a group."""
+    rows = [row for row in result["samples"].get(name, []) if row["filter"] == kind and metric in row]
     return [row[metric] for row in sorted(rows, key=lambda row: int(row["doc_id"]))]
 
 
-def _change(found: dict[str, Any], after: Sequence[Any], before: Sequence[Any]) -> dict[str, float]:
+def _change(entry: dict[str, Any], after: Sequence[Any], before: Sequence[Any]) -> dict[str, float]:
     """The difference, with its error where the metric is the mean of the questions' values."""
-    change = {"change": found["value"] - found["before"]}
+    from t2i_lm.evaluation.probes.suite import summary
+
+    change = {"change": entry["value"] - entry["before"]}
     if not after or not all(isinstance(value, int | float) for value in (*after, *before)):
         return change
     means = (sum(after) / len(after), sum(before) / len(before))
-    if max(abs(means[0] - found["value"]), abs(means[1] - found["before"])) > 1e-9:
+    if max(abs(means[0] - entry["value"]), abs(means[1] - entry["before"])) > 1e-9:
         return change
     return change | {"change_se": summary("value", after, before)["change_se"]}
 
 
-def _said(found: dict[str, Any]) -> str:
-    said = f"{found['value']:.4f}" + ("" if found["se"] is None else f" +- {found['se']:.4f}")
-    if "before" in found:
-        error = f" +- {found['change_se']:.4f}" if "change_se" in found else ""
-        said += f" (before {found['before']:.4f}, change {found['change']:+.4f}{error})"
-    return said
+def _line(entry: dict[str, Any]) -> str:
+    line = f"{entry['value']:.4f}" + ("" if entry["se"] is None else f" +- {entry['se']:.4f}")
+    if "before" in entry:
+        error = f" +- {entry['change_se']:.4f}" if "change_se" in entry else ""
+        line += f" (before {entry['before']:.4f}, change {entry['change']:+.4f}{error})"
+    return line

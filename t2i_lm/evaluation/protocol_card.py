@@ -1,8 +1,7 @@
-"""The card of a COCO number: everything that it depends on, and the name that only one card may bear.
+"""Protocol card of a COCO FID: everything that the number depends on, and the title that it may have.
 
 The same model scores 8.5 or 16 under two protocols that are both called "COCO FID". So a number here is called
-"COCO FID-30k" only where each field of `CANONICAL` has its value; otherwise its title says what differs. Standard
-library only.
+"COCO FID-30k" only where each field of `CANONICAL` has its value. Standard library only.
 """
 
 import re
@@ -10,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 HEADLINE = "COCO FID-30k"
-# Which captions and images are drawn from val2014 (40,504 images with 202,654 captions).
+# Seed that chooses captions from val2014 (40,504 images with 202,654 captions).
 PROMPT_SEED = 2014
-# A published list of these hashes does not exist: two numbers are comparable where theirs are equal.
+# There is no published list of these hashes: two numbers are comparable where theirs are equal.
 NOTE = (
     "the hashes of captions, prompts and reference images were recorded as found, and not checked against a "
     "published list"
@@ -21,21 +20,21 @@ NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What was measured, against what, and how.
+    """Images, reference and feature network of a number. Field names are the keys of written files.
 
     Attributes:
-        pictures: where the measured images come from: `drawn` by the model, or `reconstructed` by its tokenizer alone.
-            (Field names are keys of result files, where images are called pictures.)
+        pictures: source of the images: `drawn` by the model, or `reconstructed` by its image tokenizer.
         prompt_ids: (image id, caption id) of each prompt, in order.
-        prompts_cut: captions that were longer than the model's sequence takes, and were cut to it as in training.
+        prompts_cut: number of captions that were longer than the model's sequence takes, and were cut as in training.
         captions_sha256: of COCO's file of captions.
-        reference_sha256: of all reference images; `kid_reference` says from how many KID's subsets are drawn.
-        native_size: side in pixels as the tokenizer decodes; another than `size` was resized as the references are.
+        reference_sha256: of all reference images.
+        kid_reference: how many of them the subsets of KID are drawn from.
+        native_size: side in pixels of decoded images; where it is not `size`, they were resized like the references.
         network_sha256: of the feature network's weights.
-        weights: number format of the model's weights while it draws.
-        compiled: whether compiled code draws.
-        fp8: whether layers multiply in float8 while they draw.
-        note: what the card does not vouch for.
+        weights: number format of the model's weights during sampling.
+        compiled: whether sampling was compiled.
+        fp8: whether layers multiplied in float8 during sampling.
+        note: what was not verified.
     """
 
     pictures: str
@@ -76,22 +75,22 @@ class Card:
     def differences(self) -> list[str]:
         """The fields that are not canonical, with both values."""
         own = asdict(self)
-        found = [f"{key}={own[key]!r} (not {value!r})" for key, value in CANONICAL.items() if own[key] != value]
-        for key, what in HASHES.items():
+        lines = [f"{key}={own[key]!r} (not {value!r})" for key, value in CANONICAL.items() if own[key] != value]
+        for key, content in HASHES.items():
             if not re.fullmatch("[0-9a-f]{64}", own[key]):
-                found.append(f"{key}={own[key]!r} (not the hash of {what})")
-        return found
+                lines.append(f"{key}={own[key]!r} (not the hash of {content})")
+        return lines
 
     @property
     def title(self) -> str:
-        """What the number may be called."""
+        """The name of the number."""
         if self.pictures != "drawn":
             return f"FID of {self.pictures} images, n={self.prompts}"
         return HEADLINE if not self.differences() else f"FID, n={self.prompts}, not {HEADLINE}"
 
 
-# Guidance, temperature and seed are the model's own distribution: what the study compares. It is drawn in float32 by
-# code that is not compiled: other roundings draw other images. Of the hashes only the form is checked, see `NOTE`.
+# Guidance, temperature and seed are those of the model's own distribution, which the study compares. It is sampled in
+# float32 without compilation, since other rounding gives other images. Only the form of hashes is checked, see `NOTE`.
 CANONICAL: dict[str, Any] = {
     "pictures": "drawn",
     "prompts": 30_000,
@@ -127,10 +126,10 @@ HASHES = {
 
 
 def require_headline(card: Card) -> None:
-    """Refuses the name `COCO FID-30k` to any other card.
+    """Refuses any card but that of `COCO FID-30k`.
 
     Raises:
         ValueError: naming each field that differs.
     """
     if differences := card.differences():
-        raise ValueError(f"this is no {HEADLINE}: {'; '.join(differences)}")
+        raise ValueError(f"this is not {HEADLINE}: {'; '.join(differences)}")

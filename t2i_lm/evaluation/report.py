@@ -1,7 +1,7 @@
-"""What a finished run says: samples with their prompts, prompt accuracy, caption preference, the final losses."""
+"""The report of a finished run: final losses, and per task samples, prompt accuracy, caption preference, retrieval."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,29 @@ from t2i_lm.data.shards.format import open_split
 from t2i_lm.evaluation.alignment import TABLE, alignment_report
 from t2i_lm.evaluation.forgetting import write_completions
 from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, familiar_scenes, prompt_accuracy
-from t2i_lm.experiment.build import AlignmentExperiment, Experiment, ImageExperiment
+from t2i_lm.experiment.build import Experiment, ImageExperiment
 from t2i_lm.generation.grid import captioned_grid
-from t2i_lm.generation.images import draw_captions, draw_uncaptioned, seeds_of
+from t2i_lm.generation.images import (
+    ImageArray,
+    caption_layout,
+    decode,
+    generate_images,
+    generate_unconditional,
+    seeds_of,
+)
 from t2i_lm.models.aligned_rows import FILE
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.storage.run_folder import REPORT, read_run
-from t2i_lm.tokenizers.layout import Layout
 
-# Captions over which the generator's entropy is estimated.
+# Captions from which the entropy of the caption generator is estimated.
 ENTROPY_SAMPLES = 20_000
-FAMILIAR_GRID = "grid_familiar.png"
+GRID, ORIGINALS_GRID, FAMILIAR_GRID = "samples/grid.png", "samples/originals.png", "samples/grid_familiar.png"
 
 
 def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float) -> dict[str, Any]:
-    """Draws samples, measures, writes report.json and prints the summary.
+    """Samples and measures as the task requires, writes report.json and prints the summary.
 
     Args:
         experiment: the trained experiment.
@@ -55,16 +61,8 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         "wall_s": round(wall_s, 1),
         "val": run.records("val")[-1]["val"] if run.records("val") else None,
     }
-    if isinstance(experiment, ImageExperiment):
-        torch.set_num_threads(config.trainer.threads or torch.get_num_threads())
-        experiment.module.eval()
-        if uses_gpu(config.trainer.accelerator):  # after training it lies on the CPU
-            experiment.module.to("cuda")
-        report["row_norms"] = row_norms(experiment.decoder)
-        captioned = isinstance(experiment.layout, Layout)
-        report |= (_image_report if captioned else _unconditional_report)(experiment, folder)
-    elif isinstance(experiment, AlignmentExperiment):
-        report |= alignment_report(experiment, folder)
+    if config.task in TASK_REPORTS:
+        report |= TASK_REPORTS[config.task](experiment, folder)
     if run.records("forgetting"):
         report["forgetting"] = run.records("forgetting")[-1]["forgetting"]
         write_completions(run)
@@ -83,34 +81,44 @@ def row_norms(decoder: Backbone) -> dict[str, float]:
     }
 
 
-def _unconditional_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
-    """A grid of images drawn without a caption."""
+def _for_sampling(experiment: ImageExperiment) -> None:
+    """Puts the trained model into evaluation mode on the device that it was trained on."""
+    settings = experiment.config.trainer
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    experiment.module.eval()
+    if uses_gpu(settings.accelerator):  # after training it lies on the CPU
+        experiment.module.to("cuda")
+
+
+def unconditional_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
+    """Row norms; writes a grid of images sampled without a caption."""
+    _for_sampling(experiment)
     config = experiment.config
-    count = min(config.samples.grid, config.samples.prompts)
-    if count:
-        images_HW3 = draw_uncaptioned(experiment, seeds_of(config.seed, count))
-        (folder / "samples").mkdir(exist_ok=True)
-        captioned_grid(images_HW3, [""] * count).save(folder / "samples" / "grid.png")
-    return {}
+    if count := min(config.samples.grid, config.samples.prompts):
+        images_HW3 = generate_unconditional(experiment, seeds_of(config.seed, count))
+        _save_grid(images_HW3, [""] * count, folder / GRID)
+    return {"row_norms": row_norms(experiment.decoder)}
 
 
-def _image_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
-    """Samples and, for scenes, the measures that need to know what a caption means."""
+def text_to_image_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
+    """Row norms and samples of held-out captions; for scenes, the measures that require a caption's meaning."""
+    _for_sampling(experiment)
     config = experiment.config
     split = open_split(experiment.shards, "val")
     count = min(config.samples.prompts, len(split))
-    result: dict[str, Any] = {"text_floor_nll": None, "truncated_captions": truncated_share(experiment)}
+    result: dict[str, Any] = {
+        "row_norms": row_norms(experiment.decoder),
+        "text_floor_nll": None,
+        "truncated_captions": truncated_share(experiment),
+    }
     if count:
         rows = split[:count]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
-        images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, count))
-        (folder / "samples").mkdir(exist_ok=True)
-        shown = min(config.samples.grid, count)
-        grid = captioned_grid(images_HW3[:shown], captions[:shown])
-        grid.save(folder / "samples" / "grid.png")
-        originals = experiment.image.decode(torch.from_numpy(np.stack(rows["image_ids"][:shown]).astype(np.int64)))
-        images = [image.permute(1, 2, 0).numpy() for image in originals]
-        captioned_grid(images, captions[:shown]).save(folder / "samples" / "originals.png")
+        images_HW3 = generate_images(experiment, captions, seeds_of(config.seed, count))
+        if shown := min(config.samples.grid, count):
+            _save_grid(images_HW3[:shown], captions[:shown], folder / GRID)
+            codes_BN = torch.from_numpy(np.stack(rows["image_ids"][:shown]).astype(np.int64))
+            _save_grid(decode(experiment, codes_BN), captions[:shown], folder / ORIGINALS_GRID)
         result["samples"] = {"prompts": count}
     if config.data.source == "scenes":
         nats, error = entropy(ENTROPY_SAMPLES, config.data.seed)
@@ -118,7 +126,7 @@ def _image_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
         tokens = sum(int(n) * k for n, k in lengths.items()) / sum(lengths.values())
         result["text_floor_nll"] = nats / tokens
         result["text_floor_standard_error"] = error / tokens
-        if count and experiment.image.image_size == SIZE:  # the checker reads images of this size alone
+        if count and experiment.image.image_size == SIZE:  # the only size that the checker reads
             meanings = [json.loads(str(text)) for text in rows["meaning"]]
             result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
             result["ceiling"] = accuracy_ceiling(experiment, "val")
@@ -129,7 +137,7 @@ def _image_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
 
 
 def _familiar_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
-    """The same measures on new scenes of the colour-kind pairs that training shows."""
+    """The same measures on new scenes whose color-kind pairs occur in training."""
     settings = experiment.config.samples
     scenes = familiar_scenes(experiment, max(settings.prompts, settings.preference_scenes))
     result: dict[str, Any] = {"samples": {"prompts": settings.prompts}}
@@ -137,8 +145,8 @@ def _familiar_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any
     if meanings:
         captions = scenes.captions[: settings.prompts]
         seeds = seeds_of(experiment.config.seed, len(captions))
-        images_HW3 = draw_captions(experiment, captions, seeds)
-        captioned_grid(images_HW3[: settings.grid], captions[: settings.grid]).save(folder / "samples" / FAMILIAR_GRID)
+        images_HW3 = generate_images(experiment, captions, seeds)
+        _save_grid(images_HW3[: settings.grid], captions[: settings.grid], folder / FAMILIAR_GRID)
         if experiment.image.image_size == SIZE:
             result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
             result["ceiling"] = accuracy_ceiling(experiment, "train")
@@ -148,19 +156,32 @@ def _familiar_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any
     return result
 
 
+def _save_grid(images_HW3: Sequence[ImageArray], captions: Sequence[str], file: Path) -> None:
+    if captions:
+        file.parent.mkdir(exist_ok=True)
+        captioned_grid(images_HW3, captions).save(file)
+
+
+# By task; reports of other tasks have the losses only.
+TASK_REPORTS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {
+    "text_to_image": text_to_image_report,
+    "unconditional": unconditional_report,
+    "align": alignment_report,
+}
+
+
 def sampler(experiment: Experiment) -> Callable[[], SampleBatch] | None:
-    """What draws held-out prompts during training and scores those of scenes; None where nothing is to be drawn."""
+    """Samples held-out prompts during training and scores scenes; None where `samples` or the task has none."""
     config = experiment.config
     sharded = config.trainer.strategy in SHARDED  # no process has the whole model
-    if sharded or not (config.samples.interval and config.samples.grid):
+    if sharded or config.task != "text_to_image" or not (config.samples.interval and config.samples.grid):
         return None
-    if not (isinstance(experiment, ImageExperiment) and isinstance(experiment.layout, Layout)):
-        return None
+    assert isinstance(experiment, ImageExperiment)
 
     def draw() -> SampleBatch:
         rows = open_split(experiment.shards, "val")[: config.samples.grid]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
-        images_HW3 = draw_captions(experiment, captions, seeds_of(config.seed, len(captions)))
+        images_HW3 = generate_images(experiment, captions, seeds_of(config.seed, len(captions)))
         accuracy = {}
         if config.data.source == "scenes" and images_HW3[0].shape[0] == SIZE:
             meanings = [json.loads(str(text)) for text in rows["meaning"]]
@@ -171,15 +192,15 @@ def sampler(experiment: Experiment) -> Callable[[], SampleBatch] | None:
 
 
 def truncated_share(experiment: ImageExperiment) -> float:
-    """Share of training captions that are longer than the text budget."""
-    assert isinstance(experiment.layout, Layout)
+    """Share of training captions longer than the text budget."""
+    layout, _ = caption_layout(experiment)
     lengths = experiment.index["splits"]["train"]["caption_tokens"]
-    over = sum(count for length, count in lengths.items() if int(length) > experiment.layout.text_budget)
+    over = sum(count for length, count in lengths.items() if int(length) > layout.text_budget)
     return float(over / max(1, sum(lengths.values())))
 
 
 def print_summary(report: dict[str, Any], folder: Path) -> None:
-    """The final losses, what was measured, and where to look."""
+    """Prints the final losses, the measured values, and the files of the run."""
     console = Console()
     table = Table(title=f"{report['experiment']} ({report['scale']}, seed {report['seed']})")
     for column in ("validation", "nll (nats)", "perplexity", "targets"):
@@ -192,7 +213,7 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
     console.print(table)
     if report.get("text_floor_nll") is not None:
         console.print(f"floor of the text loss (entropy of the captions): {report['text_floor_nll']:.4f} nats/token")
-    for words, part in (("", report), (", trained colour-kind pairs", report.get("familiar") or {})):
+    for words, part in (("", report), (", seen color-kind pairs", report.get("familiar") or {})):
         right, preferred = part.get("samples", {}).get("accuracy"), part.get("preference")
         if right:
             limits = part["ceiling"]["accuracy"]
@@ -205,7 +226,7 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
         if name in report:
             console.print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in report[name].items()))
     console.print(f"{report['steps']} steps in {report['wall_s']:.0f} s")
-    for name in (REPORT, "metrics.jsonl", "samples/grid.png", f"samples/{FAMILIAR_GRID}", TABLE, FILE):
+    for name in (REPORT, "metrics.jsonl", GRID, FAMILIAR_GRID, TABLE, FILE):
         if (folder / name).exists():
             console.print(f"  {folder / name}", highlight=False, soft_wrap=True)
 
@@ -213,7 +234,7 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
 def _print_shares(
     console: Console, title: str, values: dict[str, Any], share: str, limits: dict[str, Any] | None = None
 ) -> None:
-    """One line; behind each value its standard error, and its limit in brackets where there is one."""
+    """Prints one line: each value with its standard error, and its limit in brackets where there is one."""
     limit = {name: f" ({entry[share]:.0%})" for name, entry in (limits or {}).items()}
     parts = (f"{name} {entry[share]:.0%} +- {entry['se']:.0%}{limit.get(name, '')}" for name, entry in values.items())
     console.print(f"{title}: " + ", ".join(parts))

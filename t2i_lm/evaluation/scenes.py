@@ -1,4 +1,4 @@
-"""What only generated scenes allow: is the image what was asked, and does the model know its caption?
+"""Measures that require a caption's meaning, for generated scenes: prompt accuracy and caption preference.
 
 Shapes: `B` images, `H`, `W` pixels, `N` image tokens.
 """
@@ -20,27 +20,27 @@ from t2i_lm.data.scenes import checker
 from t2i_lm.data.scenes import scene as scene_code
 from t2i_lm.data.scenes.captions import ATTRIBUTES, altered, describe
 from t2i_lm.data.scenes.checker import check, share_error, shares_right
-from t2i_lm.data.scenes.scene import draw_scene, render, scene_from_meaning
+from t2i_lm.data.scenes.scene import Scene, draw_scene, render, scene_from_meaning
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.tokenize import ENCODE_BATCH, stack_images
 from t2i_lm.experiment.build import ImageExperiment
-from t2i_lm.generation.images import ImageArray, decode
+from t2i_lm.generation.images import ImageArray, caption_layout, decode
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import ImageTokenizer
-from t2i_lm.tokenizers.layout import IMAGE, Layout, modality_of_target
+from t2i_lm.tokenizers.layout import IMAGE, modality_of_target
 
-# Sequences scored at once for caption preference.
+# Sequences per pass for caption preference.
 SCORE_BATCH = 50
-# Scenes whose reconstructions say what samples can reach.
+# Scenes whose reconstructions give the ceiling of prompt accuracy.
 CEILING_SCENES = 1000
-# What its number depends on besides the tokenizer: another version of this code measures anew.
+# Code that the ceiling depends on besides the tokenizer: another version of it is measured again.
 CEILING_CODE = (scene_code, caption_code, checker)
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Captioned scenes: what they mean, and the ids of their images."""
+    """Captioned scenes: their meanings as JSON can hold them, and the ids of their images."""
 
     captions: list[str]
     meanings: list[dict[str, Any]]
@@ -48,13 +48,13 @@ class Scenes:
 
 
 def familiar_scenes(experiment: ImageExperiment, size: int) -> Scenes:
-    """New scenes of the colour-kind pairs that training shows; none equals a training scene.
+    """New scenes whose color-kind pairs occur in training; none equals a training scene.
 
-    Validation scenes hold at least one pair that training never shows. These tell what is learnt of the training
-    distribution, those what is composed.
+    Validation scenes contain at least one pair that does not: they measure composition, these the training
+    distribution.
     """
     data, image = experiment.config.data, experiment.image
-    known = {draw_scene(data.seed, "train", index) for index in range(data.train_size or 0)}
+    training = {draw_scene(data.seed, "train", index) for index in range(data.train_size or 0)}
     captions: list[str] = []
     meanings: list[dict[str, Any]] = []
     images: list[Any] = []
@@ -62,7 +62,7 @@ def familiar_scenes(experiment: ImageExperiment, size: int) -> Scenes:
         if len(captions) == size:
             break
         scene, style = draw_scene(data.seed, "train", index), f"{data.seed}/train/{index}"
-        if scene in known:
+        if scene in training:
             continue
         captions.append(describe(scene, style).text)
         meanings.append(scene.meaning() | {"style": style})
@@ -71,35 +71,35 @@ def familiar_scenes(experiment: ImageExperiment, size: int) -> Scenes:
 
 
 def _encode(image: ImageTokenizer, images: list[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Ids (B, N) of images (H, W, 3), `ENCODE_BATCH` at a time."""
+    """Ids (B, N) of images (H, W, 3), in batches of `ENCODE_BATCH`."""
     starts = range(0, len(images), ENCODE_BATCH)
     ids = [image.encode(stack_images(images[start : start + ENCODE_BATCH])).cpu().numpy() for start in starts]
     return np.concatenate(ids) if ids else np.empty((0, 0), dtype=np.int64)
 
 
 def prompt_accuracy(images: Sequence[ImageArray], meanings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Share of images right in each attribute that their caption asks for, its standard error, and how many asked."""
+    """By attribute: the share of images that match the captions mentioning it, its standard error, their number."""
 
     def results() -> Iterator[dict[str, bool | None]]:
         for image, meaning in zip(images, meanings, strict=True):
-            caption = describe(scene_from_meaning(_scene_part(meaning)), meaning["style"])
+            caption = describe(_scene(meaning), meaning["style"])
             yield check(image, meaning, caption.mentioned)
 
     return shares_right(results())
 
 
 def accuracy_ceiling(experiment: ImageExperiment, split: str) -> dict[str, Any]:
-    """`prompt_accuracy` of the image tokenizer's reconstructions of scenes: what samples can reach at most.
+    """`prompt_accuracy` of the image tokenizer's reconstructions of scenes: the upper limit of samples.
 
-    A sample is decoded from the same codes, so what the tokenizer blurs no model draws. Measured once for a tokenizer,
-    a split and a seed of the scenes, and kept in `data.cache_dir`.
+    Samples are decoded from the same codes, so no model shows an attribute that the tokenizer blurs. Measured once per
+    tokenizer, split and seed of the scenes, and cached in `data.cache_dir`.
 
     Args:
         experiment: with an image tokenizer of 64 pixels.
-        split: `val` holds a pair that training never shows in every scene, `train` none.
+        split: every scene of `val` contains a color-kind pair that does not occur in training, none of `train` does.
 
     Returns:
-        `scenes`, how many they are, and their `accuracy`.
+        `scenes`, their number, and their `accuracy`.
     """
     data, image = experiment.config.data, experiment.image
     identity = {
@@ -112,37 +112,41 @@ def accuracy_ceiling(experiment: ImageExperiment, split: str) -> dict[str, Any]:
     }
     file = Path(data.cache_dir) / "ceilings" / f"{image.sha256[:12]}-{CEILING_SCENES}-{split}-seed{data.seed}.json"
     if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text())
-        if found.pop("identity") == identity:
-            return found
+        cached: dict[str, Any] = json.loads(file.read_text())
+        if cached.pop("identity") == identity:
+            return cached
     source = SceneSource(CEILING_SCENES, split, data.seed)
     pairs = [source[index] for index in range(len(source))]
     codes_BN = torch.from_numpy(_encode(image, [np.asarray(pair.image) for pair in pairs]))
     accuracy = prompt_accuracy(decode(experiment, codes_BN), [pair.meaning or {} for pair in pairs])
-    found = {"scenes": len(pairs), "accuracy": accuracy}
+    result = {"scenes": len(pairs), "accuracy": accuracy}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps({**found, "identity": identity}, indent=2) + "\n")
-    return found
+    write_atomic(file, json.dumps({**result, "identity": identity}, indent=2) + "\n")
+    return result
 
 
 def caption_preference(experiment: ImageExperiment, texts: Sequence[Any], image_ids: Any) -> dict[str, Any]:
-    """How often an image is likelier under its own caption than under one with one attribute altered.
+    """Share of images that are likelier under their own caption than under one with one attribute altered.
 
-    Over scenes given by the JSON of their meaning and their image ids, each attribute where the caption mentions
-    it; chance is 0.5. The image's likelihood is that of its image tokens alone. A tie counts half, so that the
-    binomial standard error `se` is then too large, never too small.
+    By attribute, over the scenes whose caption mentions it; chance is 0.5. The likelihood is that of the image tokens
+    only. A tie counts half, so the binomial standard error `se` is then too large, never too small.
+
+    Args:
+        experiment: the model and its tokenizers.
+        texts: JSON of each scene's meaning.
+        image_ids: of each scene.
     """
     meanings = [json.loads(str(text)) for text in texts]
     if not meanings:
         return {}
     image_ids_BN = np.stack(image_ids)
-    described = [scene_from_meaning(_scene_part(meaning)) for meaning in meanings]
-    own = [describe(scene, meaning["style"]).text for scene, meaning in zip(described, meanings, strict=True)]
+    scenes = [_scene(meaning) for meaning in meanings]
+    own = [describe(scene, meaning["style"]).text for scene, meaning in zip(scenes, meanings, strict=True)]
     own_nll_B = image_nll(experiment, own, image_ids_BN)
     result: dict[str, Any] = {}
     for attribute in track(ATTRIBUTES, description="caption preference", transient=True):
         members, others = [], []
-        for number, (scene, meaning) in enumerate(zip(described, meanings, strict=True)):
+        for number, (scene, meaning) in enumerate(zip(scenes, meanings, strict=True)):
             both = altered(scene, meaning["style"], attribute, "preference")
             if both is not None:
                 members.append(number)
@@ -157,9 +161,8 @@ def caption_preference(experiment: ImageExperiment, texts: Sequence[Any], image_
 
 @torch.no_grad()
 def image_nll(experiment: ImageExperiment, captions: list[str], image_ids_BN: Any) -> Tensor:
-    """Summed nll (B,) in nats of each image's image tokens under a caption."""
-    layout, text = experiment.layout, experiment.text
-    assert isinstance(layout, Layout)
+    """Summed nll (B,), in nats, of the image tokens of each image under its caption."""
+    layout, text = caption_layout(experiment)
     totals = []
     for start in range(0, len(captions), SCORE_BATCH):
         batch = slice(start, start + SCORE_BATCH)
@@ -173,5 +176,5 @@ def image_nll(experiment: ImageExperiment, captions: list[str], image_ids_BN: An
     return torch.cat(totals)
 
 
-def _scene_part(meaning: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in meaning.items() if key != "style"}
+def _scene(meaning: dict[str, Any]) -> Scene:
+    return scene_from_meaning({key: value for key, value in meaning.items() if key != "style"})

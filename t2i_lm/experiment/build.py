@@ -1,4 +1,4 @@
-"""The composition root: ExperimentConfig -> the module that is trained, its tokenizers and its data."""
+"""From an ExperimentConfig to its module, tokenizers and data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ from t2i_lm.tokenizers.vq import PatchedVQ
 
 @dataclass(kw_only=True)
 class ImageModel:
-    """An expanded decoder with the tokenizers and the layout that its ids belong to."""
+    """An expanded decoder with its tokenizers and sequence layout."""
 
     config: ExperimentConfig
     module: DecoderModule
@@ -57,9 +57,9 @@ class Experiment:
 
     Attributes:
         config: the experiment's keys.
-        module: what is trained.
-        data: what it is trained on.
-        index: of the token shards (`data.shards.format`); empty where images are read directly.
+        module: the module to train.
+        data: its training and validation data.
+        index: index of the token shards (`data.shards.format`); empty if images are read directly.
     """
 
     config: ExperimentConfig
@@ -78,7 +78,7 @@ class ImageExperiment(ImageModel, Experiment):
 
 @dataclass(kw_only=True)
 class AlignmentExperiment(Experiment):
-    """Image rows against text rows, on token shards."""
+    """Alignment of image rows with text rows, on token shards."""
 
     module: AlignmentModule
     text: TextTokenizer
@@ -103,16 +103,16 @@ class ImageTokenizerExperiment(Experiment):
 
 
 def open_text(config: ExperimentConfig) -> TextTokenizer:
-    """The experiment's text tokenizer."""
+    """The text tokenizer at `text_tokenizer.path`."""
     assert config.text_tokenizer.path is not None
     return open_text_tokenizer(config.text_tokenizer.path)
 
 
 def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
-    """The experiment's image tokenizer, on the GPU of that number where there is one.
+    """The image tokenizer at `image_tokenizer.path`, on GPU number `rank` if the run uses GPUs.
 
     Raises:
-        ValueError: if the experiment draws samples and the tokenizer has no decoder.
+        ValueError: if samples are to be generated and the tokenizer has no decoder.
     """
     settings = config.image_tokenizer
     assert settings.path is not None
@@ -121,24 +121,23 @@ def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
         image.to(torch.device("cuda", rank))
     if config.samples.prompts and not image.decodes:
         raise ValueError(
-            f"samples.prompts={config.samples.prompts}: image_tokenizer.path has no decoder to draw with; "
-            "set samples.prompts=0"
+            f"samples.prompts={config.samples.prompts}: image_tokenizer.path has no decoder; set samples.prompts=0"
         )
     return image
 
 
 def prepare(config: ExperimentConfig, rank: int = 0) -> Path:
-    """The folder of the experiment's token shards, written where they are missing."""
+    """Writes the experiment's token shards where they are absent, and returns their folder."""
     if config.task == "text":
         return prepare_text(config)[0]
     return prepare_pairs(config, open_text(config), open_image(config, rank))
 
 
 def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, TextTokenizer, ImageTokenizer]:
-    """The expanded decoder and the tokenizers that its rows belong to.
+    """The expanded decoder, its vocabulary and tokenizers.
 
     Raises:
-        ValueError: if the text tokenizer is not the backbone's, or the aligned rows belong to other tokenizers.
+        ValueError: if the text tokenizer does not fit the backbone, or the aligned rows do not fit the tokenizers.
     """
     text, image = open_text(config), open_image(config, local_rank())
     decoder = build_backbone(config)
@@ -162,14 +161,14 @@ def build_model(config: ExperimentConfig) -> ImageModel:
     choose_trained(decoder, config)
     prepare_blocks(decoder, config)
     if config.loss_rows == "image" and not decoder.config.weight_tying:
-        for rows in (decoder.output.text, decoder.output.special):  # not in the graph, which DDP would wait for
+        for rows in (decoder.output.text, decoder.output.special):  # unused, and DDP would wait for their gradients
             assert rows is not None
             rows.requires_grad_(False)
     image_tokens = image.grid[0] * image.grid[1]
     if config.task == "unconditional":
-        alone = ImageLayout(vocab, image_tokens)
-        module: DecoderModule = UnconditionalImageModule(decoder, config, alone)
-        return ImageModel(config=config, module=module, text=text, image=image, layout=alone)
+        image_layout = ImageLayout(vocab, image_tokens)
+        module: DecoderModule = UnconditionalImageModule(decoder, config, image_layout)
+        return ImageModel(config=config, module=module, text=text, image=image, layout=image_layout)
     layout = Layout(vocab, image_tokens, config.data.length)
     if config.distil.weight:
         module = DistilledModule(decoder, config, layout, text.document_end)
@@ -179,10 +178,10 @@ def build_model(config: ExperimentConfig) -> ImageModel:
 
 
 def build_images(config: ExperimentConfig) -> ImageExperiment:
-    """The expanded decoder on caption-image pairs, or on their images alone."""
+    """An image model on caption-image pairs, or on their images alone."""
     model = build_model(config)
     shards = prepare_pairs(config, model.text, model.image)
-    model.image.to(torch.device("cpu"))  # leaves the GPU to training
+    model.image.to(torch.device("cpu"))  # frees GPU memory for training
     data = PairDataModule(config, shards, model.layout)
     if config.data.replayed:
         assert isinstance(model.layout, Layout)
@@ -191,7 +190,7 @@ def build_images(config: ExperimentConfig) -> ImageExperiment:
 
 
 def build_alignment(config: ExperimentConfig) -> AlignmentExperiment:
-    """The embedding rows of the expanded decoder, image rows against text rows."""
+    """The alignment of an expanded decoder's image rows with its text rows."""
     decoder, _, text, image = build_expanded(config)
     shards = prepare_pairs(config, text, image)
     module, data = AlignmentModule(decoder.tok_embeddings, config), BagDataModule(config, shards)
@@ -227,6 +226,7 @@ def _index(shards: Path) -> dict[str, Any]:
     return read_index(shards) or {}
 
 
+# `task` -> builder.
 TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
     "text_to_image": build_images,
     "unconditional": build_images,
@@ -237,7 +237,7 @@ TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
 
 
 def build(config: ExperimentConfig) -> Experiment:
-    """Builds an experiment's module and data, preparing token shards where they are absent."""
+    """Builds the model, whose errors appear in seconds, then prepares its token shards, which may take hours."""
     config.require_paths()
     pl.seed_everything(config.seed, verbose=False)
     return TASKS[config.task](config)

@@ -1,7 +1,7 @@
-"""What a run would be, without data, weights or training: `python -m t2i_lm.train ... --dry-run`.
+"""Parameters, tokens, memory and cost of a run, without its data or weights: `python -m t2i_lm.train ... --dry-run`.
 
-The model is built on the meta device, so the paper's 1.5B parameters take seconds and no memory. Where files are
-absent, their sizes come from the config: the backbone's preset, and `image_tokenizer.model` for the image ids.
+The model is built on the meta device, so the paper's 1.5B parameters take seconds and no memory. Sizes of absent files
+come from the config: the backbone's preset, and `image_tokenizer.model` for the image ids.
 """
 
 from dataclasses import dataclass
@@ -26,37 +26,43 @@ from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 from t2i_lm.tokenizers.vq import PatchedVQ
 
-# GPUs that hours are stated for, and an assumed price in dollars an hour.
+# GPUs of the cost estimate, with an assumed price in dollars per hour.
 GPUS = {"A100": 2.0, "H100": 3.0}
-# Model FLOP utilisation that hours are stated at. open_lm's own code reached 0.28 to 0.34 on A100s.
+# Assumed model FLOP utilization. open_lm's own code reached 0.28 to 0.34 on A100s.
 MFU = 0.4
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model on the meta device and its size before the vocabulary grew."""
+    """A model on the meta device.
+
+    Attributes:
+        model: the module to train.
+        layout: of its sequences; None without image tokens in sequences.
+        unexpanded: parameters before the vocabulary expansion.
+    """
 
     model: nn.Module
     layout: Layout | ImageLayout | None
-    before: int
+    unexpanded: int
 
 
 def plan(config: ExperimentConfig) -> Plan:
-    """Builds what the experiment trains on the meta device.
+    """Builds the model of an experiment on the meta device.
 
     Raises:
-        ValueError: if the config does not say what would be trained.
+        ValueError: if the config does not determine its architecture.
     """
     with torch.device("meta"):
         if config.task == "image_tokenizer":
             tokenizer = PatchedVQ(config.image_tokenizer.model)
-            return Plan(tokenizer, None, count(tokenizer))
+            return Plan(tokenizer, None, parameter_count(tokenizer))
         decoder = empty_backbone(config)
-    before = count(decoder)
+    unexpanded = parameter_count(decoder)
     layout: Layout | ImageLayout | None = None
     if config.task == "align":
-        return Plan(_rows_to_align(decoder, image_ids(config)[0]), None, before)
+        return Plan(_rows_to_align(decoder, image_ids(config)[0]), None, unexpanded)
     if config.task in ("text_to_image", "unconditional"):
         codes, grid = image_ids(config)
         vocab = expand_vocabulary(decoder, codes, torch.Generator())
@@ -64,11 +70,11 @@ def plan(config: ExperimentConfig) -> Plan:
         image_tokens = grid[0] * grid[1]
         layout = ImageLayout(vocab, image_tokens) if unconditional else Layout(vocab, image_tokens, config.data.length)
     choose_trained(decoder, config)
-    return Plan(decoder, layout, before)
+    return Plan(decoder, layout, unexpanded)
 
 
 def _rows_to_align(decoder: Backbone, codes: int) -> nn.Module:
-    """The embedding's frozen text rows and its image rows."""
+    """The embedding with frozen text rows and trainable image rows."""
     expand_vocabulary(decoder, codes, torch.Generator())
     decoder.tok_embeddings.special = None
     decoder.tok_embeddings.text.requires_grad_(False)
@@ -76,7 +82,7 @@ def _rows_to_align(decoder: Backbone, codes: int) -> nn.Module:
 
 
 def image_ids(config: ExperimentConfig) -> tuple[int, tuple[int, int]]:
-    """Codes of the image tokenizer and the grid of an image's ids; from the config where there is no file."""
+    """Number of codes of the image tokenizer, and its grid; from the config if the file is absent."""
     settings = config.image_tokenizer
     path = settings.path if settings.path is None or is_plugin(settings.path) else find(settings.path)
     if path is not None:
@@ -93,11 +99,11 @@ def describe(config: ExperimentConfig) -> str:
     lines += [f"missing: {missing}" for missing in absent_files(config)]
     lines += [f"plug-in: {key} of {identity}" for key, identity in plugin_identities(config).items()]
     lines.append(f"precision here: {precision(config)}")
-    total, trainable = count(planned.model), count(planned.model, trainable=True)
+    total, trainable = parameter_count(planned.model), parameter_count(planned.model, trainable=True)
     if not isinstance(planned.model, Backbone):
         return "\n".join([*lines, f"parameters: {total:,}, {trainable:,} trainable"])
-    grown = f" ({planned.before:,} before expansion)" if total != planned.before else ""
-    lines.append(f"parameters: {total:,}{grown}, {trainable:,} trainable")
+    before = f" ({planned.unexpanded:,} before expansion)" if total != planned.unexpanded else ""
+    lines.append(f"parameters: {total:,}{before}, {trainable:,} trainable")
     lines += ["", group_table(planned.model), *overlaps(planned.model, config.freeze), ""]
     if planned.layout is not None:
         vocab, layout = planned.layout.vocab, planned.layout
@@ -111,51 +117,60 @@ def describe(config: ExperimentConfig) -> str:
 
 
 def cost(config: ExperimentConfig, decoder: Backbone, length: int) -> list[str]:
-    """Tokens, compute, memory a GPU and GPU-hours of sequences of `length` positions."""
+    """Tokens, compute, memory per process and GPU-hours, for sequences of `length` positions."""
     trainer = config.trainer
     tokens = config.data.batch_size * length
-    flops = flop_per_token(decoder, length)
-    in_all = flops * tokens * trainer.max_steps
+    flop = flop_per_token(decoder, length) * tokens * trainer.max_steps
+    memory = ", ".join(f"{name} {gib:.1f} GiB" for name, gib in memory_gib(config, decoder, length).items())
     lines = [
-        f"tokens a step: {tokens:,} (pads included); in {trainer.max_steps:,} steps: "
-        f"{tokens * trainer.max_steps:.4g} tokens",
-        f"{formula(decoder, length, None)}; {in_all:.3g} in all (frozen parts counted as if trained)",
-        f"memory a process at {config.micro_batch} sequences, an estimate: "
-        + ", ".join(f"{name} {gib:.1f} GiB" for name, gib in memory_gib(config, decoder, length).items()),
+        f"tokens: {short(tokens)} per step (pads included), {short(tokens * trainer.max_steps)} in "
+        f"{trainer.max_steps:,} steps",
+        f"{formula(decoder, length, None)}; {flop:.3g} in total (frozen parameters counted as trained)",
+        f"memory per process, estimate for {config.micro_batch:,} sequences: {memory}",
     ]
     processes = trainer.devices * trainer.num_nodes
     for name, dollars in GPUS.items():
-        peak = PEAKS[name]
-        hours = in_all / (MFU * peak) / 3600
+        hours = flop / (MFU * PEAKS[name]) / 3600
         lines.append(
-            f"{name} at {MFU:.0%} of {peak / 1e12:.0f} TFLOP/s: {hours:,.4g} GPU-hours, {hours / processes:,.3g} h on "
-            f"{processes}; {hours * dollars:,.0f} dollars at an assumed {dollars:g} an hour"
+            f"{name} at {MFU:.0%} MFU ({PEAKS[name] / 1e12:.0f} TFLOP/s peak): {hours:,.0f} GPU-hours, "
+            f"{hours / processes:,.1f} h on {processes:,} GPUs; "
+            f"${hours * dollars:,.0f} at an assumed ${dollars:g} per hour"
         )
     return lines
 
 
+def short(number: float) -> str:
+    """A count with four digits and its unit: 1.032M, 100B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:g}"
+
+
 def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict[str, float]:
-    """Estimate by strategy: float32 weights, gradients and moments, bfloat16 activations, one gathered part."""
+    """Estimate by strategy: float32 weights, gradients and moments, bfloat16 activations, one gathered shard."""
     model, trainer = decoder.config, config.trainer
     tokens = config.micro_batch * length
-    trained = count(decoder, trainable=True)
-    accumulates = trainer.accumulate_grad_batches > 1
-    states = 4 * count(decoder) + 12 * trained
-    # A block keeps its inputs, normed inputs, queries, keys, values, gates and values for the backward pass.
+    total, trainable = parameter_count(decoder), parameter_count(decoder, trainable=True)
+    states = 4 * total + 12 * trainable
+    # The backward pass needs a block's input, norms, queries, keys, values and feed-forward activations.
     block = tokens * (14 * model.hidden_dim + 6 * 8 * model.hidden_dim / 3)
-    kept = block + 2 * tokens * model.hidden_dim * model.n_layers
-    activations = kept if trainer.activation_checkpointing else block * model.n_layers
-    # While a sharded part is used it is whole: the largest is the output matrix or a block.
+    checkpointed = block + 2 * tokens * model.hidden_dim * model.n_layers
+    activations = checkpointed if trainer.activation_checkpointing else block * model.n_layers
+    # A shard is gathered while it is used: at most the output matrix or a block.
     rows = decoder.output.matrix().numel()
-    gathered = 8 * max(rows, (count(decoder) - rows - decoder.tok_embeddings.matrix().numel()) // model.n_layers)
-    # Gradients that wait for the last micro-batch of a step are whole, too.
-    whole = gathered + (4 * trained if accumulates else 0)
-    shares = {"ddp": 1, "hsdp": trainer.devices, "fsdp2": trainer.devices * trainer.num_nodes}
-    return {name: (states / share + activations + (whole if share > 1 else 0)) / GIB for name, share in shares.items()}
+    gathered = 8 * max(rows, (total - rows - decoder.tok_embeddings.matrix().numel()) // model.n_layers)
+    # Gradients are unsharded until the last micro-batch of a step.
+    unsharded = gathered + (4 * trainable if trainer.accumulate_grad_batches > 1 else 0)
+    shards = {"ddp": 1, "hsdp": trainer.devices, "fsdp2": trainer.devices * trainer.num_nodes}
+    return {
+        name: (states / number + activations + (unsharded if number > 1 else 0)) / GIB
+        for name, number in shards.items()
+    }
 
 
 def absent_files(config: ExperimentConfig) -> list[str]:
-    """Keys that a real run needs and that name nothing that is here."""
+    """Keys of the files that a run requires and that are not on this machine."""
     images = ("backbone", "text_tokenizer", "image_tokenizer")
     lines = []
     for section in () if config.task in ("text", "image_tokenizer") else images:
@@ -171,6 +186,6 @@ def absent_files(config: ExperimentConfig) -> list[str]:
     return lines
 
 
-def count(model: nn.Module, trainable: bool = False) -> int:
-    """Parameters, all or those that learn."""
+def parameter_count(model: nn.Module, trainable: bool = False) -> int:
+    """Number of parameters, all or only the trainable ones."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trainable)

@@ -1,4 +1,4 @@
-"""A trained model from its run folder, without its data: what sampling and evaluation start from."""
+"""The model of a run folder, trained or initial, without its data, for sampling and evaluation."""
 
 import sys
 from dataclasses import replace
@@ -16,36 +16,36 @@ from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, read_run
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint of a run; a newer one that is damaged is named on stderr.
+    """The newest intact checkpoint of a run; damaged newer ones are named on stderr.
 
     Raises:
         ValueError: if there is none.
     """
-    damaged: list[str] = []
-    checkpoint = find_resumable(run / CHECKPOINTS, lambda _, text: damaged.append(text))
+    notes: list[str] = []
+    checkpoint = find_resumable(run / CHECKPOINTS, lambda _, text: notes.append(text))
+    if notes and checkpoint is not None:
+        notes.append(f"{checkpoint} is used")
     if global_rank() == 0:
-        for text in damaged:
-            print(f"note: {text}", file=sys.stderr)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     if checkpoint is None:
         raise ValueError(f"{run} has no whole checkpoint in {CHECKPOINTS}/")
-    if damaged and global_rank() == 0:
-        print(f"note: {checkpoint} is used", file=sys.stderr)
     return checkpoint
 
 
 def load_trained(run: Path, checkpoint: Path | None = None) -> ImageModel:
-    """The model of a run with the weights of a checkpoint, for evaluation.
+    """The model of a run with the weights of a checkpoint, in evaluation mode.
 
     Args:
         run: the run folder.
-        checkpoint: one of its checkpoints, known to be whole; its newest whole one where this is None.
+        checkpoint: one of its checkpoints, known to be intact; None for the newest intact one.
 
     Raises:
-        ValueError: if the run trains no image model, has no whole checkpoint, or its tokenizers have changed.
+        ValueError: if the run trains no image model, has no intact checkpoint, or its tokenizers have changed.
     """
     config = image_config(run)
     checkpoint = checkpoint or newest_checkpoint(run)
-    # Every weight is replaced, so none is read; the architecture still comes from the backbone's own config.
+    # The checkpoint replaces every weight, so none is read; the architecture comes from the backbone's own config.
     model = build_model(_without_training_terms(replace(config, init="random", new_rows="random", aligned_rows=None)))
     _require_same_tokenizers(model, run)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
@@ -57,10 +57,10 @@ def load_trained(run: Path, checkpoint: Path | None = None) -> ImageModel:
 
 
 def load_initial(run: Path) -> ImageModel:
-    """The model of a run as it was before its first step, for evaluation: built again from the run's config and seed.
+    """The model of a run before its first step, rebuilt from its config and seed, in evaluation mode.
 
     Raises:
-        ValueError: if the run trains no image model, what it started from is gone, or its tokenizers have changed.
+        ValueError: if the run trains no image model, its initial weights are gone, or its tokenizers have changed.
     """
     config = image_config(run)
     model = build_model(_without_training_terms(config))
@@ -69,7 +69,7 @@ def load_initial(run: Path) -> ImageModel:
 
 
 def _for_evaluation(model: ImageModel, config: ExperimentConfig) -> ImageModel:
-    """For evaluation as the run's own config says, on the GPU that its image tokenizer is on."""
+    """The model in evaluation mode with the run's own config, on the GPU of its image tokenizer."""
     model.config = config
     model.module.eval()
     if uses_gpu(config.trainer.accelerator):
@@ -78,10 +78,10 @@ def _for_evaluation(model: ImageModel, config: ExperimentConfig) -> ImageModel:
 
 
 def image_config(run: Path) -> ExperimentConfig:
-    """A run's config.
+    """The config of a run that trains an image model.
 
     Raises:
-        ValueError: if it cannot be read, or the run trains no image model.
+        ValueError: if it cannot be read or trains another model.
     """
     config = load_experiment(run / CONFIG)
     if config.task not in ("text_to_image", "unconditional"):
@@ -90,18 +90,18 @@ def image_config(run: Path) -> ExperimentConfig:
 
 
 def _without_training_terms(config: ExperimentConfig) -> ExperimentConfig:
-    """Without what only training computes or compares with."""
+    """The config with training-only terms (L2-SP, distillation, loss backend) disabled."""
     optim, loss = replace(config.optim, l2_sp=0.0), replace(config.loss, backend="fused")
     return replace(config, distil=DistilConfig(), optim=optim, loss=loss)
 
 
 def _require_same_tokenizers(model: ImageModel, run: Path) -> None:
-    """Ids mean something only to the tokenizers that the run was trained with."""
-    used = (read_run(run).environment.get("tokenizers") or {}).items()
-    here = {"text": model.text.sha256, "image": model.image.sha256}
-    for name, sha256 in used:
-        if here.get(name, sha256) != sha256:
+    """Checks the tokenizers' hashes against env.json: ids are specific to the tokenizers of training."""
+    trained = read_run(run).environment.get("tokenizers") or {}
+    for name, tokenizer in (("text", model.text), ("image", model.image)):
+        sha256 = trained.get(name, tokenizer.sha256)
+        if tokenizer.sha256 != sha256:
             raise ValueError(
-                f"{name}_tokenizer.path holds another file (sha256 {here[name][:12]}) than when "
+                f"{name}_tokenizer.path holds another file (sha256 {tokenizer.sha256[:12]}) than when "
                 f"{run} was trained ({sha256[:12]})"
             )

@@ -1,1 +1,1 @@
-"""Images from captions, and grids of them."""
+"""Image generation: prompts, images, grids, folders of images, the demo's web page."""

@@ -1,4 +1,4 @@
-"""Grids of images with their captions underneath."""
+"""Grids of images above their captions."""
 
 import textwrap
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def captioned_grid(
     """Images (H, W, 3) uint8 in rows of `columns`, each above its caption.
 
     Raises:
-        ValueError: if there are no images, or not one caption an image.
+        ValueError: if there are no images, or their number is not that of the captions.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"{len(images)} images for {len(captions)} captions: expected equal numbers above 0")

@@ -1,9 +1,11 @@
-"""Images from captions: prompts, sampling, decoding.
+"""Generation of images: captions to prompts, prompts to image codes, codes to pixels.
 
 Shapes: `B` images, `N` image tokens, `H`, `W` pixels.
 """
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,30 +21,56 @@ from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 
 ImageArray = np.ndarray[Any, np.dtype[np.uint8]]
-# Images drawn together: what the key-value cache must hold.
-DRAW_BATCH = 64
+# Images generated together: sequences that the key-value cache must hold.
+IMAGE_BATCH = 64
 # Images decoded at once.
 DECODE_BATCH = 8
+# Characters by which a caption is recognized in messages and file names.
+CAPTION_START = 40
 
 
 def sampling_of(settings: SampleConfig) -> Sampling:
-    """How an experiment's `samples` are drawn."""
+    """The sampling that an experiment's `samples` keys name."""
     return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.guidance)
 
 
+def chosen_sampling(
+    model: ImageModel,
+    temperature: float | None = None,
+    top_k: float | None = None,
+    top_p: float | None = None,
+    guidance: float | None = None,
+) -> Sampling:
+    """The run's sampling with some of its fields replaced; None keeps a field.
+
+    Raises:
+        ValueError: naming a value out of range.
+    """
+    fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+    changes: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    sampling = replace(sampling_of(model.config.samples), **changes)
+    if sampling.guidance != 1 and not model.config.data.caption_dropout:
+        print(
+            "note: this run was trained with data.caption_dropout=0, so guidance leads away from an empty caption that "
+            "the model has never seen",
+            file=sys.stderr,
+        )
+    return sampling
+
+
 def seeds_of(seed: int, count: int) -> list[int]:
-    """One seed an image: the first images are the same however many are drawn."""
+    """One seed per image; the first seeds are the same for every count."""
     return [seed * 1_000_003 + number for number in range(count)]
 
 
-def prepare_drawing(model: ImageModel, bf16: bool, compiled: bool) -> None:
-    """Makes drawing faster. An id that is drawn from two nearly equal probabilities may then be another.
+def prepare_generation(model: ImageModel, bf16: bool, compiled: bool) -> None:
+    """Makes generation faster; where two ids are nearly equally likely, the other may then be sampled.
 
     Args:
         model: changed in place.
-        bf16: rounds the decoder's weights to bfloat16, half the memory to read for each token, as training in bfloat16
-            has done at every step. Positions stay in float32.
-        compiled: compiles what draws a token: it takes some seconds once, and pays off over a few hundred images.
+        bf16: rounds the decoder's weights to bfloat16, which halves the memory read per token; training in bfloat16
+            rounds them so at every step. Positions stay in float32.
+        compiled: compiles the step of one token: some seconds once, which pays off over a few hundred images.
 
     Raises:
         ValueError: if the backbone cannot be compiled.
@@ -55,15 +83,15 @@ def prepare_drawing(model: ImageModel, bf16: bool, compiled: bool) -> None:
 
 
 def round_weights(model: nn.Module) -> None:
-    """Rounds all weights to bfloat16, and no buffer: positions stay in float32."""
+    """Rounds all weights to bfloat16, but no buffer: positions stay in float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
 
 
-def computing(model: ImageModel) -> dict[str, Any]:
-    """How the model computes what it draws, as it is now: `weights`, `compiled` and `fp8` of a protocol card.
+def numerics(model: ImageModel) -> dict[str, Any]:
+    """The numerics of generation with the model as it is: `weights`, `compiled` and `fp8` of a protocol card.
 
-    `weights` joins the number formats by `+` where there are several.
+    `weights` joins several number formats by `+`.
     """
     decoder = model.decoder
     formats = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in decoder.parameters()})
@@ -71,14 +99,27 @@ def computing(model: ImageModel) -> dict[str, Any]:
 
 
 def caption_layout(model: ImageModel) -> tuple[Layout, TextTokenizer]:
-    """What captions are laid out and encoded with.
+    """Sequence layout and tokenizer of captions.
 
     Raises:
-        ValueError: if the model draws without them.
+        ValueError: if the model is unconditional.
     """
     if not isinstance(model.layout, Layout):
-        raise ValueError(f"this is a run of task={model.config.task}, which draws without prompts")
+        raise ValueError(f"this is a run of task={model.config.task}, which generates images without prompts")
     return model.layout, model.text
+
+
+def require_fitting(model: ImageModel, captions: Sequence[str]) -> None:
+    """Checks that the sequence holds every caption whole.
+
+    Raises:
+        ValueError: if the model takes no captions, or naming the first caption that is too long.
+    """
+    layout, text = caption_layout(model)
+    for caption in captions:
+        ids = len(text.encode(caption))
+        if ids > layout.text_budget:
+            raise ValueError(f"prompt {caption[:CAPTION_START]!r}...: {ids} ids, but at most {layout.text_budget} fit")
 
 
 def caption_prompts(model: ImageModel, captions: Sequence[str]) -> list[Tensor]:
@@ -87,35 +128,35 @@ def caption_prompts(model: ImageModel, captions: Sequence[str]) -> list[Tensor]:
     return [torch.from_numpy(layout.prompt(np.array(text.encode(caption), dtype=np.int64))) for caption in captions]
 
 
-def draw_captions(
+def generate_images(
     model: ImageModel,
     captions: Sequence[str],
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     on_token: Progress | None = None,
 ) -> list[ImageArray]:
-    """Images (H, W, 3) uint8 for captions; by default sampled as the experiment says."""
+    """Images (H, W, 3) uint8 of captions; the default sampling is the experiment's."""
     prompts = caption_prompts(model, captions)
-    return decode(model, draw_codes(model, prompts, seeds, sampling, on_token))
+    return decode(model, generate_codes(model, prompts, seeds, sampling, on_token))
 
 
-def draw_uncaptioned(model: ImageModel, seeds: Sequence[int]) -> list[ImageArray]:
-    """Images (H, W, 3) uint8 of an unconditional model, one a seed."""
+def generate_unconditional(model: ImageModel, seeds: Sequence[int]) -> list[ImageArray]:
+    """Images (H, W, 3) uint8 of an unconditional model, one per seed."""
     assert isinstance(model.layout, ImageLayout)
-    return decode(model, draw_codes(model, [torch.from_numpy(model.layout.prompt())] * len(seeds), seeds))
+    return decode(model, generate_codes(model, [torch.from_numpy(model.layout.prompt())] * len(seeds), seeds))
 
 
-def draw_codes(
+def generate_codes(
     model: ImageModel,
     prompts: Sequence[Tensor],
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     on_token: Progress | None = None,
 ) -> Tensor:
-    """Image codes (B, N) after prompts of joint ids, `DRAW_BATCH` at once; progress is over all of them.
+    """Image codes (B, N) that continue prompts of joint ids, `IMAGE_BATCH` at once; progress counts all of them.
 
-    All prompts end at the column of the longest that fits, so that each image is a function of its prompt and seed
-    as far as `generate` can make it.
+    All prompts end at the column of the longest that fits, so that an image depends on its prompt and seed alone, as
+    far as `generate` ensures it.
     """
     layout = model.layout
     null = end = None
@@ -123,7 +164,7 @@ def draw_codes(
         null, end = torch.from_numpy(layout.prompt(np.empty(0, np.int64))), layout.prompt_budget
     sampling = sampling or sampling_of(model.config.samples)
     return generate(
-        model.decoder, layout.vocab, prompts, layout.image_tokens, seeds, sampling, null, on_token, DRAW_BATCH, end
+        model.decoder, layout.vocab, prompts, layout.image_tokens, seeds, sampling, null, on_token, IMAGE_BATCH, end
     )
 
 

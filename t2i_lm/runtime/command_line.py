@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from t2i_lm.config.load import SCALES
+from t2i_lm.config.experiment import SCALES
 
 # Errors that end a command with one line; any other is a fault of this suite and keeps its traceback.
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)

@@ -1,1 +1,1 @@
-"""One run, its Trainer and strategies, and several runs at once."""
+"""One run with its Trainer, callbacks and strategy; plans of several runs."""

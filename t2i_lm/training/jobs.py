@@ -1,4 +1,4 @@
-"""Several runs of one command: one after another here, or some at a time in processes of their own."""
+"""Several runs of one command: in sequence in this process, or in parallel in processes of their own."""
 
 import multiprocessing
 import os
@@ -18,13 +18,19 @@ from pathlib import Path
 from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import require
-from t2i_lm.runtime.command_line import FAILURES
+from t2i_lm.runtime.command_line import exit_code
 from t2i_lm.storage.run_folder import CONFIG, REPORT, run_folders
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to make, or with `folder` to go on with; `label` tells it from others of the same experiment."""
+    """A run to train.
+
+    Attributes:
+        config: its experiment.
+        folder: run folder to continue; None for a new run.
+        label: distinguishes it from other runs of the experiment in messages.
+    """
 
     config: ExperimentConfig
     folder: Path | None = None
@@ -32,13 +38,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Experiment and label, for messages."""
         return f"{self.config.name} {self.label}".strip()
 
 
 @dataclass(frozen=True)
 class Running:
-    """A job in a process of its own, in one of as many slots as run at a time."""
+    """A job in a process of its own; `slot` is its place among those that run in parallel."""
 
     job: Job
     process: BaseProcess
@@ -47,22 +53,22 @@ class Running:
     started: float
 
     def send(self, number: int) -> None:
-        """A signal; nothing where the process has ended."""
+        """Sends a signal; no effect once the process has ended."""
         with suppress(ProcessLookupError):
             assert self.process.pid is not None
             os.kill(self.process.pid, number)
 
 
 def unfinished(jobs: Sequence[Job]) -> list[Job]:
-    """Those that no finished run of an equal config stands for; one that was stopped goes on. Says which are done."""
-    missing = []
+    """Jobs still to run: finished runs of the same config are skipped (and printed), interrupted ones resume."""
+    remaining = []
     for job in jobs:
         folder, finished = find_equal_run(job.config)
         if finished:
             print(f"== {job.name} (finished: {folder})", flush=True)
         else:
-            missing.append(replace(job, folder=folder))
-    return missing
+            remaining.append(replace(job, folder=folder))
+    return remaining
 
 
 def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
@@ -84,7 +90,7 @@ def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
 
 @cache
 def _computed_in(file: Path) -> dict[str, object] | None:
-    """Of a run's config, which never changes; read once, however many jobs ask. None where it has other keys."""
+    """`_computed` of a run's config.yaml, cached since the file never changes; None for unknown keys or values."""
     try:
         return _computed(load_experiment(file))
     except ValueError:
@@ -95,72 +101,72 @@ def _computed(config: ExperimentConfig) -> dict[str, object]:
     return {key: value for key, value in flatten(config).items() if not is_neutral(key) or is_reported(key)}
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int = 1, keep_going: bool = False) -> int:
-    """Makes all runs; stops at the first that fails, or goes on with the others.
+def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -> int:
+    """Trains all jobs and returns 0, or the exit code of the first that failed.
 
-    Of several at once each has its share of the processor's cores, the next of the GPUs in turn, and a log in the
-    folder of runs. Two runs with a core each take less time than one after another with two, whose
-    threads wait for each other.
+    Parallel runs divide the processor's cores among them, take the GPUs in turn, and write a log each in the folder of
+    runs. Two runs with one core each take less time than one after another with two cores, whose threads wait for
+    each other. A signal is forwarded to every run, which saves itself; the code is then 128 plus its number.
 
-    Returns:
-        0, or the exit code of the first that failed. A signal to stop reaches every run, which saves itself.
+    Args:
+        jobs: runs to train.
+        parallel: number of runs at a time.
+        keep_going: whether the others are still trained after a failure.
 
     Raises:
-        ValueError: if runs that are to go on at once take several devices each.
+        ValueError: if a path is missing, or parallel runs use several devices each.
     """
-    require(at_once >= 1, "--jobs", at_once, "at least 1")
-    if at_once == 1 or len(jobs) < 2:
-        return _one_after_another(jobs, keep_going)
+    require(parallel >= 1, "--jobs", parallel, "at least 1")
+    for job in jobs:
+        job.config.require_paths()
+    if parallel == 1 or len(jobs) < 2:
+        return _run_in_sequence(jobs, keep_going)
     for job in jobs:
         devices = job.config.trainer.devices
         require(devices == 1, "trainer.devices", devices, "1 with --jobs, whose runs have one device each")
-    return _at_once(jobs, min(at_once, len(jobs)), keep_going)
+    return _run_in_parallel(jobs, min(parallel, len(jobs)), keep_going)
 
 
-def _one_after_another(jobs: Sequence[Job], keep_going: bool) -> int:
-    failed = 0
+def _run_in_sequence(jobs: Sequence[Job], keep_going: bool) -> int:
+    first_failure = 0
     for job in jobs:
         print(f"== {job.name}", flush=True)
         code = _run(job)
-        failed = failed or code
+        first_failure = first_failure or code
         if code > 128 or (code and not keep_going):  # above 128: stopped by a signal
             break
-    return failed
+    return first_failure
 
 
 def _run(job: Job) -> int:
     from t2i_lm.training.run import run
 
-    try:
-        return run(job.config, job.folder, resume=job.folder is not None)
-    except FAILURES as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(job.config, job.folder))
 
 
-def _at_once(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
+def _run_in_parallel(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
     import torch
 
-    gpus = _visible(torch.cuda.device_count())
+    gpus = _visible_gpus(torch.cuda.device_count())
     threads = max(1, torch.get_num_threads() // slots)
     waiting, running, free = list(jobs), list[Running](), list(range(slots))
     codes, signals, started = list[int](), list[int](), time.monotonic()
 
-    def stop(number: int, _: object) -> None:
+    def forward(number: int, _: object) -> None:
         signals.append(number)
         for one in running:
             one.send(number)
 
-    def goes_on() -> bool:
+    def start_more() -> bool:
         return bool(waiting) and not signals and (keep_going or not any(codes))
 
-    with _handled(stop):
+    with _signal_handler(forward):
         try:
-            while running or goes_on():
-                while free and goes_on():
+            while running or start_more():
+                while free and start_more():
                     slot = free.pop(0)
                     running.append(_start(waiting.pop(0), slot, threads, gpus[slot % len(gpus)] if gpus else None))
-                    for number in signals:  # that came while it was being started
+                    for number in signals:  # received while the process was started
                         running[-1].send(number)
                 ended = wait([one.process.sentinel for one in running], timeout=1.0)
                 for one in [one for one in running if one.process.sentinel in ended]:
@@ -169,8 +175,8 @@ def _at_once(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
                     free.append(one.slot)
                     code = one.process.exitcode or 0
                     codes.append(code if code >= 0 else 128 - code)
-                    _tell(one, codes[-1], len(codes), len(jobs), time.monotonic() - started)
-        finally:  # whatever went wrong here: no run is left without a parent
+                    _report(one, codes[-1], len(codes), len(jobs), time.monotonic() - started)
+        finally:  # after any error here: no run outlives this process
             for one in running:
                 one.send(signal.SIGTERM)
                 one.process.join()
@@ -185,44 +191,44 @@ def _start(job: Job, slot: int, threads: int, gpu: str | None) -> Running:
     log.touch()
     trainer = replace(job.config.trainer, threads=job.config.trainer.threads or threads)
     job = replace(job, config=replace(job.config, trainer=trainer))
-    process = multiprocessing.get_context("spawn").Process(target=_child, args=(job, log, gpu))
+    process = multiprocessing.get_context("spawn").Process(target=_run_logged, args=(job, log, gpu))
     process.start()
     print(f"== {job.name}: started, {log}", flush=True)
     return Running(job, process, slot, log, time.monotonic())
 
 
-def _child(job: Job, log: Path, gpu: str | None) -> None:
-    """A run whose output goes to its log."""
+def _run_logged(job: Job, log: Path, gpu: str | None) -> None:
+    """A job in its own process, with its output in a log file."""
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything looks for GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA is initialized
     import torch
 
     torch.set_num_threads(job.config.trainer.threads or torch.get_num_threads())
     sys.exit(_run(job))
 
 
-def _visible(count: int) -> list[str]:
-    """The GPUs at hand, as CUDA_VISIBLE_DEVICES names them."""
+def _visible_gpus(count: int) -> list[str]:
+    """The GPUs of this process, as named in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(number) for number in range(count)])[:count]
 
 
-def _tell(one: Running, code: int, done: int, jobs: int, seconds: float) -> None:
+def _report(one: Running, code: int, done: int, jobs: int, seconds: float) -> None:
     took = timedelta(seconds=round(time.monotonic() - one.started))
     if code:
-        print(f"== {one.job.name}: failed with code {code} after {took}; its last lines:", file=sys.stderr)
+        print(f"== {one.job.name}: failed with code {code} after {took}; last lines of its log:", file=sys.stderr)
         print(*one.log.read_text(errors="replace").splitlines()[-5:], sep="\n", file=sys.stderr)
         return
     left = timedelta(seconds=round(seconds / done * (jobs - done)))
-    print(f"== {one.job.name}: finished after {took}; {done} of {jobs}, about {left} left", flush=True)
+    print(f"== {one.job.name}: finished after {took}; {done}/{jobs}, ETA {left}", flush=True)
 
 
 @contextmanager
-def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Both signals to stop go to the handler meanwhile."""
+def _signal_handler(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handles SIGTERM and SIGINT, and restores the previous handlers on exit."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

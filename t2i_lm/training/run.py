@@ -1,9 +1,10 @@
-"""One run from its config to its report: folder, training, checkpoints, summary."""
+"""The life of one run: device checks, build, folder, trainer, fit, validation, report."""
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -14,15 +15,14 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import save_experiment
 from t2i_lm.config.sections import SHARDED
 from t2i_lm.data.datamodules import make_sampler
-from t2i_lm.evaluation.fid import training_fid
-from t2i_lm.evaluation.forgetting import BASELINE, forgetting_probes
-from t2i_lm.evaluation.report import sampler, write_report
+from t2i_lm.evaluation.forgetting import BASELINE
+from t2i_lm.evaluation.report import write_report
 from t2i_lm.experiment.build import Experiment, ImageExperiment, build
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.models.aligned_rows import resolve_aligned_rows
 from t2i_lm.models.cross_entropy import loss_backend
 from t2i_lm.models.factory import weights_hashes
-from t2i_lm.models.flops import flop_per_token, formula
+from t2i_lm.models.flops import formula
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.runtime.devices import device_name, global_rank, is_out_of_memory, memory_advice, precision, require_device
@@ -39,50 +39,51 @@ from t2i_lm.storage.run_folder import (
     new_run_folder,
     read_run,
 )
+from t2i_lm.training.callbacks import training_flop
 from t2i_lm.training.trainer import build_trainer, seconds_trained
 
-# A launched rank finds the folder that rank 0 made here.
+# Environment variable with the run folder, for the ranks that Lightning launches from this process.
 FOLDER_VARIABLE = "T2I_LM_RUN_FOLDER"
-# Steps whose draws are hashed into env.json, to show that two arms see one stream.
+# Steps whose samples are hashed into env.json, as evidence that two arms see the same stream.
 STREAM_STEPS = 1000
 
 
-def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
-    """Trains an experiment; returns the exit code."""
+def run(config: ExperimentConfig, resume: Path | None = None) -> int:
+    """Trains an experiment in a new run folder, or continues the run in the folder `resume`.
+
+    Returns:
+        0; after a signal, 128 plus its number.
+
+    Raises:
+        ValueError: if this machine, the files or the data do not fit the config.
+        MemoryError: if the memory of a GPU or of this machine is exhausted, with the keys that lower its use.
+        FloatingPointError: if the gradient stays non-finite.
+    """
     require_device(config.trainer)
     loss_backend(config.loss.backend)
     config = resolve_aligned_rows(config)
     experiment = build(config)
-    inherited = os.environ.get(FOLDER_VARIABLE)
-    main_rank = inherited is None and global_rank() == 0
-    if folder is None:
-        if main_rank:
-            folder = new_run_folder(Path(config.run.dir), config.name, config.scale)
-        else:  # only rank 0 writes; under torchrun and srun the others never need the folder's name
-            folder = Path(inherited or config.run.dir)
+
+    is_main = global_rank() == 0 and FOLDER_VARIABLE not in os.environ
+    folder = resume or _new_folder(config, is_main)
     events = EventLog(folder / EVENTS)
-    checkpoint = find_resumable(folder / CHECKPOINTS, events.write if main_rank else None) if resume else None
-    if main_rank:
-        _open_folder(experiment, folder, events, checkpoint)
-    trainer = build_trainer(
-        config,
-        folder,
-        events,
-        resumed=checkpoint is not None,
-        draw=sampler(experiment),
-        fid=training_fid(experiment),
-        measure=forgetting_probes(experiment, folder),
-        flop_per_token=_flop_per_token(experiment),
-    )
+    checkpoint = resume and find_resumable(folder / CHECKPOINTS, events.write if is_main else None)
+    if is_main and checkpoint is None:
+        _open_folder(experiment, folder)
+    elif is_main and checkpoint is not None:
+        _reopen_folder(experiment, folder, checkpoint, events)
+
+    trainer = build_trainer(experiment, folder, events, resumed=checkpoint is not None)
     try:
-        with _told_to_ranks(folder, main_rank):
+        with _folder_for_launched_ranks(folder, is_main):
             trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint, weights_only=True)
-        _finish(experiment, folder, trainer)
-    except Preempted as order:
+        _validate(experiment, folder, trainer)
+        _report(experiment, folder, trainer)
+    except Preempted as stop:
         if trainer.is_global_zero:
-            events.write("preempted", str(order))
-            print(f"{order}; saved. Continue with --resume {folder}")
-        return order.exit_code
+            events.write("preempted", str(stop))
+            print(f"{stop}; saved. Continue with --resume {folder}")
+        return stop.exit_code
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -90,46 +91,37 @@ def run(config: ExperimentConfig, folder: Path | None, resume: bool) -> int:
     return 0
 
 
-@contextmanager
-def _told_to_ranks(folder: Path, main_rank: bool) -> Iterator[None]:
-    """While ranks may be launched."""
-    os.environ[FOLDER_VARIABLE] = str(folder)
-    try:
-        yield
-    finally:
-        if main_rank:
-            del os.environ[FOLDER_VARIABLE]
+def _new_folder(config: ExperimentConfig, is_main: bool) -> Path:
+    if is_main:
+        return new_run_folder(Path(config.run.dir), config.name, config.scale)
+    # Only rank 0 writes: under torchrun and srun, the other ranks do not need the folder's name.
+    return Path(os.environ.get(FOLDER_VARIABLE, config.run.dir))
 
 
-def _finish(experiment: Experiment, folder: Path, trainer: pl.Trainer) -> None:
-    """Validates after the last step, where that was not done, and writes the report."""
-    config, trained = experiment.config, int(trainer.global_step)
-    validated = trainer.is_global_zero and any(r["step"] == trained for r in read_run(folder).records("val"))
-    if not trainer.strategy.broadcast(validated):
-        trainer.validate(experiment.module, experiment.data, verbose=False)
-    if trainer.is_global_zero:
-        if (config.trainer.strategy in SHARDED or config.trainer.fp8) and isinstance(experiment, ImageExperiment):
-            # Whole, where what was trained lies in parts on all processes; and without the roundings of float8.
-            experiment.module = load_trained(folder).module
-        write_report(experiment, folder, trained, wall_s=seconds_trained(trainer))
-
-
-def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpoint: Path | None) -> None:
-    """Writes what the run uses, or cuts the metrics back to the checkpoint it continues from."""
-    config = experiment.config
-    if checkpoint is not None:
-        step = int(checkpoint.stem.removeprefix("step-"))
-        events.write("resumed", f"from {checkpoint.name}")
-        print(f"resuming {folder} from step {step}", flush=True)
-        _print_formula(experiment)
-        return
+def _open_folder(experiment: Experiment, folder: Path) -> None:
+    """Writes config, environment and parameter groups, over those of a run that never reached a checkpoint."""
+    config, module = experiment.config, experiment.module
     MetricsFile(folder / METRICS).cut_after(-1)
-    (folder / BASELINE).unlink(missing_ok=True)  # of a run that never reached a checkpoint
+    (folder / BASELINE).unlink(missing_ok=True)
     save_experiment(config, folder / CONFIG)
     experiment.data.setup("fit")
+    (folder / ENVIRONMENT).write_text(json.dumps(_environment(experiment), indent=2) + "\n")
+    if isinstance(module, DecoderModule):
+        groups = "\n".join([group_table(module.decoder), *overlaps(module.decoder, config.freeze)])
+        _print_formula(experiment)
+        (folder / GROUPS).write_text(f"{groups}\n")
+        if any(not parameter.requires_grad for parameter in module.parameters()):
+            print(groups, flush=True)
+    print(f"run folder: {folder}", flush=True)
+
+
+def _environment(experiment: Experiment) -> dict[str, object]:
+    """Content of env.json: code, versions, hardware, and hashes of everything the run starts from."""
+    config = experiment.config
     size = len(experiment.data.train_set)
     samples = min(STREAM_STEPS, config.trainer.max_steps) * config.data.batch_size
-    details = environment(
+    plugins = plugin_identities(config)
+    return environment(
         data_hash=experiment.index.get("data_hash"),
         tokenizers=experiment.index.get("tokenizers"),
         backbone=weights_hashes(config),
@@ -140,18 +132,15 @@ def _open_folder(experiment: Experiment, folder: Path, events: EventLog, checkpo
         new_rows_seed=generator(config.seed, "new rows").initial_seed(),
         train_samples=size,
         parameters=sum(parameter.numel() for parameter in experiment.module.parameters()),
-        flop_per_token=_flop_per_token(experiment),
-        **({"plugins": plugins} if (plugins := plugin_identities(config)) else {}),
+        flop_per_token=training_flop(experiment),
+        **({"plugins": plugins} if plugins else {}),
     )
-    (folder / ENVIRONMENT).write_text(json.dumps(details, indent=2) + "\n")
-    if isinstance(experiment.module, DecoderModule):
-        decoder = experiment.module.decoder
-        table = "\n".join([group_table(decoder), *overlaps(decoder, config.freeze)])
-        _print_formula(experiment)
-        (folder / GROUPS).write_text(f"{table}\n")
-        if any(not parameter.requires_grad for parameter in experiment.module.parameters()):
-            print(table, flush=True)
-    print(f"run folder: {folder}", flush=True)
+
+
+def _reopen_folder(experiment: Experiment, folder: Path, checkpoint: Path, events: EventLog) -> None:
+    events.write("resumed", f"from {checkpoint.name}")
+    print(f"resuming {folder} from step {int(checkpoint.stem.removeprefix('step-'))}", flush=True)
+    _print_formula(experiment)
 
 
 def _print_formula(experiment: Experiment) -> None:
@@ -160,6 +149,29 @@ def _print_formula(experiment: Experiment) -> None:
         print(formula(module.decoder, module.nominal_length, device_name(experiment.config)), flush=True)
 
 
-def _flop_per_token(experiment: Experiment) -> float | None:
-    module = experiment.module
-    return flop_per_token(module.decoder, module.nominal_length) if isinstance(module, DecoderModule) else None
+@contextmanager
+def _folder_for_launched_ranks(folder: Path, is_main: bool) -> Iterator[None]:
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        if is_main:
+            del os.environ[FOLDER_VARIABLE]
+
+
+def _validate(experiment: Experiment, folder: Path, trainer: pl.Trainer) -> None:
+    """Validates the last step, unless the training loop or an earlier session did."""
+    last = trainer.global_step
+    done = trainer.is_global_zero and any(record["step"] == last for record in read_run(folder).records("val"))
+    if not trainer.strategy.broadcast(done):
+        trainer.validate(experiment.module, experiment.data, verbose=False)
+
+
+def _report(experiment: Experiment, folder: Path, trainer: pl.Trainer) -> None:
+    if not trainer.is_global_zero:
+        return
+    config = experiment.config.trainer
+    if (config.strategy in SHARDED or config.fp8) and isinstance(experiment, ImageExperiment):
+        # The trained module is sharded over processes, or rounds to float8: the checkpoint has the whole weights.
+        experiment = replace(experiment, module=load_trained(folder).module)
+    write_report(experiment, folder, int(trainer.global_step), wall_s=seconds_trained(trainer))

@@ -1,7 +1,7 @@
-"""Sharded training (`trainer.strategy: fsdp2 | hsdp`) whose checkpoints are those of an unsharded run.
+"""Sharded training (`trainer.strategy: fsdp2 | hsdp`) with the checkpoints of an unsharded run.
 
-Lightning's strategy writes a folder without a rename and reads it unverified. Here rank 0 gathers and writes the same
-file as any other strategy does, so a run may go on under another strategy or number of processes.
+Lightning's strategy writes a folder without an atomic rename and reads it unverified. Here rank 0 gathers and writes
+the same file as under any other strategy, so a run can resume under another strategy or number of processes.
 """
 
 from collections.abc import Iterator
@@ -25,29 +25,29 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 through the module's `configure_model`, with whole checkpoints."""
+    """FSDP2, applied by the module's `configure_model`, with unsharded checkpoints."""
 
     def __init__(self) -> None:
         super().__init__(save_distributed_checkpoint=False)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Leaves gradients unreduced inside, as DDP does: one reduction for all micro-batches of a step, not one each.
+        """Skips the reduction of gradients, as DDP does: one per step instead of one per micro-batch.
 
-        Until then every process holds the gradients of the whole model.
+        Until the reduction, every process holds the gradients of the whole model.
         """
         assert self.model is not None
-        parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        for part in parts:
-            part.set_requires_gradient_sync(False, recurse=False)
+        sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:
+            module.set_requires_gradient_sync(False, recurse=False)
         try:
             yield
         finally:
-            for part in parts:
-                part.set_requires_gradient_sync(True, recurse=False)
+            for module in sharded:
+                module.set_requires_gradient_sync(True, recurse=False)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state in torch's own form, on rank 0."""
+        """The unsharded state in the form of `Optimizer.state_dict`; empty on all ranks but 0."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         assert self.model is not None
@@ -57,12 +57,12 @@ class ShardedStrategy(ModelParallelStrategy):
         return numbered(state)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Rank 0 writes through the run's `CheckpointIO`."""
+        """Writes on rank 0, through the run's `CheckpointIO`."""
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Every rank reads the file, verified, and keeps its shards."""
+        """Reads and verifies the file on every rank, and loads this rank's shards."""
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(Path(checkpoint_path), weights_only=True)
         assert self.model is not None
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=FULL)
@@ -72,7 +72,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def numbered(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state keyed by position, as `Optimizer.state_dict` gives it, from one keyed by name."""
+    """An optimizer's state keyed by position, as in `Optimizer.state_dict`, from one keyed by name."""
     order = [name for group in state["param_groups"] for name in group["params"]]
     number = {name: index for index, name in enumerate(order)}
     groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]

@@ -1,44 +1,24 @@
-"""The Trainer of an experiment with all its callbacks. Alone imports `callbacks`."""
+"""Lightning's Trainer of a run."""
 
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from callbacks import (
-    CocoFID,
-    DurableCheckpointIO,
-    EMASplitPerplexity,
-    EventLog,
-    FidTask,
-    Forgetting,
-    Inception,
-    NonFiniteGuard,
-    Preemption,
-    RngState,
-    RunCheckpoints,
-    RunProgress,
-    RunScalars,
-    SampleBatch,
-    SampleGrid,
-    Throughput,
-    WallTime,
-)
+from callbacks import DurableCheckpointIO, EventLog, WallTime
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import SHARDED
-from t2i_lm.models.flops import peak_flops
-from t2i_lm.runtime.devices import device_name, precision
+from t2i_lm.experiment.build import Experiment
+from t2i_lm.runtime.devices import precision
 from t2i_lm.runtime.loggers import build_logger
-from t2i_lm.storage.run_folder import CHECKPOINTS, FID, METRICS, SAMPLES
+from t2i_lm.training.callbacks import callbacks_for
 from t2i_lm.training.sharded_strategy import ShardedStrategy
 
-# Warnings of Lightning that do not hold here: loading is no bottleneck, the data module resumes exactly, and it is the
-# module that completes a batch.
+# Lightning's warnings that do not apply: loading is no bottleneck, the data module resumes exactly, and the module
+# itself adds the targets to a batch.
 QUIET = (
     ".*does not have many workers.*",
     ".*resuming from a checkpoint that ended before the epoch ended.*",
@@ -48,71 +28,29 @@ QUIET = (
 )
 
 
-def peak(config: ExperimentConfig) -> float | None:
-    """Operations a second that the device at hand does at most in the run's precision, where this is known."""
-    name = device_name(config)
-    return peak_flops(name) if name is not None and precision(config) == "bf16-mixed" else None
-
-
 def build_strategy(config: ExperimentConfig) -> Strategy | str:
-    """How processes share a run, by `trainer.strategy`; several processes are `ddp` where it does not say."""
+    """The strategy of `trainer.strategy`; `auto` is DDP for several processes."""
     trainer = config.trainer
     if trainer.strategy in SHARDED:
         return ShardedStrategy()
     if trainer.strategy == "ddp" or trainer.devices * trainer.num_nodes > 1:
-        # Buffers are tables, or counts that the module adds up itself: broadcasting them in every forward would also
-        # hang a validation in which ranks have different numbers of batches.
+        # Buffers are constant tables, or counts that the module reduces itself. Broadcasting them in every forward
+        # would also hang a validation in which ranks have different numbers of batches.
         return DDPStrategy(broadcast_buffers=False)
     return "auto"
 
 
-def build_trainer(
-    config: ExperimentConfig,
-    folder: Path,
-    events: EventLog,
-    resumed: bool,
-    draw: Callable[[], SampleBatch] | None = None,
-    fid: tuple[FidTask, Inception] | None = None,
-    measure: Callable[[pl.LightningModule], dict[str, Any]] | None = None,
-    flop_per_token: float | None = None,
-) -> pl.Trainer:
-    """The Trainer of a run, with all callbacks. A new run is validated once before its first step.
+def build_trainer(experiment: Experiment, folder: Path, events: EventLog, resumed: bool) -> pl.Trainer:
+    """The Trainer of a run with its callbacks. A new run is validated before its first step, a resumed one is not.
 
-    `draw` gives the samples of `samples.interval`, `fid` what `fid.interval` compares, `measure` the probes of
-    `forgetting.interval`; `flop_per_token` is what MFU is reckoned by.
-
-    Order matters: throughput before the meter that asks it; the guard before the meters; progress
-    after the meter that it shows; random state after all that draw; the saver last, when all have seen the step.
+    Raises:
+        ValueError: if the files of a measurement cannot be used.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
+    config = experiment.config
     trainer = config.trainer
-    metrics = folder / METRICS
-    throughput = Throughput(flop_per_token, peak(config))
-    meter: EMASplitPerplexity | RunScalars
-    if config.task == "image_tokenizer":
-        meter = RunScalars(config.log.interval, metrics)
-    else:
-        meter = EMASplitPerplexity(config.log.interval, config.log.ema, metrics, extras=[throughput])
-    saver = RunCheckpoints(folder / CHECKPOINTS, trainer.checkpoint_interval, metrics=meter.file, events=events)
-    preemption = Preemption(saver)
-    callbacks: list[pl.Callback] = [
-        throughput,
-        preemption,
-        NonFiniteGuard(events=events),
-        meter,
-        RunProgress(meter, config.log.interval, throughput=throughput),
-        WallTime(),
-        RngState(config.seed, events),
-        saver,
-    ]
-    if draw is not None and config.samples.interval and isinstance(meter, EMASplitPerplexity):
-        callbacks.insert(-2, SampleGrid(config.samples.interval, draw, folder / SAMPLES, meter))
-    if fid is not None and config.fid.interval and isinstance(meter, EMASplitPerplexity):
-        callbacks.insert(-2, CocoFID(config.fid.interval, *fid, folder / FID, meter, preemption))
-    if measure is not None and config.forgetting.interval and isinstance(meter, EMASplitPerplexity):
-        callbacks.insert(-2, Forgetting(config.forgetting.interval, measure, meter))
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
     return pl.Trainer(
@@ -127,7 +65,7 @@ def build_trainer(
         val_check_interval=min(trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         logger=build_logger(config, folder),
-        callbacks=callbacks,
+        callbacks=callbacks_for(experiment, folder, events),
         plugins=[DurableCheckpointIO()],
         use_distributed_sampler=False,
         num_sanity_val_steps=0 if resumed else -1,
@@ -137,6 +75,6 @@ def build_trainer(
 
 
 def seconds_trained(trainer: pl.Trainer) -> float:
-    """How long a run has trained, over all its sessions; of one that was killed, up to its last checkpoint."""
+    """Training time over all sessions of a run; of a killed session, up to its last checkpoint."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next(callback.seconds for callback in callbacks if isinstance(callback, WallTime))

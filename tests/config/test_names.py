@@ -9,7 +9,7 @@ import pytest
 
 from callbacks.metrics.inception import WIDTHS
 from t2i_lm.config import experiment, sections
-from t2i_lm.config.load import SCALES
+from t2i_lm.config.experiment import SCALES
 from t2i_lm.data.sources import SOURCES
 from t2i_lm.experiment.build import TASKS
 from t2i_lm.models.cross_entropy import BACKENDS

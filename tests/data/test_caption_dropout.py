@@ -16,7 +16,7 @@ from t2i_lm.data.datamodules import PairBatches, PairDataModule, make_sampler
 from t2i_lm.data.sampler import Draw
 from t2i_lm.data.shards.format import pair_features, part_folder, read_part, write_index, write_part
 from t2i_lm.experiment.build import ImageExperiment, build
-from t2i_lm.generation.images import caption_prompts, draw_codes
+from t2i_lm.generation.images import caption_prompts, generate_codes
 from t2i_lm.models.generate import Sampling
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import Layout
@@ -171,8 +171,8 @@ def test_guidance_uses_the_empty_caption_of_training(experiment: ImageExperiment
     assert 15 < len(rows) < 45
     seeds = [1, 2, 3, 4]
     prompts = caption_prompts(experiment, ["A red square.", "A small blue star.", "A ring.", "Two crosses."])
-    guided_BN = draw_codes(experiment, prompts, seeds, Sampling(guidance=0.0))
+    guided_BN = generate_codes(experiment, prompts, seeds, Sampling(guidance=0.0))
     beginning = rows[0][: int((rows[0] >= layout.vocab.image_offset).nonzero()[0])]
     assert torch.equal(beginning, empty_prompt)
-    assert torch.equal(guided_BN, draw_codes(experiment, [beginning] * 4, seeds, Sampling()))
-    assert not torch.equal(guided_BN, draw_codes(experiment, prompts, seeds, Sampling()))
+    assert torch.equal(guided_BN, generate_codes(experiment, [beginning] * 4, seeds, Sampling()))
+    assert not torch.equal(guided_BN, generate_codes(experiment, prompts, seeds, Sampling()))

@@ -100,7 +100,7 @@ def test_only_the_canonical_protocol_has_the_headline_name() -> None:
         changed = not value if isinstance(value, bool) else "other" if isinstance(value, str) else 7
         other = replace(card, **{key: changed})
         assert other.title != HEADLINE
-        with pytest.raises(ValueError, match=rf"no {HEADLINE}: {key}={getattr(other, key)!r} \(not {value!r}\)"):
+        with pytest.raises(ValueError, match=rf"not {HEADLINE}: {key}={getattr(other, key)!r} \(not {value!r}\)"):
             require_headline(other)
     assert HEADLINE not in replace(card, pictures="reconstructed").title
     for key in ("prompts_sha256", "captions_sha256", "reference_sha256"):

@@ -1,4 +1,4 @@
-"""CLIP score: torchmetrics' own number, on one rank, on two, after a kill, and beside FID."""
+"""CLIP score: equal to torchmetrics', on one rank, on two, after a kill, and beside FID."""
 
 import json
 import signal
@@ -61,7 +61,7 @@ def unbroken(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def theirs(folder: Path) -> CLIPScore:
-    """torchmetrics' metric with its own reading of a model; since 5.0 transformers gives it more than the embedding."""
+    """torchmetrics' metric; it expects the embedding only, of which transformers returns more since 5.0."""
     from transformers import CLIPModel, CLIPProcessor
 
     class Embedding(CLIPModel):
@@ -80,7 +80,7 @@ def theirs(folder: Path) -> CLIPScore:
     return CLIPScore(lambda: (model, processor))
 
 
-def test_each_score_is_torchmetrics_own(folder: Path) -> None:
+def test_each_score_equals_torchmetrics(folder: Path) -> None:
     images_BCHW = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 256, 256), dtype=np.uint8))
     metric = theirs(folder)
     clip = Clip(str(folder))
@@ -93,14 +93,14 @@ def test_each_score_is_torchmetrics_own(folder: Path) -> None:
     assert float(metric.compute()) == pytest.approx(float(clip(images_BCHW, CAPTIONS).mean()), rel=1e-5)
 
 
-def test_a_long_caption_keeps_its_end_mark(folder: Path) -> None:
+def test_a_long_caption_keeps_its_end_token(folder: Path) -> None:
     images_BCHW = torch.zeros(2, 3, 256, 256, dtype=torch.uint8)
     longest = "1" * (POSITIONS - 2)  # a piece each
     cut, whole = Clip(str(folder))(images_BCHW, [longest + "23", longest]).tolist()
     assert cut == pytest.approx(whole, abs=1e-5)
 
 
-def test_the_score_of_an_evaluation_is_torchmetrics_on_its_images(
+def test_the_score_of_an_evaluation_equals_torchmetrics_on_its_images(
     unbroken: Path, command: list[str], folder: Path
 ) -> None:
     prompts = choose_prompts(read_coco(Path(command[command.index("--coco") + 1])), 10, PROMPT_SEED)
@@ -117,7 +117,7 @@ def test_the_score_of_an_evaluation_is_torchmetrics_on_its_images(
     assert len(found["clip_sha256"]) == len(found["clip_settings_sha256"]) == 64
 
 
-def test_two_ranks_and_an_interrupted_evaluation_find_the_same_score(
+def test_two_ranks_and_an_interrupted_evaluation_give_the_same_score(
     unbroken: Path, command: list[str], tmp_path: Path
 ) -> None:
     on_two_ranks([*command, "--out", str(tmp_path / "two")])
@@ -134,7 +134,7 @@ def test_two_ranks_and_an_interrupted_evaluation_find_the_same_score(
     assert read(tmp_path / "killed")["clip"] == read(unbroken)["clip"]
 
 
-def test_a_finished_evaluation_is_scored_without_drawing_and_its_fid_stays(
+def test_a_finished_evaluation_is_scored_without_sampling_again(
     unbroken: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at = command.index("--clip")
@@ -167,7 +167,7 @@ def test_reconstructions_are_scored_beside_their_floor(command: list[str], tmp_p
     assert read(tmp_path / "out")["floor"] == result["floor"]  # with neither --clip nor a floor
 
 
-def test_wrong_models_are_named_before_anything_is_loaded(
+def test_wrong_models_are_refused_before_loading(
     command: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*words: str) -> str:
@@ -183,7 +183,7 @@ def test_wrong_models_are_named_before_anything_is_loaded(
     (tmp_path / "bert" / "config.json").write_text((folder / "config.json").read_text())
     assert "expected model.safetensors or pytorch_model.bin" in refused("--clip", str(tmp_path / "bert"))
     assert main(["--checkpoint", "runs", "--clip", str(folder), "--forgetting", str(tmp_path)]) == 2
-    assert "--clip: says nothing without --coco" in capsys.readouterr().err
+    assert "--clip requires --coco" in capsys.readouterr().err
 
 
 def test_a_model_without_a_tensor_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_probed_run_leaves_table_1_and_curves(probed: Run) -> None:
     assert [point.step for point in points] == [step * 8 * 112 for step in (0, 3, 6, 8)]
 
 
-def test_a_finished_run_measures_as_its_last_line(probed: Run) -> None:
+def test_a_finished_run_reproduces_its_last_measurement(probed: Run) -> None:
     model = load_trained(probed.folder)
     assert (
         forgetting_report(model, model.config.forgetting, probed.folder)
@@ -53,7 +53,7 @@ def test_a_finished_run_measures_as_its_last_line(probed: Run) -> None:
     )
 
 
-def test_evaluate_measures_a_finished_run_as_it_measured_itself(
+def test_evaluate_reproduces_the_last_measurement_of_a_run(
     probed: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -72,21 +72,21 @@ def test_evaluate_measures_a_finished_run_as_it_measured_itself(
     assert found["settings"]["completion_tokens"] == 4
 
 
-def test_evaluate_on_another_text_has_no_change_and_says_so(
+def test_evaluate_on_another_text_reports_no_change(
     probed: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text("\f".join("\n\n".join(TEXT[start : start + 20][::-1]) for start in (0, 20, 40)))
     command = ["--checkpoint", str(probed.folder), "--forgetting", str(other), "--out", str(tmp_path / "out")]
     assert evaluate(command) == 0
-    assert capsys.readouterr().err.count("note: no change of text: forgetting_before.json holds other rows") == 1
+    assert capsys.readouterr().err.count("note: no change for text: forgetting_before.json holds other rows") == 1
     found = json.loads((tmp_path / "out" / "forgetting.json").read_text())
     assert (found["text"]["rows"], found["text"]["targets"]) == (6, 6 * 32)  # of as many rows as before training
     assert "change" not in found["text"]["text_rows"]
-    assert found["note"].startswith("no change of text")
+    assert found["note"].startswith("no change for text")
 
 
-def test_evaluate_replaces_no_result_of_other_settings(
+def test_evaluate_overwrites_no_result_of_other_settings(
     probed: Run, pretrained: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.txt"
@@ -112,7 +112,7 @@ def test_evaluate_replaces_no_result_of_other_settings(
         for dry in ([], ["--dry-run"]):
             assert evaluate([*words, *dry]) == 2
             said = capsys.readouterr().err
-            assert f"{out / 'forgetting.json'} holds another result (" in said
+            assert f"{out / 'forgetting.json'} holds a result of other settings (" in said
             assert differing in said
             assert "--out" in said
     assert (out / "forgetting.json").read_bytes() == first
@@ -120,10 +120,10 @@ def test_evaluate_replaces_no_result_of_other_settings(
     del unknown["made_with"]
     (out / "forgetting.json").write_text(json.dumps(unknown))
     assert evaluate([*command, str(book)]) == 2
-    assert "does not say what it was made with" in capsys.readouterr().err
+    assert "does not name its settings" in capsys.readouterr().err
 
 
-def test_evaluate_names_what_it_cannot_measure_before_it_loads_a_model(
+def test_evaluate_refuses_wrong_inputs_before_loading_a_model(
     probed: Run,
     pretrained: Run,
     book: Path,
@@ -151,7 +151,7 @@ def test_evaluate_names_what_it_cannot_measure_before_it_loads_a_model(
     assert "lambada.v2.jsonl line 2: query=1: expected a text" in refused(probed.folder, *text, "--tasks", str(tasks))
     assert "--tasks nowhere: no such folder" in refused(probed.folder, *text, "--tasks", "nowhere")
     assert "--rows 0: expected at least 1" in refused(probed.folder, *text, "--rows", "0")
-    assert "--questions: says nothing without --tasks" in refused(probed.folder, *text, "--questions", "3")
+    assert "--questions requires --tasks" in refused(probed.folder, *text, "--questions", "3")
     assert f"--forgetting {blank}: there is no text in it" in refused(probed.folder, "--forgetting", str(blank))
     for name in (str(tmp_path / "none"), "../none.txt", "org/books:test"):  # what is no file may be a dataset's name
         said = refused(probed.folder, "--forgetting", name)
@@ -160,12 +160,12 @@ def test_evaluate_names_what_it_cannot_measure_before_it_loads_a_model(
     assert f"{bare} has no whole checkpoint" in refused(bare, *text)
 
 
-def test_rows_that_are_longer_than_the_positions_are_refused_with_a_way_out(
+def test_rows_longer_than_the_positions_are_refused_with_a_remedy(
     pretrained: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--checkpoint", str(pretrained.folder), "--forgetting", str(book), "--out", str(tmp_path / "out")]
     assert evaluate(command) == 2
-    assert "forgetting.length=256: the backbone has 112 positions; give at most so many (evaluate: --length 112)" in (
+    assert "forgetting.length=256: the backbone has 112 positions; give at most 112 (evaluate: --length 112)" in (
         capsys.readouterr().err
     )
     assert evaluate([*command, "--length", "112", "--rows", "2"]) == 0
@@ -173,7 +173,7 @@ def test_rows_that_are_longer_than_the_positions_are_refused_with_a_way_out(
     assert found["text"]["targets"] == 2 * 112
 
 
-def test_a_run_that_goes_on_from_an_older_baseline_says_that_it_has_no_change(
+def test_a_resumed_run_with_an_older_baseline_reports_no_change(
     probed: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def forget_identity(folder: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_run_that_goes_on_from_an_older_baseline_says_that_it_has_no_change(
         (folder / BASELINE).write_text(json.dumps(content["values"]))
 
     resumed = resume_from_middle(PRETRAINED, tmp_path, probed, first=forget_identity)
-    said = "no change of anything: forgetting_before.json does not say which rows and questions it holds"
+    said = "no change for any value: forgetting_before.json has no hashes of its rows and questions"
     captured = capsys.readouterr()
     assert captured.err.count(f"note: {said}") == 1
     assert f"forgetting: {said}" in captured.out
@@ -211,7 +211,7 @@ def test_a_resumed_run_measures_as_an_unbroken_one(probed: Run, tmp_path: Path) 
         (["optim.l2_sp=1", "freeze=[text_rows,norm,attention,ffn]"], "leave no pre-trained weight trainable"),
     ],
 )
-def test_bad_settings_are_named(
+def test_bad_settings_are_refused(
     overrides: list[str], message: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", *overrides]) == 2

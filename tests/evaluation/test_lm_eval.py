@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: its requests against direct computations, and the command on a task of this test."""
+"""Tasks of lm-evaluation-harness: requests against direct computations, and the command on a local task."""
 
 import json
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def requests(kind: str, rows: Sequence[tuple[Any, ...]]) -> list[Instance]:
 
 
 @pytest.mark.parametrize("all_rows", [False, True])
-def test_its_likelihoods_are_those_of_our_questions(
+def test_likelihoods_equal_those_of_the_question_probe(
     decoder: Decoder, text: SentencePieceTokenizer, all_rows: bool
 ) -> None:
     long = " ".join(TEXT)
@@ -65,7 +65,7 @@ def test_its_likelihoods_are_those_of_our_questions(
         assert best == bool((scores.best_of_all_N if all_rows else scores.best_of_text_N).all())
 
 
-def test_its_rolling_likelihood_is_the_loss_of_text(decoder: Decoder, text: SentencePieceTokenizer) -> None:
+def test_rolling_likelihood_equals_the_text_loss(decoder: Decoder, text: SentencePieceTokenizer) -> None:
     document = TEXT[0]
     ids = [text.document_end, *text.encode(document)]
     assert 20 < len(ids) <= 65
@@ -75,9 +75,7 @@ def test_its_rolling_likelihood_is_the_loss_of_text(decoder: Decoder, text: Sent
     assert harness.loglikelihood_rolling(asked, disable_tqdm=True) == pytest.approx([-mean * (len(ids) - 1), 0.0])
 
 
-def test_a_document_longer_than_the_positions_is_scored_once_each_id(
-    decoder: Decoder, text: SentencePieceTokenizer
-) -> None:
+def test_each_id_of_a_long_document_is_scored_once(decoder: Decoder, text: SentencePieceTokenizer) -> None:
     document = " ".join(TEXT)
     ids = text.encode(document)
     assert len(ids) > 3 * 64
@@ -102,7 +100,7 @@ def test_texts_beyond_the_tokenizers_limit_lose_nothing(decoder: Decoder, text: 
 
 
 @pytest.mark.parametrize("all_rows", [False, True])
-def test_answers_are_greedy_and_those_of_each_alone(
+def test_answers_are_greedy_and_independent_of_the_batch(
     decoder: Decoder, text: SentencePieceTokenizer, all_rows: bool
 ) -> None:
     from t2i_lm.evaluation.probes.completions import complete
@@ -127,7 +125,7 @@ def test_answers_are_greedy_and_those_of_each_alone(
         ({"do_sample": True, "temperature": 0.7}, "task tiny: do_sample=true, but answers are greedy here"),
     ],
 )
-def test_what_it_cannot_answer_is_named(
+def test_unsupported_requests_are_refused(
     settings: dict[str, Any], message: str, decoder: Decoder, text: SentencePieceTokenizer
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -156,7 +154,7 @@ def test_a_local_task_is_measured_before_and_after(
     out = tmp_path / "out"
     command = ["--checkpoint", str(probed.folder), "--lm-eval", "tiny_rings", "--lm-eval-tasks", str(tasks)]
     assert main([*command, "--dry-run"]) == 0
-    said = "all questions each of tiny_rings, over the text rows alone, by the model before training and after it"
+    said = "all questions each of tiny_rings, over the text rows only, by the model before and after training"
     assert said in capsys.readouterr().out
     assert main([*command, "--out", str(out)]) == 0
     found = json.loads((out / "lm_eval.json").read_text())
@@ -171,7 +169,6 @@ def test_a_local_task_is_measured_before_and_after(
 
     right: dict[str, list[float]] = {}
     for name, model in (("value", load_trained(probed.folder)), ("before", load_initial(probed.folder))):
-        assert model.text is not None
         for question in QUESTIONS:
             options = [
                 encode_option(model.text, str(question["question"]), f" {end}", 64) for end in question["options"]
@@ -210,7 +207,7 @@ def test_a_generating_task_is_scored_and_a_random_start_has_no_before(scratch: R
     assert found["tasks"]["tiny_rings"]["metrics"]["exact_match"]["value"] == 0
 
 
-def test_wrong_options_are_named_before_the_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_refused_before_loading_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = write_task(tmp_path / "tasks")
 
     def refused(*words: str) -> str:
@@ -224,4 +221,4 @@ def test_wrong_options_are_named_before_the_model_is_loaded(tmp_path: Path, caps
     assert "--lm-eval ',': expected names of tasks" in refused("--lm-eval", ",")
     assert "--lm-eval-tasks absent: no such folder" in refused("--lm-eval", "piqa", "--lm-eval-tasks", "absent")
     assert "--lm-eval-limit 0: expected at least 1" in refused("--lm-eval", "piqa", "--lm-eval-limit", "0")
-    assert "--lm-eval-limit: says nothing without --lm-eval" in refused("--forgetting", ".", "--lm-eval-limit", "3")
+    assert "--lm-eval-limit requires --lm-eval" in refused("--forgetting", ".", "--lm-eval-limit", "3")

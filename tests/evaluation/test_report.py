@@ -18,7 +18,7 @@ from t2i_lm.runtime.tables import markdown_table
 ROOT = Path(__file__).parents[2]
 
 
-def test_accuracy_is_one_for_the_scenes_asked_for_and_low_for_others() -> None:
+def test_accuracy_is_one_for_matching_scenes_and_low_for_others() -> None:
     source = SceneSource(60, "val", 0)
     pairs = [source[index] for index in range(60)]
     meanings = [pair.meaning or {} for pair in pairs]
@@ -35,7 +35,7 @@ def test_accuracy_is_one_for_the_scenes_asked_for_and_low_for_others() -> None:
         assert entry["se"] == pytest.approx(math.sqrt(entry["right"] * (1 - entry["right"]) / entry["of"]))
 
 
-def test_the_summary_says_how_sure_shares_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_shows_standard_errors_of_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     right, limit = {"right": 0.25, "se": 0.0541, "of": 64}, {"right": 0.981, "se": 0.004, "of": 1000}
     report = {
         **{"experiment": "x", "scale": "demo", "seed": 0, "steps": 1, "wall_s": 1, "val": None},
@@ -49,7 +49,7 @@ def test_the_summary_says_how_sure_shares_are(tmp_path: Path, capsys: pytest.Cap
     assert "true caption preferred (chance 0.5): size 83% +- 2%" in printed
 
 
-def test_the_ceiling_of_accuracy_is_what_reconstructions_still_show_and_is_kept(
+def test_the_accuracy_ceiling_is_that_of_reconstructions_and_cached(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = [*tiny, "image_tokenizer.path=asset:image_tokenizer", f"data.cache_dir={tmp_path}"]
@@ -74,7 +74,7 @@ def test_the_ceiling_of_accuracy_is_what_reconstructions_still_show_and_is_kept(
     assert file.stat().st_mtime_ns != written
 
 
-def test_a_table_shows_every_text_in_its_own_cell() -> None:
+def test_a_table_escapes_the_text_of_its_cells() -> None:
     table = markdown_table(["id", "token"], [[1, "|"], [2, "\n"], [3, " a\\<b>\nc "]])
     assert table.split("\n") == ["| id | token |", "|---|---|", "| 1 | \\| |", "| 2 |  |", "| 3 | a\\\\&lt;b><br>c |"]
 
@@ -89,7 +89,7 @@ def test_a_grid_shows_every_image_with_its_caption() -> None:
         captioned_grid([black] * 5, ["a"] * 4)
 
 
-def test_familiar_scenes_show_trained_pairs_and_equal_no_training_scene(tiny: list[str]) -> None:
+def test_familiar_scenes_contain_seen_pairs_and_equal_no_training_scene(tiny: list[str]) -> None:
     config = load_experiment(ROOT / "experiments" / "t2i_scratch.yaml", "demo", [*tiny, "data.train_size=3000"])
     experiment = build(config)
     scenes = familiar_scenes(experiment, 300)

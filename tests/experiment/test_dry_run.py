@@ -1,11 +1,11 @@
-"""What a run would be, at the paper's scale, without a file of it."""
+"""Dry runs: sizes and costs at the paper's scale, without its files."""
 
 from pathlib import Path
 
 import pytest
 
 from t2i_lm.config.load import load_experiment
-from t2i_lm.experiment.dry_run import GIB, count, describe, memory_gib, plan
+from t2i_lm.experiment.dry_run import GIB, describe, memory_gib, parameter_count, plan, short
 from t2i_lm.train import main
 from tests.runs import EXPERIMENTS, PRETRAINED
 
@@ -15,11 +15,15 @@ def test_the_papers_numbers_come_out_without_weights() -> None:
     assert "1,507,033,088 (1,439,895,552 before expansion)" in text
     assert "66,823 rows (50,432 text, 16,384 image)" in text
     assert "1,024 image ids and at most 122 text ids" in text
-    assert "tokens a step: 1,032,192" in text
-    assert "1e+11 tokens" in text
+    assert "tokens: 1.032M per step (pads included), 100B in 96,900 steps" in text
     assert "8.901e+09 FLOP/token" in text
     assert "hf download ai-forever/MoVQGAN movqgan_270M.ckpt" in text
     assert "missing: data.path=null" in text
+
+
+def test_counts_have_four_digits_and_a_unit() -> None:
+    counts = (999, 7168, 1_032_192, 100_019_404_800, 2e12)
+    assert [short(count) for count in counts] == ["999", "7.168k", "1.032M", "100B", "2T"]
 
 
 def test_frozen_parts_are_counted() -> None:
@@ -37,7 +41,9 @@ def test_shards_hold_whole_gradients_while_micro_batches_add_up() -> None:
         needs.append(memory_gib(config, planned.model, 112))
     assert needs[0]["ddp"] == needs[1]["ddp"]
     for name in ("fsdp2", "hsdp"):
-        assert needs[1][name] - needs[0][name] == pytest.approx(4 * count(planned.model, trainable=True) / GIB)
+        assert needs[1][name] - needs[0][name] == pytest.approx(
+            4 * parameter_count(planned.model, trainable=True) / GIB
+        )
 
 
 @pytest.mark.parametrize("name", ["t2i_scratch", "text_lm", "image_tokenizer"])

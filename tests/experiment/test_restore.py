@@ -1,4 +1,4 @@
-"""A run's weights for evaluation: which checkpoint is read, and with which tokenizers."""
+"""Models of run folders: the choice of the checkpoint, and the check of the tokenizers."""
 
 import json
 import shutil

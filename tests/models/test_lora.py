@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i_lm.experiment.export import export
 from t2i_lm.experiment.restore import load_trained
-from t2i_lm.export import export
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import freeze

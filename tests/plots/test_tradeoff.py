@@ -10,6 +10,7 @@ from t2i_lm.evaluation.forgetting import write_completions
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.tradeoff import Point, pareto_front
 from t2i_lm.storage.run_folder import read_run
+from t2i_lm.training.remedies import remedy_experiments
 from tests.plots.synthetic_runs import read_lines, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -113,8 +114,7 @@ def test_one_command_trains_what_is_missing_and_draws(
 
 def test_no_images_are_drawn_unless_asked_for() -> None:
     plain, asked = (
-        remedies.experiments(remedies.parser().parse_intermixed_args(["--text", "x", *more]), BASE)
-        for more in ([], ["samples.prompts=64"])
+        remedy_experiments("x", None, None, [], "demo", more, BASE) for more in ([], ["samples.prompts=64"])
     )
     assert {config.samples.prompts for config in plain} == {0}
     assert {config.samples.interval for config in plain} == {None}

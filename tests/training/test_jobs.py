@@ -1,4 +1,4 @@
-"""Several runs at once: each as it would be alone, failures by name, and a signal that stops all of them."""
+"""Several runs: equal in parallel and in sequence, failures by name, and a signal that stops all of them."""
 
 import signal
 import subprocess
@@ -70,15 +70,15 @@ def test_a_run_from_the_latest_alignment_is_found_again(tmp_path: Path) -> None:
 def test_runs_at_once_are_what_they_are_alone(
     tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_jobs([Job(config) for config in arms(tmp_path / "alone", *tiny)]) == 0
+    assert run_jobs([Job(config) for config in arms(tmp_path / "sequence", *tiny)]) == 0
     capfd.readouterr()
-    assert run_jobs([Job(config) for config in arms(tmp_path / "both", *tiny)], at_once=2) == 0
-    assert losses(tmp_path / "both") == losses(tmp_path / "alone")
-    said = capfd.readouterr().out
-    assert "== uncond_scratch: finished after" in said
-    assert "2 of 2, about 0:00:00 left" in said
-    assert "step 8/8" not in said
-    assert "step 8/8" in (tmp_path / "both" / "uncond_scratch.log").read_text()
+    assert run_jobs([Job(config) for config in arms(tmp_path / "parallel", *tiny)], parallel=2) == 0
+    assert losses(tmp_path / "parallel") == losses(tmp_path / "sequence")
+    output = capfd.readouterr().out
+    assert "== uncond_scratch: finished after" in output
+    assert "2/2, ETA 0:00:00" in output
+    assert "step 8/8" not in output
+    assert "step 8/8" in (tmp_path / "parallel" / "uncond_scratch.log").read_text()
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_one_that_fails_is_named_with_its_last_words_and_nothing_more_is_begun(
         good, name="broken", backbone=replace(good.backbone, path=str(tmp_path / "absent")), init="pretrained"
     )
     jobs = [Job(config) for config in (bad, replace(bad, name="broken too"), replace(good, name="never"))]
-    assert run_jobs(jobs, at_once=2) == 2
+    assert run_jobs(jobs, parallel=2) == 2
     captured = capfd.readouterr()
     assert "== broken: failed with code 2" in captured.err
     assert "absent" in captured.err
@@ -123,7 +123,7 @@ def test_a_signal_before_a_run_has_begun_is_no_crash(tiny: list[str], tmp_path: 
 def test_runs_of_several_devices_are_not_made_at_once(tiny: list[str], tmp_path: Path) -> None:
     jobs = [Job(config) for config in arms(tmp_path, *tiny, "trainer.devices=2")]
     with pytest.raises(ValueError, match=r"trainer\.devices=2: expected 1 with --jobs"):
-        run_jobs(jobs, at_once=2)
+        run_jobs(jobs, parallel=2)
 
 
 @pytest.mark.slow

@@ -1,1 +1,1 @@
-"""What is left of a language model's abilities: held-out text, questions, completions (Table 1)."""
+"""Probes of a language model: held-out text, questions, completions, and lm-evaluation-harness' requests."""

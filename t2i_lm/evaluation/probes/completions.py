@@ -1,7 +1,7 @@
 """Greedy completions of fixed prompts (Table 1), with image and boundary rows masked and unmasked.
 
-Unmasked alone would not tell a model that has forgotten a fact from one that answers with an image (its image rows
-win); masked alone would hide the latter.
+Unmasked completions do not distinguish a model that has forgotten a fact from one that answers with an image, since
+image rows win; masked completions hide the latter.
 """
 
 import torch
@@ -22,13 +22,13 @@ PROMPTS = {
 
 
 def complete(decoder: Backbone, text: TextTokenizer, prompt: str, tokens: int, limit: int) -> dict[str, str]:
-    """A prompt and its completion, `masked` (text rows alone) and `unmasked`, decoded greedily.
+    """A prompt and its greedy completions: `masked` (over the text rows only) and `unmasked`.
 
     Args:
         decoder: expanded or not.
         text: its tokenizer.
-        prompt: text; at the beginning of a document, its own beginning left out where it does not fit.
-        tokens: ids of the completion at most; less where the text ends.
+        prompt: text at the beginning of a document, cut on the left where it does not fit.
+        tokens: maximum length of the completion in ids; it ends earlier with the document.
         limit: positions of the model.
     """
     ids = [text.document_end, *text.encode(prompt)][-max(1, limit - tokens) :]
@@ -47,7 +47,7 @@ def spell(ids: list[int], text: TextTokenizer, text_size: int) -> str:
         if token is not None and token < text_size:
             run.append(token)
             continue
-        # Rows that pad a backbone's vocabulary are no piece of its tokenizer.
+        # Rows that pad a backbone's vocabulary have no piece in its tokenizer.
         words += text.decode(piece for piece in run if piece < text.vocab_size)
         run = []
         if token is not None:

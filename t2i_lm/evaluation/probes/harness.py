@@ -1,7 +1,7 @@
-"""A decoder as lm-evaluation-harness sees it (the extra `lm-eval`): its requests, answered by this suite's own code.
+"""A decoder as a model of lm-evaluation-harness (extra `lm-eval`): its requests, computed by this suite's own code.
 
 Every text stands at the beginning of a document, after the tokenizer's end of document, as in training on text and in
-the other probes. Ids that the model has no position for are left out at the left, as by the harness' own models.
+the other probes. Ids beyond the model's positions are cut on the left, as by the harness' own models.
 
 Shapes: `B` texts, `N` targets, `D` width, `V` vocabulary.
 """
@@ -24,14 +24,16 @@ from t2i_lm.models.generate import prefill
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.text import MAX_CHARACTERS
 
-# Sequences between two steps of the progress bar, and ids of an answer where the task names no number.
-LOG_EVERY_S, ANSWER = 512, 256
+# Sequences per step of the progress bar.
+STEP = 512
+# Maximum ids of an answer where the task sets none.
+ANSWER = 256
 
 
 class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
-    """Likelihoods over the text rows alone, renormalized, or over all rows; answers are greedy.
+    """Likelihoods renormalized to the text rows, or over all rows, and greedy answers.
 
-    Likelihood of a continuation is counted from the first id in which context and context + continuation differ.
+    A continuation is scored from the first id in which context and context + continuation differ.
     """
 
     def __init__(self, decoder: Backbone, text: TextTokenizer, all_rows: bool = False) -> None:
@@ -41,12 +43,12 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
         self._limit = decoder.config.seq_len
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(Nats, whether every id is the likeliest) of each (context, continuation)."""
+        """(Log-likelihood in nats, whether every id is the likeliest) of each (context, continuation)."""
         options = [self._option(*request.args) for request in requests]
         return [(-float(nll_N.sum()), bool(best_N.all())) for nll_N, best_N in self._score(options, disable_tqdm)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Nats of each whole (text,), in the harness' windows: each id once, after as many others as there is room."""
+        """Nats of each (text,), in the harness' windows: each id once, after as long a context as fits."""
         options: list[tuple[list[int], int]] = []
         owners = []
         for owner, request in enumerate(requests):
@@ -65,15 +67,15 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
         """Greedy answers to each (context, settings), up to a stop text, the end of the document or a number of ids.
 
         Raises:
-            ValueError: if a task asks for random draws, or for more ids than the model has positions.
+            ValueError: if a task requires random sampling, or more ids than the model has positions.
         """
         prompts, limits, stops = [], [], []
         for request in requests:
             context, settings = request.args
-            wanted = normalize_gen_kwargs(settings, min(ANSWER, self._limit // 2))
-            if wanted["do_sample"] and float(wanted.get("temperature", 1.0)) > 0:
+            kwargs = normalize_gen_kwargs(settings, min(ANSWER, self._limit // 2))
+            if kwargs["do_sample"] and float(kwargs.get("temperature", 1.0)) > 0:
                 raise ValueError(f"task {request.task_name}: do_sample=true, but answers are greedy here")
-            tokens = wanted["max_gen_toks"]
+            tokens = kwargs["max_gen_toks"]
             if not 0 < tokens < self._limit:
                 raise ValueError(
                     f"task {request.task_name}: max_gen_toks={tokens}, but the backbone has {self._limit} positions"
@@ -81,7 +83,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
             ids = [self._text.document_end, *self._text.encode(context[-MAX_CHARACTERS:])]
             prompts.append(torch.tensor(ids[-(self._limit - tokens) :]))
             limits.append(tokens)
-            stops.append([stop for stop in wanted["until"] if stop])
+            stops.append([stop for stop in kwargs["until"] if stop])
         answers: dict[int, str] = {}
         for members in tqdm(self._batches(prompts, limits), desc="answers", disable=disable_tqdm):
             own = [prompts[member] for member in members]
@@ -90,34 +92,34 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
         return [answers[number] for number in range(len(requests))]
 
     def _option(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Ids after the end of a document, and the place of the first that is scored."""
-        kept = context.rstrip()  # the harness: a space before a word belongs to the word
-        continuation = context[len(kept) :] + continuation
-        # The tokenizer takes so many characters; what stands further to the left has no position anyway.
-        kept = kept[max(0, len(kept) + len(continuation) - MAX_CHARACTERS) :]
-        return encode_option(self._text, kept, continuation, self._limit + 1)  # the last id is a target alone
+        """Ids after the end of a document, and the index of the first one that is scored."""
+        stripped = context.rstrip()  # in the harness, a space before a word belongs to the word
+        continuation = context[len(stripped) :] + continuation
+        # The tokenizer's limit; text further to the left has no position anyway.
+        stripped = stripped[max(0, len(stripped) + len(continuation) - MAX_CHARACTERS) :]
+        return encode_option(self._text, stripped, continuation, self._limit + 1)  # the last id is only a target
 
     def _encode(self, string: str) -> list[int]:
-        """Ids of a text of any length, which the tokenizer is given in pieces."""
+        """Ids of a text of any length, tokenized in pieces."""
         starts = range(0, len(string), MAX_CHARACTERS)
         return [token for start in starts for token in self._text.encode(string[start : start + MAX_CHARACTERS])]
 
     def _score(self, options: Sequence[tuple[list[int], int]], quiet: bool) -> list[tuple[Tensor, Tensor]]:
-        """Nll (N,) of the targets of each option, and whether each is the likeliest; the longest first."""
+        """Nll (N,) of the targets of each option, and whether each is the likeliest id; longest first."""
         order = sorted(range(len(options)), key=lambda number: -len(options[number][0]))
         scored: dict[int, tuple[Tensor, Tensor]] = {}
         with tqdm(total=len(order), desc="likelihoods", disable=quiet) as bar:
-            for start in range(0, len(order), LOG_EVERY_S):
-                members = order[start : start + LOG_EVERY_S]
-                found = score_continuations(self._decoder, [options[member] for member in members])
-                for member, score in zip(members, found, strict=True):
+            for start in range(0, len(order), STEP):
+                members = order[start : start + STEP]
+                scores = score_continuations(self._decoder, [options[member] for member in members])
+                for member, score in zip(members, scores, strict=True):
                     all_rows = (score.all_rows_N, score.best_of_all_N)
                     scored[member] = all_rows if self._all_rows else (score.text_rows_N, score.best_of_text_N)
                 bar.update(len(members))
         return [scored[number] for number in range(len(options))]
 
     def _batches(self, prompts: Sequence[Tensor], limits: Sequence[int]) -> list[list[int]]:
-        """Prompts that are answered together: of one limit, and of one length where the cache cannot hold several."""
+        """Batches of prompts: of one answer limit, and of one length unless the cache is ragged."""
         groups: dict[tuple[int, int], list[int]] = {}
         for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
             length = 0 if self._decoder.ragged_cache else len(prompts[number])
@@ -131,7 +133,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
         return batches
 
     def _continue(self, prompts: Sequence[Tensor], tokens: int, stops: Sequence[Sequence[str]]) -> list[str]:
-        """Texts after prompts; what an answer would hold behind its stop text is left out."""
+        """Answers to prompts, each cut at its first stop text."""
         rows, end = len(self._decoder.output.text), self._text.document_end
         cache = self._decoder.new_cache(len(prompts), max(map(len, prompts)) + tokens)
         last_BD = prefill(self._decoder, prompts, cache)

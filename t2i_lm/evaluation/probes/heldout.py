@@ -1,7 +1,9 @@
-"""Held-out text: the loss of a language model on running text, in rows of consecutive ids.
+"""Loss of a language model on held-out text, in rows of consecutive ids.
 
 Shapes: `R` rows, `T` ids of a row.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -14,14 +16,17 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.tokenizers.base import TextTokenizer
 
 
-def heldout_rows(path: str, text: TextTokenizer, rows: int, length: int) -> tuple[Tensor, int]:
-    """Evenly spaced rows of a text, cut as pre-training on text cuts its own (`data/tokenize.py`).
+def heldout_rows(
+    path: str, text: TextTokenizer, rows: int, length: int, documents: Iterable[str] | None = None
+) -> tuple[Tensor, int]:
+    """Evenly spaced rows of a text, cut as in pre-training on text (`data/shards/tokenize.py`).
 
     Args:
         path: a file or folder of documents, or a hub name (`data/text.py`).
         text: its tokenizer.
-        rows: at most so many.
-        length: targets of a row.
+        rows: their number at most.
+        length: targets per row.
+        documents: those of `path`, where they have been read.
 
     Returns:
         Ids (R, length + 1) int64, and the UTF-8 bytes of all their targets.
@@ -29,22 +34,24 @@ def heldout_rows(path: str, text: TextTokenizer, rows: int, length: int) -> tupl
     Raises:
         ValueError: if the text is shorter than one row or cannot be read.
     """
-    found = list(text_rows(read_documents(path, "forgetting.text"), text, length))
-    if not found:
+    if documents is None:
+        documents = read_documents(path, "forgetting.text")
+    every = list(text_rows(documents, text, length))
+    if not every:
         raise ValueError(
             f"forgetting.text={path}: less text than one row of forgetting.length={length} ids (evaluate: --length)"
         )
-    kept = min(rows, len(found))
-    chosen = [found[number * len(found) // kept] for number in range(kept)]
+    count = min(rows, len(every))
+    chosen = [every[number * len(every) // count] for number in range(count)]
     ids_RT = torch.from_numpy(np.array([row["text_ids"] for row in chosen], dtype=np.int64))
     return ids_RT, sum(row["bytes"] for row in chosen)
 
 
 def text_losses(decoder: Backbone, ids_RT: Tensor) -> dict[str, list[float]]:
-    """Mean nll of each row's targets, nats/token: `all_rows`, and `text_rows` renormalized to the text rows.
+    """Mean nll per row, nats/token: `all_rows`, and `text_rows` renormalized to the text rows of the vocabulary.
 
-    Rows are equally long, so the mean of these is the loss of all targets; and they are what may be taken for
-    independent, which the targets of one row are not.
+    Rows are equally long, so the mean over rows is the loss of all targets; standard errors are taken over rows, since
+    the targets of one row are not independent.
     """
     losses: dict[str, list[float]] = {"all_rows": [], "text_rows": []}
     for part_BT in torch.split(ids_RT, max(1, POSITIONS // ids_RT.shape[1])):

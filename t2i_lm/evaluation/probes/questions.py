@@ -2,13 +2,13 @@
 
 A task is a file NAME.jsonl or NAME.jsonl.gz; its lines have one of three forms:
 
-- `query`, `choices`, `gold` (ARC, PIQA, COPA): which choice follows the query best;
-- `context_options`, `continuation`, `gold` (WinoGrande): after which context the continuation is likeliest;
-- `context`, `continuation` (LAMBADA): whether every id of the continuation is the likeliest one there.
+- `query`, `choices`, `gold` (ARC, PIQA, COPA): the choice most likely to follow the query;
+- `context_options`, `continuation`, `gold` (WinoGrande): the context after which the continuation is likeliest;
+- `context`, `continuation` (LAMBADA): whether every id of the continuation is the likeliest one.
 
-Zero-shot. A query that ends a line (ARC, PIQA) is answered after `Answer:`; every other continuation follows after a
-space. Likelihood is counted from the first id in which context and context + continuation differ. Every text stands at
-the beginning of a document, after the tokenizer's end of document.
+Zero-shot. A query that ends with a newline (ARC, PIQA) is followed by `Answer:`; every other continuation follows after
+a space. A continuation is scored from the first id in which context and context + continuation differ. Every text
+stands at the beginning of a document, after the tokenizer's end of document.
 
 Torch is imported late: commands read the files before they load a model.
 """
@@ -35,7 +35,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Question:
-    """What is scored, (context, continuation) each, and which of them is right (0 of a cloze)."""
+    """Options, each (context, continuation), and the index of the right one (0 for a cloze)."""
 
     options: Sequence[tuple[str, str]]
     gold: int
@@ -51,7 +51,7 @@ class Task:
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing; 0 of a cloze."""
+        """Accuracy of guessing; 0 for a cloze."""
         if self.form == "cloze":
             return 0.0
         return sum(1 / len(question.options) for question in self.questions) / len(self.questions)
@@ -59,29 +59,29 @@ class Task:
     @property
     def sha256(self) -> str:
         """Hash of the questions, in order."""
-        asked = [self.form, [asdict(question) for question in self.questions]]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        content = [self.form, [asdict(question) for question in self.questions]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def read_tasks(folder: Path, limit: int, key: str = "forgetting.tasks") -> list[Task]:
     """The tasks of a folder by name, at most `limit` evenly spaced questions of each.
 
     Args:
-        folder: of files NAME.jsonl or NAME.jsonl.gz.
-        limit: questions of each.
+        folder: contains files NAME.jsonl or NAME.jsonl.gz.
+        limit: questions per task.
         key: the config key or option that names the folder, for errors.
 
     Raises:
-        ValueError: if there is none, two files have one name, or a line has none of the three forms.
+        ValueError: if there is no task, two files have one name, or a line has none of the three forms.
     """
     files: dict[str, Path] = {}
     for file in sorted(file for pattern in ("*.jsonl", "*.jsonl.gz") for file in folder.glob(pattern)):
         name = file.name.removesuffix(".gz").removesuffix(".jsonl")
         if name in files:
-            raise ValueError(f"{key}={folder}: {files[name].name} and {file.name} are both the task {name}; keep one")
+            raise ValueError(f"{key}={folder}: {files[name].name} and {file.name} are both the task {name}; remove one")
         files[name] = file
     if not files:
-        raise ValueError(f"{key}={folder}: no .jsonl or .jsonl.gz file there")
+        raise ValueError(f"{key}={folder}: no .jsonl or .jsonl.gz file in it")
     return [_read_task(name, file, limit, key) for name, file in files.items()]
 
 
@@ -94,7 +94,8 @@ def _read_task(name: str, file: Path, limit: int, key: str) -> Task:
         raise ValueError(f"{key}: {file} cannot be read: {error}") from error
     if not lines:
         raise ValueError(f"{key}: {file} is empty")
-    numbers = [place * len(lines) // min(limit, len(lines)) for place in range(min(limit, len(lines)))]
+    count = min(limit, len(lines))
+    numbers = [index * len(lines) // count for index in range(count)]
     forms, questions = set(), []
     for number in numbers:
         try:
@@ -124,12 +125,12 @@ def _question(line: dict[str, Any]) -> tuple[str, Question]:
         options = [(line["context"], f" {line['continuation']}")]
     gold = int(line.get("gold", 0))
     if not 0 <= gold < len(options):
-        raise ValueError(f"gold={gold}: expected the number of one of {len(options)} options")
+        raise ValueError(f"gold={gold}: expected 0 to {len(options) - 1}")
     return form, Question(options, gold)
 
 
 def _require_text(key: str, value: Any) -> None:
-    """A text, or a list of texts where the key's name is a plural; `gold` is a number and not looked at."""
+    """Checks that a value is a text, or a list of texts where the key's name is a plural; `gold` is a number."""
     if key in ("choices", "context_options"):
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             raise ValueError(f"{key}={value!r}: expected a list of texts")
@@ -138,9 +139,9 @@ def _require_text(key: str, value: Any) -> None:
 
 
 def encode_option(text: "TextTokenizer", context: str, continuation: str, limit: int) -> tuple[list[int], int]:
-    """Ids of an option after the end of a document, and the place of the first that is scored.
+    """Ids of an option after the end of a document, and the index of the first one that is scored.
 
-    A context that does not fit `limit` ids loses its beginning.
+    A context that does not fit into `limit` ids is cut on the left.
     """
     before, whole = text.encode(context), text.encode(context + continuation)
     first = 0
@@ -152,7 +153,7 @@ def encode_option(text: "TextTokenizer", context: str, continuation: str, limit:
 
 
 def answer(decoder: "Backbone", text: "TextTokenizer", task: Task, limit: int) -> dict[str, list[float]]:
-    """One value a question, 1 where it is answered rightly.
+    """One value per question, 1 where the answer is right.
 
     Args:
         decoder: expanded or not.
@@ -161,8 +162,8 @@ def answer(decoder: "Backbone", text: "TextTokenizer", task: Task, limit: int) -
         limit: positions of the model.
 
     Returns:
-        `text_rows` and `all_rows`: by likelihood renormalized to the text rows, and over all rows. Of choices also
-        `..._norm`: by likelihood a character of the choice (lm-evaluation-harness' `acc_norm`). Of a cloze also
+        `text_rows` and `all_rows`: by likelihood renormalized to the text rows, and over all rows. For choices also
+        `..._norm`: by likelihood per character of the choice (lm-evaluation-harness' `acc_norm`). For a cloze also
         `..._nll`: nats of the whole continuation.
     """
     from t2i_lm.evaluation.probes.scores import score_continuations

@@ -1,7 +1,7 @@
-"""How well a model predicts given text ids: over all rows of its vocabulary, and over its text rows alone.
+"""Likelihood of text ids over all rows of a model's vocabulary, and renormalized to its text rows.
 
-After training on images a model may lose on text because its image and boundary rows take probability there, or
-because it no longer knows the text: the two numbers tell these apart, and one pass gives both.
+After training on images, a model may lose on text because its image and boundary rows take probability, or because it
+no longer predicts the text: the two numbers separate these, and one pass computes both.
 
 Shapes: `B` sequences, `T` positions, `N` targets, `D` width, `V` vocabulary; `C` targets of one chunk.
 """
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from t2i_lm.models.backbone import Backbone
 
-# Logits held at once, and positions of one forward pass.
+# Logits in memory at once.
 LOGITS = 2**22
+# Positions per forward pass.
 POSITIONS = 2**13
 
 
@@ -25,7 +26,7 @@ class TargetScores(NamedTuple):
 
     Attributes:
         all_rows_N: negative log-likelihood under the softmax over the whole vocabulary, nats, float64.
-        text_rows_N: the same, renormalized to the text rows; never larger.
+        text_rows_N: the same, renormalized to the text rows; never larger than `all_rows_N`.
         best_of_all_N: whether the target is the likeliest id.
         best_of_text_N: whether it is the likeliest text id.
     """
@@ -41,14 +42,14 @@ def score_targets(decoder: Backbone, ids_BT: Tensor, target_BT: Tensor) -> Targe
     """Scores the ids where `target_BT` holds (never the first of a sequence), in row-major order.
 
     Args:
-        decoder: expanded or not; what is not expanded has text rows alone.
+        decoder: expanded or not; without expansion, all rows are text rows.
         ids_BT: text ids.
-        target_BT: which of them are targets.
+        target_BT: mask of the targets.
     """
     device, weight_VD = decoder.output.text.device, decoder.output.matrix()
     text_size = len(decoder.output.text)
-    ids_BT, wanted_BT = ids_BT.to(device), target_BT.to(device)[:, 1:]
-    x_ND, target_N1 = decoder.hidden(ids_BT[:, :-1])[wanted_BT], ids_BT[:, 1:][wanted_BT][:, None]
+    ids_BT, mask_BT = ids_BT.to(device), target_BT.to(device)[:, 1:]
+    x_ND, target_N1 = decoder.hidden(ids_BT[:, :-1])[mask_BT], ids_BT[:, 1:][mask_BT][:, None]
     parts = []
     chunk = max(1, LOGITS // len(weight_VD))
     for x_CD, target_C1 in zip(torch.split(x_ND, chunk), torch.split(target_N1, chunk), strict=True):
@@ -56,7 +57,7 @@ def score_targets(decoder: Backbone, ids_BT: Tensor, target_BT: Tensor) -> Targe
         own_C = logits_CV.gather(1, target_C1)[:, 0].cpu().double()
         text_C = logits_CV[:, :text_size].logsumexp(dim=1).cpu().double()
         all_C = text_C
-        if len(weight_VD) > text_size:  # from the text rows' sum, so that it is never below it
+        if len(weight_VD) > text_size:  # from the text rows' sum, so never below it
             all_C = torch.logaddexp(text_C, logits_CV[:, text_size:].logsumexp(dim=1).cpu().double())
         best_C = (logits_CV.argmax(dim=1) == target_C1[:, 0]).cpu()
         best_text_C = (logits_CV[:, :text_size].argmax(dim=1) == target_C1[:, 0]).cpu()
@@ -65,11 +66,11 @@ def score_targets(decoder: Backbone, ids_BT: Tensor, target_BT: Tensor) -> Targe
 
 
 def score_continuations(decoder: Backbone, sequences: Sequence[tuple[list[int], int]]) -> list[TargetScores]:
-    """Scores the ids of each sequence from a given place on, in batches of similar length.
+    """Scores the ids of each sequence from its first target on, in batches of similar length.
 
     Args:
         decoder: expanded or not.
-        sequences: (text ids, place of the first target, at least 1).
+        sequences: (text ids, index of the first target, at least 1).
     """
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number][0]))
     scored: dict[int, TargetScores] = {}
@@ -77,7 +78,7 @@ def score_continuations(decoder: Backbone, sequences: Sequence[tuple[list[int], 
         longest = len(sequences[order[-1]][0])
         size = max(1, POSITIONS // longest)
         members, order = order[-size:], order[:-size]
-        ids_BT = torch.zeros(len(members), longest, dtype=torch.int64)  # what follows a sequence changes nothing
+        ids_BT = torch.zeros(len(members), longest, dtype=torch.int64)  # padding is invisible to a causal decoder
         target_BT = torch.zeros(len(members), longest, dtype=torch.bool)
         for row, number in enumerate(members):
             ids, first = sequences[number]

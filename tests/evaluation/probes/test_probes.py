@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from t2i_lm.config.sections import ForgettingConfig
-from t2i_lm.evaluation.forgetting import Probes, summary
 from t2i_lm.evaluation.probes.completions import complete, spell
 from t2i_lm.evaluation.probes.heldout import heldout_rows, text_losses
 from t2i_lm.evaluation.probes.questions import answer, encode_option, read_tasks
 from t2i_lm.evaluation.probes.scores import score_continuations, score_targets
+from t2i_lm.evaluation.probes.suite import Probes, summary
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.tokenizers.text import SentencePieceTokenizer, train_sentencepiece
 from tests.evaluation.tiny_tasks import TEXT, write_tasks
@@ -31,13 +31,15 @@ def test_text_losses_equal_a_direct_computation(decoder: Decoder, text: Sentence
     assert all(one < both for one, both in zip(losses["text_rows"], losses["all_rows"], strict=True))
 
 
-def test_without_new_rows_both_losses_are_one(bare: Decoder, text: SentencePieceTokenizer, book: Path) -> None:
+def test_without_new_rows_both_losses_are_equal(bare: Decoder, text: SentencePieceTokenizer, book: Path) -> None:
     ids_RT, _ = heldout_rows(str(book), text, 3, 32)
     losses = text_losses(bare, ids_RT)
     assert losses["text_rows"] == losses["all_rows"]
 
 
-def test_new_rows_that_shout_cost_all_rows_alone(decoder: Decoder, text: SentencePieceTokenizer, book: Path) -> None:
+def test_large_new_rows_raise_only_the_loss_over_all_rows(
+    decoder: Decoder, text: SentencePieceTokenizer, book: Path
+) -> None:
     ids_RT, _ = heldout_rows(str(book), text, 3, 32)
     before = text_losses(decoder, ids_RT)
     with torch.no_grad():
@@ -48,7 +50,7 @@ def test_new_rows_that_shout_cost_all_rows_alone(decoder: Decoder, text: Sentenc
     assert sum(after["all_rows"]) > sum(before["all_rows"]) + 3
 
 
-def test_rows_are_evenly_spread_and_a_short_text_is_named(text: SentencePieceTokenizer, book: Path) -> None:
+def test_rows_are_evenly_spaced_and_a_short_text_is_refused(text: SentencePieceTokenizer, book: Path) -> None:
     every, _ = heldout_rows(str(book), text, 10**6, 32)
     some, _ = heldout_rows(str(book), text, 4, 32)
     assert torch.equal(some, every[[place * len(every) // 4 for place in range(4)]])
@@ -56,7 +58,7 @@ def test_rows_are_evenly_spread_and_a_short_text_is_named(text: SentencePieceTok
         heldout_rows(str(book), text, 4, 9999)
 
 
-def test_a_batch_of_continuations_scores_as_each_alone(decoder: Decoder) -> None:
+def test_a_batch_of_continuations_scores_as_single_ones(decoder: Decoder) -> None:
     generator = torch.Generator().manual_seed(3)
     sequences = [
         (torch.randint(300, (length,), generator=generator).tolist(), first)
@@ -101,12 +103,12 @@ def test_questions_are_answered_by_the_likelier_option(
             assert values["text_rows_norm"] == [float(each[question.gold] == min(each))] * 2
 
 
-def test_query_lines_are_answered_after_answer(tmp_path: Path) -> None:
+def test_a_query_line_is_followed_by_answer(tmp_path: Path) -> None:
     arc = next(task for task in read_tasks(write_tasks(tmp_path / "tasks"), 9) if task.name == "arc")
     assert arc.questions[0].options[0] == ("Question: the red\nAnswer:", " circle")
 
 
-def test_a_long_context_loses_its_beginning(text: SentencePieceTokenizer) -> None:
+def test_a_long_context_is_cut_on_the_left(text: SentencePieceTokenizer) -> None:
     context, continuation = " ".join(TEXT), " the red ring"
     whole, at = encode_option(text, context, continuation, 10**6)
     ids, first = encode_option(text, context, continuation, 20)
@@ -124,17 +126,17 @@ def test_a_long_context_loses_its_beginning(text: SentencePieceTokenizer) -> Non
         ('\n{"context": null, "continuation": "b"}', "line 2: context=None: expected a text"),
     ],
 )
-def test_a_bad_line_is_named(extra: str, message: str, tmp_path: Path) -> None:
+def test_a_bad_line_is_refused(extra: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_tasks(write_tasks(tmp_path / "tasks", extra), 9)
 
 
-def test_a_folder_without_tasks_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_tasks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"forgetting\.tasks"):
         read_tasks(tmp_path, 9)
 
 
-def test_a_task_is_its_files_name_and_no_two_files_have_one(tmp_path: Path) -> None:
+def test_a_task_is_named_after_its_file_and_names_are_unique(tmp_path: Path) -> None:
     folder = write_tasks(tmp_path / "tasks")
     for name in ("arc.easy.jsonl", "arc.challenge.jsonl"):
         (folder / name).write_text((folder / "arc.jsonl").read_text())
@@ -145,7 +147,9 @@ def test_a_task_is_its_files_name_and_no_two_files_have_one(tmp_path: Path) -> N
         read_tasks(folder, 9)
 
 
-def test_completions_tell_leaking_image_rows_from_forgetting(decoder: Decoder, text: SentencePieceTokenizer) -> None:
+def test_completions_distinguish_leaking_image_rows_from_forgetting(
+    decoder: Decoder, text: SentencePieceTokenizer
+) -> None:
     quiet = complete(decoder, text, "the red circle", 5, 64)
     with torch.no_grad():
         assert decoder.output.image is not None
@@ -166,7 +170,7 @@ def test_summaries_have_standard_errors_and_paired_changes() -> None:
     assert "change" not in summary("accuracy", [1.0, 0.0], [1.0])
 
 
-def test_the_first_measurement_is_what_later_ones_are_compared_with(
+def test_later_measurements_are_compared_with_the_first(
     decoder: Decoder, text: SentencePieceTokenizer, book: Path, tmp_path: Path
 ) -> None:
     settings = ForgettingConfig(
@@ -202,7 +206,7 @@ def test_only_equal_rows_and_questions_of_one_tokenizer_are_compared(
     Probes(settings, text, baseline)(decoder)
 
     def compared(settings: ForgettingConfig, text: SentencePieceTokenizer = text) -> tuple[set[str], str]:
-        """What has a change, which must be 0, and what is said, once, of the rest."""
+        """Groups that have a change, which must be 0, and the note on the others, printed once."""
         probes = Probes(settings, text, baseline)
         record = probes(decoder)
         assert probes(decoder) == record
@@ -219,7 +223,7 @@ def test_only_equal_rows_and_questions_of_one_tokenizer_are_compared(
     other.write_text(" ".join(reversed(book.read_text().split(" "))))
     found, note = compared(replace(settings, text=str(other)))
     assert found == everything - {"text"}
-    assert note.startswith("no change of text: before.json holds other rows")
+    assert note.startswith("no change for text: before.json holds other rows")
     assert compared(replace(settings, length=31))[0] == everything - {"text"}
     lines = (tasks / "arc.jsonl").read_text().splitlines()
     (tasks / "arc.jsonl").write_text("\n".join([lines[0].replace("the red", "the blue"), *lines[1:]]))
@@ -233,7 +237,7 @@ def test_only_equal_rows_and_questions_of_one_tokenizer_are_compared(
     baseline.write_text(json.dumps(json.loads(baseline.read_text())["values"]))  # as earlier versions wrote it
     found, note = compared(settings)
     assert not found
-    assert "before.json does not say which rows and questions it holds" in note
+    assert "before.json has no hashes of its rows and questions" in note
 
 
 def test_the_formats_of_real_tasks_are_read(shared: Path) -> None:

@@ -1,0 +1,249 @@
+"""A trained run in Python: its config, curves, model, images and perplexity. `t2i_lm.load` returns it.
+
+Shapes: `B` sequences, `T` positions, `N` image ids, `M` modalities.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import load_experiment
+from t2i_lm.data.pairs import RejectedPairError, center_crop, decode_image
+from t2i_lm.data.shards.tokenize import ENCODE_BATCH, stack_images
+from t2i_lm.experiment.build import ImageModel
+from t2i_lm.experiment.restore import load_trained
+from t2i_lm.generation.images import chosen_sampling, generate_images, require_fitting, seeds_of
+from t2i_lm.models.backbone import Backbone
+from t2i_lm.runtime.devices import precision
+from t2i_lm.storage.run_folder import CONFIG, find_run, read_run
+from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
+from t2i_lm.tokenizers.layout import MODALITIES, IntArray
+
+HEAD = ("step", "samples", "tokens_nominal", "tokens_real", "lr")
+VALUES = ("nll", "ppl", "nll_ema", "ppl_ema", "count")
+BOUNDARY = MODALITIES[2]
+
+
+class Tokenizers(NamedTuple):
+    """Text <-> ids and images <-> ids of a run."""
+
+    text: TextTokenizer
+    image: ImageTokenizer
+
+
+class TrainedRun:
+    """A run folder with the newest checkpoint of its model, which is read at first use.
+
+    `model`, `tokenizers`, `sample` and `perplexity` are of runs of task=text_to_image or unconditional and raise a
+    ValueError for others; `sample` needs text_to_image.
+
+    Attributes:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __repr__(self) -> str:
+        run = read_run(self.folder)
+        step = run.metrics[-1]["step"] if run.metrics else 0
+        state = "unfinished" if run.report is None else "finished"
+        return f"TrainedRun({str(self.folder)!r}: {run.name}, step {step} of {self.config.trainer.max_steps}, {state})"
+
+    @cached_property
+    def config(self) -> ExperimentConfig:
+        """The experiment that was run, all keys resolved."""
+        return load_experiment(self.folder / CONFIG)
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """The run's report.json; None while the run is unfinished."""
+        return read_run(self.folder).report
+
+    def metrics(self) -> pd.DataFrame:
+        """The curves of metrics.jsonl: one row per record and modality.
+
+        Columns: `step`, `samples`, `tokens_nominal` (positions), `tokens_real` (without pads), `lr`; `split` (train or
+        val); `modality` (text, image, boundary, the aggregates all and all_no_boundary, ...); `nll` in nats/token and
+        `ppl`, over the interval since the last record or the whole validation set; `nll_ema` and `ppl_ema` (train
+        alone); `count` of targets. Missing values are NaN.
+
+        Raises:
+            ValueError: if the run's losses are not split by modality (task=image_tokenizer).
+        """
+        if self.config.task == "image_tokenizer":
+            raise ValueError(f"{self.folder} is a run of task=image_tokenizer, whose metrics.jsonl has no modalities")
+        rows = [
+            {key: record[key] for key in HEAD} | {"split": split, "modality": modality} | entry
+            for record in read_run(self.folder).metrics
+            for split in ("train", "val")
+            for modality, entry in record.get(split, {}).items()
+        ]
+        return pd.DataFrame(rows, columns=[*HEAD, "split", "modality", *VALUES])
+
+    @property
+    def model(self) -> Backbone:
+        """The expanded decoder, an `nn.Module` in evaluation mode; joint ids (B, T) -> logits (B, T, V)."""
+        return self._trained.decoder
+
+    @property
+    def tokenizers(self) -> Tokenizers:
+        """The tokenizers that the model was trained with."""
+        return Tokenizers(self._trained.text, self._trained.image)
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        cfg: float | None = None,
+        seed: int = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        each: int = 1,
+    ) -> list[Image.Image]:
+        """Generates images, the same as `python -m t2i_lm.sample` for equal prompts and options.
+
+        Args:
+            prompts: captions.
+            cfg: scale of classifier-free guidance; 1 is none, None the run's, as for the other sampling values.
+            seed: of the first image; the others follow from it.
+            temperature: divides the logits.
+            top_k: codes kept at each step.
+            top_p: probability kept at each step.
+            each: images per prompt.
+
+        Returns:
+            `each` images of the first prompt, then of the next.
+
+        Raises:
+            ValueError: if the run generates no images from captions, there is no prompt, a prompt is too long, or a
+                value is out of range.
+        """
+        if each < 1:
+            raise ValueError(f"each={each}: expected at least 1")
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not listed:
+            raise ValueError("prompts: expected at least one")
+        require_fitting(self._trained, listed)
+        sampling = chosen_sampling(self._trained, temperature, top_k, top_p, cfg)
+        captions = [prompt for prompt in listed for _ in range(each)]
+        images_HW3 = generate_images(self._trained, captions, seeds_of(seed, len(captions)), sampling)
+        return [Image.fromarray(image) for image in images_HW3]
+
+    @torch.no_grad()
+    def perplexity(self, pairs: Iterable[tuple[Image.Image | str | PathLike[str], str]]) -> dict[str, dict[str, float]]:
+        """Loss of captioned images, split as in a validation of the run.
+
+        Images are cropped and tokenized, captions cut to the sequence and batches formed as in training.
+
+        Args:
+            pairs: (image or its file, caption).
+
+        Returns:
+            For each modality with targets and the aggregates `all` and `all_no_boundary`: `nll` in nats/token, `ppl`
+            and `count` of targets.
+
+        Raises:
+            ValueError: if there are no pairs, or an image cannot be read.
+        """
+        model, size = self._trained, self.config.micro_batch
+        texts, codes_BN = self._tokenize(pairs)
+        device = model.decoder.output.text.device
+        recorded = read_run(self.folder).environment.get("precision") or precision(self.config)
+        nll_sum_M = torch.zeros(len(model.module.modalities), dtype=torch.float64)
+        count_M = torch.zeros_like(nll_sum_M)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recorded == "bf16-mixed"):
+            for start in range(0, len(texts), size):
+                ids_BT = self._batch(texts[start : start + size], codes_BN[start : start + size])
+                _, nll_M, targets_M = model.module.sums(ids_BT.to(device))
+                nll_sum_M, count_M = nll_sum_M + nll_M.cpu(), count_M + targets_M.cpu()
+        return _entries(model.module.modalities, nll_sum_M.tolist(), count_M.tolist())
+
+    @cached_property
+    def _trained(self) -> ImageModel:
+        return load_trained(self.folder)
+
+    def _tokenize(
+        self, pairs: Iterable[tuple[Image.Image | str | PathLike[str], str]]
+    ) -> tuple[list[IntArray], IntArray]:
+        """Text ids of each caption, and image codes (B, N), encoded as many at once as for token shards."""
+        text, image = self.tokenizers
+        low_precision = self.config.image_tokenizer.precision == "bfloat16"
+        texts: list[IntArray] = []
+        codes: list[Tensor] = []
+        waiting: list[Any] = []
+
+        def encode() -> None:
+            codes.append(image.encode(stack_images(waiting), low_precision).cpu())
+            waiting.clear()
+
+        for image_or_file, caption in pairs:
+            texts.append(np.array(text.encode(caption), dtype=np.int64))
+            waiting.append(center_crop(_rgb(image_or_file), image.image_size))
+            if len(waiting) == ENCODE_BATCH:
+                encode()
+        if waiting:
+            encode()
+        if not codes:
+            raise ValueError("pairs: expected at least one (image, caption)")
+        return texts, torch.cat(codes).numpy()
+
+    def _batch(self, texts: list[IntArray], codes_BN: IntArray) -> Tensor:
+        """Joint ids (B, T), cut behind the longest sequence as the run's data module does."""
+        layout, multiple = self._trained.layout, self.config.data.pad_to_multiple_of
+        ids_BT = layout.pack(texts, codes_BN)
+        longest = int((ids_BT != layout.vocab.pad).sum(dim=1).max())
+        return ids_BT[:, : min(layout.length, -(-longest // multiple) * multiple)]
+
+
+def open_run(path: str | PathLike[str]) -> TrainedRun:
+    """A run folder, or the newest run in a folder of runs.
+
+    Raises:
+        ValueError: if there is none, naming what is there.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        try:
+            return TrainedRun(find_run(folder))
+        except ValueError as error:
+            raise ValueError(f"{error}; it holds {_contents(folder)}") from None
+    parent = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    raise ValueError(f"{folder}: no such folder; {parent} holds {_contents(parent)}")
+
+
+def _contents(folder: Path) -> str:
+    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:20]) or "nothing"
+
+
+def _rgb(image_or_file: Image.Image | str | PathLike[str]) -> Image.Image:
+    if isinstance(image_or_file, Image.Image):
+        return image_or_file.convert("RGB")
+    try:
+        return decode_image(image_or_file, str(image_or_file))
+    except RejectedPairError as reject:
+        raise ValueError(f"pairs: {reject}") from reject
+
+
+def _entries(names: Sequence[str], nll_sums: list[float], counts: list[float]) -> dict[str, dict[str, float]]:
+    """nll, ppl and count of each modality and aggregate with targets."""
+    sums = dict(zip(names, zip(nll_sums, counts, strict=True), strict=True))
+    parts = {"all": list(names), "all_no_boundary": [name for name in names if name != BOUNDARY]}
+    for total, members in parts.items():
+        nlls, numbers = zip(*(sums[name] for name in members), strict=True)
+        sums[total] = sum(nlls), sum(numbers)
+    return {
+        name: {"nll": nll / count, "ppl": math.exp(min(nll / count, 700.0)), "count": int(count)}
+        for name, (nll, count) in sums.items()
+        if count
+    }

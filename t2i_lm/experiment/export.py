@@ -1,0 +1,259 @@
+"""Files of a trained run that load without Lightning, with a card of numbers measured on the exported weights."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from rich.progress import track
+
+from t2i_lm.config.load import load_experiment
+from t2i_lm.data.datamodules import ImageBatches
+from t2i_lm.data.scenes.captions import ATTRIBUTES
+from t2i_lm.data.scenes.checker import check, shares_right
+from t2i_lm.data.scenes.source import SceneSource
+from t2i_lm.data.shards.format import open_split
+from t2i_lm.experiment.build import (
+    Experiment,
+    ImageExperiment,
+    ImageTokenizerExperiment,
+    TextExperiment,
+    build,
+)
+from t2i_lm.experiment.restore import newest_checkpoint
+from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.factory import decoder_architecture, huggingface_folder
+from t2i_lm.models.generate import continue_text
+from t2i_lm.models.huggingface import HuggingFaceDecoder, load_huggingface, save_huggingface
+from t2i_lm.models.lora import merge_adapters
+from t2i_lm.models.open_lm import load_open_lm, save_open_lm
+from t2i_lm.models.transformers_export import require_equivalent, require_transformers, save_transformers
+from t2i_lm.storage.resumable import atomic_folder
+from t2i_lm.storage.run_folder import CONFIG, find_run, read_run
+from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
+
+# Openings of the completions on a language model's card.
+OPENINGS = (
+    "It was a dark and stormy night, and",
+    "The old man looked at the sea and",
+    "My dear sister,",
+    "On the table there was a red",
+    "She opened the door and saw",
+    "In the year 1812, the army",
+    "The colour of the sky was",
+    '"I do not believe you," said',
+    "There were three",
+    "The house stood to the left of",
+)
+COMPLETION_TOKENS = 40
+SCORE_BATCH = 32
+
+
+def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, Any]:
+    """Exports the newest checkpoint of a run and returns the card, which also lies in `out`.
+
+    Args:
+        run: a run folder, or a folder of runs, whose newest is used.
+        out: the folder to write; for transformers new or empty.
+        dtype: of the written weights.
+        form: one of `FORMATS`.
+
+    Raises:
+        ValueError: if there is no run or no whole checkpoint, or the run has no export in this format.
+    """
+    run = find_run(run)
+    config = load_experiment(run / CONFIG)
+    exporters = FORMATS[form]
+    if config.task not in exporters:
+        raise ValueError(f"--format {form}: {run} is a run of task={config.task}; expected {', '.join(exporters)}")
+    if form == "transformers":
+        require_transformers()
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out}: exists and is not an empty folder; nothing is overwritten")
+        if huggingface_folder(config) is None:
+            require_equivalent(decoder_architecture(config, config.data.length))
+    checkpoint = newest_checkpoint(run)
+    experiment = build(config)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    experiment.module.load_state_dict(state["state_dict"])
+    experiment.module.eval()
+    card: dict[str, Any] = {
+        "experiment": config.name,
+        "task": config.task,
+        "seed": config.seed,
+        "steps": int(state["global_step"]),
+        "data_hash": experiment.index.get("data_hash"),
+        "git": read_run(run).environment.get("git"),
+        "dtype": dtype,
+    }
+    card |= exporters[config.task](experiment, out, getattr(torch, dtype))
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def export_decoder(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """An expanded decoder under the names of open_lm or transformers, its rows joined, with its id ranges."""
+    assert isinstance(experiment, ImageExperiment)
+    decoder, vocab = experiment.decoder, experiment.layout.vocab
+    merge_adapters(decoder)
+    _write_native(decoder, out, dtype, experiment.config.name)
+    return {"text_rows": vocab.text_size, "image_offset": vocab.image_offset, "rows": vocab.size}
+
+
+def export_language_model(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """A backbone with its tokenizer; held-out bits per byte and ten completions of the exported weights."""
+    assert isinstance(experiment, TextExperiment)
+    decoder, text = experiment.module.decoder, experiment.text
+    _write_native(decoder, out, dtype, experiment.config.name)
+    shutil.copyfile(text.path, out / f"text_tokenizer{text.path.suffix}")
+    written = load_huggingface(out).eval() if isinstance(decoder, HuggingFaceDecoder) else load_open_lm(out)
+    return language_model_numbers(written, text, open_split(experiment.shards, "val"))
+
+
+def _write_native(decoder: Backbone, out: Path, dtype: torch.dtype, experiment: str) -> None:
+    if isinstance(decoder, HuggingFaceDecoder):
+        save_huggingface(decoder, out, dtype)
+    elif isinstance(decoder, Decoder):
+        save_open_lm(decoder, out, dtype, {"experiment": experiment})
+    else:
+        raise ValueError(
+            f"backbone {type(decoder).__name__} of a plug-in has no export format; expected open_lm's decoder or a "
+            "model of transformers"
+        )
+
+
+def export_image_tokenizer(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """An image tokenizer; reconstruction numbers of the exported weights."""
+    assert isinstance(experiment, ImageTokenizerExperiment)
+    save_tokenizer(experiment.module.model, out, dtype)
+    experiment.data.setup("fit")
+    images = experiment.data.val_set
+    assert isinstance(images, ImageBatches)
+    return tokenizer_numbers(VQTokenizer.from_folder(out, experiment.config.image_tokenizer.size), images)
+
+
+def export_transformers_decoder(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """An expanded decoder and its text tokenizer for `transformers`, with its id ranges."""
+    assert isinstance(experiment, ImageExperiment)
+    decoder, vocab = experiment.decoder, experiment.layout.vocab
+    merge_adapters(decoder)
+    keys = {"text_rows": vocab.text_size, "image_offset": vocab.image_offset}
+    ends = {"bos_token_id": vocab.special("<doc>"), "eos_token_id": vocab.special("</doc>"), "pad_token_id": vocab.pad}
+    _, library = _write_transformers(decoder, experiment.text, out, dtype, keys | ends)
+    return {**keys, "rows": vocab.size, **library}
+
+
+def export_transformers_language_model(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """A backbone and its tokenizer for `transformers`; the same numbers as `export_language_model`."""
+    assert isinstance(experiment, TextExperiment)
+    text = experiment.text
+    keys = {"eos_token_id": text.document_end}
+    written, library = _write_transformers(experiment.module.decoder, text, out, dtype, keys)
+    return {**library, **language_model_numbers(written, text, open_split(experiment.shards, "val"))}
+
+
+def _write_transformers(
+    decoder: Backbone, text: TextTokenizer, out: Path, dtype: torch.dtype, keys: dict[str, int]
+) -> tuple[Backbone, dict[str, Any]]:
+    """Writes model and tokenizer, all or nothing; the decoder as written, and entries of the card."""
+    with atomic_folder(out) as folder:
+        written = save_transformers(decoder, folder, dtype, keys)
+        if text.path.suffix == ".json":
+            shutil.copyfile(text.path, folder / "tokenizer.json")
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": decoder.config.seq_len}
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            tokenizer = "tokenizer.json, for AutoTokenizer"
+        else:
+            name = f"text_tokenizer{text.path.suffix}"
+            shutil.copyfile(text.path, folder / name)
+            tokenizer = f"{name}, for sentencepiece.SentencePieceProcessor; AutoTokenizer does not read it"
+        (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    library = {"architecture": architecture, "transformers": require_transformers().__version__}
+    return written, library | {"text_tokenizer": tokenizer}
+
+
+# Format -> task -> exporter.
+FORMATS: dict[str, dict[str, Callable[[Experiment, Path, torch.dtype], dict[str, Any]]]] = {
+    "native": {
+        "text_to_image": export_decoder,
+        "unconditional": export_decoder,
+        "text": export_language_model,
+        "image_tokenizer": export_image_tokenizer,
+    },
+    "transformers": {
+        "text_to_image": export_transformers_decoder,
+        "unconditional": export_transformers_decoder,
+        "text": export_transformers_language_model,
+    },
+}
+
+
+def language_model_numbers(decoder: Backbone, text: TextTokenizer, split: datasets.Dataset) -> dict[str, Any]:
+    """Held-out loss of a backbone and ten of its completions (temperature 0.8, fixed seeds)."""
+    nll, bytes_, tokens = held_out_sums(decoder, split)
+    completions = {}
+    for seed, opening in enumerate(OPENINGS):
+        ids = torch.tensor(text.encode(opening))
+        room = min(COMPLETION_TOKENS, decoder.config.seq_len - len(ids))
+        added = continue_text(decoder, ids, room, text.document_end, seed, temperature=0.8)
+        completions[opening] = text.decode([*ids.tolist(), *added.tolist()])[len(opening) :]
+    return {
+        "held_out_nll": nll / tokens,
+        "held_out_bits_per_byte": nll / math.log(2) / bytes_,
+        "held_out_tokens": tokens,
+        "held_out_bytes": bytes_,
+        "window": int(split[:1]["text_ids"].shape[1]) - 1,
+        "parameters": sum(parameter.numel() for parameter in decoder.parameters()),
+        "tokenizer_sha256": text.sha256,
+        "completions": completions,
+    }
+
+
+def held_out_sums(decoder: Backbone, split: datasets.Dataset) -> tuple[float, int, int]:
+    """Summed nll in nats, bytes and tokens of a text split, each row a window of its own."""
+    nll, bytes_, tokens = 0.0, 0, 0
+    with torch.no_grad():
+        for start in track(range(0, len(split), SCORE_BATCH), description="held-out text"):
+            rows = split[start : start + SCORE_BATCH]
+            ids_BT = torch.from_numpy(np.stack(rows["text_ids"]).astype(np.int64))
+            nll_N = decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:]).nll_N
+            nll += float(nll_N.double().sum())
+            tokens += nll_N.numel()
+            bytes_ += int(np.sum(rows["bytes"]))
+    return nll, bytes_, tokens
+
+
+def tokenizer_numbers(tokenizer: VQTokenizer, images: ImageBatches) -> dict[str, Any]:
+    """PSNR, share of codes in use and, for scenes, what the checker reads from reconstructions of held-out images."""
+    squares, images_seen = 0.0, 0
+    used = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    read_back: list[dict[str, bool | None]] = []
+    everything = frozenset(ATTRIBUTES)
+    for start in range(0, len(images), SCORE_BATCH):
+        indices = range(start, min(start + SCORE_BATCH, len(images)))
+        images_BCHW = images.__getitems__([(0, index) for index in indices])["images_BCHW"]
+        ids_BN = tokenizer.encode(images_BCHW)
+        again_BCHW = tokenizer.decode(ids_BN)
+        used += torch.bincount(ids_BN.flatten(), minlength=tokenizer.vocab_size)
+        squares += float((images_BCHW.double() - again_BCHW.double()).square().mean(dim=(1, 2, 3)).sum()) / 255**2
+        images_seen += len(indices)
+        if isinstance(images.source, SceneSource):
+            for index, image in zip(indices, again_BCHW.permute(0, 2, 3, 1).numpy(), strict=True):
+                meaning = images.source[index].meaning
+                assert meaning is not None
+                asked = everything if meaning["family"] == "pair" else everything - {"relation"}
+                read_back.append(check(image, meaning, asked))
+    return {
+        "pictures": images_seen,
+        "psnr_db": -10 * math.log10(squares / images_seen),
+        "codes_used": float((used > 0).double().mean()),
+        "parameters": sum(parameter.numel() for parameter in tokenizer.model.parameters()),
+        "checker_right": {name: entry["right"] for name, entry in shares_right(read_back).items()},
+    }

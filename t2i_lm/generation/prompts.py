@@ -1,0 +1,22 @@
+"""Prompts from a command line and a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def read_prompts(arguments: Sequence[str], file: Path | None) -> list[str]:
+    """Prompts of the command line, then those of a file, one per line; its empty lines are skipped.
+
+    Raises:
+        ValueError: if there are none, or a prompt of the command line is empty.
+    """
+    prompts = list(arguments)
+    if file is not None:
+        if not file.is_file():
+            raise ValueError(f"--prompts {file}: no such file")
+        prompts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError('no prompt: expected one, for example "a small green star", or --prompts FILE')
+    if any(not prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty")
+    return prompts

@@ -1,0 +1,50 @@
+"""Experiments of `python -m t2i_lm.ablate`: one with parameters frozen, or all arms of Figure 5."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import load_experiment
+from t2i_lm.models.freeze import FREEZE_GROUPS, TUNE_SETS
+
+DEFAULT = "experiments/uncond_pretrained.yaml"
+
+
+def ablated_experiments(
+    words: Sequence[str],
+    scale: str,
+    freeze: Iterable[str] | None = None,
+    tune: str | None = None,
+    arms: Iterable[str] = (),
+) -> list[ExperimentConfig]:
+    """The experiment with other parameters frozen, or those beside it.
+
+    Args:
+        words: experiment YAML (DEFAULT if absent) and `key=value` strings, in any order.
+        scale: name of the overlay.
+        freeze: groups to freeze, exactly these.
+        tune: else, set of the paper to tune; everything else is frozen.
+        arms: else, names of experiments in the same folder, which are returned as they are.
+
+    Raises:
+        ValueError: on an unknown group, set, key or value, or several experiments.
+    """
+    overrides = [word for word in words if "=" in word]
+    files = [word for word in words if "=" not in word] or [DEFAULT]
+    if len(files) > 1:
+        raise ValueError(f"one experiment at a time, got {' and '.join(files)}")
+    path = Path(files[0])
+    if freeze:
+        groups = list(dict.fromkeys(freeze))
+        for group in groups:
+            if group not in FREEZE_GROUPS:
+                raise ValueError(f"--freeze {group}: expected one of {', '.join(FREEZE_GROUPS)}")
+        changes, suffix = [f"freeze=[{','.join(groups)}]", "tune=all"], f"freeze_{'_'.join(groups)}"
+    elif tune is not None:
+        if tune not in TUNE_SETS:
+            raise ValueError(f"--tune {tune}: expected one of {', '.join(TUNE_SETS)}")
+        changes, suffix = [f"tune={tune}", "freeze=[]"], f"tune_{tune}"
+    else:
+        return [load_experiment(path.with_name(f"{arm}.yaml"), scale, overrides) for arm in arms]
+    name = load_experiment(path, scale, overrides).name
+    return [load_experiment(path, scale, [*overrides, *changes, f"name={name}_{suffix}"])]

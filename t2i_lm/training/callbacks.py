@@ -1,0 +1,93 @@
+"""Callbacks of a run, in the order in which they run."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from callbacks import (
+    CocoFID,
+    EMASplitPerplexity,
+    EventLog,
+    Forgetting,
+    NonFiniteGuard,
+    Preemption,
+    RngState,
+    RunCheckpoints,
+    RunProgress,
+    RunScalars,
+    SampleGrid,
+    Throughput,
+    WallTime,
+)
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.evaluation.fid import training_fid
+from t2i_lm.evaluation.forgetting import forgetting_probes
+from t2i_lm.evaluation.report import sampler
+from t2i_lm.experiment.build import Experiment
+from t2i_lm.models.flops import flop_per_token, peak_flops
+from t2i_lm.modules.base import DecoderModule
+from t2i_lm.runtime.devices import device_name, precision
+from t2i_lm.storage.run_folder import CHECKPOINTS, FID, METRICS, SAMPLES
+
+
+def callbacks_for(experiment: Experiment, folder: Path, events: EventLog) -> list[pl.Callback]:
+    """All callbacks of a run in `folder`.
+
+    Raises:
+        ValueError: if the files of `fid` cannot be used.
+    """
+    config = experiment.config
+    interval, metrics = config.log.interval, folder / METRICS
+    throughput = Throughput(training_flop(experiment), peak(config))
+    # Modules with `modalities` split their loss (callbacks.base.contract); the others report scalars.
+    has_split_loss = hasattr(experiment.module, "modalities")
+    perplexity = EMASplitPerplexity(interval, config.log.ema, metrics, extras=[throughput]) if has_split_loss else None
+    meter = perplexity or RunScalars(interval, metrics)
+    saver = RunCheckpoints(folder / CHECKPOINTS, config.trainer.checkpoint_interval, metrics=meter.file, events=events)
+    preemption = Preemption(saver)
+    return [
+        # Before the meter, which records it.
+        throughput,
+        # Before callbacks that work long in `on_train_start`, where its handlers are installed.
+        preemption,
+        # Before the meters: a step that it stops at is not measured.
+        NonFiniteGuard(events=events),
+        meter,
+        # After the meter, whose latest values it shows.
+        RunProgress(meter, interval, throughput=throughput),
+        WallTime(),
+        # After the meter, so that a step's training line comes first in metrics.jsonl.
+        *(_measurements(experiment, folder, perplexity, preemption) if perplexity else ()),
+        # After all callbacks that use random numbers.
+        RngState(config.seed, events),
+        # Last: a step can be saved once every callback has seen it.
+        saver,
+    ]
+
+
+def _measurements(
+    experiment: Experiment, folder: Path, meter: EMASplitPerplexity, preemption: Preemption
+) -> list[pl.Callback]:
+    """The measurements that the config asks for: samples, FID, forgetting."""
+    config = experiment.config
+    samples, fid, probes = sampler(experiment), training_fid(experiment), forgetting_probes(experiment, folder)
+    callbacks: list[pl.Callback] = []
+    if config.samples.interval and samples:
+        callbacks.append(SampleGrid(config.samples.interval, samples, folder / SAMPLES, meter))
+    if config.fid.interval and fid:
+        callbacks.append(CocoFID(config.fid.interval, *fid, folder / FID, meter, preemption))
+    if config.forgetting.interval and probes:
+        callbacks.append(Forgetting(config.forgetting.interval, probes, meter))
+    return callbacks
+
+
+def training_flop(experiment: Experiment) -> float | None:
+    """FLOP per token of forward and backward; None without a language model."""
+    module = experiment.module
+    return flop_per_token(module.decoder, module.nominal_length) if isinstance(module, DecoderModule) else None
+
+
+def peak(config: ExperimentConfig) -> float | None:
+    """Peak FLOP/s of the run's GPU in the run's precision, for MFU; None if unknown."""
+    name = device_name(config)
+    return peak_flops(name) if name is not None and precision(config) == "bf16-mixed" else None

@@ -1,0 +1,50 @@
+"""Rules of `--resume`: which run continues, and what its config may change."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from t2i_lm.config.experiment import RESUMABLE, ExperimentConfig
+from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.storage.run_folder import CONFIG, REPORT, run_folders
+
+LATEST = "latest"
+
+
+def resumed_run(resume: str, experiment: Path, scale: str, overrides: Sequence[str]) -> tuple[ExperimentConfig, Path]:
+    """The config and folder of the run to continue.
+
+    Args:
+        resume: a run folder, or `latest` for the newest unfinished run of the experiment at this scale.
+        experiment: experiment YAML; read for `latest` only.
+        scale: name of the overlay; used for `latest` only.
+        overrides: `key=value` strings, of RESUMABLE keys where the value differs from the run's.
+
+    Raises:
+        ValueError: if there is no such run, it is finished, or an override changes what it computes.
+    """
+    if resume == LATEST:
+        folder = _latest_unfinished(load_experiment(experiment, scale, overrides), scale)
+    else:
+        folder = Path(resume)
+        if (folder / REPORT).is_file():
+            raise ValueError(f"--resume {folder}: this run is finished, and a finished run is never overwritten")
+    saved = flatten(load_experiment(folder / CONFIG))
+    config = load_experiment(folder / CONFIG, None, overrides)
+    for key, value in flatten(config).items():
+        if value != saved[key] and key not in RESUMABLE:
+            raise ValueError(
+                f"--resume {folder}: {key}={value!r} differs from the run's config.yaml ({saved[key]!r}); "
+                "start a new run instead"
+            )
+    return config, folder
+
+
+def _latest_unfinished(config: ExperimentConfig, scale: str) -> Path:
+    runs = run_folders(Path(config.run.dir), config.name, scale)
+    unfinished = [folder for folder in runs if not (folder / REPORT).is_file()]
+    if not unfinished:
+        raise ValueError(
+            f"--resume latest: no unfinished run of {config.name} at scale {scale} in {config.run.dir}; "
+            "leave --resume out to start one"
+        )
+    return unfinished[-1]

@@ -1,0 +1,126 @@
+"""Exports of real runs for transformers, through the command line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+
+import t2i_lm
+from t2i_lm.export import main
+from t2i_lm.models.decoder import Decoder
+from t2i_lm.models.open_lm import decoder_config, save_open_lm
+from t2i_lm.storage.run_folder import Run, run_folders
+from t2i_lm.train import main as train
+
+
+@pytest.fixture(scope="session")
+def run(guided: Run) -> Path:
+    return guided.folder
+
+
+ROOT = Path(__file__).parents[2]
+TRANSFORMERS = ["--format", "transformers"]
+
+
+def test_an_exported_run_computes_the_same_logits(run: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    assert main([str(run), "--out", str(out), *TRANSFORMERS, "--dtype", "float32"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(model).__name__ == "StableLmForCausalLM"
+    ids_BT = torch.arange(100).view(2, 50) * 17 % (512 + 7 + 32)
+    with torch.no_grad():
+        logits_BTV, expected_BTV = model(ids_BT).logits, t2i_lm.load(run).model(ids_BT)
+    assert (logits_BTV - expected_BTV).abs().max() <= 1e-5 * expected_BTV.abs().max()
+    card = json.loads((out / "card.json").read_text())
+    ranges = (512, 519, 551)
+    assert (card["text_rows"], card["image_offset"], card["rows"]) == ranges
+    assert (model.config.text_rows, model.config.image_offset, model.config.vocab_size) == ranges
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (512, 513, 518)
+    assert card["architecture"] == "StableLmForCausalLM"
+    assert "AutoTokenizer does not read it" in card["text_tokenizer"]
+    assert (out / "text_tokenizer.model").is_file()
+
+
+def test_a_tokenizer_json_is_written_for_auto_tokenizer(tiny: list[str], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+    )
+    words.train_from_iterator(["a red circle on a white background", "a blue star"], trainer)
+    words.save(str(tmp_path / "tokenizer.json"))
+    values = {"hidden_dim": 32, "n_layers": 1, "n_heads": 2, "seq_len": 16, "vocab_size": 320, "qk_norm": True}
+    more = {"positional_embedding_type": "llama_rotary", "model_norm": "rms_norm", "weight_tying": True}
+    decoder = Decoder(decoder_config(values | more))
+    decoder.reset_parameters(torch.Generator().manual_seed(5))
+    save_open_lm(decoder, tmp_path / "lm", torch.float32, {})
+    overrides = [
+        f"backbone.path={tmp_path}/lm",
+        f"text_tokenizer.path={tmp_path}/tokenizer.json",
+        "trainer.max_steps=3",
+    ]
+    experiment = str(ROOT / "experiments" / "t2i_pretrained.yaml")
+    quick = ["samples.prompts=0", "trainer.max_steps=3", f"run.dir={tmp_path}/runs", "samples.preference_scenes=0"]
+    assert train([experiment, *tiny, *overrides, *quick]) == 0
+    (folder,) = run_folders(tmp_path / "runs")
+    assert main([str(folder), "--out", str(tmp_path / "out"), *TRANSFORMERS]) == 0
+    reread = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert reread("a red star")["input_ids"] == t2i_lm.load(folder).tokenizers.text.encode("a red star")
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["architecture"] == "OlmoeForCausalLM"
+
+
+def test_a_language_model_has_the_same_numbers_in_both_formats(language_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    cards = {}
+    for form in ("native", "transformers"):
+        assert main([str(language_model), "--out", str(tmp_path / form), "--format", form]) == 0
+        cards[form] = json.loads((tmp_path / form / "card.json").read_text())
+    assert cards["transformers"].items() >= cards["native"].items()
+    assert cards["transformers"]["architecture"] == "StableLmForCausalLM"
+
+
+def test_position_free_runs_are_refused_before_anything_is_built(
+    tiny: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    changed = tmp_path / "run"
+    changed.mkdir()
+    config = (run / "config.yaml").read_text()
+    assert "positional: null" in config
+    (changed / "config.yaml").write_text(config.replace("positional: null", "positional: head_rotary"))
+    assert main([str(changed), "--out", str(tmp_path / "out"), *TRANSFORMERS]) == 2
+    assert "positional_embedding_type='head_rotary' is position-free" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_is_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("")
+    config = (run / "config.yaml").read_text()
+    assert main([str(run), "--out", str(tmp_path / "full"), *TRANSFORMERS]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    for task, form in (("align", "native"), ("image_tokenizer", "transformers")):
+        folder = tmp_path / task
+        folder.mkdir()
+        changes = {"task: text_to_image": f"task: {task}", "caption_dropout: 0.2": "caption_dropout: 0.0"}
+        if task == "image_tokenizer":
+            changes["init: pretrained"] = "init: random"
+        own = config
+        for old, new in changes.items():
+            assert old in own
+            own = own.replace(old, new)
+        (folder / "config.yaml").write_text(own)
+        assert main([str(folder), "--out", str(tmp_path / "out"), "--format", form]) == 2
+        assert f"is a run of task={task}; expected text_to_image" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main([str(run), "--out", str(tmp_path / "out"), *TRANSFORMERS]) == 2
+    assert "pip install 't2i_lm[hf]'" in capsys.readouterr().err

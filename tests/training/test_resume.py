@@ -1,0 +1,47 @@
+"""Rules of `--resume`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from t2i_lm.config.load import load_experiment, save_experiment
+from t2i_lm.storage.run_folder import CONFIG, REPORT
+from t2i_lm.training.resume import resumed_run
+
+EXPERIMENT = Path(__file__).parents[2] / "experiments" / "t2i_scratch.yaml"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A finished run between two unfinished ones, and a newer one of another scale."""
+    config = load_experiment(EXPERIMENT, "demo", [f"run.dir={tmp_path}"])
+    for stamp in ("20260301-100000-demo", "20260301-110000-demo", "20260301-120000-demo", "20260301-130000-paper"):
+        folder = tmp_path / config.name / stamp
+        folder.mkdir(parents=True)
+        save_experiment(replace(config, scale=stamp.split("-")[-1]), folder / CONFIG)
+    (tmp_path / config.name / "20260301-120000-demo" / REPORT).write_text("{}")
+    return tmp_path
+
+
+def test_latest_is_the_newest_unfinished_run_of_the_scale(root: Path) -> None:
+    config, folder = resumed_run("latest", EXPERIMENT, "demo", [f"run.dir={root}"])
+    assert folder.name == "20260301-110000-demo"
+    assert config.run.dir == str(root)
+
+
+def test_a_run_that_does_not_exist_or_is_finished_is_refused(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"no unfinished run of t2i_scratch at scale flickr8k"):
+        resumed_run("latest", EXPERIMENT, "flickr8k", [f"run.dir={root}"])
+    with pytest.raises(ValueError, match=r"a finished run is never overwritten"):
+        resumed_run(str(root / "t2i_scratch" / "20260301-120000-demo"), EXPERIMENT, "demo", [])
+    with pytest.raises(ValueError, match=r"no experiment file .*absent"):
+        resumed_run(str(root / "absent"), EXPERIMENT, "demo", [])
+
+
+def test_only_keys_that_change_nothing_computed_may_differ(root: Path) -> None:
+    run = str(root / "t2i_scratch" / "20260301-100000-demo")
+    config, _ = resumed_run(run, EXPERIMENT, "demo", ["trainer.threads=3", "log.logger=csv"])
+    assert (config.trainer.threads, config.log.logger) == (3, "csv")
+    with pytest.raises(ValueError, match=r"optim\.lr=0\.7 differs from the run's config\.yaml \(0\.\d+\)"):
+        resumed_run(run, EXPERIMENT, "demo", ["optim.lr=0.7"])
