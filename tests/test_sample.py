@@ -66,16 +66,16 @@ def test_rounded_weights_sample_nearly_the_same_codes(run: Path) -> None:
 def test_numerics_are_those_of_the_model_as_it_is(run: Path) -> None:
     model = load_trained(run)
     decoder = model.module.decoder
-    decoder.layers[0].feed_forward.w3.bfloat16()  # type: ignore[union-attr]
+    decoder.layers[0].feed_forward.w3.bfloat16()
     assert numerics(model) == {"weights": "bfloat16+float32", "compiled": False, "fp8": False}
-    decoder.compile_steps()  # type: ignore[operator]  # compiles at its first call
+    decoder.compile_steps()  # compiles at its first call
     assert numerics(model) == {"weights": "bfloat16+float32", "compiled": True, "fp8": False}
 
 
 def test_numerics_name_float8(run: Path) -> None:
     pytest.importorskip("torchao")
     model = load_trained(run)
-    use_float8(model.module.decoder, emulate=True)  # type: ignore[arg-type]
+    use_float8(model.module.decoder, emulate=True)
     assert numerics(model) == {"weights": "float32", "compiled": False, "fp8": True}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import SampleConfig
 from t2i_lm.evaluate import EVALUATORS, main, parser
 from t2i_lm.evaluation import lm_eval
 from t2i_lm.evaluation.coco import CocoEvaluator
@@ -46,8 +47,7 @@ def test_guidance_is_the_runs_unless_overridden(words: list[str], guidance: floa
     weights = tmp_path / "inception.pth"
     weights.touch()
     command = ["--checkpoint", "run", "--coco", str(write_coco(tmp_path / "coco", 3)), "--weights", str(weights)]
-    config = ExperimentConfig()
-    config.samples.guidance = 1.5
+    config = ExperimentConfig(samples=SampleConfig(guidance=1.5))
     identity = CocoEvaluator(parser().parse_args([*command, "--prompts", "2", *words])).identity(config)
     assert (identity["guidance"], identity["prompts"], identity["weights"]) == (guidance, 2, "float32")
 
