@@ -21,7 +21,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no
 BENCHMARKS := train_step head generate loader trainer_overhead fid
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-quick tensorboard figures open-lm bench bench-gpu demo-assets docs exp-pretrained exp-scratch clean
+.PHONY: help setup check test test-quick docs tensorboard figures open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

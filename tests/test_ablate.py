@@ -120,7 +120,7 @@ def test_a_softmax_over_image_rows_alone_runs_on_two_processes(tiny: list[str], 
     succeed(launch_module("t2i_lm.train", UNCONDITIONAL, *changes, "trainer.devices=2", "trainer.strategy=ddp"))
 
 
-def test_freezing_what_is_no_language_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_freezing_an_image_tokenizer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = str(EXPERIMENTS / "image_tokenizer.yaml")
     assert main(["--freeze", "ffn", tokenizer]) == 2
     assert "with task=image_tokenizer" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from tests.plots.synthetic_runs import write_run
 SWEPT = ["optim.lr=1e-3,3e-3", "seed=0,1"]
 
 
-def test_keys_with_several_values_are_told_from_lists_and_single_values() -> None:
+def test_keys_with_several_values_are_distinguished_from_lists_and_single_values() -> None:
     key, several, fixed = split_keys([*SWEPT, "freeze=[ffn,norm]", "trainer.max_steps=5", "optim.betas=[0.9,0.9]"])
     assert key == "optim.lr"
     assert several == {"optim.lr": ["1e-3", "3e-3"], "seed": ["0", "1"]}
@@ -34,7 +34,9 @@ def test_keys_with_several_values_are_told_from_lists_and_single_values() -> Non
         (["optim.lr=1e-3,2e-3", "--arm", "t2i_scrach"], "--arm t2i_scrach: expected one of align,"),
     ],
 )
-def test_what_cannot_be_swept_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_sweep_is_refused_by_name(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*words, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
 
@@ -49,7 +51,7 @@ def test_every_arm_runs_at_every_value_with_every_seed() -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_what_is_missing_draws_and_says_who_is_best(
+def test_a_sweep_trains_the_remaining_runs_draws_and_compares_the_best(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = ["trainer.max_steps=2", "trainer.val_check_interval=2", "optim.warmup_steps=0", f"run.dir={tmp_path}"]
@@ -103,7 +105,7 @@ def test_the_table_compares_at_equal_values_and_at_each_ones_best(tmp_path: Path
     assert sum(line.startswith("scratch - pretrained, each at its best (*):") for line in table) == 2
 
 
-def test_of_seeds_alone_none_is_the_best_and_means_are_paired(tmp_path: Path) -> None:
+def test_seeds_have_no_best_and_their_means_are_paired(tmp_path: Path) -> None:
     found = []
     for arm in ("pretrained", "scratch"):
         for seed in (0, 1, 2):

@@ -124,8 +124,8 @@ def _write_native(decoder: Backbone, out: Path, dtype: torch.dtype, experiment: 
         save_open_lm(decoder, out, dtype, {"experiment": experiment})
     else:
         raise ValueError(
-            f"backbone {type(decoder).__name__} of a plug-in has no export format; expected open_lm's decoder or a "
-            "model of transformers"
+            f"backbone {type(decoder).__name__} has no export format; expected open_lm's decoder or a model of "
+            "transformers"
         )
 
 

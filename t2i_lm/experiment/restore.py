@@ -29,7 +29,7 @@ def newest_checkpoint(run: Path) -> Path:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
     if checkpoint is None:
-        raise ValueError(f"{run} has no whole checkpoint in {CHECKPOINTS}/")
+        raise ValueError(f"{run} has no intact checkpoint in {CHECKPOINTS}/")
     return checkpoint
 
 

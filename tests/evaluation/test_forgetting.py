@@ -157,7 +157,7 @@ def test_evaluate_refuses_wrong_inputs_before_loading_a_model(
         said = refused(probed.folder, "--forgetting", name)
         assert f"--forgetting='{name}' is neither a file or folder nor a reachable Hugging Face dataset" in said
     assert "is not a run folder and contains none" in refused(tmp_path / "nowhere", *text)
-    assert f"{bare} has no whole checkpoint" in refused(bare, *text)
+    assert f"{bare} has no intact checkpoint" in refused(bare, *text)
 
 
 def test_rows_longer_than_the_positions_are_refused_with_a_remedy(

@@ -31,7 +31,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_so_is_the_one_that_is_used(
     state = torch.load(older, weights_only=True)["state_dict"]
     assert all(torch.equal(value, state[name]) for name, value in model.module.state_dict().items())
     older.write_bytes(b"")
-    with pytest.raises(ValueError, match="has no whole checkpoint"):
+    with pytest.raises(ValueError, match="has no intact checkpoint"):
         newest_checkpoint(folder)
     said = capsys.readouterr().err
     assert f"{older} is damaged" in said

@@ -1,6 +1,6 @@
 """Reference numbers of open_lm's variants from upstream's code; weights come from a formula and are not stored.
 
-`python -m tests.models.open_lm_variants > tests/models/open_lm_variants.json` measures them again on commit 9bb92ef of
+`python -m tests.models.open_lm_variants > tests/models/open_lm_variants.json` regenerates them on commit 9bb92ef of
 mlfoundations/open_lm: as `make open-lm` installs it, or a CHECKOUT, named after the module.
 """
 

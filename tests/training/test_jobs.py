@@ -67,7 +67,7 @@ def test_a_run_from_the_latest_alignment_is_found_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_runs_at_once_are_what_they_are_alone(
+def test_parallel_runs_equal_runs_in_sequence(
     tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run_jobs([Job(config) for config in arms(tmp_path / "sequence", *tiny)]) == 0
@@ -82,7 +82,7 @@ def test_runs_at_once_are_what_they_are_alone(
 
 
 @pytest.mark.slow
-def test_one_that_fails_is_named_with_its_last_words_and_nothing_more_is_begun(
+def test_a_failed_run_is_named_with_the_end_of_its_log_and_no_more_are_started(
     tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     good = arms(tmp_path, *tiny)[0]
@@ -98,7 +98,9 @@ def test_one_that_fails_is_named_with_its_last_words_and_nothing_more_is_begun(
 
 
 @pytest.mark.slow
-def test_others_go_on_where_they_may(tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_keep_going_trains_the_others_after_a_failure(
+    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     good = replace(arms(tmp_path, *tiny)[0], name="good")
     bad = replace(
         good, name="broken", backbone=replace(good.backbone, path=str(tmp_path / "absent")), init="pretrained"
@@ -109,7 +111,7 @@ def test_others_go_on_where_they_may(tiny: list[str], tmp_path: Path, capfd: pyt
 
 
 @pytest.mark.slow
-def test_a_signal_before_a_run_has_begun_is_no_crash(tiny: list[str], tmp_path: Path) -> None:
+def test_a_signal_before_the_first_step_leaves_no_traceback(tiny: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "t2i_lm.ablate", "--all", "--jobs", "2", *tiny, *QUIET, f"run.dir={tmp_path}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -120,14 +122,14 @@ def test_a_signal_before_a_run_has_begun_is_no_crash(tiny: list[str], tmp_path: 
     assert "Traceback" not in output
 
 
-def test_runs_of_several_devices_are_not_made_at_once(tiny: list[str], tmp_path: Path) -> None:
+def test_runs_of_several_devices_are_not_trained_in_parallel(tiny: list[str], tmp_path: Path) -> None:
     jobs = [Job(config) for config in arms(tmp_path, *tiny, "trainer.devices=2")]
     with pytest.raises(ValueError, match=r"trainer\.devices=2: expected 1 with --jobs"):
         run_jobs(jobs, parallel=2)
 
 
 @pytest.mark.slow
-def test_a_signal_stops_and_saves_all_of_them(tiny: list[str], tmp_path: Path) -> None:
+def test_a_signal_saves_and_stops_all_runs(tiny: list[str], tmp_path: Path) -> None:
     long = ["trainer.max_steps=4000", "trainer.val_check_interval=4000", "trainer.checkpoint_interval=4000"]
     command = [sys.executable, "-m", "t2i_lm.ablate", "--all", "--jobs", "2", *tiny, *QUIET, *long]
     process = subprocess.Popen(
