@@ -3,6 +3,7 @@
 A test that changes a run's folder copies it first.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -16,10 +17,10 @@ from filelock import FileLock
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from tests.decoders import tiny_decoder
 from tests.evaluation.tiny_tasks import TEXT, write_tasks
-from tests.runs import PRETRAINED, QUICK, SCRATCH, train
+from tests.runs import EXPERIMENTS, PRETRAINED, QUICK, SCRATCH, train
 
 # A test that uses one of these is a test of a whole run.
-RUNS = {"pretrained", "scratch", "guided", "probed", "measured"}
+RUNS = {"pretrained", "scratch", "guided", "probed", "measured", "language_model"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -222,3 +223,44 @@ def evaluate_command(measured: Run, coco: Path, inception_weights: Path) -> list
     }
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     return [*words, "--cache", str(measured.folder.parents[1] / "cache")]
+
+
+@pytest.fixture(scope="session")
+def language_model(once: Once) -> Path:
+    """Run folder of a pre-trained language model."""
+
+    def make(folder: Path) -> None:
+        words = ["the", "a", "ship", "sea", "sailed", "over", "old", "man", "cold", "north", "wind", "and", "of"]
+        books = "\f".join(
+            "\n\n".join(" ".join(words[(n * k + k) % len(words)] for k in range(3, 60)) for n in range(20))
+            for _ in range(30)
+        )
+        (folder / "books.txt").write_text(books)
+        (folder / "lm.json").write_text(
+            json.dumps(
+                {
+                    "hidden_dim": 32,
+                    "n_layers": 2,
+                    "n_heads": 2,
+                    "seq_len": 64,
+                    "vocab_size": 300,
+                    "positional_embedding_type": "rotary",
+                }
+            )
+        )
+        arguments = [
+            f"data.path={folder}/books.txt",
+            f"data.val_path={folder}/books.txt",
+            f"data.cache_dir={folder}/cache",
+            f"backbone.config={folder}/lm.json",
+            "text_tokenizer.vocab_size=300",
+            "data.length=32",
+            "data.batch_size=8",
+            "trainer.max_steps=30",
+            "optim.warmup_steps=3",
+            "log.interval=5",
+            "log.logger=csv",
+        ]
+        train(str(EXPERIMENTS / "text_lm.yaml"), folder / "runs", *arguments)
+
+    return newest(once("language_model", make) / "runs").folder

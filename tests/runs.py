@@ -45,7 +45,7 @@ def launch_module(module: str, *arguments: str, **environment: str) -> "subproce
 def succeed(*processes: "subprocess.Popen[str]") -> None:
     """Waits for processes, which must end without an error."""
     for process in processes:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=500)
         assert process.returncode == 0, output
 
 

@@ -74,6 +74,7 @@ def test_a_notebook_imports_only_the_catalogue(notebook: Path) -> None:
     assert ours <= ALLOWED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_shows_and_saves_its_figures(notebook: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

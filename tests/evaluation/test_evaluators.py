@@ -86,4 +86,4 @@ def test_inputs_are_read_without_torch(tmp_path: Path) -> None:
     command += ["--weights", str(weights), "--prompts", "2"]
     code = f"import sys, t2i_lm.evaluate as e; assert e.main({command!r}) == 2; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, "is no run folder" in done.stderr) == (0, True), done.stderr
+    assert (done.returncode, "is not a run folder" in done.stderr) == (0, True), done.stderr

@@ -12,12 +12,15 @@ import t2i_lm
 from t2i_lm.export import main
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.open_lm import decoder_config, save_open_lm
-from t2i_lm.storage.run_folder import run_folders
+from t2i_lm.storage.run_folder import Run, run_folders
 from t2i_lm.train import main as train
-from tests.test_sample import run
-from tests.training.test_pretraining import language_model
 
-__all__ = ["language_model", "run"]
+
+@pytest.fixture(scope="session")
+def run(guided: Run) -> Path:
+    return guided.folder
+
+
 ROOT = Path(__file__).parents[2]
 TRANSFORMERS = ["--format", "transformers"]
 

@@ -115,6 +115,7 @@ def test_steps_within_a_bucket_use_the_same_tensors(members: tuple[int, ...]) ->
     assert len(seen) == len({column // 8 for column in range(filled, 20)})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 def test_compiled_steps_in_buckets_generate_the_same_ids() -> None:
     decoder, vocab, prompts = setup("rotary")

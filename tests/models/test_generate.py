@@ -185,6 +185,7 @@ def test_a_text_is_continued_on_a_gpu(seed: int | None) -> None:
     assert torch.equal(continue_text(decoder.cuda(), torch.tensor([7, 3]), 8, -1, seed), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 @pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
 def test_compiled_steps_generate_the_same_ids(positional: str) -> None:

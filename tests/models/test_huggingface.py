@@ -120,6 +120,7 @@ def test_a_random_arm_depends_on_its_seed_alone(folder: Path) -> None:
         assert torch.equal(tensor, pretrained[name]) == constant, name
 
 
+@pytest.mark.slow
 def test_a_run_from_pretrained_to_an_export_that_transformers_loads(tiny: list[str], tmp_path: Path) -> None:
     folder = folder_of("Llama", tmp_path)
     overrides = [*tiny, f"backbone.path={folder}", f"run.dir={tmp_path}/runs"]

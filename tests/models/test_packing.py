@@ -116,6 +116,7 @@ def test_layers_compute_only_the_tokens_that_targets_depend_on() -> None:
     assert torch.allclose(x_ND, decoder.hidden(ids_BT)[mask_BT], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiple", [1, 32])
 def test_a_packed_run_equals_the_padded_run(pretrained: Run, tiny: list[str], tmp_path: Path, multiple: int) -> None:
     keys = ("trainer.packing=true", f"data.pad_to_multiple_of={multiple}", "samples.prompts=0")

@@ -85,6 +85,7 @@ def test_a_remedy_is_the_untouched_arm_with_one_thing_changed(path: Path) -> Non
         assert 1 <= len(changed) <= 2
 
 
+@pytest.mark.slow
 def test_one_command_trains_what_is_missing_and_draws(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

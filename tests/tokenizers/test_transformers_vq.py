@@ -60,6 +60,7 @@ def test_damage_and_wrong_sizes_are_named(folder: Path) -> None:
         open_image_tokenizer(folder, 32)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_a_decoder_is_refused_before_the_run(
     folder: Path, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

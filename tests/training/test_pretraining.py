@@ -69,44 +69,6 @@ def test_a_tokenizer_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert curves[0] == curves[1]
 
 
-@pytest.fixture
-def language_model(tmp_path: Path) -> Path:
-    words = ["the", "a", "ship", "sea", "sailed", "over", "old", "man", "cold", "north", "wind", "and", "of"]
-    books = "\f".join(
-        "\n\n".join(" ".join(words[(n * k + k) % len(words)] for k in range(3, 60)) for n in range(20))
-        for _ in range(30)
-    )
-    (tmp_path / "books.txt").write_text(books)
-    (tmp_path / "lm.json").write_text(
-        json.dumps(
-            {
-                "hidden_dim": 32,
-                "n_layers": 2,
-                "n_heads": 2,
-                "seq_len": 64,
-                "vocab_size": 300,
-                "positional_embedding_type": "rotary",
-            }
-        )
-    )
-    arguments = [
-        f"data.path={tmp_path}/books.txt",
-        f"data.val_path={tmp_path}/books.txt",
-        f"data.cache_dir={tmp_path}/cache",
-        f"run.dir={tmp_path}/runs",
-        f"backbone.config={tmp_path}/lm.json",
-        "text_tokenizer.vocab_size=300",
-        "data.length=32",
-        "data.batch_size=8",
-        "trainer.max_steps=30",
-        "optim.warmup_steps=3",
-        "log.interval=5",
-        "log.logger=csv",
-    ]
-    assert main([LM, *arguments]) == 0
-    return run_folders(tmp_path / "runs")[-1]
-
-
 def test_validation_during_training_takes_windows_from_all_over_the_held_out_text() -> None:
     rows = datasets.Dataset.from_dict({"row": list(range(100))})
     assert evenly_spaced(rows, 4)["row"][:] == [0, 25, 50, 75]
