@@ -159,7 +159,7 @@ def test_a_missing_folder_and_one_without_runs_say_what_is_there(run: Path, tmp_
     with pytest.raises(ValueError, match=rf"no such folder; {root} holds t2i_pretrained"):
         t2i_lm.load(root / "t2i_scratch" / "newest")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"is no run folder and holds none .*; it holds notes\.txt"):
+    with pytest.raises(ValueError, match=r"is not a run folder and contains none .*; it holds notes\.txt"):
         t2i_lm.load(tmp_path)
 
 

@@ -43,7 +43,7 @@ def find_aligned_rows(config: ExperimentConfig) -> Path:
         return files[-1]
     path = Path(named) / FILE if Path(named).is_dir() else Path(named)
     if not path.is_file():
-        raise ValueError(f"aligned_rows={named}: no {path}; expected a {FILE}, an alignment's run folder, or latest")
+        raise ValueError(f"aligned_rows={named}: no {path}; expected an {FILE}, an alignment's run folder, or latest")
     return path
 
 

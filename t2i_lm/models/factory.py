@@ -111,7 +111,7 @@ METHODS = (
     "enable_activation_checkpointing",
     "enable_packing",
     "compile_steps",
-    "draws_compiled",
+    "generates_compiled",
     "new_cache",
     "reset_parameters",
 )

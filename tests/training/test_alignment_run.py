@@ -183,7 +183,7 @@ def test_bad_aligned_rows_are_named(
         save_file({"image": torch.zeros(31, 32)}, short, file.metadata())
     for value, message in (
         ("latest", "to make one: python -m t2i_lm.train experiments/align.yaml"),
-        (str(tmp_path / "none"), "aligned_rows.safetensors, its run folder, or latest"),
+        (str(tmp_path / "none"), "expected an aligned_rows.safetensors, an alignment's run folder, or latest"),
         (str(foreign), "another text_tokenizer"),
         (str(short), "(31, 32), expected (32, 32)"),
         (experiment("align"), "cannot be read"),
