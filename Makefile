@@ -29,7 +29,7 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv and install everything (done by the other targets too)
 
-# Only the last line marks the installation as complete: one that was interrupted is taken up again.
+# Only the last line marks the installation as complete: an interrupted one is repeated.
 $(STAMP): pyproject.toml constraints.txt
 	@sh .ci/setup.sh "$(VENV)" "$(STAMP)" $(PYTHON)
 
@@ -67,17 +67,17 @@ OPEN_LM_COMMIT := 9bb92ef1689333534b7057942a20d18a46d1fa52
 open-lm: $(STAMP)  ## install mlfoundations/open_lm, which tests then compare with
 	$(PY) -m pip install --no-deps "open_lm @ git+https://github.com/mlfoundations/open_lm@$(OPEN_LM_COMMIT)"
 
-# A checkout of open_lm, whose own code then takes training steps beside ours, here and on a GPU.
+# A checkout of open_lm, to time its own training step beside ours, here and on a GPU.
 OPEN_LM ?=
 
-# Each is a process of its own; one that fails does not keep the others from running, but make then fails, too.
+# One process each; after a failure the others still run, and make fails at the end.
 bench: $(STAMP)  ## side by side with peers, one JSON line each (minutes of an idle machine; OPEN_LM=CHECKOUT adds open_lm)
 	@failed=; for name in $(BENCHMARKS); do \
 	  set --; if test "$$name" = train_step && test -n "$(OPEN_LM)"; then set -- --open-lm "$(OPEN_LM)"; fi; \
 	  $(PY) -m benchmarks.$$name "$$@" $(ARGS) || failed="$$failed $$name"; done; \
 	  test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
 
-# What the paper's shape takes on one GPU of 80 GB.
+# Benchmarks at the paper's shape, on one GPU of 80 GB.
 ON_GPU := "trainer_overhead --shape paper --compile --accumulate 64 --steps 320 --rounds 3" \
   "train_step --shape paper --peers transformers" "train_step --shape paper --peers litgpt" \
   $(if $(OPEN_LM),"train_step --shape paper --peers open_lm --open-lm $(OPEN_LM)") \

@@ -201,7 +201,7 @@ def float32_form(decoder: Decoder, peers: list[Peer], ids_BT: Tensor, target_BT:
     upstream = next((peer for peer in peers if peer.name == "open_lm"), None)
     if upstream is not None:
         name, module, logits = "open_lm fp32 eager", upstream.model, upstream.logits
-    else:  # the same operations by our own code, as the name tells
+    else:  # the same operations by our own code
         name, module, logits = "our decoder fp32 eager, whole logits (stands in for open_lm)", decoder, decoder
     return Form(name, name, module, lambda: materialized(logits, ids_BT, target_BT), "fp32")
 

@@ -1,4 +1,4 @@
-"""Trains the pre-trained arm and every remedy against forgetting, and draws them: `python -m t2i_lm.remedies`."""
+"""Trains the pre-trained arm and every remedy against forgetting, and plots them: `python -m t2i_lm.remedies`."""
 
 import argparse
 import sys

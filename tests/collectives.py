@@ -1,4 +1,4 @@
-"""`python -m tests.collectives FILE ...` is `t2i_lm.train ...`; FILE says what each backward pass asks of others."""
+"""`python -m tests.collectives FILE ...`: `t2i_lm.train ...` that counts reductions per backward pass into FILE."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ REDUCTIONS = ("reduce_scatter", "allreduce")
 
 
 def count_reductions(counts: list[int]) -> None:
-    """Makes every backward pass append how many reductions it asked for."""
+    """Makes every backward pass append its number of reductions."""
     backward = Strategy.backward
 
     def counted(self: Strategy, *arguments: Any, **named: Any) -> Any:

@@ -47,7 +47,7 @@ TOKENIZERS = (
 
 
 def overrides(name: str, folder: Path) -> list[str]:
-    """What shrinks an experiment; `folder` holds the text of those that read one, and all runs."""
+    """Overrides that shrink an experiment; `folder` holds the text of those that read one, and all runs."""
     changes = [*COMMON, f"data.cache_dir={folder}/cache"]
     if name == "image_tokenizer":
         sizes = ("block_out_channels=[16,16]", "codes=16")

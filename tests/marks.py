@@ -1,4 +1,4 @@
-"""What a test requires of the machine."""
+"""Requirements of a test on the machine."""
 
 import shutil
 

@@ -31,7 +31,7 @@ def checkpoints(run: Run) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("group", FREEZE_GROUPS)
-def test_a_frozen_group_is_bitwise_what_it_was_before_the_run(group: str, tiny: list[str], tmp_path: Path) -> None:
+def test_a_frozen_group_is_bitwise_unchanged_by_a_run(group: str, tiny: list[str], tmp_path: Path) -> None:
     changes = [*tiny, f"run.dir={tmp_path}", "samples.prompts=0"]
     assert main(["--freeze", group, UNCONDITIONAL, *changes]) == 0
     run = newest(tmp_path)

@@ -1,4 +1,4 @@
-"""What differs is not timed: the gates of the benchmarks, given something wrong."""
+"""Gates of the benchmarks: contenders that disagree are not timed."""
 
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -156,7 +156,7 @@ def test_on_a_gpu_trainings_may_differ_by_the_order_of_sums() -> None:
 
 
 @pytest.mark.parametrize("found", [float("nan"), 1.1])
-def test_the_gate_refuses_nan_and_what_is_above_its_tolerance(found: float) -> None:
+def test_the_gate_refuses_nan_and_differences_above_its_tolerance(found: float) -> None:
     with pytest.raises(rounds.GateError, match="x differs"):
         rounds.gate("x", torch.tensor([1.0, found]), torch.ones(2), 0.05)
     assert rounds.gate("x", torch.tensor([1.0, 1.01]), torch.ones(2), 0.05) == pytest.approx(0.01, rel=1e-3)

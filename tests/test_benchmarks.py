@@ -1,4 +1,4 @@
-"""The benchmarks run, say what they found in one line of JSON, and time nothing that differs. No time is asserted."""
+"""The benchmarks run, print one line of JSON, and time nothing that differs. No time is asserted."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_ours_compiled_is_compiled_by_block_and_has_the_same_weights() -> None:
     assert all(form.module is decoder for form in forms), "one optimizer"
 
 
-def test_what_forms_are_compared_with_is_that_of_the_whole_batch() -> None:
+def test_forms_are_compared_with_the_whole_batch() -> None:
     decoder, _ = peers.build_decoder(peers.SHAPES["tiny"], "cpu")
     ids_BT = torch.arange(60).view(5, 12)
     target_BT = ids_BT.flip(0)
@@ -152,7 +152,7 @@ def test_the_head_is_timed_as_loss_backend_torch_runs_it() -> None:
     assert "loss.backend=torch" not in head.variants("bf16", compiled=False)
 
 
-def test_what_cannot_draw_is_named_unless_memory_was_short() -> None:
+def test_a_form_that_cannot_generate_is_named_unless_memory_was_short() -> None:
     def forms(error: Exception) -> dict[str, tuple[str, Callable[[], torch.Tensor]]]:
         def draw() -> torch.Tensor:
             raise error
@@ -189,7 +189,7 @@ def test_alone_needs_no_peer_and_positions_stay_in_float32(
 
 
 @pytest.mark.parametrize("scale", ["demo", "paper"])
-def test_random_shards_are_read_as_the_scale_says(scale: str) -> None:
+def test_random_shards_are_read_with_the_padding_of_the_scale(scale: str) -> None:
     stated = OmegaConf.load(ROOT / "experiments" / "scale" / f"{scale}.yaml").data.get(
         "pad_to_multiple_of", DataConfig.pad_to_multiple_of
     )
@@ -206,7 +206,7 @@ def test_every_round_has_every_contender_in_a_rotated_order() -> None:
 
 
 @pytest.mark.slow
-def test_what_makes_a_contender_ready_is_not_timed() -> None:
+def test_preparation_of_a_contender_is_not_timed() -> None:
     times = iter(range(100))
     contender = rounds.Contender("a", "a", lambda: next(times), lambda: [next(times) for _ in range(5)])
     seconds = rounds.interleave([contender], rounds=2, warmup=1, device="cpu", clock=lambda: float(next(times)))
@@ -214,7 +214,7 @@ def test_what_makes_a_contender_ready_is_not_timed() -> None:
     assert next(times) == 1 + 5 + 2 * (5 + 3)
 
 
-def test_files_are_read_again_if_they_are_said_to_be_dropped(tmp_path: Path) -> None:
+def test_dropped_files_are_read_again(tmp_path: Path) -> None:
     shards.write_random_shards(tmp_path, 256, 1024, 50_432, 16_384, 1152)
     data = loader.open_data(tmp_path, "paper", 18)
 
@@ -223,7 +223,7 @@ def test_files_are_read_again_if_they_are_said_to_be_dropped(tmp_path: Path) -> 
     assert sum(1 for _ in data.train_dataloader()) == 18
     read = 512 * (resource.getrusage(resource.RUSAGE_SELF).ru_inblock - before)
     size = sum(path.stat().st_size for path in Path(tmp_path, "train").rglob("*.arrow"))
-    assert (read > size / 2) == dropped, "whether this file system can"
+    assert (read > size / 2) == dropped, "read again where the file system drops files"
 
 
 def test_ratios_are_within_rounds_between_the_fastest_forms() -> None:
@@ -258,10 +258,10 @@ def test_make_bench_gives_open_lm_to_training_steps_alone(tmp_path: Path) -> Non
             "\n"
         )
 
-    given = lines("OPEN_LM=/a checkout")
-    assert given[0] == "-m benchmarks.train_step --open-lm /a checkout --quick"
-    assert given[1] == "-m benchmarks.head --quick"
-    assert sum("--open-lm" in line for line in given) == 1
+    with_checkout = lines("OPEN_LM=/a checkout")
+    assert with_checkout[0] == "-m benchmarks.train_step --open-lm /a checkout --quick"
+    assert with_checkout[1] == "-m benchmarks.head --quick"
+    assert sum("--open-lm" in line for line in with_checkout) == 1
     assert lines("OPEN_LM=")[0] == "-m benchmarks.train_step --quick"
 
 

@@ -216,7 +216,7 @@ def test_captions_that_are_too_long_are_cut_as_in_training_and_counted(
     assert cut["card"]["prompts_cut"] == 1
     assert "prompts_cut=1 (not 0)" in cut["differs"]
     assert cut["floor"]["card"]["prompts_cut"] == 0  # reconstructions need no caption
-    longer = measured(300, tmp_path / "longer")  # equal in what is kept
+    longer = measured(300, tmp_path / "longer")  # equal after the cut
     assert (longer["fid"], longer["kid"]) == (cut["fid"], cut["kid"])
     capsys.readouterr()
     out = tmp_path / "canonical"
@@ -248,7 +248,7 @@ def test_other_tokenizers_and_other_evaluations_are_refused(
         in capsys.readouterr().err
     )
     content = read(tmp_path / "out")
-    del content["made_with"]  # as earlier versions wrote it: its card says the same
+    del content["made_with"]  # as earlier versions wrote it: its card has the same values
     (tmp_path / "out" / "coco.json").write_text(json.dumps(content))
     assert main([*command, *few, "--seed", "1"]) == 2
     assert "coco.json holds a result of other settings (seed=0, now 1)" in capsys.readouterr().err

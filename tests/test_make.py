@@ -45,19 +45,19 @@ def setup(fake: Path, script: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=fake, env=environment, capture_output=True, text=True)
 
 
-def test_an_old_python_is_told_so_at_once(fake: Path) -> None:
+def test_an_old_python_is_refused_at_once(fake: Path) -> None:
     done = setup(fake, 'case "$1" in -c) exit 1;; *) echo "Python 3.9.18";; esac')
     assert done.returncode == 1
     assert "Python 3.11 or newer is needed, found: Python 3.9.18" in done.stderr
 
 
-def test_a_machine_without_venv_is_told_so_at_once(fake: Path) -> None:
+def test_a_machine_without_venv_is_refused_at_once(fake: Path) -> None:
     done = setup(fake, 'case "$2" in *venv*) exit 1;; *) exit 0;; esac')
     assert done.returncode == 1
     assert "python3-venv" in done.stderr
 
 
-def test_an_interrupted_installation_is_not_taken_for_done(fake: Path) -> None:
+def test_an_interrupted_installation_does_not_count_as_complete(fake: Path) -> None:
     """pip fails once, as when it is cut off; the second call finishes and only then is the stamp there."""
     script = f"""
 case "$*" in

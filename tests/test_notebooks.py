@@ -96,7 +96,9 @@ def test_a_notebook_shows_and_saves_its_figures(notebook: Path, project: Path, m
             assert image.width == 2400
 
 
-def test_a_figure_without_runs_prints_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_figure_without_runs_prints_the_command_that_makes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert show("5", Request(tmp_path / "runs"), tmp_path / "figures") is None
     assert "python -m t2i_lm.ablate --all" in capsys.readouterr().out
     assert not (tmp_path / "figures").exists()

@@ -28,7 +28,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return read_run(folder)
 
 
-def test_it_is_read(old: Run) -> None:
+def test_an_old_run_is_read(old: Run) -> None:
     assert old.environment["git"].startswith("e77443d")
     assert old.config["name"] == "t2i_pretrained"
     assert [record["step"] for record in old.records("val")] == [0, 4, 8]
@@ -36,7 +36,7 @@ def test_it_is_read(old: Run) -> None:
 
 
 @pytest.mark.slow
-def test_it_is_resumed_with_the_losses_that_it_had(old: Run) -> None:
+def test_an_old_run_is_resumed_with_its_own_losses(old: Run) -> None:
     (old.folder / REPORT).unlink()
     assert train([PRETRAINED, "--resume", str(old.folder)]) == 0
     resumed = read_run(old.folder)
@@ -51,19 +51,19 @@ def test_it_is_resumed_with_the_losses_that_it_had(old: Run) -> None:
 
 
 @pytest.mark.slow
-def test_it_samples(old: Run, tmp_path: Path) -> None:
+def test_an_old_run_samples(old: Run, tmp_path: Path) -> None:
     assert sample(["--checkpoint", str(old.folder), "a red circle.", "--out", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000-a-red-circle.png", "grid.png"]
 
 
 @pytest.mark.slow
-def test_it_is_evaluated(old: Run, book: Path, tmp_path: Path) -> None:
+def test_an_old_run_is_evaluated(old: Run, book: Path, tmp_path: Path) -> None:
     words = ["--forgetting", str(book), "--rows", "4", "--length", "32", "--out", str(tmp_path / "out")]
     assert evaluate(["--checkpoint", str(old.folder), *words]) == 0
     found = json.loads((tmp_path / "out" / "forgetting.json").read_text())
     assert found["text"]["targets"] == 4 * 32
 
 
-def test_it_is_drawn(old: Run, tmp_path: Path) -> None:
+def test_an_old_run_is_drawn(old: Run, tmp_path: Path) -> None:
     assert figures(["--figure", "4", "--runs", "runs", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "figure4.png").is_file()

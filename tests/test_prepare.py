@@ -169,7 +169,7 @@ def test_processes_share_the_work(tiny: list[str], tmp_path: Path) -> None:
     assert contents(one) == contents(three)
 
 
-def test_rejects_are_looked_at_again_when_the_images_have_been_mended(
+def test_rejects_are_read_again_once_the_images_are_repaired(
     tiny: list[str], photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [PRETRAINED, *overrides(tiny, photographs, 0.0)]
@@ -180,7 +180,7 @@ def test_rejects_are_looked_at_again_when_the_images_have_been_mended(
     for number in (7, 8):
         Image.new("RGB", (70, 70)).save(photographs / f"{number}.png")
     rows = [json.loads(line) for line in (photographs / "metadata.jsonl").read_text().splitlines()]
-    rows[9]["captions"] = ["mended"]
+    rows[9]["captions"] = ["repaired"]
     (photographs / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert main(arguments) == 0
 
@@ -211,7 +211,7 @@ def test_ids_in_bfloat16_are_checked_before_they_are_used(
     assert not list(tmp_path.glob("scenes-*"))
 
 
-def test_a_part_of_which_nothing_can_be_used_is_written_and_passed_over(tiny: list[str], photographs: Path) -> None:
+def test_a_part_without_usable_samples_is_written_and_skipped(tiny: list[str], photographs: Path) -> None:
     for number in range(41, 60):
         (photographs / f"{number}.png").write_bytes(b"broken")
     changes = [*overrides(tiny, photographs, 0.9), "data.part_size=10"]

@@ -154,7 +154,7 @@ def test_bad_arguments_are_named(trained: TrainedRun, tmp_path: Path) -> None:
         trained.perplexity([(tmp_path / "absent.png", PROMPT)])
 
 
-def test_a_missing_folder_and_one_without_runs_say_what_is_there(run: Path, tmp_path: Path) -> None:
+def test_a_missing_folder_and_one_without_runs_list_the_contents(run: Path, tmp_path: Path) -> None:
     root = run.parent.parent
     with pytest.raises(ValueError, match=rf"no such folder; {root} holds t2i_pretrained"):
         t2i_lm.load(root / "t2i_scratch" / "newest")

@@ -63,7 +63,7 @@ def test_rounded_weights_sample_nearly_the_same_codes(run: Path) -> None:
     assert buffer.dtype == torch.float32
 
 
-def test_numerics_are_those_of_the_model_as_it_is(run: Path) -> None:
+def test_numerics_are_those_of_the_current_model(run: Path) -> None:
     model = load_trained(run)
     decoder = model.module.decoder
     decoder.layers[0].feed_forward.w3.bfloat16()

@@ -29,7 +29,7 @@ def test_keys_with_several_values_are_distinguished_from_lists_and_single_values
         (["optim.lr=1e-3,2e-3", "data.batch_size=8,16"], "optim.lr and data.batch_size have several values"),
         (["optim.lrr=1e-3,2e-3"], "did you mean 'optim.lr'"),
         (["optim.lr=1e-3,fast"], "optim.lr"),
-        (["optim.lr=1e-3,0.001"], "two of the values given are the same"),
+        (["optim.lr=1e-3,0.001"], "two of the values are the same"),
         (["optim.lr=1e-3,2e-3", "--arm", "align"], "task=align has no loss of text or image tokens"),
         (["optim.lr=1e-3,2e-3", "--arm", "t2i_scrach"], "--arm t2i_scrach: expected one of align,"),
     ],

@@ -30,7 +30,7 @@ from tests.runs import (
 )
 
 
-def test_a_run_leaves_everything_behind(pretrained: Run) -> None:
+def test_a_run_writes_all_its_files(pretrained: Run) -> None:
     folder = pretrained.folder
     for name in ("config.yaml", "env.json", "metrics.jsonl", "report.json", "samples/grid.png"):
         assert (folder / name).is_file(), name
@@ -132,7 +132,7 @@ def test_two_processes_equal_one(pretrained: Run, tiny: list[str], tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_as_if_it_had_not(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_like_an_unbroken_one(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     """SIGTERM between steps: saved, exit code 143, and the resumed run equals the unbroken one."""
     process = launch(PRETRAINED, tmp_path, *tiny)
     metrics = wait_for_lines(process, tmp_path, 2)
@@ -248,7 +248,7 @@ def test_a_wrong_tokenizer_for_the_backbone_is_refused(
     assert "tokenizer" in capsys.readouterr().err
 
 
-def test_an_unwritable_run_folder_is_told(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_run_folder_is_named(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main([SCRATCH, *tiny, f"run.dir={tmp_path}/file"]) == 2
     assert "run.dir" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """An experiment: its sections, the rules between them, and which keys change what is computed.
 
 Standard library only. `load.py` merges YAML files into this frozen dataclass; a change is `dataclasses.replace`.
-A wrong value raises a ValueError that names the key, the value and what is allowed.
+A wrong value raises a ValueError that names the key, the value and the allowed values.
 """
 
 from collections.abc import Iterator
@@ -97,7 +97,7 @@ class ExperimentConfig(Section):
     tune: str = "all"
     """Trained parameters of Figure 5, one of TUNE_SETS in models/freeze.py."""
     freeze: list[str] = field(default_factory=list)
-    """Groups of FREEZE_GROUPS in models/freeze.py that are frozen, whatever `tune` is."""
+    """Groups of FREEZE_GROUPS in models/freeze.py that are frozen, regardless of `tune`."""
     new_rows: str = "random"
     """Initial image rows, the same in every arm: `random`, `mean`, `aligned` or `codebook`."""
     aligned_rows: str | None = None
@@ -139,7 +139,7 @@ class ExperimentConfig(Section):
         return value
 
     def _rules(self) -> Iterator[tuple[bool, str, str]]:
-        """Rules between keys, in the order in which they are checked: (refused, key, what is expected)."""
+        """Rules between keys, in the order in which they are checked: (refused, key, expected value)."""
         task, data, optim, trainer = f"task={self.task}", self.data, self.optim, self.trainer
         sharded = f"trainer.strategy={trainer.strategy}"
         for key in PLUGIN_KEYS:

@@ -1,6 +1,6 @@
 """The sections of an experiment (`experiment.py`), each a frozen dataclass that checks its values.
 
-Standard library only. A wrong value raises a ValueError that names the key, the value and what is allowed.
+Standard library only. A wrong value raises a ValueError that names the key, the value and the allowed values.
 `docs/configuration.md` is made from the docstrings of the keys.
 """
 
@@ -192,7 +192,7 @@ class DataConfig(Section, prefix="data"):
     cache_dir: str = "cache"
     """Folder of prepared token shards."""
     part_size: int = 8192
-    """Samples per part of the shards, which is what an interrupted preparation loses at most."""
+    """Samples per part of the shards: the most that an interrupted preparation loses."""
     workers: int = 0
     """Processes that load batches; 0: the training process."""
     pad_to_multiple_of: int = 8

@@ -21,7 +21,7 @@ REPLAYED = -1
 class IndexSampler(Sampler[list[Draw]]):
     """Yields this rank's micro-batches of draws, from `consumed` to the end of the run.
 
-    One pass over the sampler is the whole run, whatever the number of epochs: an epoch that ends inside a batch is
+    One pass over the sampler is the whole run, for any number of epochs: an epoch that ends inside a batch is
     continued by the next one's permutation, so every index is drawn once per epoch.
 
     Attributes:

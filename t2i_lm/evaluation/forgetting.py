@@ -88,7 +88,7 @@ class ForgettingEvaluator(Evaluator):
 
 
 def _read_text(path: str) -> list[str] | None:
-    """Documents of a text; None for one on a hub, of which the first document is read.
+    """Documents of a text; None for a text on a hub, of which only the first document is read here.
 
     Raises:
         ValueError: if it has no document or cannot be read.

@@ -118,8 +118,8 @@ class TrainedRun:
             cfg: scale of classifier-free guidance; 1 is none, None the run's, as for the other sampling values.
             seed: of the first image; the others follow from it.
             temperature: divides the logits.
-            top_k: codes kept at each step.
-            top_p: probability kept at each step.
+            top_k: number of most likely codes to sample from.
+            top_p: total probability of the most likely codes to sample from.
             each: images per prompt.
 
         Returns:
@@ -210,7 +210,7 @@ def open_run(path: str | PathLike[str]) -> TrainedRun:
     """A run folder, or the newest run in a folder of runs.
 
     Raises:
-        ValueError: if there is none, naming what is there.
+        ValueError: if there is none, listing the folder's contents.
     """
     folder = Path(path)
     if folder.is_dir():

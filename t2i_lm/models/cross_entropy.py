@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of logits per chunk: what fits a CPU's cache, and what keeps a GPU busy.
+# Elements of logits per chunk: few enough for a CPU's cache, enough to keep a GPU busy.
 CPU_LOGITS, GPU_LOGITS = 2**21, 2**27
 # Minimum targets per chunk: with fewer, reading the rows costs more than multiplying by them.
 TARGETS = 256

@@ -388,7 +388,7 @@ class Decoder(Backbone):
         return self._cache(batch, length, self._empty_cache(1))
 
     def generation_cache(self, batch: int, length: int, used: KVCache | None = None) -> KVCache:
-        """As `new_cache`, on CUDA with buckets and graphs, which are kept from a `used` cache of the same size.
+        """As `new_cache`, on CUDA with buckets and graphs, reused from a `used` cache of the same size.
 
         Raises:
             ValueError: if `length` exceeds the positions of a decoder that has any.

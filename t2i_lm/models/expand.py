@@ -83,7 +83,7 @@ def expand_vocabulary(
     """Adds rows for `SPECIALS` and `image_size` codes, initialized as open_lm initializes its own.
 
     The random rows depend on the generator alone: decoders expanded with equal generators get identical new rows,
-    whatever their other weights (`mean` adds the mean of the text rows). Existing rows are unchanged, and a tied
+    regardless of their other weights (`mean` adds the mean of the text rows). Existing rows are unchanged, and a tied
     decoder stays tied.
 
     Args:

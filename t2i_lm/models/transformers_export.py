@@ -34,7 +34,7 @@ _OLMOE = {"rms_norm_eps": EPS, "num_experts": 1, "num_experts_per_tok": 1, "norm
 _STABLELM = ("StableLm", {"layer_norm_eps": EPS})
 _STARCODER2 = ("Starcoder2", {"norm_epsilon": EPS, "hidden_act": "gelu", "use_bias": False})
 # (model_norm, ffn_type, qk_norm) -> class prefix and config keys. Query-key norms over the whole width, before pre-norm
-# blocks, exist in OLMoE alone, of which one expert is a dense model: OLMo2 is post-norm, Qwen3 normalizes each head.
+# blocks, exist only in OLMoE, which with one expert is a dense model: OLMo2 is post-norm, Qwen3 normalizes each head.
 ARCHITECTURES: dict[tuple[str, str, bool], tuple[str, dict[str, Any]]] = {
     **{("rms_norm", ffn, False): _LLAMA for ffn in SWIGLU},
     ("rms_norm", "gemma_geglu", False): ("Llama", {"rms_norm_eps": EPS, "hidden_act": "gelu", "mlp_bias": True}),
@@ -50,7 +50,7 @@ def require_equivalent(config: DecoderConfig) -> None:
     """Checks that a `transformers` architecture computes the decoder's function.
 
     Raises:
-        ValueError: naming the key without an equivalent, and what is supported.
+        ValueError: naming the key without an equivalent, and the supported values.
     """
     positions, norm = config.positional_embedding_type, config.model_norm
     if positions not in ROTARY:

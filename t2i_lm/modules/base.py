@@ -5,7 +5,7 @@ Where the split loss is computed:
 1. `on_before_batch_transfer`: runs `find_targets` while the batch is on the host.
 2. `find_targets`: `classify` assigns each target a modality; the counted targets become indices (`TargetIndex`).
 3. `decoder.hidden_at` (models/backbone.py): hidden states at those indices.
-4. `Output.forward` (models/token_rows.py): calls the loss there, since only there FSDP2 has the rows whole.
+4. `Output.loss` (models/token_rows.py): calls the loss there, since only there FSDP2 has the rows whole.
 5. `linear_cross_entropy` (models/cross_entropy.py): negative log-likelihood of each target.
 6. `split_sums` (below): sum and count per modality, returned by the step (`callbacks.base.contract`).
 7. `EMASplitPerplexity` (callbacks/perplexity.py): reduces them over ranks, smooths, exponentiates.

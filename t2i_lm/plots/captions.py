@@ -82,7 +82,7 @@ def group_caption(
 
     Args:
         arms: runs by arm, the reference first.
-        expected: arms of which the missing ones are named.
+        expected: arms that the figure should have; missing ones are named.
         varied: config keys, or their beginnings, in which arms differ by design.
         how: the first sentences; None for those on curves and their smoothing.
     """

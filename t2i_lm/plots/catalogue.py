@@ -248,7 +248,7 @@ def write_figures(request: Request, folder: Path, names: Iterable[str] | None = 
     Args:
         request: where to find the runs.
         folder: where to write.
-        names: keys of FIGURES, all of which are required; None for those whose runs are there.
+        names: keys of FIGURES, all required; None for every figure that has its runs.
 
     Raises:
         ValueError: if the runs of a required figure, or of all figures, are missing.

@@ -9,7 +9,7 @@ from t2i_lm.storage.run_folder import Run
 class Series:
     """One arm's curve of one quantity: training values, their EMA and validation values against `tokens`.
 
-    The axis is positions seen, or samples where a figure asks for them.
+    The axis is positions seen, or samples where a figure requests them.
     """
 
     tokens: list[float]

@@ -1,4 +1,4 @@
-"""What all commands share: their parser, common options, and errors of one line."""
+"""The shared command line: parser, common options, one-line errors."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from t2i_lm.config.experiment import SCALES
 
 # Errors that end a command with one line; any other is a fault of this suite and keeps its traceback.
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
-# Overrides of commands that compare losses: no samples are drawn, unless a later override asks for them.
+# Overrides of commands that compare losses: no samples are generated unless a later override requests them.
 NO_SAMPLES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.interval=null")
 
 

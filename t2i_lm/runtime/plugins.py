@@ -81,7 +81,7 @@ def find_plugin(kind: Kind, value: str, built_in: Collection[str] = ()) -> Plugi
     """The plug-in that the value of a config key selects.
 
     Args:
-        kind: what is looked for.
+        kind: the kind of plug-in to find.
         value: `plugin:NAME[:ARGUMENT]` or `code:MODULE:FUNCTION[:ARGUMENT]`.
         built_in: names that the suite itself uses, which no plug-in may take.
 
@@ -116,7 +116,7 @@ def plugin_identities(config: ExperimentConfig) -> dict[str, str]:
 
 
 def interface(protocol: type) -> list[str]:
-    """Names of the public attributes and methods that a Protocol asks for."""
+    """Names of the public attributes and methods that a Protocol requires."""
     names = {*inspect.get_annotations(protocol), *vars(protocol)}
     return sorted(name for name in names if not name.startswith("_"))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 class TextTokenizer(Protocol):
     """Text <-> ids; `sha256` is that of its file at `path` and identifies the vocabulary in every result.
 
-    Encoding never produces special ids such as `document_end`, whatever the text contains.
+    Encoding never produces special ids such as `document_end`, for any text.
     """
 
     path: Path

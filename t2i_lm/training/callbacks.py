@@ -68,7 +68,7 @@ def callbacks_for(experiment: Experiment, folder: Path, events: EventLog) -> lis
 def _measurements(
     experiment: Experiment, folder: Path, meter: EMASplitPerplexity, preemption: Preemption
 ) -> list[pl.Callback]:
-    """The measurements that the config asks for: samples, FID, forgetting."""
+    """The measurements that the config requests: samples, FID, forgetting."""
     config = experiment.config
     samples, fid, probes = sampler(experiment), training_fid(experiment), forgetting_probes(experiment, folder)
     callbacks: list[pl.Callback] = []

@@ -77,10 +77,10 @@ def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
         from t2i_lm.models.aligned_rows import resolve_aligned_rows
 
         config = resolve_aligned_rows(config)  # as in a run's config.yaml
-    wanted = _computed(config)
+    computed = _computed(config)
     equal = []
     for folder in run_folders(Path(config.run.dir), config.name):
-        if _computed_in(folder / CONFIG) == wanted:
+        if _computed_in(folder / CONFIG) == computed:
             equal.append(folder)
     finished = [folder for folder in equal if (folder / REPORT).is_file()]
     if finished:

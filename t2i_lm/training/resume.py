@@ -20,7 +20,7 @@ def resumed_run(resume: str, experiment: Path, scale: str, overrides: Sequence[s
         overrides: `key=value` strings, of RESUMABLE keys where the value differs from the run's.
 
     Raises:
-        ValueError: if there is no such run, it is finished, or an override changes what it computes.
+        ValueError: if there is no such run, it is finished, or an override changes any other key.
     """
     if resume == LATEST:
         folder = _latest_unfinished(load_experiment(experiment, scale, overrides), scale)

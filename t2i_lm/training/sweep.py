@@ -73,7 +73,7 @@ def sweep_jobs(
         if config.task not in TASKS:
             raise ValueError(f"--arm {arm}: task={config.task} has no loss of text or image tokens")
         if (settings := flatten(config)) in seen:
-            raise ValueError(f"{' '.join(point)}: two of the values given are the same")
+            raise ValueError(f"{' '.join(point)}: two of the values are the same")
         seen.append(settings)
         jobs[arm, *values] = Job(config, label=" ".join(point))
     return key, jobs

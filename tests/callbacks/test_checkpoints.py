@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, and what it does when one cannot be kept."""
+"""Retention of a run's checkpoints, and saves that fail."""
 
 import signal
 from contextlib import nullcontext
@@ -27,21 +27,21 @@ def fit(toy: Toy, *more: Callback, resume: Path | None = None) -> pl.Trainer:
     return trainer
 
 
-def kept(toy: Toy) -> list[int]:
-    """Steps of the checkpoints of a run."""
+def saved_steps(toy: Toy) -> list[int]:
+    """Steps of a run's checkpoints."""
     return [step_of(path) for path in checkpoints(toy.folder / CHECKPOINTS)]
 
 
 def test_the_newest_are_kept_with_their_digests_and_nothing_else(tmp_path: Path) -> None:
     toy = Toy(tmp_path, steps=17)
     fit(toy)
-    assert kept(toy) == [15, 17]
+    assert saved_steps(toy) == [15, 17]
     for path in checkpoints(tmp_path / CHECKPOINTS):
         verify(path)
     assert len(list((tmp_path / CHECKPOINTS).iterdir())) == 4
 
 
-def test_a_start_sweeps_out_what_a_killed_save_left(tmp_path: Path) -> None:
+def test_a_start_removes_the_files_of_a_killed_save(tmp_path: Path) -> None:
     folder = tmp_path / CHECKPOINTS
     folder.mkdir()
     # Of a step that this run does not save, so that no save of its own replaces them.
@@ -61,7 +61,7 @@ def test_resuming_from_an_older_checkpoint_leaves_no_later_ones_to_be_taken_for_
     older = find_resumable(tmp_path / CHECKPOINTS)
     assert older == checkpoint_path(tmp_path / CHECKPOINTS, 5)
     fit(Toy(tmp_path, steps=8, save_every=2), resume=older)
-    assert kept(toy) == [6, 8]
+    assert saved_steps(toy) == [6, 8]
 
 
 def test_an_old_checkpoint_stays_while_the_new_one_cannot_be_read_back(
@@ -77,7 +77,7 @@ def test_an_old_checkpoint_stays_while_the_new_one_cannot_be_read_back(
     fit(toy)
     assert EventLog(tmp_path / EVENTS).counts() == {"save-failed": 2}
     assert "cannot be read back: bad sectors; training continues" in capsys.readouterr().err
-    assert 17 in kept(toy)
+    assert 17 in saved_steps(toy)
 
 
 def test_the_last_save_must_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_the_last_save_must_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 class Unreadable(Callback):
-    """Puts into the checkpoint what cannot be read back."""
+    """Adds an object to the checkpoint that cannot be read back."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"where": Path("x")}
@@ -100,11 +100,11 @@ def test_a_state_that_cannot_be_read_back_stops_the_run_at_its_first_save(tmp_pa
     toy = Toy(tmp_path)
     with pytest.raises(TypeError, match="weights_only=True"):
         fit(toy, Unreadable())
-    assert kept(toy) == []
+    assert saved_steps(toy) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
-def test_metrics_changed_by_hand_are_cut_by_step_and_told(tmp_path: Path) -> None:
+def test_metrics_changed_by_hand_are_cut_by_step_and_logged(tmp_path: Path) -> None:
     fit(Toy(tmp_path, steps=7))
     before, path = lines(tmp_path), tmp_path / METRICS
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))  # no longer those of step 0
@@ -114,7 +114,7 @@ def test_metrics_changed_by_hand_are_cut_by_step_and_told(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("harm", [{}, {"raise_at": 1}], ids=["after the end", "after an error"])
-def test_signal_handlers_are_put_back(tmp_path: Path, harm: dict[str, Any]) -> None:
+def test_signal_handlers_are_restored(tmp_path: Path, harm: dict[str, Any]) -> None:
     before = [signal.getsignal(number) for number in HANDLED]
     with pytest.raises(ArithmeticError) if harm else nullcontext():
         fit(Toy(tmp_path, steps=2, harm=harm))

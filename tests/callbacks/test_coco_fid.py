@@ -1,4 +1,4 @@
-"""The callback: one rank equals several, sums and network stay out of the module, a stop gives the measurement up."""
+"""The callback: one rank equals several, sums and network stay out of the module, a stop abandons the measurement."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def reference(network: Inception, rank: int, world: int) -> Iterator[tuple[Seque
 
 
 class Model:
-    """Draws captions of several lengths in bfloat16, where codes depend on what is drawn with them."""
+    """Samples after captions of several lengths in bfloat16, where codes depend on the rest of the batch."""
 
     def __init__(self) -> None:
         self.decoder = tiny("rotary", seq_len=48, hidden_dim=256, n_heads=4)
@@ -51,11 +51,11 @@ class Model:
         self.decoder.bfloat16()
 
     def draw(self, numbers: Sequence[int]) -> Tensor:
-        """Images (B, 3, 32, 32), whose 16 codes are the greys of their parts."""
+        """Images (B, 3, 32, 32), whose 16 codes are the grays of their parts."""
         prompts = [torch.from_numpy(self.layout.prompt(np.arange(5 * number % 26))) for number in numbers]
         drawn_BN = generate(self.decoder, self.layout.vocab, prompts, 16, list(numbers))
-        grey_B1hw = drawn_BN.view(-1, 1, 4, 4) % 256
-        return grey_B1hw.expand(-1, 3, -1, -1).repeat_interleave(8, 2).repeat_interleave(8, 3).to(torch.uint8)
+        gray_B1hw = drawn_BN.view(-1, 1, 4, 4) % 256
+        return gray_B1hw.expand(-1, 3, -1, -1).repeat_interleave(8, 2).repeat_interleave(8, 3).to(torch.uint8)
 
 
 def callback(weights: Path, prompts: int = DRAWN, batch: int = 4, **options: Any) -> CocoFID:
@@ -76,7 +76,7 @@ def one_rank(rank: int, world: int, port: int, weights: Path, out: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])  # 3 batches: one rank has two, or none
 def test_several_ranks_equal_one(world: int, inception_weights: Path, tmp_path: Path) -> None:
-    """Of images that a model draws after ragged prompts, so that another split would be other images."""
+    """With samples after ragged prompts, which another split into batches would change."""
     port = free_port()
     ranks = [
         server.Process(target=one_rank, args=(rank, world, port, inception_weights, tmp_path)) for rank in range(world)
@@ -87,7 +87,7 @@ def test_several_ranks_equal_one(world: int, inception_weights: Path, tmp_path: 
     trainer: Any = SimpleNamespace(global_rank=0, world_size=1)
     one = alone.measure(trainer, torch.device("cpu"))
     assert one is not None
-    assert one == alone.measure(trainer, torch.device("cpu"))  # the reference is kept, what was drawn is not
+    assert one == alone.measure(trainer, torch.device("cpu"))  # the reference is cached, the samples are not
     assert finish(*ranks) == [0] * world
     for rank in range(world):
         other = torch.load(tmp_path / str(rank), weights_only=True)
@@ -99,7 +99,7 @@ def test_several_ranks_equal_one(world: int, inception_weights: Path, tmp_path: 
 
 
 def test_the_kernel_distance_is_of_all_reference_images(inception_weights: Path) -> None:
-    """As many as `evaluate` takes, not as many as are drawn."""
+    """As many as `evaluate` uses, not as many as are sampled."""
     trainer: Any = SimpleNamespace(global_rank=0, world_size=1)
     network = Inception(inception_weights, 64)
     found = callback(inception_weights).measure(trainer, torch.device("cpu"))
@@ -109,7 +109,7 @@ def test_the_kernel_distance_is_of_all_reference_images(inception_weights: Path)
     assert (found["kid"], found["kid_std"]) == pytest.approx((kid, deviation), rel=1e-6)
 
 
-def test_the_card_is_asked_when_it_is_written(inception_weights: Path, tmp_path: Path) -> None:
+def test_the_card_is_read_when_it_is_written(inception_weights: Path, tmp_path: Path) -> None:
     """A trainer turns on float8, for one, after the task is set up."""
     fid, state = callback(inception_weights, folder=tmp_path), {"title": "FID", "fp8": False}
     fid.task = replace(fid.task, card=lambda: dict(state))
@@ -119,7 +119,7 @@ def test_the_card_is_asked_when_it_is_written(inception_weights: Path, tmp_path:
     assert json.loads((tmp_path / "step-00000003.json").read_text())["card"]["fp8"] is True
 
 
-def test_a_run_that_is_asked_to_stop_gives_it_up(inception_weights: Path) -> None:
+def test_a_stop_request_abandons_the_measurement(inception_weights: Path) -> None:
     answers = iter([False, True])
     preemption: Any = SimpleNamespace(asked=lambda: next(answers))
     trainer: Any = SimpleNamespace(global_rank=0, world_size=1)
@@ -128,7 +128,7 @@ def test_a_run_that_is_asked_to_stop_gives_it_up(inception_weights: Path) -> Non
         next(answers)
 
 
-def test_senseless_values_are_named(inception_weights: Path) -> None:
+def test_invalid_values_are_refused_by_name(inception_weights: Path) -> None:
     with pytest.raises(ValueError, match="prompts=1"):
         callback(inception_weights, prompts=1)
     task = FidTask(2, lambda numbers: images(numbers, 0), reference, dict)

@@ -1,4 +1,4 @@
-"""A step with a non-finite gradient changes no parameter and no moment, on any rank, and is told."""
+"""A step with a non-finite gradient changes no parameter and no moment, on any rank, and is logged."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def test_ranks_skip_together_when_one_has_a_nan(tmp_path: Path, rank: int) -> No
     assert EventLog(tmp_path / EVENTS).counts() == {"non-finite-gradient": 1}
 
 
-def test_a_run_that_only_skips_stops_with_what_to_change(tmp_path: Path) -> None:
+def test_a_run_that_only_skips_stops_with_advice(tmp_path: Path) -> None:
     assert run_to_end(Toy(tmp_path, harm={"nan_at": [9, 10, 12, 13, 14, 15]})) == 1
     assert "not finite in 3 steps in a row (step 15)" in (tmp_path / "output.txt").read_text()
     assert len(parameters_by_step(tmp_path)) == 14, "the step that stops the run is written by no one"

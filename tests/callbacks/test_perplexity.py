@@ -1,4 +1,4 @@
-"""The written perplexities are those of the sums of all micro-batches, smoothed as the formula says."""
+"""Perplexities of the sums of all micro-batches, smoothed by the documented formula."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A person at a terminal sees a bar, a log sees plain lines, and other ranks see nothing."""
+"""Progress: a bar on a terminal, plain lines in a log, nothing on other ranks."""
 
 import os
 import pty
@@ -32,7 +32,7 @@ def plain_steps(output: str) -> list[int]:
     return [int(found[1]) for found in map(LINE.match, output.splitlines()) if found]
 
 
-def test_a_pipe_gets_one_plain_line_an_interval_with_losses_and_time_left(tmp_path: Path) -> None:
+def test_a_pipe_gets_one_plain_line_per_interval_with_losses_and_time_left(tmp_path: Path) -> None:
     assert run_to_end(Toy(tmp_path)) == 0
     output = (tmp_path / "output.txt").read_text()
     assert plain_steps(output) == [4, 8, 12, 16, 20, 24]
@@ -42,7 +42,7 @@ def test_a_pipe_gets_one_plain_line_an_interval_with_losses_and_time_left(tmp_pa
 
 
 @pytest.mark.slow
-def test_rank_1_says_nothing(tmp_path: Path) -> None:
+def test_rank_1_prints_nothing(tmp_path: Path) -> None:
     port = free_port()
     ranks = [Toy(tmp_path, rank=rank, world=2, port=port) for rank in range(2)]
     assert finish(*[start(rank) for rank in ranks]) == [0, 0]
@@ -51,7 +51,7 @@ def test_rank_1_says_nothing(tmp_path: Path) -> None:
 
 
 def in_terminal(folder: Path, term: str) -> str:
-    """What a run shows in a terminal of that type."""
+    """Output of a run in a terminal of that type."""
     child, terminal = pty.fork()
     if child == 0:  # pragma: no cover
         os.environ |= {"TERM": term, "COLUMNS": "150", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -68,7 +68,7 @@ def in_terminal(folder: Path, term: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_terminal_gets_a_bar_that_ends_full_and_gives_the_cursor_back(tmp_path: Path) -> None:
+def test_a_terminal_gets_a_bar_that_ends_full_and_restores_the_cursor(tmp_path: Path) -> None:
     shown = in_terminal(tmp_path, "xterm-256color")
     assert "24/24" in shown
     assert re.search(r"tokens/s  text \d\.\d{3}  image \d\.\d{3}", shown)

@@ -44,7 +44,7 @@ def newest_step(folder: Path) -> int:
     return step_of(found) if found else 0
 
 
-def test_the_reference_validates_at_step_0_and_on_schedule_and_saves_what_is_kept(unbroken: Path) -> None:
+def test_the_reference_validates_at_step_0_and_on_schedule_and_keeps_the_newest_checkpoints(unbroken: Path) -> None:
     records = lines(unbroken)
     assert [record["step"] for record in records if "val" in record] == [0, 6, 12, 18, 24]
     assert [record["step"] for record in records if "train" in record] == [4, 8, 12, 16, 20, 24]
@@ -54,7 +54,7 @@ def test_the_reference_validates_at_step_0_and_on_schedule_and_saves_what_is_kep
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_killed_run_resumes_as_if_it_had_not_been(unbroken: Path, tmp_path: Path, seed: int) -> None:
+def test_a_killed_run_resumes_like_an_unbroken_one(unbroken: Path, tmp_path: Path, seed: int) -> None:
     # Even seeds: inside a save, at one of its writes, syncs and renames. Odd seeds: at any time of the run.
     draw = random.Random(seed)
     operations = int((unbroken / "operations").read_text())
@@ -153,7 +153,7 @@ def test_resuming_a_finished_run_changes_nothing(unbroken: Path) -> None:
     assert (unbroken / METRICS).read_bytes() == before
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(unbroken: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_logs_it(unbroken: Path, tmp_path: Path) -> None:
     assert run_to_end(Toy(tmp_path, harm={"signal_in": "step", "at_step": 17, "signal": signal.SIGKILL})) == KILLED
     newest = checkpoints(tmp_path / CHECKPOINTS)[-1]
     content = bytearray(newest.read_bytes())
@@ -169,24 +169,24 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(unbroken: Pat
     operations = int((unbroken / "operations").read_text()) // 5
     harm = {"at_operation": operations + operations // 2, "then": "full"}
     assert run_to_end(Toy(tmp_path, steps=24, harm=harm)) == 0
-    told = EventLog(tmp_path / EVENTS).read()
-    assert [kind for _, kind, _ in told] == ["save-failed"]
-    assert "step-00000010" in told[0][2]
-    assert "No space left on device" in told[0][2]
+    events = EventLog(tmp_path / EVENTS).read()
+    assert [kind for _, kind, _ in events] == ["save-failed"]
+    assert "step-00000010" in events[0][2]
+    assert "No space left on device" in events[0][2]
     assert lines(tmp_path) == lines(unbroken)
     assert litter(tmp_path) == []
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_a_message_and_the_old_checkpoint(tmp_path: Path) -> None:
     assert run_to_end(Toy(tmp_path, steps=10)) == 0
-    kept = {path.name: path.read_bytes() for path in (tmp_path / CHECKPOINTS).iterdir()}
+    before = {path.name: path.read_bytes() for path in (tmp_path / CHECKPOINTS).iterdir()}
     # Files may not grow beyond 20,000 bytes: enough for metrics, too little for a checkpoint.
     assert run_to_end(Toy(tmp_path, steps=12, harm={"file_size": 20_000})) == 1
-    assert {path.name: path.read_bytes() for path in (tmp_path / CHECKPOINTS).iterdir()} == kept
+    assert {path.name: path.read_bytes() for path in (tmp_path / CHECKPOINTS).iterdir()} == before
     printed = (tmp_path / "output.txt").read_text()
     assert "could not write checkpoint" in printed
     assert "earlier checkpoints are intact" in printed
-    assert EventLog(tmp_path / EVENTS).counts() == {}, "what ended the run is not tried a second time"
+    assert EventLog(tmp_path / EVENTS).counts() == {}, "the save that ended the run is not repeated"
 
 
 def test_two_ranks_write_the_sums_of_one(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, first: int) 
     assert_equal_but_for_rounding(split_lines(unbroken), split_lines(changed))
 
 
-def test_what_is_saved_is_read_with_weights_only(unbroken: Path) -> None:
+def test_checkpoints_are_read_with_weights_only(unbroken: Path) -> None:
     newest = checkpoints(unbroken / CHECKPOINTS)[-1]
     assert torch.load(newest, weights_only=True)["global_step"] == 24
     assert digest_of(newest).read_text().split()[1] == newest.name

@@ -1,4 +1,4 @@
-"""A toy model and its data, drawing from every random stream a run may use, and failing where it is told to.
+"""A toy model and its data, sampling from every random stream that a run may use, and failing where the test says.
 
 B is batch, T tokens, V vocabulary, M modalities.
 """
@@ -25,7 +25,7 @@ OUTPUT = "output.txt"
 
 @dataclass
 class Toy:
-    """A run, and what happens to it."""
+    """A run, and the harm done to it."""
 
     folder: Path
     steps: int = 24
@@ -37,12 +37,12 @@ class Toy:
     rank: int = 0
     world: int = 1
     port: int = 0
-    plain: bool = False  # draws nothing, so that runs on different numbers of ranks can be compared
+    plain: bool = False  # uses no random numbers, so that runs on different numbers of ranks can be compared
     harm: dict[str, Any] = field(default_factory=dict)
 
     @property
     def log(self) -> Path:
-        """What this rank's process printed."""
+        """Output of this rank's process."""
         return self.folder / (OUTPUT if self.rank == 0 else f"{OUTPUT}.{self.rank}")
 
 
@@ -164,7 +164,7 @@ class ToyModule(pl.LightningModule):
         }
 
     def signal_here(self, where: str) -> None:
-        """Sends this process a signal, if this is where it was to get one."""
+        """Sends this process the signal of `harm`, if it is due here."""
         harm, step = self.toy.harm, self.trainer.global_step
         if harm.get("signal_in") == where and step == harm["at_step"] and self.toy.rank in harm.get("ranks", [0]):
             os.kill(os.getpid(), harm["signal"])

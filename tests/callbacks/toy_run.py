@@ -45,7 +45,7 @@ from callbacks.files.checkpoint_io import _HashingFile
 from tests.callbacks.toy_model import Toy, ToyData, ToyModule
 
 METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "events.log", "checkpoints"
-# Fields that tell when, not what.
+# Fields that a clock measured.
 CLOCKS = ("time", "throughput")
 
 server = multiprocessing.get_context("forkserver")
@@ -53,7 +53,7 @@ server.set_forkserver_preload(["torch", "lightning.pytorch", "callbacks"])
 
 
 class Witness(Callback):
-    """Writes a line each step: loss, what was drawn, and the bits of the parameters."""
+    """Writes a line each step: loss, random numbers, and the bits of the parameters."""
 
     def __init__(self, file: MetricsFile, preemption: Preemption) -> None:
         self.file, self.preemption, self.step = file, preemption, 0

@@ -88,7 +88,7 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ("nonsense", "key=value"),
     ],
 )
-def test_a_bad_override_names_the_key_and_what_is_allowed(override: str, message: str) -> None:
+def test_a_bad_override_names_the_key_and_the_allowed_values(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_experiment(PRETRAINED, "demo", ["trainer.max_steps=300", *override.split()])
 
@@ -104,7 +104,7 @@ def test_a_bad_override_names_the_key_and_what_is_allowed(override: str, message
         (["data.pad_to_multiple_of=0"], "data.pad_to_multiple_of=0: expected at least 1"),
     ],
 )
-def test_speed_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
+def test_unsupported_speed_options_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_experiment(PRETRAINED, "demo", overrides)
 

@@ -1,4 +1,4 @@
-"""Which keys change what is computed: for pairs of arms, for equal runs, and on resume."""
+"""Keys that change the computation: for pairs of arms, for equal runs, and on resume."""
 
 import pytest
 

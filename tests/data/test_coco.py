@@ -18,7 +18,7 @@ from tests.data.coco_folder import CAPTION, write_coco
 HASH = "0" * 64
 # Fields of a card whose values do not affect the headline name. Any change of another field rejects it.
 RECORDED: dict[str, Any] = {
-    # Recorded only: there is no published list to compare with, as the card's note says.
+    # Recorded only: there is no published list to compare with, see the card's note.
     "prompts_sha256": "1" * 64,
     "captions_sha256": "1" * 64,
     "reference_sha256": "1" * 64,

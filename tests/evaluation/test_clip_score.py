@@ -61,7 +61,7 @@ def unbroken(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def theirs(folder: Path) -> CLIPScore:
-    """torchmetrics' metric; it expects the embedding only, of which transformers returns more since 5.0."""
+    """torchmetrics' metric; it expects the embedding only; since 5.0 transformers returns more."""
     from transformers import CLIPModel, CLIPProcessor
 
     class Embedding(CLIPModel):

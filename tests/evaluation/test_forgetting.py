@@ -153,7 +153,7 @@ def test_evaluate_refuses_wrong_inputs_before_loading_a_model(
     assert "--rows 0: expected at least 1" in refused(probed.folder, *text, "--rows", "0")
     assert "--questions requires --tasks" in refused(probed.folder, *text, "--questions", "3")
     assert f"--forgetting {blank}: there is no text in it" in refused(probed.folder, "--forgetting", str(blank))
-    for name in (str(tmp_path / "none"), "../none.txt", "org/books:test"):  # what is no file may be a dataset's name
+    for name in (str(tmp_path / "none"), "../none.txt", "org/books:test"):  # a name that is no file may be a dataset's
         said = refused(probed.folder, "--forgetting", name)
         assert f"--forgetting='{name}' is neither a file or folder nor a reachable Hugging Face dataset" in said
     assert "is not a run folder and contains none" in refused(tmp_path / "nowhere", *text)

@@ -100,7 +100,7 @@ def test_position_free_runs_are_refused_before_anything_is_built(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_exported_is_named(
+def test_runs_without_an_export_are_named(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full").mkdir()

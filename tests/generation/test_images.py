@@ -1,4 +1,4 @@
-"""Images as functions of prompt and seed, whatever their batch."""
+"""Images as functions of prompt and seed, in any batch."""
 
 import numpy as np
 import torch

@@ -64,7 +64,7 @@ def test_every_frozen_group_is_bitwise_unchanged_when_sharded(tmp_path: Path) ->
         assert {name for name, moves in moved.items() if not moves} == frozen, group
 
 
-def test_blocks_are_found() -> None:
+def test_blocks_are_listed() -> None:
     assert len(blocks_of(expanded())) == 4
     with pytest.raises(ValueError, match="no list of blocks"):
         blocks_of(torch.nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""What each remedy does to loss, gradient and update, against a computation by hand."""
+"""Effect of each remedy on loss, gradient and update, against a computation by hand."""
 
 import copy
 from dataclasses import replace
@@ -66,11 +66,11 @@ def test_weights_scale_each_modality_in_the_gradient_and_not_in_the_report() -> 
         assert torch.allclose(grad, expected[name], rtol=1e-4, atol=1e-5), name
 
 
-def test_a_masked_caption_teaches_nothing_through_its_own_targets() -> None:
+def test_a_masked_caption_has_no_gradient_through_its_own_targets() -> None:
     module, layout = make(ExperimentConfig(loss=LossConfig(text_weight=0.0)))
     module.training_step({"ids_BT": batch(layout, False), "tokens_nominal": 60, "samples": 3, "tokens_real": 0}, 0)
     assert module._step_count is not None
-    assert int(module._step_count) == 12 + 15  # the mean is over what teaches
+    assert int(module._step_count) == 12 + 15  # the mean is over trained targets
     config = ExperimentConfig()
     assert make(config)[0].weight_M is None
 

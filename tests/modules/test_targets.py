@@ -1,4 +1,4 @@
-"""A training step never waits for the device: what depends on a batch's values is found before the batch is moved."""
+"""A training step never waits for the device: targets are computed before the batch is moved."""
 
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ WAITING = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails at an operation whose result or size the host could not know without its operands' values."""
+    """Fails at an operation that would wait: its result or its size depends on values on the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in INDEXED:  # by numbers the size is known, by a mask it is not
+        if func.overloadpacket in INDEXED:  # indices determine the size, a mask does not
             masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
             assert not masks, f"{func} with a mask waits"
         else:
@@ -101,7 +101,7 @@ def test_no_operation_of_a_step_waits(kind: str, packing: bool, dtype: torch.dty
     assert any(not torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
 
 
-def test_a_batch_whose_targets_were_not_found_would_wait() -> None:
+def test_a_batch_without_computed_targets_would_wait() -> None:
     for kind, packing in WAYS:
         module, batch = make(kind, packing)
         with NoWaiting(), pytest.raises(AssertionError, match="waits"):
@@ -109,7 +109,7 @@ def test_a_batch_whose_targets_were_not_found_would_wait() -> None:
 
 
 @pytest.mark.parametrize("operation", [lambda x: x[x > 0], lambda x: float(x[0]), lambda x: bool(x.sum() > 0)])
-def test_what_waits_is_recognized(operation: Any) -> None:
+def test_waiting_operations_are_recognized(operation: Any) -> None:
     with NoWaiting(), pytest.raises(AssertionError, match="waits"):
         operation(torch.ones(3))
     with NoWaiting():
@@ -117,7 +117,7 @@ def test_what_waits_is_recognized(operation: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "packing"), WAYS)
-def test_a_mask_and_the_places_that_were_found_before_give_the_same(kind: str, packing: bool) -> None:
+def test_a_mask_and_computed_indices_give_the_same_loss(kind: str, packing: bool) -> None:
     module, batch = make(kind, packing)
     ids_BT = batch["ids_BT"]
     found = module.on_before_batch_transfer(batch, 0)["targets"]
@@ -143,7 +143,7 @@ def test_targets_move_with_their_batch() -> None:
         assert all(tensor.is_meta for tensor in tensors), type(part)
 
 
-def test_a_run_finds_the_targets_of_every_batch_before_it_is_moved(
+def test_a_run_computes_the_targets_of_every_batch_before_it_is_moved(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sums, found = DecoderModule.sums, []

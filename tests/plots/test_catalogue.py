@@ -218,7 +218,7 @@ def test_arms_without_a_common_validation_have_no_table(tmp_path: Path) -> None:
     assert "(gap" not in texts(drawing.figure)
 
 
-def test_a_pair_that_is_not_controlled_says_so(tmp_path: Path) -> None:
+def test_an_uncontrolled_pair_is_labeled(tmp_path: Path) -> None:
     changed = {"optim.lr": 0.001, "data.path": "/elsewhere", "trainer.threads": 4, "run.dir": "r"}
     write_run(tmp_path, "t2i_pretrained", config=changed)
     folder = write_run(tmp_path, "t2i_scratch")

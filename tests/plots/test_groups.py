@@ -52,7 +52,7 @@ def test_without_partners_the_error_has_the_command_that_makes_them(tmp_path: Pa
         FIGURES["5"](Request(tmp_path))
 
 
-def test_all_figures_are_those_whose_runs_are_there(runs: Path, tmp_path: Path) -> None:
+def test_by_default_figures_that_have_their_runs_are_written(runs: Path, tmp_path: Path) -> None:
     assert figures(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"figure{number}.{suffix}" for number in (2, 5) for suffix in ("png", "pdf")
@@ -117,7 +117,7 @@ def test_an_arm_that_is_not_controlled_is_named(runs: Path) -> None:
         ("remedies", "t2i_pretrained", "remedy_l2_sp", {"optim.l2_sp": 10.0, "data.replay_ratio": 0.25}),
     ],
 )
-def test_what_arms_differ_in_by_design_is_controlled(
+def test_differences_by_design_are_controlled(
     figure: str, reference: str, other: str, designed: dict[str, object], tmp_path: Path
 ) -> None:
     for name in dict.fromkeys((reference, "t2i_pretrained")):

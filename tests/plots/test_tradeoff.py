@@ -86,7 +86,7 @@ def test_a_remedy_is_the_untouched_arm_with_one_thing_changed(path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_one_command_trains_what_is_missing_and_draws(
+def test_one_command_trains_missing_runs_and_draws(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.evaluation.tiny_tasks import TEXT
@@ -112,10 +112,10 @@ def test_one_command_trains_what_is_missing_and_draws(
     assert "the text that --text measures on" in capsys.readouterr().err
 
 
-def test_no_images_are_drawn_unless_asked_for() -> None:
-    plain, asked = (
+def test_no_images_are_generated_unless_requested() -> None:
+    plain, requested = (
         remedy_experiments("x", None, None, [], "demo", more, BASE) for more in ([], ["samples.prompts=64"])
     )
     assert {config.samples.prompts for config in plain} == {0}
     assert {config.samples.interval for config in plain} == {None}
-    assert {config.samples.prompts for config in asked} == {64}
+    assert {config.samples.prompts for config in requested} == {64}

@@ -35,7 +35,7 @@ def test_float8_is_refused_on_a_processor_without_it() -> None:
 
 
 @needs_gpu
-def test_more_gpus_than_there_are_are_refused() -> None:
+def test_more_gpus_than_present_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.devices=99"):
         require_device(TrainerConfig(devices=99))
 

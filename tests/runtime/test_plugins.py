@@ -215,7 +215,7 @@ def test_shards_of_a_source_depend_on_its_package_and_file(tiny: list[str], inst
     assert cache_folder(config, {}) != before
 
 
-def test_code_of_no_package_needs_a_key_that_says_so(tiny: list[str]) -> None:
+def test_code_without_a_package_requires_allow_code(tiny: list[str]) -> None:
     keys = [*tiny, "text_tokenizer.path=code:tiny_plugins:open_bytes"]
     with pytest.raises(ValueError, match=r"text_tokenizer\.path='code:.*runs code, which requires allow_code=true"):
         load_experiment(PRETRAINED, "demo", keys)

@@ -1,4 +1,4 @@
-"""Names of the hub's files, the cache, and what is said without a network."""
+"""References to the hub's files, the cache, and errors without a network."""
 
 import hashlib
 from pathlib import Path
@@ -49,7 +49,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_was_fetched_once_works_offline(cache: Path) -> None:
+def test_fetched_files_work_offline(cache: Path) -> None:
     digest = hashlib.sha256(b"{}").hexdigest()
     path = resolve(f"hf://some/tokenizer/tokenizer.json#sha256={digest}")
     assert path.read_text() == "{}"
@@ -57,7 +57,7 @@ def test_what_was_fetched_once_works_offline(cache: Path) -> None:
     assert (resolve("hf://some/tokenizer") / "tokenizer.json").is_file()
 
 
-def test_an_absent_file_says_the_command_that_gets_it(cache: Path) -> None:
+def test_an_absent_file_names_the_command_that_fetches_it(cache: Path) -> None:
     assert find("hf://some/model/m.ckpt") is None
     with pytest.raises(ValueError, match=r"hf download some/model m\.ckpt --revision v2"):
         resolve("hf://some/model@v2/m.ckpt")

@@ -1,4 +1,4 @@
-"""Reading and creating run folders, in whatever state a run left them."""
+"""Reading and creating run folders: finished, unfinished and damaged."""
 
 import json
 import subprocess

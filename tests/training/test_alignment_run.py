@@ -58,7 +58,7 @@ def test_an_alignment_leaves_loss_temperature_rows_and_table(aligned: Run) -> No
 
 
 @pytest.mark.slow
-def test_only_image_rows_and_temperature_learn(aligned: Run, tiny: list[str]) -> None:
+def test_only_image_rows_and_temperature_are_trained(aligned: Run, tiny: list[str]) -> None:
     before = build(load_experiment(experiment("align"), "demo", [*tiny, *SMALL])).module.state_dict()
     after = torch.load(sorted((aligned.folder / "checkpoints").glob("*.ckpt"))[-1], weights_only=True)["state_dict"]
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
@@ -109,7 +109,7 @@ def test_a_known_alignment_is_recovered() -> None:
     assert right.float().mean() > 0.95
 
 
-def test_the_shuffled_control_never_pairs_a_image_with_its_own_caption(tiny: list[str]) -> None:
+def test_the_shuffled_control_never_pairs_an_image_with_its_own_caption(tiny: list[str]) -> None:
     data = build(load_experiment(experiment("align_shuffled"), "demo", [*tiny, *SMALL])).data
     true = build(load_experiment(experiment("align"), "demo", [*tiny, *SMALL])).data
     for one in (data, true):
@@ -129,7 +129,7 @@ def decoder_of(name: str, *overrides: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_initializations_take_what_they_say(aligned: Run, tiny: list[str]) -> None:
+def test_initializations_take_the_documented_tensors(aligned: Run, tiny: list[str]) -> None:
     where = [*tiny, f"run.dir={aligned.folder.parents[1]}"]
     arms = {
         name: decoder_of(f"t2i_{name}", *where)
@@ -138,7 +138,7 @@ def test_initializations_take_what_they_say(aligned: Run, tiny: list[str]) -> No
     pretrained, scratch = arms["pretrained"], arms["scratch"]
     rows = {"tok_embeddings.text", "output.text"}
     for name, value in pretrained.items():
-        if name.endswith((".special", ".image")):  # one draw in all arms, but for aligned image rows
+        if name.endswith((".special", ".image")):  # equal in all arms, but for aligned image rows
             others = [arm for arm in arms if (arm, name) != ("aligned", "tok_embeddings.image")]
             assert all(torch.equal(arms[arm][name], value) for arm in others), name
             continue
@@ -149,7 +149,7 @@ def test_initializations_take_what_they_say(aligned: Run, tiny: list[str]) -> No
     assert torch.equal(arms["aligned"]["tok_embeddings.image"], load_file(aligned.folder / FILE)["image"])
 
 
-def test_another_seed_changes_every_drawn_tensor_and_none_is_the_pretrained_one(tiny: list[str]) -> None:
+def test_another_seed_changes_every_random_tensor_and_none_is_the_pretrained_one(tiny: list[str]) -> None:
     first, second = (decoder_of("t2i_scratch", *tiny, f"seed={seed}") for seed in (0, 1))
     pretrained = decoder_of("t2i_pretrained", *tiny, "seed=2")
     for name, value in first.items():
@@ -219,6 +219,6 @@ def test_figure_6_draws_loss_chance_and_temperature(aligned: Run) -> None:
     assert "NOT RUN: align_shuffled" in drawing.caption
 
 
-def test_a_dry_run_counts_what_learns(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_counts_trainable_parameters(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([experiment("align"), *tiny, *SMALL, "--dry-run"]) == 0
     assert f"{32 * 32:,} trainable" in capsys.readouterr().out

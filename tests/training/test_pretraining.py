@@ -1,4 +1,4 @@
-"""The other two tasks, and their export, through the command line."""
+"""Training and export of language models and image tokenizers, through the command line."""
 
 import json
 from pathlib import Path

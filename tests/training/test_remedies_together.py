@@ -14,14 +14,14 @@ from tests.runs import PRETRAINED, QUICK, curve, launch, resume_from_middle, suc
 
 pytestmark = pytest.mark.slow
 
-# All remedies that can be had together, so that they are seen to compose: adapters leave L2-SP nothing to pull.
+# All remedies that can be combined: adapters leave L2-SP nothing to pull.
 TOGETHER = ["loss.text_weight=0.5", "loss.image_weight=2.0", "distil.weight=0.7", "data.replay_ratio=0.25"]
 COMBINATIONS = {
     "weights": [*TOGETHER, "optim.l2_sp=1.0", "freeze=[norm,text_rows]"],
     "adapters": [*TOGETHER, "lora.rank=2", "freeze=[text_rows]"],
 }
-# Of each, what learns of the language model's own weights.
-LEARNS = {"weights": r"layers\.\d+\.(attention|feed_forward)\.", "adapters": r"\.lora_"}
+# The language model's own trainable weights under each.
+TRAINABLE = {"weights": r"layers\.\d+\.(attention|feed_forward)\.", "adapters": r"\.lora_"}
 
 
 @pytest.fixture(scope="module", params=COMBINATIONS)
@@ -41,14 +41,14 @@ def remedied(tiny: list[str], probing: list[str], remedies: list[str], tmp_path_
     return train(PRETRAINED, tmp_path_factory.mktemp("remedied"), *tiny, *QUICK, *probing, *remedies)
 
 
-def test_only_what_no_remedy_freezes_learns(remedied: Run, combination: str) -> None:
+def test_only_unfrozen_parameters_are_trained(remedied: Run, combination: str) -> None:
     """Against the model as the run began, built again from its config."""
     initial = build_model(load_experiment(remedied.folder / "config.yaml")).module.state_dict()
     trained = weights(remedied)
     assert set(trained) == set(initial)
     for name, value in trained.items():
-        learns = name.endswith((".special", ".image")) or re.search(LEARNS[combination], name) is not None
-        assert torch.equal(value, initial[name]) != learns, name
+        trainable = name.endswith((".special", ".image")) or re.search(TRAINABLE[combination], name) is not None
+        assert torch.equal(value, initial[name]) != trainable, name
 
 
 def test_replay_is_a_modality_of_its_own_and_takes_its_share(remedied: Run, pretrained: Run) -> None:

@@ -39,7 +39,7 @@ def test_a_run_that_does_not_exist_or_is_finished_is_refused(root: Path) -> None
         resumed_run(str(root / "absent"), EXPERIMENT, "demo", [])
 
 
-def test_only_keys_that_change_nothing_computed_may_differ(root: Path) -> None:
+def test_only_resumable_keys_may_differ(root: Path) -> None:
     run = str(root / "t2i_scratch" / "20260301-100000-demo")
     config, _ = resumed_run(run, EXPERIMENT, "demo", ["trainer.threads=3", "log.logger=csv"])
     assert (config.trainer.threads, config.log.logger) == (3, "csv")

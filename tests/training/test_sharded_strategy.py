@@ -84,7 +84,7 @@ def test_a_whole_run_goes_on_from_shards(two: Run, tmp_path: Path) -> None:
         (["distil.weight=1"], "distil.weight needs the whole model"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(
+def test_unsupported_combinations_are_refused(
     overrides: list[str], message: str, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([PRETRAINED, *tiny, "trainer.strategy=fsdp2", *overrides]) == 2

@@ -11,7 +11,7 @@ from tests.runs import PRETRAINED, QUICK, launch_module, same_losses, succeed
 
 
 def srun(rank: int, port: int) -> dict[str, str]:
-    """What task `rank` of two on one node finds in its environment, as far as anything here reads it."""
+    """Environment of task `rank` of two on one node, as far as it is read here."""
     return {
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NAME": "t2i",
@@ -36,7 +36,7 @@ def test_two_tasks_train_one_run(pretrained: Run, tiny: list[str], tmp_path: Pat
     same_losses(read_run(folder), pretrained, 1e-6)
 
 
-def test_the_launcher_says_which_process_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (global_rank(), local_rank(), world_size()) == (0, 0, 1)
     for key, value in srun(1, 0).items():
         monkeypatch.setenv(key, value)

@@ -32,7 +32,6 @@ SHIFTS = (-2, -1, 0, 1, 2)
 BLURS = (0.0, 1.0, 1.5)
 # Pixels by which one shape must be left of, or above, another.
 MINIMUM_OFFSET = 8
-CHECKS = ("background", "colour", "any_colour", "kind", "size", "relation", "count")
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ def check(image_HW3: Image, meaning: dict[str, Any], mentioned: frozenset[str]) 
         mentioned: attributes that the caption asserts; the others are not checked.
 
     Returns:
-        For each of `CHECKS` True, False, or None where not mentioned; `all`: none of them is False; `exact`: `all`, and
-        the number of shapes is the scene's.
+        For each check above and `background` True, False, or None where not mentioned; `all`: none of them is False;
+        `exact`: `all`, and the number of shapes is the scene's.
     """
     reading = read_scene(image_HW3)
     described = meaning["objects"]

@@ -1,4 +1,4 @@
-"""Sums of an interval survive a checkpoint, with those of each rank in its own place."""
+"""Sums of an interval in a checkpoint, separate for each rank."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def vector(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_a_step_that_is_not_finished_is_in_no_total_and_no_checkpoint() -> None:
+def test_an_unfinished_step_is_in_no_total_and_no_checkpoint() -> None:
     sums = IntervalSums(2)
     sums.add(vector(1, 2))
     sums.end_step()
@@ -24,7 +24,7 @@ def test_a_step_that_is_not_finished_is_in_no_total_and_no_checkpoint() -> None:
     assert sums.total().tolist() == [0, 0]
 
 
-def test_looking_changes_nothing() -> None:
+def test_reading_totals_changes_nothing() -> None:
     sums = IntervalSums(1)
     sums.add(vector(1))
     sums.end_step()

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent: no damage is read, no failed write costs an older one."""
+"""Checkpoint files: damaged ones are never read, a failed write leaves older ones intact."""
 
 import hashlib
 import os
@@ -42,7 +42,7 @@ def damage(path: Path, draw: random.Random) -> None:
     path.write_bytes(data)
 
 
-def test_what_is_saved_is_loaded(folder: Path) -> None:
+def test_a_saved_checkpoint_is_loaded_equal(folder: Path) -> None:
     loaded = DurableCheckpointIO().load_checkpoint(checkpoint_path(folder, 2))
     assert loaded["global_step"] == 2
     assert torch.equal(loaded["weights"], content(2)["weights"])
@@ -54,7 +54,7 @@ def test_the_digest_is_one_that_sha256sum_checks(folder: Path) -> None:
     subprocess.run(["sha256sum", "--check", "--strict", digest_of(path).name], cwd=folder, check=True)
 
 
-def test_each_of_a_hundred_damages_is_found_before_reading_and_falls_back(
+def test_each_of_a_hundred_damages_is_detected_before_reading_and_falls_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unread(*_: Any, **__: Any) -> None:
@@ -86,7 +86,7 @@ def test_a_missing_half_counts_as_no_checkpoint(folder: Path, lost: str) -> None
     assert find_resumable(folder) == checkpoint_path(folder, 1)
 
 
-def test_a_swapped_file_is_found(folder: Path) -> None:
+def test_a_swapped_file_is_detected(folder: Path) -> None:
     one, two = checkpoint_path(folder, 1), checkpoint_path(folder, 2)
     two.write_bytes(one.read_bytes())
     with pytest.raises(CorruptCheckpointError, match="damaged"):
@@ -116,7 +116,7 @@ def failing(operation: Any, at: int) -> Any:
 
 @pytest.mark.parametrize("at", range(1, 4))
 @pytest.mark.parametrize("operation", ["fsync", "replace"])
-def test_a_full_disk_at_any_sync_or_rename_leaves_what_was_there(
+def test_a_full_disk_at_any_sync_or_rename_leaves_earlier_files_intact(
     folder: Path, monkeypatch: pytest.MonkeyPatch, operation: str, at: int
 ) -> None:
     # A new step, and one that is there already and must stay valid.
@@ -139,7 +139,7 @@ def test_a_full_disk_at_any_sync_or_rename_leaves_what_was_there(
         assert not list(folder.glob("*.tmp"))
 
 
-def test_a_full_disk_at_any_write_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_any_write_leaves_earlier_files_intact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     class FullFile:
@@ -194,7 +194,7 @@ def test_overwriting_keeps_the_old_file_valid_until_the_new_one_is_there(
     assert DurableCheckpointIO().load_checkpoint(target)["global_step"] == 9
 
 
-def test_a_state_that_could_not_be_read_back_is_refused_when_saved(folder: Path) -> None:
+def test_an_unreadable_state_is_refused_when_saved(folder: Path) -> None:
     with pytest.raises(TypeError, match=r"weights_only=True: it holds .*Path"):
         DurableCheckpointIO().save_checkpoint({"state": Path("x")}, checkpoint_path(folder, 3))
     with pytest.raises(TypeError, match="numpy"):
@@ -216,7 +216,7 @@ def test_a_crafted_file_runs_nothing(folder: Path) -> None:
     assert not (folder / "ran").exists()
 
 
-def test_removing_takes_the_digest_along_and_sweeping_takes_the_rest(folder: Path) -> None:
+def test_removing_deletes_the_digest_and_sweeping_the_leftovers(folder: Path) -> None:
     DurableCheckpointIO().remove_checkpoint(checkpoint_path(folder, 1))
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002.ckpt", "step-00000002.ckpt.sha256"]
     (folder / "step-00000003.ckpt.tmp").touch()

@@ -1,4 +1,4 @@
-"""metrics.jsonl and events.log hold whole lines, whatever happens to the process or the disk."""
+"""Complete lines in metrics.jsonl and events.log after kills and full disks."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_cutting_to_a_size_happens_only_where_a_line_ends(file: MetricsFile) -> 
     assert steps(file) == []
 
 
-def test_what_json_cannot_hold_is_refused(file: MetricsFile) -> None:
+def test_values_that_json_cannot_hold_are_refused(file: MetricsFile) -> None:
     with pytest.raises(ValueError, match="JSON"):
         file.append({"step": 30, "loss": float("nan")})
     assert steps(file) == [0, 10, 20]
