@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import add_jobs, add_scale, command_parser, exit_code
+from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, command_parser, exit_code
 from t2i_lm.training.jobs import Job, run_jobs, unfinished
 from t2i_lm.training.remedies import remedy_experiments
 
@@ -27,8 +27,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--only", action="append", default=[], metavar="NAME", help="one remedy; may be repeated")
     add_scale(arguments)
     add_jobs(arguments)
-    arguments.add_argument("--out", type=Path, default=Path("figures"), help="folder of figures (default: %(default)s)")
-    arguments.add_argument("--dry-run", action="store_true", help="print the runs to train; train nothing")
+    add_figures(arguments)
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="for every arm")
     return arguments
 

@@ -3,9 +3,8 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from t2i_lm.runtime.command_line import add_jobs, add_scale, command_parser, exit_code
+from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, command_parser, exit_code
 from t2i_lm.training.jobs import run_jobs, unfinished
 from t2i_lm.training.sweep import ARMS, finished_runs, sweep_jobs
 
@@ -24,8 +23,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--arm", action="append", metavar="NAME", help=f"experiment (default: {', '.join(ARMS)})")
     add_scale(arguments)
     add_jobs(arguments)
-    arguments.add_argument("--out", type=Path, default=Path("figures"), help="folder of figures (default: %(default)s)")
-    arguments.add_argument("--dry-run", action="store_true", help="print the runs to train; train nothing")
+    add_figures(arguments)
     arguments.add_argument("keys", nargs="*", metavar="key=value[,value...]", help="swept, or for every run")
     return arguments
 

@@ -21,6 +21,7 @@ from t2i_lm.models.flops import PEAKS, flop_per_token, formula
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.runtime.devices import precision
 from t2i_lm.runtime.plugins import plugin_identities
+from t2i_lm.runtime.tables import compact
 from t2i_lm.storage import hub
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
@@ -123,7 +124,7 @@ def cost(config: ExperimentConfig, decoder: Backbone, length: int) -> list[str]:
     flop = flop_per_token(decoder, length) * tokens * trainer.max_steps
     memory = ", ".join(f"{name} {gib:.1f} GiB" for name, gib in memory_gib(config, decoder, length).items())
     lines = [
-        f"tokens: {short(tokens)} per step (pads included), {short(tokens * trainer.max_steps)} in "
+        f"tokens: {compact(tokens, 4)} per step (pads included), {compact(tokens * trainer.max_steps, 4)} in "
         f"{trainer.max_steps:,} steps",
         f"{formula(decoder, length, None)}; {flop:.3g} in total (frozen parameters counted as trained)",
         f"memory per process, estimate for {config.micro_batch:,} sequences: {memory}",
@@ -137,14 +138,6 @@ def cost(config: ExperimentConfig, decoder: Backbone, length: int) -> list[str]:
             f"${hours * dollars:,.0f} at an assumed ${dollars:g} per hour"
         )
     return lines
-
-
-def short(number: float) -> str:
-    """A count with four digits and its unit: 1.032M, 100B."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.4g}{unit}"
-    return f"{number:g}"
 
 
 def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 from t2i_lm.plots.comparability import uncontrolled
 from t2i_lm.plots.curves import Progress, progress
 from t2i_lm.plots.pairing import Pair
-from t2i_lm.runtime.tables import text_table
+from t2i_lm.runtime.tables import compact, text_table
 from t2i_lm.storage.run_folder import Run
 
 # Names of the arms of a pair in a sentence.
@@ -22,14 +22,6 @@ SOURCES = {
     "hub": "{} (Hugging Face)",
     "hub_stream": "{} (Hugging Face)",
 }
-
-
-def compact(number: float) -> str:
-    """A count with the field's suffixes: 350k, 1.2M, 100B."""
-    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
 
 
 def smoothing(run: Run) -> str:

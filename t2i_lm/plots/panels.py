@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from t2i_lm.plots.captions import compact
 from t2i_lm.plots.curves import Series
+from t2i_lm.runtime.tables import compact
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from t2i_lm.config.experiment import SCALES
 
@@ -41,3 +42,9 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 def add_jobs(parser: argparse.ArgumentParser) -> None:
     """Adds `--jobs`."""
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at once (default: %(default)s)")
+
+
+def add_figures(parser: argparse.ArgumentParser) -> None:
+    """Adds `--out` and `--dry-run` of commands that train several runs and draw their figure."""
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder of figures (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs to train; train nothing")

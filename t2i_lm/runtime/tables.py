@@ -1,7 +1,15 @@
-"""Tables as text: fixed-width for a terminal, and Markdown."""
+"""Tables and numbers as text: fixed-width for a terminal, Markdown, counts with a suffix."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
+
+
+def compact(number: float, digits: int = 3) -> str:
+    """A count with the field's suffixes: 350k, 1.2M, 100B, 2T."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.{digits}g}{suffix}"
+    return f"{number:.{digits}g}"
 
 
 def text_table(header: Sequence[Any], rows: Iterable[Sequence[Any]], left: Collection[int] = (0,)) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from t2i_lm.config.load import load_experiment
-from t2i_lm.experiment.dry_run import GIB, describe, memory_gib, parameter_count, plan, short
+from t2i_lm.experiment.dry_run import GIB, describe, memory_gib, parameter_count, plan
+from t2i_lm.runtime.tables import compact
 from t2i_lm.train import main
 from tests.runs import EXPERIMENTS, PRETRAINED
 
@@ -23,7 +24,7 @@ def test_the_papers_numbers_come_out_without_weights() -> None:
 
 def test_counts_have_four_digits_and_a_unit() -> None:
     counts = (999, 7168, 1_032_192, 100_019_404_800, 2e12)
-    assert [short(count) for count in counts] == ["999", "7.168k", "1.032M", "100B", "2T"]
+    assert [compact(count, 4) for count in counts] == ["999", "7.168k", "1.032M", "100B", "2T"]
 
 
 def test_frozen_parts_are_counted() -> None:

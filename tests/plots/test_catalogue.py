@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from t2i_lm.plots.captions import compact
 from t2i_lm.plots.catalogue import FIGURES, RenderedFigure, Request
 from t2i_lm.plots.panels import AXES_HEIGHT, WIDTH
+from t2i_lm.runtime.tables import compact
 from tests.plots.synthetic_runs import read_lines, write_run
 
 ROOT = Path(__file__).parents[2]
