@@ -10,7 +10,7 @@ from callbacks.forgetting import Forgetting
 from callbacks.metrics.frechet import FeatureDistance, frechet_distance, kernel_distance
 from callbacks.metrics.inception import Inception
 from callbacks.nonfinite_guard import NonFiniteGuard
-from callbacks.perplexity import EMASplitPerplexity
+from callbacks.perplexity import EMASplitPerplexity, split_entries
 from callbacks.preemption import Preempted, Preemption
 from callbacks.progress import RunProgress
 from callbacks.rng_state import RngState
@@ -47,4 +47,5 @@ __all__ = [
     "frechet_distance",
     "kernel_distance",
     "record_head",
+    "split_entries",
 ]

@@ -98,7 +98,7 @@ class EMASplitPerplexity(Callback):
             return
         total_S = self._train.take()
         self.seen = self._seen_with(total_S)
-        values = _entries(pl_module.modalities, total_S)  # type: ignore[arg-type]
+        values = split_entries(pl_module.modalities, total_S)  # type: ignore[arg-type]
         for name, entry in values.items():
             if "nll" in entry:
                 ema = self.alpha * self._ema.get(name, 0.0) + (1 - self.alpha) * entry["nll"]
@@ -136,7 +136,7 @@ class EMASplitPerplexity(Callback):
         """
         if trainer.sanity_checking and not math.isinf(trainer.num_sanity_val_steps):
             return
-        values = _entries(pl_module.modalities, self._val.take())  # type: ignore[arg-type]
+        values = split_entries(pl_module.modalities, self._val.take())  # type: ignore[arg-type]
         self._write(trainer, "val", values, self._seen_with(self._train.total()), {})
 
     def head(self, trainer: pl.Trainer) -> dict[str, Any]:
@@ -207,8 +207,13 @@ def _aggregates(names: Sequence[str]) -> dict[str, list[str]]:
     return totals
 
 
-def _entries(names: Sequence[str], total_S: Tensor) -> dict[str, dict[str, float]]:
-    """Fields of each modality and aggregate: `nll_sum`, `count`, and with any targets `nll`, `ppl`."""
+def split_entries(names: Sequence[str], total_S: Tensor) -> dict[str, dict[str, float]]:
+    """Fields of each modality and aggregate: `nll_sum`, `count`, and with any targets `nll`, `ppl`.
+
+    Args:
+        names: M modalities.
+        total_S: sums of nll, counts of targets and counts of non-finite losses, M each.
+    """
     size = len(names)
     nll_sums, counts, skipped = (
         dict(zip(names, part.tolist(), strict=True)) for part in total_S[: 3 * size].reshape(3, size)

@@ -3,7 +3,6 @@
 Shapes: `B` sequences, `T` positions, `N` image ids, `M` modalities.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from os import PathLike
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from callbacks import split_entries
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.data.pairs import RejectedPairError, center_crop, decode_image
@@ -27,11 +27,10 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.runtime.devices import precision
 from t2i_lm.storage.run_folder import CONFIG, find_run, read_run
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
-from t2i_lm.tokenizers.layout import MODALITIES, IntArray
+from t2i_lm.tokenizers.layout import IntArray
 
 HEAD = ("step", "samples", "tokens_nominal", "tokens_real", "lr")
 VALUES = ("nll", "ppl", "nll_ema", "ppl_ema", "count")
-BOUNDARY = MODALITIES[2]
 
 
 class Tokenizers(NamedTuple):
@@ -150,8 +149,8 @@ class TrainedRun:
             pairs: (image or its file, caption).
 
         Returns:
-            For each modality with targets and the aggregates `all` and `all_no_boundary`: `nll` in nats/token, `ppl`
-            and `count` of targets.
+            For each modality with targets and the aggregates `all` and `all_no_boundary`: `nll` in nats/token, `ppl`,
+            `nll_sum` and `count` of targets, as in metrics.jsonl.
 
         Raises:
             ValueError: if there are no pairs, or an image cannot be read.
@@ -167,7 +166,9 @@ class TrainedRun:
                 ids_BT = self._batch(texts[start : start + size], codes_BN[start : start + size])
                 _, nll_M, targets_M = model.module.sums(ids_BT.to(device))
                 nll_sum_M, count_M = nll_sum_M + nll_M.cpu(), count_M + targets_M.cpu()
-        return _entries(model.module.modalities, nll_sum_M.tolist(), count_M.tolist())
+        total_S = torch.cat([nll_sum_M, count_M, torch.zeros_like(count_M)])
+        entries = split_entries(model.module.modalities, total_S)
+        return {name: entry for name, entry in entries.items() if entry["count"]}
 
     @cached_property
     def _trained(self) -> ImageModel:
@@ -233,17 +234,3 @@ def _rgb(image_or_file: Image.Image | str | PathLike[str]) -> Image.Image:
         return decode_image(image_or_file, str(image_or_file))
     except RejectedPairError as reject:
         raise ValueError(f"pairs: {reject}") from reject
-
-
-def _entries(names: Sequence[str], nll_sums: list[float], counts: list[float]) -> dict[str, dict[str, float]]:
-    """nll, ppl and count of each modality and aggregate with targets."""
-    sums = dict(zip(names, zip(nll_sums, counts, strict=True), strict=True))
-    parts = {"all": list(names), "all_no_boundary": [name for name in names if name != BOUNDARY]}
-    for total, members in parts.items():
-        nlls, numbers = zip(*(sums[name] for name in members), strict=True)
-        sums[total] = sum(nlls), sum(numbers)
-    return {
-        name: {"nll": nll / count, "ppl": math.exp(min(nll / count, 700.0)), "count": int(count)}
-        for name, (nll, count) in sums.items()
-        if count
-    }
