@@ -6,7 +6,7 @@ from typing import Any
 
 from t2i_lm.plots.comparability import uncontrolled
 from t2i_lm.plots.curves import Progress, progress
-from t2i_lm.plots.pairing import Pair
+from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import compact, text_table
 from t2i_lm.storage.run_folder import Run
 
@@ -29,7 +29,7 @@ def smoothing(run: Run) -> str:
     return f"EMA {run.config['log']['ema']:g}"
 
 
-def final_note(pair: Pair, modality: str) -> str:
+def final_note(pair: RunPair, modality: str) -> str:
     """Both arms' perplexity at their last common validation, in two lines; empty without one."""
     _, gaps = pair.final_gaps([modality])
     if not gaps:
@@ -42,7 +42,7 @@ def _perplexity(value: float) -> str:
     return f"{value:.3f}" if value < 100 else f"{value:,.0f}"
 
 
-def pair_caption(pair: Pair) -> str:
+def pair_caption(pair: RunPair) -> str:
     """Sentences on smoothing, scale, seed, model, length, dates, uncontrolled differences and data of a pair."""
     run, config = pair.pretrained, pair.pretrained.config
     log = config["log"]
@@ -131,7 +131,7 @@ def loss_table(arms: Mapping[str, Run], modality: str, unit: str = "nats/token")
     )
 
 
-def gap_table(pair: Pair) -> str:
+def gap_table(pair: RunPair) -> str:
     """Both arms' final held-out values and the gap."""
     step, gaps = pair.final_gaps()
     if step is None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
 from t2i_lm.plots.curves import progress, scalar_series, series, text_series
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group
-from t2i_lm.plots.pairing import Pair, find_group, find_pair
+from t2i_lm.plots.pairing import RunPair, find_group, find_pair
 from t2i_lm.plots.panels import Panel, arm_style, draw_panels, save_figure
 from t2i_lm.plots.published import draw_systems, own_systems, published_systems, system_table, systems_caption
 from t2i_lm.plots.tradeoff import (
@@ -37,7 +37,7 @@ class Request:
     scratch: Path | None = None
 
     @cached_property
-    def pair(self) -> Pair:
+    def pair(self) -> RunPair:
         """The two arms of Figures 3 and 4, read once.
 
         Raises:
@@ -87,7 +87,7 @@ class PairFigure:
         )
         return RenderedFigure(self.title, figure, caption, gap_table(pair))
 
-    def _panel(self, pair: Pair, modality: str) -> Panel:
+    def _panel(self, pair: RunPair, modality: str) -> Panel:
         curves = {arm: series(run, modality) for arm, run in pair.arms.items()}
         panel = Panel(self.panels[modality], curves, note=final_note(pair, modality))
         nll = pair.text_floor_nll() if modality == "text" else None

@@ -39,7 +39,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Pair:
+class RunPair:
     """A run from pre-trained and one from random weights, otherwise equal."""
 
     pretrained: Run
@@ -85,7 +85,7 @@ class Pair:
         return step, rows
 
 
-def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None = None) -> Pair:
+def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None = None) -> RunPair:
     """The newest pair of runs that agree in PAIR_KEYS.
 
     Args:
@@ -103,7 +103,7 @@ def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None =
         for arm, folder in named.items()
     }
     pairs = [
-        Pair(mine, other)
+        RunPair(mine, other)
         for mine in candidates["pretrained"]
         for other in candidates["scratch"]
         if not mismatches(mine, other)

@@ -19,7 +19,7 @@ RUNS = "sweep"
 TASKS = ("text_to_image", "unconditional", "text")
 
 # Arm, value of the swept key, values of other keys (`seed`).
-Point = tuple[str, ...]
+SweepPoint = tuple[str, ...]
 
 
 def split_keys(words: Sequence[str]) -> tuple[str, dict[str, list[str]], list[str]]:
@@ -45,7 +45,7 @@ def split_keys(words: Sequence[str]) -> tuple[str, dict[str, list[str]], list[st
 
 def sweep_jobs(
     words: Sequence[str], arms: Sequence[str], scale: str, folder: Path = FOLDER
-) -> tuple[str, dict[Point, Job]]:
+) -> tuple[str, dict[SweepPoint, Job]]:
     """The swept key, and a job for every arm, value and seed.
 
     Args:
@@ -59,7 +59,7 @@ def sweep_jobs(
     """
     key, several, fixed = split_keys(words)
     order = [key, *(other for other in several if other != key)]
-    jobs: dict[Point, Job] = {}
+    jobs: dict[SweepPoint, Job] = {}
     seen: list[dict[str, object]] = []
     for arm, *values in product(dict.fromkeys(arms), *(several[name] for name in order)):
         file = folder / f"{arm}.yaml"
@@ -79,7 +79,7 @@ def sweep_jobs(
     return key, jobs
 
 
-def finished_runs(jobs: Mapping[Point, Job]) -> dict[Point, Run]:
+def finished_runs(jobs: Mapping[SweepPoint, Job]) -> dict[SweepPoint, Run]:
     """The finished runs of a sweep; the others are named on stderr."""
     runs = {}
     for point, job in jobs.items():
