@@ -14,6 +14,9 @@ TRAIN = $(PY) -m t2i_lm.train experiments/$(1).yaml --scale $(SCALE) $(if $(RESU
 TEXT ?=
 HELDOUT ?=
 PRETRAIN = $(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" data.val_path="$(HELDOUT)" run.dir=$(RUNS)/assets/$(1) $(ARGS)
+# An export overwrites nothing, so it goes to a new folder first.
+EXPORT = rm -rf $(RUNS)/assets/export && $(PY) -m t2i_lm.export $(RUNS)/assets/$(1) --out $(RUNS)/assets/export && \
+  cp $(RUNS)/assets/export/* t2i_lm/assets/$(2)/
 
 # Two processes share the files of tests, in the order that tests/conftest.py gives them.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -93,11 +96,11 @@ demo-assets: $(STAMP)  ## rebuild the shipped weights (hours): TEXT=books.txt.gz
 	@test -f "$(TEXT)" && test -f "$(HELDOUT)" || \
 	  { echo "error: give text: make demo-assets TEXT=books.txt.gz HELDOUT=heldout.txt.gz" >&2; exit 2; }
 	$(call PRETRAIN,lm_rotary)
-	$(PY) -m t2i_lm.export $(RUNS)/assets/lm_rotary/text_lm --out t2i_lm/assets/lm_rotary
+	$(call EXPORT,lm_rotary/text_lm,lm_rotary)
 	$(call PRETRAIN,lm_head_rotary) backbone.positional=head_rotary text_tokenizer.path=asset:lm_rotary/text_tokenizer.model
-	$(PY) -m t2i_lm.export $(RUNS)/assets/lm_head_rotary/text_lm --out t2i_lm/assets/lm_head_rotary
+	$(call EXPORT,lm_head_rotary/text_lm,lm_head_rotary)
 	$(PY) -m t2i_lm.train experiments/image_tokenizer.yaml run.dir=$(RUNS)/assets $(ARGS)
-	$(PY) -m t2i_lm.export $(RUNS)/assets/image_tokenizer --out t2i_lm/assets/image_tokenizer
+	$(call EXPORT,image_tokenizer,image_tokenizer)
 
 clean:  ## remove caches of tests and checkers (runs, figures and prepared data stay)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -155,11 +155,9 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _merge(merged: DictConfig, layer: dict[str, Any], known: set[str]) -> DictConfig:
-    for key, _ in _walk(layer):
+    for key in flatten_mapping(layer):
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown key {key!r}{hint}")
+            raise ValueError(f"unknown key {key!r}{_suggestion(key, known)}")
     try:
         result = OmegaConf.merge(merged, OmegaConf.create(layer))
     except OmegaConfBaseException as error:
@@ -167,6 +165,23 @@ def _merge(merged: DictConfig, layer: dict[str, Any], known: set[str]) -> DictCo
         raise ValueError(f"{getattr(error, 'full_key', None) or 'config'}: {message}") from error
     assert isinstance(result, DictConfig)
     return result
+
+
+def _suggestion(key: str, known: set[str]) -> str:
+    """The known key whose last part is nearest, then as a whole, or the keys of its section."""
+    values = [name for name in sorted(known) if not any(other.startswith(f"{name}.") for other in known)]
+
+    def likeness(name: str) -> tuple[float, float]:
+        pairs = (key.rpartition(".")[2], name.rpartition(".")[2]), (key, name)
+        last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return last, whole
+
+    best = max(values, key=likeness)
+    if likeness(best)[0] > 0.6:
+        return f"; did you mean {best!r}?"
+    section = key.rpartition(".")[0]
+    names = [name.removeprefix(f"{section}.") for name in values if section and name.startswith(f"{section}.")]
+    return f"; {section} has {', '.join(names)}" if names else ""
 
 
 def _build(merged: DictConfig) -> ExperimentConfig:

@@ -22,6 +22,8 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
         files = sorted(file for pattern in ("*.txt", "*.txt.gz") for file in location.glob(pattern))
     elif location.is_file():
         files = [location]
+    elif path.endswith((".txt", ".txt.gz")):
+        raise ValueError(f"{key}={path!r}: no such file")
     else:
         yield from _hub_documents(path, key)
         return

@@ -20,12 +20,12 @@ from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.experiment.build import (
     Experiment,
-    ImageExperiment,
+    ImageModel,
     ImageTokenizerExperiment,
     TextExperiment,
     build,
 )
-from t2i_lm.experiment.restore import newest_checkpoint
+from t2i_lm.experiment.restore import load_trained, newest_checkpoint
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.factory import decoder_architecture, huggingface_folder
@@ -61,7 +61,7 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
 
     Args:
         run: a run folder, or a folder of runs, whose newest is used.
-        out: the folder to write; for transformers new or empty.
+        out: the folder to write, new or empty.
         dtype: of the written weights.
         form: one of `FORMATS`.
 
@@ -73,43 +73,47 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
     exporters = FORMATS[form]
     if config.task not in exporters:
         raise ValueError(f"--format {form}: {run} is a run of task={config.task}; expected {', '.join(exporters)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder; nothing is overwritten")
     if form == "transformers":
         require_transformers()
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--out {out}: exists and is not an empty folder; nothing is overwritten")
         if huggingface_folder(config) is None:
             require_equivalent(decoder_architecture(config, config.data.length))
     checkpoint = newest_checkpoint(run)
-    experiment = build(config)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    experiment.module.load_state_dict(state["state_dict"])
-    experiment.module.eval()
+    trained: ImageModel | Experiment
+    if config.task in ("text_to_image", "unconditional"):  # needs no data
+        trained = load_trained(run, checkpoint)
+        trained.module.cpu()
+    else:
+        trained = build(config)
+        trained.module.load_state_dict(state["state_dict"])
+        trained.module.eval()
+    environment = read_run(run).environment
     card: dict[str, Any] = {
         "experiment": config.name,
         "task": config.task,
         "seed": config.seed,
         "steps": int(state["global_step"]),
-        "data_hash": experiment.index.get("data_hash"),
-        "git": read_run(run).environment.get("git"),
+        "data_hash": environment.get("data_hash"),
+        "git": environment.get("git"),
         "dtype": dtype,
     }
-    card |= exporters[config.task](experiment, out, getattr(torch, dtype))
+    card |= exporters[config.task](trained, out, getattr(torch, dtype))
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     return card
 
 
-def export_decoder(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+def export_decoder(model: ImageModel, out: Path, dtype: torch.dtype) -> dict[str, Any]:
     """An expanded decoder under the names of open_lm or transformers, its rows joined, with its id ranges."""
-    assert isinstance(experiment, ImageExperiment)
-    decoder, vocab = experiment.decoder, experiment.layout.vocab
+    decoder, vocab = model.decoder, model.layout.vocab
     merge_adapters(decoder)
-    _write_native(decoder, out, dtype, experiment.config.name)
+    _write_native(decoder, out, dtype, model.config.name)
     return {"text_rows": vocab.text_size, "image_offset": vocab.image_offset, "rows": vocab.size}
 
 
-def export_language_model(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+def export_language_model(experiment: TextExperiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
     """A backbone with its tokenizer; held-out bits per byte and ten completions of the exported weights."""
-    assert isinstance(experiment, TextExperiment)
     decoder, text = experiment.module.decoder, experiment.text
     _write_native(decoder, out, dtype, experiment.config.name)
     shutil.copyfile(text.path, out / f"text_tokenizer{text.path.suffix}")
@@ -129,9 +133,8 @@ def _write_native(decoder: Backbone, out: Path, dtype: torch.dtype, experiment: 
         )
 
 
-def export_image_tokenizer(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+def export_image_tokenizer(experiment: ImageTokenizerExperiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
     """An image tokenizer; reconstruction numbers of the exported weights."""
-    assert isinstance(experiment, ImageTokenizerExperiment)
     save_tokenizer(experiment.module.model, out, dtype)
     experiment.data.setup("fit")
     images = experiment.data.val_set
@@ -139,20 +142,18 @@ def export_image_tokenizer(experiment: Experiment, out: Path, dtype: torch.dtype
     return tokenizer_numbers(VQTokenizer.from_folder(out, experiment.config.image_tokenizer.size), images)
 
 
-def export_transformers_decoder(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+def export_transformers_decoder(model: ImageModel, out: Path, dtype: torch.dtype) -> dict[str, Any]:
     """An expanded decoder and its text tokenizer for `transformers`, with its id ranges."""
-    assert isinstance(experiment, ImageExperiment)
-    decoder, vocab = experiment.decoder, experiment.layout.vocab
+    decoder, vocab = model.decoder, model.layout.vocab
     merge_adapters(decoder)
     keys = {"text_rows": vocab.text_size, "image_offset": vocab.image_offset}
     ends = {"bos_token_id": vocab.special("<doc>"), "eos_token_id": vocab.special("</doc>"), "pad_token_id": vocab.pad}
-    _, library = _write_transformers(decoder, experiment.text, out, dtype, keys | ends)
+    _, library = _write_transformers(decoder, model.text, out, dtype, keys | ends)
     return {**keys, "rows": vocab.size, **library}
 
 
-def export_transformers_language_model(experiment: Experiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+def export_transformers_language_model(experiment: TextExperiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
     """A backbone and its tokenizer for `transformers`; the same numbers as `export_language_model`."""
-    assert isinstance(experiment, TextExperiment)
     text = experiment.text
     keys = {"eos_token_id": text.document_end}
     written, library = _write_transformers(experiment.module.decoder, text, out, dtype, keys)
@@ -180,7 +181,7 @@ def _write_transformers(
 
 
 # Format -> task -> exporter.
-FORMATS: dict[str, dict[str, Callable[[Experiment, Path, torch.dtype], dict[str, Any]]]] = {
+FORMATS: dict[str, dict[str, Callable[[Any, Path, torch.dtype], dict[str, Any]]]] = {
     "native": {
         "text_to_image": export_decoder,
         "unconditional": export_decoder,

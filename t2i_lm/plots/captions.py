@@ -53,8 +53,8 @@ def pair_caption(pair: RunPair) -> str:
         f"updated every {log['interval']} steps with that loss, bias-corrected, exponentiated. "
         "Validation: held-out data.",
         *([] if step is None else [f"Upper right: validation at step {step:,}, gap in percent of random."]),
-        f"Scale {config['scale']}, seed {config['seed']}, backbone {_model(run)}, {_length(seen)}; "
-        f"runs of {_dates(pair.arms.values())}.",
+        f"Scale {config['scale']}, seed {config['seed']}, learning rate {config['optim']['lr']:g}, "
+        f"backbone {_model(run)}, {_length(seen)}; runs of {_dates(pair.arms.values())}.",
         *[
             f"UNFINISHED: {ARM_NAMES[arm]} at step {seen[arm].step:,} of {config['trainer']['max_steps']:,}."
             for arm in pair.unfinished()
@@ -91,7 +91,7 @@ def group_caption(
             or f"Raw: mean loss of {log['interval']} steps. EMA: constant {log['ema']:g}, updated every "
             f"{log['interval']} steps, bias-corrected. Validation: held-out data.",
             f"Scale {config['scale']}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}, "
-            f"{_length(seen)}; runs of {_dates(arms.values())}.",
+            f"learning rate {config['optim']['lr']:g}, {_length(seen)}; runs of {_dates(arms.values())}.",
             *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
             *([f"NOT CONTROLLED, arms also differ from {next(iter(arms))} in {differing}."] if differing else []),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from t2i_lm.config.experiment import RESUMABLE, ExperimentConfig
 from t2i_lm.config.load import flatten, load_experiment
-from t2i_lm.storage.run_folder import CONFIG, REPORT, run_folders
+from t2i_lm.storage.run_folder import CONFIG, REPORT, find_run, run_folders
 
 LATEST = "latest"
 
@@ -15,20 +15,24 @@ def resumed_run(resume: str, experiment: Path, scale: str, overrides: Sequence[s
 
     Args:
         resume: a run folder, or `latest` for the newest unfinished run of the experiment at this scale.
-        experiment: experiment YAML; read for `latest` only.
+        experiment: experiment YAML, whose name must be the run's.
         scale: name of the overlay; used for `latest` only.
         overrides: `key=value` strings, of RESUMABLE keys where the value differs from the run's.
 
     Raises:
-        ValueError: if there is no such run, it is finished, or an override changes any other key.
+        ValueError: if there is no such run, it is finished or of another experiment, or an override changes any other
+            key.
     """
     if resume == LATEST:
         folder = _latest_unfinished(load_experiment(experiment, scale, overrides), scale)
     else:
-        folder = Path(resume)
+        folder = find_run(Path(resume))
         if (folder / REPORT).is_file():
             raise ValueError(f"--resume {folder}: this run is finished, and a finished run is never overwritten")
     saved = flatten(load_experiment(folder / CONFIG))
+    name = load_experiment(experiment, scale).name
+    if saved["name"] != name and not saved["name"].startswith(f"{name}_"):  # ablate appends what it freezes
+        raise ValueError(f"--resume {folder}: this is a run of {saved['name']}, not of {experiment} ({name})")
     config = load_experiment(folder / CONFIG, None, overrides)
     for key, value in flatten(config).items():
         if value != saved[key] and key not in RESUMABLE:

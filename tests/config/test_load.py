@@ -76,7 +76,11 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rate=1", "did you mean"),
+        ("optim.learning_rate=1", "optim has betas, decay, final_lr_ratio, grad_clip, l2_sp, lr"),
+        ("lr=1", "did you mean 'optim.lr'"),
+        ("data.batchsize=3", "did you mean 'data.batch_size'"),
+        ("qqqq.q=3", r"unknown key 'qqqq.q'$"),
+        ("optm.lr=1", "did you mean 'optim.lr'"),
         ("trainer.max_step=5", "trainer.max_steps"),
         ("optim.lr=fast", "optim.lr"),
         ("optim.lr=-1", "optim.lr=-1.0: expected a positive value"),

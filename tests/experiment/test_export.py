@@ -45,6 +45,19 @@ def test_an_exported_run_computes_the_same_logits(run: Path, tmp_path: Path) -> 
     assert (out / "text_tokenizer.model").is_file()
 
 
+@pytest.mark.parametrize("form", ["native", "transformers"])
+def test_an_export_overwrites_nothing(form: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main([str(run), "--out", str(tmp_path), "--format", form]) == 2
+    assert f"--out {tmp_path}: exists and is not an empty folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_export_of_a_decoder_needs_no_data(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2i_lm.experiment.build.prepare_pairs", lambda *_: pytest.fail("the data was prepared"))
+    assert main([str(run), "--out", str(tmp_path / "out")]) == 0
+
+
 def test_a_tokenizer_json_is_written_for_auto_tokenizer(tiny: list[str], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     words = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False))

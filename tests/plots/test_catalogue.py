@@ -134,7 +134,7 @@ def test_the_caption_states_what_the_figure_shows(runs: Path) -> None:
         assert " ".join(texts(drawing.figure).split()).endswith(drawing.caption)
         for words in (
             f"Figure {number}.",
-            "Scale demo, seed 0, backbone lm_rotary",
+            "Scale demo, seed 0, learning rate 0.002, backbone lm_rotary",
             "300 steps and 1.23M tokens (971k without pads) in each arm",
             "2026-03-01",
             "procedural scenes, 20,000 training pairs, hash 0123456789abcdef",

@@ -35,8 +35,14 @@ def test_a_run_that_does_not_exist_or_is_finished_is_refused(root: Path) -> None
         resumed_run("latest", EXPERIMENT, "flickr8k", [f"run.dir={root}"])
     with pytest.raises(ValueError, match=r"a finished run is never overwritten"):
         resumed_run(str(root / "t2i_scratch" / "20260301-120000-demo"), EXPERIMENT, "demo", [])
-    with pytest.raises(ValueError, match=r"no experiment file .*absent"):
+    with pytest.raises(ValueError, match=r"absent is not a run folder"):
         resumed_run(str(root / "absent"), EXPERIMENT, "demo", [])
+
+
+def test_a_run_of_another_experiment_is_refused(root: Path) -> None:
+    run = root / "t2i_scratch" / "20260301-100000-demo"
+    with pytest.raises(ValueError, match=r"this is a run of t2i_scratch, not of .*t2i_pretrained\.yaml"):
+        resumed_run(str(run), EXPERIMENT.with_name("t2i_pretrained.yaml"), "demo", [])
 
 
 def test_only_resumable_keys_may_differ(root: Path) -> None:
