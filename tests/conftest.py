@@ -264,3 +264,14 @@ def language_model(once: Once) -> Path:
         train(str(EXPERIMENTS / "text_lm.yaml"), folder / "runs", *arguments)
 
     return newest(once("language_model", make) / "runs").folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder with one matching pair of synthetic runs."""
+    from tests.plots.synthetic_runs import write_run
+
+    root = tmp_path / "runs"
+    write_run(root, "t2i_pretrained", "20260301-100000")
+    write_run(root, "t2i_scratch", "20260301-110000")
+    return root

@@ -1,5 +1,6 @@
 """Tiny runs: to train them in this process, to launch them in another, and to compare what they computed."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -95,3 +96,9 @@ def resume_from_middle(
     first(folder)
     assert main([experiment, "--resume", str(folder), *overrides]) == 0
     return read_run(folder)
+
+
+def coco_result(folder: Path) -> dict[str, Any]:
+    """The COCO result of an evaluation."""
+    content: dict[str, Any] = json.loads((folder / "coco.json").read_text())
+    return content

@@ -20,6 +20,7 @@ from t2i_lm.storage.resumable import ResumableParts
 from t2i_lm.storage.run_folder import ENVIRONMENT, Run
 from tests.callbacks.toy_run import finish, free_port, server
 from tests.data.coco_folder import CAPTION, write_coco
+from tests.runs import coco_result
 
 # More images than features, so that covariances have full rank; of the network's last layer: FID_PICTURES=2500.
 IMAGES = int(os.environ.get("FID_PICTURES", "100"))
@@ -36,17 +37,12 @@ def command(evaluate_command: list[str]) -> list[str]:
     return evaluate_command
 
 
-def read(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "coco.json").read_text())
-    return content
-
-
 @pytest.fixture(scope="module")
 def unbroken(evaluate_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("unbroken") / "out"
     assert main([*evaluate_command, "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["coco.json", "drawn", "grid.png", "reconstructed"]
-    return read(out)
+    return coco_result(out)
 
 
 def test_a_run_measures_itself_and_keeps_the_network_out_of_its_checkpoints(run: Path) -> None:
@@ -89,8 +85,8 @@ def test_the_size_of_parts_does_not_change_the_result(
     command: list[str], unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
     assert main([*command, "--part", "10", "--no-floor", "--out", str(tmp_path / "out")]) == 0
-    assert read(tmp_path / "out")["fid"] == pytest.approx(unbroken["fid"], rel=1e-6)
-    assert "floor" not in read(tmp_path / "out")
+    assert coco_result(tmp_path / "out")["fid"] == pytest.approx(unbroken["fid"], rel=1e-6)
+    assert "floor" not in coco_result(tmp_path / "out")
 
 
 def in_process(arguments: list[str], environment: dict[str, str], parts_until_kill: int) -> None:
@@ -136,7 +132,7 @@ def test_an_interrupted_evaluation_gives_the_result_of_an_unbroken_one(
     assert len(before) == 6
     assert main(arguments) == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    resumed = read(tmp_path / "out")
+    resumed = coco_result(tmp_path / "out")
     for part in (resumed, unbroken):
         part["environment"] = None
     assert resumed == unbroken
@@ -144,7 +140,7 @@ def test_an_interrupted_evaluation_gives_the_result_of_an_unbroken_one(
 
 def test_two_ranks_give_the_result_of_one(command: list[str], unbroken: dict[str, Any], tmp_path: Path) -> None:
     on_two_ranks([*command, "--out", str(tmp_path / "out")])
-    two = read(tmp_path / "out")
+    two = coco_result(tmp_path / "out")
     for name in ("fid", "kid"):
         assert two[name] == pytest.approx(unbroken[name], rel=1e-6)
         assert two["floor"][name] == pytest.approx(unbroken["floor"][name], rel=1e-6)
@@ -173,7 +169,7 @@ def test_the_result_equals_torch_fidelity_on_the_same_folders(
         theirs, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     found = json.loads(done.stdout[done.stdout.index("{") :])
-    ours = read(tmp_path / "out")
+    ours = coco_result(tmp_path / "out")
     assert ours["fid"] == pytest.approx(found["frechet_inception_distance"], rel=1e-3)
     assert ours["kid"] == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-3)
 
@@ -209,7 +205,7 @@ def test_captions_that_are_too_long_are_cut_as_in_training_and_counted(
         content["annotations"][0]["caption"] = content["annotations"][1]["caption"] = "word " * words
         (coco / CAPTION).write_text(json.dumps(content))
         assert main([*command, "--coco", str(coco), "--prompts", "4", "--out", str(out)]) == 0
-        return read(out)
+        return coco_result(out)
 
     cut = measured(200, tmp_path / "cut")
     assert "1 of 4 captions are cut to the 42 ids that data.length=112 leaves" in capsys.readouterr().err
@@ -247,7 +243,7 @@ def test_other_tokenizers_and_other_evaluations_are_refused(
         "coco.json holds a result of other settings (seed=0, now 1); give another folder: --out"
         in capsys.readouterr().err
     )
-    content = read(tmp_path / "out")
+    content = coco_result(tmp_path / "out")
     del content["made_with"]  # as earlier versions wrote it: its card has the same values
     (tmp_path / "out" / "coco.json").write_text(json.dumps(content))
     assert main([*command, *few, "--seed", "1"]) == 2

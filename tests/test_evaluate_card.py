@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -10,6 +9,7 @@ from t2i_lm.evaluate import main, parser
 from t2i_lm.evaluation.session import default_name
 from t2i_lm.storage.run_folder import Run
 from tests.marks import needs_compiler
+from tests.runs import coco_result
 
 
 @pytest.fixture
@@ -17,16 +17,11 @@ def command(evaluate_command: list[str]) -> list[str]:
     return evaluate_command
 
 
-def read(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "coco.json").read_text())
-    return content
-
-
 def test_the_last_fid_of_a_run_equals_its_evaluation(measured: Run, command: list[str], tmp_path: Path) -> None:
     last = json.loads((measured.folder / "fid" / "step-00000008.json").read_text())
     same = ["--prompts", "5", "--part", "5", "--seed", str(last["card"]["seed"]), "--no-floor"]
     assert main([*command, *same, "--out", str(tmp_path / "out")]) == 0
-    found = read(tmp_path / "out")
+    found = coco_result(tmp_path / "out")
     for name in ("fid", "kid", "kid_std"):
         assert found[name] == pytest.approx(last[name], rel=1e-6)
     differ = {key for key in found["card"] if found["card"][key] != last["card"][key]}
@@ -38,8 +33,8 @@ def test_bfloat16_weights_are_in_the_card_and_another_evaluation(
 ) -> None:
     out = ["--no-floor", "--out", str(tmp_path / "out")]
     assert main([*command, "--bf16", *out]) == 0
-    assert read(tmp_path / "out")["card"]["weights"] == "bfloat16"
-    assert "weights='bfloat16' (not 'float32')" in read(tmp_path / "out")["differs"]
+    assert coco_result(tmp_path / "out")["card"]["weights"] == "bfloat16"
+    assert "weights='bfloat16' (not 'float32')" in coco_result(tmp_path / "out")["differs"]
     assert main([*command, *out]) == 2
     assert "weights='bfloat16', now 'float32'" in capsys.readouterr().err
     assert main([*command, "--bf16", "--canonical", "--out", str(tmp_path / "canonical")]) == 2
@@ -54,8 +49,8 @@ def test_compiled_sampling_is_in_the_card_and_another_evaluation(
 ) -> None:
     out = ["--prompts", "2", "--no-floor", "--out", str(tmp_path / "out")]
     assert main([*command, "--compile", *out]) == 0
-    assert read(tmp_path / "out")["card"]["compiled"] is True
-    assert "compiled=True (not False)" in read(tmp_path / "out")["differs"]
+    assert coco_result(tmp_path / "out")["card"]["compiled"] is True
+    assert "compiled=True (not False)" in coco_result(tmp_path / "out")["differs"]
     assert main([*command, *out]) == 2
     assert "compiled=True, now None" in capsys.readouterr().err
     names = {default_name(parser().parse_args([*command, *more]), Path("a.ckpt")) for more in ([], ["--compile"])}

@@ -9,18 +9,9 @@ import pytest
 
 from t2i_lm.figures import NAMES, main
 from t2i_lm.plots.catalogue import FIGURES
-from tests.plots.synthetic_runs import read_lines, write_run
+from tests.plots.synthetic_runs import read_lines
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    """A folder with one matching pair."""
-    root = tmp_path / "runs"
-    write_run(root, "t2i_pretrained", "20260301-100000")
-    write_run(root, "t2i_scratch", "20260301-110000")
-    return root
 
 
 def command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

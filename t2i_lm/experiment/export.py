@@ -34,7 +34,7 @@ from t2i_lm.models.huggingface import HuggingFaceDecoder, load_huggingface, save
 from t2i_lm.models.lora import merge_adapters
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.models.transformers_export import require_equivalent, require_transformers, save_transformers
-from t2i_lm.storage.resumable import atomic_folder
+from t2i_lm.storage.resumable import atomic_folder, share
 from t2i_lm.storage.run_folder import CONFIG, find_run, read_run
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
@@ -101,6 +101,7 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
     }
     card |= exporters[config.task](trained, out, getattr(torch, dtype))
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    share(*(file for file in out.rglob("*") if file.is_file()))
     return card
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.storage.resumable import share
 from t2i_lm.storage.run_folder import run_folders
 
 FILE = "aligned_rows.safetensors"
@@ -21,6 +22,7 @@ def write_aligned_rows(rows_ID: Tensor, path: Path, text_sha256: str, image_sha2
     """Writes image rows (I, D) in float32, with the hashes of both tokenizers."""
     hashes = {"text_tokenizer": text_sha256, "image_tokenizer": image_sha256}
     save_file({TENSOR: rows_ID.detach().float().cpu().contiguous()}, path, {"tokenizers": json.dumps(hashes)})
+    share(path)
 
 
 def find_aligned_rows(config: ExperimentConfig) -> Path:

@@ -109,6 +109,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     own.replace(path)
 
 
+def share(*files: Path) -> None:
+    """Gives files the permissions of new ones; safetensors writes files that only their owner may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in files:
+        file.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` on success and is removed on an error.

@@ -1,6 +1,5 @@
 """CLIP score: equal to torchmetrics', on one rank, on two, after a kill, and beside FID."""
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from t2i_lm.storage.run_folder import Run
 from tests.callbacks.toy_run import finish, server
 from tests.data.coco_folder import write_coco
 from tests.evaluation.clip_folder import POSITIONS, write_clip
+from tests.runs import coco_result
 from tests.test_evaluate import in_process, on_two_ranks
 
 CAPTIONS = ["a red circle", "two blue squares on a green ground", "a", "a ring? (yellow) 3 of them"]
@@ -46,11 +46,6 @@ def command(
     }
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     return [*words, "--no-floor", "--cache", str(root / "cache"), "--clip", str(folder)]
-
-
-def read(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "coco.json").read_text())
-    return content
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +99,7 @@ def test_the_score_of_an_evaluation_equals_torchmetrics_on_its_images(
     unbroken: Path, command: list[str], folder: Path
 ) -> None:
     prompts = choose_prompts(read_coco(Path(command[command.index("--coco") + 1])), 10, PROMPT_SEED)
-    found = read(unbroken)["clip"]
+    found = coco_result(unbroken)["clip"]
     metric = theirs(folder)
     scores = []
     for number, prompt in enumerate(prompts):
@@ -121,7 +116,7 @@ def test_two_ranks_and_an_interrupted_evaluation_give_the_same_score(
     unbroken: Path, command: list[str], tmp_path: Path
 ) -> None:
     on_two_ranks([*command, "--out", str(tmp_path / "two")])
-    assert read(tmp_path / "two")["clip"] == read(unbroken)["clip"]
+    assert coco_result(tmp_path / "two")["clip"] == coco_result(unbroken)["clip"]
 
     arguments = [*command, "--out", str(tmp_path / "killed")]
     process = server.Process(target=in_process, args=(arguments, {}, 6))  # four parts drawn, two scored
@@ -131,7 +126,7 @@ def test_two_ranks_and_an_interrupted_evaluation_give_the_same_score(
     assert {path.parent.name for path in before} == {"drawn", "drawn-clip"}
     assert main(arguments) == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    assert read(tmp_path / "killed")["clip"] == read(unbroken)["clip"]
+    assert coco_result(tmp_path / "killed")["clip"] == coco_result(unbroken)["clip"]
 
 
 def test_a_finished_evaluation_is_scored_without_sampling_again(
@@ -140,15 +135,15 @@ def test_a_finished_evaluation_is_scored_without_sampling_again(
     at = command.index("--clip")
     plain, out = [*command[:at], *command[at + 2 :]], ["--out", str(tmp_path / "out")]
     assert main([*plain, *out]) == 0
-    assert "clip" not in read(tmp_path / "out")
+    assert "clip" not in coco_result(tmp_path / "out")
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "drawn").iterdir()}
     assert main([*command, *out]) == 0
     assert drawn == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "drawn").iterdir()}
-    assert read(tmp_path / "out")["clip"] == read(unbroken)["clip"]
-    assert read(tmp_path / "out")["fid"] == read(unbroken)["fid"]
+    assert coco_result(tmp_path / "out")["clip"] == coco_result(unbroken)["clip"]
+    assert coco_result(tmp_path / "out")["fid"] == coco_result(unbroken)["fid"]
     capsys.readouterr()
     assert main([*plain, *out]) == 0  # what was scored stays
-    assert read(tmp_path / "out")["clip"] == read(unbroken)["clip"]
+    assert coco_result(tmp_path / "out")["clip"] == coco_result(unbroken)["clip"]
     assert "coco.json keeps its CLIP score" in capsys.readouterr().err
 
     other = write_clip(tmp_path / "other", seed=1)
@@ -159,12 +154,12 @@ def test_a_finished_evaluation_is_scored_without_sampling_again(
 def test_reconstructions_are_scored_beside_their_floor(command: list[str], tmp_path: Path) -> None:
     with_floor = [word for word in command if word != "--no-floor"]
     assert main([*with_floor, "--prompts", "3", "--out", str(tmp_path / "out")]) == 0
-    result = read(tmp_path / "out")
+    result = coco_result(tmp_path / "out")
     assert result["floor"]["clip"]["n"] == 3
     assert result["floor"]["clip"]["score"] != result["clip"]["score"]
     at = command.index("--clip")
     assert main([*command[:at], *command[at + 2 :], "--prompts", "3", "--out", str(tmp_path / "out")]) == 0
-    assert read(tmp_path / "out")["floor"] == result["floor"]  # with neither --clip nor a floor
+    assert coco_result(tmp_path / "out")["floor"] == result["floor"]  # with neither --clip nor a floor
 
 
 def test_wrong_models_are_refused_before_loading(

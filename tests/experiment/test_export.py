@@ -56,6 +56,9 @@ def test_an_export_overwrites_nothing(form: str, run: Path, tmp_path: Path, caps
 def test_an_export_of_a_decoder_needs_no_data(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("t2i_lm.experiment.build.prepare_pairs", lambda *_: pytest.fail("the data was prepared"))
     assert main([str(run), "--out", str(tmp_path / "out")]) == 0
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in [tmp_path / "new", *(tmp_path / "out").iterdir()]}
+    assert len(modes) == 1  # as readable to others as any new file
 
 
 def test_a_tokenizer_json_is_written_for_auto_tokenizer(tiny: list[str], tmp_path: Path) -> None:

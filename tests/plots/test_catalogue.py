@@ -22,15 +22,6 @@ ROOT = Path(__file__).parents[2]
 MODALITIES = {"3": {"All tokens": "all"}, "4": {"Text tokens": "text", "Image tokens": "image"}}
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    """A folder with one matching pair."""
-    root = tmp_path / "runs"
-    write_run(root, "t2i_pretrained", "20260301-100000")
-    write_run(root, "t2i_scratch", "20260301-110000")
-    return root
-
-
 def drawn(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
     """Data of every line by its gid."""
     lines = (line for axes in figure.axes for line in axes.get_lines())

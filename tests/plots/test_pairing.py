@@ -10,15 +10,6 @@ from t2i_lm.plots.pairing import find_pair
 from tests.plots.synthetic_runs import write_run
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    """A folder with one matching pair."""
-    root = tmp_path / "runs"
-    write_run(root, "t2i_pretrained", "20260301-100000")
-    write_run(root, "t2i_scratch", "20260301-110000")
-    return root
-
-
 def chosen(root: Path, **named: Path) -> tuple[str, str]:
     """Dates and times of the two run folders."""
     pair = find_pair(root, **named)
