@@ -17,7 +17,7 @@ from filelock import FileLock
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from tests.decoders import tiny_decoder
 from tests.evaluation.tiny_tasks import TEXT, write_tasks
-from tests.runs import EXPERIMENTS, PRETRAINED, QUICK, SCRATCH, train
+from tests.runs import EXPERIMENTS, PRETRAINED, QUICK, SCRATCH, coco_arguments, train
 
 # A test that uses one of these is a test of a whole run.
 RUNS = {"pretrained", "scratch", "guided", "probed", "measured", "language_model"}
@@ -213,16 +213,11 @@ def measured(tiny: list[str], coco: Path, inception_weights: Path, once: Once) -
 @pytest.fixture(scope="session")
 def evaluate_command(measured: Run, coco: Path, inception_weights: Path) -> list[str]:
     """Arguments of t2i_lm.evaluate for the COCO FID of that run."""
-    given = {
-        "checkpoint": measured.folder,
-        "coco": coco,
-        "weights": inception_weights,
-        "features": 64,
-        "prompts": 10,
-        "part": 3,
-    }
-    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    return [*words, "--cache", str(measured.folder.parents[1] / "cache")]
+    return [
+        *coco_arguments(measured.folder, coco, inception_weights),
+        "--cache",
+        str(measured.folder.parents[1] / "cache"),
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -102,3 +102,9 @@ def coco_result(folder: Path) -> dict[str, Any]:
     """The COCO result of an evaluation."""
     content: dict[str, Any] = json.loads((folder / "coco.json").read_text())
     return content
+
+
+def coco_arguments(run: Path, coco: Path, weights: Path) -> list[str]:
+    """Arguments of t2i_lm.evaluate for a small COCO evaluation of a run."""
+    sizes = ["--features", "64", "--prompts", "10", "--part", "3"]
+    return ["--checkpoint", str(run), "--coco", str(coco), "--weights", str(weights), *sizes]

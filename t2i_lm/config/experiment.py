@@ -27,7 +27,6 @@ from t2i_lm.config.sections import (
     Section,
     TextTokenizerConfig,
     TrainerConfig,
-    is_plugin,
     require,
 )
 
@@ -236,7 +235,7 @@ class ExperimentConfig(Section):
         replay = f"text for data.replay_ratio={self.data.replay_ratio}: a .txt or .txt.gz file, or a folder of them"
         for needed, key, expected in (
             (
-                self.data.source != "scenes" and not is_plugin(self.data.source),
+                self.data.reads_path,
                 "data.path",
                 f"a path for data.source={self.data.source}",
             ),

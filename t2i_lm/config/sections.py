@@ -219,6 +219,11 @@ class DataConfig(Section, prefix="data"):
         )
 
     @property
+    def reads_path(self) -> bool:
+        """Whether the source requires `path`: neither scenes nor plug-ins do."""
+        return self.source != "scenes" and not is_plugin(self.source)
+
+    @property
     def replayed(self) -> int:
         """Sequences of a batch that are replayed text."""
         return round(self.replay_ratio * self.batch_size)

@@ -97,15 +97,20 @@ class PairBatches(CaptionedIds):
                 text[:0] if drops_caption(self.dropout, self.seed, *draw) else text
                 for text, draw in zip(texts, draws, strict=True)
             ]
-        ids_BT = self.layout.pack(texts, image_ids_BN)
-        used_B = (ids_BT != self.layout.vocab.pad).sum(dim=1)
-        longest = -(-int(used_B.max()) // self.multiple) * self.multiple
-        return {
-            "ids_BT": ids_BT[:, : min(self.layout.length, longest)],
-            "samples": len(draws),
-            "tokens_nominal": len(draws) * self.layout.length,
-            "tokens_real": used_B.sum(),
-        }
+        return pack_batch(self.layout, texts, image_ids_BN, self.multiple)
+
+
+def pack_batch(layout: Layout | ImageLayout, texts: list[IntArray], image_ids_BN: IntArray, multiple: int) -> Batch:
+    """The batch of some pairs, as long as its longest sequence rounded up to a multiple."""
+    ids_BT = layout.pack(texts, image_ids_BN)
+    used_B = (ids_BT != layout.vocab.pad).sum(dim=1)
+    longest = -(-int(used_B.max()) // multiple) * multiple
+    return {
+        "ids_BT": ids_BT[:, : min(layout.length, longest)],
+        "samples": len(texts),
+        "tokens_nominal": len(texts) * layout.length,
+        "tokens_real": used_B.sum(),
+    }
 
 
 class TextBatches(Batches):

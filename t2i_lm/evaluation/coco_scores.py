@@ -4,9 +4,7 @@ Shapes: `B` images, `N` image tokens; of CLIP scores `N` images.
 """
 
 import argparse
-import sys
 import time
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +21,7 @@ from t2i_lm.evaluation.clip_score import Clip
 from t2i_lm.evaluation.fid import PromptSet, Reference, count_cut, distances, network_card
 from t2i_lm.evaluation.protocol_card import CANONICAL, Card, require_headline
 from t2i_lm.generation.grid import captioned_grid
-from t2i_lm.generation.images import decode, numerics, prepare_generation, sampling_of
+from t2i_lm.generation.images import chosen_sampling, decode, numerics, prepare_generation
 from t2i_lm.runtime.progress import log_progress
 from t2i_lm.storage.resumable import ResumableParts
 from t2i_lm.storage.run_folder import environment
@@ -45,11 +43,7 @@ def measure_coco(
     model, share, first_rank = context.model, (context.rank, context.world), context.rank == 0
     prepare_generation(model, bf16=options.bf16, compiled=options.compile)
     cut = count_cut(model, coco, prompts, log=first_rank)
-    sampling = sampling_of(model.config.samples)
-    if options.guidance is not None:
-        sampling = replace(sampling, guidance=options.guidance)
-    if sampling.guidance != 1 and not model.config.data.caption_dropout and first_rank:
-        print("note: this run was trained with data.caption_dropout=0, without empty captions", file=sys.stderr)
+    sampling = chosen_sampling(model, guidance=options.guidance, log=first_rank)
     network = Inception(resolve(options.weights), options.features, options.weights_sha256)
     clip = None if options.clip is None else Clip(options.clip)
     prompt_set = PromptSet(model=model, coco=coco, prompts=prompts, sampling=sampling, seed=options.seed, cut=cut)

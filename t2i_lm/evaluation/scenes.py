@@ -22,12 +22,11 @@ from t2i_lm.data.scenes.captions import ATTRIBUTES, altered, describe
 from t2i_lm.data.scenes.checker import check, share_error, shares_right
 from t2i_lm.data.scenes.scene import Scene, draw_scene, render, scene_from_meaning
 from t2i_lm.data.scenes.source import SceneSource
-from t2i_lm.data.shards.tokenize import ENCODE_BATCH, stack_images
+from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.experiment.build import ImageExperiment
 from t2i_lm.generation.images import ImageArray, caption_layout, decode
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.tokenizers.base import ImageTokenizer
 from t2i_lm.tokenizers.layout import IMAGE, modality_of_target
 
 # Sequences per pass for caption preference.
@@ -67,14 +66,7 @@ def familiar_scenes(experiment: ImageExperiment, size: int) -> Scenes:
         captions.append(describe(scene, style).text)
         meanings.append(scene.meaning() | {"style": style})
         images.append(np.asarray(render(scene, image.image_size)))
-    return Scenes(captions, meanings, _encode(image, images))
-
-
-def _encode(image: ImageTokenizer, images: list[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Ids (B, N) of images (H, W, 3), in batches of `ENCODE_BATCH`."""
-    starts = range(0, len(images), ENCODE_BATCH)
-    ids = [image.encode(stack_images(images[start : start + ENCODE_BATCH])).cpu().numpy() for start in starts]
-    return np.concatenate(ids) if ids else np.empty((0, 0), dtype=np.int64)
+    return Scenes(captions, meanings, encode_images(image, images))
 
 
 def prompt_accuracy(images: Sequence[ImageArray], meanings: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -117,7 +109,7 @@ def accuracy_ceiling(experiment: ImageExperiment, split: str) -> dict[str, Any]:
             return cached
     source = SceneSource(CEILING_SCENES, split, data.seed)
     pairs = [source[index] for index in range(len(source))]
-    codes_BN = torch.from_numpy(_encode(image, [np.asarray(pair.image) for pair in pairs]))
+    codes_BN = torch.from_numpy(encode_images(image, [np.asarray(pair.image) for pair in pairs]))
     accuracy = prompt_accuracy(decode(experiment, codes_BN), [pair.meaning or {} for pair in pairs])
     result = {"scenes": len(pairs), "accuracy": accuracy}
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 Shapes: `B` sequences, `T` positions, `N` image ids, `M` modalities.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -13,16 +13,16 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from torch import Tensor
 
 from callbacks import split_entries
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
+from t2i_lm.data.datamodules import pack_batch
 from t2i_lm.data.pairs import RejectedPairError, center_crop, decode_image
-from t2i_lm.data.shards.tokenize import ENCODE_BATCH, stack_images
+from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import load_trained
-from t2i_lm.generation.images import chosen_sampling, generate_images, require_fitting, seeds_of
+from t2i_lm.generation.images import ImageArray, chosen_sampling, generate_images, require_fitting, seeds_of
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.runtime.devices import precision
 from t2i_lm.storage.run_folder import CONFIG, find_run, read_run
@@ -163,8 +163,9 @@ class TrainedRun:
         count_M = torch.zeros_like(nll_sum_M)
         with torch.autocast(device.type, torch.bfloat16, enabled=recorded == "bf16-mixed"):
             for start in range(0, len(texts), size):
-                ids_BT = self._batch(texts[start : start + size], codes_BN[start : start + size])
-                _, nll_M, targets_M = model.module.sums(ids_BT.to(device))
+                part = slice(start, start + size)
+                batch = pack_batch(model.layout, texts[part], codes_BN[part], self.config.data.pad_to_multiple_of)
+                _, nll_M, targets_M = model.module.sums(batch["ids_BT"].to(device))
                 nll_sum_M, count_M = nll_sum_M + nll_M.cpu(), count_M + targets_M.cpu()
         total_S = torch.cat([nll_sum_M, count_M, torch.zeros_like(count_M)])
         entries = split_entries(model.module.modalities, total_S)
@@ -181,30 +182,16 @@ class TrainedRun:
         text, image = self.tokenizers
         low_precision = self.config.image_tokenizer.precision == "bfloat16"
         texts: list[IntArray] = []
-        codes: list[Tensor] = []
-        waiting: list[Any] = []
 
-        def encode() -> None:
-            codes.append(image.encode(stack_images(waiting), low_precision).cpu())
-            waiting.clear()
+        def crops() -> Iterator[ImageArray]:
+            for image_or_file, caption in pairs:
+                texts.append(np.array(text.encode(caption), dtype=np.int64))
+                yield center_crop(_rgb(image_or_file), image.image_size)
 
-        for image_or_file, caption in pairs:
-            texts.append(np.array(text.encode(caption), dtype=np.int64))
-            waiting.append(center_crop(_rgb(image_or_file), image.image_size))
-            if len(waiting) == ENCODE_BATCH:
-                encode()
-        if waiting:
-            encode()
-        if not codes:
+        codes_BN = encode_images(image, crops(), low_precision)
+        if not texts:
             raise ValueError("pairs: expected at least one (image, caption)")
-        return texts, torch.cat(codes).numpy()
-
-    def _batch(self, texts: list[IntArray], codes_BN: IntArray) -> Tensor:
-        """Joint ids (B, T), cut behind the longest sequence as the run's data module does."""
-        layout, multiple = self._trained.layout, self.config.data.pad_to_multiple_of
-        ids_BT = layout.pack(texts, codes_BN)
-        longest = int((ids_BT != layout.vocab.pad).sum(dim=1).max())
-        return ids_BT[:, : min(layout.length, -(-longest // multiple) * multiple)]
+        return texts, codes_BN
 
 
 def open_run(path: str | PathLike[str]) -> TrainedRun:

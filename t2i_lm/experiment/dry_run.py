@@ -173,8 +173,7 @@ def absent_files(config: ExperimentConfig) -> list[str]:
             lines.append(f"{section}.path={path or 'null'}{fetch}")
     data = config.data
     local = data.source in OPENED_BY_PATH
-    reads_path = data.source != "scenes" and not is_plugin(data.source)
-    if reads_path and (data.path is None or (local and not Path(data.path).exists())):
+    if data.reads_path and (data.path is None or (local and not Path(data.path).exists())):
         lines.append(f"data.path={data.path or 'null'}")
     return lines
 

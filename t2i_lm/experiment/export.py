@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from callbacks.checkpoints import step_of
 from t2i_lm.config.load import load_experiment
 from t2i_lm.data.datamodules import ImageBatches
 from t2i_lm.data.scenes.captions import ATTRIBUTES
@@ -30,11 +31,11 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.factory import decoder_architecture, huggingface_folder
 from t2i_lm.models.generate import continue_text
-from t2i_lm.models.huggingface import HuggingFaceDecoder, load_huggingface, save_huggingface
+from t2i_lm.models.huggingface import HuggingFaceDecoder, load_huggingface, require_transformers, save_huggingface
 from t2i_lm.models.lora import merge_adapters
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
-from t2i_lm.models.transformers_export import require_equivalent, require_transformers, save_transformers
-from t2i_lm.storage.resumable import atomic_folder, share
+from t2i_lm.models.transformers_export import FORMAT, require_equivalent, save_transformers
+from t2i_lm.storage.resumable import atomic_folder, require_new_folder, share
 from t2i_lm.storage.run_folder import CONFIG, find_run, read_run
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
@@ -73,28 +74,26 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
     exporters = FORMATS[form]
     if config.task not in exporters:
         raise ValueError(f"--format {form}: {run} is a run of task={config.task}; expected {', '.join(exporters)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder; nothing is overwritten")
+    require_new_folder(out)
     if form == "transformers":
-        require_transformers()
+        require_transformers(FORMAT)
         if huggingface_folder(config) is None:
             require_equivalent(decoder_architecture(config, config.data.length))
     checkpoint = newest_checkpoint(run)
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     trained: ImageModel | Experiment
     if config.task in ("text_to_image", "unconditional"):  # needs no data
         trained = load_trained(run, checkpoint)
         trained.module.cpu()
     else:
         trained = build(config)
-        trained.module.load_state_dict(state["state_dict"])
+        trained.module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
         trained.module.eval()
     environment = read_run(run).environment
     card: dict[str, Any] = {
         "experiment": config.name,
         "task": config.task,
         "seed": config.seed,
-        "steps": int(state["global_step"]),
+        "steps": step_of(checkpoint),
         "data_hash": environment.get("data_hash"),
         "git": environment.get("git"),
         "dtype": dtype,
@@ -177,7 +176,7 @@ def _write_transformers(
             shutil.copyfile(text.path, folder / name)
             tokenizer = f"{name}, for sentencepiece.SentencePieceProcessor; AutoTokenizer does not read it"
         (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
-    library = {"architecture": architecture, "transformers": require_transformers().__version__}
+    library = {"architecture": architecture, "transformers": require_transformers(FORMAT).__version__}
     return written, library | {"text_tokenizer": tokenizer}
 
 

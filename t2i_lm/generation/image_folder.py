@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.progress import Progress
@@ -20,7 +21,7 @@ from t2i_lm.generation.images import (
     seeds_of,
 )
 from t2i_lm.models.generate import Sampling
-from t2i_lm.storage.resumable import atomic_folder
+from t2i_lm.storage.resumable import atomic_folder, require_new_folder
 from t2i_lm.storage.run_folder import find_run
 
 
@@ -29,7 +30,7 @@ def sample_run(
     prompts: Sequence[str],
     each: int,
     seed: int,
-    sampling: Mapping[str, float | None],
+    sampling: Mapping[str, Any],
     out: Path | None,
     bf16: bool = False,
     compiled: bool = False,
@@ -55,8 +56,7 @@ def sample_run(
     """
     run = find_run(checkpoint)
     out = out or run / "drawn" / time.strftime("%Y%m%d-%H%M%S")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder; nothing is overwritten")
+    require_new_folder(out)
     model = load_trained(run)
     prepare_generation(model, bf16=bf16, compiled=compiled)
     return write_images(model, prompts, each, seed, chosen_sampling(model, **sampling), out)

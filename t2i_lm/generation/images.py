@@ -40,8 +40,11 @@ def chosen_sampling(
     top_k: float | None = None,
     top_p: float | None = None,
     guidance: float | None = None,
+    log: bool = True,
 ) -> Sampling:
     """The run's sampling with some of its fields replaced; None keeps a field.
+
+    With `log`, prints a note on guidance of a run without caption dropout.
 
     Raises:
         ValueError: naming a value out of range.
@@ -49,7 +52,7 @@ def chosen_sampling(
     fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     changes: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     sampling = replace(sampling_of(model.config.samples), **changes)
-    if sampling.guidance != 1 and not model.config.data.caption_dropout:
+    if log and sampling.guidance != 1 and not model.config.data.caption_dropout:
         print(
             "note: this run was trained with data.caption_dropout=0, so guidance leads away from an empty caption that "
             "the model has never seen",

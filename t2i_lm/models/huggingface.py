@@ -136,7 +136,7 @@ class HuggingFaceDecoder(Backbone):
     def reset_parameters(self, generator: Generator) -> None:
         """The architecture's own initialization."""
         with seeded(generator):
-            fresh = _transformers().AutoModelForCausalLM.from_config(self.hf_config, dtype=torch.float32)
+            fresh = require_transformers().AutoModelForCausalLM.from_config(self.hf_config, dtype=torch.float32)
         self.load_state_dict(HuggingFaceDecoder(fresh).state_dict())
 
 
@@ -155,7 +155,7 @@ def load_huggingface(folder: Path) -> HuggingFaceDecoder:
     Raises:
         ValueError: if it cannot be read or is not a causal language model.
     """
-    library = _transformers()
+    library = require_transformers()
     try:
         model, info = library.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
@@ -173,7 +173,7 @@ def empty_huggingface(folder: Path) -> HuggingFaceDecoder:
     Raises:
         ValueError: if the config is not that of a causal language model.
     """
-    library = _transformers()
+    library = require_transformers()
     try:
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return HuggingFaceDecoder(library.AutoModelForCausalLM.from_config(config, dtype=torch.float32))
@@ -186,7 +186,7 @@ def save_huggingface(decoder: HuggingFaceDecoder, folder: Path, dtype: torch.dty
     config = copy.deepcopy(decoder.hf_config)
     matrix_VD, output_VD = decoder.tok_embeddings.matrix().detach(), decoder.output.matrix().detach()
     config.vocab_size = len(matrix_VD)
-    model: Any = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model: Any = require_transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing = model.base_model.load_state_dict(decoder.body.state_dict(), strict=False).missing_keys
     assert len(missing) == 1, missing  # the embedding alone
     model.get_input_embeddings().weight.data.copy_(matrix_VD)
@@ -194,11 +194,16 @@ def save_huggingface(decoder: HuggingFaceDecoder, folder: Path, dtype: torch.dty
     model.save_pretrained(folder)
 
 
-def _transformers() -> Any:
+def require_transformers(asked_by: str = "backbone.path") -> Any:
+    """The library, for the key or option `asked_by`.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
     try:
         import transformers
     except ImportError as error:
         raise ValueError(
-            "backbone.path: requires transformers, which is not installed: pip install 't2i_lm[hf]'"
+            f"{asked_by}: requires transformers, which is not installed: pip install 't2i_lm[hf]'"
         ) from error
     return transformers

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import ROTARY, ROTARY_BASE, Block, Decoder, DecoderConfig, GemmaGeGLU, RMSNorm, SwiGLU
-from t2i_lm.models.huggingface import HuggingFaceDecoder, save_huggingface
+from t2i_lm.models.huggingface import HuggingFaceDecoder, require_transformers, save_huggingface
 
+# The option that asks for an export, for errors.
+FORMAT = "--format transformers"
 # Largest difference of logits from the decoder's, relative to their maximum.
 TOLERANCE = 1e-5
 # Positions of the sequences on which logits are compared.
@@ -55,7 +57,7 @@ def require_equivalent(config: DecoderConfig) -> None:
     positions, norm = config.positional_embedding_type, config.model_norm
     if positions not in ROTARY:
         raise ValueError(
-            f"--format transformers: positional_embedding_type={positions!r} is position-free, and the architectures "
+            f"{FORMAT}: positional_embedding_type={positions!r} is position-free, and the architectures "
             f"of transformers that match otherwise have rotary positions; supported: {', '.join(ROTARY)}"
         )
     if (norm, config.ffn_type, config.qk_norm) in ARCHITECTURES:
@@ -63,29 +65,14 @@ def require_equivalent(config: DecoderConfig) -> None:
     if config.qk_norm:
         supported = "model_norm=rms_norm with ffn_type=swiglu"
         raise ValueError(
-            f"--format transformers: no architecture has qk_norm=True over all heads together with model_norm={norm!r} "
+            f"{FORMAT}: no architecture has qk_norm=True over all heads together with model_norm={norm!r} "
             f"and ffn_type={config.ffn_type!r}; supported with qk_norm: {supported}"
         )
     supported = ", ".join(name for own, name, qk_norm in ARCHITECTURES if own == norm and not qk_norm)
     raise ValueError(
-        f"--format transformers: no architecture has ffn_type={config.ffn_type!r} with model_norm={norm!r}; "
+        f"{FORMAT}: no architecture has ffn_type={config.ffn_type!r} with model_norm={norm!r}; "
         f"supported with this norm: {supported}"
     )
-
-
-def require_transformers() -> Any:
-    """The library.
-
-    Raises:
-        ValueError: if it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            "--format transformers: needs transformers, which is not installed: pip install 't2i_lm[hf]'"
-        ) from error
-    return transformers
 
 
 def save_transformers(decoder: Backbone, folder: Path, dtype: torch.dtype, keys: Mapping[str, Any]) -> Backbone:
@@ -104,7 +91,7 @@ def save_transformers(decoder: Backbone, folder: Path, dtype: torch.dtype, keys:
         ValueError: if no architecture is equivalent, or transformers is not installed.
         RuntimeError: if the folder computes other logits.
     """
-    library = require_transformers()
+    library = require_transformers(FORMAT)
     written = as_written(decoder, dtype)
     if isinstance(decoder, HuggingFaceDecoder):
         save_huggingface(decoder, folder, dtype)
@@ -151,7 +138,7 @@ def transformers_config(decoder: Decoder) -> Any:
     *_, down = block.feed_forward.children()
     assert isinstance(down, nn.Linear)
     rope = {"rope_type": "default", "rope_theta": ROTARY_BASE, "partial_rotary_factor": 1.0}
-    return getattr(require_transformers(), f"{name}Config")(
+    return getattr(require_transformers(FORMAT), f"{name}Config")(
         vocab_size=len(decoder.tok_embeddings.matrix()),
         hidden_size=own.hidden_dim,
         intermediate_size=down.in_features,
@@ -241,7 +228,7 @@ def require_equal_logits(decoder: Backbone, folder: Path) -> None:
     Raises:
         RuntimeError: if they differ by more than `TOLERANCE` of the largest, or a tensor is missing.
     """
-    model, info = require_transformers().AutoModelForCausalLM.from_pretrained(
+    model, info = require_transformers(FORMAT).AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
     rows = len(decoder.tok_embeddings.matrix())
@@ -257,4 +244,4 @@ def require_equal_logits(decoder: Backbone, folder: Path) -> None:
     else:
         missing = ", ".join(sorted(info["missing_keys"])) or "none"
         fault = f"logits {tuple(logits_BTV.shape)} for {tuple(expected_BTV.shape)}; missing tensors: {missing}"
-    raise RuntimeError(f"transformers {require_transformers().__version__} computes {fault}: the export is wrong")
+    raise RuntimeError(f"transformers {require_transformers(FORMAT).__version__} computes {fault}: the export is wrong")

@@ -117,6 +117,16 @@ def share(*files: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
+def require_new_folder(out: Path) -> None:
+    """Checks that `--out` is a folder that does not exist yet or is empty.
+
+    Raises:
+        ValueError: if something would be overwritten.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder; nothing is overwritten")
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` on success and is removed on an error.

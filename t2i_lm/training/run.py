@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from callbacks import EventLog, MetricsFile, Preempted, find_resumable
+from callbacks.checkpoints import step_of
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import save_experiment
 from t2i_lm.config.sections import SHARDED
@@ -139,7 +140,7 @@ def _environment(experiment: Experiment) -> dict[str, object]:
 
 def _reopen_folder(experiment: Experiment, folder: Path, checkpoint: Path, events: EventLog) -> None:
     events.write("resumed", f"from {checkpoint.name}")
-    print(f"resuming {folder} from step {int(checkpoint.stem.removeprefix('step-'))}", flush=True)
+    print(f"resuming {folder} from step {step_of(checkpoint)}", flush=True)
     _print_formula(experiment)
 
 

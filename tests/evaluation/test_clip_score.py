@@ -19,7 +19,7 @@ from t2i_lm.storage.run_folder import Run
 from tests.callbacks.toy_run import finish, server
 from tests.data.coco_folder import write_coco
 from tests.evaluation.clip_folder import POSITIONS, write_clip
-from tests.runs import coco_result
+from tests.runs import coco_arguments, coco_result
 from tests.test_evaluate import in_process, on_two_ranks
 
 CAPTIONS = ["a red circle", "two blue squares on a green ground", "a", "a ring? (yellow) 3 of them"]
@@ -36,15 +36,7 @@ def command(
 ) -> list[str]:
     root = tmp_path_factory.mktemp("clip_run")
     coco = write_coco(root / "coco", 12)
-    given = {
-        "checkpoint": pretrained.folder,
-        "coco": coco,
-        "weights": inception_weights,
-        "features": 64,
-        "prompts": 10,
-        "part": 3,
-    }
-    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    words = coco_arguments(pretrained.folder, coco, inception_weights)
     return [*words, "--no-floor", "--cache", str(root / "cache"), "--clip", str(folder)]
 
 

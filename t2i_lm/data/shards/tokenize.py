@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from t2i_lm.data.shards.format import part_folder, read_part, text_features, wri
 from t2i_lm.data.text import paragraphs
 from t2i_lm.runtime.progress import Advance
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
+from t2i_lm.tokenizers.layout import IntArray
 
 # Images per call of the encoder.
 ENCODE_BATCH = 64
@@ -76,6 +78,14 @@ class PairRows:
 def stack_images(images: list[Any]) -> Tensor:
     """uint8 (B, C, H, W) of B arrays (H, W, C)."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def encode_images(image: ImageTokenizer, images: Iterable[Any], low_precision: bool = False) -> IntArray:
+    """Ids (B, N) int64 of arrays (H, W, 3), in batches of `ENCODE_BATCH`."""
+    waiting, ids = iter(images), list[IntArray]()
+    while batch := list(islice(waiting, ENCODE_BATCH)):
+        ids.append(image.encode(stack_images(batch), low_precision).cpu().numpy())
+    return np.concatenate(ids) if ids else np.empty((0, 0), dtype=np.int64)
 
 
 def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Iterator[dict[str, Any]]:
