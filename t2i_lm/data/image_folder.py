@@ -83,7 +83,7 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
     if choice.automatic:
         paths = [image.path or Path() for image in images]
         digests = image_digests(paths, store_path(data.cache_dir, "image_folder", root))
-        chosen = split_by_content(digests, split, f"{key}={root}")
+        chosen = split_by_content(digests, split, f"{key}={root}", ImageFolder(images).__getitem__)
         images = [images[index] for index in chosen]
     return ImageFolder(images, notes)
 

@@ -34,7 +34,7 @@ def webdataset(data: DataConfig, split: str, size: int) -> TarFolder:
     for entry in digests_of_files(files.files, store, tar_digests(tars.samples)):
         assert isinstance(entry, list)
         digests += entry
-    chosen = split_by_content(digests, split, f"{key}={path}")
+    chosen = split_by_content(digests, split, f"{key}={path}", tars.__getitem__)
     return TarFolder([tars.samples[index] for index in chosen], tars.notes)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from t2i_lm.config.sections import DataConfig
+from t2i_lm.data.pairs import RejectedPairError
 
 SPLITS = ("train", "val")
 WORDS = {
@@ -203,22 +204,36 @@ def held_out(digests: Sequence[str | None]) -> set[str]:
     return set(distinct[: max(1, len(distinct) // HELD_OUT_EVERY)]) if len(distinct) > 1 else set()
 
 
-def split_by_content(digests: Sequence[str | None], split: str, origin: str) -> list[int]:
+def split_by_content(
+    digests: Sequence[str | None], split: str, origin: str, read: Callable[[int], object] | None = None
+) -> list[int]:
     """Indices of a split's samples, by digests of their images; None, an unreadable image, is training.
 
     It does not depend on the order of samples, and all samples with the same image are on one side.
+
+    Args:
+        digests: of each sample.
+        split: `train` or `val`.
+        origin: key and path, for error messages.
+        read: reads a sample, to say why it cannot be used.
 
     Raises:
         ValueError: if there are fewer than two distinct images.
     """
     held = held_out(digests)
-    if not held:
-        distinct = len({digest for digest in digests if digest is not None})
-        raise ValueError(
-            f"{origin}: {distinct} distinct readable image{'' if distinct == 1 else 's'} in {len(digests)} samples; at "
-            "least two are required, one to hold out (or name validation data by data.val_path)"
-        )
-    return [index for index, digest in enumerate(digests) if (digest in held) == (split == "val")]
+    if held:
+        return [index for index, digest in enumerate(digests) if (digest in held) == (split == "val")]
+    distinct = len({digest for digest in digests if digest is not None})
+    reject = ""
+    if read is not None and None in digests:
+        try:
+            read(digests.index(None))
+        except RejectedPairError as error:
+            reject = f" (first reject: {error})"
+    raise ValueError(
+        f"{origin}: {distinct} distinct readable image{'' if distinct == 1 else 's'} in {len(digests)} samples{reject}; "
+        "at least two are required, since one is held out for validation where data.val_path=null"
+    )
 
 
 def in_split_of_stream(digest: str | None, split: str) -> bool:

@@ -161,7 +161,8 @@ def _open_table(
         indices, automatic, notes = groups[choice.group], choice.automatic, [*notes, *choice.notes]
     if automatic:
         digests = _row_digests(pairs, columns, origin, store_path(data.cache_dir, "table", path))
-        chosen = split_by_content([digests[row] for row in indices], split, name)
+        read = Table(pairs, columns, origin, indices).__getitem__
+        chosen = split_by_content([digests[row] for row in indices], split, name, read)
         indices = [indices[index] for index in chosen]
     return Table(pairs, columns, origin, indices, notes)
 
