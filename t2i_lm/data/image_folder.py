@@ -53,7 +53,7 @@ class ImageFolder:
         if image.path is None:
             image_path(Path(), image_name(first), first.where)
             raise AssertionError(f"{first.where}: expected a reject")
-        name = f"{image.id} ({first.where})"
+        name = f"{image.path} ({first.where})"
         captions = joined_captions([caption_value(row.fields, row.where) for row in image.rows], name)
         return Pair(image.id, decode_image(image.path, name), captions, None)
 

@@ -224,16 +224,13 @@ def split_by_content(
     if held:
         return [index for index, digest in enumerate(digests) if (digest in held) == (split == "val")]
     distinct = len({digest for digest in digests if digest is not None})
-    reject = ""
+    found = f"{distinct} distinct readable image{'' if distinct == 1 else 's'} in {len(digests)} samples"
     if read is not None and None in digests:
         try:
             read(digests.index(None))
         except RejectedPairError as error:
-            reject = f" (first reject: {error})"
-    raise ValueError(
-        f"{origin}: {distinct} distinct readable image{'' if distinct == 1 else 's'} in {len(digests)} samples{reject}; "
-        "at least two are required, since one is held out for validation where data.val_path=null"
-    )
+            found += f" (first reject: {error})"
+    raise ValueError(f"{origin}: {found}; two or more are required, since one is held out where data.val_path=null")
 
 
 def in_split_of_stream(digest: str | None, split: str) -> bool:

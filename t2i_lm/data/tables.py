@@ -77,7 +77,8 @@ class Columns:
     def pair(self, row: dict[str, Any], name: str, where: str, folder: Path) -> Pair:
         """The pair of a row; `name` is its id, `where` names it in messages, `folder` is where paths start."""
         captions = captions_of(row[self.caption], f"{where}, column {self.caption}")
-        return Pair(name, decode_image(_file(row[self.image], where, folder), where), captions, None)
+        file = _file(row[self.image], where, folder)
+        return Pair(name, decode_image(file, f"{where} ({file})" if isinstance(file, Path) else where), captions, None)
 
     def digest(self, row: dict[str, Any], folder: Path) -> str | None:
         """Digest of a row's image; None if it cannot be read."""

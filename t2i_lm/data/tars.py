@@ -188,7 +188,7 @@ def _require_tar(path: Path, file: BinaryIO) -> None:
     try:
         tarfile.TarInfo.frombuf(start, tarfile.ENCODING, "surrogateescape")
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is no tar file: {error}; it starts with {start[:20]!r}") from error
+        raise ValueError(f"{path} is no tar file: {error}; it starts with {start[:32]!r}") from error
 
 
 def _scan_archive(path: Path, file: BinaryIO, start: int, number: int, scan: TarScan) -> tuple[int, str | None]:

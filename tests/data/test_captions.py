@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2i_lm.data.captions import Repeated, caption_value, captions_of, find_name, joined_captions, parse_json
@@ -20,6 +20,7 @@ TEXT_REASONS = ("no caption", "caption is a list or an object written as text", 
 plain = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
+@settings(deadline=None)
 @given(values)
 def test_any_value_gives_text_or_a_reject_and_never_another_error(value: Any) -> None:
     texts = [value] if isinstance(value, str) else value
@@ -37,6 +38,7 @@ def test_any_value_gives_text_or_a_reject_and_never_another_error(value: Any) ->
         assert captions == [text.strip() for text in texts if text.strip()]
 
 
+@settings(deadline=None)
 @given(values.filter(lambda value: isinstance(value, list | dict)))
 def test_structures_written_as_text_are_rejected(value: Any) -> None:
     with pytest.raises(RejectedPairError, match="written as text"):
@@ -101,6 +103,7 @@ def test_json_that_cannot_be_read_is_a_value_error(text: str) -> None:
         parse_json(text)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(plain, st.integers(), min_size=1, max_size=4))
 def test_a_repeated_key_has_no_value(fields: dict[str, int]) -> None:
     assert parse_json(json.dumps(fields)) == fields

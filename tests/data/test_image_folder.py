@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -28,7 +29,7 @@ def write_images(folder: Path, names: list[str]) -> list[str]:
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        seed = sum(name.encode()) + len(name)
+        seed = zlib.crc32(name.encode())
         Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(path)
     return names
 
@@ -69,6 +70,7 @@ text = st.text(st.sampled_from("ab \u2028\u2029\x85\x1c\x0b,;\"'\\{[7é")).map(l
 
 
 @pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None)
 @given(captions=st.lists(text, min_size=1, max_size=4))
 def test_every_form_of_metadata_gives_the_same_rows(
     form: str, captions: list[str], tmp_path_factory: pytest.TempPathFactory
@@ -252,7 +254,7 @@ def test_small_data_has_a_validation_image_or_one_clear_line(count: int, tmp_pat
     names = write_images(tmp_path, [f"{n}.png" for n in range(count)])
     (tmp_path / "metadata.jsonl").write_bytes(lines([{"file_name": name, "caption": "a cat"} for name in names]))
     if count == 1:
-        with pytest.raises(ValueError, match=r"1 distinct readable image in 1 samples; at least two are required"):
+        with pytest.raises(ValueError, match=r"1 distinct readable image in 1 samples; two or more are required"):
             opened(tmp_path)
         return
     assert (len(opened(tmp_path)), len(opened(tmp_path, "val"))) == (count - max(1, count // 20), max(1, count // 20))

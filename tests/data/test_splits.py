@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 from datasets.data_files import get_data_patterns
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -126,6 +126,7 @@ def test_hidden_and_special_files_are_not_data_and_linked_folders_are(tmp_path: 
 rows = st.lists(st.one_of(st.none(), st.integers(0, 50).map(lambda n: f"{n * 7919 % 2**64:032x}")), max_size=120)
 
 
+@settings(deadline=None)
 @given(digests=rows, seed=st.integers(0, 9))
 def test_the_split_follows_the_image_and_not_the_row(digests: list[str | None], seed: int) -> None:
     distinct = set(digests) - {None}
@@ -144,6 +145,7 @@ def test_the_split_follows_the_image_and_not_the_row(digests: list[str | None], 
     assert held_out(digests + digests) == held
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=16, max_size=16))
 def test_a_streamed_sample_is_in_exactly_one_split(digest: bytes) -> None:
     assert [in_split_of_stream(digest.hex(), split) for split in SPLITS].count(True) == 1

@@ -83,7 +83,7 @@ def test_a_truncated_tar_yields_its_complete_samples_and_names_the_damage(tmp_pa
     with pytest.raises(RejectedPairError, match=r"x\.tar (ends at|after) byte"):
         source[len(source) - 1]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no tar file in .*it is empty"):
+    with pytest.raises(ValueError, match=r"no tar file in .*it is empty"):
         find_tars(tmp_path / "empty")
 
 
