@@ -57,6 +57,13 @@ def find_name(known: Sequence[str], names: Iterable[str]) -> str | None:
     return None
 
 
+def other_captions(names: Iterable[str]) -> list[str]:
+    """Fields beside the caption field that have the name of one, and are not read."""
+    present = list(names)
+    chosen = find_name(CAPTION_NAMES, present)
+    return [name for name in present if name != chosen and find_name(CAPTION_NAMES, [name]) is not None]
+
+
 def caption_value(fields: Mapping[str, Any], name: str) -> Any:
     """The caption field's value in a row or JSON object.
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from t2i_lm.config.sections import DataConfig
-from t2i_lm.data.captions import CAPTION_NAMES, caption_value, find_name, joined_captions
+from t2i_lm.data.captions import CAPTION_NAMES, caption_value, find_name, joined_captions, other_captions
 from t2i_lm.data.digests import image_digests, store_path
 from t2i_lm.data.metadata import METADATA, SUFFIXES, Row, image_name, image_path, read_rows
 from t2i_lm.data.pairs import Pair, RejectedPairError, decode_image
@@ -75,6 +75,8 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
     names = {group: [str(image.folder / image.name) for image in images.values()] for group, images in groups.items()}
     choice = choose(names, data, split)
     images, notes = list(groups[choice.group].values()), list(choice.notes)
+    if others := other_captions(images[0].rows[0].fields):
+        notes.append(f"{key}={root}: captions are {_caption_name(images[0])}; not read: {', '.join(others)}")
     several = len({image.folder for image in images}) > 1
     for image in images:
         image.id = str(image.folder / image.name) if several else image.name
@@ -116,6 +118,10 @@ def _image(row: Row, table: Path, root: Path) -> ListedImage:
         return ListedImage(str(value), folder, image_path(table.parent, value, row.where))
     except RejectedPairError:
         return ListedImage(row.where, folder, None)
+
+
+def _caption_name(image: ListedImage) -> str | None:
+    return find_name(CAPTION_NAMES, image.rows[0].fields)
 
 
 def _require_captions(rows: Sequence[Row], table: Path) -> None:

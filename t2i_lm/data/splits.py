@@ -4,6 +4,7 @@ Words in names follow the rules of `datasets`: a keyword between the ends of a n
 folder's name counts more than a file's. Samples of a test split are left out.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -50,9 +51,10 @@ def column_splits(values: Sequence[object], where: Callable[[int], str]) -> list
     return [split for split in found if split is not None]
 
 
-def named_splits(name: str) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def named_splits(name: str) -> frozenset[str]:
     """The splits (`train`, `val`, `test`) whose words a file or folder name has."""
-    return {_SPLIT_OF[word.lower()] for word in _WORD.findall(name)}
+    return frozenset(_SPLIT_OF[word.lower()] for word in _WORD.findall(name))
 
 
 def path_split(path: PurePosixPath) -> str | None:

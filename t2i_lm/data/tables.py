@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.config.sections import DataConfig
-from t2i_lm.data.captions import CAPTION_NAMES, captions_of, find_name
+from t2i_lm.data.captions import CAPTION_NAMES, captions_of, find_name, other_captions
 from t2i_lm.data.digests import digests_of_files, file_digest, image_digest, image_digests, store_path
 from t2i_lm.data.metadata import image_path
 from t2i_lm.data.pairs import Pair, RejectedPairError, Sample, decode_image
@@ -67,6 +67,11 @@ class Columns:
                 f"{', '.join(f'{name} ({_type_name(feature)})' for name, feature in features.items())}"
             )
         return cls(image, caption)
+
+    def notes(self, names: Sequence[str], origin: str) -> list[str]:
+        """A line on columns that are not read, though their names are those of captions."""
+        others = other_captions(names)
+        return [f"{origin}: captions are column {self.caption}; not read: {', '.join(others)}"] if others else []
 
     def select(self, rows: Any) -> Any:
         """The two columns, the image undecoded, so that a bad one is a reject and not an exception in `datasets`."""
@@ -156,6 +161,7 @@ def _open_table(
     except (TypeError, ValueError, NotImplementedError) as error:  # Arrow raises subclasses of the last two
         raise ValueError(f"{name}: column {columns.image} holds no images: {error}") from error
     indices: Sequence[int] = range(len(rows))
+    notes = [*notes, *columns.notes(rows.column_names, name)]
     if automatic and (groups := _named_rows(rows, name)) is not None:
         names = {group: [f"row {row}" for row in members] for group, members in groups.items()}
         choice = choose(names, data, split)
@@ -294,7 +300,8 @@ class Stream:
         if rows.features is None:
             raise ValueError(f"{origin}: the stream does not declare its columns; use data.source=hub")
         self.columns = Columns.find(rows.features, origin)
-        self.rows, self.notes = self.columns.select(rows), list(notes)
+        self.rows = self.columns.select(rows)
+        self.notes = [*notes, *self.columns.notes(list(rows.features), origin)]
         self.origin, self.folder, self.keep = origin, folder, keep
 
     @property

@@ -268,3 +268,13 @@ def test_an_unreadable_image_is_never_the_validation_image(tmp_path: Path) -> No
         (tmp_path / bad).write_bytes(b"no")
         assert opened(tmp_path, "val")[0].id != bad
         (tmp_path / bad).write_bytes(content)
+
+
+def test_a_metadata_file_may_be_named_itself_and_fields_beside_the_caption_are_told(tmp_path: Path) -> None:
+    names = write_images(tmp_path, ["0.png", "1.png"])
+    rows = [{"file_name": name, "text": "STOP", "caption": "a sign"} for name in names]
+    (tmp_path / "signs.csv").write_bytes(table_csv(rows))
+    for split in ("train", "val"):
+        source = opened(tmp_path / "signs.csv", split)
+        assert [source[index].captions for index in range(len(source))] == [["a sign"]]
+        assert "captions are caption; not read: text" in source.notes[0]
