@@ -27,7 +27,9 @@ def pixel(image: Image.Image) -> np.ndarray:
 
 def lab(image: Image.Image) -> Image.Image:
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    converted = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    assert converted is not None
+    return converted
 
 
 # By mode: how an RGB image is made one, and the largest error of the way back.

@@ -25,17 +25,19 @@ ROOT = Path(__file__).parents[2]
 PRETRAINED = str(ROOT / "experiments" / "t2i_pretrained.yaml")
 
 
-def png(seed: int) -> bytes:
+def bitmap(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (70, 64, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    Image.fromarray(pixels).save(file, "BMP")  # the same bytes, and so split, with every version of Pillow
     return file.getvalue()
 
 
 def test_samples_are_read_in_place_and_in_order(tmp_path: Path) -> None:
-    write_tar(tmp_path / "00000.tar", {f"{n:04}": {".png": png(n), ".txt": f"caption {n}".encode()} for n in range(3)})
+    write_tar(
+        tmp_path / "00000.tar", {f"{n:04}": {".png": bitmap(n), ".txt": f"caption {n}".encode()} for n in range(3)}
+    )
     meta = json.dumps({"caption": "from json", "url": "x"}).encode()
-    write_tar(tmp_path / "00001.tar", {"a": {".png": png(9), ".json": meta, ".cls": b"7"}})
+    write_tar(tmp_path / "00001.tar", {"a": {".png": bitmap(9), ".json": meta, ".cls": b"7"}})
     source = open_tars(find_tars(tmp_path))
     assert [source[n].captions for n in range(4)] == [["caption 0"], ["caption 1"], ["caption 2"], ["from json"]]
     assert source[3].id == "00001.tar:a"
@@ -47,10 +49,10 @@ def test_samples_are_read_in_place_and_in_order(tmp_path: Path) -> None:
     ("files", "reason"),
     [
         ({".txt": b"no image"}, "no image"),
-        ({".png": png(0)}, "no caption"),
-        ({".png": png(0), ".txt": b"\xff\xfe"}, "unreadable caption"),
-        ({".png": png(0), ".json": b"{"}, "unreadable caption"),
-        ({".png": png(0), ".txt": b"x" * 1_000_001}, "caption over 1,000,000 bytes"),
+        ({".png": bitmap(0)}, "no caption"),
+        ({".png": bitmap(0), ".txt": b"\xff\xfe"}, "unreadable caption"),
+        ({".png": bitmap(0), ".json": b"{"}, "unreadable caption"),
+        ({".png": bitmap(0), ".txt": b"x" * 1_000_001}, "caption over 1,000,000 bytes"),
         ({".png": b"broken", ".txt": b"x"}, "not an image"),
     ],
 )
@@ -66,13 +68,13 @@ def test_pickles_are_ignored(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return (open, (str(tmp_path / "ran"), "w"))
 
-    files = {".pkl": pickle.dumps(Bomb()), ".pyd": pickle.dumps(Bomb()), ".png": png(0), ".txt": b"fine"}
+    files = {".pkl": pickle.dumps(Bomb()), ".pyd": pickle.dumps(Bomb()), ".png": bitmap(0), ".txt": b"fine"}
     assert open_tars([write_tar(tmp_path / "x.tar", {"a": files})])[0].captions == ["fine"]
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_truncated_tar_yields_its_complete_samples_and_names_the_damage(tmp_path: Path) -> None:
-    samples = {f"{n}": {".png": png(n), ".txt": b"x"} for n in range(5)}
+    samples = {f"{n}": {".png": bitmap(n), ".txt": b"x"} for n in range(5)}
     path = write_tar(tmp_path / "x.tar", samples)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -125,7 +127,7 @@ def shards_from_each_source(pairs: dict[str, Captioned], suffix: str, tiny: list
 
 
 def test_folder_tars_and_parquet_of_the_same_images_give_equal_shards(tiny: list[str], tmp_path: Path) -> None:
-    pairs = {f"{n:04}": (png(n), [f"image number {n}"]) for n in range(60)}
+    pairs = {f"{n:04}": (bitmap(n), [f"image number {n}"]) for n in range(60)}
     folder = shards_from_each_source(pairs, ".png", tiny, tmp_path)[0]
     assert [len(open_split(folder, split)) for split in ("train", "val")] == [57, 3]
     assert "57 images, 57 captions" in (folder / "README.md").read_text()
@@ -147,7 +149,7 @@ def test_a_stream_yields_every_sample_once_and_rejects_a_size(tiny: list[str], t
     (tmp_path / "pairs").mkdir()
     for shard in range(2):
         numbers = range(30 * shard, 30 * shard + 30)
-        table: dict[str, list[Any]] = {"image": [{"bytes": png(n), "path": None} for n in numbers]}
+        table: dict[str, list[Any]] = {"image": [{"bytes": bitmap(n), "path": None} for n in numbers]}
         table["image"][4] = {"bytes": b"broken", "path": None}
         rows = datasets.Dataset.from_dict(table | {"caption": [f"image {n}" for n in numbers]})
         rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "pairs" / f"train-{shard}.parquet")
@@ -176,7 +178,7 @@ def test_a_stream_cannot_train_an_image_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_twentieth_of_the_images_is_held_out(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", {f"{n:03}": {".png": png(n % 41), ".txt": b"x"} for n in range(82)})
+    write_tar(tmp_path / "x.tar", {f"{n:03}": {".png": bitmap(n % 41), ".txt": b"x"} for n in range(82)})
     data = DataConfig(source="webdataset", path=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     train, val = (open_source(data, split, 64) for split in ("train", "val"))
     assert (len(train), len(val)) == (78, 4)
@@ -187,7 +189,7 @@ def test_a_twentieth_of_the_images_is_held_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["header", "member boundary", "inside a header"])
 def test_every_kind_of_damaged_tar_is_reported(damage: str, tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", {f"{n}": {".png": png(n), ".txt": b"x"} for n in range(10)})
+    path = write_tar(tmp_path / "x.tar", {f"{n}": {".png": bitmap(n), ".txt": b"x"} for n in range(10)})
     with tarfile.open(path) as tar:
         middle = tar.getmembers()[10].offset
     content = bytearray(path.read_bytes())
