@@ -43,7 +43,9 @@ def file_digest(path: Path) -> str | None:
         return None
 
 
-def digests_of_files(files: Sequence[Path], store: Path, compute: Callable[[Path, Advance], Entry]) -> list[Entry]:
+def digests_of_files(
+    files: Sequence[str | Path], store: Path, compute: Callable[[Path, Advance], Entry]
+) -> list[Entry]:
     """Digests of each file's content; a file of unchanged size and modification time is not read again.
 
     Args:
@@ -81,7 +83,7 @@ def store_path(cache_dir: str, kind: str, origin: Path) -> Path:
     return Path(cache_dir) / "digests" / f"{name}.json"
 
 
-def image_digests(files: Sequence[Path], store: Path) -> list[str | None]:
+def image_digests(files: Sequence[str | Path], store: Path) -> list[str | None]:
     """Digests of image files; None for those that are missing or no image."""
 
     def compute(path: Path, advance: Advance) -> str | None:

@@ -4,9 +4,10 @@ All rows of one image file are one pair with several captions.
 """
 
 import os
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from t2i_lm.config.sections import DataConfig
@@ -32,10 +33,14 @@ class ListedImage:
     """
 
     name: str
-    folder: PurePosixPath
-    path: Path | None
+    folder: str
+    path: str | None
     rows: list[Row] = field(default_factory=list)
     id: str = ""
+
+    @property
+    def full_name(self) -> str:
+        return posixpath.normpath(posixpath.join(self.folder, self.name))
 
 
 class ImageFolder:
@@ -51,7 +56,7 @@ class ImageFolder:
         image = self.images[index]
         first = image.rows[0]
         if image.path is None:
-            image_path(Path(), image_name(first), first.where)
+            image_path("", image_name(first), first.where)
             raise AssertionError(f"{first.where}: expected a reject")
         name = f"{image.path} ({first.where})"
         captions = joined_captions([caption_value(row.fields, row.where) for row in image.rows], name)
@@ -67,23 +72,24 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
     for table in tables:
         rows = read_rows(table)
         _require_captions(rows, table)
+        folder = "" if root.is_file() else os.path.relpath(table.parent, root)
         for row, group in zip(rows, _row_splits(rows, table, root), strict=True):
-            image = _image(row, table, root)
+            image = _image(row, str(table.parent), folder)
             where = os.path.normpath(image.path) if image.path else row.where
             listed.add(where)
             groups.setdefault(group, {}).setdefault(where, image).rows.append(row)
-    names = {group: [str(image.folder / image.name) for image in images.values()] for group, images in groups.items()}
+    names = {group: [image.full_name for image in images.values()] for group, images in groups.items()}
     choice = choose(names, data, split)
     images, notes = list(groups[choice.group].values()), list(choice.notes)
     if others := other_captions(images[0].rows[0].fields):
         notes.append(f"{key}={root}: captions are {_caption_name(images[0])}; not read: {', '.join(others)}")
     several = len({image.folder for image in images}) > 1
     for image in images:
-        image.id = str(image.folder / image.name) if several else image.name
+        image.id = image.full_name if several else image.name
     if unlisted := sorted(pictures - listed):
         notes.append(f"{key}={root}: {len(unlisted):,} image files are listed by no metadata (first: {unlisted[0]})")
     if choice.automatic:
-        paths = [image.path or Path() for image in images]
+        paths = [image.path or "" for image in images]
         digests = image_digests(paths, store_path(data.cache_dir, "image_folder", root))
         chosen = split_by_content(digests, split, f"{key}={root}", ImageFolder(images).__getitem__)
         images = [images[index] for index in chosen]
@@ -111,11 +117,11 @@ def _tables(key: str, root: Path) -> tuple[list[Path], set[str]]:
     return tables, {os.path.normpath(file) for file in files if file.name not in METADATA}
 
 
-def _image(row: Row, table: Path, root: Path) -> ListedImage:
-    folder = PurePosixPath() if root.is_file() else PurePosixPath(table.parent.relative_to(root).as_posix())
+def _image(row: Row, beside: str, folder: str) -> ListedImage:
+    """The image of a row of a metadata file in the folder `beside`, which is `folder` relative to the source."""
     value = image_name(row)
     try:
-        return ListedImage(str(value), folder, image_path(table.parent, value, row.where))
+        return ListedImage(str(value), folder, image_path(beside, value, row.where))
     except RejectedPairError:
         return ListedImage(row.where, folder, None)
 
@@ -151,21 +157,20 @@ def _row_splits(rows: Sequence[Row], table: Path, root: Path) -> list[str | None
             return [found] * len(rows)
     if splits := column_splits([row.fields.get("split") for row in rows], lambda row: rows[row].where):
         return list(splits)
-    base = root.parent if root.is_file() else root
+    base = os.path.abspath(root.parent if root.is_file() else root)
     return [_one_split(_folders(image_name(row), base), row.where) for row in rows]
 
 
-def _folders(name: Any, base: Path) -> tuple[str, ...]:
+def _folders(name: Any, base: str) -> list[str]:
     """Folders in the name of an image: all of a relative name, those below `base` of an absolute one."""
     if not isinstance(name, str):
-        return ()
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute():
-        base = base.absolute()
-        if not path.is_relative_to(base.as_posix()):
-            return ()
-        path = path.relative_to(base.as_posix())
-    return path.parts[:-1]
+        return []
+    path = name.replace("\\", "/")
+    if path.startswith("/"):
+        if not path.startswith(f"{base}/"):
+            return []
+        path = path[len(base) + 1 :]
+    return path.split("/")[:-1]
 
 
 def _one_split(folders: Sequence[str], where: str) -> str | None:

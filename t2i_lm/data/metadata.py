@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ def image_name(row: Row) -> Any:
     return row.fields[key]
 
 
-def image_path(folder: Path, name: Any, where: str) -> Path:
+def image_path(folder: str, name: Any, where: str) -> str:
     """The file that a field names: relative to `folder`, or absolute; backslashes may separate folders.
 
     Raises:
@@ -154,7 +155,7 @@ def image_path(folder: Path, name: Any, where: str) -> Path:
         raise RejectedPairError("image is a URL, which is not downloaded", f"{where} ({name[:80]})")
     if len(name) > MAX_PATH or "\0" in name or "\n" in name:
         raise RejectedPairError("image is text that is no file name", f"{where} ({name[:40]!r}...)")
-    path = folder / name
-    if "\\" in name and not path.exists():
-        path = folder / name.replace("\\", "/")
+    path = os.path.join(folder, name)
+    if "\\" in name and not os.path.exists(path):
+        path = os.path.join(folder, name.replace("\\", "/"))
     return path

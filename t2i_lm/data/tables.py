@@ -79,19 +79,19 @@ class Columns:
 
         return rows.select_columns([self.image, self.caption]).cast_column(self.image, datasets.Image(decode=False))
 
-    def pair(self, row: dict[str, Any], name: str, where: str, folder: Path) -> Pair:
+    def pair(self, row: dict[str, Any], name: str, where: str, folder: str) -> Pair:
         """The pair of a row; `name` is its id, `where` names it in messages, `folder` is where paths start."""
         captions = captions_of(row[self.caption], f"{where}, column {self.caption}")
         file = _file(row[self.image], where, folder)
-        return Pair(name, decode_image(file, f"{where} ({file})" if isinstance(file, Path) else where), captions, None)
+        return Pair(name, decode_image(file, f"{where} ({file})" if isinstance(file, str) else where), captions, None)
 
-    def digest(self, row: dict[str, Any], folder: Path) -> str | None:
+    def digest(self, row: dict[str, Any], folder: str) -> str | None:
         """Digest of a row's image; None if it cannot be read."""
         try:
             file = _file(row[self.image], "", folder)
         except RejectedPairError:
             return None
-        return file_digest(file) if isinstance(file, Path) else image_digest(file.getvalue())
+        return file_digest(Path(file)) if isinstance(file, str) else image_digest(file.getvalue())
 
 
 def _holds_images(feature: Any) -> bool:
@@ -108,7 +108,7 @@ def _type_name(feature: Any) -> str:
     return str(getattr(feature, "dtype", None) or type(feature).__name__)
 
 
-def _file(cell: dict[str, Any] | None, where: str, folder: Path) -> io.BytesIO | Path:
+def _file(cell: dict[str, Any] | None, where: str, folder: str) -> io.BytesIO | str:
     """The bytes of an image cell, or else its path."""
     cell = cell or {}
     if cell.get("bytes") is not None:
@@ -121,10 +121,10 @@ class Origin:
     """Where rows come from, for paths and messages: the first row of each file, its folder, and its name."""
 
     starts: Sequence[int]
-    folders: Sequence[Path]
+    folders: Sequence[str]
     names: Sequence[str]
 
-    def of(self, row: int) -> tuple[str, Path]:
+    def of(self, row: int) -> tuple[str, str]:
         """The name of a row, and the folder that its path is relative to."""
         file = bisect.bisect_right(self.starts, row) - 1
         return f"{self.names[file]} row {row - self.starts[file]}".lstrip(), self.folders[file]
@@ -247,7 +247,7 @@ def parquet(data: DataConfig, split: str, size: int) -> Table:
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
         raise ValueError(f"{key}={root} cannot be read as Parquet: {_one_line(error.__cause__ or error)}") from error
     assert len(rows) == starts[-1], (len(rows), starts)
-    origin = Origin(starts[:-1], [file.parent for file in files.files], [file.name for file in files.files])
+    origin = Origin(starts[:-1], [str(file.parent) for file in files.files], [file.name for file in files.files])
     return _open_table(rows, data, split, origin, files.automatic, files.notes)
 
 
@@ -285,16 +285,15 @@ def hub(data: DataConfig, split: str, size: int) -> Table:
     return _open_table(rows, data, split, Origin([0], [_base(data)], [""]), automatic, parts.notes)
 
 
-def _base(data: DataConfig) -> Path:
-    path = Path(str(data.path))
-    return path if path.is_dir() else Path()
+def _base(data: DataConfig) -> str:
+    return str(data.path) if Path(str(data.path)).is_dir() else ""
 
 
 class Stream:
     """A streamed Hugging Face dataset."""
 
     def __init__(
-        self, rows: Any, origin: str, folder: Path, keep: Callable[[Any], bool] | None, notes: Sequence[str] = ()
+        self, rows: Any, origin: str, folder: str, keep: Callable[[Any], bool] | None, notes: Sequence[str] = ()
     ) -> None:
         """`keep` selects the split's samples by digest; None: all."""
         if rows.features is None:
