@@ -52,7 +52,8 @@ class TarSample:
 
     @property
     def name(self) -> str:
-        return f"{self.tar.name}:{self.key}"
+        """File and key; bytes that are not UTF-8 are escaped."""
+        return f"{self.tar.name}:{self.key}".encode("utf-8", "backslashreplace").decode()
 
     def member(self, kinds: Sequence[str], what: str) -> str | None:
         """The suffix of the only file of some kinds: the whole suffix counts more than its last part.

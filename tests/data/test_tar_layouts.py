@@ -104,6 +104,15 @@ def test_joined_archives_are_read_to_the_end_with_equal_keys_kept_apart(tmp_path
     assert not source.notes
 
 
+def test_keys_that_are_not_utf_8_give_ids_that_are(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, content in (("\xe9.png", PNG[0]), ("\xe9.txt", b"a")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    assert captions(open_tars([tmp_path / "0.tar"])) == {"0.tar:\\udce9": ["a"]}
+
+
 def test_bytes_after_the_archive_that_are_no_tar_are_told(tmp_path: Path) -> None:
     content = tar_bytes(LAYOUTS["beside each other"](0))
     (tmp_path / "0.tar").write_bytes(content + b"\1" * 700)
