@@ -170,7 +170,7 @@ class DataConfig(Section, prefix="data"):
     path: str | None = None
     """File, folder or name of a Hugging Face dataset, for every source but `scenes`."""
     val_path: str | None = None
-    """Held-out data; null: PATH/val, or every 20th sample of `path`. task=text requires it."""
+    """Held-out data; null: validation data in `path` by name, or a twentieth of its images. task=text requires it."""
     train_size: int | None = None
     """Training samples taken from the source; null: all. `scenes` requires a number."""
     val_size: int | None = None

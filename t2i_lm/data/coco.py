@@ -66,12 +66,14 @@ def read_coco(path: Path) -> Coco:
     if not images:
         raise ValueError(f"--coco {path}: {folder} holds no .jpg")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         files = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
         captions: dict[int, list[tuple[int, str]]] = {}
         for row in content["annotations"]:
-            captions.setdefault(int(row["image_id"]), []).append((int(row["id"]), str(row["caption"])))
-    except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(row["caption"], str):
+                raise TypeError(f"caption {row['id']} is of type {type(row['caption']).__name__}, not a string")
+            captions.setdefault(int(row["image_id"]), []).append((int(row["id"]), row["caption"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a COCO caption file: {type(error).__name__} {error}") from error
     return Coco(path, images, captions, files, file_sha256(file))
 

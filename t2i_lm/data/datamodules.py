@@ -20,7 +20,7 @@ from t2i_lm.data.sampler import Draw, IndexSampler, choose_caption, drops_captio
 from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.shards.tokenize import stack_images
-from t2i_lm.data.sources import open_sized
+from t2i_lm.data.sources import SPLITS, open_sized, print_notes
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.tokenizers.layout import ImageLayout, IntArray, Layout
 
@@ -267,5 +267,7 @@ class ImageDataModule(BatchDataModule):
 
     def setup(self, stage: str) -> None:
         size = self.config.image_tokenizer.size
-        self.train_set = ImageBatches(open_sized(self.config.data, "train", size), size)
-        self.val_set = ImageBatches(open_sized(self.config.data, "val", size), size)
+        train, val = (open_sized(self.config.data, split, size) for split in SPLITS)
+        print_notes(train)
+        print_notes(val)
+        self.train_set, self.val_set = ImageBatches(train, size), ImageBatches(val, size)

@@ -1,4 +1,4 @@
-"""Caption-image pairs: interfaces of their sources, image decoding, caption parsing."""
+"""Caption-image pairs: interfaces of their sources, and image decoding."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from t2i_lm.data.color_modes import UnknownRangeError, to_rgb
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,11 @@ class RejectedPairError(Exception):
 
 
 def decode_image(file: Any, name: str) -> Image.Image:
-    """An RGB image, upright, from a path or binary stream.
+    """An RGB image, upright, from a path or binary stream; of an animation, its first frame.
 
     Raises:
-        RejectedPairError: if the file is missing, not an image, truncated or larger than `MAX_PIXELS`.
+        RejectedPairError: if the file is missing, not an image, truncated, larger than `MAX_PIXELS`, or of a mode whose
+            values have no known range (`color_modes.py`).
     """
     try:
         with warnings.catch_warnings():
@@ -72,17 +75,18 @@ def decode_image(file: Any, name: str) -> Image.Image:
             image = Image.open(file)
         if image.width * image.height > MAX_PIXELS:
             raise RejectedPairError(f"over {MAX_PIXELS} pixels", name)
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
-            upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
-        return upright.convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(image), image.format)
     except FileNotFoundError as error:
         raise RejectedPairError("missing file", name) from error
     except UnidentifiedImageError as error:
         raise RejectedPairError("not an image", name) from error
+    except UnknownRangeError as error:
+        raise RejectedPairError(str(error), name) from error
     except RejectedPairError:
         raise
     except Exception as error:  # Pillow's readers raise many types on damaged files
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of a reader
+            raise RejectedPairError(f"unreadable file ({error.strerror})", name) from error
         raise RejectedPairError("truncated or corrupt", name) from error
 
 
@@ -94,16 +98,3 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.ui
         box = (left, top, left + side, top + side)
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1)
     return np.asarray(image, dtype=np.uint8)
-
-
-def captions_of(value: Any, name: str) -> list[str]:
-    """Non-empty captions from a string or a list of strings.
-
-    Raises:
-        RejectedPairError: if there is none.
-    """
-    captions = [value] if isinstance(value, str) else list(value or [])
-    captions = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
-    if not captions:
-        raise RejectedPairError("no caption", name)
-    return captions

@@ -1,58 +1,100 @@
 """Sources of plain text: files of documents separated by form feeds, or a Hugging Face dataset."""
 
 import gzip
+import sys
+import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from t2i_lm.data.captions import find_name
+from t2i_lm.data.splits import NAMES, files_below, named_below, path_split
 
 DOCUMENT_SEPARATOR = "\f"
+SUFFIXES = (".txt", ".txt.gz")
+# Keys of paths that are trained on; others are held-out text.
+TRAINED_ON = ("data.path", "data.replay_path")
 
 
 def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
     """Documents of a text file (`.txt`, `.txt.gz`), a folder of them, or a Hugging Face dataset.
 
     Args:
-        path: file or folder; anything else is `hub-name[:split]`, column `text`.
-        key: config key of `path`, for error messages.
+        path: file or folder; anything else is `hub-name[:split]`, column `text`. Of a folder whose files are named
+            after several splits, those of the key's split are read.
+        key: config key of `path`.
 
     Raises:
         ValueError: if `path` cannot be read or holds no text file.
     """
     location = Path(path)
     if location.is_dir():
-        files = sorted(file for pattern in ("*.txt", "*.txt.gz") for file in location.glob(pattern))
+        files = _files_of_split(location, key)
     elif location.is_file():
         files = [location]
-    elif path.endswith((".txt", ".txt.gz")):
+    elif path.lower().endswith(SUFFIXES):
         raise ValueError(f"{key}={path!r}: no such file")
     else:
         yield from _hub_documents(path, key)
         return
-    if not files:
-        raise ValueError(f"{key}: no .txt or .txt.gz file in {location}")
     for file in files:
-        opener = gzip.open if file.suffix == ".gz" else open
+        opener = gzip.open if file.suffix.lower() == ".gz" else open
         try:
-            with opener(file, "rt", encoding="utf-8") as stream:
+            with opener(file, "rt", encoding="utf-8-sig") as stream:
                 text = str(stream.read())
-        except (OSError, UnicodeDecodeError, EOFError) as error:
+        except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
             raise ValueError(f"{key}: {file} cannot be read as UTF-8 text: {error}") from error
         yield from (document for document in text.split(DOCUMENT_SEPARATOR) if document.strip())
 
 
+def _files_of_split(folder: Path, key: str) -> list[Path]:
+    files = files_below(folder, lambda name: name.lower().endswith(SUFFIXES))
+    if not files:
+        raise ValueError(f"{key}: no .txt or .txt.gz file in {folder} or its subfolders; {named_below(folder)}")
+    groups: dict[str | None, list[Path]] = {}
+    try:
+        for file in files:
+            groups.setdefault(path_split(PurePosixPath(file.relative_to(folder).as_posix())), []).append(file)
+    except ValueError as error:
+        raise ValueError(f"{key}={folder}: {error}") from error
+    if len(groups) == 1:
+        return files
+    found = "; ".join(f"{NAMES[split] if split else 'no split'}: {names[0].name}" for split, names in groups.items())
+    split = "train" if key in TRAINED_ON else "val"
+    if None in groups or split not in groups:
+        raise ValueError(f"{key}={folder}: unknown which files are {NAMES[split]} text ({found}); name one file")
+    left_out = [NAMES[str(other)] for other in groups if other != split]
+    print(f"{key}={folder}: left out: {' and '.join(left_out)} text", file=sys.stderr)
+    return groups[split]
+
+
 def _hub_documents(name: str, key: str) -> Iterator[str]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HFValidationError
 
     repository, _, split = name.partition(":")
     try:
         rows = load_dataset(repository, split=split or "train", streaming=True)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, HFValidationError) as error:
+        iterator = iter(rows)
+        row = next(iterator, None)
+    except Exception as error:  # of network, builders and Arrow readers
         raise ValueError(
-            f"{key}={name!r} is neither a file or folder nor a reachable Hugging Face dataset: {error}"
+            f"{key}={name!r} is neither a file or folder nor a reachable Hugging Face dataset: "
+            f"{str(error).strip().split(chr(10))[0]}"
         ) from error
-    for row in rows:
-        yield row["text"]
+    number = 0
+    while row is not None:
+        column = find_name(("text",), row)
+        if column is None:
+            raise ValueError(f"{key}={name!r}: no column text; it has {', '.join(row)}")
+        text = row[column]
+        if not isinstance(text, str | None):
+            raise ValueError(f"{key}={name!r} row {number}: text is of type {type(text).__name__}, not a string")
+        if text and text.strip():
+            yield text
+        number += 1
+        try:
+            row = next(iterator, None)
+        except Exception as error:
+            raise ValueError(f"{key}={name!r} row {number} cannot be read: {error}") from error
 
 
 def paragraphs(document: str) -> Iterator[str]:

@@ -79,6 +79,13 @@ def test_errors_name_wrong_folders_captions_and_images(coco: Path, tmp_path: Pat
     (coco / CAPTION).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"image 7 \(COCO_val2014_000000000007.jpg\) is not in"):
         choose_prompts(read_coco(coco), 1, 2014)
+    content["annotations"][0]["caption"] = None
+    (coco / CAPTION).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"caption 7\d is of type NoneType, not a string"):
+        read_coco(coco)
+    (coco / CAPTION).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not a COCO caption file"):
+        read_coco(coco)
     (coco / CAPTION).write_text("{}")
     with pytest.raises(ValueError, match="is not a COCO caption file"):
         read_coco(coco)

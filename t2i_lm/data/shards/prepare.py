@@ -31,7 +31,7 @@ from t2i_lm.data.shards.format import (
     write_part,
 )
 from t2i_lm.data.shards.tokenize import ENCODE_BATCH, PairRows, stack_images, write_text_split
-from t2i_lm.data.sources import SPLITS, open_source
+from t2i_lm.data.sources import SPLITS, open_source, print_notes
 from t2i_lm.data.text import paragraphs, read_documents
 from t2i_lm.runtime.devices import global_rank, world_size
 from t2i_lm.runtime.plugins import SOURCE, find_plugin
@@ -122,6 +122,7 @@ def _write_pair_split(
     """Writes the parts of a split that are missing and not locked, until none is missing; returns their folders."""
     data, features = config.data, pair_features(text.vocab_size, image.grid[0] * image.grid[1])
     source = open_source(data, split, image.image_size)
+    print_notes(source)
     limit = data.train_size if split == "train" else data.val_size
     parts, total = cut(source, limit, data.part_size)
     targets = [part_folder(folder, split, number) for number in range(len(parts))]
@@ -226,9 +227,9 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
 
     def write() -> None:
         index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
-        for split, source in (("train", data.path), ("val", data.val_path)):
+        for split, key, source in (("train", "data.path", data.path), ("val", "data.val_path", data.val_path)):
             with progress(f"tokenizing {split} text", None, unit="documents") as advance:
-                documents = _counted(read_documents(str(source)), advance)
+                documents = _counted(read_documents(str(source), key), advance)
                 index["splits"][split] = write_text_split(folder, split, documents, text, data.length)
         write_index(folder, index)
 

@@ -1,0 +1,120 @@
+"""Digests of image bytes, kept between runs: they decide what is held out, and reading all images takes long."""
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from PIL import Image
+
+from t2i_lm.runtime.progress import Advance, progress
+
+# Increment when digests or the order of samples in a file change.
+FORMAT = 1
+# Progress is shown for more bytes than this.
+LONG_BYTES = 200_000_000
+
+# Digest of a file's image, or of those of all its samples.
+Entry = str | list[str | None] | None
+
+
+def image_digest(content: bytes) -> str | None:
+    """Hexadecimal digest of an image's bytes; None if they are no image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            Image.open(io.BytesIO(content)).close()
+    except Exception:  # Pillow's readers raise many types on damaged files
+        return None
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def file_digest(path: Path) -> str | None:
+    """`image_digest` of a file; None if it cannot be read."""
+    try:
+        return image_digest(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def digests_of_files(
+    files: Sequence[str | Path], store: Path, compute: Callable[[Path, Advance], Entry]
+) -> list[Entry]:
+    """Digests of each file's content; a file of unchanged size and modification time is not read again.
+
+    Args:
+        files: images, or files of many samples.
+        store: file of known digests (`store_path`).
+        compute: the digests of a file; calls its second argument with the number of bytes read.
+
+    Raises:
+        ValueError: if the folder of `store` cannot be created.
+    """
+    names = [os.path.abspath(file) for file in files]
+    states = {name: _state(name) for name in names}
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache_dir: cannot create {store.parent}: {error.strerror}") from error
+    with FileLock(store.with_suffix(".lock")):  # other ranks wait for the first, and read what it wrote
+        kept = _read(store)
+        missing = [file for file, state in states.items() if state and kept.get(file, [None])[0] != state]
+        if missing:
+            total = sum(state[0] for file in missing if (state := states[file]))
+            bar = progress("reading images for the held-out split", total, unit="bytes")
+            with bar if total > LONG_BYTES else nullcontext(_silent) as advance:
+                try:
+                    for file in missing:
+                        kept[file] = [states[file], compute(Path(file), advance)]
+                finally:
+                    _write(store, kept)
+    return [kept[name][1] if states[name] else None for name in names]
+
+
+def store_path(cache_dir: str, kind: str, origin: Path) -> Path:
+    """File of the digests of `kind` of the data at `origin`."""
+    name = hashlib.sha256(json.dumps([kind, os.path.abspath(origin)]).encode()).hexdigest()[:16]
+    return Path(cache_dir) / "digests" / f"{name}.json"
+
+
+def image_digests(files: Sequence[str | Path], store: Path) -> list[str | None]:
+    """Digests of image files; None for those that are missing or no image."""
+
+    def compute(path: Path, advance: Advance) -> str | None:
+        digest = file_digest(path)
+        advance(path.stat().st_size)
+        return digest
+
+    return digests_of_files(files, store, compute)  # type: ignore[return-value]
+
+
+def _silent(_: int) -> None:
+    return None
+
+
+def _state(file: str) -> list[int] | None:
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _read(store: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(store.read_text(encoding="utf-8"))
+        return dict(content["files"]) if content["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write(store: Path, files: dict[str, Any]) -> None:
+    part = store.with_suffix(f".{os.getpid()}.tmp")
+    part.write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
+    part.replace(store)

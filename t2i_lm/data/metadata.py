@@ -1,0 +1,161 @@
+"""Rows of metadata files: JSON lines, a JSON array, CSV or Parquet; and the image files that they name."""
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2i_lm.data.captions import find_name, parse_json
+from t2i_lm.data.pairs import RejectedPairError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# Of `datasets`' image folders; JSON is read as well.
+METADATA = tuple(f"metadata{suffix}" for suffix in SUFFIXES)
+# Names of the field that names an image file, in order of preference.
+IMAGE_NAMES = ("file_name", "filename", "image", "image_path", "image_file", "file_path", "filepath", "path", "file")
+# Longer text is not the name of a file: Linux allows no longer path.
+MAX_PATH = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a metadata file; `where` is its file and line, for messages."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a metadata file, of the kind that its suffix says.
+
+    Raises:
+        ValueError: naming file and line, if the file or a row cannot be read, or there is none.
+    """
+    try:
+        if path.suffix == ".parquet":
+            rows = list(_parquet_rows(path))
+        else:
+            text = _decoded(path)
+            if path.suffix == ".csv":
+                rows = list(_csv_rows(path, text))
+            elif text.lstrip()[:1] == "[":
+                rows = list(_array_rows(path, text))
+            else:
+                rows = list(_line_rows(path, text))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not rows:
+        raise ValueError(f"{path}: no row in it")
+    return rows
+
+
+def _decoded(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {line}: not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _line_rows(path: Path, text: str) -> Iterator[Row]:
+    # At line feeds alone: JSON strings may hold other separators of lines, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
+        content = line.lstrip("\ufeff").strip()
+        if not content:
+            continue
+        where = f"{path} line {number}"
+        try:
+            fields = parse_json(content)
+        except ValueError as error:
+            raise ValueError(f"{where}: no JSON object: {error}") from error
+        yield Row(where, _object(fields, where))
+
+
+def _array_rows(path: Path, text: str) -> Iterator[Row]:
+    try:
+        items = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON array of objects: {error}") from error
+    for number, fields in enumerate(items):
+        where = f"{path} item {number}"
+        yield Row(where, _object(fields, where))
+
+
+def _object(fields: Any, where: str) -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: expected a JSON object, not {str(fields)[:60]}")
+    return fields
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names: list[str] | None = None
+    start = 1
+    try:
+        for cells in reader:
+            where, start = f"{path} line {start}", reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if names is None:
+                names = cells
+                if len(set(names)) < len(names):
+                    raise ValueError(f"{where}: a column name occurs twice: {', '.join(names)}")
+            elif len(cells) != len(names):
+                raise ValueError(f"{where}: {len(cells)} cells, but {len(names)} columns: {', '.join(names)}")
+            else:
+                yield Row(where, dict(zip(names, cells, strict=True)))
+    except csv.Error as error:
+        raise ValueError(f"{path} line {start}: no CSV: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
+    except (pyarrow.ArrowException, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    return (Row(f"{path} row {number}", fields) for number, fields in enumerate(rows))
+
+
+def image_name(row: Row) -> Any:
+    """The value of the field that names a row's image.
+
+    Raises:
+        ValueError: if there is no such field, listing the fields.
+    """
+    try:
+        key = find_name(IMAGE_NAMES, row.fields)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from error
+    if key is None:
+        raise ValueError(
+            f"{row.where}: no {' or '.join(IMAGE_NAMES[:4])}, which names the image; it has "
+            f"{', '.join(map(str, row.fields)) or 'no keys'}"
+        )
+    return row.fields[key]
+
+
+def image_path(folder: str, name: Any, where: str) -> str:
+    """The file that a field names: relative to `folder`, or absolute; backslashes may separate folders.
+
+    Raises:
+        RejectedPairError: if `name` cannot be the name of a file.
+    """
+    if name is None or name == "":
+        raise RejectedPairError("no image", where)
+    if not isinstance(name, str):
+        raise RejectedPairError(f"image name is of type {type(name).__name__}, not a string", where)
+    if "://" in name[:12]:
+        raise RejectedPairError("image is a URL, which is not downloaded", f"{where} ({name[:80]})")
+    if len(name) > MAX_PATH or "\0" in name or "\n" in name:
+        raise RejectedPairError("image is text that is no file name", f"{where} ({name[:40]!r}...)")
+    path = os.path.join(folder, name)
+    if "\\" in name and not os.path.exists(path):
+        path = os.path.join(folder, name.replace("\\", "/"))
+    return path
