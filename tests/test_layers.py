@@ -22,9 +22,22 @@ LAYERS = (
     "generation",
     "evaluation",
     "training",
+    "comparison",
     "plots",
 )
-COMMANDS = ("ablate", "demo", "evaluate", "export", "figures", "prepare", "remedies", "sample", "sweep", "train")
+COMMANDS = (
+    "ablate",
+    "compare",
+    "demo",
+    "evaluate",
+    "export",
+    "figures",
+    "prepare",
+    "remedies",
+    "sample",
+    "sweep",
+    "train",
+)
 MODULES = sorted(path for package in ("t2i_lm", "callbacks") for path in (ROOT / package).rglob("*.py"))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from t2i_lm.comparison.comparability import require_comparable
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
 from t2i_lm.plots.curves import progress, scalar_series, series, text_series
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group
@@ -30,11 +31,25 @@ UNITS = {"nll": "loss (nats/token)", "ppl": "perplexity"}
 
 @dataclass(frozen=True)
 class Request:
-    """The folder of runs to search, and the run folders of a pair where the user names them."""
+    """The folder of runs to search, and the run folders of a pair where the user names them.
+
+    Attributes:
+        strict: whether runs that differ in more than what a figure compares are refused; else its caption names them.
+    """
 
     root: Path = Path("runs")
     pretrained: Path | None = None
     scratch: Path | None = None
+    strict: bool = False
+
+    def check(self, arms: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
+        """Refuses incomparable runs if `strict`.
+
+        Raises:
+            IncomparableError: naming the keys in which they differ.
+        """
+        if self.strict:
+            require_comparable(arms, varied)
 
     @cached_property
     def pair(self) -> RunPair:
@@ -77,6 +92,7 @@ class PairFigure:
     def __call__(self, request: Request) -> RenderedFigure:
         """Renders the figure from the pair of a request."""
         pair = request.pair
+        request.check(pair.arms)
         unfinished = pair.unfinished()
         labels = {arm: arm_style(arm).label + (" (unfinished)" if arm in unfinished else "") for arm in pair.arms}
         rates = {seen.tokens / seen.step for seen in map(progress, pair.arms.values())}
@@ -118,6 +134,7 @@ class GroupFigure:
     def __call__(self, request: Request) -> RenderedFigure:
         """Renders the figure from the runs of a request."""
         arms = find_group(request.root, self.group)
+        request.check(arms, self.group.varied)
         reference, *others = arms
         order = (*others, reference)  # the reference on top
         panels = [
@@ -138,6 +155,7 @@ def figure2(request: Request) -> RenderedFigure:
 def figure6(request: Request) -> RenderedFigure:
     """Figure 6: contrastive alignment of image rows with text rows, loss and temperature (Section 3.2)."""
     arms = find_group(request.root, FIGURE6)
+    request.check(arms, FIGURE6.varied)
     pairs = arms["align"].config["data"]["batch_size"]
     axis = "pairs seen"
     loss = {arm: series(run, "all", "nll", "samples") for arm, run in arms.items()}
@@ -153,6 +171,7 @@ def figure6(request: Request) -> RenderedFigure:
 def figure_forgetting(request: Request) -> RenderedFigure:
     """Forgetting: held-out text perplexity by tokens seen, over the text rows and over all rows (Table 1 as curves)."""
     arms = find_group(request.root, FORGETTING)
+    request.check(arms, FORGETTING.varied)
     title = "Perplexity of held-out text in text-to-image training"
     rows = {"text_rows": "Softmax over the text rows", "all_rows": "Softmax over all rows"}
     panels = [Panel(words, {arm: text_series(run, key) for arm, run in arms.items()}) for key, words in rows.items()]
@@ -175,6 +194,7 @@ def figure_remedies(request: Request) -> RenderedFigure:
         "error of the paired differences of rows. Vertical: final held-out image loss. One run each."
     )
     compared = arms if random is None else {**arms, "scratch": random}
+    request.check(compared, group.varied)
     caption = f"{title}. {group_caption(compared, varied=group.varied, how=how)}"
     return RenderedFigure(title, draw_tradeoff(points, caption, scratch), caption, tradeoff_table(points, scratch))
 
