@@ -34,6 +34,7 @@ COMMANDS = (
     "prepare",
     "remedies",
     "sample",
+    "study",
     "sweep",
     "train",
 )

@@ -48,19 +48,28 @@ class Arms:
 
 
 def find_arms(plan: Plan, root: Path, strict: bool = True) -> Arms:
-    """The finished runs of a plan's arms below `root`.
+    """The finished runs of a plan's arms below `root`, those of sweeps in it included; as `pair_arms`."""
+    notes: list[str] = []
+    found = {arm: _finished(plan, root, arm, notes) for arm in plan.arms}
+    return pair_arms(plan, found, notes, root, strict)
+
+
+def pair_arms(
+    plan: Plan, found: Mapping[str, Sequence[Run]], notes: Sequence[str], root: Path, strict: bool = True
+) -> Arms:
+    """Finished runs paired by seed.
 
     Args:
-        plan: names the arms, and what their runs must have.
-        root: folder of runs; those of sweeps and studies in it count.
+        plan: what is compared.
+        found: the runs of each arm.
+        notes: on runs that were left out.
+        root: folder of the runs, for messages.
         strict: whether another order of the data between the arms is refused; else it is a note.
 
     Raises:
         IncomparableError: if the runs are of more than one setting, naming the keys and how to choose.
         ValueError: if no seed has a run of both arms.
     """
-    notes: list[str] = []
-    found = {arm: _finished(plan, root, arm, notes) for arm in plan.arms}
     everything = [run for runs in found.values() for run in runs]
     varied = (SEED, ORDER, *plan.varied)
     # The arms start from other weights by design; the runs of one arm do not.
@@ -71,34 +80,43 @@ def find_arms(plan: Plan, root: Path, strict: bool = True) -> Arms:
     arms = Arms(first, second, ())
     if not arms.seeds:
         raise ValueError(_nothing_to_pair(plan, root, found, notes))
-    notes += _absent(plan, first, second)
-    notes += _order(arms, strict)
-    if len(known := revisions(arms.runs)) > 1:
-        notes.append(f"code revisions: {', '.join(name[:7] for name in known)}")
-    return Arms(first, second, tuple(notes))
+    known = revisions(arms.runs)
+    return Arms(
+        first,
+        second,
+        (
+            *notes,
+            *_absent(plan, first, second),
+            *_order(arms, strict),
+            *([f"code revisions: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
+        ),
+    )
 
 
 def _finished(plan: Plan, root: Path, arm: str, notes: list[str]) -> list[Run]:
     """Finished runs of an arm that meet the plan, oldest first; adds a note for every other run of it."""
     runs = []
     for file in sorted(root.rglob(f"{arm}/*/{CONFIG}"), key=lambda path: path.parent.name):
-        folder = file.parent
         try:
-            run = read_run(folder)
+            run = read_run(file.parent)
             values = config_values(run)
         except (ValueError, OSError, yaml.YAMLError) as error:
-            notes.append(f"left out, unreadable: {folder}: {str(error).splitlines()[0]}")
+            notes.append(f"left out, unreadable: {file.parent}: {str(error).splitlines()[0]}")
             continue
-        if values["scale"] != plan.scale or not all(_has(run, values, *item) for item in plan.where.items()):
-            continue
-        if plan.seeds and values[SEED] not in plan.seeds:
-            continue
-        if run.report is None:
-            step = run.metrics[-1]["step"] if run.metrics else 0
-            notes.append(f"left out, unfinished at step {step:,} of {values['trainer.max_steps']:,}: {folder}")
-            continue
-        runs.append(run)
+        chosen = all(_has(run, values, *item) for item in plan.where.items())
+        if values["scale"] == plan.scale and chosen and (not plan.seeds or values[SEED] in plan.seeds):
+            if run.report is None:
+                notes.append(unfinished(run))
+            else:
+                runs.append(run)
     return runs
+
+
+def unfinished(run: Run) -> str:
+    """The note on a run without a report."""
+    step = run.metrics[-1]["step"] if run.metrics else 0
+    total = config_values(run)["trainer.max_steps"]
+    return f"left out, unfinished at step {step:,} of {total:,}: {run.folder}"
 
 
 def _has(run: Run, values: Mapping[str, Any], key: str, expected: Any) -> bool:
@@ -107,7 +125,13 @@ def _has(run: Run, values: Mapping[str, Any], key: str, expected: Any) -> bool:
         return str(environment_value(run, key)).startswith(str(expected))
     if key not in values:
         raise ValueError(f"where {key}={expected!r}: expected a config key or one of {', '.join(ENVIRONMENT)}")
-    return bool(values[key] == expected or str(values[key]) == str(expected))
+    value = values[key]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value) == float(str(expected))
+        except ValueError:
+            return False
+    return bool(value == expected)
 
 
 def _by_seed(runs: Sequence[Run]) -> dict[int, list[Run]]:

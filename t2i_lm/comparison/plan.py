@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -80,12 +80,89 @@ class Plan:
         require(len(set(names)) == len(names), "secondary", self.secondary, "each endpoint once, and not the primary")
 
 
+@dataclass(frozen=True)
+class Study:
+    """Comparisons and further runs, trained and evaluated by one command.
+
+    Attributes:
+        scale, seeds, primary, margin, secondary, alpha: of every comparison that does not set its own (see `Plan`).
+        comparisons: keys of a `Plan` by name; its runs are trained with the values of `where`.
+        runs: further experiments by name of the group, for figures: `arms`, `seeds` and `where`.
+    """
+
+    scale: str = "demo"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    primary: str = "val.image.nll"
+    margin: str = "1%"
+    secondary: list[str] = field(default_factory=lambda: ["val.text.nll", "val.all.nll", "tokens_saved.image"])
+    alpha: float = 0.05
+    comparisons: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, Any] = field(default_factory=dict)
+
+    def plans(self) -> dict[str, Plan]:
+        """The plan of every comparison."""
+        shared = {name: getattr(self, name) for name in ("scale", "seeds", "primary", "margin", "secondary", "alpha")}
+        return {name: _typed(Plan, shared | own, f"comparisons.{name}.") for name, own in self.comparisons.items()}
+
+    def groups(self) -> "dict[str, RunGroup]":
+        """The further runs."""
+        shared = {"seeds": self.seeds[:1]}
+        return {name: _typed(RunGroup, shared | own, f"runs.{name}.") for name, own in self.runs.items()}
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Experiments that are trained and not compared: names, seeds, and values of config keys."""
+
+    arms: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    where: dict[str, Any] = field(default_factory=dict)
+
+
 def read_plan(path: Path) -> Plan:
     """A plan from a YAML file; keys that it leaves out have their defaults.
 
     Raises:
         ValueError: naming the file and the key.
     """
+    return _read(Plan, path)
+
+
+def read_study(path: Path) -> Study:
+    """A study from a YAML file, its plans and groups checked.
+
+    Raises:
+        ValueError: naming the file and the key.
+    """
+    study = _read(Study, path)
+    try:
+        require(bool(study.comparisons or study.runs), "comparisons", study.comparisons, "at least one comparison")
+        require(bool(study.seeds), "seeds", study.seeds, "at least one seed")
+        for name, own in {**study.comparisons, **study.runs}.items():
+            require(isinstance(own, dict), name, own, "keys and values")
+        study.plans()
+        study.groups()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return study
+
+
+def first_seeds(study: Study, count: int | None) -> Study:
+    """A study with the first seeds of its plan alone.
+
+    Raises:
+        ValueError: if there are not as many.
+    """
+    if count is None:
+        return study
+    require(1 <= count <= len(study.seeds), "--seeds", count, f"1 to {len(study.seeds)}, the seeds of the plan")
+    return replace(study, seeds=study.seeds[:count])
+
+
+Schema = TypeVar("Schema")
+
+
+def _read(schema: type[Schema], path: Path) -> Schema:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -94,21 +171,27 @@ def read_plan(path: Path) -> Plan:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, found {type(content).__name__}")
-    known = [key.name for key in fields(Plan)]
+    try:
+        return _typed(schema, content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _typed(schema: type[Schema], content: dict[str, Any], prefix: str = "") -> Schema:
+    """An instance of a dataclass, its keys and the types of its values checked."""
+    known = [key.name for key in fields(schema)]  # type: ignore[arg-type]
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
-            raise ValueError(f"{path}: unknown key {key!r}{hint}")
+            raise ValueError(f"unknown key {prefix}{key!r}{hint}")
     try:
-        plan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Plan), OmegaConf.create(content)))
+        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(content)))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ValueError(f"{path}: {key}={content.get(key)!r}: {str(error).splitlines()[0]}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    assert isinstance(plan, Plan)
-    return plan
+        named = getattr(error, "full_key", None)
+        raise ValueError(f"{prefix}{named}={content.get(str(named))!r}: {str(error).splitlines()[0]}") from error
+    assert isinstance(result, schema)
+    return result
 
 
 def chosen_plan(path: Path | None, scale: str | None, where: Sequence[str]) -> Plan:
