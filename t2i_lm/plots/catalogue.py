@@ -15,6 +15,7 @@ from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group
 from t2i_lm.plots.pairing import RunPair, find_group, find_pair
 from t2i_lm.plots.panels import Panel, arm_style, draw_panels, save_figure
 from t2i_lm.plots.published import draw_systems, own_systems, published_systems, system_table, systems_caption
+from t2i_lm.plots.relearning import relearning_curves, relearning_series, relearning_table
 from t2i_lm.plots.tradeoff import (
     draw_tradeoff,
     image_loss,
@@ -181,6 +182,18 @@ def figure_forgetting(request: Request) -> RenderedFigure:
     return RenderedFigure(title, draw_panels(panels, caption), caption, table)
 
 
+def figure_relearning(request: Request) -> RenderedFigure:
+    """Relearning: held-out text loss over the first steps on text, of both arms and of their controls."""
+    pair = request.pair
+    request.check(pair.arms)
+    steps, curves = relearning_curves(pair)
+    title = "Relearning of text after text-to-image training"
+    how = "Each model is trained on the same rows of text in the same order; the loss is over the text rows."
+    panel = Panel("Held-out text", relearning_series(steps, curves), unit=UNITS["nll"], axis="training steps on text")
+    caption = f"{title}. {group_caption(pair.arms, how=how)}"
+    return RenderedFigure(title, draw_panels([panel], caption), caption, relearning_table(steps, curves))
+
+
 def figure_remedies(request: Request) -> RenderedFigure:
     """Remedies: increase of held-out text loss against held-out image loss."""
     group = remedy_group(request.root)
@@ -240,6 +253,7 @@ FIGURES: dict[str, Callable[[Request], RenderedFigure]] = {
         unit="ppl",
     ),
     "forgetting": figure_forgetting,
+    "relearning": figure_relearning,
     "remedies": figure_remedies,
 }
 # Figures that need no run.
