@@ -13,6 +13,7 @@ from t2i_lm.evaluation.base import Evaluator
 from t2i_lm.evaluation.coco import CocoEvaluator
 from t2i_lm.evaluation.forgetting import ForgettingEvaluator
 from t2i_lm.evaluation.lm_eval import LmEvalEvaluator
+from t2i_lm.evaluation.relearning import RelearningEvaluator
 from t2i_lm.runtime.command_line import command_parser, exit_code
 from t2i_lm.storage.run_folder import find_run
 
@@ -21,6 +22,7 @@ EXAMPLE = """example:
   torchrun --nproc-per-node 8 -m t2i_lm.evaluate --checkpoint RUN --coco coco --weights FILE --prompts 10000 --cfg 3
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --forgetting heldout.txt.gz --tasks questions
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --lm-eval hellaswag,mmlu --lm-eval-limit 200
+  python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --relearn text.txt.gz --relearn-heldout heldout.txt.gz
 
 RUN is a run folder, or a folder of runs, whose newest is taken. PATH holds annotations/captions_val2014.json and
 val2014/*.jpg. FILE is torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its release v0.2.0), or
@@ -36,6 +38,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     "coco": CocoEvaluator,
     "forgetting": ForgettingEvaluator,
     "lm_eval": LmEvalEvaluator,
+    "relearn": RelearningEvaluator,
 }
 
 
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     requested = {name: kind for name, kind in EVALUATORS.items() if getattr(options, name) is not None}
     if not requested:
-        raise ValueError("nothing to measure: give --coco PATH, --forgetting TEXT or --lm-eval TASKS")
+        raise ValueError("nothing to measure: give --coco PATH, --forgetting TEXT, --lm-eval TASKS or --relearn TEXT")
     for name, kind in EVALUATORS.items():
         if name not in requested:
             _require_unused(options, name, kind)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import command_parser, exit_code
+from t2i_lm.runtime.command_line import add_strict, command_parser, exit_code
 
 EXAMPLE = """example:
   python -m t2i_lm.figures
@@ -13,7 +13,7 @@ EXAMPLE = """example:
 
 without --pretrained and --scratch, the newest two runs are drawn that agree in data hash, seed,
 scale, trainer.max_steps, log.interval and log.ema."""
-NAMES = ("2", "3", "4", "5", "6", "inits", "forgetting", "remedies")  # keys of plots.catalogue.FIGURES
+NAMES = ("2", "3", "4", "5", "6", "inits", "forgetting", "relearning", "remedies")  # keys of plots.catalogue.FIGURES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--out", type=Path, default=Path("figures"), help="where to write (default: %(default)s)")
     arguments.add_argument("--pretrained", type=Path, metavar="RUN", help="run folder of the pre-trained arm")
     arguments.add_argument("--scratch", type=Path, metavar="RUN", help="run folder of the random arm")
+    add_strict(arguments)
     arguments.add_argument("--figure", choices=NAMES, action="append", help="only this one; may be repeated")
     return arguments
 
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         from t2i_lm.plots.catalogue import Request, write_figures
 
-        return write_figures(Request(options.runs, options.pretrained, options.scratch), options.out, options.figure)
+        request = Request(options.runs, options.pretrained, options.scratch, options.strict)
+        return write_figures(request, options.out, options.figure)
 
     return exit_code(body)
 

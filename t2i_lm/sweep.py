@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, command_parser, exit_code
+from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, add_strict, command_parser, exit_code
 from t2i_lm.training.jobs import run_jobs, unfinished
 from t2i_lm.training.sweep import ARMS, finished_runs, sweep_jobs
 
@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     add_scale(arguments)
     add_jobs(arguments)
     add_figures(arguments)
+    add_strict(arguments)
     arguments.add_argument("keys", nargs="*", metavar="key=value[,value...]", help="swept, or for every run")
     return arguments
 
@@ -41,11 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run_jobs(remaining, options.jobs, keep_going=True)
         if code > 128:  # stopped by a signal
             return code
+        from t2i_lm.comparison.comparability import require_comparable
         from t2i_lm.plots.panels import save_figure
-        from t2i_lm.plots.sweep import Outcome, draw_sweep, sweep_caption, sweep_table
+        from t2i_lm.plots.sweep import Outcome, draw_sweep, sweep_caption, sweep_table, varied_in
 
         runs = finished_runs(jobs).items()
         if outcomes := [Outcome(arm.removeprefix("t2i_"), value, run) for (arm, value, *_), run in runs]:
+            if options.strict:
+                require_comparable({f"{one.arm} {one.value}": one.run for one in outcomes}, varied_in(key))
             caption, stem = sweep_caption(key, outcomes), f"figure_sweep_{key.replace('.', '_')}"
             paths = save_figure(draw_sweep(key, outcomes, caption), options.out / stem, f"Sweep of {key}", caption)
             print(*paths, "", sweep_table(key, outcomes), sep="\n")

@@ -24,7 +24,20 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 YAMLS = sorted(EXPERIMENTS.rglob("*.yaml"))
-COMMANDS = ("ablate", "demo", "evaluate", "export", "figures", "prepare", "remedies", "sample", "sweep", "train")
+COMMANDS = (
+    "ablate",
+    "compare",
+    "demo",
+    "evaluate",
+    "export",
+    "figures",
+    "prepare",
+    "remedies",
+    "sample",
+    "study",
+    "sweep",
+    "train",
+)
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 # Values that a reader replaces.
 PLACEHOLDER = re.compile(r"[A-Z_]{3,}|\.\.\.")

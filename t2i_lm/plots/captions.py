@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.plots.comparability import uncontrolled
+from t2i_lm.comparison.comparability import differences, revisions
 from t2i_lm.plots.curves import Progress, progress
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import compact, text_table
@@ -63,7 +63,7 @@ def pair_caption(pair: RunPair) -> str:
     if differing := pair.uncontrolled():
         words = "; ".join(f"{key}: {_short(one)} and {_short(two)}" for key, (one, two) in differing.items())
         sentences.append(f"NOT CONTROLLED, the arms (pre-trained and random) also differ in {words}.")
-    sentences.append(_data(run))
+    sentences += [*_revisions(pair.arms.values()), _data(run)]
     return " ".join(sentences)
 
 
@@ -95,18 +95,26 @@ def group_caption(
             *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
             *([f"NOT CONTROLLED, arms also differ from {next(iter(arms))} in {differing}."] if differing else []),
+            *_revisions(arms.values()),
             _data(run),
         ]
     )
 
 
+def _revisions(runs: Iterable[Run]) -> list[str]:
+    """A sentence where runs are of several code revisions."""
+    known = revisions(runs)
+    return [f"Code revisions: {', '.join(name[:7] for name in known)}."] if len(known) > 1 else []
+
+
 def _differences(arms: Mapping[str, Run], varied: tuple[str, ...]) -> str:
     """Uncontrolled differences from the first arm: `key: its value and another (arms with that)`; empty if none."""
-    first, *others = arms
+    others = list(arms)[1:]
     differing: dict[str, dict[str, list[str]]] = {}
-    for arm in others:
-        for key, (own, other) in uncontrolled(arms[first], arms[arm], varied).items():
-            differing.setdefault(f"{key}: {_short(own)}", {}).setdefault(_short(other), []).append(arm)
+    for key, (own, *values) in differences(list(arms.values()), varied).items():
+        for arm, value in zip(others, values, strict=True):
+            if value != own:
+                differing.setdefault(f"{key}: {_short(own)}", {}).setdefault(_short(value), []).append(arm)
     return "; ".join(
         f"{key} and {', '.join(f'{value} ({_listed(names)})' for value, names in values.items())}"
         for key, values in differing.items()

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from t2i_lm.comparison.comparability import require_comparable
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
 from t2i_lm.plots.curves import progress, scalar_series, series, text_series
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group
 from t2i_lm.plots.pairing import RunPair, find_group, find_pair
 from t2i_lm.plots.panels import Panel, arm_style, draw_panels, save_figure
 from t2i_lm.plots.published import draw_systems, own_systems, published_systems, system_table, systems_caption
+from t2i_lm.plots.relearning import relearning_curves, relearning_series, relearning_table
 from t2i_lm.plots.tradeoff import (
     draw_tradeoff,
     image_loss,
@@ -30,11 +32,25 @@ UNITS = {"nll": "loss (nats/token)", "ppl": "perplexity"}
 
 @dataclass(frozen=True)
 class Request:
-    """The folder of runs to search, and the run folders of a pair where the user names them."""
+    """The folder of runs to search, and the run folders of a pair where the user names them.
+
+    Attributes:
+        strict: whether runs that differ in more than what a figure compares are refused; else its caption names them.
+    """
 
     root: Path = Path("runs")
     pretrained: Path | None = None
     scratch: Path | None = None
+    strict: bool = False
+
+    def check(self, arms: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
+        """Refuses incomparable runs if `strict`.
+
+        Raises:
+            IncomparableError: naming the keys in which they differ.
+        """
+        if self.strict:
+            require_comparable(arms, varied)
 
     @cached_property
     def pair(self) -> RunPair:
@@ -77,6 +93,7 @@ class PairFigure:
     def __call__(self, request: Request) -> RenderedFigure:
         """Renders the figure from the pair of a request."""
         pair = request.pair
+        request.check(pair.arms)
         unfinished = pair.unfinished()
         labels = {arm: arm_style(arm).label + (" (unfinished)" if arm in unfinished else "") for arm in pair.arms}
         rates = {seen.tokens / seen.step for seen in map(progress, pair.arms.values())}
@@ -118,6 +135,7 @@ class GroupFigure:
     def __call__(self, request: Request) -> RenderedFigure:
         """Renders the figure from the runs of a request."""
         arms = find_group(request.root, self.group)
+        request.check(arms, self.group.varied)
         reference, *others = arms
         order = (*others, reference)  # the reference on top
         panels = [
@@ -138,6 +156,7 @@ def figure2(request: Request) -> RenderedFigure:
 def figure6(request: Request) -> RenderedFigure:
     """Figure 6: contrastive alignment of image rows with text rows, loss and temperature (Section 3.2)."""
     arms = find_group(request.root, FIGURE6)
+    request.check(arms, FIGURE6.varied)
     pairs = arms["align"].config["data"]["batch_size"]
     axis = "pairs seen"
     loss = {arm: series(run, "all", "nll", "samples") for arm, run in arms.items()}
@@ -153,6 +172,7 @@ def figure6(request: Request) -> RenderedFigure:
 def figure_forgetting(request: Request) -> RenderedFigure:
     """Forgetting: held-out text perplexity by tokens seen, over the text rows and over all rows (Table 1 as curves)."""
     arms = find_group(request.root, FORGETTING)
+    request.check(arms, FORGETTING.varied)
     title = "Perplexity of held-out text in text-to-image training"
     rows = {"text_rows": "Softmax over the text rows", "all_rows": "Softmax over all rows"}
     panels = [Panel(words, {arm: text_series(run, key) for arm, run in arms.items()}) for key, words in rows.items()]
@@ -160,6 +180,18 @@ def figure_forgetting(request: Request) -> RenderedFigure:
     caption = f"{title}. {group_caption(arms, varied=FORGETTING.varied, how=how)}"
     table = "\n\n".join([loss_table(arms, "image"), probe_table(arms)])
     return RenderedFigure(title, draw_panels(panels, caption), caption, table)
+
+
+def figure_relearning(request: Request) -> RenderedFigure:
+    """Relearning: held-out text loss over the first steps on text, of both arms and of their controls."""
+    pair = request.pair
+    request.check(pair.arms)
+    steps, curves = relearning_curves(pair)
+    title = "Relearning of text after text-to-image training"
+    how = "Each model is trained on the same rows of text in the same order; the loss is over the text rows."
+    panel = Panel("Held-out text", relearning_series(steps, curves), unit=UNITS["nll"], axis="training steps on text")
+    caption = f"{title}. {group_caption(pair.arms, how=how)}"
+    return RenderedFigure(title, draw_panels([panel], caption), caption, relearning_table(steps, curves))
 
 
 def figure_remedies(request: Request) -> RenderedFigure:
@@ -175,6 +207,7 @@ def figure_remedies(request: Request) -> RenderedFigure:
         "error of the paired differences of rows. Vertical: final held-out image loss. One run each."
     )
     compared = arms if random is None else {**arms, "scratch": random}
+    request.check(compared, group.varied)
     caption = f"{title}. {group_caption(compared, varied=group.varied, how=how)}"
     return RenderedFigure(title, draw_tradeoff(points, caption, scratch), caption, tradeoff_table(points, scratch))
 
@@ -220,6 +253,7 @@ FIGURES: dict[str, Callable[[Request], RenderedFigure]] = {
         unit="ppl",
     ),
     "forgetting": figure_forgetting,
+    "relearning": figure_relearning,
     "remedies": figure_remedies,
 }
 # Figures that need no run.

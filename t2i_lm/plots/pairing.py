@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from t2i_lm.plots.comparability import PAIR_KEYS, config_differences, mismatches, pair_values, uncontrolled
+from t2i_lm.comparison.comparability import PAIR_KEYS, config_differences, differences, mismatches, pair_values
 from t2i_lm.plots.groups import Group
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 
@@ -54,9 +54,9 @@ class RunPair:
         """Arms without a report."""
         return [arm for arm, run in self.arms.items() if run.report is None]
 
-    def uncontrolled(self) -> dict[str, tuple[Any, Any]]:
+    def uncontrolled(self) -> dict[str, tuple[Any, ...]]:
         """Differences beyond `name` and `init`; empty in a controlled pair."""
-        return uncontrolled(self.pretrained, self.scratch)
+        return differences((self.pretrained, self.scratch))
 
     def text_floor_nll(self) -> float | None:
         """Entropy of the captions in nats per text token; None where no report has it."""

@@ -62,6 +62,9 @@ ARM_STYLES = {
     "shuffled": ArmStyle("pre-trained, entries shuffled", "#CC79A7", "v"),
     "body_only": ArmStyle("pre-trained body only", "#E69F00", "^"),
     "embeddings_only": ArmStyle("pre-trained rows only", "#56B4E9", "D"),
+    # Controls of relearning.
+    "language_model": ArmStyle("the language model, before images", "#009E73", "P"),
+    "random_weights": ArmStyle("random weights, no training", "#555555", "v"),
 }
 LEGEND_COLUMNS = 5
 STYLE: dict[Any, Any] = {

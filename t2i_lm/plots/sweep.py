@@ -7,8 +7,8 @@ from statistics import fmean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from t2i_lm.comparison.comparability import ORDER
 from t2i_lm.plots.captions import group_caption
-from t2i_lm.plots.comparability import ORDER
 from t2i_lm.plots.groups import FIGURE5, INITS
 from t2i_lm.plots.panels import LOG_RATIO, arm_style, captioned_figure
 from t2i_lm.runtime.tables import text_table
@@ -130,8 +130,12 @@ def sweep_caption(key: str, outcomes: Sequence[Outcome]) -> str:
         f"Final held-out loss by {key}, all other keys of an arm equal{marks}. Pale: "
         "training loss of the last tenth of the steps, which are new samples if each is seen once."
     )
-    varied = (key, SEED, ORDER, *FIGURE5.varied, *INITS.varied)
-    return f"Sweep of {key}. {group_caption(arms, varied=varied, how=how)}"
+    return f"Sweep of {key}. {group_caption(arms, varied=varied_in(key), how=how)}"
+
+
+def varied_in(key: str) -> tuple[str, ...]:
+    """Keys in which the runs of a sweep of `key` differ by design."""
+    return (key, SEED, ORDER, *FIGURE5.varied, *INITS.varied)
 
 
 def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:

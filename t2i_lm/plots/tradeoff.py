@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from t2i_lm.plots.comparability import ORDER, mismatches
+from t2i_lm.comparison.comparability import ORDER, mismatches
 from t2i_lm.plots.groups import Group
 from t2i_lm.plots.panels import GREY, captioned_figure
 from t2i_lm.runtime.tables import text_table

@@ -44,6 +44,15 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at once (default: %(default)s)")
 
 
+def add_strict(parser: argparse.ArgumentParser) -> None:
+    """Adds `--strict` of commands that compare runs."""
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse runs that differ in more than what is compared (default: name it)",
+    )
+
+
 def add_figures(parser: argparse.ArgumentParser) -> None:
     """Adds `--out` and `--dry-run` of commands that train several runs and draw their figure."""
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder of figures (default: %(default)s)")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from t2i_lm.comparison.comparability import IncomparableError
 from t2i_lm.figures import main as figures
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.curves import Series
@@ -102,10 +103,12 @@ def test_an_arm_that_is_not_controlled_is_named(runs: Path) -> None:
     (folder / "env.json").write_text(json.dumps({**environment, "git": "c" * 40}))
     expected = (
         "NOT CONTROLLED, arms also differ from scratch in freeze: [] and ['ffn'] (tune_norm); "
-        "optim.lr: 0.002 and 0.001 (tune_norm, tune_ffn); code revision: aaaaaaaaaaaa and cccccccccccc (tune_norm); "
-        "data.batch_size: 32 and 64 (tune_ffn)."
+        "data.batch_size: 32 and 64 (tune_ffn); optim.lr: 0.002 and 0.001 (tune_norm, tune_ffn). "
+        "Code revisions: aaaaaaa, ccccccc."
     )
     assert expected in FIGURES["5"](Request(runs)).caption
+    with pytest.raises(IncomparableError, match=r"optim.lr: scratch 0.002, .*tune_norm 0.001"):
+        FIGURES["5"](Request(runs, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""Compares two arms over seeds, with intervals and tests: `python -m t2i_lm.compare`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from t2i_lm.runtime.command_line import command_parser, exit_code
+
+EXAMPLE = """example:
+  python -m t2i_lm.compare
+  python -m t2i_lm.compare --plan experiments/plans/pretraining.yaml optim.lr=3e-3
+  python -m t2i_lm.compare --format latex --out gap.tex
+
+finished runs below --runs that meet the plan are paired by seed; python -m t2i_lm.sweep seed=0,1,2,3,4 makes them. The
+primary endpoint and its margin are the plan's, to be written before the runs are made (docs/statistics.md)."""
+FORMATS = ("text", "json", "latex")  # keys of comparison.tables.FORMATS
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser."""
+    arguments = command_parser(
+        "compare", "Compare two arms over seeds: differences, intervals, tests of difference and equivalence.", EXAMPLE
+    )
+    arguments.add_argument("--plan", type=Path, metavar="FILE", help="plan YAML (default: pretrained against scratch)")
+    arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
+    arguments.add_argument("--scale", help="overlay of the runs (default: the plan's)")
+    arguments.add_argument("--format", choices=FORMATS, default="text", help="of the table (default: %(default)s)")
+    arguments.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: print)")
+    arguments.add_argument(
+        "--no-strict",
+        dest="strict",
+        action="store_false",
+        help="name differences in the order of the data instead of refusing them",
+    )
+    arguments.add_argument("where", nargs="*", metavar="key=value", help="what runs must have, beside the plan's")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints or writes the table; returns the exit code."""
+    options = parser().parse_intermixed_args(argv)
+
+    def body() -> int:
+        from t2i_lm.comparison.arms import find_arms
+        from t2i_lm.comparison.compare import compare
+        from t2i_lm.comparison.plan import chosen_plan
+        from t2i_lm.comparison.tables import FORMATS as WRITERS
+
+        plan = chosen_plan(options.plan, options.scale, options.where)
+        arms = find_arms(plan, options.runs, options.strict)
+        table = WRITERS[options.format](plan, arms, compare(plan, arms))
+        if options.out is None:
+            print(table)
+        else:
+            options.out.write_text(f"{table}\n", encoding="utf-8")
+            print(options.out)
+        return 0
+
+    return exit_code(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Search for the runs of two arms, paired by seed; what cannot be compared is refused, what is left out is named."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from t2i_lm.comparison.comparability import (
+    ENVIRONMENT,
+    ORDER,
+    IncomparableError,
+    config_values,
+    differences,
+    environment_value,
+    revisions,
+)
+from t2i_lm.comparison.plan import Plan
+from t2i_lm.storage.run_folder import CONFIG, Run, read_run
+
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The finished runs of two arms by seed, of one setting.
+
+    Attributes:
+        first, second: by seed, the runs of an arm; several of a seed are equal but for rounding.
+        notes: what was left out, and what the reader should know.
+    """
+
+    first: Mapping[int, Sequence[Run]]
+    second: Mapping[int, Sequence[Run]]
+    notes: tuple[str, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of which both arms have a run."""
+        return sorted(self.first.keys() & self.second.keys())
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run."""
+        return [run for arm in (self.first, self.second) for runs in arm.values() for run in runs]
+
+
+def find_arms(plan: Plan, root: Path, strict: bool = True) -> Arms:
+    """The finished runs of a plan's arms below `root`, those of sweeps in it included; as `pair_arms`."""
+    notes: list[str] = []
+    found = {arm: _finished(plan, root, arm, notes) for arm in plan.arms}
+    return pair_arms(plan, found, notes, root, strict)
+
+
+def pair_arms(
+    plan: Plan, found: Mapping[str, Sequence[Run]], notes: Sequence[str], root: Path, strict: bool = True
+) -> Arms:
+    """Finished runs paired by seed.
+
+    Args:
+        plan: what is compared.
+        found: the runs of each arm.
+        notes: on runs that were left out.
+        root: folder of the runs, for messages.
+        strict: whether another order of the data between the arms is refused; else it is a note.
+
+    Raises:
+        IncomparableError: if the runs are of more than one setting, naming the keys and how to choose.
+        ValueError: if no seed has a run of both arms.
+    """
+    everything = [run for runs in found.values() for run in runs]
+    varied = (SEED, ORDER, *plan.varied)
+    # The arms start from other weights by design; the runs of one arm do not.
+    _require_one_setting(everything, (*varied, ENVIRONMENT["backbone"]))
+    for runs in found.values():
+        _require_one_setting(runs, varied)
+    first, second = (_by_seed(found[arm]) for arm in plan.arms)
+    arms = Arms(first, second, ())
+    if not arms.seeds:
+        raise ValueError(_nothing_to_pair(plan, root, found, notes))
+    known = revisions(arms.runs)
+    return Arms(
+        first,
+        second,
+        (
+            *notes,
+            *_absent(plan, first, second),
+            *_order(arms, strict),
+            *([f"code revisions: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
+        ),
+    )
+
+
+def _finished(plan: Plan, root: Path, arm: str, notes: list[str]) -> list[Run]:
+    """Finished runs of an arm that meet the plan, oldest first; adds a note for every other run of it."""
+    runs = []
+    for file in sorted(root.rglob(f"{arm}/*/{CONFIG}"), key=lambda path: path.parent.name):
+        try:
+            run = read_run(file.parent)
+            values = config_values(run)
+        except (ValueError, OSError, yaml.YAMLError) as error:
+            notes.append(f"left out, unreadable: {file.parent}: {str(error).splitlines()[0]}")
+            continue
+        chosen = all(_has(run, values, *item) for item in plan.where.items())
+        if values["scale"] == plan.scale and chosen and (not plan.seeds or values[SEED] in plan.seeds):
+            if run.report is None:
+                notes.append(unfinished(run))
+            else:
+                runs.append(run)
+    return runs
+
+
+def unfinished(run: Run) -> str:
+    """The note on a run without a report."""
+    step = run.metrics[-1]["step"] if run.metrics else 0
+    total = config_values(run)["trainer.max_steps"]
+    return f"left out, unfinished at step {step:,} of {total:,}: {run.folder}"
+
+
+def _has(run: Run, values: Mapping[str, Any], key: str, expected: Any) -> bool:
+    """Whether a run has a value of a config key, or of an entry of env.json (a hash also by its beginning)."""
+    if key in ENVIRONMENT:
+        return str(environment_value(run, key)).startswith(str(expected))
+    if key not in values:
+        raise ValueError(f"where {key}={expected!r}: expected a config key or one of {', '.join(ENVIRONMENT)}")
+    value = values[key]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value) == float(str(expected))
+        except ValueError:
+            return False
+    return bool(value == expected)
+
+
+def _by_seed(runs: Sequence[Run]) -> dict[int, list[Run]]:
+    result: dict[int, list[Run]] = {}
+    for run in runs:
+        result.setdefault(int(config_values(run)[SEED]), []).append(run)
+    return result
+
+
+def _require_one_setting(runs: Sequence[Run], varied: tuple[str, ...]) -> None:
+    if differing := differences(runs, varied):
+        names = {name: path for path, name in ENVIRONMENT.items()}
+        words, choices = [], []
+        for key, values in differing.items():
+            counts = Counter(map(str, values))
+            words.append(f"{key}: " + ", ".join(f"{value} ({count} runs)" for value, count in counts.most_common()))
+            choices.append(f"{names.get(key, key)}={counts.most_common(1)[0][0]}")
+        raise IncomparableError(
+            f"the runs are of more than one setting: {'; '.join(words)}. Choose one, for example {' '.join(choices)}"
+        )
+
+
+def _absent(plan: Plan, first: Mapping[int, Any], second: Mapping[int, Any]) -> list[str]:
+    """A line for every seed that an arm lacks."""
+    return [
+        f"MISSING: seed {seed} of {arm}"
+        for seed in sorted({*plan.seeds, *first, *second})
+        for arm, runs in zip(plan.arms, (first, second), strict=True)
+        if seed not in runs
+    ]
+
+
+def _order(arms: Arms, strict: bool) -> list[str]:
+    """Notes on seeds whose arms saw the data in another order.
+
+    Raises:
+        IncomparableError: if there is one, and `strict`.
+    """
+    other = [seed for seed in arms.seeds if ORDER in differences([*arms.first[seed], *arms.second[seed]])]
+    if other and strict:
+        raise IncomparableError(f"seed {', '.join(map(str, other))}: the arms saw the data in another order")
+    return [f"NOT CONTROLLED: seed {seed}: the arms saw the data in another order" for seed in other]
+
+
+def _nothing_to_pair(plan: Plan, root: Path, found: Mapping[str, Sequence[Run]], notes: Sequence[str]) -> str:
+    counts = ", ".join(f"{len(runs)} of {arm}" for arm, runs in found.items())
+    chosen = "".join(f", {key}={value}" for key, value in plan.where.items())
+    seeds = ",".join(map(str, plan.seeds or (0, 1, 2)))
+    arms = " ".join(f"--arm {arm}" for arm in plan.arms)
+    keys = "".join(f" {key}={value}" for key, value in plan.where.items() if key not in ENVIRONMENT)
+    lines = [
+        f"no seed has a finished run of both arms in {root} (scale {plan.scale}{chosen}): {counts}",
+        *notes,
+        f"to make them: python -m t2i_lm.sweep seed={seeds}{keys} {arms} --scale {plan.scale}",
+    ]
+    return "\n".join(lines)

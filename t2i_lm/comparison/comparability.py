@@ -1,0 +1,115 @@
+"""Comparability of runs: the keys that must agree, and the differences that a figure or table has to name."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+from t2i_lm.config.experiment import ExperimentConfig, is_neutral
+from t2i_lm.config.load import flatten_mapping, migrate
+from t2i_lm.storage.run_folder import CONFIG, Run
+
+# Runs of one figure agree in these.
+PAIR_KEYS = ("data hash", "seed", "scale", "trainer.max_steps", "log.interval", "log.ema")
+# The arm itself: every comparison is between values of these.
+ARM_KEYS = ("name", "init")
+# Paths whose contents a hash of env.json covers.
+HASHED = ("data.path", "data.val_path", "text_tokenizer.path", "image_tokenizer.path")
+ORDER = "order of the data"
+# Entries of env.json that comparable runs share, by dotted key, and their names in a caption.
+ENVIRONMENT = {
+    "data_hash": "data hash",
+    "tokenizers.text": "text tokenizer",
+    "tokenizers.image": "image tokenizer",
+    "backbone": "backbone weights",
+    "plugins": "plug-ins",
+    "stream_hash": ORDER,
+    "precision": "precision",
+}
+
+
+class IncomparableError(ValueError):
+    """Runs differ in more than the experiment varies."""
+
+
+def mismatches(one: Run, two: Run) -> list[str]:
+    """PAIR_KEYS in which two runs differ; an unknown value differs from every other."""
+    mine, other = pair_values(one), pair_values(two)
+    return [key for key in PAIR_KEYS if mine[key] is None or mine[key] != other[key]]
+
+
+def pair_values(run: Run) -> dict[str, Any]:
+    """A run's values of PAIR_KEYS, None where unknown."""
+    config = config_values(run)
+    return {key: run.environment.get("data_hash") if key == "data hash" else config.get(key) for key in PAIR_KEYS}
+
+
+def config_differences(one: Run, two: Run) -> dict[str, tuple[Any, Any]]:
+    """Config keys whose values differ, without ARM_KEYS and neutral keys."""
+    return {key: (values[0], values[1]) for key, values in _config_differences((one, two)).items()}
+
+
+def differences(runs: Sequence[Run], varied: tuple[str, ...] = ()) -> dict[str, tuple[Any, ...]]:
+    """The value of each run by key, for all keys in which runs differ beyond the arm; empty if they are comparable.
+
+    Keys are those of the config, without neutral ones and paths that are hashed, and the names in ENVIRONMENT. An entry
+    that env.json lacks is "unknown", which alone is no difference. The code revision is left to `revisions`.
+
+    Args:
+        runs: the runs to compare.
+        varied: keys, or their beginnings, in which runs differ by design.
+    """
+    differing = {key: values for key, values in _config_differences(runs).items() if key not in HASHED}
+    for path, name in ENVIRONMENT.items():
+        values = tuple(environment_value(run, path) for run in runs)
+        if len({str(value) for value in values if value is not None}) > 1:
+            differing[name] = tuple("unknown" if value is None else value for value in values)
+    return {key: values for key, values in differing.items() if not key.startswith(varied)}
+
+
+def revisions(runs: Iterable[Run]) -> list[str]:
+    """The code revisions of runs, where env.json has one."""
+    return sorted({str(run.environment["git"]) for run in runs if run.environment.get("git")})
+
+
+def require_comparable(runs: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
+    """Checks that runs differ in nothing beyond the arm and `varied`.
+
+    Raises:
+        IncomparableError: naming each key with its values.
+    """
+    if differing := differences(list(runs.values()), varied):
+        named = "; ".join(
+            f"{key}: " + ", ".join(f"{arm} {value}" for arm, value in zip(runs, values, strict=True))
+            for key, values in differing.items()
+        )
+        raise IncomparableError(f"the runs differ in more than what is compared: {named}")
+
+
+def config_values(run: Run) -> dict[str, Any]:
+    """A run's config by dotted keys with today's names; a key that it lacks is newer and has its default."""
+    return _defaults() | flatten_mapping(migrate(run.config, run.folder / CONFIG))
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return flatten_mapping(asdict(ExperimentConfig()))
+
+
+def _config_differences(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
+    configs = [config_values(run) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    values = {key: tuple(config.get(key) for config in configs) for key in keys}
+    return {
+        key: each
+        for key, each in values.items()
+        if any(value != each[0] for value in each) and key not in ARM_KEYS and not is_neutral(key)
+    }
+
+
+def environment_value(run: Run, path: str) -> Any:
+    """An entry of env.json by dotted key; None if it is absent."""
+    value: Any = run.environment
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value

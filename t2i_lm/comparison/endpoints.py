@@ -1,0 +1,119 @@
+"""Endpoints: the one number of a run, or of a pair of runs, that a comparison is about.
+
+Names:
+
+    val.image.nll                     metrics.jsonl: the last record with `val`, and in it image, nll
+    forgetting.text.text_rows.nll     the same for `forgetting`
+    report.preference.color.preferred report.json
+    tokens_saved.image                of a pair: tokens that the second run needs beyond the first for an equal loss
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from t2i_lm.storage.run_folder import Run
+
+REPORT, TOKENS_SAVED = "report", "tokens_saved"
+# Units of what a name ends with; other endpoints have none.
+UNITS = {"nll": "nats/token", "bits_per_byte": "bits per byte"}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A named endpoint."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if len(self.name.split(".")) < 2:
+            raise ValueError(f"endpoint {self.name!r}: expected a dotted name, such as val.image.nll")
+
+    @property
+    def of_pair(self) -> bool:
+        """Whether it is of a pair of runs rather than the difference of two values."""
+        return self.name.startswith(f"{TOKENS_SAVED}.")
+
+    @property
+    def unit(self) -> str:
+        """Unit of its values; may be empty."""
+        return "tokens" if self.of_pair else UNITS.get(self.name.rpartition(".")[2], "")
+
+    def value(self, run: Run) -> float:
+        """The value of a finished run.
+
+        Raises:
+            ValueError: if the run does not have it; names what is there instead.
+        """
+        source, *path = self.name.split(".")
+        tree: Any = run.report if source == REPORT else _last(run, source)
+        read = [source]
+        for name in path:
+            if not isinstance(tree, dict) or name not in tree:
+                there = ", ".join(sorted(tree)) if isinstance(tree, dict) else "nothing"
+                raise ValueError(f"endpoint {self.name}: {run.folder} has {there} in {'.'.join(read)}, not {name}")
+            tree, read = tree[name], [*read, name]
+        if isinstance(tree, bool) or not isinstance(tree, int | float) or not np.isfinite(tree):
+            raise ValueError(f"endpoint {self.name}: {run.folder} has {tree!r} there, expected a finite number")
+        return float(tree)
+
+    def difference(self, first: Run, second: Run) -> float:
+        """The first run's value minus the second's; of `tokens_saved`, the tokens that the first one saves."""
+        if not self.of_pair:
+            return self.value(first) - self.value(second)
+        modality = self.name.removeprefix(f"{TOKENS_SAVED}.")
+        return tokens_saved(_curve(first, modality), _curve(second, modality))
+
+
+# Points (tokens seen, loss) of a curve, by tokens.
+Curve = Sequence[tuple[float, float]]
+
+
+def tokens_saved(first: Curve, second: Curve) -> float:
+    """Tokens that the second run needs beyond the first for the same loss (Hernandez et al., 2021).
+
+    Both end at the same number of tokens. Compared at the larger of the two final losses, which both reach: at the
+    end of one run, and where the running minimum of the other, interpolated between its points, first falls to it.
+    Negative where the second run is the better one.
+
+    Raises:
+        ValueError: if the curves do not end at the same number of tokens.
+    """
+    if first[-1][0] != second[-1][0]:
+        raise ValueError(f"curves of {first[-1][0]:,.0f} and {second[-1][0]:,.0f} tokens: expected equal lengths")
+    better, worse, sign = (first, second, 1) if first[-1][1] <= second[-1][1] else (second, first, -1)
+    return sign * (worse[-1][0] - _tokens_to(better, worse[-1][1]))
+
+
+def _tokens_to(curve: Curve, loss: float) -> float:
+    """Tokens after which a curve's running minimum is first at or below a loss, which it reaches."""
+    tokens, losses = np.asarray(curve, dtype=np.float64).T
+    lowest = np.minimum.accumulate(losses)
+    after = int(np.argmax(lowest <= loss))
+    if after == 0:
+        return float(tokens[0])
+    share = (lowest[after - 1] - loss) / (lowest[after - 1] - lowest[after])
+    return float(tokens[after - 1] + share * (tokens[after] - tokens[after - 1]))
+
+
+def _curve(run: Run, modality: str) -> Curve:
+    points = [
+        (float(record["tokens_nominal"]), float(record["val"][modality]["nll"]))
+        for record in run.records("val")
+        if modality in record["val"]
+    ]
+    if len(points) < 2:
+        raise ValueError(
+            f"endpoint {TOKENS_SAVED}.{modality}: {run.folder} has {len(points)} validations of {modality}"
+        )
+    return points
+
+
+def _last(run: Run, kind: str) -> Any:
+    records = run.records(kind)
+    if not records:
+        kinds = sorted({key for record in run.metrics for key, value in record.items() if isinstance(value, dict)})
+        raise ValueError(f"endpoint {kind}: {run.folder} has no {kind} in metrics.jsonl; it has {', '.join(kinds)}")
+    return records[-1][kind]

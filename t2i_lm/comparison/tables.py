@@ -1,0 +1,201 @@
+"""Results of a comparison as text, JSON and LaTeX."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from t2i_lm.comparison.arms import Arms
+from t2i_lm.comparison.comparability import revisions
+from t2i_lm.comparison.compare import DIFFERENCE, SMALL, UNDECIDED, Result
+from t2i_lm.comparison.plan import Plan
+from t2i_lm.comparison.statistics import BOOTSTRAP_MIN, POWER
+from t2i_lm.runtime.tables import compact, text_table
+
+
+def text(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
+    """Two tables, differences and sizes of the samples, and notes below them."""
+    first, second = plan.arms
+    level = f"{100 * (1 - plan.alpha):g} %"
+    header = ("endpoint", first, second, "difference", f"{level} t-interval", "bootstrap", "p", "margin", "TOST p", "")
+    tested = [
+        (
+            _name(one),
+            *(_values(one, one.means) if one.means else ("", "")),
+            _value(one, one.statistics.mean, signed=True),
+            _interval(one, one.statistics.t_interval),
+            _interval(one, one.statistics.bootstrap_interval),
+            _p(one.statistics.p_difference),
+            "" if one.margin is None else _value(one, one.margin),
+            _p(one.statistics.p_equivalence),
+            sentence(plan, one),
+        )
+        for one in results
+    ]
+    sizes = [
+        (
+            one.endpoint.name,
+            str(one.statistics.n),
+            "" if one.statistics.sd is None else _value(one, one.statistics.sd),
+            "" if one.rounding_sd is None else _value(one, one.rounding_sd),
+            _needed(one.needed_difference),
+            _needed(one.needed_equivalence),
+        )
+        for one in results
+    ]
+    power = f"for {100 * POWER:g} % power"
+    head = ("endpoint", "pairs", "SD of differences", "SD of rounding", f"pairs {power}", "for equivalence")
+    return "\n".join(
+        [
+            f"{first} - {second}, paired by seed: {_setting(plan, arms)}",
+            "",
+            text_table(header, tested, left=(0, len(header) - 1)),
+            "",
+            text_table(head, sizes),
+            "",
+            *_notes(plan, arms, results),
+        ]
+    )
+
+
+def sentence(plan: Plan, result: Result) -> str:
+    """The verdict of a result in words."""
+    first, second = plan.arms
+    if result.verdict in (DIFFERENCE, SMALL):
+        lower = first if (result.statistics.mean < 0) != result.endpoint.of_pair else second
+        words = f"{lower} saves tokens" if result.endpoint.of_pair else f"{lower} is lower"
+        return f"{words}, by less than the margin" if result.verdict == SMALL else words
+    if result.statistics.n < 2:
+        return f"{UNDECIDED}, one pair"
+    if result.statistics.t_interval is None:
+        return f"{UNDECIDED}, equal in every pair: copies?"
+    return result.verdict
+
+
+def as_json(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
+    """Plan, results, revisions and run folders as JSON."""
+    content = {
+        "plan": asdict(plan),
+        "seeds": arms.seeds,
+        "data_hash": arms.runs[0].environment.get("data_hash"),
+        "git": revisions(arms.runs),
+        "notes": arms.notes,
+        "results": [
+            {
+                "endpoint": one.endpoint.name,
+                "unit": one.endpoint.unit,
+                "primary": one.primary,
+                "means": one.means,
+                "differences": one.differences,
+                "margin": one.margin,
+                **asdict(one.statistics),
+                "rounding_sd": one.rounding_sd,
+                "needed_difference": one.needed_difference,
+                "needed_equivalence": one.needed_equivalence,
+                "verdict": one.verdict,
+            }
+            for one in results
+        ],
+        "runs": sorted(str(run.folder) for run in arms.runs),
+    }
+    return json.dumps(content, indent=2)
+
+
+def latex(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
+    """A `tabular` in the style of booktabs, under a comment with the setting."""
+    first, second = plan.arms
+    level = rf"{100 * (1 - plan.alpha):g}\,\%"
+    header = ("endpoint", first, second, "difference", f"{level} interval", "$p$", "TOST $p$", "verdict")
+    rows = [
+        (
+            _name(one),
+            *(_values(one, one.means) if one.means else ("", "")),
+            _value(one, one.statistics.mean, signed=True),
+            _interval(one, one.statistics.t_interval),
+            _p(one.statistics.p_difference),
+            _p(one.statistics.p_equivalence),
+            sentence(plan, one),
+        )
+        for one in results
+    ]
+    lines = [" & ".join(_escaped(cell) for cell in row) + r" \\" for row in rows]
+    return "\n".join(
+        [
+            f"% {_setting(plan, arms)}",
+            *(f"% {note}" for note in _notes(plan, arms, results)),
+            r"\begin{tabular}{lrrrrrrl}",
+            r"\toprule",
+            " & ".join(cell if "$" in cell or "%" in cell else _escaped(cell) for cell in header) + r" \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+FORMATS: dict[str, Callable[[Plan, Arms, Sequence[Result]], str]] = {"text": text, "json": as_json, "latex": latex}
+
+
+def _setting(plan: Plan, arms: Arms) -> str:
+    seeds = ", ".join(map(str, arms.seeds))
+    chosen = "".join(f", {key}={value}" for key, value in plan.where.items())
+    return (
+        f"{len(arms.seeds)} seeds ({seeds}), scale {plan.scale}{chosen}, "
+        f"data hash {arms.runs[0].environment.get('data_hash')}"
+    )
+
+
+def _notes(plan: Plan, arms: Arms, results: Sequence[Result]) -> list[str]:
+    notes = [
+        f"primary endpoint: {plan.primary}, margin {plan.margin}; p-values of the others are corrected for their "
+        "number (Holm), intervals are not"
+    ]
+    if len(arms.seeds) < BOOTSTRAP_MIN:
+        notes.append(f"bootstrap: requires {BOOTSTRAP_MIN} seeds")
+    primary = results[0]
+    if primary.verdict == UNDECIDED:
+        needed = " or ".join(
+            f"{pairs:,} to {what}"
+            for pairs, what in (
+                (primary.needed_difference, "find this difference"),
+                (primary.needed_equivalence, "show equivalence"),
+            )
+            if pairs is not None
+        )
+        enough = f"; pairs for {100 * POWER:g} % power: {needed}" if needed else ""
+        notes.append(f"n = {primary.statistics.n} is too small for a verdict on {plan.primary}{enough}")
+    return [*notes, *arms.notes]
+
+
+def _name(result: Result) -> str:
+    unit = f" ({result.endpoint.unit})" if result.endpoint.unit else ""
+    return f"{result.endpoint.name}{unit}{' *' if result.primary else ''}"
+
+
+def _values(result: Result, values: Sequence[float]) -> tuple[str, ...]:
+    return tuple(_value(result, value) for value in values)
+
+
+def _value(result: Result, value: float, signed: bool = False) -> str:
+    sign = "+" if signed and value >= 0 else ""
+    return f"{sign}{compact(value) if result.endpoint.of_pair else f'{value:.4f}'}"
+
+
+def _interval(result: Result, interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{_value(result, interval[0])} to {_value(result, interval[1])}"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else "<0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _needed(pairs: int | None) -> str:
+    return "" if pairs is None else f"{pairs:,}"
+
+
+def _escaped(cell: Any) -> str:
+    text = str(cell)
+    for mark in r"\%&_#$":
+        text = text.replace(mark, f"\\{mark}" if mark != "\\" else r"\textbackslash{}")
+    return text.replace("<", "$<$")

@@ -1,0 +1,55 @@
+"""Relearning curves of both arms and their controls, from the results of `evaluate --relearn`."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from t2i_lm.plots.curves import Series
+from t2i_lm.plots.pairing import RunPair
+from t2i_lm.runtime.tables import text_table
+from t2i_lm.storage.run_folder import Run
+
+# Curves of a result (`evaluation/relearning.py`) by the arm that they are drawn as.
+CONTROLS = {"language_model": "language model", "random_weights": "random weights"}
+RUN = "run"
+COMMAND = "python -m t2i_lm.evaluate --checkpoint {} --relearn TEXT --relearn-heldout HELDOUT"
+
+
+def relearning_curves(pair: RunPair) -> tuple[list[int], dict[str, list[float]]]:
+    """Steps, and held-out loss (nats/token) by arm: both arms of the pair, and the controls of the pre-trained one.
+
+    Raises:
+        ValueError: if an arm was not measured, or the two were measured in different ways.
+    """
+    results = {arm: _newest(run) for arm, run in pair.arms.items()}
+    ways = [
+        {key: value for key, value in result["made_with"].items() if key != "checkpoint_sha256"}
+        for result in results.values()
+    ]
+    if differing := sorted(key for key in ways[0] if ways[0][key] != ways[1].get(key)):
+        named = "; ".join(f"{key}: {ways[0][key]!r} and {ways[1].get(key)!r}" for key in differing)
+        raise ValueError(f"relearning of the two arms was measured in different ways: {named}")
+    first = next(iter(results.values()))
+    curves = {arm: result["nll"][RUN]["nll"] for arm, result in results.items()}
+    curves |= {arm: first["nll"][name]["nll"] for arm, name in CONTROLS.items() if name in first["nll"]}
+    return first["steps"], curves
+
+
+def relearning_series(steps: list[int], curves: Mapping[str, list[float]]) -> dict[str, Series]:
+    """Each curve as a series of points."""
+    places = [float(step) for step in steps]
+    return {arm: Series(places, losses, losses, places, losses) for arm, losses in curves.items()}
+
+
+def relearning_table(steps: list[int], curves: Mapping[str, list[float]]) -> str:
+    """Held-out loss of each arm after each number of steps."""
+    rows = [(arm.replace("_", " "), *(f"{loss:.3f}" for loss in losses)) for arm, losses in curves.items()]
+    return text_table(("held-out text nll (nats/token) after steps", *steps), rows)
+
+
+def _newest(run: Run) -> dict[str, Any]:
+    files = sorted(run.folder.glob("evaluations/*/relearn.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise ValueError(f"relearning of {run.folder} was not measured: {COMMAND.format(run.folder)}")
+    result: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    return result

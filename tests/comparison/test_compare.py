@@ -1,0 +1,244 @@
+"""Comparison of two arms: pairing, refusals, endpoints, tables; on synthetic run folders."""
+
+import json
+import random
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from t2i_lm import compare as command
+from t2i_lm.comparison.arms import find_arms
+from t2i_lm.comparison.comparability import IncomparableError
+from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, UNDECIDED, compare
+from t2i_lm.comparison.endpoints import Endpoint, tokens_saved
+from t2i_lm.comparison.plan import Plan, read_plan
+from t2i_lm.comparison.tables import as_json, latex, text
+from t2i_lm.storage.run_folder import read_run
+from tests.plots.synthetic_runs import read_lines, write_run
+
+ARMS = ("t2i_pretrained", "t2i_scratch")
+
+
+def seeded_run(root: Path, name: str, seed: int, day: int = 10, gap: float = 0.0, **more: Any) -> Path:
+    """A run whose validation losses have noise of its seed, and `gap` added."""
+    config = {"seed": seed, **more.pop("config", {})}
+    folder = write_run(root, name, f"202601{day + seed:02d}-093000", config=config, **more)
+    noise = random.Random(f"{name} {seed}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for entry in line.get("val", {}).values():
+            entry["nll"] = 1.8 + gap + 3 * (line["step"] == 0) + noise.gauss(0, 0.005)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def set_environment(folder: Path, **entries: Any) -> None:
+    environment = json.loads((folder / "env.json").read_text())
+    (folder / "env.json").write_text(json.dumps(environment | entries))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for seed in range(5):
+        seeded_run(tmp_path, ARMS[0], seed, gap=-0.1)
+        seeded_run(tmp_path / "sweep", ARMS[1], seed)
+    return tmp_path
+
+
+def test_arms_are_paired_by_seed_wherever_their_runs_lie(runs: Path) -> None:
+    arms = find_arms(Plan(), runs)
+    assert arms.seeds == [0, 1, 2, 3, 4]
+    assert not arms.notes
+    primary, *secondary = compare(Plan(), arms)
+    last = {
+        name: [read_lines(folder, "val")[-1]["val"]["image"]["nll"] for folder in sorted(runs.rglob(f"{name}/*"))]
+        for name in ARMS
+    }
+    assert primary.means == pytest.approx((fmean(last[ARMS[0]]), fmean(last[ARMS[1]])))
+    expected = [one - two for one, two in zip(*last.values(), strict=True)]
+    assert list(primary.differences.values()) == pytest.approx(expected)
+    assert primary.verdict == DIFFERENCE
+    assert [one.primary for one in secondary] == [False] * 3
+
+
+def test_equal_arms_are_equivalent_and_a_small_study_is_undecided(tmp_path: Path) -> None:
+    for seed in range(8):
+        for name in ARMS:
+            seeded_run(tmp_path, name, seed)
+    assert compare(Plan(), find_arms(Plan(), tmp_path))[0].verdict == EQUIVALENT
+    few = Plan(seeds=[0, 1], margin="0.1%")
+    arms = find_arms(few, tmp_path)
+    results = compare(few, arms)
+    assert results[0].verdict == UNDECIDED
+    assert "n = 2 is too small for a verdict on val.image.nll; pairs for 80 % power: " in text(few, arms, results)
+    one = Plan(seeds=[0])
+    assert "undecided, one pair" in text(one, find_arms(one, tmp_path), compare(one, find_arms(one, tmp_path)))
+
+
+def test_missing_unfinished_and_unreadable_runs_are_named(runs: Path) -> None:
+    seeded_run(runs, ARMS[1], 6, steps=100, finished=False)
+    seeded_run(runs, ARMS[0], 6)
+    (write_run(runs, ARMS[1], "20260131-090000") / "config.yaml").write_text("{")
+    notes = "\n".join(find_arms(Plan(seeds=[0, 1, 6, 7]), runs).notes)
+    assert "left out, unfinished at step 100 of 300: " in notes
+    assert "left out, unreadable: " in notes
+    assert "MISSING: seed 6 of t2i_scratch" in notes
+    assert "MISSING: seed 7 of t2i_pretrained" in notes
+    assert "MISSING: seed 7 of t2i_scratch" in notes
+    assert "seed 0" not in notes
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "choice"),
+    [
+        ({"config": {"optim.lr": 0.006}}, "optim.lr: 0.002 (10 runs), 0.006 (2 runs)", "optim.lr=0.002"),
+        ({"data_hash": "f" * 16}, "data hash: 0123456789abcdef (10 runs)", "data_hash=0123456789abcdef"),
+        ({"config": {"trainer.max_steps": 200}}, "trainer.max_steps: 300 (10 runs)", "trainer.max_steps=300"),
+    ],
+)
+def test_runs_of_another_setting_are_refused_until_one_is_chosen(
+    change: dict[str, Any], named: str, choice: str, runs: Path
+) -> None:
+    for name in ARMS:
+        seeded_run(runs, name, 9, **change)
+    with pytest.raises(IncomparableError, match="more than one setting") as refusal:
+        find_arms(Plan(), runs)
+    assert named in str(refusal.value)
+    assert choice in str(refusal.value)
+    key, _, value = choice.partition("=")
+    assert find_arms(Plan(where={key: value}), runs).seeds == [0, 1, 2, 3, 4]
+
+
+def test_other_weights_or_tokenizers_are_another_setting(runs: Path) -> None:
+    folder = seeded_run(runs, ARMS[0], 9)
+    for run in runs.rglob("env.json"):
+        weights = "aa" if ARMS[0] in str(run) else None
+        set_environment(run.parent, backbone=weights, tokenizers={"image": "bb", "text": "cc"})
+    assert find_arms(Plan(), runs).seeds
+    set_environment(folder, backbone="dd")
+    with pytest.raises(IncomparableError, match="backbone weights: aa"):
+        find_arms(Plan(), runs)
+    set_environment(folder, backbone="aa", tokenizers={"image": "ee", "text": "cc"})
+    with pytest.raises(IncomparableError, match=r"image tokenizer: bb .* tokenizers.image=bb"):
+        find_arms(Plan(), runs)
+
+
+def test_another_order_of_the_data_is_refused_or_named(runs: Path) -> None:
+    set_environment(next(runs.glob("t2i_pretrained/20260112*")), stream_hash="c" * 64)
+    with pytest.raises(IncomparableError, match="seed 2: the arms saw the data in another order"):
+        find_arms(Plan(), runs)
+    assert find_arms(Plan(), runs, strict=False).notes == (
+        "NOT CONTROLLED: seed 2: the arms saw the data in another order",
+    )
+
+
+def test_code_revisions_are_a_note(runs: Path) -> None:
+    set_environment(next(runs.glob("t2i_pretrained/20260112*")), git="c" * 40)
+    assert find_arms(Plan(), runs).notes == ("code revisions: aaaaaaa, ccccccc",)
+
+
+def test_runs_that_differ_in_threads_alone_measure_rounding(runs: Path) -> None:
+    assert compare(Plan(), find_arms(Plan(), runs))[0].rounding_sd is None
+    first = seeded_run(runs, ARMS[0], 0, day=20, gap=-0.1 + 0.004)
+    set_environment(first, threads=2)
+    result = compare(Plan(), find_arms(Plan(), runs))[0]
+    assert result.statistics.n == 5
+    assert result.rounding_sd == pytest.approx(0.004 / 2**0.5)
+
+
+def test_without_a_pair_the_command_that_makes_one_is_named(tmp_path: Path) -> None:
+    seeded_run(tmp_path, ARMS[0], 0)
+    with pytest.raises(ValueError, match="no seed has a finished run of both arms") as refusal:
+        find_arms(Plan(seeds=[0, 3], where={"optim.lr": 0.002}), tmp_path)
+    assert "1 of t2i_pretrained, 0 of t2i_scratch" in str(refusal.value)
+    assert "python -m t2i_lm.sweep seed=0,3 optim.lr=0.002 --arm t2i_pretrained" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("val.pixels.nll", "has all, all_no_boundary, boundary, image, text in val, not pixels"),
+        ("forgetting.text", "has no forgetting in metrics.jsonl; it has train, val"),
+        ("report.steps.x", "nothing in report.steps"),
+        ("report.experiment", "'t2i_pretrained' there, expected a finite number"),
+    ],
+)
+def test_an_endpoint_that_a_run_lacks_names_what_it_has(name: str, words: str, tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, ARMS[0]))
+    with pytest.raises(ValueError, match=rf"endpoint .*{words}"):
+        Endpoint(name).value(run)
+
+
+def test_tokens_saved_are_those_that_the_worse_run_needs_more() -> None:
+    worse = [(0, 8.0), (100, 4.0), (200, 3.0), (300, 2.5)]
+    better = [(0, 5.0), (100, 3.0), (200, 2.0), (300, 1.5)]
+    assert tokens_saved(better, worse) == 300 - 150
+    assert tokens_saved(worse, better) == -150
+    assert tokens_saved(worse, worse) == 0
+    rising = [(0, 5.0), (100, 3.0), (200, 3.4), (300, 2.0)]  # from the running minimum, 3.0, not from 3.4
+    assert tokens_saved(rising, worse) == 300 - 250
+    started_lower = [(0, 2.0), (300, 1.0)]
+    assert tokens_saved(started_lower, worse) == 300
+    with pytest.raises(ValueError, match="expected equal lengths"):
+        tokens_saved(worse, better[:-1])
+
+
+def test_the_json_holds_the_numbers_of_the_text(runs: Path) -> None:
+    plan = Plan()
+    arms = find_arms(plan, runs)
+    results = compare(plan, arms)
+    content = json.loads(as_json(plan, arms, results))
+    assert [one["endpoint"] for one in content["results"]] == [plan.primary, *plan.secondary]
+    assert len(content["runs"]) == 10
+    first = content["results"][0]
+    table = text(plan, arms, results)
+    assert f"{first['mean']:.4f}" in table
+    assert "{:.4f} to {:.4f}".format(*first["bootstrap_interval"]) in table
+    assert "t2i_pretrained is lower" in table
+
+
+def test_the_latex_table_is_balanced_and_escaped(runs: Path) -> None:
+    plan = Plan()
+    arms = find_arms(plan, runs)
+    lines = [line for line in latex(plan, arms, compare(plan, arms)).splitlines() if not line.startswith("%")]
+    body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
+    assert len(body) == 4
+    assert {line.count(" & ") for line in body} == {7}
+    assert all("_" not in line.replace(r"\_", "") for line in body)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("primry: val.image.nll", "unknown key 'primry'; did you mean 'primary'?"),
+        ("margin: -1%", "margin='-1%': expected a positive number"),
+        ("alpha: high", "alpha"),
+        ("arms: [t2i_scratch]", "arms=.*the names of two experiments"),
+        ("seeds: [0, 0]", "seeds=.*each seed once"),
+        ("secondary: [val.image.nll]", "secondary=.*each endpoint once"),
+        ("primary: image", "endpoint 'image': expected a dotted name"),
+        ("[1, 2]", "must hold keys and values, found list"),
+        ("arms: {", "is not YAML"),
+    ],
+)
+def test_a_faulty_plan_names_file_and_key(content: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=rf"plan\.yaml.*{words}"):
+        read_plan(file)
+
+
+def test_the_shipped_plan_is_the_default_one_with_its_seeds() -> None:
+    assert read_plan(Path("experiments/plans/pretraining.yaml")) == Plan(seeds=[0, 1, 2, 3, 4])
+
+
+def test_the_command_prints_or_writes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--runs", str(runs), "optim.lr=2e-3"]) == 0
+    assert "5 seeds (0, 1, 2, 3, 4), scale demo, optim.lr=2e-3" in capsys.readouterr().out
+    out = tmp_path / "gap.json"
+    assert command.main(["--runs", str(runs), "--format", "json", "--out", str(out)]) == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["seeds"] == [0, 1, 2, 3, 4]
+    assert command.main(["--runs", str(runs), "optim.rl=0.002"]) == 2
+    assert "optim.rl=0.002: expected a config key" in capsys.readouterr().err
