@@ -156,7 +156,9 @@ def group_sizes(model: "Backbone") -> list[GroupSize]:
 
 
 def group_table(model: "Backbone") -> str:
-    """`group_sizes` as text: group, parameters, trainable, share of all parameters."""
+    """`group_sizes` as text: group, parameters, trainable, share of all parameters; a last line on adapters."""
+    from t2i_lm.models.lora import coverage
+
     sizes = group_sizes(model)
     total = sizes[-1].parameters
     lines = [f"{'group':<14}{'parameters':>16}{'trainable':>16}{'share':>9}"]
@@ -166,4 +168,5 @@ def group_table(model: "Backbone") -> str:
             note = f"  (cannot be frozen or tuned: {size.doubtful} tensors may or may not belong to it)"
         share = f"{size.parameters / total:>9.1%}"
         lines.append(f"{size.name:<14}{size.parameters:>16,}{size.trainable:>16,}{share}{note}")
-    return "\n".join(lines)
+    adapters = coverage(model)
+    return "\n".join(lines if adapters is None else [*lines, adapters])
