@@ -52,7 +52,7 @@ def add_adapters(model: Backbone, rank: int, alpha: float, generator: Generator)
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, **settings)
         peft.inject_adapter_in_model(config, model)
     if experts:
-        model.register_load_state_dict_pre_hook(_without_adapted_experts)
+        model.register_load_state_dict_pre_hook(_without_adapted_experts)  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in new_rows or ".lora_" in name)
 
@@ -70,7 +70,7 @@ def merge_adapters(model: nn.Module) -> None:
 
 def coverage(model: Backbone) -> str | None:
     """One line on an adapted model: the share of the blocks' weights with an adapter, and those without any."""
-    adapted = [part for part in model.modules() if hasattr(part, "get_base_layer")]
+    adapted: list[Any] = [part for part in model.modules() if hasattr(part, "get_base_layer")]
     if not adapted:
         return None
     held = {id(part.get_param() if hasattr(part, "get_param") else part.get_base_layer().weight) for part in adapted}

@@ -156,7 +156,7 @@ class _Walk:
         positions = getattr(self.backbone.config, "seq_len", None)
         if not isinstance(owner, nn.Embedding) or positions is None:
             return False
-        return 0 <= owner.num_embeddings - positions <= _POSITION_OFFSETS
+        return 0 <= owner.num_embeddings - int(positions) <= _POSITION_OFFSETS
 
 
 def parameter_places(backbone: Backbone) -> list[Place]:
