@@ -61,10 +61,8 @@ def stated_documents(folder: Path, token_id: Callable[[str], int | None], size: 
             if isinstance(end, int) and 0 <= end < size:
                 known = replace(known, end=end, end_from=name)
                 break
-    adds = config.get("add_bos_token")
-    if adds is False:
-        return replace(known, start=None, start_from=TOKENIZER_CONFIG)
-    if adds is True:
+    # As in transformers, what the post-processor puts in front stays, whatever `add_bos_token` says.
+    if known.start is None and config.get("add_bos_token") is True:
         token = _token(config.get("bos_token")) or _token(_read(folder / TOKENS_MAP).get("bos_token"))
         if token is None:
             raise ValueError(f"{folder / TOKENIZER_CONFIG}: add_bos_token is true, but bos_token names no token")

@@ -139,7 +139,7 @@ class JsonTokenizer(FileTokenizer):
     """A `tokenizer.json` of Hugging Face's `tokenizers`: GPT-NeoX-20B's is open_lm-1b's.
 
     Special tokens that occur literally in a text, such as `<|endoftext|>`, are encoded as ordinary text. A document
-    begins with the token that the file's post-processor puts first, unless `tokenizer_config.json` says otherwise.
+    begins with the token that the file's post-processor puts first, or else that of `add_bos_token` beside it.
 
     Attributes:
         vocab_size: ids, added tokens included (50,277 for GPT-NeoX-20B, whose backbones have padding rows beyond).

@@ -54,22 +54,23 @@ def stated_range(folder: Path) -> PixelRange:
     try:
         config = json.loads(file.read_text(encoding="utf-8-sig"))
         scale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
-        normalizes = config.get("do_normalize", True) and "image_mean" in config and "image_std" in config
-        mean, std = (_channels(config[key]) for key in ("image_mean", "image_std")) if normalizes else ((0.0,), (1.0,))
+        mean, std = [0.0], [1.0]
+        if config.get("do_normalize", True):
+            if "image_mean" not in config or "image_std" not in config:
+                return PixelRange(source=f"{PREPROCESSOR} has no image_mean and image_std, the usual range")
+            mean, std = (_channels(config[key]) for key in ("image_mean", "image_std"))
         pairs = list(zip(mean, std, strict=True))
         black, white = (tuple((value * scale - own) / by for own, by in pairs) for value in (0, 255))
     except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"image_tokenizer.path: {file} states no pixel range: {error}") from error
     if not all(low < high for low, high in zip(black, white, strict=True)):
-        raise ValueError(
-            f"image_tokenizer.path: {file} states the pixel range {black} to {white}: expected more at white"
-        )
+        raise ValueError(f"image_tokenizer.path: {file} states {black} for black and {white} for white, expected more")
     return PixelRange(black, white, PREPROCESSOR)
 
 
-def _channels(value: Any) -> tuple[float, ...]:
+def _channels(value: Any) -> list[float]:
     """One value per channel, or one of all."""
-    return tuple(float(own) for own in value) if isinstance(value, list) else (float(value),)
+    return [float(own) for own in value] if isinstance(value, list) else [float(value)]
 
 
 class TransformersVQ:
