@@ -101,6 +101,10 @@ class TextTokenizerConfig(Section, prefix="text_tokenizer"):
     path: str | None = None
     """A sentencepiece model or a `tokenizer.json`; also `asset:lm_rotary/text_tokenizer.model`, `hf://ORG/NAME/FILE` or
     a plug-in. null: task=text trains a sentencepiece model."""
+    document_start: str | None = None
+    """Token in front of every document, such as `<bos>`, or `none`; null: as the model's own files say."""
+    document_end: str | None = None
+    """Token behind every document, such as `<eos>`; null: as the model's own files say."""
     vocab_size: int = 4096
     """Pieces of a trained model, more than 259."""
     train_paragraphs: int = 100_000
@@ -140,6 +144,8 @@ class ImageTokenizerConfig(Section, prefix="image_tokenizer"):
     """Size of a MoVQGAN checkpoint: 67M, 102M or 270M; another is refused. null: any."""
     size: int = 64
     """Side of the images in pixels after the center crop, a multiple of 8."""
+    pixel_range: list[float] | None = None
+    """Values of black and of white of a diffusers or `transformers` folder, such as [0, 1]; null: as its files say."""
     precision: str = "float32"
     """Precision of encoding: float32, or bfloat16, which is refused where it changes more than 0.1 % of the ids."""
     model: VQModelConfig = field(default_factory=VQModelConfig)
@@ -157,6 +163,9 @@ class ImageTokenizerConfig(Section, prefix="image_tokenizer"):
         self.one_of("expect", MOVQGAN_SIZES)
         self.one_of("precision", ENCODE_PRECISIONS)
         self.check(self.size >= 8 and self.size % 8 == 0, "size", "a multiple of 8")
+        ends = self.pixel_range
+        increases = ends is None or (len(ends) == 2 and ends[0] < ends[1])
+        self.check(increases, "pixel_range", "null or two increasing values")
         self.below_one("warmup_fraction")
 
 
@@ -438,7 +447,7 @@ class DistilConfig(Section, prefix="distil"):
 
 @dataclass(frozen=True)
 class LoraConfig(Section, prefix="lora"):
-    """Low-rank adapters on the linear layers of attention and feed-forward, which stay frozen (extra `lora`)."""
+    """Low-rank adapters on the linear layers and experts of the blocks, which stay frozen (extra `lora`)."""
 
     rank: int = 0
     """Rank of the adapters; 0: none."""

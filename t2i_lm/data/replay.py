@@ -21,6 +21,7 @@ from t2i_lm.data.shards.prepare import absolute_path, write_once
 from t2i_lm.data.shards.tokenize import write_text_split
 from t2i_lm.data.text import read_documents
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.documents import document_key
 from t2i_lm.tokenizers.layout import Layout
 
 
@@ -69,7 +70,7 @@ def prepare_replay(config: ExperimentConfig, text: TextTokenizer) -> Path:
         ValueError: if there is no text or less than one row of it.
     """
     path, length = str(config.data.replay_path), config.data.length
-    key = json.dumps(["replay", absolute_path(path), length, text.sha256])
+    key = json.dumps(["replay", absolute_path(path), length, text.sha256, *document_key(text).values()])
     folder = Path(config.data.cache_dir) / f"replay-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
     def write() -> None:

@@ -17,6 +17,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.storage.hashing import folder_sha256
 from t2i_lm.storage.run_folder import environment
+from t2i_lm.tokenizers.documents import document_start
 
 if TYPE_CHECKING:
     from t2i_lm.experiment.build import ImageModel
@@ -91,7 +92,7 @@ class LmEvalEvaluator(Evaluator):
             "checkpoint": context.checkpoint.name,
             "harness": version("lm_eval"),
             "rows": "all" if self.all_rows else "text",
-            "context": "after the end of a document",
+            "context": "after the end of a document" if document_start(model.text) is None else "at its beginning",
             "positions": model.decoder.config.seq_len,
             "text_tokenizer_sha256": model.text.sha256,
             "limit": self.limit,

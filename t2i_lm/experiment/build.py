@@ -28,7 +28,8 @@ from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runtime.devices import local_rank, uses_gpu
 from t2i_lm.runtime.seeds import generator, seeded
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
-from t2i_lm.tokenizers.image import open_image_tokenizer
+from t2i_lm.tokenizers.documents import context_id, describe_documents
+from t2i_lm.tokenizers.image import describe_pixels, open_image_tokenizer
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 from t2i_lm.tokenizers.text import open_text_tokenizer
@@ -104,8 +105,9 @@ class ImageTokenizerExperiment(Experiment):
 
 def open_text(config: ExperimentConfig) -> TextTokenizer:
     """The text tokenizer at `text_tokenizer.path`."""
-    assert config.text_tokenizer.path is not None
-    return open_text_tokenizer(config.text_tokenizer.path)
+    settings = config.text_tokenizer
+    assert settings.path is not None
+    return open_text_tokenizer(settings.path, settings.document_start, settings.document_end)
 
 
 def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
@@ -116,7 +118,7 @@ def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
     """
     settings = config.image_tokenizer
     assert settings.path is not None
-    image = open_image_tokenizer(settings.path, settings.size, settings.expect)
+    image = open_image_tokenizer(settings.path, settings.size, settings.expect, settings.pixel_range)
     if uses_gpu(config.trainer.accelerator):
         image.to(torch.device("cuda", rank))
     if config.samples.prompts and not image.decodes:
@@ -171,7 +173,7 @@ def build_model(config: ExperimentConfig) -> ImageModel:
         return ImageModel(config=config, module=module, text=text, image=image, layout=image_layout)
     layout = Layout(vocab, image_tokens, config.data.length)
     if config.distil.weight:
-        module = DistilledModule(decoder, config, layout, text.document_end)
+        module = DistilledModule(decoder, config, layout, context_id(text))
     else:
         module = TextToImageModule(decoder, config, layout)
     return ImageModel(config=config, module=module, text=text, image=image, layout=layout)
@@ -220,6 +222,16 @@ def build_image_tokenizer(config: ExperimentConfig) -> ImageTokenizerExperiment:
         model = PatchedVQ(config.image_tokenizer.model)
     module = ImageTokenizerModule(model, config)
     return ImageTokenizerExperiment(config=config, module=module, data=ImageDataModule(config))
+
+
+def conventions(experiment: Experiment) -> list[str]:
+    """One line on the ends of a document, and one on the pixel range, of the tokenizers that an experiment uses."""
+    lines = []
+    if isinstance(experiment, ImageExperiment | AlignmentExperiment | TextExperiment):
+        lines.append(describe_documents(experiment.text))
+    if isinstance(experiment, ImageExperiment | AlignmentExperiment):
+        lines.append(describe_pixels(experiment.image))
+    return lines
 
 
 def _index(shards: Path) -> dict[str, Any]:

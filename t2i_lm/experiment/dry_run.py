@@ -87,7 +87,7 @@ def image_ids(config: ExperimentConfig) -> tuple[int, tuple[int, int]]:
     settings = config.image_tokenizer
     path = settings.path if settings.path is None or is_plugin(settings.path) else find(settings.path)
     if path is not None:
-        image = open_image_tokenizer(path, settings.size, settings.expect)
+        image = open_image_tokenizer(path, settings.size, settings.expect, settings.pixel_range)
         return image.vocab_size, image.grid
     side = settings.size // (settings.model.patch * 2 ** (len(settings.model.block_out_channels) - 1))
     return settings.model.codes, (side, side)

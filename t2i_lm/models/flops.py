@@ -2,10 +2,11 @@
 
 By the convention of PaLM and nanoGPT: 6 N + 12 L D T operations per token, with N the parameters of matrix products
 (output rows included, embedding excluded), L layers, D width, T positions. Recomputed blocks are not counted, and
-frozen parts count as trained, so that arms and settings compare.
+frozen parts count as trained, so that arms and settings compare. Of routed experts, those count that a token uses.
 """
 
 from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.experts import expert_weights
 
 # Dense bfloat16 operations per second, by a part of the driver's name of the device; the first match counts.
 PEAKS = {
@@ -19,8 +20,9 @@ PEAKS = {
 
 
 def product_parameters(decoder: Backbone) -> int:
-    """N: all parameters except an untied embedding."""
+    """N: all parameters except an untied embedding and the experts that a token does not use."""
     total = sum(parameter.numel() for parameter in decoder.parameters())
+    total -= sum(weights.inactive for weights in expert_weights(decoder))
     return total if decoder.config.weight_tying else total - decoder.tok_embeddings.matrix().numel()
 
 
@@ -42,5 +44,20 @@ def formula(decoder: Backbone, length: int, device_name: str | None) -> str:
     share = "" if peak is None else f"; MFU: of {peak / 1e12:.0f} TFLOP/s ({device_name}, dense bfloat16)"
     return (
         f"compute: {per_token:.4g} FLOP/token = 6 N + 12 L D T with N={product_parameters(decoder):,} "
-        f"L={shape.n_layers} D={shape.hidden_dim} T={length}{share}"
+        f"L={shape.n_layers} D={shape.hidden_dim} T={length}{_experts(decoder)}{share}"
     )
+
+
+def _experts(decoder: Backbone) -> str:
+    """How the experts of a mixture were counted."""
+    weights = expert_weights(decoder)
+    if not weights:
+        return ""
+    counts = {(len(one.parameter), one.per_token) for one in weights}
+    terms = [
+        f"all {experts} experts, since their number per token is unknown"
+        if used is None
+        else f"{used} of {experts} experts"
+        for experts, used in sorted(counts, key=str)
+    ]
+    return f" (N counts {', '.join(terms)})"

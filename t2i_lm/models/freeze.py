@@ -5,9 +5,8 @@ parameter has no gradient, no optimizer state and no weight decay. Token rows ca
 image rows are separate parameters (`token_rows.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -15,26 +14,21 @@ if TYPE_CHECKING:
     from torch import nn
 
     from t2i_lm.models.backbone import Backbone
+    from t2i_lm.models.parameter_kinds import Place
 
-# Name -> globs over parameter names; `{first}` and `{second}` are the layers of either half.
-FREEZE_GROUPS: dict[str, tuple[str, ...]] = {
-    "embedding": ("tok_embeddings.*",),
-    "output": ("output.*",),
-    "norm": ("*norm.*", "*.ln_?.*"),
-    "attention": (
-        "*.attention.in_proj.*",  # open_lm
-        "*.attention.out_proj.*",
-        "*.self_attn.*_proj.*",  # transformers: Llama, Qwen, OLMo, Phi, OPT, ...
-        "*.attention.query_key_value.*",  # GPT-NeoX, Pythia
-        "*.attention.dense.*",
-        "*.attn.c_*",  # GPT-2
-    ),
-    "ffn": ("*.feed_forward.*", "*.mlp.*", "*.fc?.*"),
-    "first_half": ("*layers.{first}.*", "*.h.{first}.*"),
-    "second_half": ("*layers.{second}.*", "*.h.{second}.*"),
-    "text_rows": ("*.text",),
-    "image_rows": ("*.image",),
-    "position": ("*.wpe.*", "*.embed_positions.*"),  # rotary positions, open_lm's too, have no parameters
+HALVES = ("first_half", "second_half")
+# Name -> whether a parameter belongs to the group, by its place (`parameter_kinds.py`). Each parameter has one kind.
+FREEZE_GROUPS: "dict[str, Callable[[Place], bool]]" = {
+    "embedding": lambda place: place.kind == "embedding",
+    "output": lambda place: place.kind == "output",
+    "norm": lambda place: place.kind == "norm",
+    "attention": lambda place: place.kind == "attention",
+    "ffn": lambda place: place.kind == "ffn",
+    "first_half": lambda place: place.half == 1,
+    "second_half": lambda place: place.half == 2,
+    "text_rows": lambda place: place.rows == "text",
+    "image_rows": lambda place: place.rows == "image",
+    "position": lambda place: place.kind == "position",  # rotary positions, open_lm's too, have no parameters
 }
 
 # Groups that each of the paper's sets tunes, all else frozen. Set (2) names positions too, which have no parameters.
@@ -49,31 +43,51 @@ TUNE_SETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class GroupSize:
-    """Number of parameters of a group, and of trainable ones."""
+    """Number of parameters of a group, of trainable ones, and of tensors that may or may not belong to it."""
 
     name: str
     parameters: int
     trainable: int
+    doubtful: int = 0
 
 
 def group_members(model: "Backbone", group: str) -> "dict[str, nn.Parameter]":
     """Parameters of a group by name; a tied matrix counts under both its names.
 
     Raises:
-        ValueError: on an unknown group, listing the groups.
+        ValueError: on an unknown group, listing the groups, or naming a parameter that may or may not belong to it.
     """
     if group not in FREEZE_GROUPS:
         raise ValueError(f"freeze={group!r}: expected one of {', '.join(FREEZE_GROUPS)}")
-    named = dict(model.named_parameters(remove_duplicate=False))
-    layers = model.config.n_layers
-    halves = {"{first}": range(layers // 2), "{second}": range(layers // 2, layers)}
-    globs = [
-        glob.replace(half, str(layer))
-        for glob in FREEZE_GROUPS[group]
-        for half, members in halves.items()
-        for layer in (members if half in glob else (0,))
-    ]
-    return {name: value for name, value in named.items() if any(fnmatchcase(name, glob) for glob in globs)}
+    places = _places(model)
+    if doubtful := _doubtful(places, group):
+        more = f" and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
+        known = [other for other in FREEZE_GROUPS if not _doubtful(places, other)]
+        raise ValueError(
+            f"group {group}: the structure of this backbone does not tell whether {doubtful[0]}{more} belongs to it; "
+            f"groups that are known: {', '.join(known) or 'none'}"
+        )
+    return _members(places, group)
+
+
+def _places(model: "Backbone") -> "list[Place]":
+    from t2i_lm.models.parameter_kinds import parameter_places  # imports torch, which commands do late
+
+    return parameter_places(model)
+
+
+def _members(places: "list[Place]", group: str) -> "dict[str, nn.Parameter]":
+    return {place.name: place.parameter for place in places if FREEZE_GROUPS[group](place)}
+
+
+def _doubtful(places: "list[Place]", group: str) -> list[str]:
+    """Names of the parameters that may or may not belong to a group: without a kind, or shared by both halves."""
+    found = [place.name for place in places if group in place.candidates]
+    if group in HALVES:
+        halves = [_members(places, half) for half in HALVES]
+        first, second = ({id(value) for value in half.values()} for half in halves)
+        found += [name for name, value in halves[HALVES.index(group)].items() if id(value) in first & second]
+    return found
 
 
 def _known_members(model: "Backbone", group: str) -> "dict[str, nn.Parameter]":
@@ -127,25 +141,32 @@ def tune_only(model: "Backbone", tuned: str) -> None:
 
 def group_sizes(model: "Backbone") -> list[GroupSize]:
     """Sizes of all groups, which overlap (a norm is also in a half), and `all` last."""
-    members = {group: list(group_members(model, group).values()) for group in FREEZE_GROUPS}
+    places = _places(model)
+    members = {group: list(_members(places, group).values()) for group in FREEZE_GROUPS}
     members["all"] = list(model.parameters())
     return [
         GroupSize(
             name,
             sum(parameter.numel() for parameter in parameters),
             sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            len(_doubtful(places, name)) if name in FREEZE_GROUPS else 0,
         )
         for name, parameters in members.items()
     ]
 
 
 def group_table(model: "Backbone") -> str:
-    """`group_sizes` as text: group, parameters, trainable, share of all parameters."""
+    """`group_sizes` as text: group, parameters, trainable, share of all parameters; a last line on adapters."""
+    from t2i_lm.models.lora import coverage
+
     sizes = group_sizes(model)
     total = sizes[-1].parameters
     lines = [f"{'group':<14}{'parameters':>16}{'trainable':>16}{'share':>9}"]
     for size in sizes:
         note = "  (no parameters in this backbone)" if not size.parameters else ""
+        if size.doubtful:
+            note = f"  (cannot be frozen or tuned: {size.doubtful} tensors may or may not belong to it)"
         share = f"{size.parameters / total:>9.1%}"
         lines.append(f"{size.name:<14}{size.parameters:>16,}{size.trainable:>16,}{share}{note}")
-    return "\n".join(lines)
+    adapters = coverage(model)
+    return "\n".join(lines if adapters is None else [*lines, adapters])

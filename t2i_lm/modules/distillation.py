@@ -41,10 +41,10 @@ class DistilledModule(TextToImageModule):
     unchanged.
     """
 
-    def __init__(self, decoder: Backbone, config: ExperimentConfig, layout: Layout, document_end: int) -> None:
-        """`decoder` has its initial weights; `document_end` is its text tokenizer's."""
+    def __init__(self, decoder: Backbone, config: ExperimentConfig, layout: Layout, document_start: int) -> None:
+        """`decoder` has its initial weights; `document_start` is the id that it reads a document behind."""
         super().__init__(decoder, config, layout)
-        self.document_end = document_end
+        self.document_start = document_start
         # In a list, so that it is not a submodule: neither saved nor counted nor trained.
         self._teacher = [copy.deepcopy(decoder).requires_grad_(False).eval()]
         self._latest: Tensor | None = None
@@ -77,9 +77,9 @@ class DistilledModule(TextToImageModule):
         """KL(initial || trained) (N,) in nats at the text targets, differentiable in their hidden states `x_ND`."""
         rows_VD = self.decoder.output.text
         teacher = self._teacher[0].to(rows_VD.device)
-        # Drop <doc>, and replace <text> by the end of a document.
+        # Drop <doc>, and replace <text> by what stands in front of a document.
         shifted_BT = torch.where(self._captions(input_BT)[:, None], input_BT.roll(-1, dims=1), input_BT)
-        shifted_BT = shifted_BT.masked_fill(shifted_BT >= self.layout.vocab.text_size, self.document_end)
+        shifted_BT = shifted_BT.masked_fill(shifted_BT >= self.layout.vocab.text_size, self.document_start)
         with torch.no_grad():
             teacher_ND = teacher.hidden(shifted_BT[:, : text.length]).flatten(0, 1).index_select(0, text.place_N)
             log_teacher_NV = F.linear(teacher_ND, teacher.output.text).float().log_softmax(dim=1)

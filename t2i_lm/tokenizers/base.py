@@ -11,7 +11,8 @@ from torch import Tensor
 class TextTokenizer(Protocol):
     """Text <-> ids; `sha256` is that of its file at `path` and identifies the vocabulary in every result.
 
-    Encoding never produces special ids such as `document_end`, for any text.
+    Encoding never produces special ids such as `document_end`, for any text. A tokenizer may also have
+    `document_start`, the id in front of every document; without it, a document follows the end of another one.
     """
 
     path: Path

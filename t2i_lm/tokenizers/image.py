@@ -1,7 +1,7 @@
 """Opening of image tokenizers: one table of formats, tried in order."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,14 @@ class ImageFormat:
 
     Attributes:
         recognizes: whether an existing path is of this format.
-        open: (path, image size, required size of a MoVQGAN) -> tokenizer.
+        open: (path, image size, required size of a MoVQGAN, pixel range) -> tokenizer.
+        has_range: whether a pixel range may be given: its own files may be silent or wrong.
     """
 
     name: str
     recognizes: Callable[[Path], bool]
-    open: Callable[[Path, int, str | None], ImageTokenizer]
+    open: Callable[[Path, int, str | None, Sequence[float] | None], ImageTokenizer]
+    has_range: bool
 
 
 def _is_diffusers(folder: Path) -> bool:
@@ -32,14 +34,20 @@ def _is_diffusers(folder: Path) -> bool:
 
 
 FORMATS = (
-    ImageFormat("movqgan", Path.is_file, MoVQGAN.from_checkpoint),
-    ImageFormat("transformers", is_transformers_vq, lambda folder, size, _: TransformersVQ(folder, size)),
-    ImageFormat("diffusers", _is_diffusers, lambda folder, size, _: VQTokenizer.from_diffusers(folder, size)),
-    ImageFormat("t2i_lm", Path.is_dir, lambda folder, size, _: VQTokenizer.from_folder(folder, size)),
+    ImageFormat("movqgan", Path.is_file, lambda file, size, of, _: MoVQGAN.from_checkpoint(file, size, of), False),
+    ImageFormat(
+        "transformers", is_transformers_vq, lambda folder, size, _, ends: TransformersVQ(folder, size, ends), True
+    ),
+    ImageFormat(
+        "diffusers", _is_diffusers, lambda folder, size, _, ends: VQTokenizer.from_diffusers(folder, size, ends), True
+    ),
+    ImageFormat("t2i_lm", Path.is_dir, lambda folder, size, *_: VQTokenizer.from_folder(folder, size), False),
 )
 
 
-def open_image_tokenizer(path: str | Path, image_size: int, expect: str | None = None) -> ImageTokenizer:
+def open_image_tokenizer(
+    path: str | Path, image_size: int, expect: str | None = None, pixel_range: Sequence[float] | None = None
+) -> ImageTokenizer:
     """The image tokenizer at a path, or of a plug-in.
 
     Args:
@@ -47,6 +55,7 @@ def open_image_tokenizer(path: str | Path, image_size: int, expect: str | None =
             or a MoVQGAN `.ckpt`; `asset:NAME`, `hf://...`, or a plug-in (`runtime/plugins.py`).
         image_size: side of the images in pixels.
         expect: required size of a MoVQGAN.
+        pixel_range: values of black and white, of a folder of diffusers or transformers; None: as its files say.
 
     Raises:
         ValueError: if there is none, it cannot be read, or a plug-in cannot be used.
@@ -57,9 +66,21 @@ def open_image_tokenizer(path: str | Path, image_size: int, expect: str | None =
         raise ValueError(f"image_tokenizer.path={path}: no such file or folder")
     if expect is not None and not file.is_file():
         raise ValueError(f"image_tokenizer.expect={expect!r}: only a MoVQGAN checkpoint has a size, {file} is none")
-    if plugin:
+    known = None if plugin else next(known for known in FORMATS if known.recognizes(file))
+    if pixel_range is not None and (known is None or not known.has_range):
+        raise ValueError(
+            f"image_tokenizer.pixel_range={list(pixel_range)}: expected null, {path} is no folder of diffusers or "
+            "transformers and has a range of its own"
+        )
+    if known is None:
         return _from_plugin(str(path), image_size)
-    return next(known for known in FORMATS if known.recognizes(file)).open(file, image_size, expect)
+    return known.open(file, image_size, expect, pixel_range)
+
+
+def describe_pixels(image: ImageTokenizer) -> str:
+    """One line: the values that the model takes for black and white, and where they are stated."""
+    pixels = getattr(image, "pixels", None)
+    return f"pixels of the image tokenizer: {'as its plug-in takes them' if pixels is None else pixels}"
 
 
 def _from_plugin(value: str, image_size: int) -> ImageTokenizer:

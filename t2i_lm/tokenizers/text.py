@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +13,87 @@ import tokenizers
 from t2i_lm.assets import resolve
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.runtime.plugins import TEXT_TOKENIZER, find_plugin, interface
+from t2i_lm.storage import hub
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.documents import (
+    MODEL_CONFIGS,
+    TOKENIZER_CONFIG,
+    TOKENS_MAP,
+    Documents,
+    chosen_documents,
+    stated_documents,
+)
 
 # Length to which a text is cut, in characters.
 MAX_CHARACTERS = 100_000
 
 
-class SentencePieceTokenizer:
+class FileTokenizer:
+    """Base of tokenizers in a file: the ends of a document, as the files of the model's folder state them.
+
+    Attributes:
+        documents: both ends, and where they are stated.
+        states_end: whether the end differs from what the tokenizer's own file suggests.
+    """
+
+    path: Path
+    vocab_size: int
+    documents: Documents
+    # Name of the tokenizer's file in a model's folder: only there, the files beside it are the model's.
+    in_folder: str
+    end_names: str
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token; None for an unknown one."""
+        raise NotImplementedError
+
+    def find_documents(self, own: Documents) -> None:
+        """Sets `documents`, from what the tokenizer's own file says and the files beside it."""
+        self._own_end = own.end
+        self.documents = own
+        if self.path.name == self.in_folder:
+            self.documents = stated_documents(self.path.parent, self.token_id, self.vocab_size, own)
+
+    def choose_documents(self, start: str | None, end: str | None) -> None:
+        """Replaces the ends by those of config keys, where given; raises a ValueError for an unknown token."""
+        self.documents = chosen_documents(self.documents, self.token_id, start, end)
+
+    @property
+    def states_end(self) -> bool:
+        return self.documents.end != self._own_end
+
+    @property
+    def document_start(self) -> int | None:
+        """Id in front of every document; None where a document follows the end of another one."""
+        return self.documents.start
+
+    @property
+    def document_end(self) -> int:
+        """Id behind every document.
+
+        Raises:
+            ValueError: if nothing names it.
+        """
+        if self.documents.end is None:
+            raise ValueError(
+                f"text_tokenizer.path: {self.path} has no end of a document ({self.end_names}): "
+                "name its token by text_tokenizer.document_end"
+            )
+        return self.documents.end
+
+
+class SentencePieceTokenizer(FileTokenizer):
     """A sentencepiece model, which encodes any text into ordinary pieces, never special tokens.
+
+    A document ends with `</s>`; it begins with a token only where a `tokenizer_config.json` says so.
 
     Attributes:
         vocab_size: number of pieces.
         sha256: of the model file.
-        document_end: id of `</s>`, which separates documents in text-only training.
     """
+
+    in_folder, end_names = "tokenizer.model", "</s>"
 
     def __init__(self, path: str | Path) -> None:
         """Reads a `.model` file.
@@ -43,14 +110,17 @@ class SentencePieceTokenizer:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise ValueError(f"text_tokenizer.path: {self.path} is not a sentencepiece model") from error
+        self.vocab_size = int(self._pieces.vocab_size())
+        end = int(self._pieces.eos_id())
+        self.find_documents(Documents(None, end if end >= 0 else None, "sentencepiece", "sentencepiece"))
 
-    @property
-    def vocab_size(self) -> int:
-        return int(self._pieces.vocab_size())
+    def token_id(self, token: str) -> int | None:
+        piece = int(self._pieces.piece_to_id(token))
+        return piece if self._pieces.id_to_piece(piece) == token else None
 
-    @property
-    def document_end(self) -> int:
-        return int(self._pieces.eos_id())
+    def token(self, piece: int) -> str:
+        """A piece by its id."""
+        return str(self._pieces.id_to_piece(piece))
 
     def encode(self, text: str) -> list[int]:
         """Piece ids of a text."""
@@ -65,19 +135,20 @@ class SentencePieceTokenizer:
         return str(self._pieces.decode(list(ids)))
 
 
-class JsonTokenizer:
+class JsonTokenizer(FileTokenizer):
     """A `tokenizer.json` of Hugging Face's `tokenizers`: GPT-NeoX-20B's is open_lm-1b's.
 
-    Special tokens that occur literally in a text, such as `<|endoftext|>`, are encoded as ordinary text.
+    Special tokens that occur literally in a text, such as `<|endoftext|>`, are encoded as ordinary text. A document
+    begins with the token that the file's post-processor puts first, or else that of `add_bos_token` beside it.
 
     Attributes:
         vocab_size: ids, added tokens included (50,277 for GPT-NeoX-20B, whose backbones have padding rows beyond).
         sha256: of the file.
-        document_end: id that separates documents in text-only training.
     """
 
-    # Names of the end of a document in models of this format.
+    # Names of the end of a document in models of this format, where no file names it.
     DOCUMENT_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+    in_folder, end_names = "tokenizer.json", f"expected {', '.join(DOCUMENT_ENDS)}"
 
     def __init__(self, path: str | Path) -> None:
         """Reads a `tokenizer.json`.
@@ -98,14 +169,24 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ends = (self.token_id(token) for token in self.DOCUMENT_ENDS)
+        end = next((end for end in ends if end is not None), None)
+        self.find_documents(Documents(self._put_first(), end, "its post-processor", "by its name"))
 
-    @property
-    def document_end(self) -> int:
-        ends = (self._tokenizer.token_to_id(token) for token in self.DOCUMENT_ENDS)
-        found = next((end for end in ends if end is not None), None)
-        if found is None:
-            raise ValueError(f"{self.path} has no end-of-document token: expected {', '.join(self.DOCUMENT_ENDS)}")
-        return int(found)
+    def _put_first(self) -> int | None:
+        """Last id that the post-processor puts in front of a text; None where it puts none."""
+        plain, whole = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+        found = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        return int(whole[found - 1]) if plain and found else None
+
+    def token_id(self, token: str) -> int | None:
+        number = self._tokenizer.token_to_id(token)
+        return None if number is None else int(number)
+
+    def token(self, number: int) -> str | None:
+        """A token by its id."""
+        token: str | None = self._tokenizer.id_to_token(number)
+        return token
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -132,7 +213,7 @@ class TextFormat:
 
     name: str
     recognizes: Callable[[Path], bool]
-    open: Callable[[Path], TextTokenizer]
+    open: Callable[[Path], SentencePieceTokenizer | JsonTokenizer]
 
 
 # Tried in order.
@@ -142,19 +223,41 @@ FORMATS = (
 )
 
 
-def open_text_tokenizer(path: str | Path) -> TextTokenizer:
+def open_text_tokenizer(
+    path: str | Path, document_start: str | None = None, document_end: str | None = None
+) -> TextTokenizer:
     """The text tokenizer at a path (`.json` of `tokenizers`, else a sentencepiece model), or of a plug-in.
 
+    Args:
+        path: a file, `asset:NAME`, `hf://...`, or a plug-in.
+        document_start: token in front of every document, or `none`; None: as the model's files say.
+        document_end: token behind every document; None: as the model's files say.
+
     Raises:
-        ValueError: if there is none, it cannot be read, or a plug-in cannot be used.
+        ValueError: if there is none, it cannot be read, a plug-in cannot be used, or it has no such token.
     """
+    if is_plugin(str(path)) and (document_start or document_end):
+        raise ValueError(f"text_tokenizer.document_start, document_end: expected null, {path} has its own ends")
     if is_plugin(str(path)):
         plugin = find_plugin(TEXT_TOKENIZER, str(path), [known.name for known in FORMATS])
         text: TextTokenizer = plugin.function(plugin.argument)
         plugin.require(text, interface(TextTokenizer))
         return text
+    absent = hub.is_hub(str(path)) and hub.cached(str(path)) is None
     file = resolve(str(path))
-    return next(known for known in FORMATS if known.recognizes(file)).open(file)
+    if absent and file.name in (SentencePieceTokenizer.in_folder, JsonTokenizer.in_folder):
+        _fetch_beside(str(path), file.name)
+    text = next(known for known in FORMATS if known.recognizes(file)).open(file)
+    text.choose_documents(document_start, document_end)
+    return text
+
+
+def _fetch_beside(reference: str, name: str) -> None:
+    """Fetches the files of a repository on the hub that state the ends of a document, those that it has."""
+    folder = reference.partition("#")[0].removesuffix(name)
+    for other in (TOKENIZER_CONFIG, TOKENS_MAP, *MODEL_CONFIGS):
+        with suppress(ValueError):
+            hub.fetch(f"{folder}{other}")
 
 
 def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -> SentencePieceTokenizer:

@@ -4,6 +4,7 @@ Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids,
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.tokenizers.vq import to_uint8, to_unit
+from t2i_lm.tokenizers.vq import PixelRange, chosen_range
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,48 @@ def is_transformers_vq(folder: Path) -> bool:
         return False
 
 
+def stated_range(folder: Path) -> PixelRange:
+    """The pixel range that a folder's image processor makes of uint8 pixels; [-1, 1] where it has none.
+
+    Raises:
+        ValueError: if `preprocessor_config.json` is not JSON or states no increasing range.
+    """
+    file = folder / PREPROCESSOR
+    if not file.is_file():
+        return PixelRange(source=f"no {PREPROCESSOR}, the usual range")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
+        scale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
+        mean, std = [0.0], [1.0]
+        if config.get("do_normalize", True):
+            if "image_mean" not in config or "image_std" not in config:
+                return PixelRange(source=f"{PREPROCESSOR} has no image_mean and image_std, the usual range")
+            mean, std = (_channels(config[key]) for key in ("image_mean", "image_std"))
+        pairs = list(zip(mean, std, strict=True))
+        black, white = (tuple((value * scale - own) / by for own, by in pairs) for value in (0, 255))
+    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"image_tokenizer.path: {file} states no pixel range: {error}") from error
+    if not all(low < high for low, high in zip(black, white, strict=True)):
+        raise ValueError(f"image_tokenizer.path: {file} states {black} for black and {white} for white, expected more")
+    return PixelRange(black, white, PREPROCESSOR)
+
+
+def _channels(value: Any) -> list[float]:
+    """One value per channel, or one of all."""
+    return [float(own) for own in value] if isinstance(value, list) else [float(value)]
+
+
 class TransformersVQ:
-    """One of `KINDS` as an image tokenizer, pixels in [-1, 1].
+    """One of `KINDS` as an image tokenizer.
 
     Attributes:
-        sha256: of the weights file.
+        sha256: of the weights file, and of the pixel range where that is not [-1, 1].
+        pixels: values of black and white.
         low_precision: whether to encode in bfloat16.
     """
 
-    def __init__(self, folder: Path, image_size: int) -> None:
-        """Loads a `save_pretrained` folder.
+    def __init__(self, folder: Path, image_size: int, pixel_range: Sequence[float] | None = None) -> None:
+        """Loads a `save_pretrained` folder; `pixel_range` (black, white) replaces that of its image processor.
 
         Raises:
             ValueError: if it cannot be read, or the image size is not a multiple of the downsampling.
@@ -70,7 +104,9 @@ class TransformersVQ:
         except Exception as error:  # safetensors and transformers raise types of their own
             raise ValueError(f"image_tokenizer.path: {folder} cannot be read by transformers: {error}") from error
         self.model.eval().requires_grad_(False)
-        self.image_size, self.sha256, self.low_precision = image_size, file_sha256(folder / WEIGHTS), False
+        self.pixels = chosen_range(pixel_range, PixelRange()) if pixel_range else stated_range(folder)
+        self.image_size, self.low_precision = image_size, False
+        self.sha256 = self.pixels.identity(file_sha256(folder / WEIGHTS))
         multiplier = 2 ** (len(self.model.config.channel_multiplier) - 1)
         if image_size % multiplier:
             raise ValueError(f"image_tokenizer.size={image_size}: expected a multiple of {multiplier}")
@@ -99,7 +135,7 @@ class TransformersVQ:
 
     @torch.no_grad()
     def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
-        pixels_BCHW = to_unit(images_uint8_BCHW.to(self.model.device))
+        pixels_BCHW = self.pixels.to_model(images_uint8_BCHW.to(self.model.device))
         sizes = {"image_sizes": [pixels_BCHW.shape[2:]] * len(pixels_BCHW)} if self._is_emu3 else {}
         with torch.autocast(pixels_BCHW.device.type, torch.bfloat16, enabled=low_precision or self.low_precision):
             tokens = self.model.encode(pixels_BCHW, **sizes).image_tokens
@@ -119,7 +155,7 @@ class TransformersVQ:
         pixels_BCHW = self.model.decode(ids_BN.view(-1, *self.grid) if self._is_emu3 else ids_BN)
         if pixels_BCHW.shape[1] != 3:  # Janus returns channels last
             pixels_BCHW = pixels_BCHW.permute(0, 3, 1, 2)
-        return to_uint8(pixels_BCHW).cpu()
+        return self.pixels.to_uint8(pixels_BCHW).cpu()
 
     @property
     def _is_emu3(self) -> bool:

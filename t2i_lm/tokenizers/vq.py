@@ -3,8 +3,11 @@
 Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids, `N` = h * w, `E` code width.
 """
 
+import hashlib
 import json
 import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +95,19 @@ class VQTokenizer:
     """An image tokenizer from a trained autoencoder, in float32.
 
     Attributes:
-        sha256: of the weights file.
+        sha256: of the weights file, and of the pixel range where that is not [-1, 1].
+        pixels: values of black and white.
         low_precision: whether to encode in bfloat16.
     """
 
-    def __init__(self, model: VQAutoencoder, image_size: int, sha256: str) -> None:
+    def __init__(self, model: VQAutoencoder, image_size: int, sha256: str, pixels: "PixelRange | None" = None) -> None:
+        self.pixels = pixels or PixelRange()
         if image_size % model.downsampling:
             raise ValueError(
                 f"image_tokenizer.size={image_size}: expected a multiple of {model.downsampling}, the downsampling"
             )
         self.model = model.eval().requires_grad_(False)
-        self.image_size, self.sha256 = image_size, sha256
+        self.image_size, self.sha256 = image_size, self.pixels.identity(sha256)
         self.low_precision = False
 
     @classmethod
@@ -124,8 +129,10 @@ class VQTokenizer:
         return cls(model, image_size, file_sha256(folder / WEIGHTS))
 
     @classmethod
-    def from_diffusers(cls, folder: Path, image_size: int) -> "VQTokenizer":
+    def from_diffusers(cls, folder: Path, image_size: int, pixel_range: Sequence[float] | None = None) -> "VQTokenizer":
         """Loads a folder in diffusers' format: `config.json` of a `VQModel` and its safetensors.
+
+        Pixels are in [-1, 1], as in all of diffusers, unless `pixel_range` (black, white) is given.
 
         Raises:
             ValueError: if a file is missing or does not match the config.
@@ -139,7 +146,8 @@ class VQTokenizer:
             raise ValueError(
                 f"image_tokenizer.path: {folder / DIFFUSERS_WEIGHTS} does not match its config: {error}"
             ) from error
-        return cls(VQAutoencoder(vq.float()), image_size, file_sha256(folder / DIFFUSERS_WEIGHTS))
+        pixels = chosen_range(pixel_range, PixelRange(source="diffusers' convention"))
+        return cls(VQAutoencoder(vq.float()), image_size, file_sha256(folder / DIFFUSERS_WEIGHTS), pixels)
 
     @property
     def vocab_size(self) -> int:
@@ -169,7 +177,7 @@ class VQTokenizer:
         """
         device = self.model.codebook.device
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision or self.low_precision):
-            latents_BEhw = self.model.latents(to_unit(images_uint8_BCHW.to(device)))
+            latents_BEhw = self.model.latents(self.pixels.to_model(images_uint8_BCHW.to(device)))
         return self.model.nearest(latents_BEhw.float()).flatten(1)
 
     @torch.no_grad()
@@ -186,7 +194,7 @@ class VQTokenizer:
                 f"[{int(ids_BN.min())}, {int(ids_BN.max())}]"
             )
         ids_Bhw = ids_BN.view(-1, height, width).to(self.model.codebook.device)
-        return to_uint8(self.model.pixels(self.model.embed(ids_Bhw))).cpu()
+        return self.pixels.to_uint8(self.model.pixels(self.model.embed(ids_Bhw))).cpu()
 
 
 class MoVQGAN(VQTokenizer):
@@ -244,6 +252,57 @@ def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({"model": vars(model.config)}, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class PixelRange:
+    """Values, by channel or of all, that a model takes for black and for white, and where that is stated."""
+
+    black: tuple[float, ...] = (-1.0,)
+    white: tuple[float, ...] = (1.0,)
+    source: str = "by definition"
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether it is [-1, 1]."""
+        values = ((-1.0, self.black), (1.0, self.white))
+        return all(abs(value - expected) < 1e-6 for expected, channels in values for value in channels)
+
+    def to_model(self, images_uint8_BCHW: Tensor) -> Tensor:
+        """uint8 pixels -> the model's values, float32."""
+        if self.is_unit:
+            return to_unit(images_uint8_BCHW)
+        black_C11, white_C11 = self._ends(images_uint8_BCHW.device)
+        return black_C11 + images_uint8_BCHW.float() / 255 * (white_C11 - black_C11)
+
+    def to_uint8(self, pixels_BCHW: Tensor) -> Tensor:
+        """The model's values -> uint8 pixels, rounded and clamped."""
+        if self.is_unit:
+            return to_uint8(pixels_BCHW)
+        black_C11, white_C11 = self._ends(pixels_BCHW.device)
+        share_BCHW = (pixels_BCHW - black_C11) / (white_C11 - black_C11)
+        return (share_BCHW.clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def identity(self, sha256: str) -> str:
+        """Hash of a tokenizer by that of its weights: the same weights give other ids in another range."""
+        if self.is_unit:
+            return sha256
+        return hashlib.sha256(json.dumps([sha256, self.black, self.white]).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        ends = [" ".join(f"{value:g}" for value in sorted({*channels})) for channels in (self.black, self.white)]
+        return f"black to white are [{ends[0]}, {ends[1]}] ({self.source})"
+
+    def _ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        black, white = (torch.tensor(channels, device=device).view(-1, 1, 1) for channels in (self.black, self.white))
+        return black, white
+
+
+def chosen_range(given: Sequence[float] | None, stated: PixelRange) -> PixelRange:
+    """The range of the key `image_tokenizer.pixel_range` where given, else the `stated` one."""
+    if given is None:
+        return stated
+    return PixelRange((float(given[0]),), (float(given[1]),), "image_tokenizer.pixel_range")
 
 
 def to_unit(images_uint8_BCHW: Tensor) -> Tensor:

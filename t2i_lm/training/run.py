@@ -18,7 +18,7 @@ from t2i_lm.config.sections import SHARDED
 from t2i_lm.data.datamodules import make_sampler
 from t2i_lm.evaluation.forgetting import BASELINE
 from t2i_lm.evaluation.report import write_report
-from t2i_lm.experiment.build import Experiment, ImageExperiment, build
+from t2i_lm.experiment.build import Experiment, ImageExperiment, build, conventions
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.models.aligned_rows import resolve_aligned_rows
 from t2i_lm.models.cross_entropy import loss_backend
@@ -134,6 +134,7 @@ def _environment(experiment: Experiment) -> dict[str, object]:
         train_samples=size,
         parameters=sum(parameter.numel() for parameter in experiment.module.parameters()),
         flop_per_token=training_flop(experiment),
+        conventions=conventions(experiment),
         **({"plugins": plugins} if plugins else {}),
     )
 
@@ -146,6 +147,8 @@ def _reopen_folder(experiment: Experiment, folder: Path, checkpoint: Path, event
 
 def _print_formula(experiment: Experiment) -> None:
     module = experiment.module
+    for line in conventions(experiment):
+        print(line, flush=True)
     if isinstance(module, DecoderModule):
         print(formula(module.decoder, module.nominal_length, device_name(experiment.config)), flush=True)
 

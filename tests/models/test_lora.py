@@ -1,6 +1,7 @@
 """LoRA (extra `lora`): trainable parameters, zero initialization, merging into plain files."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from t2i_lm.experiment.export import export
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.freeze import freeze
-from t2i_lm.models.lora import add_adapters, merge_adapters
+from t2i_lm.models.freeze import freeze, group_table
+from t2i_lm.models.huggingface import HuggingFaceDecoder
+from t2i_lm.models.lora import add_adapters, coverage, merge_adapters
 from t2i_lm.models.open_lm import decoder_config, load_open_lm
 from t2i_lm.storage.run_folder import find_run
 from t2i_lm.train import main
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 
 
@@ -79,3 +82,82 @@ def test_a_run_with_adapters_trains_reloads_and_exports_plain_weights(tiny: list
     with torch.no_grad():
         assert torch.allclose(plain(ids_BT), trained(ids_BT), atol=1e-5)
     assert "lora" in (run / "config.yaml").read_text()
+
+
+SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 1}
+SIZES |= {"max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "num_experts_per_tok": 2}
+EXPERTS = SIZES | {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16, "num_local_experts": 4}
+# Architecture, and the shares of the weights of its blocks that have an adapter and that have none.
+HELD: dict[str, tuple[dict[str, Any], float, str]] = {
+    "Llama": (EXPERTS, 1.0, ""),
+    "GPT2": (
+        {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0},
+        1.0,
+        "",
+    ),
+    "Mixtral": (EXPERTS, 0.995, "; none on body.layers.*.mlp.gate.weight (256)"),
+    "GptOss": (EXPERTS, 0.995, "; none on body.layers.*.mlp.router.weight (256)"),
+    "JetMoe": (EXPERTS | {"kv_channels": 16}, 1.0, ""),
+}
+
+
+def backbone_of(kind: str) -> HuggingFaceDecoder:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**HELD[kind][0])
+    backbone = HuggingFaceDecoder(transformers.AutoModelForCausalLM.from_config(config))
+    expand_vocabulary(backbone, 8, torch.Generator().manual_seed(2))
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_experts_and_transposed_layers_get_adapters_that_merge_exactly(kind: str) -> None:
+    backbone, ids_BT = backbone_of(kind), torch.arange(20).view(2, 10)
+    names, before = set(backbone.state_dict()), backbone(ids_BT)
+    assert coverage(backbone) is None
+    add_adapters(backbone, 2, 4.0, torch.Generator().manual_seed(3))
+    assert torch.equal(backbone(ids_BT), before)
+    said = coverage(backbone)
+    assert said is not None
+    assert said.startswith(f"adapters: on {HELD[kind][1]:.1%} of the ")
+    assert said.endswith(HELD[kind][2] or "in the matrices of the blocks")
+    assert said in group_table(backbone)
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.1)
+    backbone.loss(ids_BT[:, :-1], ids_BT[:, 1:]).total.backward()
+    assert all(parameter.grad is not None for name, parameter in backbone.named_parameters() if ".lora_" in name)
+    with torch.no_grad():
+        adapted = backbone(ids_BT)
+        assert not torch.allclose(adapted, before, atol=1e-3)
+        merge_adapters(backbone)
+        assert set(backbone.state_dict()) == names
+        assert torch.allclose(backbone(ids_BT), adapted, atol=1e-5)
+
+
+def test_lora_is_refused_where_most_weights_would_get_no_adapter() -> None:
+    backbone = backbone_of("Llama")
+    for block in backbone.body.layers:
+        block.mlp.table = torch.nn.Parameter(torch.zeros(32, 500))
+    message = r"lora\.rank=2: only 3\d\.\d% of the trainable weights .* none of body\.layers\.\*\.mlp\.table \(32,000\)"
+    with pytest.raises(ValueError, match=message):
+        add_adapters(backbone, 2, 4.0, torch.Generator())
+    for block in backbone.body.layers:
+        block.mlp.table.requires_grad_(False)
+    add_adapters(backbone, 2, 4.0, torch.Generator())
+
+
+def test_a_state_from_before_experts_had_adapters_is_read() -> None:
+    earlier, now = backbone_of("Mixtral"), backbone_of("Mixtral")
+    linear = [name for name, part in earlier.named_modules() if isinstance(part, torch.nn.Linear)]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=4.0, target_modules=linear), earlier)
+    with torch.no_grad():
+        for parameter in earlier.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.01)
+    add_adapters(now, 2, 4.0, torch.Generator())
+    now.load_state_dict(earlier.state_dict())
+    ids_BT = torch.arange(20).view(2, 10)
+    assert torch.equal(now(ids_BT), earlier(ids_BT))
+    lacking = {name: value for name, value in earlier.state_dict().items() if ".lora_" not in name}
+    with pytest.raises(RuntimeError, match="lora_A"):
+        now.load_state_dict(lacking)

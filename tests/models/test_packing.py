@@ -92,7 +92,7 @@ def test_an_image_loss_ignores_positions_after_its_last_target() -> None:
 def test_packing_leaves_a_distilled_model_unchanged() -> None:
     decoder, layout = make(VARIANTS[0])
     config = ExperimentConfig(data=DataConfig(length=LENGTH), distil=DistilConfig(weight=0.7))
-    module = DistilledModule(decoder, config, layout, document_end=2)
+    module = DistilledModule(decoder, config, layout, document_start=2)
     with torch.no_grad():
         for parameter in module.decoder.parameters():
             parameter.mul_(1.1)

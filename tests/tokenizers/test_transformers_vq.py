@@ -1,13 +1,14 @@
 """Image tokenizers of Emu3, Chameleon and Janus against transformers' own calls."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from t2i_lm.tokenizers.image import open_image_tokenizer
-from t2i_lm.tokenizers.transformers_vq import TransformersVQ
+from t2i_lm.tokenizers.image import describe_pixels, open_image_tokenizer
+from t2i_lm.tokenizers.transformers_vq import TransformersVQ, stated_range
 from t2i_lm.tokenizers.vq import to_unit
 from t2i_lm.train import main
 
@@ -50,6 +51,65 @@ def test_ids_equal_transformers_and_images_are_decoded(folder: Path) -> None:
     else:
         again = tokenizer.decode(ids_BN)
         assert (again.shape, again.dtype) == ((2, 3, 32, 32), torch.uint8)
+
+
+# preprocessor_config.json -> values of black and white.
+PROCESSORS: list[tuple[dict[str, Any], float, float]] = [
+    ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, -1, 1),
+    ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 0.00392156862745098}, -1, 1),
+    ({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, 0, 1),
+    ({"image_mean": [1.0] * 3, "image_std": [1.0] * 3, "rescale_factor": 0.0078}, -1, 0.989),  # Chameleon's
+    ({"do_rescale": False, "do_normalize": False}, 0, 255),
+    ({"image_mean": 0.25, "image_std": 0.5}, -0.5, 1.5),
+]
+
+
+@pytest.mark.parametrize(("processor", "black", "white"), PROCESSORS)
+def test_the_pixel_range_is_that_of_the_image_processor(
+    processor: dict[str, Any], black: float, white: float, tmp_path: Path
+) -> None:
+    assert stated_range(tmp_path).is_unit
+    assert "no preprocessor_config.json, the usual range" in str(stated_range(tmp_path))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    pixels = stated_range(tmp_path)
+    assert (pixels.black[0], pixels.white[0]) == pytest.approx((black, white))
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    values = pixels.to_model(every)
+    assert values.amin().item() == pytest.approx(black)
+    assert values.amax().item() == pytest.approx(white)
+    assert torch.equal(pixels.to_uint8(values), every)
+    assert torch.equal(values, to_unit(every)) == pixels.is_unit == ((black, white) == (-1, 1))
+    assert (pixels.identity("hash") == "hash") == pixels.is_unit
+
+
+def test_ids_are_those_of_the_models_own_image_processor(folder: Path) -> None:
+    usual = open_image_tokenizer(folder, 32)
+    config = {"rescale_factor": 1 / 255, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    tokenizer = open_image_tokenizer(folder, 32)
+    assert isinstance(tokenizer, TransformersVQ)
+    mean, std = (torch.tensor(config[f"image_{name}"]).view(-1, 1, 1) for name in ("mean", "std"))
+    sizes = {"image_sizes": [(32, 32)] * 2} if folder.name == "Emu3" else {}
+    expected = tokenizer.model.encode((images().float() / 255 - mean) / std, **sizes).image_tokens
+    assert torch.equal(tokenizer.encode(images()).flatten(), torch.stack(list(expected)).flatten())
+    assert "preprocessor_config.json" in describe_pixels(tokenizer)
+    assert tokenizer.sha256 != usual.sha256
+    chosen = open_image_tokenizer(folder, 32, pixel_range=[-1, 1])
+    assert torch.equal(chosen.encode(images()), usual.encode(images()))
+    assert chosen.sha256 == usual.sha256
+    assert describe_pixels(chosen).endswith("[-1, 1] (image_tokenizer.pixel_range)")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"image_mean": "x", "image_std": 1}', '{"image_mean": 0, "image_std": 0}']
+)
+def test_a_processor_that_states_no_range_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"image_tokenizer\.path: .*preprocessor_config\.json states no pixel range"):
+        stated_range(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": 0, "image_std": -1}')
+    with pytest.raises(ValueError, match=r"states \(-?0.0,\) for black and \(-1.0,\) for white"):
+        stated_range(tmp_path)
 
 
 def test_damage_and_wrong_sizes_are_named(folder: Path) -> None:

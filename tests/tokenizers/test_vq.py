@@ -5,7 +5,7 @@ import torch
 from diffusers.models.autoencoders.vq_model import VQModel
 
 from t2i_lm.config.sections import VQModelConfig
-from t2i_lm.tokenizers.image import open_image_tokenizer
+from t2i_lm.tokenizers.image import describe_pixels, open_image_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer, save_tokenizer, to_uint8, to_unit
 
 
@@ -94,9 +94,20 @@ def test_a_diffusers_folder_gives_the_same_ids_as_diffusers_own_model(tmp_path: 
     ids_BN = tokenizer.encode(images)
     _, _, (_, _, expected) = vq.eval().quantize(vq.encode(to_unit(images)).latents)
     assert torch.equal(ids_BN.flatten(), expected.flatten())
+    assert describe_pixels(tokenizer).endswith("black to white are [-1, 1] (diffusers' convention)")
+    halved = open_image_tokenizer(tmp_path, 32, pixel_range=[0, 1])
+    _, _, (_, _, expected) = vq.quantize(vq.encode(images.float() / 255).latents)
+    assert torch.equal(halved.encode(images).flatten(), expected.flatten())
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="does not match its config"):
         open_image_tokenizer(tmp_path, 32)
+
+
+def test_a_pixel_range_of_ones_own_tokenizer_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(PatchedVQ(VQModelConfig(block_out_channels=[16, 16], codes=32)), tmp_path, torch.float32)
+    assert describe_pixels(open_image_tokenizer(tmp_path, 32)).endswith("[-1, 1] (by definition)")
+    with pytest.raises(ValueError, match=r"image_tokenizer\.pixel_range=\[0, 1\]: expected null"):
+        open_image_tokenizer(tmp_path, 32, pixel_range=[0, 1])
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from t2i_lm.runtime.devices import global_rank, world_size
 from t2i_lm.runtime.plugins import SOURCE, find_plugin
 from t2i_lm.runtime.progress import Advance, progress
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
+from t2i_lm.tokenizers.documents import document_key
 from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
 
 # Increment when the content of shards changes, so that older caches are not reused.
@@ -222,15 +223,17 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
     if data.val_path is None:
         raise ValueError("data.val_path=null: held-out text is required, for example data.val_path=heldout.txt.gz")
     path = config.text_tokenizer.path
-    text = open_text_tokenizer(path or _train_text_tokenizer(config))
-    folder = cache_folder(config, {"text": text.sha256})
+    settings = config.text_tokenizer
+    text = open_text_tokenizer(path or _train_text_tokenizer(config), settings.document_start, settings.document_end)
+    documents = {name: str(value) for name, value in document_key(text).items()}
+    folder = cache_folder(config, {"text": text.sha256, **documents})
 
     def write() -> None:
         index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
         for split, key, source in (("train", "data.path", data.path), ("val", "data.val_path", data.val_path)):
             with progress(f"tokenizing {split} text", None, unit="documents") as advance:
-                documents = _counted(read_documents(str(source), key), advance)
-                index["splits"][split] = write_text_split(folder, split, documents, text, data.length)
+                texts = _counted(read_documents(str(source), key), advance)
+                index["splits"][split] = write_text_split(folder, split, texts, text, data.length)
         write_index(folder, index)
 
     write_once(folder, write)

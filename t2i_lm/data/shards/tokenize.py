@@ -20,6 +20,7 @@ from t2i_lm.data.shards.format import part_folder, read_part, text_features, wri
 from t2i_lm.data.text import paragraphs
 from t2i_lm.runtime.progress import Advance
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
+from t2i_lm.tokenizers.documents import document_start
 from t2i_lm.tokenizers.layout import IntArray
 
 # Images per call of the encoder.
@@ -91,12 +92,18 @@ def encode_images(image: ImageTokenizer, images: Iterable[Any], low_precision: b
 def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Iterator[dict[str, Any]]:
     """Rows of `length` + 1 ids over a stream of documents; `bytes` is the UTF-8 size of the row's targets.
 
-    A document is tokenized paragraph by paragraph, each followed by a blank line, and ends with `</s>`.
-    The last, incomplete row of the stream is dropped.
+    A document is tokenized paragraph by paragraph, each followed by a blank line, and ends with `document_end`. A row
+    begins with the last id of the one before, or with the beginning of a document where the model has one. The last,
+    incomplete row of the stream is dropped.
     """
-    ids: list[int] = []
-    sizes: list[float] = []
+    start = document_start(text)
+    begin = [] if start is None else [start]
+    ids: list[int] = [*begin]
+    sizes: list[float] = [0.0] * len(begin)
     for document in documents:
+        if ids != begin:
+            ids += begin
+            sizes += [0.0] * len(begin)
         for paragraph in paragraphs(document):
             piece_ids = text.encode(f"{paragraph}\n\n")
             ids += piece_ids
@@ -106,7 +113,8 @@ def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Ite
         sizes.append(0.0)
         while len(ids) > length:
             yield {"text_ids": ids[: length + 1], "bytes": round(sum(sizes[1 : length + 1]))}
-            del ids[:length], sizes[:length]
+            done = length + len(begin)
+            ids[:done], sizes[:done] = begin, [0.0] * len(begin)
 
 
 def write_text_split(

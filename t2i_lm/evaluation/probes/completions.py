@@ -9,6 +9,7 @@ import torch
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.generate import continue_text
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.documents import leading_ids
 from t2i_lm.tokenizers.joint_vocab import SPECIALS
 
 # Table 1: a fact, and three examples of a translation.
@@ -31,7 +32,7 @@ def complete(decoder: Backbone, text: TextTokenizer, prompt: str, tokens: int, l
         tokens: maximum length of the completion in ids; it ends earlier with the document.
         limit: positions of the model.
     """
-    ids = [text.document_end, *text.encode(prompt)][-max(1, limit - tokens) :]
+    ids, _ = leading_ids(text, text.encode(prompt), max(1, limit - tokens))
     prompt_T = torch.tensor(ids, device=decoder.output.text.device)
     result = {"prompt": prompt}
     for name, all_rows in (("masked", False), ("unmasked", True)):

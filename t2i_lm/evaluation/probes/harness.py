@@ -1,7 +1,7 @@
 """A decoder as a model of lm-evaluation-harness (extra `lm-eval`): its requests, computed by this suite's own code.
 
-Every text stands at the beginning of a document, after the tokenizer's end of document, as in training on text and in
-the other probes. Ids beyond the model's positions are cut on the left, as by the harness' own models.
+Every text stands at the beginning of a document, behind what the model was trained behind, as in training on text and
+in the other probes. Ids beyond the model's positions are cut on the left, as by the harness' own models.
 
 Shapes: `B` texts, `N` targets, `D` width, `V` vocabulary.
 """
@@ -22,6 +22,7 @@ from t2i_lm.evaluation.probes.scores import POSITIONS, score_continuations
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.generate import prefill
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.documents import context_id, leading_ids
 from t2i_lm.tokenizers.text import MAX_CHARACTERS
 
 # Sequences per step of the progress bar.
@@ -53,7 +54,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
         owners = []
         for owner, request in enumerate(requests):
             ids = self._encode(request.args[0])
-            for window in get_rolling_token_windows(ids, self._text.document_end, self._limit, 1):
+            for window in get_rolling_token_windows(ids, context_id(self._text), self._limit, 1):
                 context, target = make_disjoint_window(window)
                 options.append(([*context, *target], len(context)))
                 owners.append(owner)
@@ -80,8 +81,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
                 raise ValueError(
                     f"task {request.task_name}: max_gen_toks={tokens}, but the backbone has {self._limit} positions"
                 )
-            ids = [self._text.document_end, *self._text.encode(context[-MAX_CHARACTERS:])]
-            prompts.append(torch.tensor(ids[-(self._limit - tokens) :]))
+            ids, _ = leading_ids(self._text, self._text.encode(context[-MAX_CHARACTERS:]), self._limit - tokens)
+            prompts.append(torch.tensor(ids))
             limits.append(tokens)
             stops.append([stop for stop in kwargs["until"] if stop])
         answers: dict[int, str] = {}
@@ -92,7 +93,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
         return [answers[number] for number in range(len(requests))]
 
     def _option(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Ids after the end of a document, and the index of the first one that is scored."""
+        """Ids at the beginning of a document, and the index of the first one that is scored."""
         stripped = context.rstrip()  # in the harness, a space before a word belongs to the word
         continuation = context[len(stripped) :] + continuation
         # The tokenizer's limit; text further to the left has no position anyway.

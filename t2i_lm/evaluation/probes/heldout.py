@@ -47,17 +47,30 @@ def heldout_rows(
     return ids_RT, sum(row["bytes"] for row in chosen)
 
 
-def text_losses(decoder: Backbone, ids_RT: Tensor) -> dict[str, list[float]]:
+def text_losses(decoder: Backbone, ids_RT: Tensor, start: int | None = None) -> dict[str, list[float]]:
     """Mean nll per row, nats/token: `all_rows`, and `text_rows` renormalized to the text rows of the vocabulary.
 
-    Rows are equally long, so the mean over rows is the loss of all targets; standard errors are taken over rows, since
-    the targets of one row are not independent.
+    The mean over rows is the loss of all targets; standard errors are taken over rows, since the targets of one row are
+    not independent. A `start`, the beginning of a document, is no target: nothing before it foretells it.
     """
     losses: dict[str, list[float]] = {"all_rows": [], "text_rows": []}
+    targets = target_count(ids_RT, start)
     for part_BT in torch.split(ids_RT, max(1, POSITIONS // ids_RT.shape[1])):
         target_BT = torch.ones_like(part_BT, dtype=torch.bool)
         target_BT[:, 0] = False
+        if start is not None:
+            target_BT &= part_BT != start
         scores = score_targets(decoder, part_BT, target_BT)
         for name, nll_N in (("all_rows", scores.all_rows_N), ("text_rows", scores.text_rows_N)):
-            losses[name] += nll_N.view(len(part_BT), -1).mean(dim=1).tolist()
+            if start is None:
+                losses[name] += nll_N.view(len(part_BT), -1).mean(dim=1).tolist()
+            else:  # rows may have different numbers of targets
+                sums = [float(own_N.sum()) for own_N in torch.split(nll_N, target_BT.sum(dim=1).tolist())]
+                losses[name] += [total * len(ids_RT) / targets for total in sums]
     return losses
+
+
+def target_count(ids_RT: Tensor, start: int | None = None) -> int:
+    """Number of targets of `text_losses`."""
+    targets_RT = ids_RT[:, 1:]
+    return targets_RT.numel() if start is None else int((targets_RT != start).sum())

@@ -8,7 +8,7 @@ A task is a file NAME.jsonl or NAME.jsonl.gz; its lines have one of three forms:
 
 Zero-shot. A query that ends with a newline (ARC, PIQA) is followed by `Answer:`; every other continuation follows after
 a space. A continuation is scored from the first id in which context and context + continuation differ. Every text
-stands at the beginning of a document, after the tokenizer's end of document.
+stands at the beginning of a document, behind what the model was trained behind (`tokenizers/documents.py`).
 
 Torch is imported late: commands read the files before they load a model.
 """
@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from t2i_lm.tokenizers.documents import leading_ids
 
 if TYPE_CHECKING:
     from t2i_lm.evaluation.probes.scores import TargetScores
@@ -139,7 +141,7 @@ def _require_text(key: str, value: Any) -> None:
 
 
 def encode_option(text: "TextTokenizer", context: str, continuation: str, limit: int) -> tuple[list[int], int]:
-    """Ids of an option after the end of a document, and the index of the first one that is scored.
+    """Ids of an option at the beginning of a document, and the index of the first one that is scored.
 
     A context that does not fit into `limit` ids is cut on the left.
     """
@@ -147,9 +149,8 @@ def encode_option(text: "TextTokenizer", context: str, continuation: str, limit:
     first = 0
     while first < min(len(before), len(whole) - 1) and before[first] == whole[first]:
         first += 1
-    ids, first = [text.document_end, *whole], first + 1
-    over = max(0, len(ids) - limit)
-    return ids[over:], max(1, first - over)
+    ids, over = leading_ids(text, whole, limit)
+    return ids, max(1, first + 1 - over)
 
 
 def answer(decoder: "Backbone", text: "TextTokenizer", task: Task, limit: int) -> dict[str, list[float]]:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from t2i_lm.config.sections import ForgettingConfig
 from t2i_lm.evaluation.probes.completions import PROMPTS, complete
-from t2i_lm.evaluation.probes.heldout import heldout_rows, text_losses
+from t2i_lm.evaluation.probes.heldout import heldout_rows, target_count, text_losses
 from t2i_lm.evaluation.probes.questions import Task, answer, read_tasks
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.documents import document_key, document_start
 
 # One value per row or question, by group (`text`, `tasks/NAME`) and by name in it.
 Values = dict[str, dict[str, list[float]]]
@@ -73,7 +74,7 @@ class Probes:
         if settings.text is not None:
             if self._rows is None:
                 self._rows = heldout_rows(settings.text, self.text, settings.rows, settings.length, self._documents)
-            values["text"] = text_losses(decoder, self._rows[0])
+            values["text"] = text_losses(decoder, self._rows[0], document_start(self.text))
         if self._tasks is None:
             self._tasks = [] if settings.tasks is None else read_tasks(Path(settings.tasks), settings.questions)
         for task in self._tasks:
@@ -107,19 +108,20 @@ class Probes:
         """Sizes of the held-out text; adds bits per byte, comparable across vocabularies, to the entry."""
         assert self._rows is not None
         ids_RT, size = self._rows
-        targets = ids_RT.shape[0] * (ids_RT.shape[1] - 1)
+        targets = target_count(ids_RT, document_start(self.text))
         for values in entry.values():
             values["bits_per_byte"] = values["nll"] * targets / math.log(2) / size
         return {"rows": len(ids_RT), "targets": targets}
 
     def _identity(self) -> dict[str, str]:
-        """Hashes of the text tokenizer, of the ids of all rows, and of each task's questions."""
+        """Hashes of the text tokenizer, of the ids of all rows, and of each task's questions; a stated document."""
         identity = {f"tasks/{task.name}": task.sha256 for task in self._tasks or ()}
         if self._rows is not None:
             ids_RT, _ = self._rows
             content = f"{list(ids_RT.shape)} ".encode() + ids_RT.numpy().tobytes()
             identity["text"] = hashlib.sha256(content).hexdigest()
-        return {"text_tokenizer": self.text.sha256, **identity}
+        stated = {name: json.dumps(value) for name, value in document_key(self.text).items()}
+        return {"text_tokenizer": self.text.sha256, **stated, **identity}
 
     def _before(self, values: Values) -> tuple[Values, str | None]:
         """Values before training of the current rows and questions, and a note on those without.
@@ -136,7 +138,7 @@ class Probes:
         if "identity" not in before:  # written by an earlier version
             return {}, f"no change for any value: {name} has no hashes of its rows and questions"
         differing = {key for key, value in identity.items() if before["identity"].get(key) != value}
-        other = [group for group in values if differing & {group, "text_tokenizer"}]
+        other = [group for group in values if differing & {group, "text_tokenizer", "documents"}]
         earlier = {group: before["values"][group] for group in values if group not in other}
         if not other:
             return earlier, None
