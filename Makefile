@@ -24,7 +24,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no
 BENCHMARKS := train_step head generate loader trainer_overhead fid
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-quick docs tensorboard figures open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch clean
+.PHONY: help setup check test test-quick docs architectures tensorboard figures open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
 
 docs: $(STAMP)  ## docs/configuration.md from the docstrings of the config
 	$(PY) -c "from t2i_lm.config.reference import write_reference; write_reference()"
+
+architectures: $(STAMP)  ## which architectures of transformers work, into docs/models.md (about 10 minutes)
+	$(PY) -m tests.models.architectures $(ARGS)
 
 tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost

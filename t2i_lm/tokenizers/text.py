@@ -100,6 +100,13 @@ class JsonTokenizer:
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     @property
+    def encoded_size(self) -> int:
+        """Size of the smallest vocabulary with all ids that encoding produces: without special tokens at the end."""
+        ids = set(self._tokenizer.get_vocab(with_added_tokens=False).values())
+        added = self._tokenizer.get_added_tokens_decoder()
+        return 1 + max(ids | {number for number, token in added.items() if not token.special}, default=-1)
+
+    @property
     def document_end(self) -> int:
         ends = (self._tokenizer.token_to_id(token) for token in self.DOCUMENT_ENDS)
         found = next((end for end in ends if end is not None), None)
