@@ -133,7 +133,9 @@ class HuggingFaceDecoder(Backbone):
         super().__init__()
         name = type(causal_lm).__name__
         embedding, head = token_modules(causal_lm)
-        rows, head_rows, own_config = embedding.weight, head.weight, causal_lm.config
+        rows: Any = embedding.weight
+        head_rows: Any = head.weight
+        own_config = causal_lm.config
         if getattr(own_config, "rescale_every", 0):
             own_config.rescale_every = 0  # RWKV would change its weights at each change between training and evaluation
         expected = own_logits(causal_lm) if checked and not rows.is_meta else None

@@ -53,7 +53,7 @@ def base_folder(folder: Path) -> Path | None:
     found = next((place for place in places if (place / "config.json").is_file()), None)
     if found is None:
         raise ValueError(
-            f"backbone.path: {folder} is a peft adapter of {named or 'no named model'}, which is no model's folder here; "
+            f"backbone.path: {folder} is a peft adapter of {named or 'no named model'}, which is no folder of a model; "
             f"set base_model_name_or_path in {ADAPTER} to that folder, or merge the adapter"
         )
     return found

@@ -147,6 +147,7 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
             raise ValueError(f"{path} requires a model config: pass open_lm's model JSON or put config.json beside it")
     decoder = Decoder(decoder_config(config))
     try:
+        state: Mapping[str, Tensor]
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:

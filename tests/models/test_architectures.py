@@ -1,5 +1,6 @@
 """One architecture of transformers per mechanism the whole way, and the table of all in docs/models.md."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from t2i_lm.evaluation.probes.scores import score_targets
+from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.huggingface import HuggingFaceDecoder
 from t2i_lm.models.huggingface_folder import load_huggingface
 from tests.models import architectures
@@ -74,6 +77,37 @@ def test_new_rows_are_scaled_as_the_embedding_scales_its_own(kind: str, dtype: t
     assert torch.equal(scaled, embedding(ids_BT))
     assert not torch.equal(scaled, rows[ids_BT])
     assert "row_scale" not in " ".join(decoder.state_dict())
+
+
+def test_an_output_bias_counts_in_every_loss_and_score() -> None:
+    decoder = HuggingFaceDecoder(architectures.build_small("phi")).eval()
+    assert decoder.output.bias is not None
+    with torch.no_grad():
+        decoder.output.bias.normal_()
+    vocab = expand_vocabulary(decoder, 30, torch.Generator().manual_seed(1))
+    ids_BT = torch.cat([architectures.text_ids(), torch.full((2, 1), vocab.image_offset + 3)], dim=1)
+    logits_BTV = decoder(ids_BT[:, :-1])
+    expected_N = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
+    loss = decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:])
+    assert torch.allclose(loss.nll_N, expected_N, atol=1e-5)
+    loss.total.backward()
+    bias, gradient = decoder.output.bias, decoder.output.bias.grad
+    decoder.output.bias.grad = None
+    (wanted,) = torch.autograd.grad(expected_N.sum(), bias)
+    assert gradient is not None
+    assert torch.allclose(gradient, wanted, atol=1e-5)
+    scores = score_targets(decoder, ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+    assert torch.allclose(scores.all_rows_N.float(), expected_N, atol=1e-5)
+
+
+def test_a_copy_shares_nothing() -> None:
+    decoder = HuggingFaceDecoder(architectures.build_small("gemma")).eval()
+    teacher, ids_BT = copy.deepcopy(decoder), architectures.text_ids()
+    expected = decoder(ids_BT)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.zero_()
+    assert torch.equal(teacher(ids_BT), expected)
 
 
 def test_an_encoder_is_refused_and_what_logits_do_not_depend_on_is_frozen(tmp_path: Path) -> None:

@@ -216,9 +216,7 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     for named in ("meta-llama/Llama-3.1-8B", None):
         (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
-        own = (
-            f"is a peft adapter of {named or 'no named model'}, which is no model's folder here; set base_model_name_or"
-        )
+        own = f"is a peft adapter of {named or 'no named model'}, which is no folder of a model; set base_model_name_or"
         assert own in refusal(folder)
 
 
