@@ -111,11 +111,13 @@ class HuggingFaceDecoder(Backbone):
     Attributes:
         body: the model without embedding and head; what its logits do not depend on, such as attention to an encoder,
             is frozen.
+        first_position: number of the first position, where the model does not number those after a cache; else None.
         row_scale: what its embedding does to rows, stored as they are; None where nothing.
         has_whole_body: whether it is the whole class, as where there are weights beside the head, or its base model.
     """
 
     config: HuggingFaceShape
+    first_position: int | None = None
     _causal_lm: Any
     _arguments: frozenset[str]
 
@@ -201,16 +203,23 @@ class HuggingFaceDecoder(Backbone):
             raise ValueError(f"position {end} is past the backbone's {self.config.seq_len}")
         if self.row_scale is not None:
             embedded_BTD = self.row_scale(embedded_BTD)
-        options = {"use_cache": cache is not None} if "use_cache" in self._arguments else {}
+        options: dict[str, Any] = {"use_cache": cache is not None} if self.takes("use_cache") else {}
         if cache is None:
             return self._causal_lm(inputs_embeds=embedded_BTD, **options).logits  # type: ignore[no-any-return]
         if cache.prefix_BTD is not None:
             embedded_BTD = torch.cat([cache.prefix_BTD, embedded_BTD], dim=1)
+        elif self.first_position is not None and cache.seen:
+            positions_T = torch.arange(cache.seen, end, device=embedded_BTD.device) + self.first_position
+            options["position_ids"] = positions_T.expand(len(embedded_BTD), -1)
         output = self._causal_lm(inputs_embeds=embedded_BTD, **options, **cache.carried)
-        cache.carried = {key: value for key, value in output.items() if key in self._arguments and value is not None}
+        cache.carried = {key: value for key, value in output.items() if self.takes(key) and value is not None}
         cache.prefix_BTD = None if cache.carried else embedded_BTD
         cache.seen = end
         return output.logits[:, -new:]  # type: ignore[no-any-return]
+
+    def takes(self, argument: str) -> bool:
+        """Whether the model has an argument of this name."""
+        return argument in self._arguments
 
     def train(self, mode: bool = True) -> "HuggingFaceDecoder":
         super().train(mode)

@@ -89,7 +89,7 @@ def require_own_logits(decoder: Any, name: str, expected: Expected) -> None:
         named = next((f" ({key} in its config)" for key in sorted(keys, key=lambda key: "final" not in key)), "")
         raise ValueError(f"backbone: {name} caps or shifts its logits{named}, which is not supported")
     _require(decoder, name, "outside its output rows", False, expected)
-    _require(decoder, name, "with its cache", True, expected)
+    _require_cache(decoder, name, expected)
     if versions != [tensor._version for tensor in decoder.parameters()]:
         raise ValueError(f"backbone: {name} changes its weights when it computes logits, which is not supported")
 
@@ -111,6 +111,19 @@ def unused_parameters(decoder: Any, expected: Expected) -> dict[str, nn.Paramete
         for name, parameter in decoder.named_parameters()
         if id(parameter) not in used and sum(part.isdigit() for part in name.split(".")) < 2
     }
+
+
+def _require_cache(decoder: Any, name: str, expected: Expected) -> None:
+    """Chooses how positions are numbered after a cache: by the model, else as its `generate` does, else after a pad."""
+    pad = getattr(decoder.hf_config, "pad_token_id", None)
+    faults = []
+    for first in (None, 0, (pad or 0) + 1) if decoder.takes("position_ids") else (None,):
+        decoder.first_position = first
+        try:
+            return _require(decoder, name, "with its cache", True, expected)
+        except ValueError as error:
+            faults.append(error)
+    raise faults[0]
 
 
 def _require(decoder: Any, name: str, where: str, cached: bool, expected: Expected) -> None:

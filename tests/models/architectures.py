@@ -11,6 +11,7 @@ a second each and exceed every window, so that a cache must forget too.
 import argparse
 import inspect
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -240,7 +241,8 @@ def _reason(message: str, name: str, folder: str) -> str:
     assert "\n" not in message, message
     for part in (f"backbone.path: {folder}/model", ": ", f"{name} "):
         message = message.removeprefix(part)
-    return message.replace(name, "it").replace(folder, "")
+    measured = re.sub(r" \(they differ by .*?\)", "", message.removesuffix(", which is not supported"))
+    return measured.replace(name, "it").replace(folder, "")
 
 
 def table(results: list[Result]) -> str:
