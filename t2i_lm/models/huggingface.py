@@ -8,7 +8,7 @@ Shapes: `B` batch, `T` tokens, `D` width.
 
 import copy
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -138,8 +138,6 @@ class HuggingFaceDecoder(Backbone):
         rows: Any = embedding.weight
         head_rows: Any = head.weight
         own_config = causal_lm.config
-        if getattr(own_config, "rescale_every", 0):
-            own_config.rescale_every = 0  # RWKV would change its weights at each change between training and evaluation
         expected = own_logits(causal_lm) if checked and not rows.is_meta else None
         self.hf_config = own_config
         lists = {len(part) for part in causal_lm.modules() if isinstance(part, nn.ModuleList)}
@@ -181,6 +179,8 @@ class HuggingFaceDecoder(Backbone):
         self._arguments = frozenset(arguments)
         if expected is not None:
             require_own_logits(self, name, expected)
+            if self.first_position:  # its table begins with rows for pads
+                self.config = replace(self.config, seq_len=self.config.seq_len - self.first_position)
             for parameter in unused_parameters(self, expected).values():  # DDP would wait for their gradients
                 parameter.requires_grad_(False)
         self.train()

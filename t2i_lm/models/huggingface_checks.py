@@ -32,13 +32,15 @@ def own_logits(causal_lm: Any) -> Expected:
     The second sequence is the first but for one token; no special ids occur.
 
     Raises:
-        ValueError: if the model cannot compute logits, or if later tokens change those of earlier ones.
+        ValueError: if the model cannot compute logits, if these change its weights, or if later tokens change those of
+            earlier ones.
     """
     name, config = type(causal_lm).__name__, causal_lm.config
     rows = causal_lm.get_input_embeddings().weight
     special = {value for key, value in config.to_dict().items() if key.endswith("token_id") and isinstance(value, int)}
     ids_V = torch.tensor([token for token in range(min(len(rows), 10_000)) if token not in special] or [0])
     causal_lm.eval()
+    versions = [tensor._version for tensor in causal_lm.parameters()]
     expected = []
     for draw in range(DRAWS):
         order = torch.Generator().manual_seed(draw)
@@ -57,6 +59,8 @@ def own_logits(causal_lm: Any) -> Expected:
                 "not supported"
             )
         expected.append((ids_BT, logits_BTV))
+    if versions != [tensor._version for tensor in causal_lm.parameters()]:  # as RWKV, which halves them in evaluation
+        raise ValueError(f"backbone: {name} changes its weights when it computes logits, which is not supported")
     if all(_differ(logits[0, : READ - 1], logits[1, : READ - 1]) > TOLERANCE for _, logits in expected):
         raise ValueError(
             f"backbone: {name} computes other logits where a later token differs, so it is no causal language model "
@@ -73,7 +77,6 @@ def require_own_logits(decoder: Any, name: str, expected: Expected) -> None:
         ValueError: naming the model's class and what differs.
     """
     decoder.eval()
-    versions = [tensor._version for tensor in decoder.parameters()]
     ids_BT = expected[0][0]
     try:
         hidden_BTD = decoder.hidden(ids_BT)
@@ -90,8 +93,6 @@ def require_own_logits(decoder: Any, name: str, expected: Expected) -> None:
         raise ValueError(f"backbone: {name} caps or shifts its logits{named}, which is not supported")
     _require(decoder, name, "outside its output rows", False, expected)
     _require_cache(decoder, name, expected)
-    if versions != [tensor._version for tensor in decoder.parameters()]:
-        raise ValueError(f"backbone: {name} changes its weights when it computes logits, which is not supported")
 
 
 def unused_parameters(decoder: Any, expected: Expected) -> dict[str, nn.Parameter]:

@@ -7,6 +7,7 @@ weights are errors in one line.
 import copy
 import json
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -89,10 +90,15 @@ def empty_huggingface(folder: Path) -> HuggingFaceDecoder:
 
 
 def _decoder(model: Any, where: str) -> HuggingFaceDecoder:
+    """Admits a model, and notes what of it is frozen."""
     try:
-        return HuggingFaceDecoder(model)
+        decoder = HuggingFaceDecoder(model)
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).removeprefix('backbone: ')}") from error
+    frozen = [name for name, parameter in decoder.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        print(f"note: {where} has {_listed(frozen)} without effect on its logits, which stay frozen", file=sys.stderr)
+    return decoder
 
 
 def save_huggingface(decoder: HuggingFaceDecoder, folder: Path, dtype: torch.dtype) -> None:
