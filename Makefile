@@ -24,7 +24,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no
 BENCHMARKS := train_step head generate loader trainer_overhead fid
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-quick docs tensorboard figures study open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch clean
+.PHONY: help setup check test test-quick docs architectures tensorboard figures study open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ docs: $(STAMP)  ## docs/configuration.md from the docstrings of the config
 
 study: $(STAMP)  ## every run of experiments/study.yaml that is missing, then tables and figures: SEEDS=1 JOBS=2
 	$(PY) -m t2i_lm.study experiments/study.yaml --jobs $(or $(JOBS),1) $(if $(SEEDS),--seeds $(SEEDS)) run.dir=$(RUNS) $(ARGS)
+
+architectures: $(STAMP)  ## which architectures of transformers work, into docs/models.md (about 10 minutes)
+	$(PY) -m tests.models.architectures $(ARGS)
 
 tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost

@@ -1,5 +1,6 @@
 """From an ExperimentConfig to its module, tokenizers and data."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,11 +144,7 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
     """
     text, image = open_text(config), open_image(config, local_rank())
     decoder = build_backbone(config)
-    if text.vocab_size > decoder.config.vocab_size:
-        raise ValueError(
-            f"text_tokenizer.path has {text.vocab_size} pieces but the backbone {decoder.config.vocab_size} rows: "
-            "this is not the tokenizer that the backbone was trained with"
-        )
+    require_own_tokenizer(text, decoder.config.vocab_size)
     rows = config.image_rows
     source = ImageRowSource(
         image.codebook if rows == "codebook" else None,
@@ -157,15 +154,37 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
     return decoder, vocab, text, image
 
 
+def require_own_tokenizer(text: TextTokenizer, rows: int) -> None:
+    """Checks that a backbone has a row for every id that encoding produces; notes other ids without a row.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if text.vocab_size <= rows:
+        return
+    encoded = max(getattr(text, "encoded_size", text.vocab_size), text.document_end + 1)
+    if encoded > rows:
+        raise ValueError(
+            f"text_tokenizer.path has {text.vocab_size} pieces but the backbone {rows} rows: this is not the tokenizer "
+            "that the backbone was trained with"
+        )
+    print(
+        f"note: {text.vocab_size - rows} special tokens of text_tokenizer.path have no row in the backbone; no text is "
+        "encoded as one",
+        file=sys.stderr,
+    )
+
+
 def build_model(config: ExperimentConfig) -> ImageModel:
     """The expanded decoder as a text-to-image or an unconditional model, without data."""
     decoder, vocab, text, image = build_expanded(config)
     choose_trained(decoder, config)
     prepare_blocks(decoder, config)
     if config.loss_rows == "image" and not decoder.config.weight_tying:
-        for rows in (decoder.output.text, decoder.output.special):  # unused, and DDP would wait for their gradients
-            assert rows is not None
-            rows.requires_grad_(False)
+        # Unused, and DDP would wait for their gradients.
+        for rows in (decoder.output.text, decoder.output.bias, decoder.output.special):
+            if rows is not None:
+                rows.requires_grad_(False)
     image_tokens = image.grid[0] * image.grid[1]
     if config.task == "unconditional":
         image_layout = ImageLayout(vocab, image_tokens)

@@ -31,7 +31,8 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.factory import decoder_architecture, huggingface_folder
 from t2i_lm.models.generate import continue_text
-from t2i_lm.models.huggingface import HuggingFaceDecoder, load_huggingface, require_transformers, save_huggingface
+from t2i_lm.models.huggingface import HuggingFaceDecoder, require_transformers
+from t2i_lm.models.huggingface_folder import load_huggingface, save_huggingface
 from t2i_lm.models.lora import merge_adapters
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.models.transformers_export import FORMAT, require_equivalent, save_transformers

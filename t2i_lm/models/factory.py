@@ -16,7 +16,7 @@ from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.float8 import float8_layers
 from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.fsdp import blocks_of
-from t2i_lm.models.huggingface import empty_huggingface, is_huggingface, load_huggingface
+from t2i_lm.models.huggingface_folder import base_folder, empty_huggingface, is_huggingface, load_huggingface
 from t2i_lm.models.lora import add_adapters
 from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
 from t2i_lm.runtime.devices import can_compile
@@ -38,6 +38,9 @@ def copy_text_rows(source: Backbone, target: Backbone) -> None:
     """Gives `target` the embedding and output rows of `source`, both unexpanded."""
     target.tok_embeddings.text.copy_(source.tok_embeddings.text)
     target.output.text.copy_(source.output.text)
+    if source.output.bias is not None:
+        assert target.output.bias is not None
+        target.output.bias.copy_(source.output.bias)
 
 
 def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig:
@@ -59,12 +62,29 @@ def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig
     return replace(known, seq_len=max(known.seq_len, backbone.seq_len or 0, length))
 
 
+# Weights in formats of other programs.
+UNREADABLE = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".mlmodel", ".nemo")
+
+
 def huggingface_folder(config: ExperimentConfig) -> Path | None:
-    """The folder of a `transformers` model, from `backbone.config` or else `backbone.path`; None for open_lm."""
-    named = config.backbone.config or config.backbone.path
+    """The folder of a `transformers` model, from `backbone.config` or else `backbone.path`; None for open_lm.
+
+    Raises:
+        ValueError: if the path is a file of such a folder, or of another program.
+    """
+    key, named = next(
+        ((key, value) for key in ("config", "path") if (value := getattr(config.backbone, key)) is not None), ("", None)
+    )
     if named is None or named in PRESETS:
         return None
     folder = resolve(named)
+    if folder.suffix in UNREADABLE and folder.is_file():
+        raise ValueError(
+            f"backbone.{key}={named}: {folder.suffix} files are not read; expected a transformers folder with "
+            "safetensors or .bin weights, or open_lm's .pt or safetensors"
+        )
+    if folder.is_file() and (key == "path" or folder.name == "config.json") and is_huggingface(folder.parent):
+        raise ValueError(f"backbone.{key}={named}: a file of a transformers model; give its folder, {folder.parent}")
     return folder if is_huggingface(folder) else None
 
 
@@ -183,7 +203,12 @@ def weights_hashes(config: ExperimentConfig) -> dict[str, str] | None:
     path = config.backbone.path
     if path is None or config.init == "random":
         return None
-    return {path: _PLUGIN_SHA256[path]} if is_plugin(path) else weights_sha256(resolve(path))
+    if is_plugin(path):
+        return {path: _PLUGIN_SHA256[path]}
+    folder = resolve(path)
+    base = base_folder(folder)
+    below = {} if base is None else {f"base/{name}": value for name, value in weights_sha256(base).items()}
+    return weights_sha256(folder) | below
 
 
 def random_backbone(config: ExperimentConfig) -> Backbone:

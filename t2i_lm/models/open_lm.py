@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i_lm.models.decoder import Decoder, DecoderConfig
+from t2i_lm.models.wrapped_names import unwrapped_state
 
 _NEOX = {"vocab_size": 50432, "seq_len": 2048}
 # Width, layers and heads of open_lm's own model files at commit 9bb92ef.
@@ -46,6 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{name: _preset(size, "rotary") for name, size in _SIZES.items()},
     "open_lm_1b_old": _preset(_SIZES["open_lm_1b"], "head_rotary"),
 }
+# Keys of a `.pt` that hold tensors: open_lm's own, and those of other trainers.
+HOLDERS = ("state_dict", "model", "module")
 # Upstream registers the projections of its GELU layer twice.
 GELU_TWINS = {"_ff_w1.": "feed_forward.0.", "_ff_w2.": "feed_forward.2."}
 
@@ -102,9 +105,7 @@ def load_open_lm_state(decoder: Decoder, state: Mapping[str, Tensor], origin: st
     Raises:
         ValueError: naming the first missing, unknown or wrongly shaped tensor.
     """
-    state = {
-        name: tensor for raw, tensor in state.items() if not (name := raw.removeprefix("module.")).endswith("inv_freq")
-    }
+    state = {name: tensor for name, tensor in unwrapped_state(state, origin).items() if not name.endswith("inv_freq")}
     for twin, own_name in GELU_TWINS.items():
         state = {name.replace(twin, own_name): tensor for name, tensor in state.items()}
     renamed = {"tok_embeddings.weight": "tok_embeddings.text", "output.weight": "output.text"}
@@ -129,7 +130,7 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
 
     Args:
         path: an open_lm `.pt` (tensors under `state_dict`, read with `weights_only=True`), a safetensors
-            file, or a folder with one of them.
+            file, or a folder with one of them. `module.`, `_orig_mod.` and the like are dropped from names.
         config: open_lm's model JSON (path or dict) or a preset's name; by default `config.json` beside `path`.
 
     Raises:
@@ -146,17 +147,31 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
             raise ValueError(f"{path} requires a model config: pass open_lm's model JSON or put config.json beside it")
     decoder = Decoder(decoder_config(config))
     try:
+        state: Mapping[str, Tensor]
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            state = saved.get("state_dict", saved)
+            state = _tensors(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} contains more than tensors and is not loaded (weights_only failed)") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     load_open_lm_state(decoder, state, str(path))
     return decoder.float()
+
+
+def _tensors(saved: Any) -> Mapping[str, Tensor]:
+    """The tensors of an unpickled checkpoint.
+
+    Raises:
+        ValueError: naming what is there instead.
+    """
+    held = {key: saved[key] for key in HOLDERS if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping)}
+    state = next(iter(held.values()), saved)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        found = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"expected tensors by name, at the top or in {', '.join(HOLDERS)}; found {found or 'nothing'}")
+    return state
 
 
 def weights_in(folder: Path) -> Path:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from t2i_lm.models.cross_entropy import LossBackend, TokenLoss, linear_cross_entropy
 
+# Columns that a bias adds to rows: one used, the rest zeros, because GPUs multiply multiples of eight fastest.
+BIAS_COLUMNS = 8
+
 
 class TokenRows(nn.Module):
     """A (V, D) matrix in row blocks text | special | image; expansion adds the last two."""
@@ -44,14 +47,33 @@ class Output(TokenRows):
 
     The loss is a method of this module because under FSDP2 the rows are whole only inside its forward methods
     (`fsdp.shard` makes `loss` one of them).
+
+    Attributes:
+        bias: of the text rows (V,), of some models of transformers; special and image rows have none.
     """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__(vocab_size, dim)
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, image_rows_only: bool = False) -> Tensor:
         """Logits (..., V) float32 of hidden states (..., D); of the image rows alone if `image_rows_only`."""
         if image_rows_only:
             assert self.image is not None
             return F.linear(x, self.image).float()
-        return F.linear(x, self.matrix()).float()
+        return F.linear(*self.factors(x)).float()
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (..., D') and rows (V, D') whose products are the logits; D' exceeds D if there is a bias."""
+        matrix_VD = self.matrix()
+        if self.bias is None:
+            return x, matrix_VD
+        bias_V1 = F.pad(self.bias, (0, len(matrix_VD) - len(self.bias)))[:, None].to(matrix_VD.dtype)
+        columns_VP = F.pad(bias_V1, (0, BIAS_COLUMNS - 1))
+        ones = F.pad(x.new_ones(*x.shape[:-1], 1), (0, BIAS_COLUMNS - 1))
+        return torch.cat([x, ones], dim=-1), torch.cat([matrix_VD, columns_VP], dim=1)
 
     def loss(
         self,
@@ -75,7 +97,8 @@ class Output(TokenRows):
             assert self.image is not None
             target_N = target_N - len(self.text) - len(self.special)
             return backend(x_ND, self.image, target_N, weight_N)
-        return backend(x_ND, self.matrix(), target_N, weight_N)
+        x_ND, matrix_VD = self.factors(x_ND)
+        return backend(x_ND, matrix_VD, target_N, weight_N)
 
 
 def is_new_row(name: str) -> bool:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import ROTARY, ROTARY_BASE, Block, Decoder, DecoderConfig, GemmaGeGLU, RMSNorm, SwiGLU
-from t2i_lm.models.huggingface import HuggingFaceDecoder, require_transformers, save_huggingface
+from t2i_lm.models.huggingface import HuggingFaceDecoder, require_transformers
+from t2i_lm.models.huggingface_folder import save_huggingface
 
 # The option that asks for an export, for errors.
 FORMAT = "--format transformers"

@@ -82,8 +82,8 @@ class DistilledModule(TextToImageModule):
         shifted_BT = shifted_BT.masked_fill(shifted_BT >= self.layout.vocab.text_size, self.document_start)
         with torch.no_grad():
             teacher_ND = teacher.hidden(shifted_BT[:, : text.length]).flatten(0, 1).index_select(0, text.place_N)
-            log_teacher_NV = F.linear(teacher_ND, teacher.output.text).float().log_softmax(dim=1)
-        log_own_NV = F.linear(x_ND, rows_VD).float().log_softmax(dim=1)
+            log_teacher_NV = F.linear(teacher_ND, teacher.output.text, teacher.output.bias).float().log_softmax(dim=1)
+        log_own_NV = F.linear(x_ND, rows_VD, self.decoder.output.bias).float().log_softmax(dim=1)
         return (log_teacher_NV.exp() * (log_teacher_NV - log_own_NV)).sum(dim=1)
 
     def _captions(self, ids_BT: Tensor) -> Tensor:

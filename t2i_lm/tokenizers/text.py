@@ -188,6 +188,13 @@ class JsonTokenizer(FileTokenizer):
         token: str | None = self._tokenizer.id_to_token(number)
         return token
 
+    @property
+    def encoded_size(self) -> int:
+        """Size of the smallest vocabulary with all ids that encoding produces: without special tokens at the end."""
+        ids = set(self._tokenizer.get_vocab(with_added_tokens=False).values())
+        added = self._tokenizer.get_added_tokens_decoder()
+        return 1 + max(ids | {number for number, token in added.items() if not token.special}, default=-1)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
         return list(self._tokenizer.encode(clean(text), add_special_tokens=False).ids)

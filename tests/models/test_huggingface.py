@@ -12,7 +12,7 @@ from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import FREEZE_GROUPS, freeze, group_members, tune_only
 from t2i_lm.models.fsdp import blocks_of
 from t2i_lm.models.generate import generate
-from t2i_lm.models.huggingface import HuggingFaceDecoder, empty_huggingface, is_huggingface, load_huggingface
+from t2i_lm.models.huggingface_folder import empty_huggingface, is_huggingface, load_huggingface
 from t2i_lm.storage.run_folder import read_run, run_folders
 from t2i_lm.train import main
 
@@ -143,14 +143,6 @@ def test_packing_is_refused_before_data_preparation(
     assert main([str(ROOT / "experiments" / "t2i_pretrained.yaml"), *tiny, *overrides, "trainer.packing=true"]) == 2
     assert "trainer.packing=True: expected false, a transformers backbone cannot be packed" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_model_that_caps_its_logits_is_refused() -> None:
-    sizes = SIZES | {"intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 1, "pad_token_id": 1}
-    torch.manual_seed(0)
-    config = transformers.Gemma2Config(**sizes, final_logit_softcapping=0.01)
-    with pytest.raises(ValueError, match="caps or shifts its logits"):
-        HuggingFaceDecoder(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def test_too_many_positions_and_damaged_folders_are_named(

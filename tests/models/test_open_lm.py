@@ -3,6 +3,7 @@ import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,27 @@ def test_every_variant_equals_upstreams_measured_numbers(name: str, tmp_path: Pa
         grad = parameters[key].grad
         assert grad is not None
         assert grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-7), key
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("holder", [None, "state_dict", "model"])
+def test_names_of_wrapped_models_are_read(prefix: str, holder: str | None, tmp_path: Path) -> None:
+    decoder = tiny()
+    state = {f"{prefix}{name}": tensor for name, tensor in open_lm_state_dict(decoder).items()}
+    state = {name.replace("layers.1.", "layers.1._orig_mod."): tensor for name, tensor in state.items()}
+    torch.save({holder: state, "epoch": 3} if holder else state, tmp_path / "model.pt")
+    again = load_open_lm(tmp_path / "model.pt", vars(decoder.config)).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in decoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("saved", "found"),
+    [({"weights": {}, "epoch": 3}, "found weights, epoch"), ([1.0], "found list"), ({}, "found nothing")],
+)
+def test_a_checkpoint_without_tensors_is_named_with_what_it_has(saved: Any, found: str, tmp_path: Path) -> None:
+    torch.save(saved, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=f"at the top or in state_dict, model, module; {found}"):
+        load_open_lm(tmp_path / "model.pt", vars(tiny().config))
 
 
 def test_head_rotary_is_position_free_in_upstreams_own_code() -> None:

@@ -46,10 +46,11 @@ def score_targets(decoder: Backbone, ids_BT: Tensor, target_BT: Tensor) -> Targe
         ids_BT: text ids.
         target_BT: mask of the targets.
     """
-    device, weight_VD = decoder.output.text.device, decoder.output.matrix()
+    device = decoder.output.text.device
     text_size = len(decoder.output.text)
     ids_BT, mask_BT = ids_BT.to(device), target_BT.to(device)[:, 1:]
-    x_ND, target_N1 = decoder.hidden(ids_BT[:, :-1])[mask_BT], ids_BT[:, 1:][mask_BT][:, None]
+    x_ND, weight_VD = decoder.output.factors(decoder.hidden(ids_BT[:, :-1])[mask_BT])
+    target_N1 = ids_BT[:, 1:][mask_BT][:, None]
     parts = []
     chunk = max(1, LOGITS // len(weight_VD))
     for x_CD, target_C1 in zip(torch.split(x_ND, chunk), torch.split(target_N1, chunk), strict=True):
