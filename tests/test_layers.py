@@ -92,12 +92,6 @@ def test_models_do_not_import_lightning_and_config_imports_the_standard_library_
             assert outside <= {*sys.stdlib_module_names, "t2i_lm"}, path
 
 
-def test_only_the_loader_and_the_dry_run_import_omegaconf() -> None:
-    for path in MODULES:
-        if path.name not in ("load.py", "dry_run.py"):
-            assert not any("omegaconf" in imported for imported in imports(path)), path
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_import_heavy_packages_late(command: str) -> None:
     heavy = {"torch", "lightning.pytorch", "datasets", "diffusers", "t2i_lm.experiment.build", "t2i_lm.training.run"}

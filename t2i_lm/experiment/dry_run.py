@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import to_yaml
 from t2i_lm.config.sections import OPENED_BY_PATH, is_plugin
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
@@ -96,7 +96,7 @@ def image_ids(config: ExperimentConfig) -> tuple[int, tuple[int, int]]:
 def describe(config: ExperimentConfig) -> str:
     """The resolved config, parameters by group, tokens, compute, memory and hours, as text."""
     planned = plan(config)
-    lines = [OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), "---"]
+    lines = [to_yaml(config).rstrip(), "---"]
     lines += [f"missing: {missing}" for missing in absent_files(config)]
     lines += [f"plug-in: {key} of {identity}" for key, identity in plugin_identities(config).items()]
     lines.append(f"precision here: {precision(config)}")
