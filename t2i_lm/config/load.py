@@ -48,7 +48,9 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
     values: dict[str, Any] = {}
     for layer in (*layers, given):
         values |= layer
-    return _section(ExperimentConfig, "", values)
+    config = _section(ExperimentConfig, "", values)
+    assert isinstance(config, ExperimentConfig)
+    return config
 
 
 def save_experiment(config: ExperimentConfig, path: Path) -> None:
