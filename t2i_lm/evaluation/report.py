@@ -66,7 +66,7 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
     if run.records("forgetting"):
         report["forgetting"] = run.records("forgetting")[-1]["forgetting"]
         write_completions(run)
-    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print_summary(report, folder)
     return report
 

@@ -99,7 +99,7 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
         "dtype": dtype,
     }
     card |= exporters[config.task](trained, out, getattr(torch, dtype))
-    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     share(*(file for file in out.rglob("*") if file.is_file()))
     return card
 
@@ -169,13 +169,13 @@ def _write_transformers(
         if text.path.suffix == ".json":
             shutil.copyfile(text.path, folder / "tokenizer.json")
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": decoder.config.seq_len}
-            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             tokenizer = "tokenizer.json, for AutoTokenizer"
         else:
             name = f"text_tokenizer{text.path.suffix}"
             shutil.copyfile(text.path, folder / name)
             tokenizer = f"{name}, for sentencepiece.SentencePieceProcessor; AutoTokenizer does not read it"
-        (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+        (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
     library = {"architecture": architecture, "transformers": require_transformers(FORMAT).__version__}
     return written, library | {"text_tokenizer": tokenizer}
 

@@ -144,7 +144,7 @@ def is_huggingface(folder: Path) -> bool:
     """Whether a folder's `config.json` is a `transformers` config (open_lm's has no `model_type`)."""
     path = folder / "config.json"
     try:
-        return folder.is_dir() and "model_type" in json.loads(path.read_text())
+        return folder.is_dir() and "model_type" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return False
 

@@ -103,7 +103,7 @@ def read_run(folder: Path) -> Run:
             if number < len(lines):
                 raise ValueError(f"{path} line {number} is damaged: {error}") from error
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text())
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
     return Run(folder, config, _json(folder / ENVIRONMENT) or {}, metrics, _json(folder / REPORT))
@@ -112,7 +112,7 @@ def read_run(folder: Path) -> Run:
 def _json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    content: dict[str, Any] = json.loads(path.read_text())
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
 

@@ -12,6 +12,7 @@ import tokenizers
 from t2i_lm.assets import resolve
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.runtime.plugins import TEXT_TOKENIZER, find_plugin, interface
+from t2i_lm.storage.reading import reading
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 
@@ -150,11 +151,13 @@ def open_text_tokenizer(path: str | Path) -> TextTokenizer:
     """
     if is_plugin(str(path)):
         plugin = find_plugin(TEXT_TOKENIZER, str(path), [known.name for known in FORMATS])
-        text: TextTokenizer = plugin.function(plugin.argument)
+        with reading(plugin.where, plugin.argument or plugin.origin):
+            text: TextTokenizer = plugin.function(plugin.argument)
         plugin.require(text, interface(TextTokenizer))
         return text
     file = resolve(str(path))
-    return next(known for known in FORMATS if known.recognizes(file)).open(file)
+    with reading("text_tokenizer.path", file):
+        return next(known for known in FORMATS if known.recognizes(file)).open(file)
 
 
 def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -> SentencePieceTokenizer:

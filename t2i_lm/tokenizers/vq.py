@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_lm.config.sections import VQModelConfig
-from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.hashing import file_sha256, files_sha256
+from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers import movqgan
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -115,8 +116,9 @@ class VQTokenizer:
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise ValueError(f"image_tokenizer.path: no {name} in {folder}")
-        config = json.loads((folder / CONFIG).read_text())
-        model = PatchedVQ(VQModelConfig(**config["model"]))
+        with reading("image_tokenizer.path", folder / CONFIG):
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            model = PatchedVQ(VQModelConfig(**config["model"]))
         try:
             model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
         except (RuntimeError, SafetensorError) as error:
@@ -125,21 +127,33 @@ class VQTokenizer:
 
     @classmethod
     def from_diffusers(cls, folder: Path, image_size: int) -> "VQTokenizer":
-        """Loads a folder in diffusers' format: `config.json` of a `VQModel` and its safetensors.
+        """Loads a folder in diffusers' format, with its own loader: old names, shards and `.bin` files too.
 
         Raises:
-            ValueError: if a file is missing or does not match the config.
+            ValueError: if a file is missing or does not match the config, naming tensors that one of them lacks.
         """
-        if not (folder / DIFFUSERS_WEIGHTS).is_file():
+        files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+        files = files or sorted(folder.glob("diffusion_pytorch_model*.bin"))
+        if not files:
             raise ValueError(f"image_tokenizer.path: no {DIFFUSERS_WEIGHTS} in {folder}")
-        try:
-            vq = VQModel.from_config(VQModel.load_config(folder, local_files_only=True))  # type: ignore[no-untyped-call]
-            vq.load_state_dict(load_file(folder / DIFFUSERS_WEIGHTS))
-        except (RuntimeError, TypeError, SafetensorError) as error:
+        whole = next((file for file in files if file.stem == "diffusion_pytorch_model"), None)
+        options: dict[str, Any] = {} if whole or len(files) > 1 else {"variant": files[0].stem.partition(".")[2] or None}
+        with reading("image_tokenizer.path", folder):
+            vq, found = VQModel.from_pretrained(
+                folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True, **options
+            )
+        for problem in ("missing", "unexpected"):
+            if names := sorted(found[f"{problem}_keys"]):
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise ValueError(f"image_tokenizer.path: {folder} has {problem} tensors: {', '.join(names[:3])}{more}")
+        if vq.config.in_channels != 3 or vq.config.out_channels != 3:
             raise ValueError(
-                f"image_tokenizer.path: {folder / DIFFUSERS_WEIGHTS} does not match its config: {error}"
-            ) from error
-        return cls(VQAutoencoder(vq.float()), image_size, file_sha256(folder / DIFFUSERS_WEIGHTS))
+                f"image_tokenizer.path: {folder} has in_channels={vq.config.in_channels}, out_channels="
+                f"{vq.config.out_channels}; expected 3 of each, for RGB"
+            )
+        used = [whole] if whole else files
+        sha256 = file_sha256(used[0]) if len(used) == 1 else files_sha256(used)
+        return cls(VQAutoencoder(vq.float()), image_size, sha256)
 
     @property
     def vocab_size(self) -> int:
@@ -243,7 +257,7 @@ def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"model": vars(model.config)}, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps({"model": vars(model.config)}, indent=2) + "\n", encoding="utf-8")
 
 
 def to_unit(images_uint8_BCHW: Tensor) -> Tensor:
