@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from typing import Any
 import yaml
 
 from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
+from t2i_lm.config.sections import ASSET, is_plugin
 from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value
+from t2i_lm.storage.hub import is_hub
+from t2i_lm.storage.run_folder import CONFIG, read_run
 
 # Former keys and prefixes of values, still read from files and overrides, with a note on stderr.
 MOVED_KEYS = {"data.trim": "data.pad_to_multiple_of", "align.neighbours": "align.neighbors"}
@@ -51,6 +54,46 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
     config = _section(ExperimentConfig, "", values)
     assert isinstance(config, ExperimentConfig)
     return config
+
+
+def load_run(folder: Path) -> ExperimentConfig:
+    """The experiment of a run folder, its relative paths `located`."""
+    return located(load_experiment(folder / CONFIG), folder)
+
+
+def located(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
+    """A run's config whose relative paths are those of the directory in which the run was started, where they exist."""
+    start = read_run(folder).environment.get("directory")
+    changes: dict[str, Any] = {}
+    for key in PATH_KEYS:
+        path = config.value(key)
+        if start is not None and key != "run.dir" and is_relative(path) and Path(start, path).exists():
+            _set(changes, key, str(Path(start, path)))
+    for section, value in changes.items():
+        new = replace(getattr(config, section), **value) if isinstance(value, dict) else value
+        config = replace(config, **{section: new})
+    return config
+
+
+def require_located(config: ExperimentConfig, folder: Path, keys: Sequence[str]) -> None:
+    """Checks that relative paths of a run exist.
+
+    Raises:
+        ValueError: naming the first that does not, and where it was looked for.
+    """
+    start = read_run(folder).environment.get("directory")
+    for key in keys:
+        path = config.value(key)
+        if is_relative(path) and not Path(path).exists():
+            first = f"in {start}, where this run was started, nor " if start else ""
+            last = "" if start else "; call this command where the run was started"
+            raise ValueError(f"{key}={path} of {folder}: not found {first}in {Path.cwd()}{last}")
+
+
+def is_relative(path: str | None) -> bool:
+    """Whether a path of a config depends on the working directory: assets, hub references and plug-ins do not."""
+    named = path is None or is_plugin(path) or is_hub(path) or path.startswith(ASSET)
+    return path is not None and not named and not Path(path).is_absolute()
 
 
 def save_experiment(config: ExperimentConfig, path: Path) -> None:

@@ -23,6 +23,8 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed")
 LOSS_BACKENDS = ("fused", "torch")
 # `plugin:NAME[:ARGUMENT]` of an installed package, `code:MODULE:FUNCTION[:ARGUMENT]` of any (`runtime/plugins.py`).
 PLUGIN, CODE = "plugin:", "code:"
+# Prefix of the weights shipped with the suite (`assets/`).
+ASSET = "asset:"
 
 
 def is_plugin(value: str | None) -> bool:

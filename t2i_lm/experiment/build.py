@@ -1,5 +1,7 @@
 """From an ExperimentConfig to its module, tokenizers and data."""
 
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.alignment import BagDataModule
 from t2i_lm.data.datamodules import BatchDataModule, ImageDataModule, PairDataModule, TextDataModule
 from t2i_lm.data.replay import ReplayDataModule, prepare_replay
@@ -25,8 +29,9 @@ from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
-from t2i_lm.runtime.devices import local_rank, uses_gpu
+from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.runtime.seeds import generator, seeded
+from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.joint_vocab import JointVocab
@@ -133,6 +138,37 @@ def prepare(config: ExperimentConfig, rank: int = 0) -> Path:
     return prepare_pairs(config, open_text(config), open_image(config, rank))
 
 
+def open_backbone(config: ExperimentConfig) -> Backbone:
+    """The unexpanded backbone with the weights of `init`; a note on stderr says where it is an exported image model.
+
+    Raises:
+        ValueError: if weights cannot be read or do not fit.
+    """
+    key = "backbone.path" if config.backbone.path is not None else "backbone.config"
+    path = config.value(key)
+    if key == "backbone.path" and not is_plugin(path) and config.init != "random":
+        _note_exported(resolve(path))
+    with reading(key, path):
+        return build_backbone(config)
+
+
+def _note_exported(path: Path) -> None:
+    """Prints a line if a backbone is the export of an image model."""
+    card = (path if path.is_dir() else path.parent) / "card.json"
+    if not card.is_file():
+        return
+    with reading("backbone.path", card):
+        exported = dict(json.loads(card.read_text(encoding="utf-8")))
+    if "image_offset" in exported and global_rank() == 0:
+        text, start, rows = (int(exported[name]) for name in ("text_rows", "image_offset", "rows"))
+        print(
+            f"note: backbone.path={path} was exported from a run of task={exported.get('task')}: beside its {text:,} "
+            f"text rows, {start - text} special and {rows - start:,} image rows count as text rows of the new model. "
+            "A language model has none: give the backbone of that run, or --resume to train it further",
+            file=sys.stderr,
+        )
+
+
 def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, TextTokenizer, ImageTokenizer]:
     """The expanded decoder, its vocabulary and tokenizers.
 
@@ -140,7 +176,7 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
         ValueError: if the text tokenizer does not fit the backbone, or the aligned rows do not fit the tokenizers.
     """
     text, image = open_text(config), open_image(config, local_rank())
-    decoder = build_backbone(config)
+    decoder = open_backbone(config)
     if text.vocab_size > decoder.config.vocab_size:
         raise ValueError(
             f"text_tokenizer.path has {text.vocab_size} pieces but the backbone {decoder.config.vocab_size} rows: "
@@ -201,7 +237,7 @@ def build_alignment(config: ExperimentConfig) -> AlignmentExperiment:
 
 def build_text(config: ExperimentConfig) -> TextExperiment:
     """A decoder from random weights on plain text."""
-    decoder = build_backbone(config)
+    decoder = open_backbone(config)
     choose_trained(decoder, config)
     prepare_blocks(decoder, config)
     shards, text = prepare_text(config)

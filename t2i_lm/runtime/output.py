@@ -3,29 +3,23 @@
 import io
 import os
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 
-class LastingOutput(io.RawIOBase):
+class LastingOutput(io.FileIO):
     """A file descriptor that drops what it cannot write any more: its reader is gone, or its disk is full."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        super().__init__(descriptor, "w", closefd=False)
 
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
-
-    def write(self, data: "memoryview[int] | bytes") -> int:  # type: ignore[override]
+    def write(self, data: "Buffer") -> int:
         try:
-            return os.write(self._descriptor, data)
+            return super().write(data)
         except OSError:
-            return len(data)
+            return memoryview(data).nbytes
 
 
 def lasting(stream: TextIO | None, original: TextIO | None) -> TextIO:

@@ -13,7 +13,6 @@ from t2i_lm.tokenizers.base import ImageTokenizer
 from t2i_lm.tokenizers.transformers_vq import TransformersVQ, is_transformers_vq
 from t2i_lm.tokenizers.vq import CONFIG, MoVQGAN, VQTokenizer
 
-
 # The file that makes a folder a pipeline of diffusers.
 PIPELINE = "model_index.json"
 

@@ -137,9 +137,11 @@ class VQTokenizer:
         if not files:
             raise ValueError(f"image_tokenizer.path: no {DIFFUSERS_WEIGHTS} in {folder}")
         whole = next((file for file in files if file.stem == "diffusion_pytorch_model"), None)
-        options: dict[str, Any] = {} if whole or len(files) > 1 else {"variant": files[0].stem.partition(".")[2] or None}
+        options: dict[str, Any] = {}
+        if whole is None and len(files) == 1:  # such as diffusion_pytorch_model.fp16.safetensors
+            options["variant"] = files[0].stem.partition(".")[2]
         with reading("image_tokenizer.path", folder):
-            vq, found = VQModel.from_pretrained(
+            vq, found = VQModel.from_pretrained(  # type: ignore[no-untyped-call]
                 folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True, **options
             )
         for problem in ("missing", "unexpected"):
