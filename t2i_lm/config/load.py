@@ -103,11 +103,7 @@ def save_experiment(config: ExperimentConfig, path: Path) -> None:
 
 def to_yaml(config: ExperimentConfig) -> str:
     """Every key of an experiment as YAML."""
-    tree = asdict(config)
-    for key in PATH_KEYS:
-        if (path := config.value(key)) is not None:
-            _set(tree, key, as_text(path))
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -211,8 +207,7 @@ def _override_layer(overrides: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"{item!r} is not of the form key=value, for example optim.lr=1e-3")
         if is_dataclass(key_types().get(key)):
             raise _section_as_value(key, text)
-        if key not in PATH_KEYS:
-            text = as_text(text)
+        text = text if key in PATH_KEYS else as_text(text)
         _set(tree, key, _listed(key, text) if text.startswith("[") and _is_list(key) else Plain(text))
     return _typed(migrate(tree, "command line"))
 
@@ -295,7 +290,7 @@ def _typed(tree: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key} is given twice")
         elif not is_dataclass(types[key]):
             value = read_value(key, value)
-            values[key] = as_path(value) if key in PATH_KEYS and value is not None else value
+            values[key] = as_path(key, value) if key in PATH_KEYS and value is not None else value
         elif not isinstance(value, Mapping) and value not in (None, ""):  # `optim:` with all keys commented out
             raise _section_as_value(key, value)
     return values

@@ -6,6 +6,7 @@ Standard library only. Files and `key=value` follow the same rules, so `name=007
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from decimal import Decimal, InvalidOperation
@@ -18,6 +19,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 NULLS = ("null", "Null", "NULL", "~", "")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 LARGEST = 2**63
+UTF8_REQUIRED = f"this process names files in {sys.getfilesystemencoding()} (its locale); set PYTHONUTF8=1"
 _PREFIXED = re.compile(r"\s*[+-]?0[xob]")  # hexadecimal, octal, binary
 
 
@@ -125,14 +127,15 @@ def _float(text: str) -> float | None:
 _READERS: dict[type, Any] = {bool: _bool, int: _int, float: _float, str: _text}
 
 
-def as_path(text: str) -> str:
-    """A path with `~` expanded; where the locale cannot encode it, with the escapes of its UTF-8 bytes (PEP 383)."""
-    path = os.path.expanduser(text)
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        return os.fsdecode(path.encode("utf-8", "surrogateescape"))
-    return path
+def as_path(key: str, text: str) -> str:
+    """A path with `~` expanded.
+
+    Raises:
+        ValueError: if this process has a locale in which libraries would look for another name.
+    """
+    if not text.isascii() and sys.getfilesystemencoding() != "utf-8":
+        raise ValueError(f"{key}={as_text(text)}: {UTF8_REQUIRED}")
+    return os.path.expanduser(text)
 
 
 def as_text(argument: str) -> str:

@@ -95,13 +95,15 @@ def write_report_again(run: Path) -> dict[str, Any]:
     steps, last = step_of(checkpoint), config.trainer.max_steps
     validated = any(record["step"] == last for record in read_run(run).records("val"))
     if steps < last or not validated:
-        state = (
-            f"{checkpoint.name} is of step {steps:,} of {last:,}" if steps < last else "the last validation is missing"
+        left = (
+            f"{checkpoint.name} is of step {steps:,} of {last:,}" if steps < last else f"step {last:,} is not validated"
         )
-        raise ValueError(f"--report {run}: {state}; --resume finishes this run and writes its report")
+        raise ValueError(f"--report {run}: {left}; --resume finishes this run and writes its report")
     experiment = load_trained_experiment(run, checkpoint)
     if isinstance(experiment, ImageExperiment):
         experiment.module = load_trained(run, checkpoint).module
+    if earlier := read_run(run).report:
+        return write_report(experiment, run, steps, earlier["wall_s"])
     callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True).get("callbacks", {})
     seconds = (state["seconds"] for name, state in callbacks.items() if name.startswith(WallTime.__name__))
     return write_report(experiment, run, steps, next(seconds, 0.0))
@@ -154,10 +156,11 @@ def text_to_image_report(experiment: ImageExperiment, folder: Path, report: dict
     if count:
         rows = split[:count]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
+        shown = min(config.samples.grid, count)
         with part(report, "samples"):
             images_HW3 = generate_images(experiment, captions, seeds_of(config.seed, count))
             report["samples"] = {"prompts": count}
-            if shown := min(config.samples.grid, count):
+            if shown:
                 with part(report, "grid"):
                     _save_grid(images_HW3[:shown], captions[:shown], folder / GRID)
             if checked:

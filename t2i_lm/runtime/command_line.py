@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.config.experiment import SCALES
+from t2i_lm.config.values import UTF8_REQUIRED, as_text
 from t2i_lm.runtime.output import last_to_the_end
 from t2i_lm.storage.reading import DEBUG, shows_traceback
 
@@ -51,7 +52,10 @@ def exit_code(body: Callable[[], int]) -> int:
     except FAILURES as error:
         if shows_traceback():
             traceback.print_exc()
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        message = str(error) or type(error).__name__
+        if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+            message = f"{as_text(error.object)!r}: {UTF8_REQUIRED}"
+        print(f"error: {message}", file=sys.stderr)
         return 2
 
 

@@ -28,7 +28,7 @@ def lasting(stream: TextIO | None, original: TextIO | None) -> TextIO:
     Characters that its encoding lacks are written as escapes.
     """
     if stream is None:  # closed by the shell
-        return open(os.devnull, "w", encoding="utf-8")
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     if stream is not original or isinstance(getattr(stream.buffer, "raw", None), LastingOutput):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

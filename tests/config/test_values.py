@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
-from t2i_lm.config.load import flatten, load_experiment, save_experiment
+from t2i_lm.config.load import load_experiment, save_experiment
 from t2i_lm.config.sections import OptimConfig
 from t2i_lm.config.values import key_types
 
@@ -243,21 +243,33 @@ def test_any_number_reads_back_exactly(number: float, tmp_path_factory: pytest.T
     assert config.optim.lr == load_experiment(file).optim.lr == number
 
 
-def test_a_locale_without_unicode_changes_no_path_and_no_text(tmp_path: Path) -> None:
-    """Python then decodes arguments to escapes; files get the same bytes, and config.yaml the text."""
-    folder = tmp_path / "图片"
-    folder.mkdir()
-    (tmp_path / "mine.yaml").write_text("data: {val_path: 图片, source: text}\ntask: text\ninit: random\n", "utf-8")
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def in_ascii(folder: Path, *overrides: str) -> "subprocess.CompletedProcess[str]":
+    """Python, which then decodes arguments to escapes, loads the overrides and saves the config."""
     code = (
         "import sys; from pathlib import Path; from t2i_lm.config.load import *\n"
-        "c = load_experiment('mine.yaml', None, sys.argv[1:])\n"
-        "assert Path(c.data.path).is_dir() and Path(c.data.val_path).is_dir()\n"
-        "save_experiment(c, Path('config.yaml')); assert load_experiment('config.yaml') == c\n"
-        "assert sys.getfilesystemencoding() == 'ascii' and c.forgetting.prompts == ['\\u732b']"
+        "from t2i_lm.runtime.command_line import exit_code\n"
+        "def body():\n"
+        "    save_experiment(load_experiment('mine.yaml', None, sys.argv[1:]), Path('config.yaml')); return 0\n"
+        "assert sys.getfilesystemencoding() == 'ascii'; sys.exit(exit_code(body))"
     )
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, "data.path=图片", "forgetting.prompts=猫"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | ascii_only, capture_output=True, text=True)
+    (folder / "mine.yaml").write_text("seed: 0\n")
+    environment = os.environ | ASCII | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *overrides]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_locale_without_unicode_changes_no_text_and_refuses_paths_that_libraries_would_not_find(
+    tmp_path: Path,
+) -> None:
+    done = in_ascii(tmp_path, "forgetting.prompts=猫", "name=é")
     assert done.returncode == 0, done.stderr
-    assert flatten(load_experiment(tmp_path / "config.yaml"))["data.path"] == "图片"
-    assert "图片" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    config = load_experiment(tmp_path / "config.yaml")
+    assert (config.forgetting.prompts, config.name) == (["猫"], "é")
+    done = in_ascii(tmp_path, "data.path=图片")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: data.path=\\u56fe")
+    assert line.endswith("this process names files in ascii (its locale); set PYTHONUTF8=1")
