@@ -40,6 +40,8 @@ class SentencePieceTokenizer:
             raise ValueError(f"text_tokenizer.path: no sentencepiece model at {self.path}")
         content = self.path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
+        if not content:  # the library would take this for no model, and encode nothing
+            raise ValueError(f"text_tokenizer.path: {self.path} is not a sentencepiece model: it is empty")
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:

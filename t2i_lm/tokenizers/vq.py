@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from t2i_lm.config.sections import VQModelConfig
 from t2i_lm.storage.hashing import file_sha256, files_sha256
-from t2i_lm.storage.reading import reading
+from t2i_lm.storage.reading import reading, reason
 from t2i_lm.tokenizers import movqgan
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -122,7 +122,9 @@ class VQTokenizer:
         try:
             model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
         except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"image_tokenizer.path: {folder / WEIGHTS} does not match its config: {error}") from error
+            raise ValueError(
+                f"image_tokenizer.path: {folder / WEIGHTS} does not match its config: {reason(error)}"
+            ) from error
         return cls(model, image_size, file_sha256(folder / WEIGHTS))
 
     @classmethod
@@ -237,7 +239,7 @@ class MoVQGAN(VQTokenizer):
         except pickle.UnpicklingError as error:
             raise ValueError(f"image_tokenizer.path: {path} contains more than tensors and is not loaded") from error
         except (RuntimeError, EOFError, AttributeError, KeyError, ValueError) as error:
-            raise ValueError(f"image_tokenizer.path: {path} is not a MoVQGAN checkpoint: {error}") from error
+            raise ValueError(f"image_tokenizer.path: {path} is not a MoVQGAN checkpoint: {reason(error)}") from error
         name = movqgan.size_name(config)
         if expect is not None and name != expect:
             raise ValueError(f"image_tokenizer.expect={expect!r}: {path} is the {name} model")
@@ -245,7 +247,7 @@ class MoVQGAN(VQTokenizer):
         try:
             vq.load_state_dict(movqgan.to_diffusers(state, len(config["block_out_channels"])))
         except RuntimeError as error:
-            raise ValueError(f"image_tokenizer.path: {path} is an incomplete MoVQGAN: {error}") from error
+            raise ValueError(f"image_tokenizer.path: {path} is an incomplete MoVQGAN: {reason(error)}") from error
         tokenizer = cls(VQAutoencoder(vq), image_size, file_sha256(path))
         tokenizer.size_name = name
         return tokenizer
