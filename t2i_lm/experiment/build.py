@@ -144,11 +144,11 @@ def open_backbone(config: ExperimentConfig) -> Backbone:
     Raises:
         ValueError: if weights cannot be read or do not fit.
     """
-    key = "backbone.path" if config.backbone.path is not None else "backbone.config"
-    path = config.value(key)
-    if key == "backbone.path" and not is_plugin(path) and config.init != "random":
+    path = config.backbone.path
+    if path is not None and not is_plugin(path) and config.init != "random":
         _note_exported(resolve(path))
-    with reading(key, path):
+    key = "backbone.config" if path is None else "backbone.path"
+    with reading(key, str(config.value(key))):
         return build_backbone(config)
 
 
@@ -183,10 +183,9 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
             "this is not the tokenizer that the backbone was trained with"
         )
     rows = config.image_rows
-    source = ImageRowSource(
-        image.codebook if rows == "codebook" else None,
-        read_aligned_rows(config, text.sha256, image.sha256) if rows == "aligned" else None,
-    )
+    with reading("aligned_rows", str(config.aligned_rows)):
+        aligned = read_aligned_rows(config, text.sha256, image.sha256) if rows == "aligned" else None
+    source = ImageRowSource(image.codebook if rows == "codebook" else None, aligned)
     vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"), rows, source)
     return decoder, vocab, text, image
 

@@ -23,6 +23,7 @@ from t2i_lm.runtime.devices import precision
 from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.runtime.tables import compact
 from t2i_lm.storage import hub
+from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 from t2i_lm.tokenizers.vq import PatchedVQ
@@ -59,7 +60,9 @@ def plan(config: ExperimentConfig) -> Plan:
         if config.task == "image_tokenizer":
             tokenizer = PatchedVQ(config.image_tokenizer.model)
             return Plan(tokenizer, None, parameter_count(tokenizer))
-        decoder = empty_backbone(config)
+        key = "backbone.path" if config.backbone.config is None else "backbone.config"
+        with reading(key, str(config.value(key))):
+            decoder = empty_backbone(config)
     unexpanded = parameter_count(decoder)
     layout: Layout | ImageLayout | None = None
     if config.task == "align":

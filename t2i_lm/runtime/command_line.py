@@ -53,6 +53,8 @@ def exit_code(body: Callable[[], int]) -> int:
         if shows_traceback():
             traceback.print_exc()
         message = str(error) or type(error).__name__
+        if error.__cause__ is not None:  # may quote a library, whose messages have several lines
+            message = " ".join(message.split())
         if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
             message = f"{as_text(error.object)!r}: {UTF8_REQUIRED}"
         print(f"error: {message}", file=sys.stderr)

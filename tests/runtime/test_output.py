@@ -68,7 +68,7 @@ def test_an_error_is_one_line_and_debug_shows_where(
 
 def test_a_fault_of_the_code_keeps_its_traceback() -> None:
     def body() -> int:
-        return len(3)  # type: ignore[arg-type]
+        return len(3)
 
     with pytest.raises(TypeError):
         exit_code(body)

@@ -64,7 +64,8 @@ def test_a_movqgan_checkpoint(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "movqgan.ckpt"
     file.write_bytes(content)
     refused(file)
-    for saved in ({}, {"state_dict": {}}, [1, 2], {"state_dict": [1]}, torch.zeros(3)):
+    others: tuple[object, ...] = ({}, {"state_dict": {}}, [1, 2], {"state_dict": [1]}, torch.zeros(3))
+    for saved in others:
         torch.save(saved, file)
         refused(file)
 
