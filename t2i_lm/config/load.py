@@ -18,7 +18,7 @@ from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
 from t2i_lm.config.sections import ASSET, is_plugin
 from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value
 from t2i_lm.storage.hub import is_hub
-from t2i_lm.storage.run_folder import CONFIG, read_run
+from t2i_lm.storage.run_folder import CONFIG, read_environment
 
 # Former keys and prefixes of values, still read from files and overrides, with a note on stderr.
 MOVED_KEYS = {"data.trim": "data.pad_to_multiple_of", "align.neighbours": "align.neighbors"}
@@ -63,7 +63,7 @@ def load_run(folder: Path) -> ExperimentConfig:
 
 def located(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
     """A run's config whose relative paths are those of the directory in which the run was started, where they exist."""
-    start = read_run(folder).environment.get("directory")
+    start = read_environment(folder).get("directory")
     changes: dict[str, Any] = {}
     for key in PATH_KEYS:
         path = config.value(key)
@@ -81,7 +81,7 @@ def require_located(config: ExperimentConfig, folder: Path, keys: Sequence[str])
     Raises:
         ValueError: naming the first that does not, and where it was looked for.
     """
-    start = read_run(folder).environment.get("directory")
+    start = read_environment(folder).get("directory")
     for key in keys:
         path = config.value(key)
         if is_relative(path) and not Path(path).exists():

@@ -136,8 +136,8 @@ class ImageTokenizerConfig(Section, prefix="image_tokenizer"):
     """The image tokenizer: the weights at `path`, or how task=image_tokenizer trains one."""
 
     path: str | None = None
-    """A folder that `t2i_lm.export` wrote, a folder of a diffusers `VQModel` or of a pipeline with one, a folder of a VQ
-    model of `transformers`, or a MoVQGAN `.ckpt`; also `asset:image_tokenizer`, `hf://ORG/NAME/FILE` or a plug-in."""
+    """A folder that `t2i_lm.export` wrote, of a diffusers `VQModel`, of a pipeline with one, or of a VQ model of
+    `transformers`; a MoVQGAN `.ckpt`; also `asset:image_tokenizer`, `hf://ORG/NAME/FILE` or a plug-in."""
     expect: str | None = None
     """Size of a MoVQGAN checkpoint: 67M, 102M or 270M; another is refused. null: any."""
     size: int = 64

@@ -106,7 +106,12 @@ def read_run(folder: Path) -> Run:
                 raise ValueError(f"{path} line {number} is damaged: {error}") from error
     with reading("run folder", folder / CONFIG):
         config = dict(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
-    return Run(folder, config, _json(folder / ENVIRONMENT) or {}, metrics, _json(folder / REPORT))
+    return Run(folder, config, read_environment(folder), metrics, _json(folder / REPORT))
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """env.json of a run folder; empty where there is none."""
+    return _json(folder / ENVIRONMENT) or {}
 
 
 def _json(path: Path) -> dict[str, Any] | None:
