@@ -135,7 +135,7 @@ def _machine(device: str) -> dict[str, Any]:
     import torch
 
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     machine = {
         "cpu": models[0] if models else platform.processor() or platform.machine(),

@@ -1,12 +1,14 @@
 """Measures a finished run: `python -m t2i_lm.evaluate --checkpoint RUN` with `--coco`, `--forgetting` or `--lm-eval`.
 
+`--report` writes a run's report.json again instead.
+
 A further evaluator is one file in `evaluation/` with one subclass of `Evaluator`, and one row of `EVALUATORS`.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from t2i_lm.evaluation.base import Evaluator
@@ -23,6 +25,7 @@ EXAMPLE = """example:
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --forgetting heldout.txt.gz --tasks questions
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --lm-eval hellaswag,mmlu --lm-eval-limit 200
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --relearn text.txt.gz --relearn-heldout heldout.txt.gz
+  python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --report
 
 RUN is a run folder, or a folder of runs, whose newest is taken. PATH holds annotations/captions_val2014.json and
 val2014/*.jpg. FILE is torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its release v0.2.0), or
@@ -54,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, or folder of runs")
     add("--out", type=Path, help="folder to write or continue (default: in RUN/evaluations)")
     add("--dry-run", action="store_true", help="check and describe; load no model, write nothing")
+    add("--report", action="store_true", help="write RUN/report.json again from its last checkpoint; alone")
     for evaluator in EVALUATORS.values():
         evaluator.add_arguments(arguments.add_argument_group(evaluator.title).add_argument)
     return arguments
@@ -67,8 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     requested = {name: kind for name, kind in EVALUATORS.items() if getattr(options, name) is not None}
+    if options.report:
+        return _report_again(options, requested)
     if not requested:
-        raise ValueError("nothing to measure: give --coco PATH, --forgetting TEXT, --lm-eval TASKS or --relearn TEXT")
+        raise ValueError(
+            "nothing to measure: give --coco PATH, --forgetting TEXT, --lm-eval TASKS, --relearn TEXT or --report"
+        )
     for name, kind in EVALUATORS.items():
         if name not in requested:
             _require_unused(options, name, kind)
@@ -82,6 +90,19 @@ def _run(options: argparse.Namespace) -> int:
 
     evaluate(run, evaluators, options)
     return 0
+
+
+def _report_again(options: argparse.Namespace, requested: Collection[str]) -> int:
+    """Writes the report of a run again; the exit code is 1 if a part of it fails."""
+    if requested or options.out is not None or options.dry_run:
+        others = [*map(_flag, requested), *(["--out"] if options.out is not None else []), "--dry-run"]
+        raise ValueError(f"--report: writes report.json into the run's own folder, and alone; not with {others[0]}")
+    run = find_run(options.checkpoint)
+
+    from t2i_lm.evaluation.parts import failed
+    from t2i_lm.evaluation.report import write_report_again
+
+    return 1 if failed(write_report_again(run)) else 0
 
 
 def _require_unused(options: argparse.Namespace, name: str, kind: type[Evaluator]) -> None:

@@ -3,9 +3,10 @@
 from importlib.resources import files
 from pathlib import Path
 
+from t2i_lm.config.sections import ASSET
 from t2i_lm.storage import hub
 
-PREFIX = "asset:"
+PREFIX = ASSET
 
 
 def resolve(path: str) -> Path:

@@ -37,6 +37,23 @@ INITS = ("pretrained", "random", "shuffled", "body_only", "embeddings_only", "al
 NEW_ROWS = ("random", "mean", "aligned", "codebook")
 # Keys that may select a plug-in.
 PLUGIN_KEYS = ("backbone.path", "text_tokenizer.path", "image_tokenizer.path", "data.source")
+# Keys of files and folders: `~` is the home folder, and a relative path starts where the run was started.
+PATH_KEYS = (
+    "aligned_rows",
+    "backbone.path",
+    "backbone.config",
+    "text_tokenizer.path",
+    "image_tokenizer.path",
+    "data.path",
+    "data.val_path",
+    "data.cache_dir",
+    "data.replay_path",
+    "fid.coco",
+    "fid.weights",
+    "forgetting.text",
+    "forgetting.tasks",
+    "run.dir",
+)
 
 # Keys that change no curve, in three groups; `samples.` stands for all keys of the section.
 # 1. Where a run works and what it prints. These may change when it is resumed.
@@ -127,6 +144,7 @@ class ExperimentConfig(Section):
         self.one_of("new_rows", NEW_ROWS)
         self.one_of("loss_rows", LOSS_ROWS)
         self.check(0 <= self.seed < 2**32, "seed", "a value in [0, 2**32)")
+        self.check(not any("," in group for group in self.freeze), "freeze", "names in brackets, such as [ffn,norm]")
         for refused, key, expected in self._rules():
             require(not refused, key, self.value(key), expected)
 

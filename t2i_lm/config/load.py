@@ -1,22 +1,24 @@
-"""The merge of YAML files into an ExperimentConfig, the only user of OmegaConf beside the dry run.
+"""The merge of YAML files and `key=value` strings into an ExperimentConfig.
 
-Layers, later ones win: base.yaml, scale/SCALE.yaml, the experiment, `key=value`.
+Layers, later ones win: base.yaml, scale/SCALE.yaml, the experiment, `key=value`. `values.py` says what a value means.
 """
 
 import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
+from t2i_lm.config.sections import ASSET, is_plugin
+from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value
+from t2i_lm.storage.hub import is_hub
+from t2i_lm.storage.run_folder import CONFIG, read_environment
 
 # Former keys and prefixes of values, still read from files and overrides, with a note on stderr.
 MOVED_KEYS = {"data.trim": "data.pad_to_multiple_of", "align.neighbours": "align.neighbors"}
@@ -35,27 +37,83 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
         ValueError: naming the file or key, and the nearest known key or the allowed values.
     """
     path = Path(path)
-    layers = [_read(path)]
+    layers = [_file_layer(path)]
+    given = _override_layer(overrides)
     if scale is not None:
         beside = _shared_folder(path)
         overlay = beside / "scale" / f"{scale}.yaml"
         if not overlay.is_file():
             known = sorted(file.stem for file in overlay.parent.glob("*.yaml"))
             raise ValueError(f"--scale {scale}: no {overlay}; known here: {', '.join(known) or 'none'}")
-        layers = [_read(beside / "base.yaml"), _read(overlay), *layers]
-    layers.append(_parse_overrides(overrides))
-    if scale is not None:
-        layers.append({"scale": scale})
-    merged = OmegaConf.structured(ExperimentConfig)
-    known_keys = {key for key, _ in _walk(OmegaConf.to_container(merged))}
-    for layer in layers:
-        merged = _merge(merged, layer, known_keys)
-    return _build(merged)
+        layers = [_file_layer(beside / "base.yaml"), _file_layer(overlay), *layers]
+        if given.setdefault("scale", scale) != scale:
+            raise ValueError(f"scale={given['scale']}: the scale is chosen by --scale, here {scale}")
+    values: dict[str, Any] = {}
+    for layer in (*layers, given):
+        values |= layer
+    config = _section(ExperimentConfig, "", values)
+    assert isinstance(config, ExperimentConfig)
+    return config
+
+
+def load_run(folder: Path) -> ExperimentConfig:
+    """The experiment of a run folder, its relative paths `located`."""
+    return located(load_experiment(folder / CONFIG), folder)
+
+
+def located(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
+    """A run's config whose relative paths are those of the directory in which the run was started, where they exist."""
+    start = read_environment(folder).get("directory")
+    changes: dict[str, Any] = {}
+    for key in PATH_KEYS:
+        path = config.value(key)
+        if start is not None and key != "run.dir" and is_relative(path) and Path(start, path).exists():
+            _set(changes, key, str(Path(start, path)))
+    for section, value in changes.items():
+        new = replace(getattr(config, section), **value) if isinstance(value, dict) else value
+        config = replace(config, **{section: new})
+    return config
+
+
+def require_located(config: ExperimentConfig, folder: Path, keys: Sequence[str]) -> None:
+    """Checks that relative paths of a run exist.
+
+    Raises:
+        ValueError: naming the first that does not, and where it was looked for.
+    """
+    start = read_environment(folder).get("directory")
+    for key in keys:
+        path = config.value(key)
+        if is_relative(path) and not Path(path).exists():
+            first = f"in {start}, where this run was started, nor " if start else ""
+            last = "" if start else "; call this command where the run was started"
+            raise ValueError(f"{key}={path} of {folder}: not found {first}in {Path.cwd()}{last}")
+
+
+def is_relative(path: str | None) -> bool:
+    """Whether a path of a config depends on the working directory: assets, hub references and plug-ins do not."""
+    named = path is None or is_plugin(path) or is_hub(path) or path.startswith(ASSET)
+    return path is not None and not named and not Path(path).is_absolute()
 
 
 def save_experiment(config: ExperimentConfig, path: Path) -> None:
     """Writes the resolved experiment as YAML, which `load_experiment(path)` reads back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(to_yaml(config), encoding="utf-8")
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """Every key of an experiment as YAML."""
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts with line breaks or control characters in double quotes: PyYAML's other styles change some of them."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def flatten(config: ExperimentConfig) -> dict[str, Any]:
@@ -121,6 +179,8 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{key}={value}: {section}={tree} is given too, which is either a value or a section")
     tree[name] = value
 
 
@@ -130,41 +190,110 @@ def _shared_folder(path: Path) -> Path:
     return above if not (path.parent / "base.yaml").is_file() and (above / "base.yaml").is_file() else path.parent
 
 
+def _file_layer(path: Path) -> dict[str, Any]:
+    """Values of a file by dotted key."""
+    try:
+        return _typed(migrate(_read(path), path))
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+
+
+def _override_layer(overrides: Sequence[str]) -> dict[str, Any]:
+    """Values of `key=value` strings by dotted key; of a key that is given twice, the last."""
+    tree: dict[str, Any] = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise ValueError(f"{item!r} is not of the form key=value, for example optim.lr=1e-3")
+        if is_dataclass(key_types().get(key)):
+            raise _section_as_value(key, text)
+        text = text if key in PATH_KEYS else as_text(text)
+        _set(tree, key, _listed(key, text) if text.startswith("[") and _is_list(key) else Plain(text))
+    return _typed(migrate(tree, "command line"))
+
+
+def _is_list(key: str) -> bool:
+    return getattr(key_types().get(MOVED_KEYS.get(key, key)), "__origin__", None) is list
+
+
+def _listed(key: str, text: str) -> list[Any]:
+    try:
+        values = _yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}={text}: expected a list, such as [a, 'b, with a comma']: {_line(error)}") from error
+    assert isinstance(values, list)
+    return values
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no experiment file {path}")
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = _yaml(path.read_text(encoding="utf-8-sig"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {_line(error)}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold keys and values, found {type(content).__name__}")
-    return migrate(content, path)
+        raise ValueError(f"{path} must hold keys and values, found {'no key' if not content else repr(content)}")
+    return content
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    for item in overrides:
-        if "=" not in item or item.startswith(("-", "=")):
-            raise ValueError(f"{item!r} is not of the form key=value, for example optim.lr=1e-3")
+def _yaml(text: str) -> Any:
+    """YAML with every scalar as text, `Plain` where it is unquoted: a key's type says what it means."""
+    loader = yaml.SafeLoader(text)
     try:
-        content = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {' '.join(overrides)}: {error}") from error
-    assert isinstance(content, dict)
-    return migrate({str(key): value for key, value in content.items()}, "command line")
+        return _content(loader, loader.get_single_node())
+    finally:
+        loader.dispose()
 
 
-def _merge(merged: DictConfig, layer: dict[str, Any], known: set[str]) -> DictConfig:
-    for key in flatten_mapping(layer):
-        if key not in known:
-            raise ValueError(f"unknown key {key!r}{_suggestion(key, known)}")
-    try:
-        result = OmegaConf.merge(merged, OmegaConf.create(layer))
-    except OmegaConfBaseException as error:
-        message = str(error).splitlines()[0]
-        raise ValueError(f"{getattr(error, 'full_key', None) or 'config'}: {message}") from error
-    assert isinstance(result, DictConfig)
-    return result
+def _content(loader: yaml.SafeLoader, node: Any) -> Any:
+    if node is None:
+        return None
+    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.endswith(":binary"):
+        raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} has no meaning here", node.start_mark)
+    if isinstance(node, yaml.ScalarNode):
+        return Plain(node.value) if node.style is None else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [_content(loader, item) for item in node.value]
+    written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or (written.count(key.value) > 1 and key.value != "<<"):
+            problem = f"the key {key.value!r} occurs twice" if isinstance(key, yaml.ScalarNode) else "a key is no text"
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+    loader.flatten_mapping(node)  # `<<: *anchor`
+    return {str(key.value): _content(loader, value) for key, value in node.value}
+
+
+def _line(error: yaml.YAMLError) -> str:
+    """The problem and its line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"line {mark.line + 1}: " if mark else ""
+    return where + (problem or " ".join(str(error).split()))
+
+
+def _typed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a nested mapping by dotted key, each as a value of its type.
+
+    Raises:
+        ValueError: on an unknown key, a value of another type, or a section in place of a value.
+    """
+    types = key_types()
+    values: dict[str, Any] = {}
+    for key, value in _walk(tree):
+        if key not in types:
+            # of an unknown section, its first key is named
+            if not isinstance(value, Mapping) or not value:
+                raise ValueError(f"unknown key {key!r}{_suggestion(key, set(types))}")
+        elif key in values:
+            raise ValueError(f"{key} is given twice")
+        elif not is_dataclass(types[key]):
+            value = read_value(key, value)
+            values[key] = as_path(key, value) if key in PATH_KEYS and value is not None else value
+        elif not isinstance(value, Mapping) and value not in (None, ""):  # `optim:` with all keys commented out
+            raise _section_as_value(key, value)
+    return values
 
 
 def _suggestion(key: str, known: set[str]) -> str:
@@ -184,10 +313,19 @@ def _suggestion(key: str, known: set[str]) -> str:
     return f"; {section} has {', '.join(names)}" if names else ""
 
 
-def _build(merged: DictConfig) -> ExperimentConfig:
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    assert isinstance(config, ExperimentConfig)
-    return config
+def _section_as_value(key: str, value: object) -> ValueError:
+    first = next(name for name in key_types() if name.startswith(f"{key}."))
+    return ValueError(f"{key}={value}: {key} is a section of keys, such as {first}")
+
+
+def _section(kind: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    """A section, or the whole config, from the values of its keys; the others keep their defaults."""
+    arguments: dict[str, Any] = {}
+    for key, value in key_types().items():
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and "." not in name:
+            if is_dataclass(value):
+                arguments[name] = _section(value, f"{key}.", values)  # type: ignore[arg-type]
+            elif key in values:
+                arguments[name] = values[key]
+    return kind(**arguments)

@@ -22,6 +22,19 @@ on the command line, later ones winning. An unknown key or a wrong value is refu
 The result is written to the run folder as `config.yaml`. `python -m t2i_lm.train EXPERIMENT.yaml --dry-run` prints it
 without training.
 
+The type of a key says what its value means, in files and on the command line alike:
+
+| type | value |
+|---|---|
+| text | as it is written, without quotes: `data.path="photos #2"`, `name=007`, `name=on`; a file may quote it |
+| text that may be null | the same; `null`, `~` and nothing are null, unless a file quotes them |
+| path | text; `~/` is the home folder; a run's relative paths start where it was started (env.json) |
+| number | finite; a whole number may be `1e3` or `1_000` |
+| true or false | also `yes`, `no`, `on`, `off`, `1`, `0` |
+| list | `[a, 'b, with a comma']`; one value without brackets is a list of one: `freeze=ffn` |
+
+Of a key that is given twice on the command line the last value counts; in a file it is refused.
+
 Paths of weights and tokenizers may also be `asset:NAME` (shipped), `hf://ORG/NAME[@REVISION][/FILE][#sha256=HEX]` (the
 Hugging Face hub) or a plug-in ([plugins.md](plugins.md)). Numbers of sections are those of the paper.
 """

@@ -23,6 +23,8 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed")
 LOSS_BACKENDS = ("fused", "torch")
 # `plugin:NAME[:ARGUMENT]` of an installed package, `code:MODULE:FUNCTION[:ARGUMENT]` of any (`runtime/plugins.py`).
 PLUGIN, CODE = "plugin:", "code:"
+# Prefix of the weights shipped with the suite (`assets/`).
+ASSET = "asset:"
 
 
 def is_plugin(value: str | None) -> bool:
@@ -138,8 +140,8 @@ class ImageTokenizerConfig(Section, prefix="image_tokenizer"):
     """The image tokenizer: the weights at `path`, or how task=image_tokenizer trains one."""
 
     path: str | None = None
-    """A folder that `t2i_lm.export` wrote, a diffusers `VQModel` folder, a folder of a VQ model of `transformers`, or a
-    MoVQGAN `.ckpt`; also `asset:image_tokenizer`, `hf://ORG/NAME/FILE` or a plug-in."""
+    """A folder that `t2i_lm.export` wrote, of a diffusers `VQModel`, of a pipeline with one, or of a VQ model of
+    `transformers`; a MoVQGAN `.ckpt`; also `asset:image_tokenizer`, `hf://ORG/NAME/FILE` or a plug-in."""
     expect: str | None = None
     """Size of a MoVQGAN checkpoint: 67M, 102M or 270M; another is refused. null: any."""
     size: int = 64

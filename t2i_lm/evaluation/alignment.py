@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from t2i_lm.data.shards.format import open_split
+from t2i_lm.evaluation.parts import part
 from t2i_lm.experiment.build import AlignmentExperiment
 from t2i_lm.models.aligned_rows import FILE, write_aligned_rows
 from t2i_lm.models.contrastive import Neighbors, hubness, nearest_text_tokens
@@ -22,25 +23,27 @@ SHOWN = 200
 
 
 @torch.no_grad()
-def alignment_report(experiment: AlignmentExperiment, folder: Path) -> dict[str, Any]:
-    """Writes the aligned rows and the table; returns retrieval accuracy, hubness and row norms."""
+def alignment_report(experiment: AlignmentExperiment, folder: Path, report: dict[str, Any]) -> None:
+    """Writes the aligned rows and the table; reports retrieval accuracy, hubness and row norms."""
     module = experiment.module
     image_ID, text_VD = module.embedding.image, module.embedding.text
     assert image_ID is not None
-    write_aligned_rows(image_ID, folder / FILE, experiment.text.sha256, experiment.image.sha256)
-    neighbors = nearest_text_tokens(image_ID, text_VD, experiment.config.align.neighbors)
-    rows = _table(experiment, neighbors)
-    with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-    shown = sorted(rows[1:], key=lambda row: -int(row[1]))[:SHOWN]
-    write_text(experiment.config, folder, "nearest text tokens", markdown_table(rows[0], shown))
+    with part(report, "aligned_rows"):
+        write_aligned_rows(image_ID, folder / FILE, experiment.text.sha256, experiment.image.sha256)
+    with part(report, "retrieval"):
+        report["retrieval"] = _retrieval(experiment, module)
+    with part(report, "nearest_text_tokens"):
+        neighbors = nearest_text_tokens(image_ID, text_VD, experiment.config.align.neighbors)
+        report["nearest_text_tokens"] = asdict(hubness(neighbors, len(text_VD)))
+        with part(report, "table"):
+            rows = _table(experiment, neighbors)
+            with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows)
+            shown = sorted(rows[1:], key=lambda row: -int(row[1]))[:SHOWN]
+            write_text(experiment.config, folder, "nearest text tokens", markdown_table(rows[0], shown))
     norms = {"image": image_ID.norm(dim=1).mean(), "text": text_VD.norm(dim=1).mean()}
-    return {
-        "retrieval": _retrieval(experiment, module),
-        "nearest_text_tokens": asdict(hubness(neighbors, len(text_VD))),
-        "row_norms": {name: float(value) for name, value in norms.items()},
-        **module.scalars(),
-    }
+    report["row_norms"] = {name: float(value) for name, value in norms.items()}
+    report |= module.scalars()
 
 
 def _retrieval(experiment: AlignmentExperiment, module: AlignmentModule) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class CocoEvaluator(Evaluator):
         result = measure_coco(context, self.options, self.coco, self.prompts)
         file = context.out / "coco.json"
         if result is not None and file.is_file():
-            _keep_earlier(json.loads(file.read_text()), result, file)
+            _keep_earlier(json.loads(file.read_text(encoding="utf-8")), result, file)
         return result
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.load import load_experiment
+from t2i_lm.config.load import load_run
 from t2i_lm.config.sections import ForgettingConfig
 from t2i_lm.data.text import DOCUMENT_SEPARATOR, read_documents
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.probes.questions import Task, read_tasks
 from t2i_lm.runtime.tables import markdown_table
-from t2i_lm.storage.run_folder import CONFIG, Run, find_run
+from t2i_lm.storage.run_folder import Run, find_run
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -51,7 +51,7 @@ class ForgettingEvaluator(Evaluator):
                 raise ValueError(f"--{key} {value}: expected at least 1")
         if options.tasks is not None and not options.tasks.is_dir():
             raise ValueError(f"--tasks {options.tasks}: no such folder")
-        of_run = load_experiment(find_run(options.checkpoint) / CONFIG).forgetting
+        of_run = load_run(find_run(options.checkpoint)).forgetting
         folder = None if options.tasks is None else str(options.tasks)
         self.settings: ForgettingConfig = replace(of_run, text=options.forgetting, tasks=folder, **overrides)
         self.tasks: list[Task] = []

@@ -1,6 +1,7 @@
 """The report of a finished run: final losses, and per task samples, prompt accuracy, caption preference, retrieval."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from callbacks import SampleBatch
+from callbacks import SampleBatch, WallTime
+from callbacks.checkpoints import step_of
+from t2i_lm.config.load import load_run
 from t2i_lm.config.sections import SHARDED
 from t2i_lm.data.scenes.captions import entropy
 from t2i_lm.data.scenes.scene import SIZE
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.evaluation.alignment import TABLE, alignment_report
 from t2i_lm.evaluation.forgetting import write_completions
+from t2i_lm.evaluation.parts import failed, measured, part
 from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, familiar_scenes, prompt_accuracy
 from t2i_lm.experiment.build import Experiment, ImageExperiment
+from t2i_lm.experiment.restore import load_trained, load_trained_experiment, newest_checkpoint
 from t2i_lm.generation.grid import captioned_grid
 from t2i_lm.generation.images import (
     ImageArray,
@@ -32,6 +37,7 @@ from t2i_lm.models.aligned_rows import FILE
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
+from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import REPORT, read_run
 
 # Captions from which the entropy of the caption generator is estimated.
@@ -41,6 +47,8 @@ GRID, ORIGINALS_GRID, FAMILIAR_GRID = "samples/grid.png", "samples/originals.png
 
 def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float) -> dict[str, Any]:
     """Samples and measures as the task requires, writes report.json and prints the summary.
+
+    A part that fails is `{"error": message}` in the report and one line on stderr; the others are computed.
 
     Args:
         experiment: the trained experiment.
@@ -62,13 +70,43 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         "val": run.records("val")[-1]["val"] if run.records("val") else None,
     }
     if config.task in TASK_REPORTS:
-        report |= TASK_REPORTS[config.task](experiment, folder)
+        with part(report, config.task):
+            TASK_REPORTS[config.task](experiment, folder, report)
     if run.records("forgetting"):
         report["forgetting"] = run.records("forgetting")[-1]["forgetting"]
-        write_completions(run)
-    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    print_summary(report, folder)
+        with part(report, "completions"):
+            write_completions(run)
+    write_atomic(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    with part({}, "summary"):
+        print_summary(report, folder)
+    if parts := failed(report):
+        again = f"python -m t2i_lm.evaluate --checkpoint {folder} --report"
+        print(f"report: {', '.join(parts)} failed, all else is written; to compute it again: {again}", file=sys.stderr)
     return report
+
+
+def write_report_again(run: Path) -> dict[str, Any]:
+    """Writes the report of a run that was trained to its last step, from its last checkpoint.
+
+    Raises:
+        ValueError: if steps remain, the last one has not been validated, or its data or tokenizers have changed.
+    """
+    checkpoint, config = newest_checkpoint(run), load_run(run)
+    steps, last = step_of(checkpoint), config.trainer.max_steps
+    validated = any(record["step"] == last for record in read_run(run).records("val"))
+    if steps < last or not validated:
+        left = (
+            f"{checkpoint.name} is of step {steps:,} of {last:,}" if steps < last else f"step {last:,} is not validated"
+        )
+        raise ValueError(f"--report {run}: {left}; --resume finishes this run and writes its report")
+    experiment = load_trained_experiment(run, checkpoint)
+    if isinstance(experiment, ImageExperiment):
+        experiment.module = load_trained(run, checkpoint).module
+    if earlier := read_run(run).report:
+        return write_report(experiment, run, steps, earlier["wall_s"])
+    callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True).get("callbacks", {})
+    seconds = (state["seconds"] for name, state in callbacks.items() if name.startswith(WallTime.__name__))
+    return write_report(experiment, run, steps, next(seconds, 0.0))
 
 
 def row_norms(decoder: Backbone) -> dict[str, float]:
@@ -90,70 +128,87 @@ def _for_sampling(experiment: ImageExperiment) -> None:
         experiment.module.to("cuda")
 
 
-def unconditional_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
+def unconditional_report(experiment: ImageExperiment, folder: Path, report: dict[str, Any]) -> None:
     """Row norms; writes a grid of images sampled without a caption."""
     _for_sampling(experiment)
     config = experiment.config
     if count := min(config.samples.grid, config.samples.prompts):
-        images_HW3 = generate_unconditional(experiment, seeds_of(config.seed, count))
-        _save_grid(images_HW3, [""] * count, folder / GRID)
-    return {"row_norms": row_norms(experiment.decoder)}
+        with part(report, "grid"):
+            images_HW3 = generate_unconditional(experiment, seeds_of(config.seed, count))
+            _save_grid(images_HW3, [""] * count, folder / GRID)
+    with part(report, "row_norms"):
+        report["row_norms"] = row_norms(experiment.decoder)
 
 
-def text_to_image_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
+def text_to_image_report(experiment: ImageExperiment, folder: Path, report: dict[str, Any]) -> None:
     """Row norms and samples of held-out captions; for scenes, the measures that require a caption's meaning."""
     _for_sampling(experiment)
     config = experiment.config
     split = open_split(experiment.shards, "val")
     count = min(config.samples.prompts, len(split))
-    result: dict[str, Any] = {
-        "row_norms": row_norms(experiment.decoder),
-        "text_floor_nll": None,
-        "truncated_captions": truncated_share(experiment),
-    }
+    scenes = config.data.source == "scenes"
+    checked = scenes and experiment.image.image_size == SIZE  # the only size that the checker reads
+    report["text_floor_nll"] = None
+    with part(report, "row_norms"):
+        report["row_norms"] = row_norms(experiment.decoder)
+    with part(report, "truncated_captions"):
+        report["truncated_captions"] = truncated_share(experiment)
     if count:
         rows = split[:count]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
-        images_HW3 = generate_images(experiment, captions, seeds_of(config.seed, count))
-        if shown := min(config.samples.grid, count):
-            _save_grid(images_HW3[:shown], captions[:shown], folder / GRID)
-            codes_BN = torch.from_numpy(np.stack(rows["image_ids"][:shown]).astype(np.int64))
-            _save_grid(decode(experiment, codes_BN), captions[:shown], folder / ORIGINALS_GRID)
-        result["samples"] = {"prompts": count}
-    if config.data.source == "scenes":
-        nats, error = entropy(ENTROPY_SAMPLES, config.data.seed)
-        lengths = experiment.index["splits"]["train"]["caption_tokens"]
-        tokens = sum(int(n) * k for n, k in lengths.items()) / sum(lengths.values())
-        result["text_floor_nll"] = nats / tokens
-        result["text_floor_standard_error"] = error / tokens
-        if count and experiment.image.image_size == SIZE:  # the only size that the checker reads
-            meanings = [json.loads(str(text)) for text in rows["meaning"]]
-            result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
-            result["ceiling"] = accuracy_ceiling(experiment, "val")
-        held_out = split[: min(config.samples.preference_scenes, len(split))]
-        result["preference"] = caption_preference(experiment, held_out["meaning"], held_out["image_ids"])
-        result["familiar"] = _familiar_report(experiment, folder)
-    return result
+        shown = min(config.samples.grid, count)
+        with part(report, "samples"):
+            images_HW3 = generate_images(experiment, captions, seeds_of(config.seed, count))
+            report["samples"] = {"prompts": count}
+            if shown:
+                with part(report, "grid"):
+                    _save_grid(images_HW3[:shown], captions[:shown], folder / GRID)
+            if checked:
+                meanings = [json.loads(str(text)) for text in rows["meaning"]]
+                report["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
+        if shown:
+            with part(report, "originals"):
+                codes_BN = torch.from_numpy(np.stack(rows["image_ids"][:shown]).astype(np.int64))
+                _save_grid(decode(experiment, codes_BN), captions[:shown], folder / ORIGINALS_GRID)
+    if scenes:
+        with part(report, "text_floor"):
+            nats, error = entropy(ENTROPY_SAMPLES, config.data.seed)
+            lengths = experiment.index["splits"]["train"]["caption_tokens"]
+            tokens = sum(int(n) * k for n, k in lengths.items()) / sum(lengths.values())
+            report["text_floor_nll"] = nats / tokens
+            report["text_floor_standard_error"] = error / tokens
+        if count and checked:
+            with part(report, "ceiling"):
+                report["ceiling"] = accuracy_ceiling(experiment, "val")
+        with part(report, "preference"):
+            held_out = split[: min(config.samples.preference_scenes, len(split))]
+            report["preference"] = caption_preference(experiment, held_out["meaning"], held_out["image_ids"])
+        report["familiar"] = {}
+        with part(report, "familiar"):
+            _familiar_report(experiment, folder, report["familiar"])
 
 
-def _familiar_report(experiment: ImageExperiment, folder: Path) -> dict[str, Any]:
+def _familiar_report(experiment: ImageExperiment, folder: Path, report: dict[str, Any]) -> None:
     """The same measures on new scenes whose color-kind pairs occur in training."""
     settings = experiment.config.samples
     scenes = familiar_scenes(experiment, max(settings.prompts, settings.preference_scenes))
-    result: dict[str, Any] = {"samples": {"prompts": settings.prompts}}
+    report["samples"] = {"prompts": settings.prompts}
     meanings = scenes.meanings[: settings.prompts]
     if meanings:
-        captions = scenes.captions[: settings.prompts]
-        seeds = seeds_of(experiment.config.seed, len(captions))
-        images_HW3 = generate_images(experiment, captions, seeds)
-        _save_grid(images_HW3[: settings.grid], captions[: settings.grid], folder / FAMILIAR_GRID)
+        with part(report, "samples"):
+            captions = scenes.captions[: settings.prompts]
+            images_HW3 = generate_images(experiment, captions, seeds_of(experiment.config.seed, len(captions)))
+            with part(report, "grid"):
+                _save_grid(images_HW3[: settings.grid], captions[: settings.grid], folder / FAMILIAR_GRID)
+            if experiment.image.image_size == SIZE:
+                report["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
         if experiment.image.image_size == SIZE:
-            result["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
-            result["ceiling"] = accuracy_ceiling(experiment, "train")
-    chosen = slice(settings.preference_scenes)
-    texts = [json.dumps(meaning) for meaning in scenes.meanings[chosen]]
-    result["preference"] = caption_preference(experiment, texts, scenes.image_ids_BN[chosen])
-    return result
+            with part(report, "ceiling"):
+                report["ceiling"] = accuracy_ceiling(experiment, "train")
+    with part(report, "preference"):
+        chosen = slice(settings.preference_scenes)
+        texts = [json.dumps(meaning) for meaning in scenes.meanings[chosen]]
+        report["preference"] = caption_preference(experiment, texts, scenes.image_ids_BN[chosen])
 
 
 def _save_grid(images_HW3: Sequence[ImageArray], captions: Sequence[str], file: Path) -> None:
@@ -162,8 +217,8 @@ def _save_grid(images_HW3: Sequence[ImageArray], captions: Sequence[str], file: 
         captioned_grid(images_HW3, captions).save(file)
 
 
-# By task; reports of other tasks have the losses only.
-TASK_REPORTS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {
+# By task: adds its parts to the report. Reports of other tasks have the losses only.
+TASK_REPORTS: dict[str, Callable[[Any, Path, dict[str, Any]], None]] = {
     "text_to_image": text_to_image_report,
     "unconditional": unconditional_report,
     "align": alignment_report,
@@ -213,18 +268,18 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
     console.print(table)
     if report.get("text_floor_nll") is not None:
         console.print(f"floor of the text loss (entropy of the captions): {report['text_floor_nll']:.4f} nats/token")
-    for words, part in (("", report), (", seen color-kind pairs", report.get("familiar") or {})):
-        right, preferred = part.get("samples", {}).get("accuracy"), part.get("preference")
+    for words, values in (("", report), (", seen color-kind pairs", measured(report, "familiar"))):
+        right, preferred = measured(values, "samples").get("accuracy"), measured(values, "preference")
         if right:
-            limits = part["ceiling"]["accuracy"]
+            limits = measured(values, "ceiling").get("accuracy")
             _print_shares(console, f"right in samples{words} (at most)", right, "right", limits)
         if preferred:
             _print_shares(console, f"true caption preferred (chance 0.5){words}", preferred, "preferred")
-    if note := report.get("forgetting", {}).get("note"):
+    if note := measured(report, "forgetting").get("note"):
         console.print(f"forgetting: {note}", highlight=False, soft_wrap=True)
     for name in ("retrieval", "nearest_text_tokens"):
-        if name in report:
-            console.print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in report[name].items()))
+        if numbers := measured(report, name):
+            console.print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
     console.print(f"{report['steps']} steps in {report['wall_s']:.0f} s")
     for name in (REPORT, "metrics.jsonl", GRID, FAMILIAR_GRID, TABLE, FILE):
         if (folder / name).exists():

@@ -104,7 +104,7 @@ def accuracy_ceiling(experiment: ImageExperiment, split: str) -> dict[str, Any]:
     }
     file = Path(data.cache_dir) / "ceilings" / f"{image.sha256[:12]}-{CEILING_SCENES}-{split}-seed{data.seed}.json"
     if file.is_file():
-        cached: dict[str, Any] = json.loads(file.read_text())
+        cached: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if cached.pop("identity") == identity:
             return cached
     source = SceneSource(CEILING_SCENES, split, data.seed)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from callbacks import split_entries
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.load import load_experiment
+from t2i_lm.config.load import load_run
 from t2i_lm.data.datamodules import pack_batch
 from t2i_lm.data.pairs import RejectedPairError, center_crop, decode_image
 from t2i_lm.data.shards.tokenize import encode_images
@@ -25,7 +25,7 @@ from t2i_lm.experiment.restore import load_trained
 from t2i_lm.generation.images import ImageArray, chosen_sampling, generate_images, require_fitting, seeds_of
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.runtime.devices import precision
-from t2i_lm.storage.run_folder import CONFIG, find_run, read_run
+from t2i_lm.storage.run_folder import find_run, read_run
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.layout import IntArray
 
@@ -61,8 +61,8 @@ class TrainedRun:
 
     @cached_property
     def config(self) -> ExperimentConfig:
-        """The experiment that was run, all keys resolved."""
-        return load_experiment(self.folder / CONFIG)
+        """The experiment that was run, all keys resolved; relative paths start where it was started."""
+        return load_run(self.folder)
 
     @property
     def report(self) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """From an ExperimentConfig to its module, tokenizers and data."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.alignment import BagDataModule
 from t2i_lm.data.datamodules import BatchDataModule, ImageDataModule, PairDataModule, TextDataModule
 from t2i_lm.data.replay import ReplayDataModule, prepare_replay
@@ -26,8 +29,9 @@ from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
-from t2i_lm.runtime.devices import local_rank, uses_gpu
+from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.runtime.seeds import generator, seeded
+from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.documents import context_id, describe_documents
 from t2i_lm.tokenizers.image import describe_pixels, open_image_tokenizer
@@ -136,6 +140,37 @@ def prepare(config: ExperimentConfig, rank: int = 0) -> Path:
     return prepare_pairs(config, open_text(config), open_image(config, rank))
 
 
+def open_backbone(config: ExperimentConfig) -> Backbone:
+    """The unexpanded backbone with the weights of `init`; a note on stderr says where it is an exported image model.
+
+    Raises:
+        ValueError: if weights cannot be read or do not fit.
+    """
+    path = config.backbone.path
+    if path is not None and not is_plugin(path) and config.init != "random":
+        _note_exported(resolve(path))
+    key = "backbone.config" if path is None else "backbone.path"
+    with reading(key, str(config.value(key))):
+        return build_backbone(config)
+
+
+def _note_exported(path: Path) -> None:
+    """Prints a line if a backbone is the export of an image model."""
+    card = (path if path.is_dir() else path.parent) / "card.json"
+    if not card.is_file():
+        return
+    with reading("backbone.path", card):
+        exported = dict(json.loads(card.read_text(encoding="utf-8")))
+    if "image_offset" in exported and global_rank() == 0:
+        text, start, rows = (int(exported[name]) for name in ("text_rows", "image_offset", "rows"))
+        print(
+            f"note: backbone.path={path} was exported from a run of task={exported.get('task')}: beside its {text:,} "
+            f"text rows, {start - text} special and {rows - start:,} image rows count as text rows of the new model. "
+            "A language model has none: give the backbone of that run, or --resume to train it further",
+            file=sys.stderr,
+        )
+
+
 def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, TextTokenizer, ImageTokenizer]:
     """The expanded decoder, its vocabulary and tokenizers.
 
@@ -143,13 +178,12 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
         ValueError: if the text tokenizer does not fit the backbone, or the aligned rows do not fit the tokenizers.
     """
     text, image = open_text(config), open_image(config, local_rank())
-    decoder = build_backbone(config)
+    decoder = open_backbone(config)
     require_own_tokenizer(text, decoder.config.vocab_size)
     rows = config.image_rows
-    source = ImageRowSource(
-        image.codebook if rows == "codebook" else None,
-        read_aligned_rows(config, text.sha256, image.sha256) if rows == "aligned" else None,
-    )
+    with reading("aligned_rows", str(config.aligned_rows)):
+        aligned = read_aligned_rows(config, text.sha256, image.sha256) if rows == "aligned" else None
+    source = ImageRowSource(image.codebook if rows == "codebook" else None, aligned)
     vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"), rows, source)
     return decoder, vocab, text, image
 
@@ -222,7 +256,7 @@ def build_alignment(config: ExperimentConfig) -> AlignmentExperiment:
 
 def build_text(config: ExperimentConfig) -> TextExperiment:
     """A decoder from random weights on plain text."""
-    decoder = build_backbone(config)
+    decoder = open_backbone(config)
     choose_trained(decoder, config)
     prepare_blocks(decoder, config)
     shards, text = prepare_text(config)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import to_yaml
 from t2i_lm.config.sections import OPENED_BY_PATH, is_plugin
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
@@ -23,6 +23,7 @@ from t2i_lm.runtime.devices import precision
 from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.runtime.tables import compact
 from t2i_lm.storage import hub
+from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 from t2i_lm.tokenizers.vq import PatchedVQ
@@ -59,7 +60,9 @@ def plan(config: ExperimentConfig) -> Plan:
         if config.task == "image_tokenizer":
             tokenizer = PatchedVQ(config.image_tokenizer.model)
             return Plan(tokenizer, None, parameter_count(tokenizer))
-        decoder = empty_backbone(config)
+        key = "backbone.path" if config.backbone.config is None else "backbone.config"
+        with reading(key, str(config.value(key))):
+            decoder = empty_backbone(config)
     unexpanded = parameter_count(decoder)
     layout: Layout | ImageLayout | None = None
     if config.task == "align":
@@ -96,7 +99,7 @@ def image_ids(config: ExperimentConfig) -> tuple[int, tuple[int, int]]:
 def describe(config: ExperimentConfig) -> str:
     """The resolved config, parameters by group, tokens, compute, memory and hours, as text."""
     planned = plan(config)
-    lines = [OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), "---"]
+    lines = [to_yaml(config).rstrip(), "---"]
     lines += [f"missing: {missing}" for missing in absent_files(config)]
     lines += [f"plug-in: {key} of {identity}" for key, identity in plugin_identities(config).items()]
     lines.append(f"precision here: {precision(config)}")

@@ -13,7 +13,7 @@ import torch
 from rich.progress import track
 
 from callbacks.checkpoints import step_of
-from t2i_lm.config.load import load_experiment
+from t2i_lm.config.load import load_run
 from t2i_lm.data.datamodules import ImageBatches
 from t2i_lm.data.scenes.captions import ATTRIBUTES
 from t2i_lm.data.scenes.checker import check, shares_right
@@ -24,9 +24,8 @@ from t2i_lm.experiment.build import (
     ImageModel,
     ImageTokenizerExperiment,
     TextExperiment,
-    build,
 )
-from t2i_lm.experiment.restore import load_trained, newest_checkpoint
+from t2i_lm.experiment.restore import load_trained, load_trained_experiment, newest_checkpoint
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.factory import decoder_architecture, huggingface_folder
@@ -37,7 +36,7 @@ from t2i_lm.models.lora import merge_adapters
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.models.transformers_export import FORMAT, require_equivalent, save_transformers
 from t2i_lm.storage.resumable import atomic_folder, require_new_folder, share
-from t2i_lm.storage.run_folder import CONFIG, find_run, read_run
+from t2i_lm.storage.run_folder import find_run, read_run
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
 
@@ -71,7 +70,7 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
         ValueError: if there is no run or no whole checkpoint, or the run has no export in this format.
     """
     run = find_run(run)
-    config = load_experiment(run / CONFIG)
+    config = load_run(run)
     exporters = FORMATS[form]
     if config.task not in exporters:
         raise ValueError(f"--format {form}: {run} is a run of task={config.task}; expected {', '.join(exporters)}")
@@ -86,9 +85,7 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
         trained = load_trained(run, checkpoint)
         trained.module.cpu()
     else:
-        trained = build(config)
-        trained.module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
-        trained.module.eval()
+        trained = load_trained_experiment(run, checkpoint)
     environment = read_run(run).environment
     card: dict[str, Any] = {
         "experiment": config.name,
@@ -100,7 +97,7 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
         "dtype": dtype,
     }
     card |= exporters[config.task](trained, out, getattr(torch, dtype))
-    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     share(*(file for file in out.rglob("*") if file.is_file()))
     return card
 
@@ -170,13 +167,13 @@ def _write_transformers(
         if text.path.suffix == ".json":
             shutil.copyfile(text.path, folder / "tokenizer.json")
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": decoder.config.seq_len}
-            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             tokenizer = "tokenizer.json, for AutoTokenizer"
         else:
             name = f"text_tokenizer{text.path.suffix}"
             shutil.copyfile(text.path, folder / name)
             tokenizer = f"{name}, for sentencepiece.SentencePieceProcessor; AutoTokenizer does not read it"
-        (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+        (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
     library = {"architecture": architecture, "transformers": require_transformers(FORMAT).__version__}
     return written, library | {"text_tokenizer": tokenizer}
 

@@ -8,11 +8,12 @@ import torch
 
 from callbacks import find_resumable
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.load import load_experiment
+from t2i_lm.config.load import load_run, require_located
 from t2i_lm.config.sections import DistilConfig
-from t2i_lm.experiment.build import ImageModel, build_model
+from t2i_lm.experiment.build import Experiment, ImageModel, build, build_model
 from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
-from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, read_run
+from t2i_lm.storage.reading import reading, reason
+from t2i_lm.storage.run_folder import CHECKPOINTS, read_run
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -45,15 +46,39 @@ def load_trained(run: Path, checkpoint: Path | None = None) -> ImageModel:
     """
     config = image_config(run)
     checkpoint = checkpoint or newest_checkpoint(run)
-    # The checkpoint replaces every weight, so none is read; the architecture comes from the backbone's own config.
-    model = build_model(_without_training_terms(replace(config, init="random", new_rows="random", aligned_rows=None)))
+    model = build_model(_without_weights(config))
     _require_same_tokenizers(model, run)
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    try:
-        model.module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint} does not fit the run's config.yaml: {error}") from error
+    _load_weights(model.module, checkpoint)
     return _for_evaluation(model, config)
+
+
+def load_trained_experiment(run: Path, checkpoint: Path) -> Experiment:
+    """The experiment of a run of any task with its data and the weights of a checkpoint, in evaluation mode.
+
+    Raises:
+        ValueError: if its files are gone, or its data is not that of training.
+    """
+    config = _found(load_run(run), run)
+    experiment = build(_without_weights(config))
+    trained_on = read_run(run).environment.get("data_hash")
+    if trained_on is not None and experiment.index.get("data_hash") != trained_on:
+        raise ValueError(
+            f"data.path={config.data.path}: the data has changed since {run} was trained: data hash "
+            f"{experiment.index.get('data_hash')}, then {trained_on}"
+        )
+    _load_weights(experiment.module, checkpoint)
+    experiment.config = config
+    experiment.module.eval()
+    return experiment
+
+
+def _load_weights(module: torch.nn.Module, checkpoint: Path) -> None:
+    with reading("checkpoint", checkpoint):
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit the run's config.yaml: {reason(error)}") from error
 
 
 def load_initial(run: Path) -> ImageModel:
@@ -83,10 +108,22 @@ def image_config(run: Path) -> ExperimentConfig:
     Raises:
         ValueError: if it cannot be read or trains another model.
     """
-    config = load_experiment(run / CONFIG)
+    config = load_run(run)
     if config.task not in ("text_to_image", "unconditional"):
         raise ValueError(f"{run} is a run of task={config.task}; expected text_to_image or unconditional")
+    return _found(config, run)
+
+
+def _found(config: ExperimentConfig, run: Path) -> ExperimentConfig:
+    """The config, if the files are there that its model needs."""
+    backbone = () if config.backbone.config is not None else ("backbone.path",)
+    require_located(config, run, (*backbone, "text_tokenizer.path", "image_tokenizer.path"))
     return config
+
+
+def _without_weights(config: ExperimentConfig) -> ExperimentConfig:
+    """The config of a model whose every weight a checkpoint replaces: only the architecture is read."""
+    return _without_training_terms(replace(config, init="random", new_rows="random", aligned_rows=None))
 
 
 def _without_training_terms(config: ExperimentConfig) -> ExperimentConfig:

@@ -89,7 +89,7 @@ def write_images(
     with atomic_folder(out) as folder:
         for number, (image, caption) in enumerate(zip(images_HW3, captions, strict=True)):
             slug = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:CAPTION_START]
-            names.append(f"{number:03d}-{slug}.png")
+            names.append(f"{number:03d}-{slug}.png" if slug else f"{number:03d}.png")
             Image.fromarray(image).save(folder / names[-1])
         names.append("grid.png")
         captioned_grid(images_HW3, captions).save(folder / names[-1])

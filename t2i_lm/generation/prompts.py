@@ -3,18 +3,23 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from t2i_lm.config.values import as_text
+from t2i_lm.storage.reading import reading
+
 
 def read_prompts(arguments: Sequence[str], file: Path | None) -> list[str]:
     """Prompts of the command line, then those of a file, one per line; its empty lines are skipped.
 
     Raises:
-        ValueError: if there are none, or a prompt of the command line is empty.
+        ValueError: if there are none, the file is not UTF-8, or a prompt of the command line is empty.
     """
-    prompts = list(arguments)
+    prompts = [as_text(argument) for argument in arguments]
     if file is not None:
         if not file.is_file():
             raise ValueError(f"--prompts {file}: no such file")
-        prompts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        with reading("--prompts", file):
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError('no prompt: expected one, for example "a small green star", or --prompts FILE')
     if any(not prompt.strip() for prompt in prompts):

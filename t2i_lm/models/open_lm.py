@@ -66,7 +66,7 @@ def decoder_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> 
     elif Path(source).is_file():
         origin = str(source)
         try:
-            values = json.loads(Path(source).read_text())
+            values = json.loads(Path(source).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{source} is not a JSON model config: {error}") from error
     else:
@@ -195,4 +195,4 @@ def save_open_lm(decoder: Decoder, folder: Path, dtype: torch.dtype, metadata: M
     save_file(state, folder / "model.safetensors", metadata=dict(metadata))
     # All rows of an expanded decoder become one vocabulary.
     config = asdict(decoder.config) | {"vocab_size": len(decoder.tok_embeddings.matrix())}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -102,7 +102,8 @@ def save_transformers(decoder: Backbone, folder: Path, dtype: torch.dtype, keys:
         model.load_state_dict(transformers_state(written))
         model.to(dtype).save_pretrained(folder)
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(keys), indent=2) + "\n")
+    content = json.loads(path.read_text(encoding="utf-8")) | dict(keys)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     require_equal_logits(written, folder)
     return written
 

@@ -75,7 +75,7 @@ def own_systems(runs: Path) -> list[System]:
     systems = []
     for path in sorted(runs.glob("*/*/evaluations/*/coco.json")):
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(encoding="utf-8"))
             experiment, differs = path.parents[3].name, result["differs"]
             systems.append(
                 System(

@@ -1,11 +1,17 @@
 """The shared command line: parser, common options, one-line errors."""
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from t2i_lm.config.experiment import SCALES
+from t2i_lm.config.values import UTF8_REQUIRED, as_text
+from t2i_lm.runtime.output import last_to_the_end
+from t2i_lm.storage.reading import DEBUG, shows_traceback
 
 # Errors that end a command with one line; any other is a fault of this suite and keeps its traceback.
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
@@ -15,20 +21,43 @@ NO_SAMPLES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.inter
 
 def command_parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
     """The parser of `python -m t2i_lm.COMMAND`, whose help ends with an example."""
-    return argparse.ArgumentParser(
+    last_to_the_end()
+    parser = argparse.ArgumentParser(
         prog=f"python -m t2i_lm.{command}",
         description=description,
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--debug", action=_Debug, nargs=0, default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    return parser
+
+
+class _Debug(argparse.Action):
+    """Sets the variable that processes of this command inherit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        os.environ[DEBUG] = "1"
 
 
 def exit_code(body: Callable[[], int]) -> int:
-    """Runs a command's body and returns its exit code: 2 after printing one line for any of `FAILURES`."""
+    """Runs a command's body and returns its exit code: 2 after printing one line for any of `FAILURES`.
+
+    The traceback is printed before it if T2I_LM_DEBUG is set, which `--debug` does.
+    """
+    last_to_the_end()
     try:
         return body()
     except FAILURES as error:
-        print(f"error: {error}", file=sys.stderr)
+        if shows_traceback():
+            traceback.print_exc()
+        message = str(error) or type(error).__name__
+        if error.__cause__ is not None:  # may quote a library, whose messages have several lines
+            message = " ".join(message.split())
+        if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+            message = f"{as_text(error.object)!r}: {UTF8_REQUIRED}"
+        print(f"error: {message}", file=sys.stderr)
         return 2
 
 

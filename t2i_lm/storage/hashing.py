@@ -13,9 +13,16 @@ def file_sha256(path: Path) -> str:
 
 def folder_sha256(folder: Path, suffixes: Sequence[str]) -> str:
     """Hash of the names and bytes of all files below a folder with one of the `suffixes`."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file())
+    return files_sha256(files, folder)
+
+
+def files_sha256(files: Sequence[Path], folder: Path | None = None) -> str:
+    """Hash of the names and bytes of several files; of paths below `folder` where it is given."""
     digest = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file()):
-        digest.update(f"{file.relative_to(folder).as_posix()} {file_sha256(file)}\n".encode())
+    for file in files:
+        name = file.relative_to(folder).as_posix() if folder else file.name
+        digest.update(f"{name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

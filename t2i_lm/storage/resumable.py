@@ -43,7 +43,7 @@ class ResumableParts:
         self._stamp = hashlib.sha256(text.encode()).hexdigest()
         file = folder / IDENTITY
         if file.is_file():
-            other = json.loads(file.read_text())
+            other = json.loads(file.read_text(encoding="utf-8"))
             keys = [key for key in {**other, **self.identity} if other.get(key) != self.identity.get(key)]
             if keys:
                 changes = "; ".join(f"{key}={other.get(key)!r}, now {self.identity.get(key)!r}" for key in sorted(keys))

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from t2i_lm.storage.reading import reading
+
 PACKAGES = ("torch", "lightning", "torchmetrics", "datasets", "sentencepiece", "diffusers", "numpy", "t2i_lm")
 CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS, GROUPS = (
     "config.yaml",
@@ -102,18 +104,21 @@ def read_run(folder: Path) -> Run:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path} line {number} is damaged: {error}") from error
-    try:
-        config = yaml.safe_load((folder / CONFIG).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
-    return Run(folder, config, _json(folder / ENVIRONMENT) or {}, metrics, _json(folder / REPORT))
+    with reading("run folder", folder / CONFIG):
+        config = dict(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+    return Run(folder, config, read_environment(folder), metrics, _json(folder / REPORT))
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """env.json of a run folder; empty where there is none."""
+    return _json(folder / ENVIRONMENT) or {}
 
 
 def _json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
+    with reading("run folder", path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def environment(**extra: Any) -> dict[str, Any]:
@@ -126,6 +131,7 @@ def environment(**extra: Any) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "versions": {name: _version(name) for name in PACKAGES},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "directory": str(Path.cwd()),  # where relative paths of config.yaml start
         **extra,
     }
 

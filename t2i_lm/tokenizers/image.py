@@ -8,9 +8,13 @@ from pathlib import Path
 from t2i_lm.assets import resolve
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.runtime.plugins import IMAGE_TOKENIZER, find_plugin, interface
+from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.base import ImageTokenizer
 from t2i_lm.tokenizers.transformers_vq import TransformersVQ, is_transformers_vq
 from t2i_lm.tokenizers.vq import CONFIG, MoVQGAN, VQTokenizer
+
+# The file that makes a folder a pipeline of diffusers.
+PIPELINE = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,35 @@ class ImageFormat:
     has_range: bool
 
 
+def _diffusers_class(folder: Path) -> str | None:
+    """The class that diffusers' config.json of a folder names; None without one."""
+    file = folder / CONFIG
+    if not file.is_file():
+        return None
+    with reading("image_tokenizer.path", file):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return str(content["_class_name"]) if "_class_name" in content else None
+
+
 def _is_diffusers(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and "_class_name" in json.loads((folder / CONFIG).read_text())
+    name = _diffusers_class(folder)
+    if name is not None and name.rpartition(".")[2] != "VQModel":
+        raise ValueError(f"image_tokenizer.path: {folder / CONFIG} is of a {name}; expected a VQModel")
+    return name is not None
+
+
+def _tokenizer_of_pipeline(folder: Path) -> Path:
+    """Of a diffusers pipeline, the subfolder of its `VQModel` (`vqvae`, `movq`); another path as it is."""
+    if not (folder / PIPELINE).is_file():
+        return folder
+    classes = {file.parent: _diffusers_class(file.parent) for file in sorted(folder.glob(f"*/{CONFIG}"))}
+    found = [subfolder for subfolder, name in classes.items() if name and name.rpartition(".")[2] == "VQModel"]
+    if len(found) != 1:
+        parts = ", ".join(f"{subfolder.name} ({name})" for subfolder, name in classes.items()) or "nothing"
+        raise ValueError(
+            f"image_tokenizer.path: the pipeline {folder} holds {parts}; expected one VQModel, or the path of one"
+        )
+    return found[0]
 
 
 FORMATS = (
@@ -51,8 +82,8 @@ def open_image_tokenizer(
     """The image tokenizer at a path, or of a plug-in.
 
     Args:
-        path: a folder that `save_tokenizer` wrote, a folder of a diffusers `VQModel` or of a VQ model of transformers,
-            or a MoVQGAN `.ckpt`; `asset:NAME`, `hf://...`, or a plug-in (`runtime/plugins.py`).
+        path: a folder that `save_tokenizer` wrote, a folder of a diffusers `VQModel` or of a pipeline with one, a VQ
+            model of transformers, or a MoVQGAN `.ckpt`; `asset:NAME`, `hf://...`, or a plug-in (`runtime/plugins.py`).
         image_size: side of the images in pixels.
         expect: required size of a MoVQGAN.
         pixel_range: values of black and white, of a folder of diffusers or transformers; None: as its files say.
@@ -66,15 +97,23 @@ def open_image_tokenizer(
         raise ValueError(f"image_tokenizer.path={path}: no such file or folder")
     if expect is not None and not file.is_file():
         raise ValueError(f"image_tokenizer.expect={expect!r}: only a MoVQGAN checkpoint has a size, {file} is none")
-    known = None if plugin else next(known for known in FORMATS if known.recognizes(file))
-    if pixel_range is not None and (known is None or not known.has_range):
+    if plugin:
+        _require_range(pixel_range is None, pixel_range, path)
+        return _from_plugin(str(path), image_size)
+    with reading("image_tokenizer.path", file):
+        file = _tokenizer_of_pipeline(file)
+        known = next(known for known in FORMATS if known.recognizes(file))
+    _require_range(pixel_range is None or known.has_range, pixel_range, path)
+    with reading("image_tokenizer.path", file):
+        return known.open(file, image_size, expect, pixel_range)
+
+
+def _require_range(allowed: bool, pixel_range: Sequence[float] | None, path: str | Path) -> None:
+    if not allowed:
         raise ValueError(
-            f"image_tokenizer.pixel_range={list(pixel_range)}: expected null, {path} is no folder of diffusers or "
+            f"image_tokenizer.pixel_range={list(pixel_range or ())}: expected null, {path} is no folder of diffusers or "
             "transformers and has a range of its own"
         )
-    if known is None:
-        return _from_plugin(str(path), image_size)
-    return known.open(file, image_size, expect, pixel_range)
 
 
 def describe_pixels(image: ImageTokenizer) -> str:
@@ -85,6 +124,7 @@ def describe_pixels(image: ImageTokenizer) -> str:
 
 def _from_plugin(value: str, image_size: int) -> ImageTokenizer:
     plugin = find_plugin(IMAGE_TOKENIZER, value, [known.name for known in FORMATS])
-    image: ImageTokenizer = plugin.function(plugin.argument, image_size)
+    with reading(plugin.where, plugin.argument or plugin.origin):
+        image: ImageTokenizer = plugin.function(plugin.argument, image_size)
     plugin.require(image, interface(ImageTokenizer))
     return image

@@ -14,6 +14,7 @@ from t2i_lm.assets import resolve
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.runtime.plugins import TEXT_TOKENIZER, find_plugin, interface
 from t2i_lm.storage import hub
+from t2i_lm.storage.reading import reading
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.documents import (
@@ -106,6 +107,8 @@ class SentencePieceTokenizer(FileTokenizer):
             raise ValueError(f"text_tokenizer.path: no sentencepiece model at {self.path}")
         content = self.path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
+        if not content:  # the library would take this for no model, and encode nothing
+            raise ValueError(f"text_tokenizer.path: {self.path} is not a sentencepiece model: it is empty")
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
@@ -247,14 +250,16 @@ def open_text_tokenizer(
         raise ValueError(f"text_tokenizer.document_start, document_end: expected null, {path} has its own ends")
     if is_plugin(str(path)):
         plugin = find_plugin(TEXT_TOKENIZER, str(path), [known.name for known in FORMATS])
-        text: TextTokenizer = plugin.function(plugin.argument)
+        with reading(plugin.where, plugin.argument or plugin.origin):
+            text: TextTokenizer = plugin.function(plugin.argument)
         plugin.require(text, interface(TextTokenizer))
         return text
     absent = hub.is_hub(str(path)) and hub.cached(str(path)) is None
     file = resolve(str(path))
     if absent and file.name in (SentencePieceTokenizer.in_folder, JsonTokenizer.in_folder):
         _fetch_beside(str(path), file.name)
-    text = next(known for known in FORMATS if known.recognizes(file)).open(file)
+    with reading("text_tokenizer.path", file):
+        text = next(known for known in FORMATS if known.recognizes(file)).open(file)
     text.choose_documents(document_start, document_end)
     return text
 

@@ -37,8 +37,8 @@ KINDS = {
 def is_transformers_vq(folder: Path) -> bool:
     """Whether a folder holds one of `KINDS`."""
     try:
-        return json.loads((folder / CONFIG).read_text()).get("model_type") in KINDS
-    except (OSError, json.JSONDecodeError, AttributeError):
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type") in KINDS
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -94,7 +94,7 @@ class TransformersVQ:
             raise ValueError(
                 f"image_tokenizer.path={folder}: requires transformers: pip install 't2i_lm[hf]'"
             ) from error
-        self._kind = KINDS[json.loads((folder / CONFIG).read_text())["model_type"]]
+        self._kind = KINDS[json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_type"]]
         if not (folder / WEIGHTS).is_file():
             raise ValueError(f"image_tokenizer.path: no {WEIGHTS} in {folder}")
         try:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_lm.config.sections import VQModelConfig
-from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.hashing import file_sha256, files_sha256
+from t2i_lm.storage.reading import reading, reason
 from t2i_lm.tokenizers import movqgan
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -120,34 +121,51 @@ class VQTokenizer:
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise ValueError(f"image_tokenizer.path: no {name} in {folder}")
-        config = json.loads((folder / CONFIG).read_text())
-        model = PatchedVQ(VQModelConfig(**config["model"]))
+        with reading("image_tokenizer.path", folder / CONFIG):
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            model = PatchedVQ(VQModelConfig(**config["model"]))
         try:
             model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
         except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"image_tokenizer.path: {folder / WEIGHTS} does not match its config: {error}") from error
+            raise ValueError(
+                f"image_tokenizer.path: {folder / WEIGHTS} does not match its config: {reason(error)}"
+            ) from error
         return cls(model, image_size, file_sha256(folder / WEIGHTS))
 
     @classmethod
     def from_diffusers(cls, folder: Path, image_size: int, pixel_range: Sequence[float] | None = None) -> "VQTokenizer":
-        """Loads a folder in diffusers' format: `config.json` of a `VQModel` and its safetensors.
+        """Loads a folder in diffusers' format, with its own loader: old names, shards and `.bin` files too.
 
         Pixels are in [-1, 1], as in all of diffusers, unless `pixel_range` (black, white) is given.
 
         Raises:
-            ValueError: if a file is missing or does not match the config.
+            ValueError: if a file is missing or does not match the config, naming tensors that one of them lacks.
         """
-        if not (folder / DIFFUSERS_WEIGHTS).is_file():
+        files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+        files = files or sorted(folder.glob("diffusion_pytorch_model*.bin"))
+        if not files:
             raise ValueError(f"image_tokenizer.path: no {DIFFUSERS_WEIGHTS} in {folder}")
-        try:
-            vq = VQModel.from_config(VQModel.load_config(folder, local_files_only=True))  # type: ignore[no-untyped-call]
-            vq.load_state_dict(load_file(folder / DIFFUSERS_WEIGHTS))
-        except (RuntimeError, TypeError, SafetensorError) as error:
+        whole = next((file for file in files if file.stem == "diffusion_pytorch_model"), None)
+        options: dict[str, Any] = {}
+        if whole is None and len(files) == 1:  # such as diffusion_pytorch_model.fp16.safetensors
+            options["variant"] = files[0].stem.partition(".")[2]
+        with reading("image_tokenizer.path", folder):
+            vq, found = VQModel.from_pretrained(  # type: ignore[no-untyped-call]
+                folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True, **options
+            )
+        for problem in ("missing", "unexpected"):
+            if names := sorted(found[f"{problem}_keys"]):
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise ValueError(f"image_tokenizer.path: {folder} has {problem} tensors: {', '.join(names[:3])}{more}")
+        if vq.config.in_channels != 3 or vq.config.out_channels != 3:
             raise ValueError(
-                f"image_tokenizer.path: {folder / DIFFUSERS_WEIGHTS} does not match its config: {error}"
-            ) from error
+                f"image_tokenizer.path: {folder} has in_channels={vq.config.in_channels}, out_channels="
+                f"{vq.config.out_channels}; expected 3 of each, for RGB"
+            )
+        used = [whole] if whole else files
+        sha256 = file_sha256(used[0]) if len(used) == 1 else files_sha256(used)
         pixels = chosen_range(pixel_range, PixelRange(source="diffusers' convention"))
-        return cls(VQAutoencoder(vq.float()), image_size, file_sha256(folder / DIFFUSERS_WEIGHTS), pixels)
+        return cls(VQAutoencoder(vq.float()), image_size, sha256, pixels)
 
     @property
     def vocab_size(self) -> int:
@@ -229,7 +247,7 @@ class MoVQGAN(VQTokenizer):
         except pickle.UnpicklingError as error:
             raise ValueError(f"image_tokenizer.path: {path} contains more than tensors and is not loaded") from error
         except (RuntimeError, EOFError, AttributeError, KeyError, ValueError) as error:
-            raise ValueError(f"image_tokenizer.path: {path} is not a MoVQGAN checkpoint: {error}") from error
+            raise ValueError(f"image_tokenizer.path: {path} is not a MoVQGAN checkpoint: {reason(error)}") from error
         name = movqgan.size_name(config)
         if expect is not None and name != expect:
             raise ValueError(f"image_tokenizer.expect={expect!r}: {path} is the {name} model")
@@ -237,7 +255,7 @@ class MoVQGAN(VQTokenizer):
         try:
             vq.load_state_dict(movqgan.to_diffusers(state, len(config["block_out_channels"])))
         except RuntimeError as error:
-            raise ValueError(f"image_tokenizer.path: {path} is an incomplete MoVQGAN: {error}") from error
+            raise ValueError(f"image_tokenizer.path: {path} is an incomplete MoVQGAN: {reason(error)}") from error
         tokenizer = cls(VQAutoencoder(vq), image_size, file_sha256(path))
         tokenizer.size_name = name
         return tokenizer
@@ -251,7 +269,7 @@ def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"model": vars(model.config)}, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps({"model": vars(model.config)}, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def _start(job: Job, slot: int, threads: int, gpu: str | None) -> Running:
 
 def _run_logged(job: Job, log: Path, gpu: str | None) -> None:
     """A job in its own process, with its output in a log file."""
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if gpu is not None:
@@ -220,7 +220,7 @@ def _report(one: Running, code: int, done: int, jobs: int, seconds: float) -> No
     took = timedelta(seconds=round(time.monotonic() - one.started))
     if code:
         print(f"== {one.job.name}: failed with code {code} after {took}; last lines of its log:", file=sys.stderr)
-        print(*one.log.read_text(errors="replace").splitlines()[-5:], sep="\n", file=sys.stderr)
+        print(*one.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:], sep="\n", file=sys.stderr)
         return
     left = timedelta(seconds=round(seconds / done * (jobs - done)))
     print(f"== {one.job.name}: finished after {took}; {done}/{jobs}, ETA {left}", flush=True)

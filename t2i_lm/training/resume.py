@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2i_lm.config.experiment import RESUMABLE, ExperimentConfig
-from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.config.load import flatten, load_experiment, located
 from t2i_lm.storage.run_folder import CONFIG, REPORT, find_run, run_folders
 
 LATEST = "latest"
@@ -40,7 +40,7 @@ def resumed_run(resume: str, experiment: Path, scale: str, overrides: Sequence[s
                 f"--resume {folder}: {key}={value!r} differs from the run's config.yaml ({saved[key]!r}); "
                 "start a new run instead"
             )
-    return config, folder
+    return located(config, folder), folder
 
 
 def _latest_unfinished(config: ExperimentConfig, scale: str) -> Path:

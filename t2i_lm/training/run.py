@@ -106,11 +106,11 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     (folder / BASELINE).unlink(missing_ok=True)
     save_experiment(config, folder / CONFIG)
     experiment.data.setup("fit")
-    (folder / ENVIRONMENT).write_text(json.dumps(_environment(experiment), indent=2) + "\n")
+    (folder / ENVIRONMENT).write_text(json.dumps(_environment(experiment), indent=2) + "\n", encoding="utf-8")
     if isinstance(module, DecoderModule):
         groups = "\n".join([group_table(module.decoder), *overlaps(module.decoder, config.freeze)])
         _print_formula(experiment)
-        (folder / GROUPS).write_text(f"{groups}\n")
+        (folder / GROUPS).write_text(f"{groups}\n", encoding="utf-8")
         if any(not parameter.requires_grad for parameter in module.parameters()):
             print(groups, flush=True)
     print(f"run folder: {folder}", flush=True)

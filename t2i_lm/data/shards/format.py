@@ -83,14 +83,14 @@ def write_part(target: Path, rows: Rows, features: datasets.Features, details: C
         count = len(dataset)
     shards = {file.name: file_sha256(file) for file in sorted((work / "data").glob("*.arrow"))}
     entry = {"rows": count, "sha256": shards, **details()}
-    (work / "data" / PART).write_text(json.dumps(entry, indent=2) + "\n")
+    (work / "data" / PART).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
     (work / "data").rename(target)
     shutil.rmtree(work)
 
 
 def read_part(target: Path) -> dict[str, Any]:
     """The `part.json` of a complete part."""
-    entry: dict[str, Any] = json.loads((target / PART).read_text())
+    entry: dict[str, Any] = json.loads((target / PART).read_text(encoding="utf-8"))
     return entry
 
 
@@ -119,7 +119,7 @@ def write_card(folder: Path, index: dict[str, Any], origin: str) -> None:
         for low in range(0, max(lengths, default=0) + 1, CARD_BIN):
             count = sum(lengths.get(length, 0) for length in range(low, low + CARD_BIN))
             lines.append(f"| {low} to {low + CARD_BIN - 1} | {count:,} |")
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def data_hash(index: dict[str, Any]) -> str:
@@ -138,7 +138,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        index: dict[str, Any] = json.loads(path.read_text())
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged; delete {folder} to prepare it again") from error
     return index

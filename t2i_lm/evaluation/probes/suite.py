@@ -133,7 +133,7 @@ class Probes:
         identity = self._identity()
         if not self.baseline.is_file():
             write_atomic(self.baseline, json.dumps({"identity": identity, "values": values}) + "\n")
-        before = json.loads(self.baseline.read_text())
+        before = json.loads(self.baseline.read_text(encoding="utf-8"))
         name = self.baseline.name
         if "identity" not in before:  # written by an earlier version
             return {}, f"no change for any value: {name} has no hashes of its rows and questions"

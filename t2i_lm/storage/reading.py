@@ -1,0 +1,69 @@
+"""The boundary at which a user's file is opened: whatever a library raises there becomes one line."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+# Set to 1, errors that end a command show their traceback too.
+DEBUG = "T2I_LM_DEBUG"
+# Packages whose ValueErrors are already messages for users.
+OWN = ("t2i_lm.", "callbacks.")
+# Characters of a library's message that are shown.
+LONGEST = 400
+# Faults of code rather than of a file, and a full memory.
+_PASSED = (AssertionError, NameError, MemoryError)
+_MEMORY = ("out of memory", "DefaultCPUAllocator", "OutOfMemoryError")
+
+
+@contextmanager
+def reading(key: str, path: str | Path) -> Iterator[None]:
+    """Turns any error inside into a ValueError that names the key and the file.
+
+    Messages of this suite stay as they are. Errors of code, such as a failed assertion, and of memory pass through.
+
+    Args:
+        key: the config key or option that names the file.
+        path: the file or folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, _PASSED) or _is_own(error) or any(sign in f"{type(error)} {error}" for sign in _MEMORY):
+            raise
+        raise ValueError(f"{key}: {path} cannot be read: {reason(error)}{_hint()}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The message of an error in one line, with its type where the message alone says little."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if text and (isinstance(error, ValueError) or type(error) in (RuntimeError, Exception)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def shows_traceback() -> bool:
+    """Whether errors show their traceback."""
+    return os.environ.get(DEBUG, "") not in ("", "0")
+
+
+def _hint() -> str:
+    return "" if shows_traceback() else f" ({DEBUG}=1 shows where)"
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether this suite raised a ValueError itself; JSON and Unicode errors are subclasses of ValueError."""
+    return type(error) is ValueError and _module(error.__traceback__).startswith(OWN)
+
+
+def _module(trace: TracebackType | None) -> str:
+    """The module that raised."""
+    name = ""
+    while trace is not None:
+        name = str(trace.tb_frame.f_globals.get("__name__"))
+        trace = trace.tb_next
+    return name
