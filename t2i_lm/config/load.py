@@ -4,6 +4,7 @@ Layers, later ones win: base.yaml, scale/SCALE.yaml, the experiment, `key=value`
 """
 
 import difflib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
 from t2i_lm.config.sections import ASSET, is_plugin
@@ -48,10 +50,8 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
         layers = [_file_layer(beside / "base.yaml"), _file_layer(overlay), *layers]
         if given.setdefault("scale", scale) != scale:
             raise ValueError(f"scale={given['scale']}: the scale is chosen by --scale, here {scale}")
-    values: dict[str, Any] = {}
-    for layer in (*layers, given):
-        values |= layer
-    config = _section(ExperimentConfig, "", values)
+    merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), *map(_node, (*layers, given)))
+    config = OmegaConf.to_object(merged)
     assert isinstance(config, ExperimentConfig)
     return config
 
@@ -318,14 +318,13 @@ def _section_as_value(key: str, value: object) -> ValueError:
     return ValueError(f"{key}={value}: {key} is a section of keys, such as {first}")
 
 
-def _section(kind: type, prefix: str, values: Mapping[str, Any]) -> Any:
-    """A section, or the whole config, from the values of its keys; the others keep their defaults."""
-    arguments: dict[str, Any] = {}
-    for key, value in key_types().items():
-        name = key.removeprefix(prefix)
-        if key.startswith(prefix) and "." not in name:
-            if is_dataclass(value):
-                arguments[name] = _section(value, f"{key}.", values)  # type: ignore[arg-type]
-            elif key in values:
-                arguments[name] = values[key]
-    return kind(**arguments)
+def _node(values: Mapping[str, Any]) -> DictConfig:
+    """The values of a layer as OmegaConf holds them, in which `${` is text and no reference to another key."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        _set(tree, key, [_literal(item) for item in value] if isinstance(value, list) else _literal(value))
+    return OmegaConf.create(tree)
+
+
+def _literal(value: Any) -> Any:
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -111,8 +111,8 @@ def open_image_tokenizer(
 def _require_range(allowed: bool, pixel_range: Sequence[float] | None, path: str | Path) -> None:
     if not allowed:
         raise ValueError(
-            f"image_tokenizer.pixel_range={list(pixel_range or ())}: expected null, {path} is no folder of diffusers or "
-            "transformers and has a range of its own"
+            f"image_tokenizer.pixel_range={list(pixel_range or ())}: expected null, {path} is no folder of diffusers "
+            "or transformers and has a range of its own"
         )
 
 

@@ -64,7 +64,7 @@ def sweep_jobs(
     for arm, *values in product(dict.fromkeys(arms), *(several[name] for name in order)):
         file = folder / f"{arm}.yaml"
         if not file.is_file():
-            known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "base")
+            known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in ("base", "study"))
             raise ValueError(f"--arm {arm}: expected one of {', '.join(known)}")
         point = [f"{name}={value}" for name, value in zip(order, values, strict=True)]
         config = load_experiment(file, scale, [*NO_SAMPLES, *fixed, *point])
