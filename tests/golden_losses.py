@@ -22,7 +22,7 @@ NAMES = sorted(
     path.relative_to(EXPERIMENTS).with_suffix("").as_posix()
     for folder in (EXPERIMENTS, EXPERIMENTS / "remedies")
     for path in folder.glob("*.yaml")
-    if path.stem != "base"
+    if path.stem not in ("base", "study")
 )
 COMMON = (
     *QUICK,
