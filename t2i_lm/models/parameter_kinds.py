@@ -44,8 +44,8 @@ class Place:
         name: in `named_parameters`.
         parameter: the parameter itself.
         kind: one of `KINDS`; None where the structure does not decide it.
-        layer, layers: index of its block and their number; None outside the blocks.
-        candidates: for a parameter without a kind, the groups that could contain it.
+        layer, layers: index of its block in their list and their number; None outside the blocks.
+        candidates: groups that may or may not contain it.
     """
 
     name: str
@@ -74,12 +74,12 @@ class _Walk:
     """A walk over the modules of a backbone, in the order of `named_parameters(remove_duplicate=False)`."""
 
     backbone: Backbone
-    blocks: dict[str, int] = field(default_factory=dict)
+    blocks: dict[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.row_width = self.backbone.tok_embeddings.text.shape[1]
         self.rows = len(self.backbone.tok_embeddings.text)
-        self.blocks = {name: len(blocks) for name, blocks in block_lists(self.backbone).items()}
+        self.blocks = _block_lists(self.backbone)
         hidden = getattr(getattr(getattr(self.backbone, "body", None), "config", None), "hidden_size", None)
         self.hidden = self.row_width if hidden is None else int(hidden)
 
@@ -90,6 +90,8 @@ class _Walk:
             if parameter is not None:
                 full = _join(path, name)
                 kind, candidates = self._kind(module, name, parameter, region)
+                if layer is not None and layers is None:
+                    candidates |= {"first_half", "second_half"}
                 yield Place(full, parameter, kind, layer, layers, candidates)
         for name, child in module._modules.items():
             if child is None:
@@ -166,10 +168,11 @@ def parameter_places(backbone: Backbone) -> list[Place]:
     return found
 
 
-def block_lists(backbone: Backbone) -> dict[str, nn.ModuleList]:
-    """The lists of a backbone's blocks by name: one, or several in parallel (attentions and feed-forwards); else none.
+def _block_lists(backbone: Backbone) -> dict[str, int | None]:
+    """The lists of a backbone's blocks by name, with their length; None where the lists have no order among them.
 
-    Among outermost lists that hold something that mixes positions, those of `config.n_layers` entries, or the only one.
+    Of the outermost lists that hold something that mixes positions, it is the one of `config.n_layers` entries, or the
+    only one, and lists parallel to it (attentions beside feed-forwards). Else all, if their blocks are of one class.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in backbone.named_modules():
@@ -179,12 +182,11 @@ def block_lists(backbone: Backbone) -> dict[str, nn.ModuleList]:
     mixing = {name: one for name, one in lists.items() if _holds_mixer(one)}
     fitting = {name: one for name, one in mixing.items() if len(one) == backbone.config.n_layers} or mixing
     if len(fitting) != 1:
-        return {}
+        alike = len({type(block) for one in mixing.values() for block in one}) == 1
+        return dict.fromkeys(mixing) if alike else {}
     ((name, blocks),) = fitting.items()
-    parent = name.rpartition(".")[0]
-    return {
-        other: one for other, one in lists.items() if other.rpartition(".")[0] == parent and len(one) == len(blocks)
-    }
+    parent, length = name.rpartition(".")[0], len(blocks)
+    return {other: length for other, one in lists.items() if (other.rpartition(".")[0], len(one)) == (parent, length)}
 
 
 def mixes_positions(module: nn.Module) -> bool:

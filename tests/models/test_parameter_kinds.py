@@ -195,9 +195,20 @@ def test_a_parameter_without_a_kind_makes_its_groups_refuse_by_name() -> None:
     freeze(backbone, ["second_half"])
 
 
+def test_lists_of_blocks_without_an_order_have_kinds_but_no_halves() -> None:
+    backbone = built("Llama", **ONE_HEAD)
+    before = [place.kind for place in parameter_places(backbone)]
+    backbone.body.layers, blocks = nn.Module(), list(backbone.body.layers)
+    backbone.body.layers.low, backbone.body.layers.high = nn.ModuleList(blocks[:1]), nn.ModuleList(blocks[1:])
+    assert [place.kind for place in parameter_places(backbone)] == before
+    for half in ("first_half", "second_half"):
+        with pytest.raises(ValueError, match=rf"group {half}: .*body\.layers\.low\.0\.self_attn"):
+            group_members(backbone, half)
+
+
 def test_blocks_that_are_not_found_leave_only_the_rows_known() -> None:
     backbone = built("Llama", **ONE_HEAD)
-    backbone.body.tower = nn.ModuleList(backbone.body.layers)  # as many as n_layers, and alike
+    backbone.body.tower = built("Qwen2", **ONE_HEAD).body.layers  # as many as n_layers, of another class
     for group in FREEZE_GROUPS:
         if group in ("text_rows", "image_rows"):
             group_members(backbone, group)
