@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -119,20 +119,18 @@ class Prepared:
 
     def say_why_anew(self) -> None:
         """Says on stderr why an older folder or file of data at the same place is not reused, if there is one."""
+        for older, key, file in self._kin():
+            if key["format"] != self.key["format"]:
+                say(f"preparing anew: {older} is of an older format")
+                return
+            changed = [name for name, content in self.contents.items() if key["content"].get(name) != content]
+            if changed:
+                places = ", ".join(f"{name}={self.paths[name]}" for name in changed)
+                say(f"preparing anew: {places} has changed since {older} was prepared ({when(file)})")
+                return
         former = self.root / self.former
         if self.former and former.exists():
             say(f"preparing anew: {former} is of an older format, which does not tell what it was made from")
-            return
-        for file in self._siblings():
-            kept = json.loads(file.read_text())
-            if kept["paths"] != {key: absolute_path(path) for key, path in self.paths.items()}:
-                continue
-            if _without_content(kept["key"]) == _without_content(self.key):
-                changed = [key for key, content in self.contents.items() if kept["key"]["content"][key] != content]
-                places = ", ".join(f"{key}={self.paths[key]}" for key in changed)
-                older = file.with_name(file.name.removesuffix(f".{KEY}")) if self.suffix else file.parent
-                say(f"preparing anew: {places} has changed since {older} was prepared ({when(file)})")
-                return
 
     def _content(self, path: str) -> str | None:
         return content_of(path, self.apart, self.hub) or (None if Path(path).exists() else f"name {path}")
@@ -140,18 +138,28 @@ class Prepared:
     def _newest_of_unknown_commit(self) -> Path | None:
         if not any((content or "").startswith("name ") for content in self.contents.values()):
             return None
-        for file in self._siblings():
-            kept = json.loads(file.read_text())
-            same = kept["paths"] == {key: absolute_path(path) for key, path in self.paths.items()}
-            if same and _without_content(kept["key"]) == _without_content(self.key) and read_index(file.parent):
+        for older, key, _ in self._kin():
+            if key["format"] == self.key["format"] and read_index(older) is not None:
                 say(f"{', '.join(self.paths.values())}: without a network it is unknown whether it has changed")
-                return file.parent
+                return older
         return None
 
-    def _siblings(self) -> list[Path]:
-        """The `key.json` of everything of this stem, newest first."""
+    def _kin(self) -> Iterator[tuple[Path, dict[str, Any], Path]]:
+        """What was prepared from data at the same place with the same settings, newest first: it, its key, key file."""
+        places = {key: absolute_path(path) for key, path in self.paths.items()}
         pattern = f"{self.stem}-*.{KEY}" if self.suffix else f"{self.stem}-*/{KEY}"
-        return sorted(self.root.glob(pattern), key=_modified, reverse=True)
+        for file in sorted(self.root.glob(pattern), key=_modified, reverse=True):
+            try:
+                kept = json.loads(file.read_text())
+                same = kept["paths"] == places and _settings(kept["key"]) == _settings(self.key)
+            except (ValueError, KeyError, OSError):  # damaged
+                continue
+            if same:
+                yield (
+                    file.with_name(file.name.removesuffix(f".{KEY}")) if self.suffix else file.parent,
+                    kept["key"],
+                    file,
+                )
 
 
 def short_hash(key: Any) -> str:
@@ -232,8 +240,8 @@ class Waiting:
         time.sleep(POLL_S)
 
 
-def _without_content(key: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in key.items() if name != "content"}
+def _settings(key: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in key.items() if name not in ("content", "format")}
 
 
 def _modified(file: Path) -> float:

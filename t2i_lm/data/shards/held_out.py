@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,12 @@ def require_held_out(config: ExperimentConfig, folder: Path) -> None:
     if RECURRING not in index:
         index[RECURRING] = recurring_images(folder)
         with suppress(OSError):  # a cache that others wrote, and that is only read here
-            write_atomic(folder / "index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+            file = folder / "index.json"
+            prepared = file.stat().st_mtime_ns
+            write_atomic(file, json.dumps(index, indent=2, sort_keys=True) + "\n")
+            os.utime(file, ns=(prepared, prepared))
     found, of = index[RECURRING], index["splits"]["val"]["rows"]
-    if config.data.source != "scenes" and found["images"] / of > config.data.max_recurring_share:
+    if config.data.source != "scenes" and found["images"] > of * config.data.max_recurring_share:
         one, twin = found["first"]
         raise ValueError(
             f"{found['images']:,} of {of:,} validation images have the ids of a training image (the first: {one}, "

@@ -15,6 +15,7 @@ import datasets
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, Sample, StreamedSource, center_crop
 from t2i_lm.data.shards.cache import (
+    FORMAT,
     SCENES_FORMAT,
     Prepared,
     Waiting,
@@ -228,7 +229,7 @@ def _train_text_tokenizer(config: ExperimentConfig) -> Path:
     prepared = Prepared(
         Path(data.cache_dir),
         "text_tokenizer",
-        {"sizes": sizes},
+        {"format": FORMAT, "sizes": sizes},
         {"data.path": data.path},
         (data.cache_dir, config.run.dir),
         suffix=".model",

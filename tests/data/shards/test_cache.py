@@ -120,6 +120,11 @@ def test_a_folder_of_an_older_format_is_not_reused(tmp_path: Path, capsys: pytes
     paths = {"data.path": str(tmp_path / "a.txt")}
     assert Prepared(tmp_path, "text", SETTINGS, paths, former="text-0123").find() is None
     assert f"preparing anew: {tmp_path / 'text-0123'} is of an older format" in capsys.readouterr().err
+    older = complete(Prepared(tmp_path, "text", SETTINGS | {"format": 2}, paths))
+    (tmp_path / "text-damaged").mkdir()
+    (tmp_path / "text-damaged" / KEY).write_text("{")
+    assert Prepared(tmp_path, "text", SETTINGS, paths).find() is None
+    assert f"preparing anew: {older} is of an older format" in capsys.readouterr().err
 
 
 def test_data_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
