@@ -43,7 +43,7 @@ def write_random_shards(
 
         target = part_folder(folder, split, 0)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_part(target, rows, pair_features(text_vocab, image_tokens), dict)
+        write_part(target, rows, pair_features(text_vocab, image_tokens, 2**16), dict)
         index["splits"][split] = {"rows": count, "parts": [read_part(target)["sha256"]]}
     write_index(folder, index)
 

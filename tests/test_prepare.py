@@ -175,9 +175,7 @@ def test_rejects_are_read_again_once_the_images_are_repaired(
 ) -> None:
     arguments = [PRETRAINED, *overrides(tiny, photographs, 0.0)]
     assert main(arguments) == 2
-    folder = next((photographs / "cache").glob("image_folder-*/"))
-    assert f"delete {folder}" in capsys.readouterr().err
-    shutil.rmtree(folder)
+    assert "data.max_reject_share=0.0 allows fewer" in capsys.readouterr().err
     for number in (7, 8):
         Image.new("RGB", (70, 70)).save(photographs / f"{number}.png")
     rows = [json.loads(line) for line in (photographs / "metadata.jsonl").read_text().splitlines()]
@@ -228,3 +226,69 @@ def test_missing_held_out_text_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     given = "text_tokenizer.path=asset:lm_rotary/text_tokenizer.model"
     assert main([str(ROOT / "experiments" / "text_lm.yaml"), *changes, given, "data.length=2"]) == 2
     assert "absent.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "bad", "error"),
+    [
+        (0, (), "data.path="),
+        (1, (), "data.path="),
+        (2, (), None),
+        (7, (), None),
+        (10, (3,), "1 not an image"),
+        (2, (0, 1), "data.path="),
+    ],
+)
+def test_small_data_trains_or_is_refused_in_one_line(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], images: int, bad: tuple[int, ...], error: str
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [{"file_name": f"{number}.png", "caption": "a cat"} for number in range(images)]
+    for number in range(images):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    for number in bad:
+        (tmp_path / f"{number}.png").write_bytes(b"no")
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = main([PRETRAINED, *overrides(tiny, tmp_path, 0.01)])
+    lines = capsys.readouterr().err.splitlines()
+    assert code == (2 if error else 0)
+    assert [line for line in lines if line.startswith("error: ")] == ([lines[-1]] if error else [])
+    assert (error or "") in lines[-1]
+
+
+def test_the_same_path_with_other_images_and_captions_is_prepared_anew(
+    tiny: list[str], photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [PRETRAINED, *overrides(tiny, photographs, 0.1)]
+    hashes = []
+    for caption in ("a red circle.", "a ring", "a red circle."):
+        rows = [json.loads(line) for line in (photographs / "metadata.jsonl").read_text().splitlines()]
+        captions = [{**row, "captions": [caption]} for row in rows]
+        (photographs / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in captions))
+        assert main(arguments) == 0
+        said = capsys.readouterr()
+        hashes.append(said.out.split("data hash ")[1].split()[0])
+    assert hashes[0] == hashes[2] != hashes[1]
+    assert "data: reusing" in said.err
+    assert len(list((photographs / "cache").glob("image_folder-*/index.json"))) == 2
+
+
+def test_images_on_both_sides_are_refused_unless_a_key_allows_them(
+    tiny: list[str], photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photographs / "val").mkdir()
+    shutil.copyfile(photographs / "1.png", photographs / "val" / "x.png")
+    Image.effect_noise((70, 70), 80).save(photographs / "val" / "y.png")
+    rows = [{"file_name": name, "caption": "a cat"} for name in ("x.png", "y.png")]
+    (photographs / "val" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    train = photographs / "train"
+    train.mkdir()
+    for file in photographs.glob("*.*"):
+        file.rename(train / file.name)
+    arguments = [PRETRAINED, *overrides(tiny, photographs, 0.1)]
+    assert main(arguments) == 2
+    assert "1 of 2 validation images have the ids of a training image (the first: x.png, of 1.png)" in (
+        capsys.readouterr().err
+    )
+    assert main([*arguments, "data.max_recurring_share=0.5"]) == 0
+    assert "validation images that recur in training: 1\n" in capsys.readouterr().out

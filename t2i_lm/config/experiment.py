@@ -56,7 +56,7 @@ PATH_KEYS = (
 )
 
 # Keys that change no curve, in three groups; `samples.` stands for all keys of the section.
-# 1. Where a run works and what it prints. These may change when it is resumed.
+# 1. Where a run works, what it prints, and limits at which it stops. These may change when it is resumed.
 RESUMABLE = (
     "trainer.devices",
     "trainer.num_nodes",
@@ -66,9 +66,12 @@ RESUMABLE = (
     "trainer.checkpoint_interval",
     "data.workers",
     "log.logger",
+    "data.max_reject_share",
+    "data.max_recurring_share",
+    "data.max_truncated_share",
 )
-# 2. Where files lie, and limits at which a run stops.
-PLACES = ("run.", "data.cache_dir", "data.max_reject_share", "image_tokenizer.expect", "allow_code")
+# 2. Where files lie, and what they must be.
+PLACES = ("run.", "data.cache_dir", "image_tokenizer.expect", "allow_code")
 # 3. What else a run measures, and at what cost it computes the same. Runs that differ here report other things.
 REPORTED = (
     "samples.",

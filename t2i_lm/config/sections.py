@@ -200,6 +200,10 @@ class DataConfig(Section, prefix="data"):
     """Share of training captions left empty, in [0, 1); classifier-free guidance requires some."""
     max_reject_share: float = 0.01
     """Largest share of unreadable samples, in [0, 1]; above it the preparation stops."""
+    max_recurring_share: float = 0.0
+    """Largest share of validation images whose ids are also a training image's, in [0, 1]; scenes are only counted."""
+    max_truncated_share: float = 1.0
+    """Largest share of captions longer than the text budget of `length`, which are cut, in [0, 1]."""
     cache_dir: str = "cache"
     """Folder of prepared token shards."""
     part_size: int = 8192
@@ -222,7 +226,7 @@ class DataConfig(Section, prefix="data"):
         self.at_least(1, "batch_size", "length", "part_size", "pad_to_multiple_of", "train_size", "val_size")
         self.at_least(0, "workers")
         self.below_one("caption_dropout")
-        self.share("max_reject_share")
+        self.share("max_reject_share", "max_recurring_share", "max_truncated_share")
         self.check(
             0 <= self.replay_ratio < 1 and abs(self.replay_ratio * self.batch_size - self.replayed) < 1e-9,
             "replay_ratio",

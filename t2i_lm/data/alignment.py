@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, BatchDataModule, CaptionedIds
 from t2i_lm.data.sampler import Draw
-from t2i_lm.data.shards.format import open_split
 from t2i_lm.tokenizers.layout import IntArray
 
 
@@ -73,8 +72,8 @@ class BagDataModule(BatchDataModule):
             ValueError: if a split has fewer pairs than a batch.
         """
         data, seed, shuffle = self.config.data, self.config.seed, self.config.align.shuffle_pairs
-        self.train_set = BagBatches(open_split(self.folder, "train"), data.captions, seed, shuffle)
-        self.val_set = BagBatches(open_split(self.folder, "val"), "first", seed, shuffle)
+        self.train_set = BagBatches(self.open(self.folder, "train"), data.captions, seed, shuffle)
+        self.val_set = BagBatches(self.open(self.folder, "val"), "first", seed, shuffle)
         for name, split in (("train", self.train_set), ("val", self.val_set)):
             if len(split) < data.batch_size:
                 raise ValueError(f"data.batch_size={data.batch_size}: the {name} split has only {len(split)} pairs")

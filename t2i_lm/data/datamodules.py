@@ -18,7 +18,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, center_crop
 from t2i_lm.data.sampler import Draw, IndexSampler, choose_caption, drops_caption
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.format import open_split, read_index
 from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.data.sources import SPLITS, open_sized, print_notes
 from t2i_lm.runtime.devices import uses_gpu
@@ -172,6 +172,22 @@ class BatchDataModule(pl.LightningDataModule):
         micro = self.config.micro_batch
         return self._loader(self.val_set, [draws[start : start + micro] for start in range(0, len(draws), micro)])
 
+    def open(self, folder: Path, split: str) -> datasets.Dataset:
+        """A split of prepared shards (`open_split`).
+
+        Raises:
+            ValueError: also if other processes of the run have found other shards.
+        """
+        if self.trainer is not None:
+            found = (read_index(folder) or {}).get("data_hash")
+            of_rank_0 = self.trainer.strategy.broadcast(found)
+            if found != of_rank_0:
+                raise ValueError(
+                    f"{folder} has data hash {found}, but the first process reads {of_rank_0}: data differs between "
+                    "machines, or has changed while the run was starting"
+                )
+        return open_split(folder, split)
+
     def _loader(self, dataset: Batches, batches: Any) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
@@ -214,9 +230,9 @@ class PairDataModule(BatchDataModule):
         """Memory-maps the shards and checks their hashes."""
         data, seed = self.config.data, self.config.seed
         multiple, dropout = data.pad_to_multiple_of, data.caption_dropout
-        train = open_split(self.folder, "train")
+        train = self.open(self.folder, "train")
         self.train_set = PairBatches(train, self.layout, data.captions, seed, multiple, dropout)
-        self.val_set = PairBatches(open_split(self.folder, "val"), self.layout, "first", seed, multiple)
+        self.val_set = PairBatches(self.open(self.folder, "val"), self.layout, "first", seed, multiple)
 
 
 class TextDataModule(BatchDataModule):
@@ -229,8 +245,8 @@ class TextDataModule(BatchDataModule):
     def setup(self, stage: str) -> None:
         """Memory-maps the shards and checks their hashes; selects `train_size` and `val_size` rows."""
         data = self.config.data
-        self.train_set = TextBatches(evenly_spaced(open_split(self.folder, "train"), data.train_size))
-        self.val_set = TextBatches(evenly_spaced(open_split(self.folder, "val"), data.val_size))
+        self.train_set = TextBatches(evenly_spaced(self.open(self.folder, "train"), data.train_size))
+        self.val_set = TextBatches(evenly_spaced(self.open(self.folder, "val"), data.val_size))
 
 
 def evenly_spaced(split: datasets.Dataset, size: int | None) -> datasets.Dataset:

@@ -4,8 +4,6 @@ Which positions of the sample stream are replaced, and by which window of text, 
 run continues exactly, and every pair that is not replaced keeps its position.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import datasets
@@ -16,8 +14,8 @@ import torch
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, Batches, PairBatches, PairDataModule
 from t2i_lm.data.sampler import REPLAYED, Draw
-from t2i_lm.data.shards.format import open_split, write_index
-from t2i_lm.data.shards.prepare import absolute_path, write_once
+from t2i_lm.data.shards.cache import FORMAT, Prepared, absolute_path, short_hash, write_once
+from t2i_lm.data.shards.format import write_index
 from t2i_lm.data.shards.tokenize import write_text_split
 from t2i_lm.data.text import read_documents
 from t2i_lm.tokenizers.base import TextTokenizer
@@ -64,23 +62,29 @@ class ReplayBatches(Batches):
 
 
 def prepare_replay(config: ExperimentConfig, text: TextTokenizer) -> Path:
-    """Token shards of the replayed text, in rows of `data.length` ids; written once, then reused.
+    """Token shards of the replayed text, in rows of `data.length` ids; written once, then reused for the same text.
 
     Raises:
         ValueError: if there is no text or less than one row of it.
     """
-    path, length = str(config.data.replay_path), config.data.length
-    key = json.dumps(["replay", absolute_path(path), length, text.sha256, *document_key(text).values()])
-    folder = Path(config.data.cache_dir) / f"replay-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    data, path, length = config.data, str(config.data.replay_path), config.data.length
+    prepared = Prepared(
+        Path(data.cache_dir),
+        "replay",
+        {"format": FORMAT, "length": length, "tokenizer": text.sha256, **document_key(text)},
+        {"data.replay_path": path},
+        (data.cache_dir, config.run.dir),
+        former=f"replay-{short_hash(['replay', absolute_path(path), length, text.sha256])}",
+    )
 
-    def write() -> None:
+    def write(folder: Path) -> None:
         split = write_text_split(folder, "train", read_documents(path, "data.replay_path"), text, length - 1)
         if not split["rows"]:
             raise ValueError(f"data.replay_path={path}: less text than one row of data.length={length} ids")
+        prepared.require_unchanged()
         write_index(folder, {"tokenizers": {"text": text.sha256}, "source": "replay", "splits": {"train": split}})
 
-    write_once(folder, write)
-    return folder
+    return prepared.find() or write_once(prepared, write)
 
 
 class ReplayDataModule(PairDataModule):
@@ -94,4 +98,4 @@ class ReplayDataModule(PairDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         assert isinstance(self.train_set, PairBatches)
-        self.train_set = ReplayBatches(self.train_set, open_split(self.replay, "train"), self.config.seed)
+        self.train_set = ReplayBatches(self.train_set, self.open(self.replay, "train"), self.config.seed)

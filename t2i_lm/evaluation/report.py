@@ -24,6 +24,7 @@ from t2i_lm.evaluation.parts import failed, measured, part
 from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, familiar_scenes, prompt_accuracy
 from t2i_lm.experiment.build import Experiment, ImageExperiment
 from t2i_lm.experiment.restore import load_trained, load_trained_experiment, newest_checkpoint
+from t2i_lm.experiment.shards import data_counts
 from t2i_lm.generation.grid import captioned_grid
 from t2i_lm.generation.images import (
     ImageArray,
@@ -63,6 +64,7 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         "scale": config.scale,
         "seed": config.seed,
         "data_hash": experiment.index.get("data_hash"),
+        **({"data": counts} if (counts := data_counts(experiment)) else {}),
         "steps": steps,
         "tokens_nominal": last.get("tokens_nominal"),
         "tokens_real": last.get("tokens_real"),

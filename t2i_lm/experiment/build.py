@@ -66,12 +66,14 @@ class Experiment:
         module: the module to train.
         data: its training and validation data.
         index: index of the token shards (`data.shards.format`); empty if images are read directly.
+        replay_hash: data hash of the shards of replayed text; None without replay.
     """
 
     config: ExperimentConfig
     module: pl.LightningModule
     data: BatchDataModule
     index: dict[str, Any] = field(default_factory=dict)
+    replay_hash: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -237,11 +239,12 @@ def build_images(config: ExperimentConfig) -> ImageExperiment:
     model = build_model(config)
     shards = prepare_pairs(config, model.text, model.image)
     model.image.to(torch.device("cpu"))  # frees GPU memory for training
-    data = PairDataModule(config, shards, model.layout)
+    data, replay_hash = PairDataModule(config, shards, model.layout), None
     if config.data.replayed:
         assert isinstance(model.layout, Layout)
-        data = ReplayDataModule(config, shards, model.layout, prepare_replay(config, model.text))
-    return ImageExperiment(**vars(model), data=data, index=_index(shards), shards=shards)
+        replay = prepare_replay(config, model.text)
+        data, replay_hash = ReplayDataModule(config, shards, model.layout, replay), _index(replay)["data_hash"]
+    return ImageExperiment(**vars(model), data=data, index=_index(shards), shards=shards, replay_hash=replay_hash)
 
 
 def build_alignment(config: ExperimentConfig) -> AlignmentExperiment:

@@ -23,6 +23,7 @@ CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS, GROUPS = (
     "events.log",
     "groups.txt",  # parameters by group, trainable and frozen
 )
+OWNER = "owner.json"  # while a process writes the folder
 CHECKPOINTS, SAMPLES, FID = "checkpoints", "samples", "fid"
 
 

@@ -27,8 +27,7 @@ def resumed_run(resume: str, experiment: Path, scale: str, overrides: Sequence[s
         folder = _latest_unfinished(load_experiment(experiment, scale, overrides), scale)
     else:
         folder = find_run(Path(resume))
-        if (folder / REPORT).is_file():
-            raise ValueError(f"--resume {folder}: this run is finished, and a finished run is never overwritten")
+        require_unfinished(folder)
     saved = flatten(load_experiment(folder / CONFIG))
     name = load_experiment(experiment, scale).name
     if saved["name"] != name and not saved["name"].startswith(f"{name}_"):  # ablate appends what it freezes
@@ -41,6 +40,16 @@ def resumed_run(resume: str, experiment: Path, scale: str, overrides: Sequence[s
                 "start a new run instead"
             )
     return located(config, folder), folder
+
+
+def require_unfinished(folder: Path) -> None:
+    """Checks that a run has no report yet.
+
+    Raises:
+        ValueError: if it has one.
+    """
+    if (folder / REPORT).is_file():
+        raise ValueError(f"--resume {folder}: this run is finished, and a finished run is never overwritten")
 
 
 def _latest_unfinished(config: ExperimentConfig, scale: str) -> Path:

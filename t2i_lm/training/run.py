@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,15 +20,24 @@ from t2i_lm.evaluation.forgetting import BASELINE
 from t2i_lm.evaluation.report import write_report
 from t2i_lm.experiment.build import Experiment, ImageExperiment, build, conventions
 from t2i_lm.experiment.restore import load_trained
+from t2i_lm.experiment.shards import data_counts, describe_data, require_whole_captions
 from t2i_lm.models.aligned_rows import resolve_aligned_rows
 from t2i_lm.models.cross_entropy import loss_backend
-from t2i_lm.models.factory import weights_hashes
 from t2i_lm.models.flops import formula
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
-from t2i_lm.runtime.devices import device_name, global_rank, is_out_of_memory, memory_advice, precision, require_device
-from t2i_lm.runtime.plugins import plugin_identities
+from t2i_lm.runtime.devices import (
+    device_name,
+    global_rank,
+    is_out_of_memory,
+    local_rank,
+    memory_advice,
+    precision,
+    require_device,
+)
 from t2i_lm.runtime.seeds import generator
+from t2i_lm.storage.owner import own, require_free
+from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -36,11 +45,14 @@ from t2i_lm.storage.run_folder import (
     EVENTS,
     GROUPS,
     METRICS,
+    OWNER,
     environment,
     new_run_folder,
     read_run,
 )
 from t2i_lm.training.callbacks import training_flop
+from t2i_lm.training.continuity import require_same_files, require_same_start, started_from
+from t2i_lm.training.resume import require_unfinished
 from t2i_lm.training.trainer import build_trainer, seconds_trained
 
 # Environment variable with the run folder, for the ranks that Lightning launches from this process.
@@ -63,12 +75,28 @@ def run(config: ExperimentConfig, resume: Path | None = None) -> int:
     require_device(config.trainer)
     loss_backend(config.loss.backend)
     config = resolve_aligned_rows(config)
-    experiment = build(config)
-
     is_main = global_rank() == 0 and FOLDER_VARIABLE not in os.environ
+    if resume is not None and is_main:
+        require_free(resume / OWNER)
+    if resume is not None and local_rank() == 0:
+        require_same_files(config, resume)
+    experiment = build(config)
+    if resume is not None and local_rank() == 0:
+        require_same_start(experiment, resume)
+    if is_main:
+        for line in describe_data(experiment):
+            print(line, flush=True)
+    require_whole_captions(experiment)
     folder = resume or _new_folder(config, is_main)
+    with own(folder / OWNER) if is_main else nullcontext():
+        return _train(experiment, folder, resume is not None, is_main)
+
+
+def _train(experiment: Experiment, folder: Path, resumed: bool, is_main: bool) -> int:
+    if resumed and is_main:
+        require_unfinished(folder)  # since this process looked at it first
     events = EventLog(folder / EVENTS)
-    checkpoint = resume and find_resumable(folder / CHECKPOINTS, events.write if is_main else None)
+    checkpoint = find_resumable(folder / CHECKPOINTS, events.write if is_main else None) if resumed else None
     if is_main and checkpoint is None:
         _open_folder(experiment, folder)
     elif is_main and checkpoint is not None:
@@ -88,7 +116,7 @@ def run(config: ExperimentConfig, resume: Path | None = None) -> int:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryError(memory_advice(config)) from error
+        raise MemoryError(memory_advice(experiment.config)) from error
     return 0
 
 
@@ -106,7 +134,7 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     (folder / BASELINE).unlink(missing_ok=True)
     save_experiment(config, folder / CONFIG)
     experiment.data.setup("fit")
-    (folder / ENVIRONMENT).write_text(json.dumps(_environment(experiment), indent=2) + "\n", encoding="utf-8")
+    write_atomic(folder / ENVIRONMENT, json.dumps(_environment(experiment), indent=2) + "\n")
     if isinstance(module, DecoderModule):
         groups = "\n".join([group_table(module.decoder), *overlaps(module.decoder, config.freeze)])
         _print_formula(experiment)
@@ -121,11 +149,8 @@ def _environment(experiment: Experiment) -> dict[str, object]:
     config = experiment.config
     size = len(experiment.data.train_set)
     samples = min(STREAM_STEPS, config.trainer.max_steps) * config.data.batch_size
-    plugins = plugin_identities(config)
     return environment(
-        data_hash=experiment.index.get("data_hash"),
-        tokenizers=experiment.index.get("tokenizers"),
-        backbone=weights_hashes(config),
+        **started_from(experiment),
         stream_hash=make_sampler(config, size).stream_hash(samples),
         precision=precision(config),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -135,7 +160,7 @@ def _environment(experiment: Experiment) -> dict[str, object]:
         parameters=sum(parameter.numel() for parameter in experiment.module.parameters()),
         flop_per_token=training_flop(experiment),
         conventions=conventions(experiment),
-        **({"plugins": plugins} if plugins else {}),
+        **({"data": counts} if (counts := data_counts(experiment)) else {}),
     )
 
 

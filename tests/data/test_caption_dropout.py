@@ -41,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         target = part_folder(folder, split, 0)
         target.parent.mkdir(parents=True)
-        write_part(target, rows, pair_features(100, 4), dict)
+        write_part(target, rows, pair_features(100, 4, 8), dict)
         splits[split] = {"rows": count, "parts": [read_part(target)["sha256"]]}
     write_index(folder, {"tokenizers": {}, "splits": splits})
     return folder

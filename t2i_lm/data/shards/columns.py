@@ -5,6 +5,7 @@ Indexing `datasets` would allocate an array for every caption of every row; here
 Shapes: `B` samples, `N` image tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import datasets
@@ -76,6 +77,11 @@ class PairColumns:
     def images(self, rows: list[int]) -> IntArray:
         """Image ids (B, N) of rows."""
         return np.stack([batch.image_ids_RN[place] for batch, place in map(self._find, rows)])
+
+    def image_rows(self) -> Iterator[IntArray]:
+        """Image ids (N,) of every row, in order."""
+        for batch in self._batches:
+            yield from batch.image_ids_RN
 
     def _find(self, row: int) -> tuple[_Batch, int]:
         number = int(np.searchsorted(self._begin, row, side="right")) - 1

@@ -2,9 +2,10 @@
 
 A folder has `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. A part with its `part.json` is
 written to a temporary folder and renamed, so that an interrupted preparation continues after the last complete part.
-Pair shards have columns `id`, `image_ids` (fixed-size uint16), `text_ids` (all captions, a list of lists) and `meaning`
+Pair shards have columns `id`, `image_ids` (fixed-size list), `text_ids` (all captions, a list of lists) and `meaning`
 (JSON, scenes only); text shards have `text_ids` (length + 1 ids: neighbors overlap by one, so every token is a target
-once) and `bytes`. Text and image ids are separate because their joint vocabulary does not fit uint16.
+once) and `bytes`. Ids are uint16, or uint32 above 65,536 of them; text and image ids are separate because their joint
+vocabulary rarely fits uint16.
 """
 
 import hashlib
@@ -34,13 +35,13 @@ def text_features(text_vocab: int, length: int) -> datasets.Features:
     return datasets.Features({"text_ids": datasets.List(ids, length=length + 1), "bytes": datasets.Value("int32")})
 
 
-def pair_features(text_vocab: int, image_tokens: int) -> datasets.Features:
-    """Schema of caption-image shards."""
-    ids = datasets.Value("uint16" if text_vocab <= 2**16 else "uint32")
+def pair_features(text_vocab: int, image_tokens: int, codes: int) -> datasets.Features:
+    """Schema of caption-image shards with image ids below `codes`."""
+    ids, image_ids = (datasets.Value("uint16" if size <= 2**16 else "uint32") for size in (text_vocab, codes))
     return datasets.Features(
         {
             "id": datasets.Value("string"),
-            "image_ids": datasets.List(datasets.Value("uint16"), length=image_tokens),
+            "image_ids": datasets.List(image_ids, length=image_tokens),
             "text_ids": datasets.List(datasets.List(ids)),
             "meaning": datasets.Value("string"),
         }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from t2i_lm.data.pairs import Pair, RejectedPairError, Sample, center_crop
 from t2i_lm.data.shards.format import part_folder, read_part, text_features, write_part
+from t2i_lm.data.shards.rejects import LOOK_AHEAD, Rejects
 from t2i_lm.data.text import paragraphs
 from t2i_lm.runtime.progress import Advance
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
@@ -32,6 +33,7 @@ class PairRows:
     """The rows of some samples, and statistics of them and of rejected samples.
 
     Attributes:
+        judge: of the rejects of the whole split.
         rejects: number of unusable samples by reason.
         examples: message of the first one by reason.
         caption_tokens: number of captions by length in ids.
@@ -41,14 +43,20 @@ class PairRows:
     text: TextTokenizer
     image: ImageTokenizer
     advance: Advance
+    judge: Rejects
     rejects: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     caption_tokens: Counter[int] = field(default_factory=Counter)
 
     def __call__(self) -> Iterator[dict[str, Any]]:
-        """One row per usable sample, in order; images are encoded in batches of `ENCODE_BATCH`."""
+        """One row per usable sample, in order; images are encoded in batches of `ENCODE_BATCH`.
+
+        Raises:
+            ValueError: as soon as the split has more rejects than it may have.
+        """
+        refused = False
         batch: list[tuple[Pair, np.ndarray[Any, np.dtype[np.uint8]]]] = []
-        for read in self.samples:
+        for number, read in enumerate(self.samples, start=1):
             self.advance(1)
             try:
                 pair = read()
@@ -56,9 +64,16 @@ class PairRows:
             except RejectedPairError as reject:
                 self.rejects[reject.reason] += 1
                 self.examples.setdefault(reject.reason, str(reject))
+                refused = self.judge.too_many(self.rejects)
+                self.judge.note(self.rejects, self.examples, number)
+            if refused and number >= LOOK_AHEAD:
+                break
             if len(batch) == ENCODE_BATCH:
-                yield from self._encode(batch)
+                if not refused:
+                    yield from self._encode(batch)
                 batch.clear()
+        if refused:
+            raise self.judge.refusal(self.rejects, self.examples, number)
         if batch:
             yield from self._encode(batch)
 
@@ -69,11 +84,12 @@ class PairRows:
 
     def _encode(self, batch: list[tuple[Pair, Any]]) -> Iterator[dict[str, Any]]:
         ids_BN = self.image.encode(stack_images([image for _, image in batch])).cpu().numpy()
+        width = np.uint16 if self.image.vocab_size <= 2**16 else np.uint32
         for (pair, _), ids_N in zip(batch, ids_BN, strict=True):
             text_ids = self.text.encode_batch(pair.captions)
             self.caption_tokens.update(len(ids) for ids in text_ids)
             meaning = "" if pair.meaning is None else json.dumps(pair.meaning)
-            yield {"id": pair.id, "image_ids": ids_N.astype(np.uint16), "text_ids": text_ids, "meaning": meaning}
+            yield {"id": pair.id, "image_ids": ids_N.astype(width), "text_ids": text_ids, "meaning": meaning}
 
 
 def stack_images(images: list[Any]) -> Tensor:

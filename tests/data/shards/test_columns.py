@@ -24,7 +24,7 @@ def write(folder: Path) -> None:
 
         target = part_folder(folder, "train", number)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_part(target, rows, pair_features(100, 4), dict)
+        write_part(target, rows, pair_features(100, 4, 8), dict)
         parts.append(read_part(target)["sha256"])
     write_index(folder, {"tokenizers": {}, "splits": {"train": {"rows": 5, "parts": parts}}})
 

@@ -9,8 +9,8 @@ import torch
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.datamodules import PairBatches
+from t2i_lm.data.shards.cache import shards_of
 from t2i_lm.data.shards.format import open_split
-from t2i_lm.data.shards.prepare import cache_folder
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.open_lm import decoder_config
@@ -52,4 +52,4 @@ def test_trim_changes_batch_lengths_but_not_tokens_loss_or_gradients(tmp_path: P
 def test_shards_do_not_depend_on_trim() -> None:
     config = ExperimentConfig()
     wide = replace(config, data=replace(config.data, pad_to_multiple_of=32))
-    assert cache_folder(wide, {"text": "a"}) == cache_folder(config, {"text": "a"})
+    assert shards_of(wide, {"text": "a"}).folder == shards_of(config, {"text": "a"}).folder

@@ -1,0 +1,133 @@
+"""Identity of data: a digest of the content at a path, by which prepared data is found again.
+
+It covers name and size of every file and, where that is cheap, its bytes; else its modification time. Images elsewhere
+that tables name count too. Where the data lies is no part of it.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from t2i_lm.storage.hashing import file_sha256
+
+# Files that hold captions or text are hashed whole before others: at most so many bytes and files of each kind.
+CAPTIONED = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz")
+CAPTIONED_BYTES, OTHER_BYTES, FILES = 2**30, 2**26, 2000
+# Tables, in which names of images are looked for.
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_PATH_COLUMN = re.compile(r"(^|[._])(image|jpg|jpeg|png|webp|img|path|file|filepath|filename|name)$", re.IGNORECASE)
+_IMAGE_NAME = re.compile(rb"""[^"',;\t\r\n]+\.(?:jpe?g|png|webp|bmp|gif|tiff?)(?=["',;\t\r\n]|$)""", re.IGNORECASE)
+
+
+def content_of(path: str, apart: Sequence[str | Path] = (), hub: bool = False) -> str | None:
+    """What identifies the data at a path.
+
+    Args:
+        path: file, folder, or with `hub` also `NAME[:SPLIT]` of a Hugging Face dataset.
+        apart: folders inside it that hold other things, such as caches and runs. Hidden files are left out, too.
+        hub: whether a name that is no file or folder is a dataset's.
+
+    Returns:
+        A digest of the file or folder; the commit of a dataset. None if it is unknown without the network, or if there
+        is nothing at the path.
+    """
+    location = Path(path)
+    if location.is_file():
+        files = {location.name: location}
+    elif location.is_dir():
+        files = _members(location, {Path(folder).resolve() for folder in apart})
+    else:
+        return _commit(path.partition(":")[0]) if hub else None
+    tables = [file for file in files.values() if file.suffix.lower() in TABLES]
+    known = {os.path.realpath(file) for file in files.values()}
+    for table in tables if len(tables) <= FILES else []:
+        for name in _images_named_in(table):
+            image = table.parent / name
+            if os.path.isfile(image) and os.path.realpath(image) not in known:
+                files.setdefault(name, image)
+    names = sorted(files, key=lambda name: (Path(name).suffix.lower() not in CAPTIONED, name))
+    left = {True: [CAPTIONED_BYTES, FILES], False: [OTHER_BYTES, FILES]}
+    digest = hashlib.sha256()
+    for name in names:
+        budget = left[Path(name).suffix.lower() in CAPTIONED]
+        try:
+            status = files[name].stat()
+            budget[0], budget[1] = budget[0] - status.st_size, budget[1] - 1
+            whole = min(budget) >= 0
+            mark = file_sha256(files[name]) if whole else f"modified {status.st_mtime_ns}"
+            entry = [status.st_size, mark]
+        except OSError:  # a link to nothing, or unreadable: so it will be for the reader
+            entry = ["unreadable"]
+        # A file is named by its place in a folder; on its own, only its content counts.
+        digest.update(repr(["" if files[name] == location else name, *entry]).encode())
+    return f"content {digest.hexdigest()[:16]}"
+
+
+def _members(folder: Path, apart: set[Path]) -> dict[str, Path]:
+    """Every file below a folder by its relative name; links are followed, but no folder is entered twice."""
+    files, entered = {}, set[str]()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in entered or (root != str(folder) and Path(real) in apart):
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if not name.startswith("."):
+                file = Path(root, name)
+                files[file.relative_to(folder).as_posix()] = file
+    return files
+
+
+def _images_named_in(table: Path) -> Iterator[str]:
+    """Names in a table that look like those of images."""
+    try:
+        if table.suffix.lower() == ".parquet":
+            yield from _paths_in_parquet(table)
+        elif table.stat().st_size <= CAPTIONED_BYTES:
+            found = {name.strip().replace(b"\\/", b"/") for name in _IMAGE_NAME.findall(table.read_bytes())}
+            yield from (name.decode("utf-8", "replace") for name in sorted(found))
+    except (OSError, ValueError):  # as the reader will say
+        return
+
+
+def _paths_in_parquet(table: Path) -> Iterator[str]:
+    """Text in a column of paths, unless the bytes of every image are beside it."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(table) as file:
+        leaves = [file.schema.column(number) for number in range(len(file.schema))]
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        for leaf in leaves:
+            if leaf.logical_type.type != "STRING" or not _PATH_COLUMN.search(leaf.path):
+                continue
+            parent = leaf.path.rpartition(".")[0]
+            beside = [number for number, one in enumerate(leaves) if parent and one.path == f"{parent}.bytes"]
+            if beside and not any(_nulls(group, beside[0]) for group in groups):
+                continue
+            for batch in file.iter_batches(columns=[leaf.path]):
+                column = batch.column(0)
+                for name in leaf.path.split(".")[1:]:
+                    column = column.field(name)
+                yield from (name for name in column.to_pylist() if isinstance(name, str) and "\0" not in name)
+
+
+def _nulls(group: Any, column: int) -> bool:
+    """Whether a column may have missing values in a row group."""
+    statistics = group.column(column).statistics
+    return statistics is None or not statistics.has_null_count or statistics.null_count > 0
+
+
+def _commit(name: str) -> str | None:
+    """The commit of a Hugging Face dataset: the hub's, or without a network the newest in its cache."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        return f"commit {HfApi().dataset_info(name, timeout=10).sha}"
+    except Exception:  # whatever its client raises without a network, or for a name that it does not have
+        reference = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs", "main")
+        return f"commit {reference.read_text().strip()}" if reference.is_file() else None

@@ -1,0 +1,259 @@
+"""Folders of prepared data, named by a hash of everything that determines their content.
+
+A folder has `key.json`, a file one beside it: what its name is a hash of, and where the data lay. Data that has changed
+at the same place has another folder; older folders stay.
+"""
+
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import is_plugin
+from t2i_lm.data.identity import content_of
+from t2i_lm.data.shards.format import data_hash, read_index
+from t2i_lm.runtime.devices import global_rank, local_rank
+from t2i_lm.runtime.plugins import SOURCE, find_plugin
+from t2i_lm.storage.owner import OwnedError, own
+from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.run_folder import OWNER
+
+# Increment when the content of shards changes, so that older caches are not reused. Scenes are generated: their folders
+# have kept the format, and the name, that they had before content was a part of it.
+FORMAT, SCENES_FORMAT = 3, 2
+KEY = "key.json"
+# Seconds between checks of what other processes are writing, and until a line says who they are.
+POLL_S, PATIENCE_S = 0.5, 10.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where something prepared from data lies.
+
+    Attributes:
+        root: `data.cache_dir`.
+        stem: what the name of the folder or file starts with.
+        settings: everything else that its content depends on.
+        paths: of the data, by config key.
+        apart: folders inside `paths` that are not data.
+        suffix: of a file; empty for a folder.
+        former: the name that it had before content was a part of it.
+        hub: whether `paths` may be names of Hugging Face datasets.
+    """
+
+    root: Path
+    stem: str
+    settings: dict[str, Any]
+    paths: dict[str, str] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
+    suffix: str = ""
+    former: str = ""
+    hub: bool = True
+
+    @cached_property
+    def contents(self) -> dict[str, str | None]:
+        """The content at each of `paths`."""
+        return {key: self._content(path) for key, path in self.paths.items()}
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the name is a hash of. Scenes, and names of data sets, have no content on this machine."""
+        return {**self.settings, "content": self.contents} if self.paths else self.settings
+
+    @property
+    def folder(self) -> Path:
+        """The folder, or file."""
+        return self.root / f"{self.stem}-{short_hash(self.key)}{self.suffix}"
+
+    def write_key(self) -> None:
+        """Creates the folder, if absent, with its `key.json`; that of a file lies beside it.
+
+        Raises:
+            ValueError: if it cannot be created.
+        """
+        try:
+            (self.root if self.suffix else self.folder).mkdir(parents=True, exist_ok=True)
+            file = self.root / f"{self.folder.name}.{KEY}" if self.suffix else self.folder / KEY
+            if self.paths and not file.is_file():
+                places = {key: absolute_path(path) for key, path in self.paths.items()}
+                text = json.dumps({"key": self.key, "paths": places}, indent=2, sort_keys=True)
+                write_atomic(file, text + "\n")
+        except OSError as error:
+            raise ValueError(f"data.cache_dir: cannot create {self.folder}: {error.strerror}") from error
+
+    def require_unchanged(self) -> None:
+        """Checks that the data is still what it was before it was read.
+
+        Raises:
+            ValueError: naming the key of data that has changed.
+        """
+        for key, path in self.paths.items():
+            if self._content(path) != self.contents[key]:
+                raise ValueError(f"{key}={path}: its files have changed while they were read; prepare it again")
+
+    def find(self) -> Path | None:
+        """The complete folder for this data; says on stderr what is reused, or why older ones are not.
+
+        Of a dataset whose commit is unknown without a network, the newest folder.
+        """
+        folder = self.folder
+        if read_index(folder) is None:
+            folder = self._newest_of_unknown_commit() or folder
+        index = read_index(folder)
+        if index is not None:
+            rows = ", ".join(f"{entry['rows']:,} {split}" for split, entry in sorted(index["splits"].items()))
+            say(f"reusing {folder}: {rows} rows, data hash {data_hash(index)}, prepared {when(folder / 'index.json')}")
+            return folder
+        if parts := sorted(folder.glob("*/part-?????/part.json")):
+            say(f"continuing {folder}: {len(parts)} complete parts, the first of {when(min(parts, key=_modified))}")
+        else:
+            self.say_why_anew()
+        return None
+
+    def say_why_anew(self) -> None:
+        """Says on stderr why an older folder or file of data at the same place is not reused, if there is one."""
+        for older, key, file in self._kin():
+            if key["format"] != self.key["format"]:
+                say(f"preparing anew: {older} is of an older format")
+                return
+            changed = [name for name, content in self.contents.items() if key["content"].get(name) != content]
+            if changed:
+                places = ", ".join(f"{name}={self.paths[name]}" for name in changed)
+                say(f"preparing anew: {places} has changed since {older} was prepared ({when(file)})")
+                return
+        former = self.root / self.former
+        if self.former and former.exists():
+            say(f"preparing anew: {former} is of an older format, which does not tell what it was made from")
+
+    def _content(self, path: str) -> str | None:
+        return content_of(path, self.apart, self.hub) or (None if Path(path).exists() else f"name {path}")
+
+    def _newest_of_unknown_commit(self) -> Path | None:
+        if not any((content or "").startswith("name ") for content in self.contents.values()):
+            return None
+        for older, key, _ in self._kin():
+            if key["format"] == self.key["format"] and read_index(older) is not None:
+                say(f"{', '.join(self.paths.values())}: without a network it is unknown whether it has changed")
+                return older
+        return None
+
+    def _kin(self) -> Iterator[tuple[Path, dict[str, Any], Path]]:
+        """What was prepared from data at the same place with the same settings, newest first: it, its key, key file."""
+        places = {key: absolute_path(path) for key, path in self.paths.items()}
+        pattern = f"{self.stem}-*.{KEY}" if self.suffix else f"{self.stem}-*/{KEY}"
+        for file in sorted(self.root.glob(pattern), key=_modified, reverse=True):
+            try:
+                kept = json.loads(file.read_text())
+                same = kept["paths"] == places and _settings(kept["key"]) == _settings(self.key)
+            except (ValueError, KeyError, OSError):  # damaged
+                continue
+            if same:
+                yield (
+                    file.with_name(file.name.removesuffix(f".{KEY}")) if self.suffix else file.parent,
+                    kept["key"],
+                    file,
+                )
+
+
+def short_hash(key: Any) -> str:
+    """The hash of JSON values that folders are named by."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def absolute_path(path: str | None) -> str | None:
+    """The absolute path of an existing file or folder; other names, as of Hugging Face datasets, are unchanged."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
+
+
+def shards_of(config: ExperimentConfig, tokenizers: dict[str, str], wide_codes: bool = False) -> Prepared:
+    """Where an experiment's shards lie; `wide_codes` if the image tokenizer has more codes than uint16 holds."""
+    data = config.data
+    scenes = data.source == "scenes"
+    settings = {
+        "format": SCENES_FORMAT if scenes else FORMAT,
+        "source": data.source,
+        "hold_out_pairs": data.hold_out_pairs,
+        "sizes": [data.train_size, data.val_size],
+        "part_size": data.part_size,
+        "seed": data.seed,
+        "image_size": config.image_tokenizer.size if config.task != "text" else None,
+        "precision": config.image_tokenizer.precision if config.task != "text" else None,
+        "length": data.length if config.task == "text" else None,
+        "tokenizers": tokenizers,
+    }
+    if wide_codes:
+        settings["codes"] = "uint32"
+    if is_plugin(data.source):
+        settings["plugin"] = find_plugin(SOURCE, data.source).identity
+    stem = re.sub(r"[^a-zA-Z0-9_.]", "-", data.source)
+    by_path = {**settings, "path": str(absolute_path(data.path)), "val_path": absolute_path(data.val_path)}
+    if scenes:
+        return Prepared(Path(data.cache_dir), stem, by_path)
+    paths = {"data.path": data.path, "data.val_path": data.val_path}
+    return Prepared(
+        Path(data.cache_dir),
+        stem,
+        settings,
+        {key: path for key, path in paths.items() if path is not None},
+        (data.cache_dir, config.run.dir),
+        former=f"{stem}-{short_hash({**by_path, 'format': SCENES_FORMAT})}",
+        hub=data.source in ("hub", "hub_stream", "text") or is_plugin(data.source),
+    )
+
+
+def write_once(prepared: Prepared, write: Callable[[Path], None]) -> Path:
+    """Calls `write` unless the folder is complete; other processes (ranks, a second arm) wait for the first one.
+
+    Raises:
+        ValueError: if the folder cannot be created.
+    """
+    prepared.write_key()
+    folder, waited = prepared.folder, Waiting()
+    while read_index(folder) is None:
+        try:
+            with own(folder.with_name(f"{folder.name}.{OWNER}")):
+                if read_index(folder) is None:
+                    write(folder)
+        except OwnedError as error:
+            waited.sleep(error)
+    return folder
+
+
+class Waiting:
+    """The wait for other processes; after a while it says whom it waits for."""
+
+    def __init__(self) -> None:
+        self._started: float | None = time.monotonic()
+
+    def sleep(self, error: OwnedError) -> None:
+        """Waits for `POLL_S`."""
+        if self._started is not None and time.monotonic() - self._started > PATIENCE_S:
+            print(f"waiting: {error}", file=sys.stderr, flush=True)
+            self._started = None
+        time.sleep(POLL_S)
+
+
+def _settings(key: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in key.items() if name not in ("content", "format")}
+
+
+def _modified(file: Path) -> float:
+    return file.stat().st_mtime
+
+
+def when(file: Path) -> str:
+    """When a file was written."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(_modified(file)))
+
+
+def say(text: str) -> None:
+    """Prints a line about prepared data on stderr, by one process."""
+    if global_rank() == 0 and local_rank() == 0:  # Lightning's own launcher numbers ranks by node only
+        print(f"data: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,156 @@
+"""Prepared data is reused for the content it was made from, and for no other."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import load_experiment
+from t2i_lm.config.sections import DataConfig, TextTokenizerConfig
+from t2i_lm.data.replay import prepare_replay
+from t2i_lm.data.shards.cache import KEY, Prepared, shards_of
+from t2i_lm.data.shards.format import open_split, read_index, write_index
+from t2i_lm.data.shards.prepare import prepare_text
+from t2i_lm.tokenizers.text import open_text_tokenizer
+from tests.runs import PRETRAINED
+
+ASSET = "asset:lm_rotary/text_tokenizer.model"
+
+
+def text_config(folder: Path, tokenizer: str | None = ASSET) -> ExperimentConfig:
+    data = DataConfig(
+        source="text",
+        path=str(folder / "books"),
+        val_path=str(folder / "heldout.txt"),
+        replay_path=str(folder / "books"),
+        cache_dir=str(folder / "cache"),
+        length=8,
+    )
+    settings = TextTokenizerConfig(path=tokenizer, vocab_size=300)
+    return ExperimentConfig(task="text", init="random", data=data, text_tokenizer=settings)
+
+
+def write_texts(folder: Path, word: str) -> None:
+    (folder / "books").mkdir(exist_ok=True)
+    for file in (folder / "books" / "one.txt", folder / "heldout.txt"):
+        file.write_text("\f".join(f"{word} number {n} of a long story" for n in range(60)))
+
+
+def trained_tokenizer(config: ExperimentConfig) -> str:
+    return prepare_text(text_config(Path(config.data.cache_dir).parent, None))[1].path.name
+
+
+PREPARATIONS: dict[str, Callable[[ExperimentConfig], str]] = {
+    "text shards": lambda config: prepare_text(config)[0].name,
+    "replay shards": lambda config: prepare_replay(config, open_text_tokenizer(ASSET)).name,
+    "text tokenizer": trained_tokenizer,
+}
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS.values(), ids=PREPARATIONS.keys())
+def test_changed_text_is_prepared_anew_and_the_old_folder_stays(
+    tmp_path: Path, prepare: Callable[[ExperimentConfig], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = text_config(tmp_path)
+    write_texts(tmp_path, "aaaa")
+    first = prepare(config)
+    capsys.readouterr()
+    assert prepare(config) == first
+    assert f"data: reusing {tmp_path / 'cache' / first}" in capsys.readouterr().err
+    write_texts(tmp_path, "zzzz")  # of the same size
+    second = prepare(config)
+    assert second != first
+    assert "has changed since" in capsys.readouterr().err
+    assert (tmp_path / "cache" / first).exists()
+    write_texts(tmp_path, "aaaa")
+    assert prepare(config) == first
+
+
+def test_replayed_text_is_that_of_the_file(tmp_path: Path) -> None:
+    text, config = open_text_tokenizer(ASSET), text_config(tmp_path)
+    for word in ("aaaa", "zzzz"):
+        write_texts(tmp_path, word)
+        assert text.decode(open_split(prepare_replay(config, text), "train")[0]["text_ids"]).startswith(word)
+
+
+def test_text_without_a_whole_row_is_refused_by_key(tmp_path: Path) -> None:
+    write_texts(tmp_path, "aaaa")
+    (tmp_path / "heldout.txt").write_text("word")
+    with pytest.raises(ValueError, match=r"data\.val_path=.*heldout\.txt: less text than one row"):
+        prepare_text(text_config(tmp_path))
+
+
+SETTINGS = {"format": 3, "length": 8}
+
+
+def complete(prepared: Prepared) -> Path:
+    prepared.write_key()
+    write_index(prepared.folder, {"tokenizers": {}, "splits": {"train": {"rows": 5}}})
+    return prepared.folder
+
+
+def test_what_is_reused_is_said_with_rows_hash_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    prepared = Prepared(tmp_path / "cache", "text", SETTINGS, {"data.path": str(tmp_path / "a.txt")})
+    assert prepared.find() is None
+    folder = complete(prepared)
+    os.utime(folder / "index.json", (0, 0))
+    assert prepared.find() == folder
+    index = read_index(folder) or {}
+    said = capsys.readouterr().err
+    assert f"data: reusing {folder}: 5 train rows, data hash {index['data_hash']}, prepared 19" in said
+
+
+def test_moved_data_is_found_and_other_settings_are_not(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    folder = complete(Prepared(tmp_path / "cache", "text", SETTINGS, {"data.path": str(tmp_path / "a.txt")}))
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    moved = Prepared(tmp_path / "cache", "text", SETTINGS, {"data.path": str(tmp_path / "b.txt")})
+    assert moved.find() == folder
+    assert replace(moved, settings=SETTINGS | {"length": 9}).find() is None
+
+
+def test_a_folder_of_an_older_format_is_not_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "text-0123").mkdir()
+    paths = {"data.path": str(tmp_path / "a.txt")}
+    assert Prepared(tmp_path, "text", SETTINGS, paths, former="text-0123").find() is None
+    assert f"preparing anew: {tmp_path / 'text-0123'} is of an older format" in capsys.readouterr().err
+    older = complete(Prepared(tmp_path, "text", SETTINGS | {"format": 2}, paths))
+    (tmp_path / "text-damaged").mkdir()
+    (tmp_path / "text-damaged" / KEY).write_text("{")
+    assert Prepared(tmp_path, "text", SETTINGS, paths).find() is None
+    assert f"preparing anew: {older} is of an older format" in capsys.readouterr().err
+
+
+def test_data_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    prepared = Prepared(tmp_path / "cache", "text", SETTINGS, {"data.path": str(tmp_path / "a.txt")})
+    prepared.write_key()
+    (tmp_path / "a.txt").write_text("b")
+    with pytest.raises(ValueError, match=r"data\.path=.*a\.txt: its files have changed while they were read"):
+        prepared.require_unchanged()
+
+
+def test_without_a_network_the_newest_folder_of_a_dataset_is_reused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("t2i_lm.data.identity._commit", lambda name: "commit 12")
+    folder = complete(Prepared(tmp_path, "hub", SETTINGS, {"data.path": "some/name"}))
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert Prepared(tmp_path, "hub", SETTINGS, {"data.path": "some/name"}).find() == folder
+    assert "some/name: without a network it is unknown whether it has changed" in capsys.readouterr().err
+    assert json.loads((folder / KEY).read_text())["key"]["content"] == {"data.path": "commit 12"}
+
+
+def test_folders_of_scenes_have_the_names_they_always_had(tiny: list[str]) -> None:
+    config = load_experiment(PRETRAINED, "demo", [*tiny, "data.cache_dir=cache"])
+    prepared = shards_of(config, {"text": "a", "image": "b"})
+    assert prepared.folder == Path("cache/scenes-66ef2fd17e34")
+    assert shards_of(config, {"text": "a", "image": "b"}, wide_codes=True).folder != prepared.folder
