@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Beyond the paper
 #
-# Initializations between pre-trained and random, forgetting of text, and remedies against it. Each cell shows a figure,
-# prints its table and writes it as PNG and PDF; if runs are missing, it prints the command that makes them.
+# Initializations between pre-trained and random, forgetting and relearning of text, and remedies. Each cell shows a
+# figure, prints its table and writes it as PNG and PDF; if runs are missing, it prints the command that makes them.
 # `python -m t2i_lm.sweep` writes the figure of a sweep itself. Open this file with jupytext, or run it as a script.
 
 # %%
@@ -45,6 +45,14 @@ show("inits", request, folder)
 
 # %%
 show("forgetting", request, folder)
+
+# %% [markdown]
+# **Relearning.** Erased or suppressed? Held-out text loss over the first steps on text, from the weights of both arms,
+# from random weights and from the language model itself. The values come from `python -m t2i_lm.evaluate --checkpoint
+# RUN --relearn TEXT --relearn-heldout HELDOUT` on both arms.
+
+# %%
+show("relearning", request, folder)
 
 # %% [markdown]
 # **Remedies.** Increase of the held-out text loss (over the text rows) against the held-out loss of image tokens.

@@ -231,7 +231,7 @@ def test_missing_held_out_text_is_named(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("images", "bad", "error"),
     [
-        (0, (), "data.path="),
+        (0, (), "metadata.jsonl: no row in it"),
         (1, (), "data.path="),
         (2, (), None),
         (7, (), None),

@@ -21,10 +21,8 @@ MOVQGAN_SIZES = ("67M", "102M", "270M")
 FID_FEATURES = (64, 192, 768, 2048)
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 LOSS_BACKENDS = ("fused", "torch")
-# `plugin:NAME[:ARGUMENT]` of an installed package, `code:MODULE:FUNCTION[:ARGUMENT]` of any (`runtime/plugins.py`).
-PLUGIN, CODE = "plugin:", "code:"
-# Prefix of the weights shipped with the suite (`assets/`).
-ASSET = "asset:"
+# `plugin:NAME[:ARGUMENT]`, `code:MODULE:FUNCTION[:ARGUMENT]` (`runtime/plugins.py`); `asset:NAME` (`assets/`).
+PLUGIN, CODE, ASSET = "plugin:", "code:", "asset:"
 
 
 def is_plugin(value: str | None) -> bool:
@@ -165,9 +163,8 @@ class ImageTokenizerConfig(Section, prefix="image_tokenizer"):
         self.one_of("expect", MOVQGAN_SIZES)
         self.one_of("precision", ENCODE_PRECISIONS)
         self.check(self.size >= 8 and self.size % 8 == 0, "size", "a multiple of 8")
-        ends = self.pixel_range
-        increases = ends is None or (len(ends) == 2 and ends[0] < ends[1])
-        self.check(increases, "pixel_range", "null or two increasing values")
+        ends = [0, 1] if self.pixel_range is None else self.pixel_range
+        self.check(len(ends) == 2 and ends[0] < ends[1], "pixel_range", "null or two increasing values")
         self.below_one("warmup_fraction")
 
 

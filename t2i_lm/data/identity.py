@@ -130,4 +130,4 @@ def _commit(name: str) -> str | None:
         return f"commit {HfApi().dataset_info(name, timeout=10).sha}"
     except Exception:  # whatever its client raises without a network, or for a name that it does not have
         reference = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs", "main")
-        return f"commit {reference.read_text().strip()}" if reference.is_file() else None
+        return f"commit {reference.read_text(encoding='utf-8').strip()}" if reference.is_file() else None

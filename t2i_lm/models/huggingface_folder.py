@@ -32,7 +32,7 @@ def is_huggingface(folder: Path) -> bool:
     if (folder / ADAPTER).is_file():
         return True
     try:
-        return "model_type" in json.loads((folder / "config.json").read_text())
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 
@@ -47,7 +47,7 @@ def base_folder(folder: Path) -> Path | None:
     if not path.is_file():
         return None
     try:
-        named = json.loads(path.read_text()).get("base_model_name_or_path")
+        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"backbone.path: {path} cannot be read: {first_line(error)}") from error
     places = [Path(named).expanduser(), folder / named, folder.parent / named] if isinstance(named, str) else []
@@ -133,7 +133,7 @@ def _config(folder: Path, key: str = "backbone.path") -> Any:
     library = require_transformers()
     where = f"{key}: {folder}"
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}/config.json cannot be read: {first_line(error)}") from error
     kind, version = values.get("model_type"), f"transformers {library.__version__}"

@@ -135,7 +135,7 @@ def require_free(file: Path) -> None:
 def _read(file: Path) -> Owner | None:
     """The owner; None if there is no file or it is not yet written."""
     try:
-        return Owner(**json.loads(file.read_text()))
+        return Owner(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -169,7 +169,7 @@ def _beats(file: Path) -> bool:
 
 def _touched(file: Path) -> float | None:
     try:
-        with file.open() as stream:  # opened, since NFS caches what `stat` of a path returns
+        with file.open(encoding="utf-8") as stream:  # opened, since NFS caches what `stat` of a path returns
             return os.fstat(stream.fileno()).st_mtime
     except OSError:
         return None
@@ -196,7 +196,7 @@ def _remove_stale(file: Path) -> None:
 @cache
 def _machine() -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
@@ -207,7 +207,7 @@ def _born(pid: int) -> str | None:
     if Path("/proc/self/stat").exists():
         try:
             # The name, in brackets, may hold spaces.
-            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             return None
         return "" if state in "ZX" else fields[18]

@@ -150,7 +150,7 @@ class Prepared:
         pattern = f"{self.stem}-*.{KEY}" if self.suffix else f"{self.stem}-*/{KEY}"
         for file in sorted(self.root.glob(pattern), key=_modified, reverse=True):
             try:
-                kept = json.loads(file.read_text())
+                kept = json.loads(file.read_text(encoding="utf-8"))
                 same = kept["paths"] == places and _settings(kept["key"]) == _settings(self.key)
             except (ValueError, KeyError, OSError):  # damaged
                 continue
