@@ -231,12 +231,12 @@ def test_missing_held_out_text_is_named(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("images", "bad", "error"),
     [
-        (0, (), "metadata.jsonl: no row in it"),
-        (1, (), "data.path="),
+        (0, (), "PATH"),
+        (1, (), "PATH"),
         (2, (), None),
         (7, (), None),
         (10, (3,), "1 not an image"),
-        (2, (0, 1), "data.path="),
+        (2, (0, 1), "PATH"),
     ],
 )
 def test_small_data_trains_or_is_refused_in_one_line(
@@ -253,7 +253,7 @@ def test_small_data_trains_or_is_refused_in_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert code == (2 if error else 0)
     assert [line for line in lines if line.startswith("error: ")] == ([lines[-1]] if error else [])
-    assert (error or "") in lines[-1]
+    assert (error or "").replace("PATH", str(tmp_path)) in lines[-1]
 
 
 def test_the_same_path_with_other_images_and_captions_is_prepared_anew(

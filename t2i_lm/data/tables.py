@@ -15,6 +15,7 @@ from typing import Any
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.captions import CAPTION_NAMES, captions_of, find_name, other_captions
 from t2i_lm.data.digests import digests_of_files, file_digest, image_digest, image_digests, store_path
+from t2i_lm.data.identity import content_of
 from t2i_lm.data.metadata import image_path
 from t2i_lm.data.pairs import Pair, RejectedPairError, Sample, decode_image
 from t2i_lm.data.splits import (
@@ -237,7 +238,8 @@ def parquet(data: DataConfig, split: str, size: int) -> Table:
 
     key, root = location(data, split)
     files = split_files(data, split, find_parquet)
-    cache = str(Path(data.cache_dir) / "parquet")
+    # `datasets` identifies files by name and time alone.
+    cache = str(Path(data.cache_dir) / "parquet" / str(content_of(str(root)))[:12])
     names = [str(file.resolve()) for file in files.files]
     try:
         starts = [0]
