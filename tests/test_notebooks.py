@@ -11,20 +11,20 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from t2i_lm.plots.catalogue import FIGURES, Request, show, stem
-from tests.plots.synthetic_runs import write_run
+from tests.plots.synthetic_runs import write_relearning, write_run
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 ALLOWED = {"t2i_lm.plots.catalogue"}
-PRINTED = ("gap %", "validation", "source")  # of the tables
+PRINTED = ("gap %", "validation", "source", "after steps")  # of the tables
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with the runs of every figure."""
-    write_run(tmp_path / "runs", "t2i_pretrained", "20260301-100000", forgotten=1.5)
+    write_relearning(write_run(tmp_path / "runs", "t2i_pretrained", "20260301-100000", forgotten=1.5), 12.3)
     write_run(tmp_path / "runs", "remedy_replay", "20260301-170000", forgotten=0.2)
-    write_run(tmp_path / "runs", "t2i_scratch", "20260301-110000")
+    write_relearning(write_run(tmp_path / "runs", "t2i_scratch", "20260301-110000"), 13.9)
     write_run(tmp_path / "runs", "uncond_pretrained", "20260301-120000")
     write_run(tmp_path / "runs", "uncond_scratch", "20260301-130000")
     write_run(tmp_path / "runs", "t2i_body_only", "20260301-140000")

@@ -1,28 +1,16 @@
 """The figure of relearning: both arms and the controls, measured in one way."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from t2i_lm.plots.catalogue import FIGURES, Request
-from tests.plots.synthetic_runs import write_run
-
-STEPS = [0, 5, 10]
-
-
-def measure(run: Path, start: float, **made_with: object) -> None:
-    curve = {"nll": [start, start - 2, start - 3], "se": [0.1] * 3}
-    controls = {"random weights": {"nll": [8.8, 7.6, 7.0], "se": [0.1] * 3}}
-    folder = run / "evaluations" / "last"
-    folder.mkdir(parents=True)
-    content = {"steps": STEPS, "nll": {"run": curve, **controls}, "made_with": {"text": "a.txt", **made_with}}
-    (folder / "relearn.json").write_text(json.dumps(content))
+from tests.plots.synthetic_runs import RELEARNING_STEPS, write_relearning, write_run
 
 
 def test_arms_and_controls_are_drawn_and_tabled(tmp_path: Path) -> None:
     for name, start in (("t2i_pretrained", 12.3), ("t2i_scratch", 13.9)):
-        measure(write_run(tmp_path, name), start, checkpoint_sha256=name)
+        write_relearning(write_run(tmp_path, name), start, checkpoint_sha256=name)
     rendered = FIGURES["relearning"](Request(tmp_path))
     rows = {line.split("  ")[0]: line.split()[-3:] for line in rendered.table.splitlines()[1:]}
     assert rows["pretrained"] == ["12.300", "10.300", "9.300"]
@@ -32,18 +20,18 @@ def test_arms_and_controls_are_drawn_and_tabled(tmp_path: Path) -> None:
     assert axes.get_xlabel() == "training steps on text"
     lines = {str(line.get_gid()): line for line in axes.get_lines()}
     assert list(lines["Held-out text/pretrained/val"].get_ydata()) == [12.3, 10.3, 9.3]
-    assert list(lines["Held-out text/random_weights/val"].get_xdata()) == STEPS
+    assert list(lines["Held-out text/random_weights/val"].get_xdata()) == RELEARNING_STEPS
 
 
 def test_an_arm_that_was_not_measured_names_the_command(tmp_path: Path) -> None:
-    measure(write_run(tmp_path, "t2i_pretrained"), 12.3)
+    write_relearning(write_run(tmp_path, "t2i_pretrained"), 12.3)
     write_run(tmp_path, "t2i_scratch")
     with pytest.raises(ValueError, match=r"t2i_scratch.* was not measured: python -m t2i_lm.evaluate .*--relearn"):
         FIGURES["relearning"](Request(tmp_path))
 
 
 def test_arms_measured_in_different_ways_are_refused(tmp_path: Path) -> None:
-    measure(write_run(tmp_path, "t2i_pretrained"), 12.3)
-    measure(write_run(tmp_path, "t2i_scratch"), 13.9, text="b.txt")
+    write_relearning(write_run(tmp_path, "t2i_pretrained"), 12.3)
+    write_relearning(write_run(tmp_path, "t2i_scratch"), 13.9, text="b.txt")
     with pytest.raises(ValueError, match=r"in different ways: text: 'a.txt' and 'b.txt'"):
         FIGURES["relearning"](Request(tmp_path))
