@@ -1,5 +1,6 @@
 """A grid of samples and its accuracy, at intervals of a run."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,8 @@ class SampleBatch(NamedTuple):
 class SampleGrid(Periodic):
     """Samples on rank 0 every `interval` optimizer steps while the others wait.
 
-    Writes FOLDER/step-NNNNNNNN.png, a line with `prompt_accuracy` to metrics.jsonl, and both to TensorBoard.
+    Writes FOLDER/step-NNNNNNNN.png, a line with `prompt_accuracy` to metrics.jsonl, and both to TensorBoard. Samples
+    that fail are told in one line and end no run.
     """
 
     def __init__(
@@ -41,8 +43,13 @@ class SampleGrid(Periodic):
         head = self.meter.head(trainer)  # a collective call
         if not trainer.is_global_zero:
             return
-        with undisturbed(pl_module):
-            batch = self.sample()
+        try:
+            with undisturbed(pl_module):
+                batch = self.sample()
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "")
+            print(f"no samples at step {step}: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         batch.grid.save(self.folder / f"step-{step:08d}.png")
         if self.meter.file and batch.accuracy:

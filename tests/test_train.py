@@ -97,6 +97,18 @@ def test_an_equal_run_is_equal_bit_for_bit(pretrained: Run, tiny: list[str], tmp
         assert torch.equal(tensor, weights(pretrained)[name]), name
 
 
+def test_samples_that_fail_during_training_end_no_run(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory\nfor this")
+
+    monkeypatch.setattr("t2i_lm.evaluation.report.captioned_grid", fail)
+    run = train(PRETRAINED, tmp_path, *tiny, *QUICK, "samples.interval=4", "samples.grid=2")
+    assert capsys.readouterr().err.count("no samples at step 4: RuntimeError: no memory\n") == 1
+    assert run.report is not None
+
+
 @pytest.mark.slow
 def test_samples_during_training_are_logged_and_change_nothing(
     pretrained: Run, tiny: list[str], tmp_path: Path

@@ -247,7 +247,7 @@ class ExperimentConfig(Section):
         return "aligned" if self.init == "aligned" else self.new_rows
 
     def require_paths(self) -> None:
-        """Checks that every path is set that a run reads; a dry run does without.
+        """Checks that every path is set that a run reads, and no path to data that it does not; a dry run does without.
 
         Raises:
             ValueError: naming the first key.
@@ -271,6 +271,9 @@ class ExperimentConfig(Section):
             (self.data.replay_ratio > 0, "data.replay_path", replay),
         ):
             require(not needed or self.value(key) is not None, key, self.value(key), expected)
+        unread = self.data.source == "scenes" and self.data.path is not None
+        generated = "null with data.source=scenes, which are generated; to read it, name its kind by data.source"
+        require(not unread, "data.path", self.data.path, generated)
 
     @property
     def micro_batch(self) -> int:

@@ -10,7 +10,7 @@ from torch import Generator, nn
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.sections import is_plugin
+from t2i_lm.config.sections import is_plugin, require
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.float8 import float8_layers
@@ -110,17 +110,32 @@ def _empty_open_lm(config: ExperimentConfig) -> Backbone:
 
 def _pretrained_open_lm(config: ExperimentConfig) -> Backbone:
     assert config.backbone.path is not None
+    path, positional = resolve(config.backbone.path), config.backbone.positional
+    own = (path if path.is_dir() else path.parent) / "config.json"
+    if positional is not None and own.is_file():
+        trained = decoder_config(own).positional_embedding_type
+        allowed = f"null or {trained}, with which the weights of {config.backbone.path} were trained"
+        require(positional == trained, "backbone.positional", positional, allowed)
     return load_open_lm(resolve(config.backbone.path), vars(decoder_architecture(config, config.data.length)))
 
 
 def _empty_huggingface(config: ExperimentConfig) -> Backbone:
     folder = huggingface_folder(config)
     assert folder is not None
+    _require_own_positions(config)
     return empty_huggingface(folder)
+
+
+def _require_own_positions(config: ExperimentConfig) -> None:
+    positional = config.backbone.positional
+    require(
+        positional is None, "backbone.positional", positional, "null, a transformers backbone has its own positions"
+    )
 
 
 def _pretrained_huggingface(config: ExperimentConfig) -> Backbone:
     assert config.backbone.path is not None
+    _require_own_positions(config)
     return load_huggingface(resolve(config.backbone.path))
 
 

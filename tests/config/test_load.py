@@ -148,3 +148,10 @@ def test_help_is_fast_and_a_misspelt_key_fails_fast() -> None:
     assert "optim.lr" in done.stderr
     assert "Traceback" not in done.stderr
     assert seconds < 2.0
+
+
+def test_a_path_to_data_that_is_not_read_is_refused() -> None:
+    config = load_experiment(PRETRAINED, "demo", ["data.path=photos"])
+    with pytest.raises(ValueError, match=r"data.path='photos': expected null with data.source=scenes"):
+        config.require_paths()
+    load_experiment(PRETRAINED, "demo", ["data.path=photos", "data.source=image_folder"]).require_paths()
