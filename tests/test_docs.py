@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from t2i_lm.config.load import load_experiment
+from tests.test_layers import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -24,20 +25,6 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 YAMLS = sorted(EXPERIMENTS.rglob("*.yaml"))
-COMMANDS = (
-    "ablate",
-    "compare",
-    "demo",
-    "evaluate",
-    "export",
-    "figures",
-    "prepare",
-    "remedies",
-    "sample",
-    "study",
-    "sweep",
-    "train",
-)
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 # Values that a reader replaces.
 PLACEHOLDER = re.compile(r"[A-Z_]{3,}|\.\.\.")
