@@ -98,6 +98,7 @@ def test_several_ranks_equal_one(world: int, inception_weights: Path, tmp_path: 
     assert not torch.equal(Model().draw(range(DRAWN)), torch.cat([Model().draw([number]) for number in range(DRAWN)]))
 
 
+@pytest.mark.slow
 def test_the_kernel_distance_is_of_all_reference_images(inception_weights: Path) -> None:
     """As many as `evaluate` uses, not as many as are sampled."""
     trainer: Any = SimpleNamespace(global_rank=0, world_size=1)

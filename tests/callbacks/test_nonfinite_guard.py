@@ -10,6 +10,8 @@ from callbacks import EventLog, NonFiniteGuard
 from tests.callbacks.toy_model import Toy, ToyModule
 from tests.callbacks.toy_run import EVENTS, build, finish, free_port, lines, run_to_end, start
 
+pytestmark = pytest.mark.slow
+
 
 class FusedToy(ToyModule):
     """With the optimizer whose kernel can skip by itself."""

@@ -32,6 +32,7 @@ def plain_steps(output: str) -> list[int]:
     return [int(found[1]) for found in map(LINE.match, output.splitlines()) if found]
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_one_plain_line_per_interval_with_losses_and_time_left(tmp_path: Path) -> None:
     assert run_to_end(Toy(tmp_path)) == 0
     output = (tmp_path / "output.txt").read_text()

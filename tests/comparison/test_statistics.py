@@ -17,6 +17,8 @@ from t2i_lm.comparison.statistics import (
     power_of_equivalence,
 )
 
+pytestmark = pytest.mark.slow
+
 DRAWS = 500
 MARGIN = 1.0
 # Three standard errors of a share of 5 % over DRAWS.

@@ -67,13 +67,13 @@ def test_text_is_taken_as_written(key: str, text: str, tmp_path: Path) -> None:
         loads_and_reads_back(key, text, tmp_path)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(text=WORDS)
 def test_any_text_goes_through_override_and_config_file(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     loads_and_reads_back("name", text, tmp_path_factory.getbasetemp())
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(texts=st.lists(WORDS))
 def test_any_list_of_texts_goes_through_the_config_file(
     texts: list[str], tmp_path_factory: pytest.TempPathFactory

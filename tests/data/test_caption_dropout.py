@@ -21,6 +21,8 @@ from t2i_lm.models.generate import Sampling
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import Layout
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LAYOUT = Layout(JointVocab(100, 8), image_tokens=4, length=24)
 ROWS = 1500

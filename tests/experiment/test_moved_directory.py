@@ -19,6 +19,8 @@ from t2i_lm.storage.run_folder import CONFIG, ENVIRONMENT, REPORT, Run
 from t2i_lm.train import main as train
 from tests.runs import PRETRAINED
 
+pytestmark = pytest.mark.slow
+
 # What no working directory changes.
 ELSEWHERE = ("asset:image_tokenizer", "hf://org/name", "plugin:colors:here", "/absolute/here", "org/name")
 

@@ -16,6 +16,8 @@ from t2i_lm.models.huggingface_folder import load_huggingface
 from tests.models import architectures
 from tests.models.architectures import NOT_BUILT, REFUSED, WORKS, Result, check
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 

@@ -20,6 +20,8 @@ from t2i_lm.models.transformers_export import (
     save_transformers,
 )
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 TINY = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 24, "vocab_size": 50}

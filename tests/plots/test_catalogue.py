@@ -274,6 +274,7 @@ def test_arms_of_unequal_batch_have_no_step_axis(tmp_path: Path) -> None:
     assert "data.batch_size: 64 and 32" in drawing.caption
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(runs: Path, tmp_path: Path) -> None:
     def files(drawing: RenderedFigure, stem: str) -> list[bytes]:
         return [path.read_bytes() for path in drawing.save(tmp_path / stem)]

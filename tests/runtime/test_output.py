@@ -9,6 +9,8 @@ import pytest
 
 from t2i_lm.runtime.command_line import command_parser, exit_code
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PRINTS = """
 import sys
