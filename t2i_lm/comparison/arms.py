@@ -18,6 +18,7 @@ from t2i_lm.comparison.comparability import (
     revisions,
 )
 from t2i_lm.comparison.plan import Plan
+from t2i_lm.config.values import Plain, read_value
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 
 SEED = "seed"
@@ -124,14 +125,9 @@ def _has(run: Run, values: Mapping[str, Any], key: str, expected: Any) -> bool:
     if key in ENVIRONMENT:
         return str(environment_value(run, key)).startswith(str(expected))
     if key not in values:
-        raise ValueError(f"where {key}={expected!r}: expected a config key or one of {', '.join(ENVIRONMENT)}")
-    value = values[key]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            return float(value) == float(str(expected))
-        except ValueError:
-            return False
-    return bool(value == expected)
+        raise ValueError(f"where {key}={expected}: expected a config key or one of {', '.join(ENVIRONMENT)}")
+    # YAML takes 3e-3 for text: as in an experiment, the type of the key decides.
+    return bool(values[key] == read_value(key, Plain(expected) if isinstance(expected, str) else expected))
 
 
 def _by_seed(runs: Sequence[Run]) -> dict[int, list[Run]]:

@@ -206,5 +206,5 @@ def chosen_plan(path: Path | None, scale: str | None, where: Sequence[str]) -> P
         key, equals, value = item.partition("=")
         if not (key and equals):
             raise ValueError(f"{item!r} is not of the form key=value, for example optim.lr=1e-3")
-        more[key] = yaml.safe_load(value)
+        more[key] = value
     return replace(plan, scale=scale or plan.scale, where={**plan.where, **more})

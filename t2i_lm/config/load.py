@@ -56,6 +56,11 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
     return config
 
 
+def experiment_names(folder: Path) -> list[str]:
+    """Names of the experiments in a folder: its YAML files without the shared base and the study, a plan."""
+    return sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in ("base", "study"))
+
+
 def load_run(folder: Path) -> ExperimentConfig:
     """The experiment of a run folder, its relative paths `located`."""
     return located(load_experiment(folder / CONFIG), folder)

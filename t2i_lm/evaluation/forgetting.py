@@ -57,7 +57,7 @@ class ForgettingEvaluator(Evaluator):
         self.tasks: list[Task] = []
         if options.tasks is not None:
             self.tasks = read_tasks(options.tasks, self.settings.questions, "--tasks")
-        self.documents = _read_text(options.forgetting)
+        self.documents = read_text(options.forgetting, "--forgetting")
 
     @staticmethod
     def add_arguments(add: Callable[..., Any]) -> None:
@@ -75,7 +75,7 @@ class ForgettingEvaluator(Evaluator):
 
     def identity(self, config: ExperimentConfig) -> dict[str, Any]:
         """Settings, and hashes of the text and the questions; the name of a text on a hub."""
-        text = {"text": self.settings.text} if self.documents is None else {"text_sha256": _sha256(self.documents)}
+        text = {"text": self.settings.text} if self.documents is None else {"text_sha256": text_sha256(self.documents)}
         sizes = {key: value for key, value in vars(self.settings).items() if key not in ("interval", "text", "tasks")}
         return {**text, **sizes, "tasks_sha256": {task.name: task.sha256 for task in self.tasks}}
 
@@ -87,20 +87,21 @@ class ForgettingEvaluator(Evaluator):
         return {**names, "settings": vars(self.settings), **record}
 
 
-def _read_text(path: str) -> list[str] | None:
+def read_text(path: str, flag: str) -> list[str] | None:
     """Documents of a text; None for a text on a hub, of which only the first document is read here.
 
     Raises:
         ValueError: if it has no document or cannot be read.
     """
-    documents = read_documents(path, "--forgetting")
+    documents = read_documents(path, flag)
     first = next(documents, None)
     if first is None:
-        raise ValueError(f"--forgetting {path}: there is no text in it")
+        raise ValueError(f"{flag} {path}: there is no text in it")
     return [first, *documents] if Path(path).exists() else None
 
 
-def _sha256(documents: Sequence[str]) -> str:
+def text_sha256(documents: Sequence[str]) -> str:
+    """Hash of a text's documents, however they are cut into files."""
     digest = hashlib.sha256(documents[0].encode())
     for document in documents[1:]:
         digest.update(f"{DOCUMENT_SEPARATOR}{document}".encode())

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.text import read_documents
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
+from t2i_lm.evaluation.forgetting import read_text, text_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from t2i_lm.models.backbone import Backbone
+    from t2i_lm.tokenizers.base import TextTokenizer
 
 # Steps after which the loss is measured.
 POINTS = (0, 5, 10, 20, 40, 60)
@@ -53,9 +55,8 @@ class RelearningEvaluator(Evaluator):
         if options.relearn == options.relearn_heldout:
             raise ValueError(f"--relearn-heldout {options.relearn}: this is the text to train on; give another one")
         self.text, self.heldout = options.relearn, options.relearn_heldout
-        for flag, path in (("--relearn", self.text), ("--relearn-heldout", self.heldout)):
-            if next(read_documents(path, flag), None) is None:
-                raise ValueError(f"{flag} {path}: there is no text in it")
+        self.documents = read_text(self.text, "--relearn")
+        self.heldout_documents = read_text(self.heldout, "--relearn-heldout")
 
     @staticmethod
     def add_arguments(add: Callable[..., Any]) -> None:
@@ -69,10 +70,10 @@ class RelearningEvaluator(Evaluator):
         )
 
     def identity(self, config: ExperimentConfig) -> dict[str, Any]:
-        """Both texts by path, and the settings."""
+        """Hashes of both texts, the names of those on a hub, and the settings."""
         return {
-            "text": self.text,
-            "heldout": self.heldout,
+            "text": text_sha256(self.documents) if self.documents else self.text,
+            "heldout": text_sha256(self.heldout_documents) if self.heldout_documents else self.heldout,
             "steps": list(POINTS),
             "rows": [BATCH, HELDOUT_ROWS],
             "length": LENGTH,
@@ -89,13 +90,21 @@ class RelearningEvaluator(Evaluator):
 
         model, config = context.model, context.model.config
         length = min(LENGTH, model.decoder.config.seq_len)
-        rows = read_rows(self.text, self.heldout, model.text, length)
+        rows = RelearningRows(
+            beginnings(self.text, "--relearn", self.documents, model.text, BATCH * POINTS[-1], length),
+            beginnings(self.heldout, "--relearn-heldout", self.heldout_documents, model.text, HELDOUT_ROWS, length),
+        )
         starts: dict[str, Callable[[], Backbone]] = {
             RUN: lambda: copy.deepcopy(model.decoder),
             RANDOM: lambda: random_backbone(config),
         }
         if config.backbone.path is not None and config.init != "random":
             starts[LANGUAGE_MODEL] = lambda: pretrained_backbone(config)
+        if len(rows.train_ST) < BATCH * POINTS[-1]:
+            found, needed = len(rows.train_ST), BATCH * POINTS[-1]
+            raise ValueError(
+                f"--relearn {self.text}: {found} rows of {length} ids; {needed} are needed, give more text"
+            )
         curves = {}
         with progress("relearning", POINTS[-1] * len(starts), unit="steps") as advance:
             for name, start in starts.items():
@@ -103,25 +112,30 @@ class RelearningEvaluator(Evaluator):
         return {"run": context.run.name, "length": length, "steps": list(POINTS), "nll": curves}
 
 
-def read_rows(text: str, heldout: str, tokenizer: Any, length: int) -> RelearningRows:
-    """Training rows from the beginning of each document, and held-out rows spread over theirs.
+def beginnings(
+    path: str, flag: str, documents: list[str] | None, tokenizer: "TextTokenizer", rows: int, length: int
+) -> "Tensor":
+    """At most `rows` rows (S, length) of ids from the beginnings of the documents.
+
+    Tokenizing 100 MB of books would take minutes.
+
+    Args:
+        path: the text, of the option `flag`.
+        flag: for messages.
+        documents: those of the text, where they have been read.
+        tokenizer: of the model.
+        rows: their number at most.
+        length: ids per row.
 
     Raises:
-        ValueError: if a text is too short.
+        ValueError: if the text is shorter than one row.
     """
     from t2i_lm.evaluation.probes.heldout import heldout_rows
 
-    needed = BATCH * POINTS[-1]
-    documents = list(read_documents(text, "--relearn"))
-    share = -(-needed * length * CHARACTERS // len(documents))  # tokenizing 100 MB of books takes minutes
-    beginnings = [document[:share] for document in documents]
-    train_ST, _ = heldout_rows(text, tokenizer, needed, length - 1, beginnings)
-    if len(train_ST) < needed:
-        raise ValueError(f"--relearn {text}: {len(train_ST)} rows of {length} ids; {needed} are needed, give more text")
-    documents = list(read_documents(heldout, "--relearn-heldout"))
-    share = -(-HELDOUT_ROWS * length * CHARACTERS // len(documents))
-    heldout_RT, _ = heldout_rows(heldout, tokenizer, HELDOUT_ROWS, length - 1, [text[:share] for text in documents])
-    return RelearningRows(train_ST, heldout_RT)
+    documents = documents or list(read_documents(path, flag))
+    share = -(-rows * length * CHARACTERS // len(documents))
+    ids_ST, _ = heldout_rows(path, tokenizer, rows, length - 1, [document[:share] for document in documents])
+    return ids_ST
 
 
 def relearn(

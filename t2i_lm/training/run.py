@@ -137,7 +137,7 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     write_atomic(folder / ENVIRONMENT, json.dumps(_environment(experiment), indent=2) + "\n")
     if isinstance(module, DecoderModule):
         groups = "\n".join([group_table(module.decoder), *overlaps(module.decoder, config.freeze)])
-        _print_formula(experiment)
+        _print_model(experiment)
         (folder / GROUPS).write_text(f"{groups}\n", encoding="utf-8")
         if any(not parameter.requires_grad for parameter in module.parameters()):
             print(groups, flush=True)
@@ -167,10 +167,10 @@ def _environment(experiment: Experiment) -> dict[str, object]:
 def _reopen_folder(experiment: Experiment, folder: Path, checkpoint: Path, events: EventLog) -> None:
     events.write("resumed", f"from {checkpoint.name}")
     print(f"resuming {folder} from step {step_of(checkpoint)}", flush=True)
-    _print_formula(experiment)
+    _print_model(experiment)
 
 
-def _print_formula(experiment: Experiment) -> None:
+def _print_model(experiment: Experiment) -> None:
     module = experiment.module
     for line in conventions(experiment):
         print(line, flush=True)

@@ -12,7 +12,7 @@ from t2i_lm.comparison.compare import compare
 from t2i_lm.comparison.plan import Plan, Study
 from t2i_lm.comparison.tables import as_json, text
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.tables import text_table
@@ -76,8 +76,8 @@ def study_runs(study: Study, experiments: Path, overrides: Sequence[str] = ()) -
 def _load(experiments: Path, arm: str, scale: str, words: Sequence[str]) -> ExperimentConfig:
     file = experiments / f"{arm}.yaml"
     if not file.is_file():
-        known = sorted(path.stem for path in experiments.glob("*.yaml") if path.stem not in ("base", "study"))
-        raise ValueError(f"arms: no experiment {arm}; expected one of {', '.join(known)}")
+        names = experiment_names(experiments)
+        raise ValueError(f"arms: no experiment {arm}; expected one of {', '.join(names)}")
     return load_experiment(file, scale, words)
 
 
@@ -169,9 +169,10 @@ def write_comparisons(study: Study, runs: Sequence[StudyRun], out: Path) -> int:
             print(f"{name}: {error}", file=sys.stderr)
             code = 2
             continue
-        for suffix, table in ((".txt", text(plan, arms, results)), (".json", as_json(plan, arms, results))):
-            (out / f"{name}{suffix}").write_text(f"{table}\n", encoding="utf-8")
-        print(f"== {name}", text(plan, arms, results), "", sep="\n", flush=True)
+        table = text(plan, arms, results)
+        (out / f"{name}.txt").write_text(f"{table}\n", encoding="utf-8")
+        (out / f"{name}.json").write_text(f"{as_json(plan, arms, results)}\n", encoding="utf-8")
+        print(f"== {name}", table, "", sep="\n", flush=True)
     return code
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.storage.run_folder import Run, read_run
@@ -64,8 +64,7 @@ def sweep_jobs(
     for arm, *values in product(dict.fromkeys(arms), *(several[name] for name in order)):
         file = folder / f"{arm}.yaml"
         if not file.is_file():
-            known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in ("base", "study"))
-            raise ValueError(f"--arm {arm}: expected one of {', '.join(known)}")
+            raise ValueError(f"--arm {arm}: expected one of {', '.join(experiment_names(folder))}")
         point = [f"{name}={value}" for name, value in zip(order, values, strict=True)]
         config = load_experiment(file, scale, [*NO_SAMPLES, *fixed, *point])
         config = replace(config, run=RunConfig(str(Path(config.run.dir) / RUNS)))

@@ -8,7 +8,7 @@ import torch
 
 from t2i_lm.evaluate import main as evaluate
 from t2i_lm.evaluation.probes.heldout import text_losses
-from t2i_lm.evaluation.relearning import BATCH, HELDOUT_ROWS, POINTS, RANDOM, RUN, read_rows, relearn
+from t2i_lm.evaluation.relearning import BATCH, HELDOUT_ROWS, POINTS, RANDOM, RUN, RelearningRows, beginnings, relearn
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.storage.run_folder import Run
 from tests.evaluation.tiny_tasks import TEXT
@@ -29,7 +29,11 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.slow
 def test_a_decoder_relearns_text_and_equal_starts_give_equal_curves(pretrained: Run, texts: tuple[Path, Path]) -> None:
     model = load_trained(pretrained.folder)
-    rows = read_rows(str(texts[0]), str(texts[0]), model.text, LENGTH)
+    path = str(texts[0])
+    rows = RelearningRows(
+        beginnings(path, "--relearn", None, model.text, BATCH * POINTS[-1], LENGTH),
+        beginnings(path, "--relearn-heldout", None, model.text, HELDOUT_ROWS, LENGTH),
+    )
     assert rows.train_ST.shape == (BATCH * POINTS[-1], LENGTH)
     assert rows.heldout_RT.shape == (HELDOUT_ROWS, LENGTH)
     with torch.no_grad():
