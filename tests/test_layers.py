@@ -24,6 +24,7 @@ LAYERS = (
     "comparison",
     "training",
     "plots",
+    "analysis",
 )
 COMMANDS = (
     "ablate",
@@ -33,6 +34,7 @@ COMMANDS = (
     "export",
     "figures",
     "prepare",
+    "probe",
     "remedies",
     "sample",
     "study",

@@ -234,7 +234,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(dim), norm(dim)
         self.turn = turn_neighbors if positions == "llama_rotary" else turn_halves
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | Packed | None) -> Tensor:
+    def project(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, T, K) of the input's positions, normalized and rotated."""
         B, T, D = x_BTD.shape
         q_BTD, k_BTD, v_BTD = self.in_proj(x_BTD).chunk(3, dim=-1)
         heads = (B, T, self.n_heads, D // self.n_heads)
@@ -245,6 +246,11 @@ class Attention(nn.Module):
             cos, sin = rotary
             q_BHTK = (q_BHTK * cos + self.turn(q_BHTK) * sin).to(v_BHTK.dtype)
             k_BHTK = (k_BHTK * cos + self.turn(k_BHTK) * sin).to(v_BHTK.dtype)
+        return q_BHTK, k_BHTK, v_BHTK
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | Packed | None) -> Tensor:
+        B, T, D = x_BTD.shape
+        q_BHTK, k_BHTK, v_BHTK = self.project(x_BTD, rotary)
         if isinstance(store, Packed):
             out_BHTK = attend_packed(q_BHTK, k_BHTK, v_BHTK, store)
         else:

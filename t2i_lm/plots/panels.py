@@ -123,11 +123,11 @@ def draw_panels(
     with captioned_figure(caption) as figure:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw_panel(axes, panel, tokens_per_step)
-        _place_legend(figure, _legend(panels[0].series, labels or {}, smoothing))
+        place_legend(figure, _legend(panels[0].series, labels or {}, smoothing))
     return figure
 
 
-def _place_legend(figure: Figure, handles: list[Line2D]) -> None:
+def place_legend(figure: Figure, handles: list[Line2D]) -> None:
     """Places the legend above the axes in as many columns as fit."""
     for columns in range(min(len(handles), LEGEND_COLUMNS), 0, -1):
         legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns)
@@ -137,11 +137,11 @@ def _place_legend(figure: Figure, handles: list[Line2D]) -> None:
 
 
 @contextmanager
-def captioned_figure(caption: str) -> Iterator[Figure]:
-    """An empty figure in the suite's style; the block adds axes, which stand above the caption."""
+def captioned_figure(caption: str, axes_height: float = AXES_HEIGHT) -> Iterator[Figure]:
+    """An empty figure in the suite's style; the block adds axes, `axes_height` inches high, above the caption."""
     lines = textwrap.wrap(caption, CAPTION_COLUMNS, break_on_hyphens=False)
     below = len(lines) * LINE_HEIGHT + 0.12
-    height = AXES_HEIGHT + below
+    height = axes_height + below
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         engine = figure.get_layout_engine()

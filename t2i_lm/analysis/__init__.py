@@ -1,0 +1,1 @@
+"""Probes of finished runs: what is in the data, the weights, the states, the attention and the gradients."""

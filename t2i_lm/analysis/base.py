@@ -1,0 +1,269 @@
+"""What probes share: finished runs with their shards, models and sequences, and the form of a result.
+
+Shapes: `S` sequences, `T` positions.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from callbacks.checkpoints import step_of
+from t2i_lm.comparison.comparability import ORDER, require_comparable
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.data.datamodules import PairBatches
+from t2i_lm.data.shards.format import open_split, read_index
+from t2i_lm.experiment.build import ImageModel
+from t2i_lm.experiment.restore import image_config, load_initial, load_trained, newest_checkpoint
+from t2i_lm.models.factory import weights_hashes
+from t2i_lm.plots.panels import ARM_STYLES, ArmStyle, arm_style, save_figure
+from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.run_folder import Run, environment, find_run, read_run
+from t2i_lm.tokenizers.layout import ImageLayout, Layout
+
+State = Literal["initial", "trained"]
+# Held-out splits of shards, the first that is there.
+HELD_OUT = ("val/iid", "val")
+# Arm of a run by its `init`, where the two have different names.
+ARM_OF_INIT = {"random": "scratch"}
+MARKERS = "osv^DPX"
+
+
+class NotAvailableError(ValueError):
+    """A probe that these runs have nothing for."""
+
+
+@dataclass(frozen=True)
+class ProbedRun:
+    """A finished run of task=text_to_image or unconditional, with its token shards.
+
+    Attributes:
+        label: its name in numbers and legends, unique among the runs.
+        look: of its curves.
+        checkpoint: the newest intact one.
+        shards: folder of its token shards.
+    """
+
+    label: str
+    look: ArmStyle
+    run: Run
+    config: ExperimentConfig
+    checkpoint: Path
+    shards: Path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the checkpoint."""
+        return step_of(self.checkpoint)
+
+    @property
+    def data_hash(self) -> str:
+        """Of the shards."""
+        return str(self.run.environment["data_hash"])
+
+    def model(self, state: State) -> ImageModel:
+        """The model before its first step, or with the checkpoint's weights; evaluated in float32, not compiled.
+
+        Raises:
+            ValueError: if the files it is made of are gone or have changed.
+        """
+        folder = self.run.folder
+        model = load_initial(folder) if state == "initial" else load_trained(folder, self.checkpoint)
+        if state == "initial":
+            recorded, found = self.run.environment.get("backbone"), weights_hashes(self.config)
+            if recorded is not None and recorded != found:
+                raise ValueError(
+                    f"backbone.path={self.config.backbone.path}: its weights have changed since {folder} was trained"
+                )
+        for part in model.decoder.modules():
+            part._compiled_call_impl = None
+        return model
+
+    def split(self, *names: str) -> datasets.Dataset:
+        """The first of some splits that the shards have.
+
+        Raises:
+            ValueError: if they have none, or a shard is missing or damaged.
+        """
+        index = read_index(self.shards) or {}
+        for name in names:
+            if name in index.get("splits", {}):
+                return open_split(self.shards, name)
+        raise ValueError(f"{self.shards} has no split {' or '.join(names)}")
+
+    def sequences(self, layout: Layout | ImageLayout, count: int, *splits: str) -> Tensor:
+        """At most `count` evenly spaced sequences of a split, as validation forms them: joint ids (S, T)."""
+        data = self.config.data
+        batches = PairBatches(self.split(*splits), layout, "first", self.config.seed, data.pad_to_multiple_of)
+        chosen = evenly_spaced_indices(len(batches), count)
+        ids_ST: Tensor = batches.__getitems__([(0, index) for index in chosen])["ids_BT"]
+        return ids_ST
+
+
+def evenly_spaced_indices(size: int, count: int) -> list[int]:
+    """At most `count` of the indices below `size`."""
+    count = min(size, count)
+    return [number * size // count for number in range(count)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of probes.
+
+    Attributes:
+        sequences: held-out sequences whose states and attention are computed.
+        batches: training batches whose gradients are computed, of at most `batch` sequences.
+        rows: rows of the training split whose tokens are counted.
+    """
+
+    sequences: int = 64
+    batches: int = 8
+    batch: int = 8
+    rows: int = 50_000
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """A probe's result.
+
+    Attributes:
+        title: of the figure.
+        sentence: the result in words.
+        how: sentences of the caption: what is shown, and of how much data.
+        numbers: all values, JSON.
+        draw: the figure with a caption.
+    """
+
+    title: str
+    sentence: str
+    how: str
+    numbers: dict[str, Any]
+    draw: Callable[[str], Figure]
+
+    def caption(self, runs: Sequence[ProbedRun]) -> str:
+        """Title, `how` and provenance."""
+        made = "; ".join(f"{one.look.label}: {one.run.name}/{one.run.folder.name}, step {one.step:,}" for one in runs)
+        revisions = sorted({str(one.run.environment.get("git") or "unknown")[:7] for one in runs})
+        origin = f"data hash {runs[0].data_hash}, code of training {', '.join(revisions)}"
+        return f"{self.title}. {self.how} Runs: {made}; {origin}."
+
+    def write(self, folder: Path, name: str, runs: Sequence[ProbedRun], settings: Settings) -> list[Path]:
+        """Writes NAME.png, NAME.pdf and NAME.json; returns their paths."""
+        caption = self.caption(runs)
+        paths = save_figure(self.draw(caption), folder / name, self.title, caption)
+        content = {
+            "probe": name,
+            "sentence": self.sentence,
+            "caption": caption,
+            "runs": {one.label: provenance(one) for one in runs},
+            "settings": vars(settings),
+            "made_with": environment(),
+            "numbers": self.numbers,
+        }
+        target = folder / f"{name}.json"
+        write_atomic(target, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+        return [*paths, target]
+
+
+def provenance(one: ProbedRun) -> dict[str, Any]:
+    """What the numbers of a run depend on."""
+    known = one.run.environment
+    return {
+        "run": str(one.run.folder),
+        "name": one.run.name,
+        "init": one.config.init,
+        "seed": one.config.seed,
+        "step": one.step,
+        "checkpoint": one.checkpoint.name,
+        **{key: known.get(key) for key in ("data_hash", "tokenizers", "backbone", "git", "git_dirty")},
+    }
+
+
+def finite(value: Any) -> Any:
+    """A JSON value in which numbers that are not finite are null."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and value - value != 0 else value
+
+
+def open_runs(paths: Sequence[Path], varied: Sequence[str] = ()) -> list[ProbedRun]:
+    """The runs at some paths, checked.
+
+    Args:
+        paths: run folders, or folders of runs, of which the newest is taken.
+        varied: keys, beside the arm, in which they differ by design.
+
+    Raises:
+        ValueError: if a run is named twice, of another task or unfinished, has no checkpoint or no shards of its data,
+            or if runs cannot be compared.
+    """
+    folders = [find_run(path) for path in paths]
+    if repeated := {folder for folder in folders if [f.resolve() for f in folders].count(folder.resolve()) > 1}:
+        raise ValueError(f"{min(repeated)} is given twice")
+    runs = [read_run(folder) for folder in folders]
+    configs = [image_config(run.folder) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        if run.report is None:
+            step = run.metrics[-1]["step"] if run.metrics else 0
+            raise ValueError(
+                f"{run.folder} is unfinished (step {step:,} of {config.trainer.max_steps:,}): only finished runs are "
+                "probed; train it to its end with --resume"
+            )
+    looks = _looks(runs, configs)
+    order = (ORDER,) if "seed" in varied else ()
+    require_comparable(dict(zip(looks, runs, strict=True)), (*varied, *order))
+    opened = [
+        ProbedRun(label, look, run, config, newest_checkpoint(run.folder), find_shards(run, config))
+        for (label, look), run, config in zip(looks.items(), runs, configs, strict=True)
+    ]
+    if len({one.step for one in opened}) > 1 and "trainer.max_steps" not in varied:
+        steps = ", ".join(f"{one.label} {one.step:,}" for one in opened)
+        raise ValueError(f"the newest intact checkpoints are of different steps: {steps}")
+    return opened
+
+
+def _looks(runs: Sequence[Run], configs: Sequence[ExperimentConfig]) -> dict[str, ArmStyle]:
+    """Label and look of each run: its arm, or its name and folder where several are of one arm."""
+    arms = [ARM_OF_INIT.get(config.init, config.init) for config in configs]
+    if len(set(arms)) == len(arms):
+        return {arm: arm_style(arm) for arm in arms}
+    colors = list(dict.fromkeys(style.color for style in ARM_STYLES.values()))
+    labels = [f"{run.name}/{run.folder.name}" for run in runs]
+    if len(set(labels)) < len(labels):
+        labels = [str(run.folder) for run in runs]
+    return {
+        label: ArmStyle(label, colors[number % len(colors)], MARKERS[number % len(MARKERS)])
+        for number, label in enumerate(labels)
+    }
+
+
+def find_shards(run: Run, config: ExperimentConfig) -> Path:
+    """The folder of a run's token shards in its cache: that of equal data hash.
+
+    Nothing is prepared: shards made anew from data that has changed would not be those of the run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    expected = run.environment.get("data_hash")
+    if expected is None:
+        raise ValueError(f"{run.folder}: its env.json has no data_hash, so its token shards cannot be found")
+    for folder in _index_folders(Path(config.data.cache_dir)):
+        index = read_index(folder)
+        if index is not None and index.get("data_hash") == expected:
+            return folder
+    raise ValueError(
+        f"{run.folder}: data.cache_dir={config.data.cache_dir} has no token shards of its data (data hash {expected}); "
+        "python -m t2i_lm.prepare makes them again where the data has not changed"
+    )
+
+
+def _index_folders(cache: Path) -> Iterator[Path]:
+    yield from (file.parent for file in sorted(cache.glob("*/index.json")))
