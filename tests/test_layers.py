@@ -25,6 +25,7 @@ LAYERS = (
     "training",
     "plots",
     "analysis",
+    "reporting",
 )
 COMMANDS = (
     "ablate",
@@ -36,6 +37,7 @@ COMMANDS = (
     "prepare",
     "probe",
     "remedies",
+    "report",
     "sample",
     "study",
     "sweep",

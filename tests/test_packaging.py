@@ -34,6 +34,7 @@ def test_the_wheel_holds_both_packages_and_no_tests(wheel: Path) -> None:
     assert "t2i_lm/models/decoder.py" in names
     assert "callbacks/perplexity.py" in names
     assert "t2i_lm/py.typed" in names
+    assert {"t2i_lm/reporting/page.html", "t2i_lm/reporting/style.css"} <= set(names)
     assert {name.split("/")[0] for name in names if not name.startswith("t2i_lm-")} == {"t2i_lm", "callbacks"}
 
 

@@ -115,7 +115,7 @@ def test_a_study_trains_compares_draws_and_goes_on(
     assert main(command) == 0
     assert len(run_folders(tmp_path / "study")) == 4
     out = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"pretraining.txt", "pretraining.json", "figure3.png", "figure4.png"} <= out
+    assert {"pretraining.txt", "pretraining.json", "figure3.png", "figure4.png", "report.html"} <= out
     content = json.loads((tmp_path / "out" / "pretraining.json").read_text())
     assert content["seeds"] == [3, 4]
     assert len(content["runs"]) == 4

@@ -104,13 +104,27 @@ def _finished(plan: Plan, root: Path, arm: str, notes: list[str]) -> list[Run]:
         except (ValueError, OSError, yaml.YAMLError) as error:
             notes.append(f"left out, unreadable: {file.parent}: {str(error).splitlines()[0]}")
             continue
-        chosen = all(_has(run, values, *item) for item in plan.where.items())
-        if values["scale"] == plan.scale and chosen and (not plan.seeds or values[SEED] in plan.seeds):
+        if meets(plan, run, values):
             if run.report is None:
                 notes.append(unfinished(run))
             else:
                 runs.append(run)
     return runs
+
+
+def meets(plan: Plan, run: Run, values: Mapping[str, Any]) -> bool:
+    """Whether a run has the scale, a seed and the values of a plan.
+
+    Args:
+        plan: what is compared.
+        run: the run.
+        values: its `config_values`.
+
+    Raises:
+        ValueError: if `where` names neither a config key nor an entry of env.json.
+    """
+    chosen = all(_has(run, values, *item) for item in plan.where.items())
+    return bool(values["scale"] == plan.scale and chosen and (not plan.seeds or values[SEED] in plan.seeds))
 
 
 def unfinished(run: Run) -> str:

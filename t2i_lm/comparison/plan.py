@@ -1,7 +1,8 @@
 """Plan of a comparison: arms, primary endpoint and margin, written down before the runs are made."""
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,6 +148,16 @@ def read_study(path: Path) -> Study:
     return study
 
 
+def chosen_study(path: Path | None, scale: str | None) -> Study:
+    """The study of a file, or one of the default comparison alone, with the command line's scale.
+
+    Raises:
+        ValueError: naming the file and the key.
+    """
+    study = Study(seeds=[], comparisons={"pretraining": {}}) if path is None else read_study(path)
+    return study if scale is None else replace(study, scale=scale)
+
+
 def first_seeds(study: Study, count: int | None) -> Study:
     """A study with the first seeds of its plan alone.
 
@@ -157,6 +168,20 @@ def first_seeds(study: Study, count: int | None) -> Study:
         return study
     require(1 <= count <= len(study.seeds), "--seeds", count, f"1 to {len(study.seeds)}, the seeds of the plan")
     return replace(study, seeds=study.seeds[:count])
+
+
+def setting_folder(words: Sequence[str]) -> str:
+    """Name of the folder of a study's runs with values of their own; empty without any.
+
+    Args:
+        words: `key=value` strings.
+    """
+    return re.sub(r"[^\w.=-]", "_", " ".join(words))
+
+
+def setting_words(where: Mapping[str, Any]) -> list[str]:
+    """The values of a plan's `where` as `key=value` strings."""
+    return [f"{key}={'null' if value is None else value}" for key, value in where.items()]
 
 
 Schema = TypeVar("Schema")

@@ -21,13 +21,13 @@ def text(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
     tested = [
         (
             _name(one),
-            *(_values(one, one.means) if one.means else ("", "")),
-            _value(one, one.statistics.mean, signed=True),
-            _interval(one, one.statistics.t_interval),
-            _interval(one, one.statistics.bootstrap_interval),
-            _p(one.statistics.p_difference),
-            "" if one.margin is None else _value(one, one.margin),
-            _p(one.statistics.p_equivalence),
+            *(value_texts(one, one.means) if one.means else ("", "")),
+            value_text(one, one.statistics.mean, signed=True),
+            interval_text(one, one.statistics.t_interval),
+            interval_text(one, one.statistics.bootstrap_interval),
+            p_text(one.statistics.p_difference),
+            "" if one.margin is None else value_text(one, one.margin),
+            p_text(one.statistics.p_equivalence),
             sentence(plan, one),
         )
         for one in results
@@ -36,10 +36,10 @@ def text(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
         (
             one.endpoint.name,
             str(one.statistics.n),
-            "" if one.statistics.sd is None else _value(one, one.statistics.sd),
-            "" if one.rounding_sd is None else _value(one, one.rounding_sd),
-            _needed(one.needed_difference),
-            _needed(one.needed_equivalence),
+            "" if one.statistics.sd is None else value_text(one, one.statistics.sd),
+            "" if one.rounding_sd is None else value_text(one, one.rounding_sd),
+            needed_text(one.needed_difference),
+            needed_text(one.needed_equivalence),
         )
         for one in results
     ]
@@ -47,13 +47,13 @@ def text(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
     head = ("endpoint", "pairs", "SD of differences", "SD of rounding", f"pairs {power}", "for equivalence")
     return "\n".join(
         [
-            f"{first} - {second}, paired by seed: {_setting(plan, arms)}",
+            f"{first} - {second}, paired by seed: {setting(plan, arms)}",
             "",
             text_table(header, tested, left=(0, len(header) - 1)),
             "",
             text_table(head, sizes),
             "",
-            *_notes(plan, arms, results),
+            *notes(plan, arms, results),
         ]
     )
 
@@ -109,11 +109,11 @@ def latex(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
     rows = [
         (
             _name(one),
-            *(_values(one, one.means) if one.means else ("", "")),
-            _value(one, one.statistics.mean, signed=True),
-            _interval(one, one.statistics.t_interval),
-            _p(one.statistics.p_difference),
-            _p(one.statistics.p_equivalence),
+            *(value_texts(one, one.means) if one.means else ("", "")),
+            value_text(one, one.statistics.mean, signed=True),
+            interval_text(one, one.statistics.t_interval),
+            p_text(one.statistics.p_difference),
+            p_text(one.statistics.p_equivalence),
             sentence(plan, one),
         )
         for one in results
@@ -121,8 +121,8 @@ def latex(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
     lines = [" & ".join(_escaped(cell) for cell in row) + r" \\" for row in rows]
     return "\n".join(
         [
-            f"% {_setting(plan, arms)}",
-            *(f"% {note}" for note in _notes(plan, arms, results)),
+            f"% {setting(plan, arms)}",
+            *(f"% {note}" for note in notes(plan, arms, results)),
             r"\begin{tabular}{lrrrrrrl}",
             r"\toprule",
             " & ".join(cell if "$" in cell or "%" in cell else _escaped(cell) for cell in header) + r" \\",
@@ -137,7 +137,8 @@ def latex(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
 FORMATS: dict[str, Callable[[Plan, Arms, Sequence[Result]], str]] = {"text": text, "json": as_json, "latex": latex}
 
 
-def _setting(plan: Plan, arms: Arms) -> str:
+def setting(plan: Plan, arms: Arms) -> str:
+    """Seeds, scale, values of `where` and data of a comparison, in a line."""
     seeds = ", ".join(map(str, arms.seeds))
     chosen = "".join(f", {key}={value}" for key, value in plan.where.items())
     return (
@@ -146,7 +147,8 @@ def _setting(plan: Plan, arms: Arms) -> str:
     )
 
 
-def _notes(plan: Plan, arms: Arms, results: Sequence[Result]) -> list[str]:
+def notes(plan: Plan, arms: Arms, results: Sequence[Result]) -> list[str]:
+    """Sentences below the tables: what the verdict rests on, and what was left out."""
     notes = [
         f"primary endpoint: {plan.primary}, margin {plan.margin}; p-values of the others are corrected for their "
         "number (Holm), intervals are not"
@@ -173,24 +175,29 @@ def _name(result: Result) -> str:
     return f"{result.endpoint.name}{unit}{' *' if result.primary else ''}"
 
 
-def _values(result: Result, values: Sequence[float]) -> tuple[str, ...]:
-    return tuple(_value(result, value) for value in values)
+def value_texts(result: Result, values: Sequence[float]) -> tuple[str, ...]:
+    """Values of a result's endpoint, each as `value_text`."""
+    return tuple(value_text(result, value) for value in values)
 
 
-def _value(result: Result, value: float, signed: bool = False) -> str:
+def value_text(result: Result, value: float, signed: bool = False) -> str:
+    """A value of a result's endpoint, in its usual digits."""
     sign = "+" if signed and value >= 0 else ""
     return f"{sign}{compact(value) if result.endpoint.of_pair else f'{value:.4f}'}"
 
 
-def _interval(result: Result, interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{_value(result, interval[0])} to {_value(result, interval[1])}"
+def interval_text(result: Result, interval: tuple[float, float] | None) -> str:
+    """An interval of a result's endpoint; empty for None."""
+    return "" if interval is None else f"{value_text(result, interval[0])} to {value_text(result, interval[1])}"
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """A p-value; empty for None."""
     return "" if value is None else "<0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def _needed(pairs: int | None) -> str:
+def needed_text(pairs: int | None) -> str:
+    """A number of pairs; empty for None."""
     return "" if pairs is None else f"{pairs:,}"
 
 

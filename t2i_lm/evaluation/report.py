@@ -25,7 +25,7 @@ from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, famil
 from t2i_lm.experiment.build import Experiment, ImageExperiment
 from t2i_lm.experiment.restore import load_trained, load_trained_experiment, newest_checkpoint
 from t2i_lm.experiment.shards import data_counts
-from t2i_lm.generation.grid import captioned_grid
+from t2i_lm.generation.grid import captioned_grid, save_grid
 from t2i_lm.generation.images import (
     ImageArray,
     caption_layout,
@@ -216,7 +216,7 @@ def _familiar_report(experiment: ImageExperiment, folder: Path, report: dict[str
 def _save_grid(images_HW3: Sequence[ImageArray], captions: Sequence[str], file: Path) -> None:
     if captions:
         file.parent.mkdir(exist_ok=True)
-        captioned_grid(images_HW3, captions).save(file)
+        save_grid(images_HW3, captions, file)
 
 
 # By task: adds its parts to the report. Reports of other tasks have the losses only.

@@ -1,14 +1,20 @@
 """Grids of images above their captions."""
 
+import json
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 PIXELS = 192  # side of an image in the grid
 TEXT_LINES, LINE_HEIGHT, CHARACTERS, MARGIN = 4, 14, 31, 8
+CAPTIONS = "captions"  # key of a PNG's text
 
 
 def captioned_grid(
@@ -34,3 +40,58 @@ def captioned_grid(
         for line, text in enumerate(lines):
             draw.text((left, top + PIXELS + 4 + line * LINE_HEIGHT), text, fill="black", font=font)
     return grid
+
+
+def save_grid(images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], captions: Sequence[str], file: Path) -> None:
+    """Writes `captioned_grid` as PNG, with the captions as text in its metadata.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    text = PngInfo()
+    text.add_itxt(CAPTIONS, json.dumps(list(captions)))
+    captioned_grid(images, captions).save(file, pnginfo=text)
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """An image of a grid with its caption: as text, None in files of earlier versions, and as pixels."""
+
+    image: Image.Image
+    caption: str | None
+    caption_image: Image.Image
+
+
+def grid_cells(file: Path) -> list[GridCell]:
+    """The cells of a PNG of `captioned_grid`, row by row, without empty ones; empty for another image.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    with Image.open(file) as opened:
+        grid = opened.convert("RGB")
+        captions = _captions(opened.info.get(CAPTIONS))
+    width, height = PIXELS + 2 * MARGIN, PIXELS + TEXT_LINES * LINE_HEIGHT + 2 * MARGIN
+    if grid.width % width or grid.height % height:
+        return []
+    places = product(range(0, grid.height, height), range(0, grid.width, width))
+    cells = []
+    for number, (top, left) in enumerate(places):
+        cell = grid.crop((left, top, left + width, top + height))
+        if captions is not None and number >= len(captions):
+            break
+        if captions is None and cell.getcolors(1) == [(width * height, (255, 255, 255))]:
+            continue
+        image = cell.crop((MARGIN, MARGIN, MARGIN + PIXELS, MARGIN + PIXELS))
+        below = cell.crop((MARGIN, MARGIN + PIXELS, width, height))
+        cells.append(GridCell(image, None if captions is None else captions[number], below))
+    return cells
+
+
+def _captions(text: str | None) -> list[str] | None:
+    """Captions of a file's metadata; None if it has none of ours."""
+    try:
+        found = json.loads(text or "null")
+    except json.JSONDecodeError:
+        return None
+    return [str(caption) for caption in found] if isinstance(found, list) else None

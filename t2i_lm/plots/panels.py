@@ -88,6 +88,7 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # TrueType, embedded: text stays text
 }
 WIDTH, AXES_HEIGHT = 8.0, 4.0  # inches
+CAPTION = "caption"  # gid of a figure's caption
 CAPTION_SIZE, CAPTION_COLUMNS = 8.5, 124  # points; characters per line that fit WIDTH
 LINE_HEIGHT = CAPTION_SIZE * 1.3 / 72  # inches
 DPI = 300
@@ -149,7 +150,19 @@ def captioned_figure(caption: str, axes_height: float = AXES_HEIGHT) -> Iterator
         engine.set(rect=(0, below / height, 1, 1 - below / height), wspace=0.06)  # type: ignore[call-arg]
         yield figure
         text = "\n".join(lines)
-        figure.text(0.012, below / height, text, va="top", ha="left", fontsize=CAPTION_SIZE, linespacing=1.25)
+        size = {"fontsize": CAPTION_SIZE, "linespacing": 1.25}
+        figure.text(0.012, below / height, text, va="top", ha="left", gid=CAPTION, **size)  # type: ignore[arg-type]
+
+
+def remove_caption(figure: Figure) -> None:
+    """Removes the caption of a `captioned_figure` and the room under it, for a page that has it as text."""
+    for text in [text for text in figure.texts if text.get_gid() == CAPTION]:
+        height, share = figure.get_figheight(), text.get_position()[1]
+        text.remove()
+        engine = figure.get_layout_engine()
+        assert engine is not None
+        engine.set(rect=(0, 0, 1, 1))  # type: ignore[call-arg]
+        figure.set_figheight(height * (1 - share))
 
 
 def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None:

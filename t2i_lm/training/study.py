@@ -1,15 +1,15 @@
 """Runs of `python -m t2i_lm.study`: the arms, seeds and settings of a plan; which exist, and what the rest costs."""
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from t2i_lm.comparison.arms import Arms, pair_arms, unfinished
-from t2i_lm.comparison.compare import compare
-from t2i_lm.comparison.plan import Plan, Study
+from t2i_lm.comparison.comparison import Comparison, make_comparison
+from t2i_lm.comparison.plan import Plan, Study, setting_folder, setting_words
 from t2i_lm.comparison.tables import as_json, text
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
@@ -63,7 +63,7 @@ def study_runs(study: Study, experiments: Path, overrides: Sequence[str] = ()) -
     for seed in dict.fromkeys(seed for _, _, seeds, _, _ in needed for seed in seeds):
         for name, arms, seeds, scale, where in needed:
             for arm in arms if seed in seeds else ():
-                words = [f"{key}={'null' if value is None else value}" for key, value in where.items()]
+                words = setting_words(where)
                 quiet = () if seed == study.seeds[0] else NO_SAMPLES
                 config = _load(experiments, arm, scale, [*quiet, *overrides, *words, f"seed={seed}"])
                 config = _place(config, words)
@@ -83,7 +83,7 @@ def _load(experiments: Path, arm: str, scale: str, words: Sequence[str]) -> Expe
 
 def _place(config: ExperimentConfig, setting: Sequence[str]) -> ExperimentConfig:
     """The config with the run directory of its setting: runs of another setting never serve a figure."""
-    folder = Path(config.run.dir) / RUNS / re.sub(r"[^\w.=-]", "_", " ".join(setting))
+    folder = Path(config.run.dir) / RUNS / setting_folder(setting)
     config = replace(config, run=RunConfig(str(folder)))
     if config.aligned_rows is None:  # else a run of this study makes the file
         config.require_paths()
@@ -153,7 +153,29 @@ def figure_runs(runs: Sequence[StudyRun]) -> Path:
     return min((Path(run.job.config.run.dir) for run in runs), key=lambda folder: len(folder.parts))
 
 
-def write_comparisons(study: Study, runs: Sequence[StudyRun], out: Path) -> int:
+def shown_runs(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:
+    """The finished runs that the figures show, oldest first, and notes on those that are not finished."""
+    folder = figure_runs(runs)
+    states = progress_of([run for run in runs if Path(run.job.config.run.dir) == folder])
+    started = [(read_run(state.folder), state.finished) for state in states if state.folder is not None]
+    finished = sorted((run for run, done in started if done), key=lambda run: run.folder.name)
+    return finished, [unfinished(run) for run, done in started if not done]
+
+
+def compare_arms(study: Study, runs: Sequence[StudyRun], strict: bool = True) -> list[Comparison]:
+    """Every comparison of a study; one that cannot be made has its reason.
+
+    Args:
+        study: the plan.
+        runs: its runs.
+        strict: whether another order of the data between the arms is refused.
+    """
+    return [
+        make_comparison(name, plan, partial(_arms, name, plan, runs, strict)) for name, plan in study.plans().items()
+    ]
+
+
+def write_comparisons(comparisons: Sequence[Comparison], out: Path) -> int:
     """Prints the table of every comparison and writes it as OUT/NAME.txt and NAME.json.
 
     Returns:
@@ -161,22 +183,19 @@ def write_comparisons(study: Study, runs: Sequence[StudyRun], out: Path) -> int:
     """
     out.mkdir(parents=True, exist_ok=True)
     code = 0
-    for name, plan in study.plans().items():
-        try:
-            arms = _arms(name, plan, runs)
-            results = compare(plan, arms)
-        except ValueError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+    for one in comparisons:
+        if one.arms is None:
+            print(f"{one.name}: {one.problem}", file=sys.stderr)
             code = 2
             continue
-        table = text(plan, arms, results)
-        (out / f"{name}.txt").write_text(f"{table}\n", encoding="utf-8")
-        (out / f"{name}.json").write_text(f"{as_json(plan, arms, results)}\n", encoding="utf-8")
-        print(f"== {name}", table, "", sep="\n", flush=True)
+        table = text(one.plan, one.arms, one.results)
+        (out / f"{one.name}.txt").write_text(f"{table}\n", encoding="utf-8")
+        (out / f"{one.name}.json").write_text(f"{as_json(one.plan, one.arms, one.results)}\n", encoding="utf-8")
+        print(f"== {one.name}", table, "", sep="\n", flush=True)
     return code
 
 
-def _arms(name: str, plan: Plan, runs: Sequence[StudyRun]) -> Arms:
+def _arms(name: str, plan: Plan, runs: Sequence[StudyRun], strict: bool) -> Arms:
     """The finished runs of a comparison."""
     own = [run for run in runs if name in run.uses]
     found: dict[str, list[Run]] = {arm: [] for arm in plan.arms}
@@ -186,4 +205,4 @@ def _arms(name: str, plan: Plan, runs: Sequence[StudyRun]) -> Arms:
             found[run.arm].append(read_run(state.folder))
         elif state.folder is not None:
             notes.append(unfinished(read_run(state.folder)))
-    return pair_arms(plan, found, notes, Path(own[0].job.config.run.dir))
+    return pair_arms(plan, found, notes, Path(own[0].job.config.run.dir), strict)

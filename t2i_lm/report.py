@@ -1,0 +1,62 @@
+"""Writes the study's report, one self-contained page: `python -m t2i_lm.report`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from t2i_lm.runtime.command_line import add_strict, command_parser, exit_code
+
+EXAMPLE = """example:
+  python -m t2i_lm.report
+  python -m t2i_lm.report --runs runs --plan experiments/study.yaml --out report.html --pdf
+
+a section whose runs are missing names the command that makes them; unfinished and other runs that are left out are
+named too. python -m t2i_lm.study ends with the same page (docs/report.md)."""
+PLAN = Path("experiments/study.yaml")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser."""
+    arguments = command_parser(
+        "report", "Write one page with the study's answer, figures, samples and sources, from its runs.", EXAMPLE
+    )
+    arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
+    arguments.add_argument("--plan", type=Path, metavar="FILE", help=f"plan YAML (default: {PLAN}, if there is one)")
+    arguments.add_argument("--scale", help="overlay of the runs (default: the plan's)")
+    arguments.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    arguments.add_argument("--pdf", action="store_true", help="write a PDF beside it too, by an installed Chromium")
+    add_strict(arguments)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the page and prints its path; returns the exit code."""
+    options = parser().parse_args(argv)
+
+    def body() -> int:
+        from t2i_lm.comparison.plan import Study, chosen_study
+        from t2i_lm.reporting.page import write_report
+        from t2i_lm.reporting.pdf import write_pdf
+        from t2i_lm.reporting.request import ReportRequest
+        from t2i_lm.reporting.search import figure_pool, find_comparisons
+
+        if not options.runs.is_dir():
+            raise ValueError(f"--runs {options.runs}: no such folder")
+        plan = options.plan or (PLAN if PLAN.is_file() else None)
+        study: Study = chosen_study(plan, options.scale)
+        comparisons = find_comparisons(study, options.runs, options.strict)
+        pool = figure_pool(options.runs)
+        beside = plan is not None and (plan.parent / "base.yaml").is_file()
+        experiments = plan.parent if plan is not None and beside else PLAN.parent
+        write_report(ReportRequest(comparisons, pool, options.runs, plan, experiments, options.strict), options.out)
+        print(options.out)
+        if options.pdf:
+            print(write_pdf(options.out))
+        return 0
+
+    return exit_code(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The study's report: one self-contained page of figures, tables, samples and sources, rendered from run folders."""

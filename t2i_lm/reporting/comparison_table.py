@@ -1,0 +1,112 @@
+"""Results of a comparison as rows of the page, with the place of each interval on a common axis."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from t2i_lm.comparison.compare import Result
+from t2i_lm.comparison.comparison import Comparison
+from t2i_lm.comparison.tables import interval_text, p_text, sentence, value_text
+from t2i_lm.reporting.findings import arm_label, endpoint_label
+
+ROOM = 1.12  # of the axis beyond the largest value
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Places on an axis from 0 to 100 with no difference at 50: interval, margin, and one point per seed."""
+
+    low: float | None
+    high: float | None
+    margin: float | None
+    points: tuple[float, ...]
+    mean: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A result as cells."""
+
+    endpoint: str
+    name: str
+    unit: str
+    primary: bool
+    first: str
+    second: str
+    difference: str
+    interval: str
+    bootstrap: str
+    n: str
+    p: str
+    margin: str
+    p_equivalence: str
+    verdict: str
+    bar: Bar
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """Headings and rows of a comparison."""
+
+    name: str
+    first: str
+    second: str
+    level: str
+    setting: str
+    rows: tuple[Row, ...]
+
+
+def comparison_table(comparison: Comparison) -> ComparisonTable:
+    """The table of a comparison that has results."""
+    plan, arms = comparison.plan, comparison.arms
+    assert arms is not None
+    first, second = map(arm_label, plan.arms)
+    of_loss = _limit([one for one in comparison.results if one.endpoint.unit == "nats/token"])
+    rows = []
+    for one in comparison.results:
+        statistics = one.statistics
+        means = ("", "") if one.means is None else [value_text(one, mean) for mean in one.means]
+        limit = of_loss if one.endpoint.unit == "nats/token" else _limit([one])
+        rows.append(
+            Row(
+                endpoint=endpoint_label(one.endpoint.name),
+                name=one.endpoint.name,
+                unit=one.endpoint.unit,
+                primary=one.primary,
+                first=means[0],
+                second=means[1],
+                difference=value_text(one, statistics.mean, signed=True),
+                interval=interval_text(one, statistics.t_interval) or "none",
+                bootstrap=interval_text(one, statistics.bootstrap_interval) or "none",
+                n=str(statistics.n),
+                p=p_text(statistics.p_difference),
+                margin="" if one.margin is None else value_text(one, one.margin),
+                p_equivalence=p_text(statistics.p_equivalence),
+                verdict=sentence(plan, one),
+                bar=_bar(one, limit),
+            )
+        )
+    seeds = ", ".join(map(str, arms.seeds))
+    setting = f"{comparison.name}: {first} minus {second}, paired by seed ({seeds}), scale {plan.scale}"
+    setting += f", data hash {arms.runs[0].environment.get('data_hash')}"
+    return ComparisonTable(comparison.name, first, second, f"{100 * (1 - plan.alpha):g} %", setting, tuple(rows))
+
+
+def _limit(results: Sequence[Result]) -> float:
+    values = [0.0]
+    for one in results:
+        values += [*one.differences.values(), one.margin or 0.0, *(one.statistics.t_interval or ())]
+    return ROOM * max(map(abs, values)) or 1.0
+
+
+def _bar(result: Result, limit: float) -> Bar:
+    def place(value: float) -> float:
+        return round(50 + 50 * value / limit, 2)
+
+    low, high = result.statistics.t_interval or (None, None)
+    return Bar(
+        low=None if low is None else place(low),
+        high=None if high is None else place(high),
+        margin=None if result.margin is None else round(50 * result.margin / limit, 2),
+        points=tuple(map(place, result.differences.values())),
+        mean=place(result.statistics.mean),
+    )

@@ -1,0 +1,131 @@
+"""The catalogue's figures for the page, drawn from finished runs alone, with the runs that each compares."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from t2i_lm.comparison.comparability import IncomparableError, differences, revisions
+from t2i_lm.plots.catalogue import FIGURES, Request
+from t2i_lm.plots.panels import remove_caption
+from t2i_lm.reporting.images import PageImage, figure_image
+from t2i_lm.storage.run_folder import Run
+
+SHOWN = 60  # characters of a value in a note
+
+
+@dataclass(frozen=True)
+class FigureBlock:
+    """A figure of the page, or why there is none.
+
+    Attributes:
+        name: in the catalogue.
+        title, caption, table: of the rendered figure; the caption without its title.
+        image: the figure without its caption.
+        arms: the runs that it compares, by arm.
+        notes: differences between them, and their code revisions where there are several.
+        problem: why it could not be drawn, in the figure's own words.
+    """
+
+    name: str
+    title: str = ""
+    caption: str = ""
+    table: str = ""
+    image: PageImage | None = None
+    arms: Mapping[str, Run] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class RecordingRequest(Request):
+    """A request that keeps the runs that a figure compares, and the keys in which they may differ.
+
+    Attributes:
+        folders: folder of each run by the one where figures find it.
+        arms: runs by arm, as `check` is given them.
+        differing: values of the runs by key in which they differ against the rules.
+    """
+
+    folders: Mapping[Path, Path] = field(default_factory=dict)
+    arms: dict[str, Run] = field(default_factory=dict)
+    differing: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def check(self, arms: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
+        """Records the runs, then checks them as every figure does."""
+        self.arms.update({arm: replace(run, folder=self.folders[run.folder]) for arm, run in arms.items()})
+        self.differing.update(differences(list(arms.values()), varied))
+        super().check(arms, varied)
+
+
+def draw_figures(runs: Sequence[Run], root: Path, strict: bool, pair: tuple[Run, Run] | None) -> list[FigureBlock]:
+    """Every figure of the catalogue.
+
+    Args:
+        runs: the finished runs, oldest first.
+        root: their folder, for messages.
+        strict: whether incomparable runs are refused.
+        pair: the runs of Figures 3 and 4, from pre-trained and from random weights; None to search.
+
+    Raises:
+        IncomparableError: if `strict`, naming the figure and the keys.
+    """
+    with _view(runs) as (view, folders):
+        views = {folder: link for link, folder in folders.items()}
+        one, two = (None, None) if pair is None else (views[run.folder] for run in pair)
+        names = {**{str(link): str(folder) for link, folder in folders.items()}, str(view): str(root)}
+        blocks = []
+        for name, render in FIGURES.items():
+            request = RecordingRequest(view, one, two, strict=strict, folders=folders)
+            try:
+                rendered = render(request)
+            except IncomparableError as error:
+                raise IncomparableError(f"figure {name}: {_named(str(error), names)}") from error
+            except ValueError as error:
+                blocks.append(FigureBlock(name, problem=_named(str(error), names)))
+                continue
+            remove_caption(rendered.figure)
+            blocks.append(
+                FigureBlock(
+                    name=name,
+                    title=rendered.title,
+                    caption=rendered.caption.removeprefix(rendered.title).removeprefix(".").strip(),
+                    table=rendered.table,
+                    image=figure_image(rendered.figure),
+                    arms=dict(request.arms),
+                    notes=tuple(_notes(request)),
+                )
+            )
+    return blocks
+
+
+@contextmanager
+def _view(runs: Sequence[Run]) -> Iterator[tuple[Path, dict[Path, Path]]]:
+    """A folder of links to finished runs, where figures search: a run still being written is not among them."""
+    with tempfile.TemporaryDirectory(prefix="t2i_lm-report-") as name:
+        view, folders = Path(name), dict[Path, Path]()
+        for run in runs:
+            link = view / run.folder.parent.name / run.folder.name
+            if link not in folders:
+                link.parent.mkdir(exist_ok=True)
+                link.symlink_to(run.folder.resolve(), target_is_directory=True)
+                folders[link] = run.folder
+        yield view, folders
+
+
+def _named(message: str, names: Mapping[str, str]) -> str:
+    """A message with the runs' own folders."""
+    for link, folder in names.items():
+        message = message.replace(link, folder)
+    return message
+
+
+def _notes(request: RecordingRequest) -> Iterator[str]:
+    arms = list(request.arms)
+    for key, values in request.differing.items():
+        words = ", ".join(f"{arm} {str(value)[:SHOWN]}" for arm, value in zip(arms, values, strict=False))
+        yield f"NOT CONTROLLED: {key}: {words}"
+    if len(known := revisions(request.arms.values())) > 1:
+        yield f"code revisions: {', '.join(one[:7] for one in known)}"

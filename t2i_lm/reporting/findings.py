@@ -1,0 +1,277 @@
+"""What was found, in sentences that are made from the runs' numbers."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from t2i_lm.comparison.comparability import config_values
+from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, SMALL, Result
+from t2i_lm.comparison.comparison import Comparison
+from t2i_lm.comparison.endpoints import TOKENS_SAVED
+from t2i_lm.comparison.tables import interval_text, sentence, value_text
+from t2i_lm.plots.pairing import RunPair
+from t2i_lm.plots.panels import arm_style
+from t2i_lm.plots.published import own_systems
+from t2i_lm.plots.relearning import relearning_curves
+from t2i_lm.plots.tradeoff import point_of
+from t2i_lm.reporting.validations import last_nll, splits, validations
+from t2i_lm.storage.run_folder import Run
+
+SPLITS = {"iid": "new images of trained pairs", "compositional": "pairs that training never shows"}
+ONE_RUN = "One run of each: no interval over seeds."
+EARLY = 0.1  # share of the steps at which a curve is read for its plateau
+PREFIXES = ("t2i_", "uncond_", "remedy_")
+
+
+def arm_label(experiment: str) -> str:
+    """An arm in words, the same as in the figures' legends."""
+    for prefix in PREFIXES:
+        experiment = experiment.removeprefix(prefix)
+    return "random weights" if experiment == "scratch" else arm_style(experiment).label
+
+
+def endpoint_label(name: str) -> str:
+    """An endpoint in words: held-out image loss; other names stay as they are."""
+    source, *path = name.split(".")
+    if source == TOKENS_SAVED:
+        return f"tokens saved by {path[-1]} loss"
+    kind, _, split = source.partition("/")
+    if kind == "val" and len(path) == 2 and path[1] in ("nll", "ppl"):
+        modality = "total" if path[0] == "all" else path[0]
+        measure = "loss" if path[1] == "nll" else "perplexity"
+        return f"held-out {modality} {measure}" + (f" ({SPLITS.get(split, split)})" if split else "")
+    return name
+
+
+def verdict_heading(comparison: Comparison) -> str:
+    """The primary endpoint's verdict in a few words."""
+    result = comparison.results[0]
+    what = endpoint_label(result.endpoint.name)
+    if result.verdict == DIFFERENCE:
+        first, second = comparison.plan.arms
+        lower = first if result.statistics.mean < 0 else second
+        return f"A difference: the {what} is lower from {_from(lower)}."
+    if result.verdict == EQUIVALENT:
+        return f"Equivalent: the {what} differs by less than the margin."
+    if result.verdict == SMALL:
+        return f"A difference below the margin: the {what} differs, but by less than matters."
+    return "Undecided: n too small."
+
+
+def _from(experiment: str) -> str:
+    label = arm_label(experiment)
+    return f"{label} weights" if label == "pre-trained" else label
+
+
+def result_sentence(comparison: Comparison, result: Result) -> str:
+    """A result with its interval, number of pairs, margin and verdict."""
+    first, second = map(arm_label, comparison.plan.arms)
+    statistics, unit = result.statistics, result.endpoint.unit
+    words = f"{endpoint_label(result.endpoint.name)}: "
+    if result.means is not None:
+        one, two = (value_text(result, mean) for mean in result.means)
+        words += f"{first} {one}, {second} {two}{f' {unit}' if unit else ''}; difference "
+    words += value_text(result, statistics.mean, signed=True)
+    if result.means is not None and result.means[1]:
+        words += f" ({100 * statistics.mean / result.means[1]:+z.1f} % of {second})"
+    level = f"{100 * (1 - comparison.plan.alpha):g} %"
+    if statistics.t_interval is None:
+        words += f", no interval with n = {statistics.n}"
+    else:
+        words += f", {level} interval {interval_text(result, statistics.t_interval)}, n = {statistics.n} pairs"
+    if result.margin is not None:
+        words += f", margin {value_text(result, result.margin)}"
+    verdict = sentence(comparison.plan, result)
+    return f"{words[0].upper()}{words[1:]}. Verdict: {verdict}{'' if verdict.endswith('?') else '.'}"
+
+
+def comparison_sentences(
+    comparison: Comparison | None, pair: Mapping[str, Run], modalities: Sequence[str]
+) -> list[str]:
+    """The results of some modalities' losses over seeds; of the pair alone where they were not compared."""
+    sentences = []
+    for modality in modalities:
+        results = [
+            result
+            for result in (comparison.results if comparison else ())
+            if result.endpoint.name.startswith("val") and result.endpoint.name.split(".")[1:] == [modality, "nll"]
+        ]
+        if comparison is not None and results:
+            sentences += [result_sentence(comparison, result) for result in results]
+        else:
+            sentences += _pair_sentences(pair, modality)
+    return sentences
+
+
+def _pair_sentences(arms: Mapping[str, Run], modality: str) -> list[str]:
+    losses = {arm: last_nll(run, modality) for arm, run in arms.items()}
+    if set(losses) != {"pretrained", "scratch"} or None in losses.values():
+        return []
+    mine, other = losses["pretrained"], losses["scratch"]
+    assert mine is not None
+    assert other is not None
+    what = endpoint_label(f"val.{modality}.nll")
+    return [
+        f"{what[0].upper()}{what[1:]}: pre-trained {mine:.4f}, random weights {other:.4f} nats/token; difference "
+        f"{mine - other:+z.4f} ({100 * (mine - other) / other:+z.1f} % of random weights), no interval with n = 1."
+    ]
+
+
+def start_sentence(arms: Mapping[str, Run]) -> list[str]:
+    """Text loss of both arms before the first step."""
+    words = []
+    for arm, run in arms.items():
+        lines = [line for line in validations(run) if line["step"] == 0 and "text" in line["val"]]
+        if not lines:
+            return []
+        words.append(f"{arm_label(arm)} {lines[0]['val']['text']['nll']:.4f}")
+    return [f"Held-out text loss before the first step: {', '.join(words)} nats/token."]
+
+
+def own_fid_sentences(root: Path) -> list[str]:
+    """The FIDs of runs below a folder."""
+    own = own_systems(root)
+    if not own:
+        return ["No run here has been measured: the points are published values."]
+    return [
+        f"{one.name}: {one.fid:.2f}" + ("" if one.canonical else f", not by the usual protocol ({one.note})") + "."
+        for one in own
+    ]
+
+
+def group_sentences(arms: Mapping[str, Run]) -> list[str]:
+    """The arms with the lowest and the highest loss of images at the end, on each validation split."""
+    sentences = []
+    first = next(iter(arms))
+    for split in splits(arms[first]) or (None,):
+        losses = {arm: nll for arm, run in arms.items() if (nll := last_nll(run, "image", split)) is not None}
+        if len(losses) > 1:
+            low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
+            what = endpoint_label(f"val/{split}.image.nll" if split else "val.image.nll")
+            sentences.append(
+                f"Lowest {what}: {arm_label(low)}, {losses[low]:.4f} nats/token; highest: {arm_label(high)}, "
+                f"{losses[high]:.4f}."
+            )
+    return [*sentences, ONE_RUN] if sentences else []
+
+
+def group_rows(arms: Mapping[str, Run]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heading and rows of a table: every arm's losses at its last validation, and their distance from the first's."""
+    first = next(iter(arms))
+    names = splits(arms[first]) or (None,)
+    header = ["arm"]
+    columns: list[dict[str, str]] = []
+    for modality in ("image", "text"):
+        for split in names:
+            losses = {arm: nll for arm, run in arms.items() if (nll := last_nll(run, modality, split)) is not None}
+            if first in losses:
+                what = endpoint_label(f"val/{split}.{modality}.nll" if split else f"val.{modality}.nll")
+                header += [f"{what}, nats/token", f"minus {arm_label(first)}"]
+                columns.append({arm: f"{nll:.4f}" for arm, nll in losses.items()})
+                columns.append({arm: f"{nll - losses[first]:+z.4f}" for arm, nll in losses.items() if arm != first})
+    rows = [(arm_label(arm), *(column.get(arm, "") for column in columns)) for arm in arms]
+    return tuple(header), rows if columns else []
+
+
+def alignment_sentences(arms: Mapping[str, Run]) -> list[str]:
+    """The contrastive loss early and at the end beside chance, and where the temperature reaches its bound."""
+    sentences = []
+    for arm, run in arms.items():
+        lines = [line for line in run.records("train") if "all" in line["train"]]
+        if not lines:
+            continue
+        chance = math.log(config_values(run)["data.batch_size"])
+        early = next(line for line in lines if line["step"] >= EARLY * lines[-1]["step"])
+        last, held_out = lines[-1]["train"]["all"]["nll"], last_nll(run, "all")
+        words = f", held out {held_out:.4f}" if held_out is not None else ""
+        sentences.append(
+            f"{arm_label(arm)[0].upper()}{arm_label(arm)[1:]}: loss {early['train']['all']['nll']:.4f} nats at step "
+            f"{early['step']:,} and {last:.4f} at step {lines[-1]['step']:,}{words}; chance is {chance:.4f}."
+        )
+        bound = float(config_values(run)["align.logit_scale_max"])
+        scales = [(line["step"], line["scalars"]["logit_scale"]) for line in lines if line.get("scalars")]
+        clamped = next((step for step, scale in scales if scale >= 0.999 * bound), None)
+        if clamped is not None:
+            sentences.append(f"Its temperature is at its bound, {bound:g}, from step {clamped:,} on.")
+    return [*sentences, ONE_RUN] if sentences else []
+
+
+def forgetting_sentences(arms: Mapping[str, Run]) -> list[str]:
+    """The change of held-out text loss by training, with its standard error over rows of text."""
+    sentences = []
+    for arm, run in arms.items():
+        lines = run.records("forgetting")
+        texts = (
+            [line["forgetting"].get("text", {}).get("text_rows", {}) for line in (lines[0], lines[-1])] if lines else []
+        )
+        if len(texts) < 2 or "nll" not in texts[1]:
+            continue
+        before, after = texts
+        words = f"{arm_label(arm)[0].upper()}{arm_label(arm)[1:]}: {before['nll']:.4f} before, {after['nll']:.4f} after"
+        if "change" in after:
+            words += f"; change {after['change']:+.4f} ± {after.get('change_se', math.nan):.4f}"
+        sentences.append(f"{words}.")
+    if not sentences:
+        return []
+    what = "Loss of held-out text, nats/token, softmax over the text rows (±: standard error over rows of text)."
+    return [what, *sentences, ONE_RUN]
+
+
+def relearning_sentences(arms: Mapping[str, Run]) -> list[str]:
+    """Held-out text loss before and after the last step on text."""
+    steps, curves = relearning_curves(RunPair(arms["pretrained"], arms["scratch"]))
+    words = [f"{arm_label(arm)} {losses[0]:.4f} and {losses[-1]:.4f}" for arm, losses in curves.items()]
+    what = f"Held-out text loss, nats/token, before and after {steps[-1]:,} steps on text"
+    return [f"{what}: {'; '.join(words)}.", ONE_RUN]
+
+
+def remedy_sentences(arms: Mapping[str, Run]) -> list[str]:
+    """The remedy that forgets least and the one with the lowest image loss, beside the untouched arm."""
+    points = [point_of(arm, run) for arm, run in arms.items() if arm != "scratch"]
+    if len(points) < 2:
+        return []
+    chosen = {
+        "Untouched": points[0],
+        "Least forgotten": min(points[1:], key=lambda point: point.text_increase),
+        "Lowest image loss of a remedy": min(points[1:], key=lambda point: point.image),
+    }
+    return [
+        *(
+            f"{what}: {point.label}, text loss {point.text_increase:+.4f} ± {point.text_increase_se:.4f}, image loss "
+            f"{point.image:.4f} nats/token."
+            for what, point in chosen.items()
+        ),
+        ONE_RUN,
+    ]
+
+
+def completions(arms: Mapping[str, Run]) -> list[tuple[str, ...]]:
+    """Arm, prompt, and its completion at the first and at the last measurement of forgetting."""
+    rows: list[tuple[str, ...]] = []
+    for arm, run in arms.items():
+        lines = run.records("forgetting")
+        if len(lines) < 2:
+            continue
+        before, after = (line["forgetting"].get("completions", {}) for line in (lines[0], lines[-1]))
+        rows += [
+            (arm_label(arm), str(before[name]["prompt"]), _completion(before[name]), _completion(after[name]))
+            for name in before
+            if name in after
+        ]
+    return rows
+
+
+def _completion(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("masked", ""))
+
+
+# By figure of the catalogue: sentences on its arms.
+FINDINGS: dict[str, Callable[[Mapping[str, Run]], list[str]]] = {
+    "5": group_sentences,
+    "6": alignment_sentences,
+    "inits": group_sentences,
+    "forgetting": forgetting_sentences,
+    "relearning": relearning_sentences,
+    "remedies": remedy_sentences,
+}

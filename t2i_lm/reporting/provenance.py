@@ -1,0 +1,103 @@
+"""What identifies a run of the page: its hashes, and the command that makes it again."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from t2i_lm.comparison.comparability import config_values
+from t2i_lm.config.experiment import is_neutral, is_reported
+from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.storage.run_folder import Run
+
+DIGITS = 16  # of a hash on the page
+RUN_KEYS = ("name", "scale", "run.dir")  # keys that the command says by other words
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run of the page.
+
+    Attributes:
+        label: its arms.
+        folder: its path.
+        command: what trains it again.
+        hashes: names and values.
+    """
+
+    label: str
+    folder: str
+    command: str
+    hashes: Mapping[str, str]
+
+
+def run_facts(labels: Sequence[str], run: Run, experiments: Path) -> RunFacts:
+    """The facts of a run.
+
+    Args:
+        labels: names of its arms.
+        run: the run.
+        experiments: folder of experiments, to which the command is relative.
+    """
+    environment = run.environment
+    tokenizers, weights = _mapping(environment.get("tokenizers")), _mapping(environment.get("backbone"))
+    revision = str(environment.get("git") or "unknown")[:DIGITS]
+    hashes = {
+        "data": str(environment.get("data_hash") or "unknown"),
+        "config": config_hash(run),
+        "code": revision + (" with local changes" if environment.get("git_dirty") else ""),
+        "text tokenizer": str(tokenizers.get("text") or "unknown")[:DIGITS],
+        "image tokenizer": str(tokenizers.get("image") or "unknown")[:DIGITS],
+        "backbone weights": ", ".join(str(value)[:DIGITS] for value in weights.values()) or "none",
+        "order of the data": str(environment.get("stream_hash") or "unknown")[:DIGITS],
+    }
+    return RunFacts(", ".join(labels), str(run.folder), train_command(run, experiments), hashes)
+
+
+def config_hash(run: Run) -> str:
+    """SHA-256 of a run's config in its first digits, without keys that change nothing computed."""
+    values = {key: value for key, value in config_values(run).items() if not is_neutral(key)}
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+
+
+def train_command(run: Run, experiments: Path) -> str:
+    """What trains a run again: its experiment and the values that differ from it, or its config where there is none."""
+    values = config_values(run)
+    file = experiments / f"{run.name}.yaml"
+    file = file if file.is_file() else experiments / "remedies" / f"{run.name.removeprefix('remedy_')}.yaml"
+    try:
+        base = _base(file, str(values["scale"]))
+    except ValueError:
+        return shlex.join(["python", "-m", "t2i_lm.train", str(run.folder / "config.yaml")])
+    changed = [
+        f"{key}={_word(value)}"
+        for key, value in values.items()
+        if value != base.get(key) and (is_reported(key) or not is_neutral(key)) and key not in RUN_KEYS
+    ]
+    scale = ["--scale", str(values["scale"])]
+    return shlex.join(["python", "-m", "t2i_lm.train", str(file), *scale, *changed])
+
+
+@cache
+def _base(file: Path, scale: str) -> dict[str, Any]:
+    return flatten(load_experiment(file, scale))
+
+
+def _word(value: Any) -> str:
+    """A config value as `key=value` takes it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    return str(value)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

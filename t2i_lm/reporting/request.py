@@ -1,0 +1,113 @@
+"""What a report is made from, and the words that its sections share: commands, notes, facts of runs."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2i_lm.comparison.comparison import Comparison
+from t2i_lm.comparison.plan import setting_words
+from t2i_lm.reporting.findings import arm_label
+from t2i_lm.reporting.provenance import RunFacts, run_facts
+from t2i_lm.reporting.search import Pool
+from t2i_lm.storage.run_folder import Run
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """What a report is made from.
+
+    Attributes:
+        comparisons: of the plan; the first one answers the question.
+        pool: the runs of the figures.
+        root: folder of runs.
+        plan: the plan file; None for the default plan.
+        experiments: folder of experiments, for commands.
+        strict: whether incomparable runs are refused; else they are named.
+    """
+
+    comparisons: Sequence[Comparison]
+    pool: Pool
+    root: Path
+    plan: Path | None
+    experiments: Path
+    strict: bool
+
+
+def first_pair(comparison: Comparison | None) -> dict[str, Run]:
+    """The runs of a comparison's first seed by experiment; empty without any."""
+    if comparison is None or comparison.arms is None:
+        return {}
+    seed = comparison.arms.seeds[0]
+    return {
+        name: runs[seed][-1]
+        for name, runs in zip(comparison.plan.arms, (comparison.arms.first, comparison.arms.second), strict=True)
+    }
+
+
+def by_seed(comparison: Comparison) -> dict[str, Run]:
+    """Every run of a comparison by arm and seed, in words."""
+    assert comparison.arms is not None
+    pairs = zip(comparison.plan.arms, (comparison.arms.first, comparison.arms.second), strict=True)
+    return {
+        f"{arm_label(name)}, seed {seed}" + (f" ({number + 1})" if number else ""): run
+        for name, runs in pairs
+        for seed in sorted(runs)
+        for number, run in enumerate(runs[seed])
+    }
+
+
+def setting_of(comparison: Comparison) -> str:
+    """The setting of a comparison: its own values, or the backbone."""
+    if comparison.plan.where:
+        return " ".join(setting_words(comparison.plan.where))
+    run = next(iter(first_pair(comparison).values()))
+    backbone = run.config.get("backbone") or {}
+    return f"backbone.path={backbone.get('path')}" if backbone.get("path") else f"backbone {backbone.get('config')}"
+
+
+def facts(request: ReportRequest, arms: Mapping[str, Run]) -> list[RunFacts]:
+    """The facts of runs, each once."""
+    labels: dict[Path, list[str]] = {}
+    runs: dict[Path, Run] = {}
+    for arm, run in arms.items():
+        labels.setdefault(run.folder, []).append(arm)
+        runs[run.folder] = run
+    return [run_facts(labels[folder], run, request.experiments) for folder, run in runs.items()]
+
+
+def missing_runs(problem: str, command: str) -> tuple[str, str]:
+    """Why a section has no runs, in one line, and the command that makes them."""
+    first, *rest = problem.splitlines() or [""]
+    if not rest and (found := re.match(r"(.*?)(?:; to make (?:them|it): (?=\S)|: (?=python -m ))(.*)", first)):
+        return found[1], found[2]
+    own = next((line.partition(": ")[2] for line in rest if line.startswith("to make them: ")), "")
+    return first or "no finished runs for this section", own or command
+
+
+def short_notes(notes: Sequence[str]) -> list[str]:
+    """Notes with the missing seeds of an arm in one."""
+    missing: dict[str, list[str]] = {}
+    others = []
+    for note in notes:
+        if found := re.fullmatch(r"MISSING: seed (-?\d+) of (.*)", note):
+            missing.setdefault(found[2], []).append(found[1])
+        else:
+            others.append(note)
+    words = [f"MISSING: seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} of {arm}" for arm, seeds in missing.items()]
+    return [*others, *words]
+
+
+def figures_command(request: ReportRequest, names: Sequence[str]) -> str:
+    """What draws figures of the catalogue."""
+    options = [word for name in names for word in ("--figure", name)]
+    return shlex.join(["python", "-m", "t2i_lm.figures", *options, "--runs", str(request.root)])
+
+
+def compare_command(request: ReportRequest, comparison: Comparison) -> str:
+    """What prints a comparison: the study, or `compare` with the default plan."""
+    if request.plan is not None:
+        return shlex.join(["python", "-m", "t2i_lm.study", str(request.plan)])
+    words = setting_words(comparison.plan.where)
+    return shlex.join(["python", "-m", "t2i_lm.compare", "--runs", str(request.root), *words])

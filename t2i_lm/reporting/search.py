@@ -1,0 +1,160 @@
+"""Search for the runs of a report: finished ones are used, all others are named."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from t2i_lm.comparison.arms import SEED, Arms, meets, pair_arms, unfinished
+from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, config_values, differences
+from t2i_lm.comparison.comparison import Comparison, make_comparison
+from t2i_lm.comparison.plan import Plan, Study, setting_folder, setting_words
+from t2i_lm.storage.owner import OwnedError, require_free
+from t2i_lm.storage.run_folder import CONFIG, OWNER, Run, read_run
+from t2i_lm.training.study import RUNS as STUDY_RUNS
+from t2i_lm.training.sweep import RUNS as SWEEP_RUNS
+
+SHOWN = 40  # characters of a value in a note
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The runs below a folder.
+
+    Attributes:
+        runs: finished ones, oldest first.
+        notes: on every other one.
+    """
+
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...]
+
+
+def find_runs(files: Iterable[Path]) -> Pool:
+    """The runs of some config files."""
+    runs, notes = [], []
+    for file in sorted(files, key=lambda path: path.parent.name):
+        folder = file.parent
+        try:
+            run = read_run(folder)
+            config_values(run)
+        except (ValueError, OSError, yaml.YAMLError, TypeError) as error:
+            notes.append(f"left out, unreadable: {folder}: {str(error).splitlines()[0]}")
+            continue
+        try:
+            require_free(folder / OWNER)
+        except OwnedError as error:
+            notes.append(f"left out, still being written: {folder} by {error.owner or 'another process'}")
+            continue
+        if run.report is None:
+            notes.append(unfinished(run))
+        elif run.records("train"):
+            runs.append(run)
+    return Pool(tuple(runs), tuple(notes))
+
+
+def figure_pool(root: Path) -> Pool:
+    """The runs for figures: those of a folder, and those of a study in it that have no setting of their own."""
+    return find_runs(file for top in (root, root / STUDY_RUNS) for file in top.glob(f"*/*/{CONFIG}"))
+
+
+def find_comparisons(study: Study, root: Path, strict: bool) -> list[Comparison]:
+    """Every comparison of a study, from the finished runs below a folder.
+
+    Args:
+        study: the plan.
+        root: folder of runs, or of a study's runs.
+        strict: whether runs of more than one setting are refused; else those of one are compared, the others named.
+    """
+    plans = study.plans()
+    values = [one.where for one in plans.values()] + [one.where for one in study.groups().values()]
+    settings = {setting_folder(setting_words(where)) for where in values}
+    return [make_comparison(name, plan, partial(_arms, plan, root, settings, strict)) for name, plan in plans.items()]
+
+
+def _arms(plan: Plan, root: Path, settings: set[str], strict: bool) -> Arms:
+    """The runs of a plan, without those of another comparison's setting."""
+    own = setting_folder(setting_words(plan.where))
+    files = [
+        file
+        for arm in plan.arms
+        for file in root.rglob(f"{arm}/*/{CONFIG}")
+        if not {*file.relative_to(root).parts} & (settings - {own, ""})
+    ]
+    pool = find_runs(files)
+    found = {
+        arm: [run for run in pool.runs if run.folder.parent.name == arm and meets(plan, run, config_values(run))]
+        for arm in plan.arms
+    }
+    notes = [*pool.notes]
+    found = _one_setting(plan, found, notes, root, strict)
+    return pair_arms(plan, found, notes, root, strict)
+
+
+def _one_setting(
+    plan: Plan, found: Mapping[str, Sequence[Run]], notes: list[str], root: Path, strict: bool
+) -> dict[str, list[Run]]:
+    """The runs of the setting with most pairs; adds a note on each other setting.
+
+    If `strict`, only runs of sweeps are left out, which differ by design.
+    """
+    settings: list[dict[str, list[Run]]] = []
+    for arm, runs in found.items():
+        for run in runs:
+            own = next((one for one in settings if _agrees(plan, one, arm, run)), None)
+            if own is None:
+                own = {name: [] for name in found}
+                settings.append(own)
+            own[arm].append(run)
+    if not settings:
+        return {arm: [] for arm in found}
+    chosen = max(settings, key=lambda one: _rank(one, root))
+    for other in settings:
+        if other is chosen:
+            continue
+        runs = [run for one in other.values() for run in one]
+        kept = [run for run in runs if strict and not _is_swept(run, root)]
+        for arm, one in chosen.items():
+            one.extend(run for run in kept if run in other[arm])
+        if len(kept) < len(runs):
+            words = "; ".join(_difference(plan, chosen, other))
+            notes.append(f"left out, another setting ({len(runs) - len(kept)} runs): {words}")
+    return chosen
+
+
+def _agrees(plan: Plan, setting: Mapping[str, Sequence[Run]], arm: str, run: Run) -> bool:
+    """Whether a run is of a setting: equal to a run of its own arm, or to one of the other arm but for the weights."""
+    varied = (SEED, ORDER, *plan.varied)
+    if own := setting[arm]:
+        return not differences([own[0], run], varied)
+    other = next(runs[0] for runs in setting.values() if runs)
+    return not differences([other, run], (*varied, ENVIRONMENT["backbone"]))
+
+
+def _rank(setting: Mapping[str, Sequence[Run]], root: Path) -> tuple[bool, int, int, str]:
+    """Order of settings: outside sweeps, by the number of pairs, by depth, the newest."""
+    runs = [run for one in setting.values() for run in one]
+    seeds = [{config_values(run)[SEED] for run in one} for one in setting.values()]
+    depth = min(len(run.folder.relative_to(root).parts) for run in runs)
+    pairs = len(set.intersection(*seeds))
+    return not all(_is_swept(run, root) for run in runs), pairs, -depth, max(run.folder.name for run in runs)
+
+
+def _is_swept(run: Run, root: Path) -> bool:
+    return SWEEP_RUNS in run.folder.relative_to(root).parts
+
+
+def _difference(plan: Plan, chosen: Mapping[str, Sequence[Run]], other: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The keys in which a setting differs, with its values and those of the chosen one."""
+    for arm, runs in other.items():
+        if runs and chosen[arm]:
+            differing = differences([runs[0], chosen[arm][0]], (SEED, ORDER, *plan.varied))
+            return [f"{key} {_short(mine)} instead of {_short(theirs)}" for key, (mine, theirs) in differing.items()]
+    return ["of an arm that has no run in the setting compared"]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -1,0 +1,233 @@
+"""Sections of the page: the paper's claim, what was found here, figures, tables, samples, and where they come from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from t2i_lm.comparison.comparability import IncomparableError, mismatches, pair_values
+from t2i_lm.comparison.comparison import Comparison
+from t2i_lm.comparison.tables import notes as table_notes
+from t2i_lm.plots.catalogue import FIGURES
+from t2i_lm.reporting.claims import CLAIMS, Claim, claim_of_figure
+from t2i_lm.reporting.comparison_table import ComparisonTable, comparison_table
+from t2i_lm.reporting.figures import FigureBlock
+from t2i_lm.reporting.findings import (
+    FINDINGS,
+    arm_label,
+    comparison_sentences,
+    completions,
+    group_rows,
+    own_fid_sentences,
+    result_sentence,
+    start_sentence,
+)
+from t2i_lm.reporting.provenance import RunFacts
+from t2i_lm.reporting.request import (
+    ReportRequest,
+    by_seed,
+    compare_command,
+    facts,
+    figures_command,
+    missing_runs,
+    setting_of,
+    short_notes,
+)
+from t2i_lm.reporting.samples import SampleBlock, sample_blocks, score_rows
+from t2i_lm.reporting.sweeps import sweep_blocks
+from t2i_lm.storage.run_folder import SAMPLES, Run
+
+ELSEWHERE = ("table1", "positions")  # sections that have content without a figure of the catalogue
+
+
+@dataclass
+class Section:
+    """A section of the page."""
+
+    key: str
+    claim: Claim
+    found: list[str] = field(default_factory=list)
+    figures: list[FigureBlock] = field(default_factory=list)
+    tables: list[ComparisonTable] = field(default_factory=list)
+    samples: list[SampleBlock] = field(default_factory=list)
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    header: tuple[str, ...] = ()
+    numbers: bool = False  # whether the cells beside the first are numbers
+    notes: list[str] = field(default_factory=list)
+    missing: tuple[str, str] | None = None  # reason and command
+    command: str = ""
+    runs: list[RunFacts] = field(default_factory=list)
+
+
+def build_sections(request: ReportRequest, blocks: Sequence[FigureBlock], arms: Mapping[str, Run]) -> list[Section]:
+    """The sections in order; a figure that no section names has its own at the end."""
+    sections = {key: Section(key, claim) for key, claim in CLAIMS.items()}
+    for block in blocks:
+        key = claim_of_figure(block.name)
+        if key is None:
+            key = f"figure_{block.name}"
+            title = block.title or f"Figure {block.name}"
+            sections[key] = Section(key, Claim(title, "", "", f"python -m t2i_lm.figures --figure {block.name}"))
+        sections[key].figures.append(block)
+    for key, section in sections.items():
+        for block in section.figures:
+            if block.image is None:
+                continue
+            section.found += _found(block, request)
+            if block.name in ("5", "inits"):
+                section.header, section.rows = group_rows(block.arms)
+                section.numbers = True
+            section.notes += [*block.notes, *_left_out(request, section.claim, block)]
+        if section.figures and all(block.image is None for block in section.figures):
+            section.missing = missing_runs(section.figures[0].problem, section.claim.command)
+        section.figures = [block for block in section.figures if block.image is not None]
+        section.notes += _notes_on(request.pool.notes, section.claim)
+        if section.figures:
+            section.command = figures_command(request, [block.name for block in section.figures])
+        section.runs = facts(request, {arm: run for block in section.figures for arm, run in block.arms.items()})
+        if key == "samples":
+            _add_samples(request, section, arms)
+        if key == "sweeps":
+            _add_sweeps(request, section)
+        if key == "table1" and not section.figures:
+            _add_completions(request, section, blocks)
+    _add_comparisons(request, sections)
+    for section in sections.values():
+        section.notes = list(dict.fromkeys(section.notes))
+        if not (section.figures or section.tables or section.samples or section.rows) and section.missing is None:
+            section.missing = ("no finished runs for this section", section.claim.command)
+    return [section for key, section in sections.items() if not _is_to_come(key, section)]
+
+
+def _is_to_come(key: str, section: Section) -> bool:
+    """Whether a section is of a figure that the catalogue does not have, and has nothing else."""
+    drawn = any(name in FIGURES for name in section.claim.figures)
+    return bool(section.claim.figures) and not drawn and section.missing is not None and key not in ELSEWHERE
+
+
+def _found(block: FigureBlock, request: ReportRequest) -> list[str]:
+    """Sentences on a figure."""
+    primary = request.comparisons[0] if request.comparisons else None
+    shown = {run.name for run in block.arms.values()}
+    if primary is not None and (primary.arms is None or shown != set(primary.plan.arms)):
+        primary = None
+    if block.name == "2":
+        return own_fid_sentences(request.root)
+    if block.name == "3":
+        return comparison_sentences(primary, block.arms, ["all"])
+    if block.name == "4":
+        return [*start_sentence(block.arms), *comparison_sentences(primary, block.arms, ["text", "image"])]
+    if block.name in FINDINGS and block.arms:
+        return FINDINGS[block.name](block.arms)
+    return []
+
+
+def _left_out(request: ReportRequest, claim: Claim, block: FigureBlock) -> list[str]:
+    """Finished runs of a section's experiments on other data than the runs shown.
+
+    Raises:
+        IncomparableError: if `strict`, and an arm is missing because its runs are on other data.
+    """
+    if not block.arms:
+        return []
+    reference = next(iter(block.arms.values()))
+    notes = []
+    for arm, name in claim.experiments.items():
+        for run in request.pool.runs:
+            if run.folder.parent.name != name or "data hash" not in mismatches(reference, run):
+                continue
+            values = [pair_values(one)["data hash"] for one in (run, reference)]
+            note = f"left out, another data version: {run.folder}: data hash {values[0]} instead of {values[1]}"
+            if request.strict and arm not in block.arms:
+                raise IncomparableError(f"figure {block.name}: {note}")
+            notes.append(note)
+    return notes
+
+
+def _notes_on(notes: Sequence[str], claim: Claim) -> list[str]:
+    """Notes on runs of a section's experiments."""
+    return [note for note in notes if any(f"/{name}/" in note for name in claim.experiments.values())]
+
+
+def _add_samples(request: ReportRequest, section: Section, arms: Mapping[str, Run]) -> None:
+    """The samples of the compared runs, or of the newest run that has any."""
+    sampled = {name: run for name, run in arms.items() if (run.folder / SAMPLES).is_dir()}
+    if not sampled:
+        newest = [run for run in request.pool.runs if any((run.folder / SAMPLES).glob("grid*.png"))][-1:]
+        sampled = {run.folder.parent.name: run for run in newest}
+    if not sampled:
+        return
+    section.samples, notes = sample_blocks(sampled)
+    section.notes += notes
+    section.rows = score_rows(sampled)
+    section.header = ("captions", "measure", *(arm_label(name) for name in sampled), "reconstructions: at most")
+    section.found.append("Each row is of one caption; both arms sample with the same seeds.")
+    if section.rows:
+        section.found.append(
+            "Shares below are of generated scenes, whose captions a checker reads; ± is the standard error over "
+            "samples. One run of each: no interval over seeds."
+        )
+    section.command = f"python -m t2i_lm.evaluate --checkpoint {next(iter(sampled.values())).folder} --report"
+    section.runs = facts(request, {arm_label(name): run for name, run in sampled.items()})
+
+
+def _add_sweeps(request: ReportRequest, section: Section) -> None:
+    section.figures, notes = sweep_blocks(request.root)
+    section.notes += notes
+    if section.figures:
+        section.command = section.claim.command
+        section.runs = facts(request, {arm: run for block in section.figures for arm, run in block.arms.items()})
+        section.found.append(
+            "Rings mark each arm's best value; the tables hold every value, its number of seeds by its range, and the "
+            "distance between the arms at equal and at their best values."
+        )
+
+
+def _add_completions(request: ReportRequest, section: Section, blocks: Sequence[FigureBlock]) -> None:
+    """Completions before and after training, from the measurements of forgetting."""
+    block = next(block for block in blocks if block.name == "forgetting")
+    section.rows = completions(block.arms)
+    section.header = ("arm", "prompt", "before training", "after training")
+    if section.rows:
+        section.found.append("Greedy completions among the text rows, at the first and at the last measurement.")
+        section.command = section.claim.command
+        section.runs = facts(request, block.arms)
+    elif block.image is None:
+        section.missing = missing_runs(block.problem, section.claim.command)
+
+
+def _add_comparisons(request: ReportRequest, sections: dict[str, Section]) -> None:
+    """The comparisons beside the first one, each in the section of its subject."""
+    for comparison in request.comparisons[1:]:
+        section = _section_of(request, comparison, sections)
+        if comparison.arms is None:
+            reason, command = missing_runs(str(comparison.problem), section.claim.command)
+            if section.figures:
+                section.notes.append(f"{comparison.name}: {reason}")
+            elif section.missing is None:
+                section.missing = reason, command
+            continue
+        first = request.comparisons[0]
+        compared = [comparison]
+        if section.key == "positions" and first.arms is not None and not section.tables:
+            compared.insert(0, first)
+        sentences = [
+            (f"{setting_of(one)}: " if section.key == "positions" or one.plan.where else "")
+            + result_sentence(one, one.results[0])
+            for one in compared
+        ]
+        section.found = [*sentences, *section.found] if section.figures else [*section.found, *sentences]
+        section.tables += map(comparison_table, compared)
+        section.notes += short_notes(table_notes(comparison.plan, comparison.arms, comparison.results))
+        section.command = section.command or compare_command(request, comparison)
+        known = {one.folder for one in section.runs}
+        section.runs += [one for one in facts(request, by_seed(comparison)) if one.folder not in known]
+
+
+def _section_of(request: ReportRequest, comparison: Comparison, sections: dict[str, Section]) -> Section:
+    """The section of a comparison's subject, or a new one."""
+    if any(key.startswith("backbone.") for key in comparison.plan.where):
+        return sections["positions"]
+    if all(name.startswith("uncond_") for name in comparison.plan.arms):
+        return sections["figure5"]
+    claim = Claim(f"Comparison: {comparison.name}", "", "", compare_command(request, comparison))
+    key = f"comparison-{len(sections)}"
+    return sections.setdefault(key, Section(key, claim))

@@ -1,0 +1,157 @@
+"""The set-up of the runs beside the paper's."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from t2i_lm.assets import find
+from t2i_lm.comparison.comparability import config_values
+from t2i_lm.plots.captions import SOURCES
+from t2i_lm.reporting.validations import validations
+from t2i_lm.runtime.tables import compact
+from t2i_lm.storage.run_folder import Run
+
+BOUNDARIES = 5  # boundary targets of a sequence: its six boundary tokens without the first
+# Row -> the paper's value and its source; "not stated" where the paper is silent.
+PAPER: dict[str, tuple[str, str]] = {
+    "language model": ("open_lm-1b: width 2,048, 24 layers, 16 heads", "Section 2.1; open_lm's release"),
+    "its pre-training": ("1.6T tokens: RedPajama, Pile, S2ORC and others", "Section 2.1"),
+    "positions": ("head_rotary: none beyond the causal mask", "open_lm's release"),
+    "parameters": ("1,507.0M with the image rows", "computed from the release"),
+    "image tokenizer": ("SBER-MoVQGAN, 256 pixels to 1,024 of 16,384 ids", "Section 2.1"),
+    "data": ("HQITP, 134M image-caption pairs, private", "Section 2.1"),
+    "sequence": ("1,152 tokens with pads", "Section 2.1"),
+    "text : image": ("1 : 34 (captions of 30 tokens); 1 : 30 as the paper rounds it", "Sections 2.1 and 2.2"),
+    "steps": ("about 100,000", "from tokens and batch"),
+    "batch": ("1M tokens", "Section 2.1"),
+    "tokens": ("100B, 0.65 epochs", "Section 2.1"),
+    "learning rate": ("peak 0.0003, cosine, 2,000 warm-up steps", "Section 2.1"),
+    "optimizer": ("AdamW; betas, decay and clipping not stated", "Section 2.1"),
+    "seeds": ("not stated", ""),
+    "hardware": ("64 A100 80GB", "Section 2.1"),
+}
+
+
+def setup_rows(run: Run | None, seeds: list[int]) -> list[tuple[str, str, str, str]]:
+    """Rows of the table: name, the value here, the paper's, and the paper's source.
+
+    Args:
+        run: the pre-trained arm's; None where there is no run.
+        seeds: of the primary comparison.
+    """
+    here = {} if run is None else _here(run, seeds)
+    return [(name, here.get(name, ""), *paper) for name, paper in PAPER.items()]
+
+
+def scale_words(run: Run) -> str:
+    """Parameters, tokens seen and data of a run, as far as they are recorded."""
+    here = _here(run, [])
+    parameters = f"{here['parameters']} parameters" if "parameters" in run.environment else ""
+    return _listed(parameters, f"{here['tokens'].partition(',')[0]} tokens", here["data"])
+
+
+def _here(run: Run, seeds: list[int]) -> dict[str, str]:
+    config, environment, report = config_values(run), run.environment, run.report or {}
+    backbone = _files(str(config["backbone.path"] or ""))
+    shape, card = backbone.get("config.json", {}), backbone.get("card.json", {})
+    tokens, steps = report.get("tokens_nominal") or run.metrics[-1]["tokens_nominal"], report.get("steps")
+    per_step = tokens / steps if steps else None
+    return {
+        "language model": _listed(
+            _name(config["backbone.path"] or config["backbone.config"]),
+            f"width {shape['hidden_dim']:,}" if "hidden_dim" in shape else "",
+            f"{shape['n_layers']} layers" if "n_layers" in shape else "",
+            f"{shape['n_heads']} heads" if "n_heads" in shape else "",
+        ),
+        "its pre-training": _listed(
+            f"{compact(card['tokens'])} tokens" if "tokens" in card else "see its own documentation",
+            str(card.get("data", "")),
+        ),
+        "positions": str(
+            config["backbone.positional"] or shape.get("positional_embedding_type") or "those of the backbone's files"
+        ),
+        "parameters": f"{environment['parameters'] / 1e6:,.1f}M" if "parameters" in environment else "not recorded",
+        "image tokenizer": _listed(
+            _name(config["image_tokenizer.path"]),
+            f"{config['image_tokenizer.size']} pixels to {_image_tokens(run)} ids"
+            if _image_tokens(run)
+            else f"{config['image_tokenizer.size']} pixels",
+        ),
+        "data": _listed(
+            SOURCES.get(config["data.source"], str(config["data.source"])).format(_name(config["data.path"])),
+            f"{environment['train_samples']:,} pairs" if environment.get("train_samples") else "",
+        ),
+        "sequence": f"{config['data.length']:,} tokens with pads",
+        "text : image": _ratio(run),
+        "steps": "" if steps is None else f"{steps:,}",
+        "batch": _listed(
+            f"{config['data.batch_size']:,} sequences", "" if per_step is None else f"{compact(per_step)} tokens"
+        ),
+        "tokens": _listed(compact(tokens), _epochs(run, config)),
+        "learning rate": f"peak {config['optim.lr']:g}, cosine, {config['optim.warmup_steps']:,} warm-up steps",
+        "optimizer": f"{config['optim.name']}, betas {', '.join(f'{beta:g}' for beta in config['optim.betas'])}, "
+        f"decay {config['optim.weight_decay']:g}, clipping at {config['optim.grad_clip']:g}",
+        "seeds": ", ".join(map(str, seeds)) or str(config["seed"]),
+        "hardware": _listed(
+            str(environment.get("device", "not recorded")),
+            str(environment.get("precision", "")),
+            _threads(environment.get("threads")),
+        ),
+    }
+
+
+def _threads(count: int | None) -> str:
+    return "" if not count else f"{count} CPU thread{'s' * (count != 1)}"
+
+
+def _ratio(run: Run) -> str:
+    """Text to image tokens in the last validation."""
+    counts = _last_counts(run)
+    if not counts.get("text") or not counts.get("image"):
+        return ""
+    return f"1 : {counts['image'] / counts['text']:.2g} in validation"
+
+
+def _image_tokens(run: Run) -> str:
+    """Image tokens of a sequence: the image's share of validation targets, in sequences of five boundaries each."""
+    counts = _last_counts(run)
+    if not counts.get("image") or not counts.get("boundary"):
+        return ""
+    sequences = counts["boundary"] / BOUNDARIES
+    return f"{counts['image'] / sequences:,.0f}"
+
+
+def _last_counts(run: Run) -> dict[str, int]:
+    lines = validations(run)
+    return {name: entry["count"] for name, entry in lines[-1]["val"].items() if "count" in entry} if lines else {}
+
+
+def _epochs(run: Run, config: Mapping[str, Any]) -> str:
+    pairs, samples = run.environment.get("train_samples"), run.metrics[-1].get("samples")
+    if not (pairs and samples):
+        return ""
+    epochs = f"{samples / pairs:.2g}"
+    return f"{epochs} {'epoch' if epochs == '1' else 'epochs'}"
+
+
+def _files(path: str) -> dict[str, dict[str, Any]]:
+    """config.json and card.json of a backbone's folder, as far as they are at hand."""
+    found = {}
+    for name in ("config.json", "card.json"):
+        try:
+            file = find(f"{path.rstrip('/')}/{name}") if path else None
+            content = json.loads(file.read_text(encoding="utf-8")) if file is not None else None
+        except (ValueError, OSError):
+            continue
+        if isinstance(content, dict):
+            found[name] = content
+    return found
+
+
+def _name(path: Any) -> str:
+    return Path(str(path or "unnamed").removeprefix("asset:")).name
+
+
+def _listed(*words: str) -> str:
+    return ", ".join(word for word in words if word)

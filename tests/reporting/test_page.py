@@ -1,0 +1,328 @@
+"""The page: its numbers are the runs', everything is escaped, nothing is fetched, what is left out is named."""
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from t2i_lm import compare, report
+from t2i_lm.generation.grid import save_grid
+from t2i_lm.plots.catalogue import FIGURES, figure2
+from t2i_lm.reporting.claims import CLAIMS
+from t2i_lm.storage.owner import own
+from t2i_lm.storage.run_folder import OWNER
+from tests.plots.synthetic_runs import EXPERIMENTS, read_lines, write_relearning, write_run
+from tests.reporting.parsed import Element, parse
+
+PLAN = """
+seeds: [0, 1, 2]
+secondary: [val.text.nll, tokens_saved.image]
+comparisons:
+  pretraining: {arms: [t2i_pretrained, t2i_scratch]}
+  position_free: {arms: [t2i_pretrained, t2i_scratch], where: {backbone.path: "asset:lm_head_rotary"}}
+  unconditional: {arms: [uncond_pretrained, uncond_scratch], secondary: []}
+  slower: {arms: [t2i_pretrained, t2i_scratch], where: {optim.lr: 1e-4}, secondary: []}
+"""
+ARMS = ("t2i_pretrained", "t2i_scratch")
+EVIL = '"><script>alert("x")</script><img src=x onerror=alert(1)>'
+Command = Callable[..., tuple[int, Element, str]]
+
+
+def write_pair(root: Path, seed: int = 0, day: int = 1, **options: object) -> list[Path]:
+    config = {"seed": seed, **dict(options.pop("config", {}))}  # type: ignore[call-overload]
+    stamp = f"202603{day:02}-100000"
+    return [write_run(root, name, stamp, config=config, **options) for name in ARMS]
+
+
+def vary(folder: Path, change: float) -> None:
+    """Adds to the held-out image loss of a run, so that seeds differ."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "val" in line:
+            line["val"]["image"]["nll"] += change
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_samples(folder: Path, captions: list[str]) -> None:
+    (folder / "samples").mkdir()
+    for number, name in enumerate(("originals", "reconstructions", "grid", "grid_familiar")):
+        images = [np.full((64, 64, 3), 40 * number + 5 * place, np.uint8) for place in range(len(captions))]
+        save_grid(images, captions, folder / "samples" / f"{name}.png")
+
+
+@pytest.fixture
+def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command on a folder of runs: exit code, page, stderr."""
+    plan = tmp_path / "study.yaml"
+    plan.write_text(PLAN)
+
+    def run(root: Path, *options: str) -> tuple[int, Element, str]:
+        out = tmp_path / "out" / "report.html"
+        out.unlink(missing_ok=True)
+        code = report.main(["--runs", str(root), "--plan", str(plan), "--out", str(out), *options])
+        text = out.read_text() if out.exists() else ""
+        return code, parse(text), capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with runs for every section, and its page."""
+    root = tmp_path_factory.mktemp("full") / "runs"
+    for name in EXPERIMENTS:
+        forgotten = {"t2i_pretrained": 7.5, "remedy_replay": 0.4, "remedy_l2_sp": 2.0}.get(name)
+        config = {"data.replay_ratio": 0.5} if name == "remedy_replay" else {}
+        folder = write_run(root, name, "20260301-100000", config=config, forgotten=forgotten)
+        if name in ARMS:
+            write_relearning(folder, 9.0)
+            write_samples(folder, ["a red disc", "two blue stars"])
+    for seed in (1, 2):
+        vary(write_pair(root, seed, day=2 + seed)[1], 0.01 * seed)
+        setting = root / "study" / "backbone.path=asset_lm_head_rotary"
+        write_pair(setting, seed, day=2 + seed, config={"backbone.path": HEAD})
+    for rate in (0.001, 0.004):
+        write_pair(root / "sweep", day=int(10 + 1000 * rate), config={"optim.lr": rate})
+    plan, out = root.parent / "study.yaml", root.parent / "report.html"
+    plan.write_text(PLAN)
+    assert report.main(["--runs", str(root), "--plan", str(plan), "--out", str(out), "--strict"]) == 0
+    return root, out.read_text()
+
+
+HEAD = "asset:lm_head_rotary"
+
+
+def last_losses(root: Path, name: str, modality: str) -> list[float]:
+    return [
+        read_lines(folder, "val")[-1]["val"][modality]["nll"]
+        for folder in sorted((root / name).iterdir(), key=lambda folder: folder.name)
+    ]
+
+
+def cells(page: Element, endpoint: str, comparison: str = "pretraining") -> list[str]:
+    table = page.all("table", data_comparison=comparison)[0]
+    return [cell.text for cell in table.one("tr", data_endpoint=endpoint).all("td")]
+
+
+@pytest.mark.slow
+def test_the_answer_has_the_numbers_of_the_runs_and_the_verdict_of_compare(
+    full: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, text = full
+    page = parse(text)
+    mine, other = (last_losses(root, name, "image") for name in ARMS)
+    assert len(mine) == 3
+    row = cells(page, "val.image.nll")
+    assert row[1:4] == [f"{np.mean(mine):.4f}", f"{np.mean(other):.4f}", f"{np.mean(mine) - np.mean(other):+.4f}"]
+    assert row[6] == "3"
+    answer = page.one("section", id="answer")
+    verdict = answer.all("p")[0].attributes["data-verdict"]
+    for number in (*row[1:4], *row[5].split(" to ")):
+        assert number in answer.all("p")[0].text
+
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("seeds: [0, 1, 2]\nsecondary: [val.text.nll, tokens_saved.image]\n")
+    where = ["optim.lr=0.002", "backbone.path=asset:lm_rotary"]
+    assert compare.main(["--plan", str(plan), "--runs", str(root), *where]) == 0
+    printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("val.image.nll"))
+    assert printed.endswith(verdict)
+    assert row[1] in printed
+    assert row[5] in printed
+
+
+@pytest.mark.slow
+def test_every_section_has_its_figure_values_runs_and_hashes(full: tuple[Path, str]) -> None:
+    root, text = full
+    page = parse(text)
+    sections = {one.attributes["id"]: one for one in page.all("section")}
+    assert [key for key in sections if key in CLAIMS] == [key for key in CLAIMS if key in sections]
+    for name in ("2", "3", "4", "5", "6", "inits", "forgetting", "relearning", "remedies"):
+        section = sections[f"figure{name}" if name.isdigit() else name]
+        assert section.one("figure").one("img").attributes["alt"]
+        assert f"python -m t2i_lm.figures --figure {name}" in section.text
+        assert name == "2" or "0123456789abcdef" in section.one("details", **{"class": "hashes"}).text
+    assert "train experiments/t2i_pretrained.yaml --scale demo" in sections["figure3"].text
+    assert "change +7.5000 ± 0.0750" in sections["forgetting"].text
+    assert "before and after 10 steps on text: pre-trained 9.0000 and 6.0000" in sections["relearning"].text
+    assert "Sweep of optim.lr" in sections["sweeps"].text
+    assert "asset:lm_head_rotary: Held-out image loss" in sections["positions"].text
+    assert "Comparison: slower" in text
+    losses = last_losses(root, "uncond_tune_ffn", "image")
+    assert f"{losses[0]:.4f}" in sections["figure5"].text
+
+
+@pytest.mark.slow
+def test_samples_stand_beside_originals_and_reconstructions_with_their_captions(full: tuple[Path, str]) -> None:
+    section = parse(full[1]).one("section", id="samples")
+    first = section.all("figure")[0]
+    assert [one.text for one in first.all("span")] == ["original", "reconstruction", "pre-trained", "random weights"]
+    assert first.one("figcaption").text == "a red disc"
+    assert len(section.all("figure")) == 4
+
+
+@pytest.mark.slow
+def test_nothing_is_fetched_and_nothing_runs(full: tuple[Path, str]) -> None:
+    page = parse(full[1])
+    assert not page.all("script")
+    links = [one.attributes[name] for one in page.all() for name in ("src", "href", "data") if name in one.attributes]
+    assert {link for link in links if not link.startswith(("data:", "#"))} == {"https://arxiv.org/abs/2311.16201"}
+    assert {one.tag for one in page.all() if one.attributes.get("href", "").startswith("https:")} == {"a"}
+    style = page.one("style").text
+    assert "url(" not in style
+    assert "@import" not in style
+    for link in links:
+        if link.startswith("data:image/svg+xml;base64,"):
+            svg = base64.b64decode(link.partition(",")[2]).decode()
+            assert not re.search(r"""(?:href|src)\s*=\s*["'](?!#|data:)|<script|<!DOCTYPE""", svg)
+    assert len(full[1]) < 10_000_000
+    assert not [name for one in page.all() for name in one.attributes if name.startswith("on")]
+
+
+def test_one_pair_is_undecided_and_says_so(tmp_path: Path, page: Command) -> None:
+    write_pair(tmp_path / "runs")
+    code, tree, _ = page(tmp_path / "runs")
+    assert code == 0
+    answer = tree.one("section", id="answer")
+    assert answer.all("h2")[0].text == "Undecided: n too small."
+    assert "no interval with n = 1" in answer.text
+    assert "undecided, one pair" in answer.text
+    assert "n = 1 is too small for a verdict on val.image.nll" in answer.text
+    assert "MISSING: seeds 1, 2 of t2i_scratch" in answer.text
+
+
+def test_a_section_without_runs_names_the_command_that_makes_them(tmp_path: Path, page: Command) -> None:
+    (tmp_path / "runs").mkdir()
+    code, tree, _ = page(tmp_path / "runs", "--strict")
+    assert code == 0
+    text = tree.one("section", id="answer").text
+    assert "No answer yet." in text
+    assert "To make the runs: python -m t2i_lm.sweep seed=0,1,2" in text
+    for key, words in {
+        "figure3": "make exp-pretrained exp-scratch",
+        "figure5": "python -m t2i_lm.ablate --all",
+        "positions": "python -m t2i_lm.sweep seed=0,1,2 backbone.path=asset:lm_head_rotary",
+        "sweeps": "python -m t2i_lm.sweep optim.lr=",
+    }.items():
+        absent = tree.one("section", id=key).all("p", **{"class": "absent"})
+        assert len(absent) == 1
+        assert words in absent[0].text
+
+
+def test_everything_from_files_is_escaped(tmp_path: Path, page: Command) -> None:
+    root = tmp_path / "runs"
+    config = {"backbone.config": EVIL, "backbone.path": None, "data.source": "image_folder", "data.path": f"/x/{EVIL}"}
+    for name in ARMS:
+        folder = write_run(root, name, '20260301-<script>"', config=config, data_hash=EVIL, forgotten=1.0)
+        write_samples(folder, [EVIL, "<b>bold</b>"])
+        lines = (folder / "metrics.jsonl").read_text().replace("Simply put", json.dumps(EVIL)[1:-1])
+        (folder / "metrics.jsonl").write_text(lines)
+    damaged = root / "t2i_scratch" / "<script>alert(2)"
+    damaged.mkdir()
+    (damaged / "config.yaml").write_text("a: [")
+    code, tree, _ = page(root)
+    assert code == 0
+    assert not tree.all("script")
+    assert not [one for one in tree.all("img") if not one.attributes["src"].startswith("data:")]
+    assert not [one for one in tree.all() if "onerror" in one.attributes]
+    assert EVIL in tree.one("section", id="samples").text
+    assert EVIL in tree.one("section", id="table1").text
+    assert EVIL in tree.one("section", id="setup").text or "onerror" in tree.one("section", id="setup").text
+    assert "<b>bold</b>" in tree.one("section", id="samples").text
+    assert "<script>alert(2)" in tree.text
+
+
+def test_another_data_version_is_named_and_refused_by_strict(tmp_path: Path, page: Command) -> None:
+    root = tmp_path / "runs"
+    for seed in (0, 1):
+        write_pair(root, seed, day=1 + seed)
+    write_pair(root, 2, day=9, data_hash="f" * 16)
+    code, tree, _ = page(root)
+    assert code == 0
+    assert "left out, another setting (2 runs): data hash ffffffffffffffff instead of 0123456789abcdef" in tree.text
+    assert cells(tree, "val.image.nll")[6] == "2"
+    code, tree, error = page(root, "--strict")
+    assert code == 2
+    assert not tree.text
+    assert error.startswith("error: pretraining: the runs are of more than one setting: data hash: ")
+    assert error.count("\n") == 1
+
+
+def test_an_arm_of_a_figure_on_other_data_is_named_and_refused_by_strict(tmp_path: Path, page: Command) -> None:
+    root = tmp_path / "runs"
+    for name in ("uncond_scratch", "uncond_pretrained"):
+        write_run(root, name, "20260301-100000")
+    write_run(root, "uncond_tune_ffn", "20260301-100000", data_hash="f" * 16)
+    code, tree, _ = page(root)
+    assert code == 0
+    assert "uncond_tune_ffn/20260301-100000-demo: data hash ffffffffffffffff instead of 0123456789abcdef" in tree.text
+    code, _, error = page(root, "--strict")
+    assert code == 2
+    assert "figure 5: left out, another data version" in error
+
+
+def test_arms_that_differ_in_more_are_named_and_refused_by_strict(tmp_path: Path, page: Command) -> None:
+    root = tmp_path / "runs"
+    write_run(root, "uncond_scratch", "20260301-100000")
+    write_run(root, "uncond_pretrained", "20260301-100000", config={"optim.weight_decay": 0.5})
+    code, tree, _ = page(root)
+    assert code == 0
+    notes = tree.one("section", id="figure5").text
+    assert "NOT CONTROLLED: optim.weight_decay: scratch 0.1, pretrained 0.5" in notes
+    code, _, error = page(root, "--strict")
+    assert code == 2
+    assert "optim.weight_decay" in error
+
+
+def test_unfinished_runs_and_those_being_written_are_named_and_not_mixed(tmp_path: Path, page: Command) -> None:
+    root = tmp_path / "runs"
+    write_pair(root)
+    write_pair(root, day=5, steps=100, finished=False)
+    written = write_pair(root, day=6)[0]
+    with own(written / OWNER):
+        code, tree, _ = page(root, "--strict")
+    assert code == 0
+    section = tree.one("section", id="figure3")
+    assert "left out, unfinished at step 100 of 300" in section.text
+    assert f"left out, still being written: {written} by process" in section.text
+    assert "UNFINISHED" not in section.text
+    assert str(written) not in section.one("details", **{"class": "hashes"}).text
+    assert (
+        cells(tree, "val.image.nll")[1]
+        == f"{read_lines(root / ARMS[0] / '20260301-100000-demo', 'val')[-1]['val']['image']['nll']:.4f}"
+    )
+
+
+def test_several_code_revisions_are_named(tmp_path: Path, page: Command) -> None:
+    first, _ = write_pair(tmp_path / "runs")
+    environment = json.loads((first / "env.json").read_text())
+    (first / "env.json").write_text(json.dumps({**environment, "git": "c" * 40}))
+    code, tree, _ = page(tmp_path / "runs", "--strict")
+    assert code == 0
+    assert "code revisions: aaaaaaa, ccccccc" in tree.one("section", id="answer").text
+    assert "code revisions: aaaaaaa, ccccccc" in tree.one("section", id="figure3").text
+
+
+def test_a_new_figure_of_the_catalogue_appears_by_itself(
+    tmp_path: Path, page: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setitem(FIGURES, "new", figure2)
+    _, tree, _ = page(tmp_path / "runs")
+    assert tree.one("section", id="figure_new").one("figure").one("img")
+
+
+@pytest.mark.slow
+def test_set_up_stands_beside_the_papers(full: tuple[Path, str]) -> None:
+    rows = {
+        row.all("th")[0].text: [cell.text for cell in row.all("td")]
+        for row in parse(full[1]).one("section", id="setup").all("tr")[1:]
+    }
+    assert rows["positions"][:2] == ["rotary", "head_rotary: none beyond the causal mask"]
+    assert rows["steps"][:2] == ["300", "about 100,000"]
+    assert rows["learning rate"][0] == "peak 0.002, cosine, 20 warm-up steps"
+    assert rows["text : image"][0] == "1 : 3.4 in validation"
+    assert rows["data"][1] == "HQITP, 134M image-caption pairs, private"
