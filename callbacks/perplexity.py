@@ -41,9 +41,16 @@ class EMASplitPerplexity(Callback):
     """
 
     def __init__(
-        self, interval: int, alpha: float = 0.95, metrics_path: Path | None = None, extras: Sequence[Extras] = ()
+        self,
+        interval: int,
+        alpha: float = 0.95,
+        metrics_path: Path | None = None,
+        extras: Sequence[Extras] = (),
+        validations: Sequence[str] = ("val",),
     ) -> None:
         """`interval` counts optimizer steps. Rank 0 writes lines, with those `extras`, to `metrics_path`.
+
+        `validations` are the names of the validation loaders, in their order.
 
         Raises:
             ValueError: if `interval` or `alpha` is out of range.
@@ -52,14 +59,14 @@ class EMASplitPerplexity(Callback):
             raise ValueError(f"interval={interval}: expected at least 1")
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha={alpha}: expected a value in [0, 1)")
-        self.interval, self.alpha, self.extras = interval, alpha, extras
+        self.interval, self.alpha, self.extras, self.validations = interval, alpha, extras, tuple(validations)
         self.file = MetricsFile(metrics_path) if metrics_path else None
         self.seen = dict.fromkeys(SEEN, 0)
         self.latest: dict[str, float] = {}
         self._ema: dict[str, float] = {}
         self._updates: dict[str, int] = {}
         self._last_step = 0
-        self._train = self._val = IntervalSums(0)
+        self._train, self._val = IntervalSums(0), list[IntervalSums]()
         self._rank, self._world = 0, 1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -73,14 +80,17 @@ class EMASplitPerplexity(Callback):
             raise ValueError(f"{type(pl_module).__name__}.modalities={names!r}: expected at least one name")
         size = 3 * len(names) + 3
         if self._train.size != size:  # a later `validate` on the same Trainer keeps the counts
-            self._train, self._val = IntervalSums(size), IntervalSums(size)
+            self._train, self._val = IntervalSums(size), []
         self._rank, self._world = trainer.global_rank, trainer.world_size
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lays out modalities side by side in TensorBoard."""
         self._last_step = trainer.global_step
         names = [*pl_module.modalities, *_aggregates(pl_module.modalities)]  # type: ignore[arg-type, misc]
-        chart = {name: ["Multiline", [f"train/{name}/ppl_ema", f"val/{name}/ppl"]] for name in names}
+        chart = {
+            name: ["Multiline", [f"train/{name}/ppl_ema", *(f"{split}/{name}/ppl" for split in self.validations)]]
+            for name in names
+        }
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_custom_scalars({"perplexity": chart})
@@ -112,10 +122,10 @@ class EMASplitPerplexity(Callback):
             more["scalars"] = scalars()
         for extra in self.extras:
             more |= extra.record(self.seen)
-        self._write(trainer, "train", values, self.seen, more)
+        self._write(trainer, {"train": values}, self.seen, more)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._val = IntervalSums(self._train.size)
+        self._val = [IntervalSums(self._train.size) for _ in self.validations]
 
     def on_validation_batch_end(
         self,
@@ -126,18 +136,21 @@ class EMASplitPerplexity(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._val.add(_vector(outputs))
-        self._val.end_step()
+        self._val[dataloader_idx].add(_vector(outputs))
+        self._val[dataloader_idx].end_step()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the exact validation loss: sums over the whole set and all ranks.
+        """Writes the exact loss of every validation split: sums over the whole split and all ranks.
 
         A sanity check counts as the validation of step 0 where it covers the whole set (`num_sanity_val_steps=-1`).
         """
         if trainer.sanity_checking and not math.isinf(trainer.num_sanity_val_steps):
             return
-        values = split_entries(pl_module.modalities, self._val.take())  # type: ignore[arg-type]
-        self._write(trainer, "val", values, self._seen_with(self._train.total()), {})
+        values = {
+            split: split_entries(pl_module.modalities, sums.take())  # type: ignore[arg-type]
+            for split, sums in zip(self.validations, self._val, strict=True)
+        }
+        self._write(trainer, values, self._seen_with(self._train.total()), {})
 
     def head(self, trainer: pl.Trainer) -> dict[str, Any]:
         """The first fields of a line, as of this step; every rank must call it."""
@@ -164,19 +177,21 @@ class EMASplitPerplexity(Callback):
     def _write(
         self,
         trainer: pl.Trainer,
-        key: str,
-        values: dict[str, dict[str, float]],
+        values: dict[str, dict[str, dict[str, float]]],
         seen: dict[str, int],
         more: dict[str, Any],
     ) -> None:
         if not trainer.is_global_zero:
             return
         if self.file:
-            self.file.append({**record_head(trainer, seen), key: values, **more, "time": time.time()})
+            self.file.append({**record_head(trainer, seen), **values, **more, "time": time.time()})
         scalars = {
-            f"{key}/{name}/{field}": entry[field] for name, entry in values.items() for field in LOGGED & entry.keys()
+            f"{key}/{name}/{field}": entry[field]
+            for key, entries in values.items()
+            for name, entry in entries.items()
+            for field in LOGGED & entry.keys()
         }
-        scalars |= {f"{key}/{name}": value for name, value in more.get("scalars", {}).items()}
+        scalars |= {f"train/{name}": value for name, value in more.get("scalars", {}).items()}
         scalars |= {f"throughput/{name}": value for name, value in more.get("throughput", {}).items()}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=seen["tokens_nominal"])

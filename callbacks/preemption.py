@@ -45,7 +45,7 @@ class Preemption(Callback):
         self._received_at = 0.0
         self._installed = False
         self._group: Any = None
-        self._shared_batches = 0
+        self._shared_batches: list[int] = []
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._install(trainer)  # the first validation can be long
@@ -61,14 +61,14 @@ class Preemption(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Ranks can agree only before batches that all of them have.
-        mine = sum(int(number) for number in trainer.num_val_batches if number != float("inf"))
-        self._shared_batches = -self._highest(-mine)
+        mine = [0 if number == float("inf") else int(number) for number in trainer.num_val_batches]
+        self._shared_batches = [-self._highest(-number) for number in mine]
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         # A resumed run repeats the validation.
-        if self._installed and batch_idx < self._shared_batches and dataloader_idx == 0:
+        if self._installed and batch_idx < self._shared_batches[dataloader_idx]:
             self.stop_if_asked(trainer)
 
     def stop_if_asked(self, trainer: pl.Trainer) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,20 @@ from callbacks.files.metrics_file import MetricsFile
 
 
 class RunScalars(Callback):
-    """Writes the mean of each `outputs["metrics"]` over an interval, and `validation_summary()`.
+    """Writes the mean of each `outputs["metrics"]` over an interval, and `validation_summary(dataloader_idx)`.
 
     Means are weighted by samples. The device is synchronized once per interval.
     """
 
-    def __init__(self, interval: int, metrics_path: Path) -> None:
-        """`interval` counts optimizer steps.
+    def __init__(self, interval: int, metrics_path: Path, validations: Sequence[str] = ("val",)) -> None:
+        """`interval` counts optimizer steps; `validations` are the names of the validation loaders, in their order.
 
         Raises:
             ValueError: if `interval` is out of range.
         """
         if interval < 1:
             raise ValueError(f"interval={interval}: expected at least 1")
-        self.interval, self.file = interval, MetricsFile(metrics_path)
+        self.interval, self.file, self.validations = interval, MetricsFile(metrics_path), tuple(validations)
         self.samples = 0
         self.latest: dict[str, float] = {}
         self._names: list[str] = []
@@ -62,16 +63,19 @@ class RunScalars(Callback):
             self.samples += int(count)
             means = {name: total / count for name, total in zip(self._names, totals, strict=True)}
             self.latest = {name: mean for name, mean in means.items() if math.isfinite(mean)}
-            self._write(trainer, "train", self.latest, self.samples)
+            self._write(trainer, {"train": self.latest}, self.samples)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the module's summary of the validation set; a complete sanity check is that of step 0."""
-        summary = pl_module.validation_summary()  # type: ignore[operator]
+        """Writes the module's summary of every validation split; a complete sanity check is that of step 0."""
+        summaries = {
+            split: pl_module.validation_summary(number)  # type: ignore[operator]
+            for number, split in enumerate(self.validations)
+        }
         if trainer.sanity_checking and not math.isinf(trainer.num_sanity_val_steps):
             return
         # Before the first batch no rank knows the names, so none makes the collective call.
         more = int(self._sums.total()[-1]) if self._names else 0
-        self._write(trainer, "val", summary, self.samples + more)
+        self._write(trainer, summaries, self.samples + more)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the partial interval of every rank; every rank must call it."""
@@ -82,9 +86,10 @@ class RunScalars(Callback):
         self._sums = IntervalSums(state_dict["interval_WS"].shape[1])
         self._sums.load(state_dict["interval_WS"], self._rank, self._world)
 
-    def _write(self, trainer: pl.Trainer, key: str, values: dict[str, float], samples: int) -> None:
+    def _write(self, trainer: pl.Trainer, values: dict[str, dict[str, float]], samples: int) -> None:
         if not trainer.is_global_zero:
             return
-        self.file.append({**record_head(trainer, {"samples": samples}), key: values, "time": time.time()})
+        self.file.append({**record_head(trainer, {"samples": samples}), **values, "time": time.time()})
+        scalars = {f"{key}/{name}": value for key, entries in values.items() for name, value in entries.items()}
         for logger in trainer.loggers:
-            logger.log_metrics({f"{key}/{name}": value for name, value in values.items()}, step=samples)
+            logger.log_metrics(scalars, step=samples)

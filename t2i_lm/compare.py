@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         plan = chosen_plan(options.plan, options.scale, options.where)
         arms = find_arms(plan, options.runs, options.strict)
+        if options.plan is None and not arms.runs[0].validation_splits:
+            plan = plan.on_one_set()
         table = WRITERS[options.format](plan, arms, compare(plan, arms))
         if options.out is None:
             print(table)

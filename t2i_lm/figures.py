@@ -13,7 +13,18 @@ EXAMPLE = """example:
 
 without --pretrained and --scratch, the newest two runs are drawn that agree in data hash, seed,
 scale, trainer.max_steps, log.interval and log.ema."""
-NAMES = ("2", "3", "4", "5", "6", "inits", "forgetting", "relearning", "remedies")  # keys of plots.catalogue.FIGURES
+NAMES = (
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "6",
+    "inits",
+    "forgetting",
+    "relearning",
+    "remedies",
+)  # keys of plots.catalogue.FIGURES
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Trains arms at several values of a config key and compares them: `python -m t2i_lm.sweep`."""
+"""Trains arms at several values of one or two config keys and compares them: `python -m t2i_lm.sweep`."""
 
 import argparse
 import sys
@@ -12,19 +12,24 @@ EXAMPLE = """example:
   python -m t2i_lm.sweep optim.lr=1.5e-3,3e-3,6e-3 --jobs 2
   python -m t2i_lm.sweep seed=0,1,2 --jobs 2
   python -m t2i_lm.sweep optim.lr=3e-3,6e-3 seed=0,1,2 --arm t2i_pretrained --arm t2i_scratch --arm t2i_shuffled
+  python -m t2i_lm.sweep optim.lr=1.5e-3,3e-3,6e-3 data.batch_size=8,16,32 --jobs 2
 
-one key is swept, its values separated by commas; several seeds beside it give ranges, and alone means and standard
-deviations. A finished run of the same config is not trained again, an interrupted one resumes. Runs: RUN.DIR/sweep."""
+one or two keys are swept, their values separated by commas; several seeds beside them give ranges, and alone means and
+standard deviations. A batch size is swept at equal tokens, unless with --equal steps. A finished run of the same config
+is not trained again, an interrupted one resumes. Runs: RUN.DIR/sweep."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser."""
-    arguments = command_parser("sweep", "Train arms at several values of a key; draw their held-out losses.", EXAMPLE)
+    arguments = command_parser("sweep", "Train arms at several values of keys; draw held-out losses.", EXAMPLE)
     arguments.add_argument("--arm", action="append", metavar="NAME", help=f"experiment (default: {', '.join(ARMS)})")
     add_scale(arguments)
     add_jobs(arguments)
     add_figures(arguments)
     add_strict(arguments)
+    arguments.add_argument(
+        "--equal", choices=("tokens", "steps"), default="tokens", help="what runs of a swept batch size share"
+    )
     arguments.add_argument("keys", nargs="*", metavar="key=value[,value...]", help="swept, or for every run")
     return arguments
 
@@ -34,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(argv)
 
     def body() -> int:
-        key, jobs = sweep_jobs(options.keys, options.arm or ARMS, options.scale)
+        equal_tokens = options.equal == "tokens"
+        keys, jobs = sweep_jobs(options.keys, options.arm or ARMS, options.scale, equal_tokens=equal_tokens)
         remaining = unfinished(list(jobs.values()))
         if options.dry_run:
             print(*(f"== {job.name}" for job in remaining), sep="\n")
@@ -44,15 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         from t2i_lm.comparison.comparability import require_comparable
         from t2i_lm.plots.panels import save_figure
-        from t2i_lm.plots.sweep import Outcome, draw_sweep, sweep_caption, sweep_table, varied_in
+        from t2i_lm.plots.sweep import Outcome, varied_in
+        from t2i_lm.plots.sweep_grid import caption_of, draw, tables_of
 
         runs = finished_runs(jobs).items()
-        if outcomes := [Outcome(arm.removeprefix("t2i_"), value, run) for (arm, value, *_), run in runs]:
+        outcomes = [Outcome(arm.removeprefix("t2i_"), values[: len(keys)], run) for (arm, *values), run in runs]
+        if outcomes:
             if options.strict:
-                require_comparable({f"{one.arm} {one.value}": one.run for one in outcomes}, varied_in(key))
-            caption, stem = sweep_caption(key, outcomes), f"figure_sweep_{key.replace('.', '_')}"
-            paths = save_figure(draw_sweep(key, outcomes, caption), options.out / stem, f"Sweep of {key}", caption)
-            print(*paths, "", sweep_table(key, outcomes), sep="\n")
+                require_comparable({f"{one.arm} {one.value}": one.run for one in outcomes}, varied_in(keys))
+            caption, stem = caption_of(keys, outcomes), "_".join(["figure_sweep", *keys]).replace(".", "_")
+            title = f"Sweep of {' and '.join(keys)}"
+            paths = save_figure(draw(keys, outcomes, caption), options.out / stem, title, caption)
+            print(*paths, "", tables_of(keys, outcomes), sep="\n")
         return code
 
     return exit_code(body)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,13 +68,18 @@ def curve(run: Run) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in clock} for record in run.metrics]
 
 
+def losses(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Losses of a line of metrics.jsonl by split: of training, or of every validation split; empty for other lines."""
+    return {key: entries for key, entries in record.items() if re.fullmatch("train|val(/.*)?", key)}
+
+
 def same_losses(one: Run, other: Run, tolerance: float) -> None:
     assert len(one.metrics) == len(other.metrics)
     for ours, theirs in zip(one.metrics, other.metrics, strict=True):
-        key = "train" if "train" in ours else "val"
-        for name in ("text", "image", "boundary", "all"):
-            assert ours[key][name]["count"] == theirs[key][name]["count"]
-            assert ours[key][name]["nll"] == pytest.approx(theirs[key][name]["nll"], rel=tolerance)
+        for key, entries in losses(ours).items():
+            for name in ("text", "image", "boundary", "all"):
+                assert entries[name]["count"] == theirs[key][name]["count"]
+                assert entries[name]["nll"] == pytest.approx(theirs[key][name]["nll"], rel=tolerance)
         assert ours["tokens_real"] == theirs["tokens_real"]
 
 

@@ -54,7 +54,7 @@ def test_frozen_parts_stay_frozen_on_two_processes(tiny: list[str], tmp_path: Pa
     for name, tensor in checkpoints(newest(one))[-1].items():
         if "feed_forward" in name or name.endswith(".text"):
             assert torch.equal(checkpoints(newest(two))[-1][name], tensor), name
-    nll = [newest(root).records("val")[-1]["val"]["image"]["nll"] for root in (one, two)]
+    nll = [newest(root).validations()[-1]["val"]["image"]["nll"] for root in (one, two)]
     assert nll[1] == pytest.approx(nll[0], rel=1e-6)
 
 
@@ -74,7 +74,7 @@ def test_a_softmax_over_image_rows_alone_has_a_smaller_loss(tiny: list[str], tmp
     changes = [*tiny, "samples.prompts=0", "trainer.max_steps=3"]
     assert train([UNCONDITIONAL, *changes, f"run.dir={tmp_path}/all"]) == 0
     assert train([UNCONDITIONAL, *changes, f"run.dir={tmp_path}/image", "loss_rows=image"]) == 0
-    whole, image = (newest(tmp_path / name).records("val")[0]["val"] for name in ("all", "image"))
+    whole, image = (newest(tmp_path / name).validations()[0]["val"] for name in ("all", "image"))
     assert image["image"]["nll"] < whole["image"]["nll"] - 1
     assert image["boundary"]["count"] == 0
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i_lm.compare import main as compare
+from t2i_lm.data.scenes.version import SCENES_FORMAT
 from t2i_lm.evaluate import main as evaluate
 from t2i_lm.figures import main as figures
 from t2i_lm.sample import main as sample
 from t2i_lm.storage.run_folder import REPORT, Run, read_run, run_folders
 from t2i_lm.train import main as train
-from tests.runs import PRETRAINED, curve
+from tests.runs import PRETRAINED, curve, losses
 
 FOLDER = Path(__file__).with_name("data_files") / "old_run"
 # Where sums are added in another order, the last bits of a loss may differ.
@@ -31,7 +33,8 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_an_old_run_is_read(old: Run) -> None:
     assert old.environment["git"].startswith("e77443d")
     assert old.config["name"] == "t2i_pretrained"
-    assert [record["step"] for record in old.records("val")] == [0, 4, 8]
+    assert old.validation_splits == ()
+    assert [record["step"] for record in old.validations()] == [0, 4, 8]
     assert old.report is not None
 
 
@@ -45,9 +48,23 @@ def test_an_old_run_is_resumed_with_its_own_losses(old: Run) -> None:
         assert curve(resumed) == curve(old)
     assert len(resumed.metrics) == len(old.metrics)
     for ours, theirs in zip(resumed.metrics, old.metrics, strict=True):
-        key = "train" if "train" in theirs else "val"
-        for name, entry in theirs[key].items():
-            assert ours[key][name] == pytest.approx(entry, rel=1e-6), (theirs["step"], name)
+        for key, entries in losses(theirs).items():
+            for name, entry in entries.items():
+                assert ours[key][name] == pytest.approx(entry, rel=1e-6), (theirs["step"], name)
+
+
+def test_an_old_run_without_its_shards_is_refused_before_any_preparation(
+    old: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (old.folder / REPORT).unlink()
+    shutil.rmtree(next(Path("cache").glob("scenes-*")))
+    before = sorted(Path().rglob("*"))
+    assert train([PRETRAINED, "--resume", str(old.folder)]) == 2
+    refusal = (
+        f"the run was trained on version 2 of the scenes, this code generates version {SCENES_FORMAT}, and its shards"
+    )
+    assert refusal in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(Path().rglob("*")) == before
 
 
 @pytest.mark.slow
@@ -62,6 +79,11 @@ def test_an_old_run_is_evaluated(old: Run, book: Path, tmp_path: Path) -> None:
     assert evaluate(["--checkpoint", str(old.folder), *words]) == 0
     found = json.loads((tmp_path / "out" / "forgetting.json").read_text())
     assert found["text"]["targets"] == 4 * 32
+
+
+def test_old_arms_are_compared_on_their_one_validation_set(old: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare(["--runs", "runs"]) == 0
+    assert "val.image.nll (nats/token) *" in capsys.readouterr().out
 
 
 def test_an_old_run_is_drawn(old: Run, tmp_path: Path) -> None:

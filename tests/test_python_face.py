@@ -66,10 +66,10 @@ def test_images_equal_those_of_the_sample_command(trained: TrainedRun, run: Path
 
 
 def test_perplexity_of_the_validation_pairs_is_the_runs_own(trained: TrainedRun, tmp_path: Path) -> None:
-    source = open_sized(trained.config.data, "val", trained.config.image_tokenizer.size)
+    source = open_sized(trained.config.data, "val/iid", trained.config.image_tokenizer.size)
     pairs = [(source[index].image, source[index].captions[0]) for index in range(len(source))]
     measured = trained.perplexity(pairs)
-    recorded = read_run(trained.folder).records("val")[-1]["val"]
+    recorded = read_run(trained.folder).validations()[-1]["val"]
     assert measured.keys() == recorded.keys() == {"text", "image", "boundary", "all", "all_no_boundary"}
     for modality, entry in recorded.items():
         assert measured[modality]["nll"] == pytest.approx(entry["nll"], rel=1e-6)
@@ -89,11 +89,11 @@ def test_metrics_have_a_row_per_record_and_modality(trained: TrainedRun) -> None
         *("nll", "ppl", "nll_ema", "ppl_ema", "count"),
     ]
     records = read_run(trained.folder)
-    assert len(frame) == 5 * (len(records.records("train")) + len(records.records("val")))
-    last = frame.query("split == 'val' and modality == 'image'").iloc[-1]
-    recorded = records.records("val")[-1]
+    assert len(frame) == 5 * (len(records.records("train")) + 2 * len(records.validations()))
+    last = frame.query("split == 'val/compositional' and modality == 'image'").iloc[-1]
+    recorded = records.validations("compositional")[-1]
     assert (last["step"], last["nll"], last["count"]) == (8, recorded["val"]["image"]["nll"], 20 * 64)
-    assert frame.query("split == 'val'")["nll_ema"].isna().all()
+    assert frame.query("split == 'val/iid'")["nll_ema"].isna().all()
     assert frame.query("split == 'train'")["nll_ema"].notna().all()
 
 
@@ -112,9 +112,9 @@ def test_perplexity_of_an_unconditional_run_in_bfloat16_is_the_runs_own(tiny: li
     changes = [*tiny, *quick, "trainer.precision=bf16-mixed", f"run.dir={tmp_path}"]
     assert train([str(ROOT / "experiments" / "uncond_scratch.yaml"), *changes]) == 0
     trained = t2i_lm.load(tmp_path)
-    source = open_sized(trained.config.data, "val", trained.config.image_tokenizer.size)
+    source = open_sized(trained.config.data, "val/iid", trained.config.image_tokenizer.size)
     measured = trained.perplexity((source[index].image, "") for index in range(len(source)))
-    recorded = read_run(trained.folder).records("val")[-1]["val"]
+    recorded = read_run(trained.folder).validations()[-1]["val"]
     for modality, entry in recorded.items():
         assert measured[modality]["nll"] == pytest.approx(entry["nll"], rel=1e-6)
     with pytest.raises(ValueError, match="generates images without prompts"):

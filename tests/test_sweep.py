@@ -1,11 +1,13 @@
 """A sweep: its runs, figure and table."""
 
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
 
-from t2i_lm.plots.sweep import Outcome, draw_sweep, sweep_caption, sweep_table
+from t2i_lm.plots.sweep import Outcome, at_edges, draw_sweep, sweep_caption, sweep_table
+from t2i_lm.plots.sweep_grid import caption_of, draw, tables_of
 from t2i_lm.storage.run_folder import read_run, run_folders
 from t2i_lm.sweep import main
 from t2i_lm.training.sweep import ARMS, split_keys, sweep_jobs
@@ -15,18 +17,23 @@ SWEPT = ["optim.lr=1e-3,3e-3", "seed=0,1"]
 
 
 def test_keys_with_several_values_are_distinguished_from_lists_and_single_values() -> None:
-    key, several, fixed = split_keys([*SWEPT, "freeze=[ffn,norm]", "trainer.max_steps=5", "optim.betas=[0.9,0.9]"])
-    assert key == "optim.lr"
+    keys, several, fixed = split_keys([*SWEPT, "freeze=[ffn,norm]", "trainer.max_steps=5", "optim.betas=[0.9,0.9]"])
+    assert keys == ("optim.lr",)
     assert several == {"optim.lr": ["1e-3", "3e-3"], "seed": ["0", "1"]}
     assert fixed == ["freeze=[ffn,norm]", "trainer.max_steps=5", "optim.betas=[0.9,0.9]"]
-    assert split_keys(["seed=0,1"])[0] == "seed"
+    assert split_keys(["seed=0,1"])[0] == ("seed",)
+    assert split_keys(["data.batch_size=8,16", *SWEPT])[0] == ("data.batch_size", "optim.lr")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["optim.lr=1e-3"], "no key has several values"),
-        (["optim.lr=1e-3,2e-3", "data.batch_size=8,16"], "optim.lr and data.batch_size have several values"),
+        (
+            ["optim.lr=1e-3,2e-3", "data.batch_size=8,16", "data.length=96,112"],
+            "optim.lr, data.batch_size, data.length have several values: expected one or two",
+        ),
+        (["data.batch_size=7,16"], "data.batch_size=7: 25,600 samples"),
         (["optim.lrr=1e-3,2e-3"], "did you mean 'optim.lr'"),
         (["optim.lr=1e-3,fast"], "optim.lr"),
         (["optim.lr=1e-3,0.001"], "two of the values are the same"),
@@ -76,7 +83,7 @@ def outcomes(root: Path) -> list[Outcome]:
             for seed in (0, 1):
                 stamp = f"20260301-1{seed}{value[-1]}000"
                 folder = write_run(root, f"t2i_{arm}", stamp, config={"optim.lr": float(value), "seed": seed})
-                made.append(Outcome(arm, value, read_run(folder)))
+                made.append(Outcome(arm, [value], read_run(folder)))
     return made
 
 
@@ -110,7 +117,7 @@ def test_seeds_have_no_best_and_their_means_are_paired(tmp_path: Path) -> None:
     for arm in ("pretrained", "scratch"):
         for seed in (0, 1, 2):
             folder = write_run(tmp_path, f"t2i_{arm}", f"20260301-1{seed}0000", config={"seed": seed})
-            found.append(Outcome(arm, str(seed), read_run(folder)))
+            found.append(Outcome(arm, [str(seed)], read_run(folder)))
     table = sweep_table("seed", found)
     assert "*" not in table
     assert "best" not in table
@@ -124,3 +131,55 @@ def test_seeds_have_no_best_and_their_means_are_paired(tmp_path: Path) -> None:
     image, _ = draw_sweep("seed", found, caption).axes
     assert not [line for line in image.lines if (line.get_gid() or "").endswith("/best")]
     assert {line.get_linestyle() for line in image.lines} == {"None"}, "seeds have no order"
+
+
+def test_a_batch_size_is_swept_at_equal_tokens_unless_asked_otherwise() -> None:
+    words = ["data.batch_size=8,32", "optim.lr=1e-3,3e-3"]
+    _, jobs = sweep_jobs(words, ARMS, "demo")
+    configs = [job.config for job in jobs.values()]
+    assert {config.trainer.max_steps * config.data.batch_size for config in configs} == {25_600}
+    assert {(config.data.batch_size, config.log.interval, config.optim.warmup_steps) for config in configs} == {
+        (8, 20, 80),
+        (32, 5, 20),
+    }
+    _, jobs = sweep_jobs(words, ARMS, "demo", equal_tokens=False)
+    assert {job.config.trainer.max_steps for job in jobs.values()} == {1600}
+    _, jobs = sweep_jobs(["data.batch_size=8,32", "trainer.max_steps=100,200"], ARMS, "demo")
+    assert {job.config.trainer.max_steps for job in jobs.values()} == {100, 200}
+
+
+def test_a_best_value_at_the_edge_of_the_grid_is_told_in_table_and_caption(runs: Path) -> None:
+    warned = {"0.001": [1.0], "0.003": [2.0], "0.009": [3.0]}
+    (line,) = at_edges("optim.lr", {"pretrained": warned})
+    assert line.startswith("EDGE OF THE GRID: pretrained's best optim.lr, 0.001, is the smallest;")
+    assert not at_edges("optim.lr", {"pretrained": {"0.001": [2.0], "0.003": [1.0], "0.009": [3.0]}})
+    assert not at_edges("optim.lr", {"pretrained": {"0.001": [2.0]}})
+    assert not at_edges("optim.name", {"pretrained": {"adamw": [2.0], "muon": [1.0]}})
+    made = outcomes(runs)  # losses do not depend on the value here: the first one, 0.003, is the best
+    assert "EDGE OF THE GRID" not in sweep_table("optim.lr", made) + sweep_caption("optim.lr", made)
+    made = [one for one in made if one.value != "0.001"]
+    assert "EDGE OF THE GRID: scratch's best optim.lr, 0.003, is the smallest" in sweep_table("optim.lr", made)
+    assert "EDGE OF THE GRID: scratch's best optim.lr, 0.003, is the smallest" in sweep_caption("optim.lr", made)
+
+
+def test_two_keys_give_a_map_per_arm_and_their_difference(runs: Path) -> None:
+    made, keys = [], ("optim.lr", "data.batch_size")
+    for arm in ("pretrained", "scratch"):
+        for number, (rate, size) in enumerate(product(("0.001", "0.01"), ("8", "16"))):
+            values = {"optim.lr": float(rate), "data.batch_size": int(size)}
+            folder = write_run(runs, f"t2i_{arm}", f"20260405-10000{number}", config=values)
+            made.append(Outcome(arm, [rate, size], read_run(folder)))
+    caption = caption_of(keys, made)
+    assert caption.startswith("Sweep of optim.lr and data.batch_size.")
+    figure = draw(keys, made, caption)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "pre-trained",
+        "random initialization",
+        "random initialization\n- pre-trained",
+    ]
+    written = [text.get_text().split("\n")[0] for text in figure.axes[0].texts]
+    expected = [f"{outcome.nll('image'):.3f}" for outcome in made if outcome.arm == "pretrained"]
+    assert sorted(written) == sorted(expected)
+    table = tables_of(keys, made)
+    assert table.count("image nll: optim.lr, by data.batch_size") == 2
+    assert " *" in table

@@ -22,6 +22,7 @@ from tests.runs import (
     checkpoints,
     curve,
     launch,
+    losses,
     same_losses,
     succeed,
     train,
@@ -35,11 +36,11 @@ def test_a_run_writes_all_its_files(pretrained: Run) -> None:
     for name in ("config.yaml", "env.json", "metrics.jsonl", "report.json", "samples/grid.png"):
         assert (folder / name).is_file(), name
     assert [record["step"] for record in pretrained.records("train")] == [2, 4, 6, 8]
-    assert [record["step"] for record in pretrained.records("val")] == [0, 4, 8]
+    assert [record["step"] for record in pretrained.validations()] == [0, 4, 8]
     assert len(list((folder / "checkpoints").glob("*.ckpt"))) == 2
     assert pretrained.report is not None
-    assert pretrained.report["familiar"]["preference"]["colour"]["of"] == 2
-    for part in (pretrained.report, pretrained.report["familiar"]):
+    for part in (pretrained.report["iid"], pretrained.report["compositional"]):
+        assert part["preference"]["colour"]["of"] == 2
         for share, entries in (("right", part["samples"]["accuracy"]), ("preferred", part["preference"])):
             assert "background" in entries
             for entry in entries.values():
@@ -47,18 +48,23 @@ def test_a_run_writes_all_its_files(pretrained: Run) -> None:
                 assert entry["se"] == pytest.approx(math.sqrt(entry[share] * (1 - entry[share]) / entry["of"]))
         assert part["ceiling"]["scenes"] == 1000
         assert part["samples"]["accuracy"].keys() <= part["ceiling"]["accuracy"].keys()
-    assert (folder / "samples" / "grid_familiar.png").is_file()
-    assert pretrained.report["text_floor_nll"] > 0
+    for name in ("grid_compositional", "originals", "originals_compositional"):
+        assert (folder / "samples" / f"{name}.png").is_file()
+    assert pretrained.report["text_floor_nll"] > pretrained.report["image_floor_nll"] > 0
+    for split in pretrained.validation_splits:
+        assert pretrained.report[f"val/{split}"] == pretrained.validations(split)[-1]["val"]
+    assert "val" not in pretrained.report
     assert pretrained.report["truncated_captions"] < 0.5
 
 
 def test_the_split_reproduces_the_total(pretrained: Run) -> None:
     for record in pretrained.metrics:
-        values = record.get("train", record.get("val"))
-        for field in ("nll_sum", "count"):
-            parts = sum(values[name][field] for name in ("text", "image", "boundary"))
-            assert values["all"][field] == pytest.approx(parts, rel=1e-12)
-        assert values["all"]["ppl"] == pytest.approx(math.exp(values["all"]["nll"]))
+        assert losses(record).keys() in ({"train"}, {"val/iid", "val/compositional"})
+        for values in losses(record).values():
+            for field in ("nll_sum", "count"):
+                parts = sum(values[name][field] for name in ("text", "image", "boundary"))
+                assert values["all"][field] == pytest.approx(parts, rel=1e-12)
+            assert values["all"]["ppl"] == pytest.approx(math.exp(values["all"]["nll"]))
     last = pretrained.records("train")[-1]
     assert last["samples"] == 8 * 8
     assert last["tokens_nominal"] == 8 * 8 * 112
@@ -85,7 +91,7 @@ def test_both_arms_see_one_stream(pretrained: Run, scratch: Run) -> None:
 
 def test_the_random_arm_starts_at_ln_v_plus_a_half(scratch: Run) -> None:
     vocabulary = 512 + 7 + 32
-    first = scratch.records("val")[0]["val"]["all"]["nll"]
+    first = scratch.validations()[0]["val"]["all"]["nll"]
     assert first == pytest.approx(math.log(vocabulary) + 0.5, abs=0.15)
 
 
@@ -224,8 +230,8 @@ def test_a_run_killed_while_it_reports_only_reports_again(pretrained: Run, tiny:
     assert curve(again) == curve(pretrained)
     assert again.report is not None
     assert pretrained.report is not None
-    assert again.report["samples"] == pretrained.report["samples"]
-    assert again.report["val"] == pretrained.report["val"]
+    for name in ("iid", "val/iid", "val/compositional"):
+        assert again.report[name] == pretrained.report[name]
 
 
 def test_the_time_of_a_run_is_that_of_all_its_sessions(pretrained: Run, tmp_path: Path) -> None:

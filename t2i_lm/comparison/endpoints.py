@@ -2,10 +2,12 @@
 
 Names:
 
-    val.image.nll                     metrics.jsonl: the last record with `val`, and in it image, nll
-    forgetting.text.text_rows.nll     the same for `forgetting`
-    report.preference.color.preferred report.json
-    tokens_saved.image                of a pair: tokens that the second run needs beyond the first for an equal loss
+    val.image.nll                         metrics.jsonl: the last validation, in it image, nll; of the primary split
+    val/compositional.image.nll           the same of a named split
+    forgetting.text.text_rows.nll         the last record with `forgetting`
+    report.iid.preference.color.preferred report.json
+    tokens_saved.image                    of a pair: tokens that the second run needs beyond the first for an equal loss
+                                          of the primary split
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_lm.storage.run_folder import Run
+from t2i_lm.storage.run_folder import VAL, Run
 
 REPORT, TOKENS_SAVED = "report", "tokens_saved"
 # Units of what a name ends with; other endpoints have none.
@@ -100,9 +102,9 @@ def _tokens_to(curve: Curve, loss: float) -> float:
 
 def _curve(run: Run, modality: str) -> Curve:
     points = [
-        (float(record["tokens_nominal"]), float(record["val"][modality]["nll"]))
-        for record in run.records("val")
-        if modality in record["val"]
+        (float(record["tokens_nominal"]), float(record[VAL][modality]["nll"]))
+        for record in run.validations()
+        if modality in record[VAL]
     ]
     if len(points) < 2:
         raise ValueError(
@@ -112,7 +114,7 @@ def _curve(run: Run, modality: str) -> Curve:
 
 
 def _last(run: Run, kind: str) -> Any:
-    records = run.records(kind)
+    records = run.validations() if kind == VAL else run.records(kind)
     if not records:
         kinds = sorted({key for record in run.metrics for key, value in record.items() if isinstance(value, dict)})
         raise ValueError(f"endpoint {kind}: {run.folder} has no {kind} in metrics.jsonl; it has {', '.join(kinds)}")

@@ -13,6 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.config.sections import require
+from t2i_lm.storage.run_folder import PRIMARY, VAL
+
+# Default secondary endpoints.
+SECONDARY = ("val/compositional.image.nll", "val/iid.text.nll", "val/iid.all.nll", "tokens_saved.image")
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,19 @@ class Plan:
 
     arms: list[str] = field(default_factory=lambda: ["t2i_pretrained", "t2i_scratch"])
     scale: str = "demo"
-    primary: str = "val.image.nll"
+    primary: str = "val/iid.image.nll"
     margin: str = "1%"
-    secondary: list[str] = field(default_factory=lambda: ["val.text.nll", "val.all.nll", "tokens_saved.image"])
+    secondary: list[str] = field(default_factory=lambda: [*SECONDARY])
     seeds: list[int] = field(default_factory=list)
     where: dict[str, Any] = field(default_factory=dict)
     varied: list[str] = field(default_factory=list)
     alpha: float = 0.05
+
+    def on_one_set(self) -> "Plan":
+        """The plan for runs with one validation set: endpoints of the primary split are of it, those of others go."""
+        secondary = [_on_one_set(name) for name in self.secondary]
+        kept = [name for name in secondary if not name.startswith(f"{VAL}/")]
+        return replace(self, primary=_on_one_set(self.primary), secondary=kept)
 
     def __post_init__(self) -> None:
         pair = len(self.arms) == 2 and self.arms[0] != self.arms[1]
@@ -79,6 +89,10 @@ class Plan:
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "each seed once")
         names = [Endpoint(name).name for name in (self.primary, *self.secondary)]
         require(len(set(names)) == len(names), "secondary", self.secondary, "each endpoint once, and not the primary")
+
+
+def _on_one_set(endpoint: str) -> str:
+    return endpoint.replace(f"{VAL}/{PRIMARY}.", f"{VAL}.")
 
 
 @dataclass(frozen=True)
@@ -93,9 +107,9 @@ class Study:
 
     scale: str = "demo"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    primary: str = "val.image.nll"
+    primary: str = "val/iid.image.nll"
     margin: str = "1%"
-    secondary: list[str] = field(default_factory=lambda: ["val.text.nll", "val.all.nll", "tokens_saved.image"])
+    secondary: list[str] = field(default_factory=lambda: list(SECONDARY))
     alpha: float = 0.05
     comparisons: dict[str, Any] = field(default_factory=dict)
     runs: dict[str, Any] = field(default_factory=dict)

@@ -175,6 +175,8 @@ class ExperimentConfig(Section):
         yield text != (data.source == "text"), "data.source", f"{'' if text else 'not '}text with {task}"
         yield (text or image_tokenizer) and self.init != "random", "init", f"random, with which {task} starts"
         yield self.loss_rows != "all" and self.task != "unconditional", "loss_rows", f"all with {task}"
+        ratio = data.text_ratio is not None
+        yield ratio and self.task != "text_to_image", "data.text_ratio", f"null with {task}"
         yield self.fid.interval is not None and self.task != "text_to_image", "fid.interval", f"null with {task}"
         for key, plain, word in (
             ("trainer.packing", False, "false"),

@@ -182,11 +182,11 @@ class DataConfig(Section, prefix="data"):
     train_size: int | None = None
     """Training samples taken from the source; null: all. `scenes` requires a number."""
     val_size: int | None = None
-    """Held-out samples taken from the source; null: all. `scenes` requires a number."""
+    """Held-out samples taken from the source; null: all. `scenes` requires a number, of each validation split."""
     seed: int = 0
     """Seed of generated scenes, not of the run."""
     hold_out_pairs: bool = True
-    """With `scenes`: keeps some color-shape pairs out of training, so that validation tests composition."""
+    """With `scenes`: keeps some color-shape pairs out of training; `val/compositional` has those, `val/iid` others."""
     batch_size: int = 64
     """Global batch size in sequences, split over ranks and accumulation."""
     length: int = 128
@@ -195,6 +195,9 @@ class DataConfig(Section, prefix="data"):
     """Of several captions of an image: the `first`, a `random` one per epoch, or `all`, each a sample of its own."""
     caption_dropout: float = 0.0
     """Share of training captions left empty, in [0, 1); classifier-free guidance requires some."""
+    text_ratio: float | None = None
+    """Text ids per image id in training, in (0, 1]: captions of an image are joined, or some left out, as with
+    caption_dropout; null: one caption each. Scenes have several captions where they are joined."""
     max_reject_share: float = 0.01
     """Largest share of unreadable samples, in [0, 1]; above it the preparation stops."""
     max_recurring_share: float = 0.0
@@ -223,6 +226,9 @@ class DataConfig(Section, prefix="data"):
         self.at_least(1, "batch_size", "length", "part_size", "pad_to_multiple_of", "train_size", "val_size")
         self.at_least(0, "workers")
         self.below_one("caption_dropout")
+        self.check(self.text_ratio is None or 0 < self.text_ratio <= 1, "text_ratio", "null or a value in (0, 1]")
+        both = self.text_ratio is not None and self.caption_dropout > 0
+        self.check(not both, "caption_dropout", "0 where data.text_ratio is given, which empties captions too")
         self.share("max_reject_share", "max_recurring_share", "max_truncated_share")
         self.check(
             0 <= self.replay_ratio < 1 and abs(self.replay_ratio * self.batch_size - self.replayed) < 1e-9,
@@ -352,7 +358,7 @@ class SampleConfig(Section, prefix="samples"):
     interval: int | None = None
     """Optimizer steps between grids during training; null, or a sharded model: only at the end."""
     preference_scenes: int = 500
-    """Held-out scenes for caption preference, with data.source=scenes."""
+    """Held-out scenes for caption preference, of each validation split, with data.source=scenes."""
 
     def __post_init__(self) -> None:
         self.at_least(0, "prompts", "grid", "preference_scenes", "guidance")

@@ -10,11 +10,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.data.datamodules import Batch, BatchDataModule, CaptionedIds
+from t2i_lm.data.datamodules import Batch, BatchDataModule, Batches, CaptionedIds
 from t2i_lm.data.sampler import Draw
+from t2i_lm.data.shards.format import validation_splits
 from t2i_lm.tokenizers.layout import IntArray
 
 
@@ -62,7 +62,7 @@ class BagDataModule(BatchDataModule):
     """Prepared pairs as bags. Validation drops the last, incomplete batch: the loss depends on the batch size."""
 
     def __init__(self, config: ExperimentConfig, folder: Path) -> None:
-        super().__init__(config)
+        super().__init__(config, validation_splits(folder))
         self.folder = folder
 
     def setup(self, stage: str) -> None:
@@ -73,15 +73,17 @@ class BagDataModule(BatchDataModule):
         """
         data, seed, shuffle = self.config.data, self.config.seed, self.config.align.shuffle_pairs
         self.train_set = BagBatches(self.open(self.folder, "train"), data.captions, seed, shuffle)
-        self.val_set = BagBatches(self.open(self.folder, "val"), "first", seed, shuffle)
-        for name, split in (("train", self.train_set), ("val", self.val_set)):
+        self.val_sets = {
+            split: BagBatches(self.open(self.folder, split), "first", seed, shuffle) for split in self.validation_splits
+        }
+        for name, split in {"train": self.train_set, **self.val_sets}.items():
             if len(split) < data.batch_size:
                 raise ValueError(f"data.batch_size={data.batch_size}: the {name} split has only {len(split)} pairs")
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """This rank's part of each full global batch of consecutive pairs."""
+    def validation_batches(self, split: Batches) -> list[list[Draw]]:
+        """This rank's part of each full global batch of consecutive pairs of a validation split."""
         assert self.trainer is not None
         size, share = self.config.data.batch_size, self.config.micro_batch
         first = self.trainer.global_rank * share
-        starts = range(first, len(self.val_set) - size + first + 1, size)
-        return self._loader(self.val_set, [[(0, index) for index in range(start, start + share)] for start in starts])
+        starts = range(first, len(split) - size + first + 1, size)
+        return [[(0, index) for index in range(start, start + share)] for start in starts]

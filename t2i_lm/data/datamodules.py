@@ -5,6 +5,8 @@ The pipeline: `prepare` writes shards -> `open_split` memory-maps them -> `Index
 integer `consumed`, which follows from the optimizer steps taken.
 """
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, center_crop
 from t2i_lm.data.sampler import Draw, IndexSampler, choose_caption, drops_caption
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import open_split, read_index
+from t2i_lm.data.shards.format import open_split, read_index, validation_splits
 from t2i_lm.data.shards.tokenize import stack_images
-from t2i_lm.data.sources import SPLITS, open_sized, print_notes
+from t2i_lm.data.sources import open_sized, print_notes
+from t2i_lm.data.splits import validations_of
+from t2i_lm.data.text_ratio import TextRatio
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.tokenizers.layout import ImageLayout, IntArray, Layout
 
@@ -61,8 +65,12 @@ class CaptionedIds(Batches):
     def pairs(self, draws: list[Draw]) -> tuple[list[IntArray], IntArray]:
         """Text ids of one caption per draw, and image ids (B, N)."""
         places = [self._place(*draw) for draw in draws]
-        texts = [self._columns.caption(row, number) for row, number in places]
+        texts = [self._text(*place, *draw) for place, draw in zip(places, draws, strict=True)]
         return texts, self._columns.images([row for row, _ in places])
+
+    def _text(self, row: int, number: int, epoch: int, index: int) -> IntArray:
+        """Text ids of a draw whose caption is `number` of a row."""
+        return self._columns.caption(row, number)
 
     def _place(self, epoch: int, index: int) -> tuple[int, int]:
         """Row and caption number of a draw."""
@@ -85,10 +93,11 @@ class PairBatches(CaptionedIds):
         seed: int,
         multiple: int,
         dropout: float = 0.0,
+        ratio: TextRatio | None = None,
     ) -> None:
         """`multiple` is `data.pad_to_multiple_of`; `dropout` is the share of emptied captions."""
         super().__init__(split, captions, seed)
-        self.layout, self.multiple, self.dropout = layout, multiple, dropout
+        self.layout, self.multiple, self.dropout, self.ratio = layout, multiple, dropout, ratio
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         texts, image_ids_BN = self.pairs(draws)
@@ -98,6 +107,12 @@ class PairBatches(CaptionedIds):
                 for text, draw in zip(texts, draws, strict=True)
             ]
         return pack_batch(self.layout, texts, image_ids_BN, self.multiple)
+
+    def _text(self, row: int, number: int, epoch: int, index: int) -> IntArray:
+        if self.ratio is None:
+            return super()._text(row, number, epoch, index)
+        caption, count = partial(self._columns.caption, row), self._columns.count(row)
+        return self.ratio.compose(caption, count, number, epoch, index)
 
 
 def pack_batch(layout: Layout | ImageLayout, texts: list[IntArray], image_ids_BN: IntArray, multiple: int) -> Batch:
@@ -142,16 +157,23 @@ class BatchDataModule(pl.LightningDataModule):
     """Loaders over `Batches`: training in the order of `IndexSampler`, validation in sequence.
 
     Attributes:
-        train_set, val_set: the datasets, opened in `setup`.
+        train_set: the training data, opened in `setup`.
+        val_sets: the validation data by split, the primary split first, opened in `setup`.
+        validation_splits: the keys of `val_sets`: `val`, or `val/NAME` of each of several splits.
     """
 
     train_set: Batches
-    val_set: Batches
+    val_sets: Mapping[str, Batches]
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, validation_splits: Sequence[str] = ("val",)) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.validation_splits = config, tuple(validation_splits)
         self._consumed = 0
+
+    @property
+    def val_set(self) -> Batches:
+        """The primary validation split."""
+        return self.val_sets[self.validation_splits[0]]
 
     @property
     def consumed(self) -> int:
@@ -165,12 +187,16 @@ class BatchDataModule(pl.LightningDataModule):
         sampler.consumed = self._consumed
         return self._loader(self.train_set, sampler)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation set, every sample once over all ranks."""
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        """A loader of each validation split."""
+        return [self._loader(split, self.validation_batches(split)) for split in self.val_sets.values()]
+
+    def validation_batches(self, split: Batches) -> list[list[Draw]]:
+        """This rank's batches of a validation split, every sample once over all ranks."""
         assert self.trainer is not None
-        draws = [(0, index) for index in range(self.trainer.global_rank, len(self.val_set), self.trainer.world_size)]
+        draws = [(0, index) for index in range(self.trainer.global_rank, len(split), self.trainer.world_size)]
         micro = self.config.micro_batch
-        return self._loader(self.val_set, [draws[start : start + micro] for start in range(0, len(draws), micro)])
+        return [draws[start : start + micro] for start in range(0, len(draws), micro)]
 
     def open(self, folder: Path, split: str) -> datasets.Dataset:
         """A split of prepared shards (`open_split`).
@@ -223,16 +249,25 @@ class PairDataModule(BatchDataModule):
     """Prepared caption-image pairs (text-to-image, unconditional)."""
 
     def __init__(self, config: ExperimentConfig, folder: Path, layout: Layout | ImageLayout) -> None:
-        super().__init__(config)
+        super().__init__(config, validation_splits(folder))
         self.folder, self.layout = folder, layout
+        self.ratio: TextRatio | None = None
+        if config.data.text_ratio is not None and isinstance(layout, Layout):
+            index = read_index(folder) or {}
+            lengths = {int(length): n for length, n in index["splits"]["train"]["caption_tokens"].items()}
+            ratio, budget = config.data.text_ratio, layout.text_budget
+            self.ratio = TextRatio(ratio, layout.image_tokens, budget, lengths, config.seed)
 
     def setup(self, stage: str) -> None:
         """Memory-maps the shards and checks their hashes."""
         data, seed = self.config.data, self.config.seed
         multiple, dropout = data.pad_to_multiple_of, data.caption_dropout
         train = self.open(self.folder, "train")
-        self.train_set = PairBatches(train, self.layout, data.captions, seed, multiple, dropout)
-        self.val_set = PairBatches(self.open(self.folder, "val"), self.layout, "first", seed, multiple)
+        self.train_set = PairBatches(train, self.layout, data.captions, seed, multiple, dropout, self.ratio)
+        self.val_sets = {
+            split: PairBatches(self.open(self.folder, split), self.layout, "first", seed, multiple)
+            for split in self.validation_splits
+        }
 
 
 class TextDataModule(BatchDataModule):
@@ -246,7 +281,7 @@ class TextDataModule(BatchDataModule):
         """Memory-maps the shards and checks their hashes; selects `train_size` and `val_size` rows."""
         data = self.config.data
         self.train_set = TextBatches(evenly_spaced(self.open(self.folder, "train"), data.train_size))
-        self.val_set = TextBatches(evenly_spaced(self.open(self.folder, "val"), data.val_size))
+        self.val_sets = {"val": TextBatches(evenly_spaced(self.open(self.folder, "val"), data.val_size))}
 
 
 def evenly_spaced(split: datasets.Dataset, size: int | None) -> datasets.Dataset:
@@ -281,9 +316,13 @@ class ImageBatches(Batches):
 class ImageDataModule(BatchDataModule):
     """Images without captions, read from the source (training of an image tokenizer)."""
 
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__(config, validations_of(config.data))
+
     def setup(self, stage: str) -> None:
         size = self.config.image_tokenizer.size
-        train, val = (open_sized(self.config.data, split, size) for split in SPLITS)
-        print_notes(train)
-        print_notes(val)
-        self.train_set, self.val_set = ImageBatches(train, size), ImageBatches(val, size)
+        sources = {split: open_sized(self.config.data, split, size) for split in ("train", *self.validation_splits)}
+        for source in sources.values():
+            print_notes(source)
+        self.train_set = ImageBatches(sources["train"], size)
+        self.val_sets = {split: ImageBatches(sources[split], size) for split in self.validation_splits}

@@ -11,7 +11,7 @@ from t2i_lm.config.sections import DataConfig, is_plugin
 from t2i_lm.data.digests import digests_of_files, store_path
 from t2i_lm.data.image_folder import image_folder
 from t2i_lm.data.pairs import CaptionedSource, StreamedSource
-from t2i_lm.data.scenes.source import SceneSource
+from t2i_lm.data.scenes.source import SceneSource, paraphrases
 from t2i_lm.data.splits import SPLITS, location, split_by_content, split_files
 from t2i_lm.data.tables import hub, hub_stream, parquet
 from t2i_lm.data.tars import TarFolder, find_tars, open_tars, require_pairs, tar_digests
@@ -38,13 +38,24 @@ def webdataset(data: DataConfig, split: str, size: int) -> TarFolder:
     return TarFolder([tars.samples[index] for index in chosen], tars.notes)
 
 
+# Split of the scene generator by `data.hold_out_pairs` and split of the shards.
+SCENE_SPLITS = {
+    (True, "train"): "train",
+    (True, "val/iid"): "iid",
+    (True, "val/compositional"): "compositional",
+    (False, "train"): "every_pair",
+    (False, "val"): "every_pair_val",
+}
+
+
 def scenes(data: DataConfig, split: str, size: int) -> CaptionedSource:
-    """Procedural scenes, as many as the config's `train_size` and `val_size`."""
+    """Procedural scenes, as many as the config's `train_size`, or `val_size` for each validation split."""
+    key = "train_size" if split == "train" else "val_size"
     count = data.train_size if split == "train" else data.val_size
     if count is None:
-        raise ValueError(f"data.{split}_size=null: expected a number, since scenes are generated")
-    scene_split = "every_pair" if split == "train" and not data.hold_out_pairs else split
-    return SceneSource(count, scene_split, data.seed, size)
+        raise ValueError(f"data.{key}=null: expected a number, since scenes are generated")
+    captions = paraphrases(data.text_ratio) if split == "train" else 1
+    return SceneSource(count, SCENE_SPLITS[data.hold_out_pairs, split], data.seed, size, captions)
 
 
 SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource | StreamedSource]] = {

@@ -15,6 +15,8 @@ from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.pairs import RejectedPairError
 
 SPLITS = ("train", "val")
+# Generated scenes: new images of the color-kind pairs of training (the primary split), and of held-out pairs.
+SCENE_VALIDATIONS = ("val/iid", "val/compositional")
 WORDS = {
     "train": ("train", "training"),
     "val": ("validation", "valid", "dev", "val"),
@@ -27,6 +29,11 @@ _WORD = re.compile(
     rf"(?:^|[-._ 0-9])({'|'.join(word for words in WORDS.values() for word in words)})(?=$|[-._ 0-9])", re.IGNORECASE
 )
 _SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
+
+
+def validations_of(data: DataConfig) -> tuple[str, ...]:
+    """Names of the validation splits of a source, the primary one first."""
+    return SCENE_VALIDATIONS if data.source == "scenes" and data.hold_out_pairs else ("val",)
 
 
 # Values of a column `split`; Karpathy's split of COCO trains on the rest of the validation images.

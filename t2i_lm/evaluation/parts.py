@@ -24,7 +24,7 @@ def part(report: dict[str, Any], name: str) -> Iterator[None]:
 
 
 def failed(report: dict[str, Any]) -> list[str]:
-    """Names of the parts that failed, those inside of others as `familiar.samples`."""
+    """Names of the parts that failed, those inside of others as `iid.samples`."""
     names: list[str] = []
     for name, value in report.items():
         if isinstance(value, dict):

@@ -15,13 +15,14 @@ from callbacks import SampleBatch, WallTime
 from callbacks.checkpoints import step_of
 from t2i_lm.config.load import load_run
 from t2i_lm.config.sections import SHARDED
-from t2i_lm.data.scenes.captions import entropy
 from t2i_lm.data.scenes.scene import SIZE
 from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.sources import SCENE_SPLITS
 from t2i_lm.evaluation.alignment import TABLE, alignment_report
 from t2i_lm.evaluation.forgetting import write_completions
+from t2i_lm.evaluation.originals import originals
 from t2i_lm.evaluation.parts import failed, measured, part
-from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, familiar_scenes, prompt_accuracy
+from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, image_floor, prompt_accuracy, text_floor
 from t2i_lm.experiment.build import Experiment, ImageExperiment
 from t2i_lm.experiment.restore import load_trained, load_trained_experiment, newest_checkpoint
 from t2i_lm.experiment.shards import data_counts
@@ -39,11 +40,10 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.storage.run_folder import REPORT, read_run
+from t2i_lm.storage.run_folder import REPORT, VAL, Run, read_run
 
-# Captions from which the entropy of the caption generator is estimated.
-ENTROPY_SAMPLES = 20_000
-GRID, ORIGINALS_GRID, FAMILIAR_GRID = "samples/grid.png", "samples/originals.png", "samples/grid_familiar.png"
+# Of the primary validation split; those of another split have its name appended.
+GRID, ORIGINALS, RECONSTRUCTIONS = "samples/grid.png", "samples/originals.png", "samples/reconstructions.png"
 
 
 def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         "tokens_nominal": last.get("tokens_nominal"),
         "tokens_real": last.get("tokens_real"),
         "wall_s": round(wall_s, 1),
-        "val": run.records("val")[-1]["val"] if run.records("val") else None,
+        **_last_validation(run),
     }
     if config.task in TASK_REPORTS:
         with part(report, config.task):
@@ -87,6 +87,13 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
     return report
 
 
+def _last_validation(run: Run) -> dict[str, Any]:
+    """The last validation: `val`, or `val/NAME` for each of several splits."""
+    names: list[str | None] = [*run.validation_splits] or [None]
+    lines = {VAL if name is None else f"{VAL}/{name}": run.validations(name) for name in names}
+    return {key: records[-1][VAL] if records else None for key, records in lines.items()}
+
+
 def write_report_again(run: Path) -> dict[str, Any]:
     """Writes the report of a run that was trained to its last step, from its last checkpoint.
 
@@ -95,7 +102,7 @@ def write_report_again(run: Path) -> dict[str, Any]:
     """
     checkpoint, config = newest_checkpoint(run), load_run(run)
     steps, last = step_of(checkpoint), config.trainer.max_steps
-    validated = any(record["step"] == last for record in read_run(run).records("val"))
+    validated = any(record["step"] == last for record in read_run(run).validations())
     if steps < last or not validated:
         left = (
             f"{checkpoint.name} is of step {steps:,} of {last:,}" if steps < last else f"step {last:,} is not validated"
@@ -143,18 +150,40 @@ def unconditional_report(experiment: ImageExperiment, folder: Path, report: dict
 
 
 def text_to_image_report(experiment: ImageExperiment, folder: Path, report: dict[str, Any]) -> None:
-    """Row norms and samples of held-out captions; for scenes, the measures that require a caption's meaning."""
+    """Row norms, floors of the losses, and samples and measures of each validation split.
+
+    Those of several splits are under their names (`iid`, `compositional`), those of one at the top level.
+    """
     _for_sampling(experiment)
-    config = experiment.config
-    split = open_split(experiment.shards, "val")
-    count = min(config.samples.prompts, len(split))
-    scenes = config.data.source == "scenes"
-    checked = scenes and experiment.image.image_size == SIZE  # the only size that the checker reads
     report["text_floor_nll"] = None
     with part(report, "row_norms"):
         report["row_norms"] = row_norms(experiment.decoder)
     with part(report, "truncated_captions"):
         report["truncated_captions"] = truncated_share(experiment)
+    if experiment.config.data.source == "scenes":
+        with part(report, "text_floor"):
+            report["text_floor_nll"] = text_floor(experiment.index)
+        with part(report, "image_floor"):
+            report["image_floor_nll"] = image_floor(experiment.layout.image_tokens)
+    first, *others = experiment.data.validation_splits
+    if not others:
+        _split_report(experiment, folder, first, report, "")
+    for split in (first, *others) if others else ():
+        name = split.removeprefix(f"{VAL}/")
+        with part(report, name):
+            report[name] = {}
+            _split_report(experiment, folder, split, report[name], "" if split == first else f"_{name}")
+
+
+def _split_report(experiment: ImageExperiment, folder: Path, name: str, report: dict[str, Any], suffix: str) -> None:
+    """Samples of a validation split's captions; for scenes, the measures that require a caption's meaning."""
+    config, split = experiment.config, open_split(experiment.shards, name)
+    count = min(config.samples.prompts, len(split))
+    scenes = config.data.source == "scenes"
+    checked = scenes and experiment.image.image_size == SIZE  # the only size that the checker reads
+    grid, originals_grid, reconstructions = (
+        folder / file.replace(".png", f"{suffix}.png") for file in (GRID, ORIGINALS, RECONSTRUCTIONS)
+    )
     if count:
         rows = split[:count]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
@@ -164,53 +193,24 @@ def text_to_image_report(experiment: ImageExperiment, folder: Path, report: dict
             report["samples"] = {"prompts": count}
             if shown:
                 with part(report, "grid"):
-                    _save_grid(images_HW3[:shown], captions[:shown], folder / GRID)
+                    _save_grid(images_HW3[:shown], captions[:shown], grid)
             if checked:
                 meanings = [json.loads(str(text)) for text in rows["meaning"]]
                 report["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
         if shown:
-            with part(report, "originals"):
+            with part(report, "reconstructions"):
                 codes_BN = torch.from_numpy(np.stack(rows["image_ids"][:shown]).astype(np.int64))
-                _save_grid(decode(experiment, codes_BN), captions[:shown], folder / ORIGINALS_GRID)
+                _save_grid(decode(experiment, codes_BN), captions[:shown], reconstructions)
+            with part(report, "originals"):
+                images_HW3 = originals(config, name, split[:shown], experiment.image.image_size)
+                _save_grid(images_HW3, captions[:shown], originals_grid)
     if scenes:
-        with part(report, "text_floor"):
-            nats, error = entropy(ENTROPY_SAMPLES, config.data.seed)
-            lengths = experiment.index["splits"]["train"]["caption_tokens"]
-            tokens = sum(int(n) * k for n, k in lengths.items()) / sum(lengths.values())
-            report["text_floor_nll"] = nats / tokens
-            report["text_floor_standard_error"] = error / tokens
         if count and checked:
             with part(report, "ceiling"):
-                report["ceiling"] = accuracy_ceiling(experiment, "val")
+                report["ceiling"] = accuracy_ceiling(experiment, SCENE_SPLITS[config.data.hold_out_pairs, name])
         with part(report, "preference"):
             held_out = split[: min(config.samples.preference_scenes, len(split))]
             report["preference"] = caption_preference(experiment, held_out["meaning"], held_out["image_ids"])
-        report["familiar"] = {}
-        with part(report, "familiar"):
-            _familiar_report(experiment, folder, report["familiar"])
-
-
-def _familiar_report(experiment: ImageExperiment, folder: Path, report: dict[str, Any]) -> None:
-    """The same measures on new scenes whose color-kind pairs occur in training."""
-    settings = experiment.config.samples
-    scenes = familiar_scenes(experiment, max(settings.prompts, settings.preference_scenes))
-    report["samples"] = {"prompts": settings.prompts}
-    meanings = scenes.meanings[: settings.prompts]
-    if meanings:
-        with part(report, "samples"):
-            captions = scenes.captions[: settings.prompts]
-            images_HW3 = generate_images(experiment, captions, seeds_of(experiment.config.seed, len(captions)))
-            with part(report, "grid"):
-                _save_grid(images_HW3[: settings.grid], captions[: settings.grid], folder / FAMILIAR_GRID)
-            if experiment.image.image_size == SIZE:
-                report["samples"]["accuracy"] = prompt_accuracy(images_HW3, meanings)
-        if experiment.image.image_size == SIZE:
-            with part(report, "ceiling"):
-                report["ceiling"] = accuracy_ceiling(experiment, "train")
-    with part(report, "preference"):
-        chosen = slice(settings.preference_scenes)
-        texts = [json.dumps(meaning) for meaning in scenes.meanings[chosen]]
-        report["preference"] = caption_preference(experiment, texts, scenes.image_ids_BN[chosen])
 
 
 def _save_grid(images_HW3: Sequence[ImageArray], captions: Sequence[str], file: Path) -> None:
@@ -228,7 +228,7 @@ TASK_REPORTS: dict[str, Callable[[Any, Path, dict[str, Any]], None]] = {
 
 
 def sampler(experiment: Experiment) -> Callable[[], SampleBatch] | None:
-    """Samples held-out prompts during training and scores scenes; None where `samples` or the task has none."""
+    """Samples prompts of the primary split during training and scores scenes; None where there is nothing to sample."""
     config = experiment.config
     sharded = config.trainer.strategy in SHARDED  # no process has the whole model
     if sharded or config.task != "text_to_image" or not (config.samples.interval and config.samples.grid):
@@ -236,7 +236,7 @@ def sampler(experiment: Experiment) -> Callable[[], SampleBatch] | None:
     assert isinstance(experiment, ImageExperiment)
 
     def draw() -> SampleBatch:
-        rows = open_split(experiment.shards, "val")[: config.samples.grid]
+        rows = open_split(experiment.shards, experiment.data.validation_splits[0])[: config.samples.grid]
         captions = [experiment.text.decode(texts[0]) for texts in rows["text_ids"]]
         images_HW3 = generate_images(experiment, captions, seeds_of(config.seed, len(captions)))
         accuracy = {}
@@ -262,15 +262,19 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
     table = Table(title=f"{report['experiment']} ({report['scale']}, seed {report['seed']})")
     for column in ("validation", "nll (nats)", "perplexity", "targets"):
         table.add_column(column, justify="left" if column == "validation" else "right")
-    for name, entry in (report["val"] or {}).items():
-        if isinstance(entry, dict) and "nll" in entry:
-            table.add_row(name, f"{entry['nll']:.4f}", f"{entry['ppl']:.2f}", f"{entry['count']:,}")
-        elif not isinstance(entry, dict):
-            table.add_row(name, f"{entry:.4f}", "", "")
+    names = [key.removeprefix(f"{VAL}/") for key in report if key.startswith(f"{VAL}/")]
+    for split in names or [""]:
+        for name, entry in (report[f"{VAL}/{split}" if split else VAL] or {}).items():
+            label = f"{split} {name}".strip()
+            if isinstance(entry, dict) and "nll" in entry:
+                table.add_row(label, f"{entry['nll']:.4f}", f"{entry['ppl']:.2f}", f"{entry['count']:,}")
+            elif not isinstance(entry, dict):
+                table.add_row(label, f"{entry:.4f}", "", "")
     console.print(table)
-    if report.get("text_floor_nll") is not None:
-        console.print(f"floor of the text loss (entropy of the captions): {report['text_floor_nll']:.4f} nats/token")
-    for words, values in (("", report), (", seen color-kind pairs", measured(report, "familiar"))):
+    for modality in ("text", "image"):
+        if (floor := report.get(f"{modality}_floor_nll")) is not None:
+            console.print(f"floor of the {modality} loss (entropy of the generator): {floor:.4f} nats/token")
+    for words, values in [(f", {name}", measured(report, name)) for name in names] or [("", report)]:
         right, preferred = measured(values, "samples").get("accuracy"), measured(values, "preference")
         if right:
             limits = measured(values, "ceiling").get("accuracy")
@@ -283,7 +287,8 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
         if numbers := measured(report, name):
             console.print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
     console.print(f"{report['steps']} steps in {report['wall_s']:.0f} s")
-    for name in (REPORT, "metrics.jsonl", GRID, FAMILIAR_GRID, TABLE, FILE):
+    grids = sorted(file.relative_to(folder).as_posix() for file in folder.glob(GRID.replace(".png", "*.png")))
+    for name in (REPORT, "metrics.jsonl", *grids, TABLE, FILE):
         if (folder / name).exists():
             console.print(f"  {folder / name}", highlight=False, soft_wrap=True)
 

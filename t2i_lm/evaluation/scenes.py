@@ -5,8 +5,6 @@ Shapes: `B` images, `H`, `W` pixels, `N` image tokens.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ from torch import Tensor
 from t2i_lm.data.scenes import captions as caption_code
 from t2i_lm.data.scenes import checker
 from t2i_lm.data.scenes import scene as scene_code
-from t2i_lm.data.scenes.captions import ATTRIBUTES, altered, describe
+from t2i_lm.data.scenes import space as space_code
+from t2i_lm.data.scenes.captions import ATTRIBUTES, altered, caption_nats, describe, picture_nats
 from t2i_lm.data.scenes.checker import check, share_error, shares_right
-from t2i_lm.data.scenes.scene import Scene, draw_scene, render, scene_from_meaning
+from t2i_lm.data.scenes.scene import Scene, scene_from_meaning
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.experiment.build import ImageExperiment
@@ -34,39 +33,28 @@ SCORE_BATCH = 50
 # Scenes whose reconstructions give the ceiling of prompt accuracy.
 CEILING_SCENES = 1000
 # Code that the ceiling depends on besides the tokenizer: another version of it is measured again.
-CEILING_CODE = (scene_code, caption_code, checker)
+CEILING_CODE = (scene_code, space_code, caption_code, checker)
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """Captioned scenes: their meanings as JSON can hold them, and the ids of their images."""
+def text_floor(index: dict[str, Any]) -> float:
+    """Lower bound of the text loss on new training scenes, in nats per text token: exact for whole captions.
 
-    captions: list[str]
-    meanings: list[dict[str, Any]]
-    image_ids_BN: Any
+    The entropy of a caption over the mean length of the training captions. No bound on compositional scenes, which the
+    training distribution does not hold.
 
-
-def familiar_scenes(experiment: ImageExperiment, size: int) -> Scenes:
-    """New scenes whose color-kind pairs occur in training; none equals a training scene.
-
-    Validation scenes contain at least one pair that does not: they measure composition, these the training
-    distribution.
+    Args:
+        index: of the prepared shards.
     """
-    data, image = experiment.config.data, experiment.image
-    training = {draw_scene(data.seed, "train", index) for index in range(data.train_size or 0)}
-    captions: list[str] = []
-    meanings: list[dict[str, Any]] = []
-    images: list[Any] = []
-    for index in count(data.train_size or 0):
-        if len(captions) == size:
-            break
-        scene, style = draw_scene(data.seed, "train", index), f"{data.seed}/train/{index}"
-        if scene in training:
-            continue
-        captions.append(describe(scene, style).text)
-        meanings.append(scene.meaning() | {"style": style})
-        images.append(np.asarray(render(scene, image.image_size)))
-    return Scenes(captions, meanings, encode_images(image, images))
+    lengths: dict[str, int] = index["splits"]["train"]["caption_tokens"]
+    return caption_nats() * sum(lengths.values()) / sum(int(length) * count for length, count in lengths.items())
+
+
+def image_floor(image_tokens: int) -> float:
+    """Lower bound of the image loss on scenes of any split, in nats per image token, with `image_tokens` in an image.
+
+    The entropy of a picture given its caption, and so of its ids, as long as different pictures have different ids.
+    """
+    return picture_nats() / image_tokens
 
 
 def prompt_accuracy(images: Sequence[ImageArray], meanings: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -88,7 +76,7 @@ def accuracy_ceiling(experiment: ImageExperiment, split: str) -> dict[str, Any]:
 
     Args:
         experiment: with an image tokenizer of 64 pixels.
-        split: every scene of `val` contains a color-kind pair that does not occur in training, none of `train` does.
+        split: `iid`, scenes of trained color-kind pairs, or `compositional`, each with one that training never shows.
 
     Returns:
         `scenes`, their number, and their `accuracy`.

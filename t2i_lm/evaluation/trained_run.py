@@ -25,7 +25,7 @@ from t2i_lm.experiment.restore import load_trained
 from t2i_lm.generation.images import ImageArray, chosen_sampling, generate_images, require_fitting, seeds_of
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.runtime.devices import precision
-from t2i_lm.storage.run_folder import find_run, read_run
+from t2i_lm.storage.run_folder import VAL, find_run, read_run
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.layout import IntArray
 
@@ -72,10 +72,10 @@ class TrainedRun:
     def metrics(self) -> pd.DataFrame:
         """The curves of metrics.jsonl: one row per record and modality.
 
-        Columns: `step`, `samples`, `tokens_nominal` (positions), `tokens_real` (without pads), `lr`; `split` (train or
-        val); `modality` (text, image, boundary, the aggregates all and all_no_boundary, ...); `nll` in nats/token and
-        `ppl`, over the interval since the last record or the whole validation set; `nll_ema` and `ppl_ema` (train
-        alone); `count` of targets. Missing values are NaN.
+        Columns: `step`, `samples`, `tokens_nominal` (positions), `tokens_real` (without pads), `lr`; `split` (train,
+        val, or val/NAME of each of several validation splits); `modality` (text, image, boundary, the aggregates all
+        and all_no_boundary, ...); `nll` in nats/token and `ppl`, over the interval since the last record or the whole
+        validation split; `nll_ema` and `ppl_ema` (train alone); `count` of targets. Missing values are NaN.
 
         Raises:
             ValueError: if the run's losses are not split by modality (task=image_tokenizer).
@@ -85,8 +85,9 @@ class TrainedRun:
         rows = [
             {key: record[key] for key in HEAD} | {"split": split, "modality": modality} | entry
             for record in read_run(self.folder).metrics
-            for split in ("train", "val")
-            for modality, entry in record.get(split, {}).items()
+            for split, entries in record.items()
+            if split in ("train", VAL) or split.startswith(f"{VAL}/")
+            for modality, entry in entries.items()
         ]
         return pd.DataFrame(rows, columns=[*HEAD, "split", "modality", *VALUES])
 

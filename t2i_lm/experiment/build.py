@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.alignment import BagDataModule
 from t2i_lm.data.datamodules import BatchDataModule, ImageDataModule, PairDataModule, TextDataModule
 from t2i_lm.data.replay import ReplayDataModule, prepare_replay
+from t2i_lm.data.shards.cache import former_scenes
 from t2i_lm.data.shards.format import read_index
 from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
 from t2i_lm.models.aligned_rows import read_aligned_rows
@@ -39,6 +40,8 @@ from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 from t2i_lm.tokenizers.text import open_text_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ
+
+Environment = Mapping[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -234,10 +237,10 @@ def build_model(config: ExperimentConfig) -> ImageModel:
     return ImageModel(config=config, module=module, text=text, image=image, layout=layout)
 
 
-def build_images(config: ExperimentConfig) -> ImageExperiment:
+def build_images(config: ExperimentConfig, run: Environment | None) -> ImageExperiment:
     """An image model on caption-image pairs, or on their images alone."""
     model = build_model(config)
-    shards = prepare_pairs(config, model.text, model.image)
+    shards = prepare_pairs(config, model.text, model.image, run)
     model.image.to(torch.device("cpu"))  # frees GPU memory for training
     data, replay_hash = PairDataModule(config, shards, model.layout), None
     if config.data.replayed:
@@ -247,17 +250,17 @@ def build_images(config: ExperimentConfig) -> ImageExperiment:
     return ImageExperiment(**vars(model), data=data, index=_index(shards), shards=shards, replay_hash=replay_hash)
 
 
-def build_alignment(config: ExperimentConfig) -> AlignmentExperiment:
+def build_alignment(config: ExperimentConfig, run: Environment | None) -> AlignmentExperiment:
     """The alignment of an expanded decoder's image rows with its text rows."""
     decoder, _, text, image = build_expanded(config)
-    shards = prepare_pairs(config, text, image)
+    shards = prepare_pairs(config, text, image, run)
     module, data = AlignmentModule(decoder.tok_embeddings, config), BagDataModule(config, shards)
     return AlignmentExperiment(
         config=config, module=module, data=data, index=_index(shards), shards=shards, text=text, image=image
     )
 
 
-def build_text(config: ExperimentConfig) -> TextExperiment:
+def build_text(config: ExperimentConfig, run: Environment | None) -> TextExperiment:
     """A decoder from random weights on plain text."""
     decoder = open_backbone(config)
     choose_trained(decoder, config)
@@ -272,8 +275,9 @@ def build_text(config: ExperimentConfig) -> TextExperiment:
     return TextExperiment(config=config, module=module, data=data, index=_index(shards), shards=shards, text=text)
 
 
-def build_image_tokenizer(config: ExperimentConfig) -> ImageTokenizerExperiment:
+def build_image_tokenizer(config: ExperimentConfig, run: Environment | None) -> ImageTokenizerExperiment:
     """An image tokenizer from random weights on images."""
+    former_scenes(config, None, run)
     with seeded(config.seed):  # diffusers draws from the global stream
         model = PatchedVQ(config.image_tokenizer.model)
     module = ImageTokenizerModule(model, config)
@@ -294,8 +298,8 @@ def _index(shards: Path) -> dict[str, Any]:
     return read_index(shards) or {}
 
 
-# `task` -> builder.
-TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
+# `task` -> builder of a config, and of env.json of the run that continues.
+TASKS: dict[str, Callable[[ExperimentConfig, Environment | None], Experiment]] = {
     "text_to_image": build_images,
     "unconditional": build_images,
     "align": build_alignment,
@@ -304,8 +308,16 @@ TASKS: dict[str, Callable[[ExperimentConfig], Experiment]] = {
 }
 
 
-def build(config: ExperimentConfig) -> Experiment:
-    """Builds the model, whose errors appear in seconds, then prepares its token shards, which may take hours."""
+def build(config: ExperimentConfig, run: Environment | None = None) -> Experiment:
+    """Builds the model, whose errors appear in seconds, then prepares its token shards, which may take hours.
+
+    Args:
+        config: the experiment.
+        run: env.json of the run that continues; None for a new one.
+
+    Raises:
+        ValueError: if its files cannot be used, or the run's data can no longer be made.
+    """
     config.require_paths()
     pl.seed_everything(config.seed, verbose=False)
-    return TASKS[config.task](config)
+    return TASKS[config.task](config, run)

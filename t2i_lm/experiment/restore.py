@@ -13,7 +13,7 @@ from t2i_lm.config.sections import DistilConfig
 from t2i_lm.experiment.build import Experiment, ImageModel, build, build_model
 from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.storage.reading import reading, reason
-from t2i_lm.storage.run_folder import CHECKPOINTS, read_run
+from t2i_lm.storage.run_folder import CHECKPOINTS, read_environment, read_run
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -59,8 +59,9 @@ def load_trained_experiment(run: Path, checkpoint: Path) -> Experiment:
         ValueError: if its files are gone, or its data is not that of training.
     """
     config = _found(load_run(run), run)
-    experiment = build(_without_weights(config))
-    trained_on = read_run(run).environment.get("data_hash")
+    environment = read_environment(run)
+    experiment = build(_without_weights(config), environment)
+    trained_on = environment.get("data_hash")
     if trained_on is not None and experiment.index.get("data_hash") != trained_on:
         raise ValueError(
             f"data.path={config.data.path}: the data has changed since {run} was trained: data hash "

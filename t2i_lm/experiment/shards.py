@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.data.shards.format import read_index
-from t2i_lm.data.shards.held_out import RECURRING
+from t2i_lm.data.shards.format import read_index, validations_in
+from t2i_lm.data.shards.held_out import RECURRING, recurring_of
 from t2i_lm.data.shards.prepare import equal_ids
 from t2i_lm.experiment.build import Experiment, ImageExperiment, open_image, prepare
 from t2i_lm.runtime.devices import local_rank
+from t2i_lm.runtime.tables import listed
 from t2i_lm.tokenizers.layout import Layout
 
 
@@ -27,7 +28,7 @@ def prepared(config: ExperimentConfig) -> str:
     )
     lines = [f"{folder}  data hash {index['data_hash']}", *rows]
     if RECURRING in index:
-        lines.append(f"  validation images that recur in training: {index[RECURRING]['images']:,}")
+        lines.append(f"  {_recurring(recurring_of(index))}")
     notes = (note for notes in index.get("notes", {}).values() for note in notes)
     return "\n".join([*lines, *dict.fromkeys(f"  {note}" for note in notes)])
 
@@ -59,28 +60,34 @@ def data_counts(experiment: Experiment) -> dict[str, Any]:
     if index.get("notes"):
         counts["notes"] = index["notes"]
     if RECURRING in index:
-        counts["recurring_images"] = index[RECURRING]["images"]
+        recurring = {split: found["images"] for split, found in recurring_of(index).items()}
+        counts["recurring_images"] = recurring.get("val", recurring)
     return counts
 
 
 def describe_data(experiment: Experiment) -> Iterator[str]:
     """One line each for rows, rejects and recurring images, for what the source left out, and for cut captions."""
-    counts = data_counts(experiment)
-    splits = {split: counts[split] for split in ("train", "val") if split in counts}
-    if not splits:
+    counts, index = data_counts(experiment), experiment.index
+    if not index.get("splits"):
         return
-    rows = " and ".join(f"{entry['rows']:,} {split}" for split, entry in splits.items())
+    splits = {split: counts[split] for split in ("train", *validations_in(index))}
+    rows = listed([f"{entry['rows']:,} {split}" for split, entry in splits.items()])
     line = f"data: {rows} rows, data hash {experiment.index['data_hash']}"
-    if "recurring_images" in counts:
+    if RECURRING in index:
         left_out = [f"{n:,} {split} ({why})" for split in splits for why, n in splits[split]["rejects"].items()]
         line += f"; left out: {', '.join(left_out) or 'none'}"
-        line += f"; validation images that recur in training: {counts['recurring_images']:,}"
+        line += f"; {_recurring(recurring_of(index))}"
     yield line
     yield from dict.fromkeys(f"data: {note}" for notes in counts.get("notes", {}).values() for note in notes)
     if "text_budget" in counts:
-        cut = " and ".join(_share_cut(entry, split) for split, entry in splits.items())
+        cut = listed([_share_cut(entry, split) for split, entry in splits.items()])
         empty = sum(entry["empty"] for entry in splits.values())
         yield f"captions: {cut} are cut to the {counts['text_budget']:,} text ids that fit; {empty:,} are empty"
+
+
+def _recurring(found: dict[str, dict[str, Any]]) -> str:
+    counts = [f"{entry['images']:,}" + f" of {split}" * (len(found) > 1) for split, entry in found.items()]
+    return f"validation images that recur in training: {listed(counts)}"
 
 
 def _share_cut(entry: dict[str, Any], split: str) -> str:
@@ -95,8 +102,8 @@ def require_whole_captions(experiment: Experiment) -> None:
         ValueError: if the share of a split exceeds `data.max_truncated_share`.
     """
     counts, data = data_counts(experiment), experiment.config.data
-    for split in ("train", "val"):
-        entry = counts.get(split, {})
+    for split in experiment.index.get("splits", {}):
+        entry = counts[split]
         if entry.get("truncated", 0) > data.max_truncated_share * entry.get("captions", 0):
             raise ValueError(
                 f"data.max_truncated_share={data.max_truncated_share}: {entry['truncated']:,} of {entry['captions']:,} "

@@ -67,7 +67,7 @@ class AlignmentModule(OptimizedModule):
         nll_2B = self.nll(batch)
         return {"loss": nll_2B.mean(), **self._report(batch, nll_2B)}
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Sums and counts of one batch, with as many candidates as in training."""
         return self._report(batch, self.nll(batch))
 

@@ -183,7 +183,7 @@ class DecoderModule(OptimizedModule):
         # The nominal size keeps gradients at an ordinary magnitude until the exact count is known.
         return {"loss": total / batch["tokens_nominal"], **self._report(batch, nll_sum_M, count_M)}
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         _, nll_sum_M, count_M = self.sums(batch["ids_BT"], batch.get("targets"))
         return self._report(batch, nll_sum_M, count_M)
 

@@ -35,7 +35,7 @@ class ImageTokenizerModule(OptimizedModule):
         # In the checkpoint, so that a resumed run re-seeds from the same latents as an uninterrupted one.
         self.register_buffer("recent", torch.zeros(RECENT, model.config.code_dim))
         self.register_buffer("used", torch.zeros(model.config.codes, dtype=torch.int64))
-        self._val: dict[str, Tensor] = {}
+        self._val: dict[int, dict[str, Tensor]] = {}  # sums by number of the validation loader
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Loss of a batch of uint8 images `images_BCHW`."""
@@ -105,32 +105,39 @@ class ImageTokenizerModule(OptimizedModule):
         self.used.zero_()
 
     def on_validation_epoch_start(self) -> None:
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._val = {name: zero.clone() for name in ("mse", "psnr", "images")}
-        self._val["codes"] = torch.zeros_like(self.used)
+        self._val = {}
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def _sums(self, number: int) -> dict[str, Tensor]:
+        """Sums of a validation loader, from 0."""
+        if number not in self._val:
+            zero = torch.zeros((), dtype=torch.float64, device=self.device)
+            self._val[number] = {name: zero.clone() for name in ("mse", "psnr", "images")}
+            self._val[number]["codes"] = torch.zeros_like(self.used)
+        return self._val[number]
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds one batch to the sums; outputs are quantized and rounded to uint8, as when used."""
-        images_BCHW = batch["images_BCHW"]
+        images_BCHW, sums = batch["images_BCHW"], self._sums(dataloader_idx)
         ids_Bhw = self.model.nearest(self.model.latents(to_unit(images_BCHW)))
         output_BCHW = to_uint8(self.model.pixels(self.model.embed(ids_Bhw)))
         mse_B = (output_BCHW.double() - images_BCHW.double()).square().mean(dim=(1, 2, 3)) / 255**2
-        self._val["mse"] += mse_B.sum()
-        self._val["psnr"] += (-10 * torch.log10(mse_B.clamp(min=1e-10))).sum()
-        self._val["images"] += len(mse_B)
-        self._val["codes"] += torch.bincount(ids_Bhw.flatten(), minlength=len(self.used))
+        sums["mse"] += mse_B.sum()
+        sums["psnr"] += (-10 * torch.log10(mse_B.clamp(min=1e-10))).sum()
+        sums["images"] += len(mse_B)
+        sums["codes"] += torch.bincount(ids_Bhw.flatten(), minlength=len(self.used))
 
-    def validation_summary(self) -> dict[str, float]:
+    def validation_summary(self, dataloader_idx: int = 0) -> dict[str, float]:
         """PSNR in dB (of the mean error, and averaged over images), share of codes used, code perplexity."""
+        sums = self._sums(dataloader_idx)
         if dist.is_available() and dist.is_initialized():
-            for value in self._val.values():
+            for value in sums.values():
                 dist.all_reduce(value)
-        images, codes = float(self._val["images"]), self._val["codes"].double()
+        images, codes = float(sums["images"]), sums["codes"].double()
         share = codes / codes.sum()
         entropy = -(share * share.clamp(min=1e-30).log()).sum()
         return {
-            "psnr": float(-10 * torch.log10(self._val["mse"] / images)),
-            "psnr_mean": float(self._val["psnr"]) / images,
+            "psnr": float(-10 * torch.log10(sums["mse"] / images)),
+            "psnr_mean": float(sums["psnr"]) / images,
             "codes_used": float((codes > 0).double().mean()),
             "code_perplexity": float(entropy.exp()),
         }

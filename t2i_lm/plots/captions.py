@@ -8,10 +8,16 @@ from t2i_lm.comparison.comparability import differences, revisions
 from t2i_lm.plots.curves import Progress, progress
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import compact, text_table
-from t2i_lm.storage.run_folder import Run
+from t2i_lm.storage.run_folder import VAL, Run
 
 # Names of the arms of a pair in a sentence.
 ARM_NAMES = {"pretrained": "pre-trained", "scratch": "random"}
+# What the validation splits of scenes are.
+SPLITS = {
+    "iid": "new images of the color-kind pairs of training",
+    "compositional": "images of color-kind pairs that training never shows",
+}
+HELD_OUT = "held-out data"
 NAMED = 4  # most arms that a sentence lists by name
 # Names of data sources in a caption; `{}` is the last part of data.path.
 SOURCES = {
@@ -29,6 +35,13 @@ def smoothing(run: Run) -> str:
     return f"EMA {run.config['log']['ema']:g}"
 
 
+def lag(run: Run) -> str:
+    """How far the smoothed curves are behind: the mean age of what they average, in optimizer steps."""
+    log = run.config["log"]
+    steps = log["interval"] * log["ema"] / (1 - log["ema"])
+    return f", about {steps:,.0f} steps behind the raw loss" if steps else ""
+
+
 def final_note(pair: RunPair, modality: str) -> str:
     """Both arms' perplexity at their last common validation, in two lines; empty without one."""
     _, gaps = pair.final_gaps([modality])
@@ -36,6 +49,22 @@ def final_note(pair: RunPair, modality: str) -> str:
         return ""
     ppl = gaps[-1]
     return f"pre-trained {_perplexity(ppl.pretrained)}\nrandom {_perplexity(ppl.scratch)} (gap {ppl.percent:+z.1f} %)"
+
+
+def validation_sentence(splits: Sequence[str]) -> str:
+    """What the validation markers show."""
+    if not splits:
+        return "Validation: held-out data."
+    first, *others = splits
+    return (
+        f"Validation: {first}, {SPLITS.get(first, HELD_OUT)} (filled)"
+        + "".join(f"; {name}, {SPLITS.get(name, HELD_OUT)} (hollow)" for name in others)
+        + "."
+    )
+
+
+def _validation(pair: RunPair) -> str:
+    return " ".join([*pair.validation_splits[:1], "validation"])
 
 
 def _perplexity(value: float) -> str:
@@ -50,9 +79,9 @@ def pair_caption(pair: RunPair) -> str:
     seen = {arm: progress(arm_run) for arm, arm_run in pair.arms.items()}
     sentences = [
         f"Raw: mean loss of {log['interval']} steps, exponentiated. EMA: constant {log['ema']:g}, "
-        f"updated every {log['interval']} steps with that loss, bias-corrected, exponentiated. "
-        "Validation: held-out data.",
-        *([] if step is None else [f"Upper right: validation at step {step:,}, gap in percent of random."]),
+        f"updated every {log['interval']} steps with that loss, bias-corrected, exponentiated{lag(run)}. "
+        f"{validation_sentence(pair.validation_splits)}",
+        *([] if step is None else [f"Upper right: {_validation(pair)} at step {step:,}, gap in percent of random."]),
         f"Scale {config['scale']}, seed {config['seed']}, learning rate {config['optim']['lr']:g}, "
         f"backbone {_model(run)}, {_length(seen)}; runs of {_dates(pair.arms.values())}.",
         *[
@@ -81,6 +110,7 @@ def group_caption(
     run = next(iter(arms.values()))
     log, config = run.config["log"], run.config
     seeds = sorted({arm_run.config["seed"] for arm_run in arms.values()})
+    rates = sorted({arm_run.config["optim"]["lr"] for arm_run in arms.values()})
     seen = {arm: progress(arm_run) for arm, arm_run in arms.items()}
     absent = [arm for arm in expected if arm not in arms]
     unfinished = [arm for arm, arm_run in arms.items() if arm_run.report is None]
@@ -89,9 +119,10 @@ def group_caption(
         [
             how
             or f"Raw: mean loss of {log['interval']} steps. EMA: constant {log['ema']:g}, updated every "
-            f"{log['interval']} steps, bias-corrected. Validation: held-out data.",
+            f"{log['interval']} steps, bias-corrected{lag(run)}. {validation_sentence(run.validation_splits)}",
             f"Scale {config['scale']}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}, "
-            f"learning rate {config['optim']['lr']:g}, {_length(seen)}; runs of {_dates(arms.values())}.",
+            f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}, "
+            f"{_length(seen)}; runs of {_dates(arms.values())}.",
             *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
             *([f"NOT CONTROLLED, arms also differ from {next(iter(arms))} in {differing}."] if differing else []),
@@ -126,36 +157,43 @@ def _listed(arms: Sequence[str]) -> str:
 
 
 def loss_table(arms: Mapping[str, Run], modality: str, unit: str = "nats/token") -> str:
-    """Every arm's held-out loss at its last validation and its distance from the first arm's."""
-    last = {arm: run.records("val")[-1] for arm, run in arms.items() if run.records("val")}
-    first = next(iter(arms))
-    if first not in last:
-        return f"no validation of {first} yet"
-    base = last[first]["val"][modality]["nll"]
-    losses = {arm: (record["val"][modality]["nll"], record["step"]) for arm, record in last.items()}
-    return text_table(
-        (f"{modality} nll ({unit})", "validation", f"- {first}", "step"),
-        [(arm, f"{nll:.4f}", f"{nll - base:+z.4f}", f"{step:,}") for arm, (nll, step) in losses.items()],
-    )
+    """Every arm's held-out loss at its last validation and its distance from the first arm's; a table per split."""
+    first, reference = next(iter(arms.items()))
+    tables = []
+    for split in reference.validation_splits or (None,):
+        last = {arm: records[-1] for arm, run in arms.items() if (records := run.validations(split))}
+        if first not in last:
+            return f"no validation of {first} yet"
+        base = last[first][VAL][modality]["nll"]
+        losses = {arm: (record[VAL][modality]["nll"], record["step"]) for arm, record in last.items()}
+        table = text_table(
+            (f"{modality} nll ({unit})", " ".join(filter(None, [split, "validation"])), f"- {first}", "step"),
+            [(arm, f"{nll:.4f}", f"{nll - base:+z.4f}", f"{step:,}") for arm, (nll, step) in losses.items()],
+        )
+        tables.append(table)
+    return "\n\n".join(tables)
 
 
 def gap_table(pair: RunPair) -> str:
-    """Both arms' final held-out values and the gap."""
-    step, gaps = pair.final_gaps()
-    if step is None:
-        return "no validation that both arms have reached"
-    rows = [
-        (
-            gap.quantity + (" (nats/token)" if gap.quantity.endswith("nll") else ""),
-            f"{gap.pretrained:.4f}",
-            f"{gap.scratch:.4f}",
-            f"{gap.absolute:+z.4f}",
-            f"{gap.percent:+z.2f}",
-        )
-        for gap in gaps
-    ]
-    table = text_table((f"validation at step {step}", "pretrained", "random", "gap", "gap %"), rows)
-    return f"{table}\ngap: pretrained minus random, in percent of random"
+    """Both arms' final held-out values and the gap; a table per validation split."""
+    tables = []
+    for split in pair.validation_splits or (None,):
+        step, gaps = pair.final_gaps(split=split)
+        if step is None:
+            return "no validation that both arms have reached"
+        rows = [
+            (
+                gap.quantity + (" (nats/token)" if gap.quantity.endswith("nll") else ""),
+                f"{gap.pretrained:.4f}",
+                f"{gap.scratch:.4f}",
+                f"{gap.absolute:+z.4f}",
+                f"{gap.percent:+z.2f}",
+            )
+            for gap in gaps
+        ]
+        title = " ".join(filter(None, [split, f"validation at step {step}"]))
+        tables.append(text_table((title, "pretrained", "random", "gap", "gap %"), rows))
+    return "\n\n".join(tables) + "\ngap: pretrained minus random, in percent of random"
 
 
 def _model(run: Run) -> str:

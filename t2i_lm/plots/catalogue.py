@@ -1,4 +1,4 @@
-"""The study's figures by name: the paper's Figures 2 to 6, and those beyond the paper."""
+"""The study's figures by name: the paper's Figures 1 to 6, and those beyond the paper."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from t2i_lm.comparison.comparability import require_comparable
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
-from t2i_lm.plots.curves import progress, scalar_series, series, text_series
+from t2i_lm.plots.curves import floor_nll, progress, scalar_series, series, text_series
+from t2i_lm.plots.figure1 import draw_figure1, figure1_table, image_tokenizer_sentence, newest_run, tokenized_images
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group
 from t2i_lm.plots.pairing import RunPair, find_group, find_pair
 from t2i_lm.plots.panels import Panel, arm_style, draw_panels, save_figure
@@ -25,8 +26,10 @@ from t2i_lm.plots.tradeoff import (
     scratch_run,
     tradeoff_table,
 )
-from t2i_lm.storage.run_folder import Run
+from t2i_lm.storage.run_folder import Run, read_run
 
+# What the floor of a modality's loss is.
+FLOORS = {"text": "the captions' entropy", "image": "the images' entropy"}
 UNITS = {"nll": "loss (nats/token)", "ppl": "perplexity"}
 
 
@@ -99,19 +102,14 @@ class PairFigure:
         rates = {seen.tokens / seen.step for seen in map(progress, pair.arms.values())}
         caption = f"{self.title}. {self.how} {pair_caption(pair)}"
         panels = [self._panel(pair, modality) for modality in self.panels]
-        figure = draw_panels(
-            panels, caption, labels, smoothing(pair.pretrained), rates.pop() if len(rates) == 1 else None
-        )
+        rate = rates.pop() if len(rates) == 1 else None
+        figure = draw_panels(panels, caption, labels, smoothing(pair.pretrained), rate, pair.validation_splits)
         return RenderedFigure(self.title, figure, caption, gap_table(pair))
 
     def _panel(self, pair: RunPair, modality: str) -> Panel:
         curves = {arm: series(run, modality) for arm, run in pair.arms.items()}
         panel = Panel(self.panels[modality], curves, note=final_note(pair, modality))
-        nll = pair.text_floor_nll() if modality == "text" else None
-        if nll is None:
-            return panel
-        floor = math.exp(nll)
-        return replace(panel, floor=floor, floor_label=f"floor, the captions' entropy: {floor:.3g}")
+        return _with_floor(panel, pair.arms.values(), modality, "ppl")
 
 
 @dataclass(frozen=True)
@@ -139,10 +137,40 @@ class GroupFigure:
         reference, *others = arms
         order = (*others, reference)  # the reference on top
         panels = [
-            Panel(title, {arm: series(arms[arm], modality, self.unit) for arm in order}, unit=UNITS[self.unit])
+            _with_floor(
+                Panel(title, {arm: series(arms[arm], modality, self.unit) for arm in order}, unit=UNITS[self.unit]),
+                arms.values(),
+                modality,
+                self.unit,
+            )
             for modality, title in self.panels.items()
         ]
         return _render_group(self.title, self.group, arms, panels, loss_table(arms, "image"), self.labels)
+
+
+def _with_floor(panel: Panel, runs: Iterable[Run], modality: str, unit: str) -> Panel:
+    """The panel with the floor of a modality's loss, where a report has it."""
+    nll = floor_nll(runs, modality)
+    if nll is None:
+        return panel
+    floor = math.exp(nll) if unit == "ppl" else nll
+    return replace(panel, floor=floor, floor_label=f"floor, {FLOORS[modality]}: {floor:.3g}")
+
+
+def figure1(request: Request) -> RenderedFigure:
+    """Figure 1: images as ids, their reconstructions, and the expanded matrices (Section 2.1)."""
+    named = request.pretrained or request.scratch
+    run = newest_run(request.root) if named is None else read_run(named)
+    images, vocab, width = tokenized_images(run)
+    title = "Figure 1. A language model that generates images: ids of an image tokenizer as additional vocabulary"
+    captions = " ".join(f"({number}) {image.caption}" for number, image in enumerate(images, 1))
+    caption = (
+        f"{title}. Left: held-out images, their ids, and what the image tokenizer decodes from these ids. Right: rows "
+        f"that are added to the language model's embedding and output matrices (not to scale). Captions: {captions} "
+        f"{image_tokenizer_sentence(run)}"
+    )
+    figure = draw_figure1(images, vocab, width, caption)
+    return RenderedFigure(title, figure, caption, figure1_table(images, vocab, width))
 
 
 def figure2(request: Request) -> RenderedFigure:
@@ -222,12 +250,14 @@ def _render_group(
 ) -> RenderedFigure:
     """Panels of a group with the caption of its runs."""
     caption = f"{title}. {group_caption(arms, group.experiments, group.varied)}"
-    figure = draw_panels(panels, caption, labels, smoothing(next(iter(arms.values()))))
+    run = next(iter(arms.values()))
+    figure = draw_panels(panels, caption, labels, smoothing(run), splits=run.validation_splits)
     return RenderedFigure(title, figure, caption, table)
 
 
 # Figure by name: what finds its runs and renders it.
 FIGURES: dict[str, Callable[[Request], RenderedFigure]] = {
+    "1": figure1,
     "2": figure2,
     "3": PairFigure(
         "Figure 3. Perplexity of all tokens, from a pre-trained language model and from random weights",

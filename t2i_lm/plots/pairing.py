@@ -10,7 +10,7 @@ import yaml
 
 from t2i_lm.comparison.comparability import PAIR_KEYS, config_differences, differences, mismatches, pair_values
 from t2i_lm.plots.groups import Group
-from t2i_lm.storage.run_folder import Run, read_run, run_folders
+from t2i_lm.storage.run_folder import VAL, Run, read_run, run_folders
 
 # Arm -> experiment, `init`, and the make target that trains it.
 ARMS = {
@@ -58,20 +58,26 @@ class RunPair:
         """Differences beyond `name` and `init`; empty in a controlled pair."""
         return differences((self.pretrained, self.scratch))
 
-    def text_floor_nll(self) -> float | None:
-        """Entropy of the captions in nats per text token; None where no report has it."""
-        for run in self.arms.values():
-            if run.report and run.report.get("text_floor_nll") is not None:
-                return float(run.report["text_floor_nll"])
-        return None
+    @property
+    def validation_splits(self) -> tuple[str, ...]:
+        """Names of the validation splits that both arms have, the primary one first; empty for one validation set."""
+        return tuple(name for name in self.pretrained.validation_splits if name in self.scratch.validation_splits)
 
-    def final_gaps(self, modalities: Sequence[str] = ("text", "image", "all")) -> tuple[int | None, list[Gap]]:
+    def final_gaps(
+        self, modalities: Sequence[str] = ("text", "image", "all"), split: str | None = None
+    ) -> tuple[int | None, list[Gap]]:
         """Held-out nll (nats/token) and perplexity at the last validation of both arms.
+
+        Args:
+            modalities: those of the rows.
+            split: a validation split; None for the primary one.
 
         Returns:
             That step and an nll and a ppl row per modality; (None, []) without a common validation.
         """
-        pretrained, scratch = ({line["step"]: line["val"] for line in run.records("val")} for run in self.arms.values())
+        pretrained, scratch = (
+            {line["step"]: line[VAL] for line in run.validations(split)} for run in self.arms.values()
+        )
         common = pretrained.keys() & scratch.keys()
         if not common:
             return None, []

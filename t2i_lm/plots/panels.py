@@ -109,22 +109,24 @@ def draw_panels(
     labels: Mapping[str, str] | None = None,
     smoothing: str = "",
     tokens_per_step: float | None = None,
+    splits: Sequence[str] = (),
 ) -> Figure:
     """Curves side by side: one pair of axes per panel, legend above, caption below.
 
-    Lines carry a gid of the form `panel/arm/raw|ema|val`.
+    Lines carry a gid of the form `panel/arm/raw|ema|val`, or `panel/arm/val/SPLIT` of a further validation split.
 
     Args:
         panels: from left to right, with the same arms.
         caption: text under the axes, which `save_figure` also stores in the files' metadata.
         labels: legend text by arm, where it is not the arm's usual label.
         smoothing: legend text of the thick curves; empty where curves only join measured points.
+        splits: names of the validation splits, the primary one first; empty where there is one validation set.
         tokens_per_step: adds an upper axis of optimizer steps; None where the arms differ in it.
     """
     with captioned_figure(caption) as figure:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw_panel(axes, panel, tokens_per_step)
-        place_legend(figure, _legend(panels[0].series, labels or {}, smoothing))
+        place_legend(figure, _legend(panels[0].series, labels or {}, smoothing, splits))
     return figure
 
 
@@ -202,6 +204,21 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
                 zorder=6 + order,
                 clip_on=False,
             )
+        for split, (tokens, values) in one.others.items():
+            axes.plot(
+                tokens,
+                values,
+                color=look.color,
+                linestyle="none",
+                marker=look.marker,
+                # Around the marker of the primary split where both coincide.
+                markersize=max(4.0, 7.5 - 2.5 * order) + 3.0,
+                fillstyle="none",
+                markeredgewidth=1.2,
+                gid=f"{gid}/val/{split}",
+                zorder=5.5 + order,
+                clip_on=False,
+            )
     if panel.floor is not None:
         axes.axhline(
             panel.floor,
@@ -245,11 +262,12 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
 def _scale_y(axes: Axes, panel: Panel) -> None:
     """Sets the scale, logarithmic from LOG_RATIO on, with round labels and room for the floor's."""
     values = [value for one in panel.series.values() for value in (*one.raw, *one.ema, *one.val)]
+    values += [value for one in panel.series.values() for _, more in one.others.values() for value in more]
     low, high = min(*values, CEILING), min(max(values), CEILING)
     if panel.floor is not None:
         low = min(low, panel.floor)
     below = 0.12 if panel.floor is not None else 0.06  # of the height
-    if high / low < LOG_RATIO:
+    if low <= 0 or high / low < LOG_RATIO:
         height = (high - low) or high
         axes.set_ylim(low - below * height, high + 0.06 * height)
         return
@@ -262,7 +280,7 @@ def _scale_y(axes: Axes, panel: Panel) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def _legend(arms: Iterable[str], labels: Mapping[str, str], smoothing: str) -> list[Line2D]:
+def _legend(arms: Iterable[str], labels: Mapping[str, str], smoothing: str, splits: Sequence[str]) -> list[Line2D]:
     """Arms by color and dashes, then the meaning of thin and thick lines and of markers."""
 
     def key(label: str, **look: Any) -> Line2D:
@@ -271,8 +289,11 @@ def _legend(arms: Iterable[str], labels: Mapping[str, str], smoothing: str) -> l
     styles = {arm: arm_style(arm) for arm in arms}
     handles = [key(labels.get(arm, one.label), color=one.color, linestyle=one.dashes) for arm, one in styles.items()]
     if smoothing:
-        validation = key("validation", linestyle="none", marker="o", markersize=6)
-        handles += [key("raw", linewidth=0.9, alpha=0.6), key(smoothing), validation]
+        handles += [key("raw", linewidth=0.9, alpha=0.6), key(smoothing)]
+        for number, split in enumerate(splits or [""]):
+            hollow = {"fillstyle": "none", "markeredgewidth": 1.2} if number else {}
+            label = f"validation, {split}" if split else "validation"
+            handles.append(key(label, linestyle="none", marker="o", markersize=6, **hollow))
     return handles
 
 

@@ -12,7 +12,7 @@ from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.groups import FIGURE5, INITS
 from t2i_lm.plots.panels import LOG_RATIO, arm_style, captioned_figure
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.run_folder import Run
+from t2i_lm.storage.run_folder import VAL, Run
 
 MODALITIES = {"image": "Image tokens", "text": "Text tokens"}
 SEED = "seed"  # swept alone, its values are repetitions: none is the best
@@ -21,15 +21,20 @@ LAST = 0.1  # share of the steps, at the end, whose training loss is averaged
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run as a point of a sweep; runs that differ only in the seed share arm and value."""
+    """A finished run as a point of a sweep, with its values of the swept keys; runs may differ in the seed alone."""
 
     arm: str
-    value: str
+    values: Sequence[str]
     run: Run
 
+    @property
+    def value(self) -> str:
+        """The value of the first swept key."""
+        return self.values[0]
+
     def nll(self, modality: str) -> float | None:
-        """Final held-out loss, nats/token; None if the run has no such tokens."""
-        last = self.run.records("val")[-1]["val"].get(modality, {})
+        """Final held-out loss of the primary split, nats/token; None if the run has no such tokens."""
+        last = self.run.validations()[-1][VAL].get(modality, {})
         return float(last["nll"]) if "nll" in last else None
 
     def training_nll(self, modality: str) -> float | None:
@@ -54,6 +59,11 @@ def losses(outcomes: Sequence[Outcome], modality: str, training: bool = False) -
     return result
 
 
+def held_out(outcomes: Sequence[Outcome]) -> str:
+    """The name of the held-out losses: with the primary validation split where there are several."""
+    return " ".join([*outcomes[0].run.validation_splits[:1], "held-out"])
+
+
 def best_of(values: Mapping[str, Sequence[float]]) -> str:
     """The value with the lowest mean loss."""
     return min(values, key=lambda value: fmean(values[value]))
@@ -70,7 +80,7 @@ def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
         if not arms:
             continue
         first = next(iter(arms))
-        header = (f"{words.lower()}, nats/token", key, "held-out", "range", f"- {first}", "training", "")
+        header = (f"{words.lower()}, nats/token", key, held_out(outcomes), "range", f"- {first}", "training", "")
         rows = []
         for arm, values in arms.items():
             best = best_of(values)
@@ -87,9 +97,24 @@ def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
                         "*" if value == best and len(values) > 1 and key != SEED else "",
                     )
                 )
-        summary = _over_seeds(arms, first) if key == SEED else _at_best(arms, first)
+        summary = _over_seeds(arms, first) if key == SEED else [*_at_best(arms, first), *at_edges(key, arms)]
         tables.append("\n".join([text_table(header, rows), *summary]))
     return "\n\n".join(tables)
+
+
+def at_edges(key: str, arms: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """A warning for each arm whose best value is the smallest or the largest one, beyond which a better one may lie."""
+    lines = []
+    for arm, values in arms.items():
+        try:
+            numbers = {value: float(value) for value in values}
+        except ValueError:  # words have no order
+            continue
+        best = best_of(values)
+        edges = {min(numbers, key=numbers.__getitem__): "smallest", max(numbers, key=numbers.__getitem__): "largest"}
+        if len(numbers) > 1 and best in edges:
+            lines.append(f"EDGE OF THE GRID: {arm}'s best {key}, {best}, is the {edges[best]}; a better one may follow")
+    return lines
 
 
 def _at_best(arms: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> list[str]:
@@ -127,24 +152,32 @@ def sweep_caption(key: str, outcomes: Sequence[Outcome]) -> str:
     bars = f"; points are means and bars ranges over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     marks = "" if key == SEED else f"; rings: each arm's best{bars}"
     how = (
-        f"Final held-out loss by {key}, all other keys of an arm equal{marks}. Pale: "
+        f"Final {held_out(outcomes)} loss by {key}, all other keys of an arm equal{marks}. Pale: "
         "training loss of the last tenth of the steps, which are new samples if each is seen once."
     )
-    return f"Sweep of {key}. {group_caption(arms, varied=varied_in(key), how=how)}"
+    edges = [] if key == SEED else at_edges(key, losses(outcomes, next(iter(present(outcomes)))))
+    sentences = [f"Sweep of {key}.", group_caption(arms, varied=varied_in([key]), how=how), *(f"{e}." for e in edges)]
+    return " ".join(sentences)
 
 
-def varied_in(key: str) -> tuple[str, ...]:
-    """Keys in which the runs of a sweep of `key` differ by design."""
-    return (key, SEED, ORDER, *FIGURE5.varied, *INITS.varied)
+def present(outcomes: Sequence[Outcome]) -> list[str]:
+    """The modalities of which runs have held-out losses."""
+    return [modality for modality in MODALITIES if losses(outcomes, modality)]
+
+
+def varied_in(keys: Sequence[str]) -> tuple[str, ...]:
+    """Keys in which the runs of a sweep differ by design: a batch size changes the steps for the same tokens."""
+    steps = ("trainer.", "optim.warmup_steps", "log.interval") if "data.batch_size" in keys else ()
+    return (*keys, *steps, SEED, ORDER, *FIGURE5.varied, *INITS.varied)
 
 
 def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
     """A panel per modality, a line per arm, a point per value; lines carry a gid of the form `MODALITY/ARM`."""
-    present = {modality: arms for modality in MODALITIES if (arms := losses(outcomes, modality))}
+    by_modality = {modality: losses(outcomes, modality) for modality in present(outcomes)}
     places = _places(list(dict.fromkeys(outcome.value for outcome in outcomes)))
     with captioned_figure(caption) as figure:
-        panels = figure.subplots(1, len(present), squeeze=False)[0]
-        for axes, (modality, arms) in zip(panels, present.items(), strict=True):
+        panels = figure.subplots(1, len(by_modality), squeeze=False)[0]
+        for axes, (modality, arms) in zip(panels, by_modality.items(), strict=True):
             training = losses(outcomes, modality, training=True)
             for arm, values in arms.items():
                 _draw_arm(axes, key, arm, values, training.get(arm, {}), places, f"{modality}/{arm}")

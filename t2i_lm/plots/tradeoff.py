@@ -11,7 +11,7 @@ from t2i_lm.comparison.comparability import ORDER, mismatches
 from t2i_lm.plots.groups import Group
 from t2i_lm.plots.panels import GREY, captioned_figure
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.run_folder import Run, read_run, run_folders
+from t2i_lm.storage.run_folder import VAL, Run, read_run, run_folders
 
 # Prefix of a remedy's experiment; the rest of the name is its arm.
 PREFIX = "remedy_"
@@ -34,6 +34,7 @@ class Point:
         text_increase_se: its standard error, from paired differences.
         image: loss of image tokens.
         step: step of the image loss.
+        split: validation split of the image loss; empty where there is one validation set.
     """
 
     arm: str
@@ -41,6 +42,7 @@ class Point:
     text_increase_se: float
     image: float
     step: int
+    split: str = ""
 
     @property
     def label(self) -> str:
@@ -61,11 +63,12 @@ def point_of(arm: str, run: Run) -> Point:
     Raises:
         ValueError: if the run has no validation, or no forgetting measurement before training.
     """
-    lines, validations = run.records("forgetting"), run.records("val")
+    lines, validations = run.records("forgetting"), run.validations()
     entry = lines[-1]["forgetting"]["text"].get("text_rows", {}) if lines else {}
     if "change" not in entry or not validations:
         raise ValueError(f"{run.folder} has no change of held-out text loss or no validation; to make it: {COMMAND}")
-    return Point(arm, entry["change"], entry["change_se"], image_loss(run), validations[-1]["step"])
+    split = next(iter(run.validation_splits), "")
+    return Point(arm, entry["change"], entry["change_se"], image_loss(run), validations[-1]["step"], split)
 
 
 def scratch_run(root: Path, partner: Run) -> Run | None:
@@ -75,14 +78,14 @@ def scratch_run(root: Path, partner: Run) -> Run | None:
             run = read_run(folder)
         except (ValueError, OSError):
             continue
-        if run.records("val") and run.report is not None and not mismatches(partner, run):
+        if run.validations() and run.report is not None and not mismatches(partner, run):
             return run
     return None
 
 
 def image_loss(run: Run) -> float:
-    """Held-out loss of image tokens at the last validation."""
-    return float(run.records("val")[-1]["val"]["image"]["nll"])
+    """Held-out loss of image tokens at the last validation, of the primary split."""
+    return float(run.validations()[-1][VAL]["image"]["nll"])
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -112,7 +115,8 @@ def tradeoff_table(points: Sequence[Point], scratch: float | None) -> str:
     ]
     if scratch is not None:
         rows.append(("random initialization", "", "", f"{scratch:.4f}", f"{scratch - base.image:+z.4f}", "", ""))
-    header = ("nll (nats/token)", "text increase", "+-", "image validation", "- untouched", "front", "step")
+    validation = f"{base.split} image validation".strip()
+    header = ("nll (nats/token)", "text increase", "+-", validation, "- untouched", "front", "step")
     return text_table(header, rows)
 
 
@@ -164,7 +168,8 @@ def draw_tradeoff(points: Sequence[Point], caption: str, scratch: float | None) 
             )
         axes.margins(0.12)
         axes.set_xlabel("increase of held-out text loss by training (nats/token, text rows)")
-        axes.set_ylabel("held-out image loss (nats/token)")
+        split = f", {points[0].split}" if points[0].split else ""
+        axes.set_ylabel(f"held-out image loss{split} (nats/token)")
         axes.set_title("down: lower image loss; left: less forgetting", loc="left", fontsize=9, fontweight="normal")
         figure.legend(loc="outside upper center", ncols=4)
     return figure

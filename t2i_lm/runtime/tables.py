@@ -12,6 +12,11 @@ def compact(number: float, digits: int = 3) -> str:
     return f"{number:.{digits}g}"
 
 
+def listed(words: Sequence[str]) -> str:
+    """Words in a sentence: `a`, `a and b`, `a, b and c`."""
+    return " and ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
+
+
 def text_table(header: Sequence[Any], rows: Iterable[Sequence[Any]], left: Collection[int] = (0,)) -> str:
     """A fixed-width table without a line break at its end; columns are right-aligned, except those in `left`."""
     lines = [[str(value) for value in row] for row in (header, *rows)]

@@ -24,6 +24,8 @@ CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS, GROUPS = (
     "groups.txt",  # parameters by group, trainable and frozen
 )
 OWNER = "owner.json"  # while a process writes the folder
+# Validation in metrics.jsonl and report.json: `val`, or `val/SPLIT` for each of several splits, `PRIMARY` the main one.
+VAL, PRIMARY = "val", "iid"
 CHECKPOINTS, SAMPLES, FID = "checkpoints", "samples", "fid"
 
 
@@ -43,8 +45,24 @@ class Run:
         return str(self.config["name"])
 
     def records(self, key: str) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl with `key` (train, val, ...)."""
+        """Lines of metrics.jsonl with `key` (train, forgetting, ...); validations are read by `validations`."""
         return [record for record in self.metrics if key in record]
+
+    @property
+    def validation_splits(self) -> tuple[str, ...]:
+        """Names of the validation splits, the primary one first; empty where there is one validation set."""
+        keys = {key for record in self.metrics for key in record if key.startswith(f"{VAL}/")}
+        names = sorted(key.removeprefix(f"{VAL}/") for key in keys)
+        return tuple(sorted(names, key=lambda name: name != PRIMARY))
+
+    def validations(self, split: str | None = None) -> list[dict[str, Any]]:
+        """Validation lines of metrics.jsonl with the values of a split under the key `val`.
+
+        Args:
+            split: one of `validation_splits`; None for the primary one, or for the only validation set.
+        """
+        key = VAL if split is None and not self.validation_splits else f"{VAL}/{split or self.validation_splits[0]}"
+        return [{**record, VAL: record[key]} for record in self.records(key)]
 
 
 def new_run_folder(root: Path, name: str, scale: str) -> Path:

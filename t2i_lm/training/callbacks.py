@@ -41,8 +41,11 @@ def callbacks_for(experiment: Experiment, folder: Path, events: EventLog) -> lis
     throughput = Throughput(training_flop(experiment), peak(config))
     # Modules with `modalities` split their loss (callbacks.base.contract); the others report scalars.
     has_split_loss = hasattr(experiment.module, "modalities")
-    perplexity = EMASplitPerplexity(interval, config.log.ema, metrics, extras=[throughput]) if has_split_loss else None
-    meter = perplexity or RunScalars(interval, metrics)
+    splits = experiment.data.validation_splits
+    perplexity = None
+    if has_split_loss:
+        perplexity = EMASplitPerplexity(interval, config.log.ema, metrics, [throughput], splits)
+    meter = perplexity or RunScalars(interval, metrics, splits)
     saver = RunCheckpoints(folder / CHECKPOINTS, config.trainer.checkpoint_interval, metrics=meter.file, events=events)
     preemption = Preemption(saver)
     return [

@@ -7,6 +7,7 @@ from typing import Any
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import is_plugin
+from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.data.shards.cache import shards_of
 from t2i_lm.experiment.build import Experiment, open_image, open_text
 from t2i_lm.models.factory import weights_hashes
@@ -30,6 +31,8 @@ def started_from(experiment: Experiment) -> dict[str, Any]:
     optional = {
         "replay_hash": experiment.replay_hash,
         "plugins": plugin_identities(config),
+        # An index of older scenes has no version; an image tokenizer has no index.
+        SCENES: index.get(SCENES) if index else SCENES_FORMAT if config.data.source == "scenes" else None,
         CONTENT: shards_of(config, {}).contents if config.task == "image_tokenizer" else None,
     }
     return found | {name: value for name, value in optional.items() if value}

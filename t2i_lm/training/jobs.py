@@ -18,8 +18,9 @@ from pathlib import Path
 from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import require
+from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
 from t2i_lm.runtime.command_line import exit_code
-from t2i_lm.storage.run_folder import CONFIG, REPORT, run_folders
+from t2i_lm.storage.run_folder import CONFIG, REPORT, read_environment, run_folders
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
 
 
 def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
-    """The newest run folder of an equal config and whether it is finished; finished ones first."""
+    """The newest run folder of an equal config and whether it is finished; finished ones first.
+
+    Runs on an older version of generated scenes are not equal.
+    """
     if config.aligned_rows is not None:  # the others need no torch
         from t2i_lm.models.aligned_rows import resolve_aligned_rows
 
@@ -80,12 +84,18 @@ def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
     computed = _computed(config)
     equal = []
     for folder in run_folders(Path(config.run.dir), config.name):
-        if _computed_in(folder / CONFIG) == computed:
+        if _computed_in(folder / CONFIG) == computed and _same_scenes(config, folder):
             equal.append(folder)
     finished = [folder for folder in equal if (folder / REPORT).is_file()]
     if finished:
         return finished[-1], True
     return (equal[-1] if equal else None), False
+
+
+def _same_scenes(config: ExperimentConfig, folder: Path) -> bool:
+    """Whether a run has no generated scenes of another version than this code's."""
+    recorded = read_environment(folder)  # empty in a run that ended before it wrote one
+    return config.data.source != "scenes" or not recorded or scenes_version(recorded) == SCENES_FORMAT
 
 
 @cache

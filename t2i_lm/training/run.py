@@ -48,6 +48,7 @@ from t2i_lm.storage.run_folder import (
     OWNER,
     environment,
     new_run_folder,
+    read_environment,
     read_run,
 )
 from t2i_lm.training.callbacks import training_flop
@@ -80,7 +81,7 @@ def run(config: ExperimentConfig, resume: Path | None = None) -> int:
         require_free(resume / OWNER)
     if resume is not None and local_rank() == 0:
         require_same_files(config, resume)
-    experiment = build(config)
+    experiment = build(config, None if resume is None else read_environment(resume))
     if resume is not None and local_rank() == 0:
         require_same_start(experiment, resume)
     if is_main:
@@ -191,7 +192,7 @@ def _folder_for_launched_ranks(folder: Path, is_main: bool) -> Iterator[None]:
 def _validate(experiment: Experiment, folder: Path, trainer: pl.Trainer) -> None:
     """Validates the last step, unless the training loop or an earlier session did."""
     last = trainer.global_step
-    done = trainer.is_global_zero and any(record["step"] == last for record in read_run(folder).records("val"))
+    done = trainer.is_global_zero and any(record["step"] == last for record in read_run(folder).validations())
     if not trainer.strategy.broadcast(done):
         trainer.validate(experiment.module, experiment.data, verbose=False)
 

@@ -1,4 +1,4 @@
-"""Runs of `python -m t2i_lm.sweep`: arms at several values of a config key."""
+"""Runs of `python -m t2i_lm.sweep`: arms at several values of one or two config keys."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,25 @@ ARMS = ("t2i_pretrained", "t2i_scratch")
 RUNS = "sweep"
 TASKS = ("text_to_image", "unconditional", "text")
 
-# Arm, value of the swept key, values of other keys (`seed`).
+# Arm, values of the swept keys, values of other keys (`seed`).
 SweepPoint = tuple[str, ...]
+BATCH_SIZE, STEPS = "data.batch_size", "trainer.max_steps"
+# What a run of other steps changes with them, so that a batch size is compared at equal tokens.
+IN_STEPS = (
+    "optim.warmup_steps",
+    "trainer.val_check_interval",
+    "trainer.checkpoint_interval",
+    "log.interval",
+    "samples.interval",
+    "forgetting.interval",
+)
 
 
-def split_keys(words: Sequence[str]) -> tuple[str, dict[str, list[str]], list[str]]:
-    """The swept key, all values of keys with several (`key=value,value`), and the `key=value` strings of every run.
+def split_keys(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[str]], list[str]]:
+    """The swept keys, all values of keys with several (`key=value,value`), and the `key=value` strings of every run.
 
     Raises:
-        ValueError: unless exactly one key beside `seed`, or `seed` alone, has several values.
+        ValueError: unless one or two keys beside `seed`, or `seed` alone, have several values.
     """
     several, fixed = dict[str, list[str]](), list[str]()
     for word in words:
@@ -37,28 +47,30 @@ def split_keys(words: Sequence[str]) -> tuple[str, dict[str, list[str]], list[st
         else:
             fixed.append(word)
     swept = [key for key in several if key != "seed"] or list(several)
-    if len(swept) != 1:
-        problem = f"{' and '.join(swept)} have several values" if swept else "no key has several values"
-        raise ValueError(f"{problem}: expected one, such as optim.lr=3e-3,6e-3, and seed beside it")
-    return swept[0], several, fixed
+    if not 1 <= len(swept) <= 2:
+        problem = f"{', '.join(swept)} have several values" if swept else "no key has several values"
+        raise ValueError(f"{problem}: expected one or two, such as optim.lr=3e-3,6e-3, and seed beside them")
+    return tuple(swept), several, fixed
 
 
 def sweep_jobs(
-    words: Sequence[str], arms: Sequence[str], scale: str, folder: Path = FOLDER
-) -> tuple[str, dict[SweepPoint, Job]]:
-    """The swept key, and a job for every arm, value and seed.
+    words: Sequence[str], arms: Sequence[str], scale: str, folder: Path = FOLDER, equal_tokens: bool = True
+) -> tuple[tuple[str, ...], dict[SweepPoint, Job]]:
+    """The swept keys, and a job for every arm, value and seed.
 
     Args:
         words: `key=value[,value...]` strings.
         arms: names of experiments in `folder`.
         scale: name of the overlay.
         folder: folder of experiments.
+        equal_tokens: a swept batch size changes the steps, so that all runs see as many samples.
 
     Raises:
         ValueError: on an unknown arm, key or value, a missing path, or equal values.
     """
-    key, several, fixed = split_keys(words)
-    order = [key, *(other for other in several if other != key)]
+    keys, several, fixed = split_keys(words)
+    order = [*keys, *(other for other in several if other not in keys)]
+    rescaled = equal_tokens and BATCH_SIZE in keys and STEPS not in keys
     jobs: dict[SweepPoint, Job] = {}
     seen: list[dict[str, object]] = []
     for arm, *values in product(dict.fromkeys(arms), *(several[name] for name in order)):
@@ -66,7 +78,10 @@ def sweep_jobs(
         if not file.is_file():
             raise ValueError(f"--arm {arm}: expected one of {', '.join(experiment_names(folder))}")
         point = [f"{name}={value}" for name, value in zip(order, values, strict=True)]
-        config = load_experiment(file, scale, [*NO_SAMPLES, *fixed, *point])
+        overrides = [*NO_SAMPLES, *fixed, *point]
+        if rescaled:
+            overrides += _at_equal_tokens(file, scale, overrides, fixed)
+        config = load_experiment(file, scale, overrides)
         config = replace(config, run=RunConfig(str(Path(config.run.dir) / RUNS)))
         config.require_paths()
         if config.task not in TASKS:
@@ -75,7 +90,25 @@ def sweep_jobs(
             raise ValueError(f"{' '.join(point)}: two of the values are the same")
         seen.append(settings)
         jobs[arm, *values] = Job(config, label=" ".join(point))
-    return key, jobs
+    return keys, jobs
+
+
+def _at_equal_tokens(file: Path, scale: str, overrides: list[str], fixed: list[str]) -> list[str]:
+    """Overrides of the steps of a run with another batch size than the experiment's.
+
+    Raises:
+        ValueError: if the samples of the experiment are no multiple of the batch size.
+    """
+    given, unswept = load_experiment(file, scale, overrides), load_experiment(file, scale, [*NO_SAMPLES, *fixed])
+    samples, size = unswept.trainer.max_steps * unswept.data.batch_size, given.data.batch_size
+    if samples % size:
+        raise ValueError(
+            f"{BATCH_SIZE}={size}: {samples:,} samples, those of {unswept.trainer.max_steps:,} steps of "
+            f"{unswept.data.batch_size}, are no multiple of it; --equal steps compares at equal steps"
+        )
+    values = flatten(given)
+    scaled = {key: max(1, round(values[key] * unswept.data.batch_size / size)) for key in IN_STEPS if values[key]}
+    return [f"{key}={value}" for key, value in {STEPS: samples // size, **scaled}.items()]
 
 
 def finished_runs(jobs: Mapping[SweepPoint, Job]) -> dict[SweepPoint, Run]:

@@ -31,8 +31,8 @@ class Scripted(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return {"loss": self.weight * 1.0, **self._output("train", batch_idx)}
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        return self._output("val", batch_idx)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return self._output("val", batch_idx + dataloader_idx)
 
     def _output(self, key: str, batch_idx: int) -> dict[str, Any]:
         sums = self.scripts[key][batch_idx]
@@ -86,7 +86,9 @@ def fit(
         enable_model_summary=False,
         callbacks=[*[extra for extra in meter.extras if isinstance(extra, pl.Callback)], meter, *others],
     )
-    trainer.fit(Scripted(train, val, modalities), batches(len(train), loading), batches(len(val)))
+    # Loader number n begins at the n-th script of the validation.
+    loaders = [batches(len(val) - number) for number, _ in enumerate(meter.validations)]
+    trainer.fit(Scripted(train, val, modalities), batches(len(train), loading), loaders)
     assert meter.file is not None
     return meter.file.read()
 
@@ -94,6 +96,26 @@ def fit(
 def meter_in(folder: Path, interval: int = 1, alpha: float = 0.5) -> EMASplitPerplexity:
     """The callback under test."""
     return EMASplitPerplexity(interval, alpha, folder / "metrics.jsonl")
+
+
+def test_a_line_and_the_loggers_hold_every_validation_split(tmp_path: Path) -> None:
+    splits = ("val/iid", "val/compositional")
+    val: list[Sums] = [[(8.0, 4), (6.0, 2), (0.0, 1)], [(3.0, 1), (0.0, 0), (0.5, 1)]]
+    meter = EMASplitPerplexity(1, 0.5, tmp_path / "metrics.jsonl", validations=splits)
+    logger = TensorBoardLogger(tmp_path)
+    written = fit(tmp_path, [[(1.0, 1)] * 3] * 2, val, meter, sanity=-1, logger=logger)
+    lines = [line for line in written if "train" not in line]
+    assert [line["step"] for line in lines] == [0, 2]
+    for line in lines:
+        first, second = (line[split] for split in splits)
+        assert (first["text"]["nll"], first["all"]["count"]) == (pytest.approx(11 / 5), 9)
+        assert (second["text"]["nll"], second["all"]["count"]) == (3.0, 2)
+        assert "nll" not in second["image"]
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"{split}/text/nll" for split in splits} | {"val/iid/image/ppl", "train/image/nll"} <= tags
+    assert "val/compositional/image/ppl" not in tags
 
 
 def test_an_interval_is_the_sum_of_its_micro_batches_not_the_mean_of_their_means(tmp_path: Path) -> None:
@@ -220,11 +242,11 @@ class Images(pl.LightningModule):
         value = torch.tensor(float(batch_idx))
         return {"loss": self.weight * 1.0, "metrics": {"l1": value, "mse": value**2}, "samples": 1 + batch_idx}
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         pass
 
-    def validation_summary(self) -> dict[str, float]:
-        return {"psnr": 20.0}
+    def validation_summary(self, dataloader_idx: int = 0) -> dict[str, float]:
+        return {"psnr": 20.0 + dataloader_idx}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.5)
@@ -250,3 +272,14 @@ def test_scalars_are_means_over_samples_and_count_them(tmp_path: Path) -> None:
     assert written[1]["train"] == {"l1": pytest.approx(2 / 3), "mse": pytest.approx(2 / 3)}
     assert written[3]["train"] == {"l1": pytest.approx(18 / 7), "mse": pytest.approx(48 / 7)}
     assert written[0]["val"] == written[2]["val"] == {"psnr": 20.0}
+
+
+def test_scalars_are_summarized_by_validation_split(tmp_path: Path) -> None:
+    meter = RunScalars(1, tmp_path / "metrics.jsonl", ["val/iid", "val/compositional"])
+    options: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", num_sanity_val_steps=-1, callbacks=[meter], **options)
+    trainer.fit(Images(), batches(1), [batches(1), batches(2)])
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert (first["val/iid"], first["val/compositional"]) == ({"psnr": 20.0}, {"psnr": 21.0})

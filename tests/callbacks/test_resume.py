@@ -14,7 +14,7 @@ import torch
 from callbacks import DurableCheckpointIO, EventLog, find_resumable
 from callbacks.checkpoints import checkpoints, step_of
 from callbacks.files.checkpoint_io import digest_of
-from tests.callbacks.toy_model import Toy
+from tests.callbacks.toy_model import LENGTH, VALIDATION, Toy
 from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, finish, free_port, lines, run_to_end, start
 
 pytestmark = pytest.mark.slow
@@ -116,6 +116,64 @@ def test_a_validation_cut_short_twice_is_written_once(unbroken: Path, tmp_path: 
     assert lines(tmp_path) == lines(unbroken)
 
 
+SPLITS = ("val/iid", "val/compositional")
+
+
+@pytest.fixture(scope="module")
+def unbroken_splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run with two validation splits."""
+    folder = tmp_path_factory.mktemp("splits")
+    assert run_to_end(Toy(folder, validations=SPLITS)) == 0
+    return folder
+
+
+def test_every_validation_line_holds_both_splits_and_the_run_is_the_same(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_to_end(Toy(one, plain=True)) == run_to_end(Toy(two, plain=True, validations=SPLITS)) == 0
+    for alone, both in zip(lines(one), lines(two), strict=True):
+        assert {key: value for key, value in both.items() if key not in SPLITS} == {
+            key: value for key, value in alone.items() if key != "val"
+        }
+        assert both.get(SPLITS[0]) == alone.get("val")
+        if SPLITS[0] in both:
+            first, second = (both[split]["all"] for split in SPLITS)
+            assert first["count"] == second["count"] == VALIDATION * (LENGTH - 1)
+            assert first["nll"] != second["nll"]
+
+
+@pytest.mark.parametrize("loader", [0, 1], ids=SPLITS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["sigterm", "sigkill"])
+@pytest.mark.parametrize("step", [0, 12])
+def test_a_run_stopped_in_either_validation_split_resumes_exactly(
+    unbroken_splits: Path, tmp_path: Path, loader: int, number: int, step: int
+) -> None:
+    harm = {"signal_in": "validation", "at_step": step, "signal": number, "loader": loader}
+    assert run_to_end(Toy(tmp_path, validations=SPLITS, harm=harm)) in (KILLED, 143)
+    assert step not in [line["step"] for line in lines_so_far(tmp_path) if SPLITS[0] in line]
+    assert run_to_end(Toy(tmp_path, validations=SPLITS)) == 0
+    assert lines(tmp_path) == lines(unbroken_splits)
+
+
+@pytest.mark.parametrize("loader", [0, 1], ids=SPLITS)
+def test_two_ranks_stopped_in_either_validation_split_resume_exactly(tmp_path: Path, loader: int) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert finish(*start_ranks(whole, validations=SPLITS)) == [0, 0]
+    harm = {"signal_in": "validation", "at_step": 12, "signal": signal.SIGTERM, "ranks": [1], "loader": loader}
+    assert finish(*start_ranks(stopped, validations=SPLITS, **harm), timeout=60) == [143, 143]
+    assert finish(*start_ranks(stopped, validations=SPLITS)) == [0, 0]
+    assert lines(stopped) == lines(whole)
+
+
+def test_two_ranks_sum_both_splits_like_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_to_end(Toy(one, plain=True, validations=SPLITS)) == 0
+    assert finish(*start_ranks(two, plain=True, validations=SPLITS)) == [0, 0]
+    for alone, shared in zip(lines(one), lines(two), strict=True):
+        for split in alone.keys() & {"train", *SPLITS}:
+            for name, entry in alone[split].items():
+                assert entry == pytest.approx(shared[split][name], rel=1e-6)
+
+
 def test_an_error_between_steps_leaves_the_last_whole_step_saved(unbroken: Path, tmp_path: Path) -> None:
     assert run_to_end(Toy(tmp_path, harm={"raise_at": 9})) == 1
     assert newest_step(tmp_path) == 9
@@ -212,10 +270,12 @@ def split_lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines(folder) if "train" in line or "val" in line]
 
 
-def start_ranks(folder: Path, plain: bool = False, **harm: Any) -> list[BaseProcess]:
+def start_ranks(
+    folder: Path, plain: bool = False, validations: tuple[str, ...] = ("val",), **harm: Any
+) -> list[BaseProcess]:
     """Both ranks of a run."""
-    port = free_port()
-    return [start(Toy(folder, rank=rank, world=2, port=port, plain=plain, harm=harm)) for rank in range(2)]
+    same: dict[str, Any] = {"world": 2, "port": free_port(), "plain": plain, "validations": validations, "harm": harm}
+    return [start(Toy(folder, rank=rank, **same)) for rank in range(2)]
 
 
 @pytest.mark.parametrize("ranks", [[0], [1], [0, 1]], ids=["rank 0", "rank 1", "both"])

@@ -37,6 +37,7 @@ class Toy:
     rank: int = 0
     world: int = 1
     port: int = 0
+    validations: tuple[str, ...] = ("val",)  # names of the validation loaders
     plain: bool = False  # uses no random numbers, so that runs on different numbers of ranks can be compared
     harm: dict[str, Any] = field(default_factory=dict)
 
@@ -101,10 +102,13 @@ class ToyData(pl.LightningDataModule):
         positions = Positions(self.toy, self.consumed)
         return DataLoader(Rows(TRAIN, 0, noise=not self.toy.plain), batch_sampler=positions, collate_fn=_same)
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
+    def val_dataloader(self) -> list[DataLoader[Tensor]]:
         mine = list(range(self.toy.rank, VALIDATION, self.toy.world))
         batches = [mine[start : start + 4] for start in range(0, len(mine), 4)]
-        return DataLoader(Rows(VALIDATION, 1, noise=False), batch_sampler=batches, collate_fn=_same)
+        return [
+            DataLoader(Rows(VALIDATION, seed, noise=False), batch_sampler=batches, collate_fn=_same)
+            for seed, _ in enumerate(self.toy.validations, start=1)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -141,8 +145,8 @@ class ToyModule(pl.LightningModule):
         self.signal_here("step")
         return {"loss": loss, **output}
 
-    def validation_step(self, ids_BT: Tensor, batch_idx: int) -> dict[str, Any]:
-        if batch_idx == 1:
+    def validation_step(self, ids_BT: Tensor, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        if batch_idx == 1 and dataloader_idx == self.toy.harm.get("loader", 0):
             self.signal_here("validation")
         return self._sums(ids_BT)[1]
 

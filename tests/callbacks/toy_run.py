@@ -95,7 +95,7 @@ def build(toy: Toy) -> tuple[pl.Trainer, ToyModule, ToyData]:
     """Wired as a real run is."""
     events = EventLog(toy.folder / EVENTS)
     throughput = Throughput()
-    meter = EMASplitPerplexity(toy.interval, 0.9, toy.folder / METRICS, extras=[throughput])
+    meter = EMASplitPerplexity(toy.interval, 0.9, toy.folder / METRICS, [throughput], toy.validations)
     assert meter.file is not None
     saver = RunCheckpoints(toy.folder / CHECKPOINTS, toy.save_every, metrics=meter.file, events=events)
     preemption = Preemption(saver)

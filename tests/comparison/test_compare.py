@@ -24,11 +24,12 @@ ARMS = ("t2i_pretrained", "t2i_scratch")
 def seeded_run(root: Path, name: str, seed: int, day: int = 10, gap: float = 0.0, **more: Any) -> Path:
     """A run whose validation losses have noise of its seed, and `gap` added."""
     config = {"seed": seed, **more.pop("config", {})}
-    folder = write_run(root, name, f"202601{day + seed:02d}-093000", config=config, **more)
+    splits = more.pop("splits", ("iid", "compositional"))
+    folder = write_run(root, name, f"202601{day + seed:02d}-093000", config=config, splits=splits, **more)
     noise = random.Random(f"{name} {seed}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        for entry in line.get("val", {}).values():
+        for entry in (entry for key in line if key.startswith("val") for entry in line[key].values()):
             entry["nll"] = 1.8 + gap + 3 * (line["step"] == 0) + noise.gauss(0, 0.005)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -53,14 +54,16 @@ def test_arms_are_paired_by_seed_wherever_their_runs_lie(runs: Path) -> None:
     assert not arms.notes
     primary, *secondary = compare(Plan(), arms)
     last = {
-        name: [read_lines(folder, "val")[-1]["val"]["image"]["nll"] for folder in sorted(runs.rglob(f"{name}/*"))]
+        name: [
+            read_lines(folder, "val/iid")[-1]["val/iid"]["image"]["nll"] for folder in sorted(runs.rglob(f"{name}/*"))
+        ]
         for name in ARMS
     }
     assert primary.means == pytest.approx((fmean(last[ARMS[0]]), fmean(last[ARMS[1]])))
     expected = [one - two for one, two in zip(*last.values(), strict=True)]
     assert list(primary.differences.values()) == pytest.approx(expected)
     assert primary.verdict == DIFFERENCE
-    assert [one.primary for one in secondary] == [False] * 3
+    assert [one.primary for one in secondary] == [False] * 4
 
 
 def test_equal_arms_are_equivalent_and_a_small_study_is_undecided(tmp_path: Path) -> None:
@@ -72,9 +75,27 @@ def test_equal_arms_are_equivalent_and_a_small_study_is_undecided(tmp_path: Path
     arms = find_arms(few, tmp_path)
     results = compare(few, arms)
     assert results[0].verdict == UNDECIDED
-    assert "n = 2 is too small for a verdict on val.image.nll; pairs for 80 % power: " in text(few, arms, results)
+    assert "n = 2 is too small for a verdict on val/iid.image.nll; pairs for 80 % power: " in text(few, arms, results)
     one = Plan(seeds=[0])
     assert "undecided, one pair" in text(one, find_arms(one, tmp_path), compare(one, find_arms(one, tmp_path)))
+
+
+def test_endpoints_name_a_validation_split_or_mean_the_primary_one(runs: Path) -> None:
+    run = read_run(next(runs.glob("t2i_pretrained/*")))
+    iid, compositional = (run.validations(name)[-1]["val"]["image"]["nll"] for name in run.validation_splits)
+    assert Endpoint("val.image.nll").value(run) == Endpoint("val/iid.image.nll").value(run) == iid
+    assert Endpoint("val/compositional.image.nll").value(run) == compositional != iid
+
+
+def test_the_default_plan_fits_runs_with_one_validation_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ARMS:
+        for seed in range(2):
+            seeded_run(tmp_path, name, seed, splits=())
+    assert command.main(["--runs", str(tmp_path), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    assert [one["endpoint"] for one in found] == ["val.image.nll", "val.text.nll", "val.all.nll", "tokens_saved.image"]
+    with pytest.raises(ValueError, match=r"endpoint val/iid.* has no val/iid in metrics\.jsonl; it has train, val"):
+        compare(Plan(), find_arms(Plan(), tmp_path))
 
 
 def test_missing_unfinished_and_unreadable_runs_are_named(runs: Path) -> None:
@@ -204,7 +225,7 @@ def test_the_latex_table_is_balanced_and_escaped(runs: Path) -> None:
     arms = find_arms(plan, runs)
     lines = [line for line in latex(plan, arms, compare(plan, arms)).splitlines() if not line.startswith("%")]
     body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
-    assert len(body) == 4
+    assert len(body) == 5
     assert {line.count(" & ") for line in body} == {7}
     assert all("_" not in line.replace(r"\_", "") for line in body)
 
@@ -217,7 +238,7 @@ def test_the_latex_table_is_balanced_and_escaped(runs: Path) -> None:
         ("alpha: high", "alpha"),
         ("arms: [t2i_scratch]", "arms=.*the names of two experiments"),
         ("seeds: [0, 0]", "seeds=.*each seed once"),
-        ("secondary: [val.image.nll]", "secondary=.*each endpoint once"),
+        ("secondary: [val/iid.image.nll]", "secondary=.*each endpoint once"),
         ("primary: image", "endpoint 'image': expected a dotted name"),
         ("[1, 2]", "must hold keys and values, found list"),
         ("arms: {", "is not YAML"),

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from t2i_lm.config.load import load_experiment
-from t2i_lm.data.scenes.scene import TRAIN_PAIRS, draw_scene, scene_from_meaning
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.evaluation import scenes as scene_report
 from t2i_lm.evaluation.report import print_summary
-from t2i_lm.evaluation.scenes import familiar_scenes, prompt_accuracy
+from t2i_lm.evaluation.scenes import prompt_accuracy
 from t2i_lm.experiment.build import build
 from t2i_lm.generation.grid import MARGIN, PIXELS, captioned_grid
 from t2i_lm.runtime.tables import markdown_table
@@ -19,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_accuracy_is_one_for_matching_scenes_and_low_for_others() -> None:
-    source = SceneSource(60, "val", 0)
+    source = SceneSource(60, "compositional", 0)
     pairs = [source[index] for index in range(60)]
     meanings = [pair.meaning or {} for pair in pairs]
     images = [np.asarray(pair.image) for pair in pairs]
@@ -49,13 +48,32 @@ def test_the_summary_shows_standard_errors_of_shares(tmp_path: Path, capsys: pyt
     assert "true caption preferred (chance 0.5): size 83% +- 2%" in printed
 
 
+def test_the_summary_shows_every_validation_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {"nll": 1.25, "ppl": 3.49, "count": 64}
+    preferred = {"size": {"preferred": 0.83, "se": 0.0168, "of": 500}}
+    report = {
+        **{"experiment": "x", "scale": "demo", "seed": 0, "steps": 1, "wall_s": 1, "image_floor_nll": 0.0625},
+        **{"val/iid": {"image": entry}, "val/compositional": {"image": entry | {"nll": 1.5}}},
+        **{"iid": {"preference": preferred}, "compositional": {"preference": preferred}},
+    }
+    print_summary(report, tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "iid image │ 1.2500",
+        "compositional image │ 1.5000",
+        "floor of the image loss (entropy of the generator): 0.0625 nats/token",
+        "true caption preferred (chance 0.5), compositional: size 83% +- 2%",
+    ):
+        assert words in printed
+
+
 def test_the_accuracy_ceiling_is_that_of_reconstructions_and_cached(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = [*tiny, "image_tokenizer.path=asset:image_tokenizer", f"data.cache_dir={tmp_path}"]
     experiment = build(load_experiment(ROOT / "experiments" / "t2i_scratch.yaml", "demo", given))
     monkeypatch.setattr(scene_report, "CEILING_SCENES", 60)
-    found = scene_report.accuracy_ceiling(experiment, "val")
+    found = scene_report.accuracy_ceiling(experiment, "iid")
     assert found["scenes"] == 60
     right = {name: entry["right"] for name, entry in found["accuracy"].items()}
     assert right["any_colour"] == 1
@@ -63,14 +81,14 @@ def test_the_accuracy_ceiling_is_that_of_reconstructions_and_cached(
     assert right["all"] <= min(right["colour"], right["kind"])
     file = next((tmp_path / "ceilings").iterdir())
     written = file.stat().st_mtime_ns
-    assert scene_report.accuracy_ceiling(experiment, "val") == found
+    assert scene_report.accuracy_ceiling(experiment, "iid") == found
     assert file.stat().st_mtime_ns == written
 
     content = json.loads(file.read_text())
     content["identity"]["code"][0] = "0" * 64  # by another version of the scenes
     content["accuracy"] = {}
     file.write_text(json.dumps(content))
-    assert scene_report.accuracy_ceiling(experiment, "val") == found
+    assert scene_report.accuracy_ceiling(experiment, "iid") == found
     assert file.stat().st_mtime_ns != written
 
 
@@ -87,16 +105,3 @@ def test_a_grid_shows_every_image_with_its_caption() -> None:
     assert blacks >= 5 * PIXELS**2
     with pytest.raises(ValueError, match="5 images for 4 captions"):
         captioned_grid([black] * 5, ["a"] * 4)
-
-
-def test_familiar_scenes_contain_seen_pairs_and_equal_no_training_scene(tiny: list[str]) -> None:
-    config = load_experiment(ROOT / "experiments" / "t2i_scratch.yaml", "demo", [*tiny, "data.train_size=3000"])
-    experiment = build(config)
-    scenes = familiar_scenes(experiment, 300)
-    trained = {draw_scene(config.data.seed, "train", index) for index in range(3000)}
-    for meaning, ids_N in zip(scenes.meanings, scenes.image_ids_BN, strict=True):
-        scene = scene_from_meaning({key: value for key, value in meaning.items() if key != "style"})
-        assert scene not in trained
-        assert all((item.colour, item.kind) in TRAIN_PAIRS for item in scene.objects)
-        assert ids_N.shape == (64,)
-    assert len(scenes.captions) == 300

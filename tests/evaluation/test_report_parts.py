@@ -22,16 +22,16 @@ def test_a_part_that_fails_is_recorded_and_told_in_one_line(
     def fail() -> None:
         raise error
 
-    report: dict[str, Any] = {"familiar": {}}
+    report: dict[str, Any] = {"iid": {}}
     with part(report, "samples"):
         report["samples"] = {"prompts": 3}
         fail()
-    with part(report["familiar"], "ceiling"):
+    with part(report["iid"], "ceiling"):
         fail()
     with part(report, "preference"):
         report["preference"] = {"size": {"preferred": 1.0}}
     assert set(report["samples"]) == {"error"}
-    assert failed(report) == ["familiar.ceiling", "samples"]
+    assert failed(report) == ["iid.ceiling", "samples"]
     assert (measured(report, "samples"), measured(report, "absent")) == ({}, {})
     assert measured(report, "preference") == {"size": {"preferred": 1.0}}
     assert [line.split(":")[1] for line in capsys.readouterr().err.splitlines()] == [
@@ -73,12 +73,12 @@ def test_a_failed_part_spoils_no_other_and_no_run(
 
     run = resume_from_middle(PRETRAINED, tmp_path, pretrained, first=in_the_way)  # ends with exit code 0
     assert run.report is not None
-    assert "Is a directory" in run.report["grid"]["error"]
-    assert without(run.report, "wall_s", "grid") == without(pretrained.report, "wall_s")
+    assert "Is a directory" in run.report["iid"].pop("grid")["error"]
+    assert without(run.report, "wall_s") == without(pretrained.report, "wall_s")
     said = capsys.readouterr().err.splitlines()
     assert "report: grid failed: Is a directory" in said
     again = f"python -m t2i_lm.evaluate --checkpoint {run.folder} --report"
-    assert f"report: grid failed, all else is written; to compute it again: {again}" in said
+    assert f"report: iid.grid failed, all else is written; to compute it again: {again}" in said
     assert main(["--checkpoint", str(run.folder), "--report"]) == 1
     (run.folder / "samples" / "grid.png").rmdir()
     assert main(["--checkpoint", str(run.folder), "--report"]) == 0
@@ -89,7 +89,7 @@ def test_an_unfinished_run_has_no_report(pretrained: Run, tmp_path: Path, capsys
     folder = copy_of(pretrained, tmp_path)
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines()
-    metrics.write_text("\n".join(line for line in lines if "val" not in json.loads(line)) + "\n")
+    metrics.write_text("\n".join(line for line in lines if "train" in json.loads(line)) + "\n")
     assert main(["--checkpoint", str(folder), "--report"]) == 2
     assert "step 8 is not validated; --resume finishes this run" in capsys.readouterr().err
     checkpoints(read_run(folder))[-1].unlink()

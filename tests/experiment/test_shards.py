@@ -20,8 +20,10 @@ def experiment(tiny: list[str]) -> ImageExperiment:
         "caption_tokens": {"0": 1, "8": 5, "9": 3, "40": 1},
         "rejects": {"no caption": 2},
     }
-    built.index["splits"]["val"]["caption_tokens"] = {"8": 20}
-    built.index["notes"] = {"train": ["a tar has 7 unused bytes"], "val": ["a tar has 7 unused bytes"]}
+    for split in ("val/iid", "val/compositional"):
+        built.index["splits"][split]["caption_tokens"] = {"8": 20}
+    built.index["notes"] = {"train": ["a tar has 7 unused bytes"], "val/iid": ["a tar has 7 unused bytes"]}
+    built.index["recurring"]["val/compositional"]["images"] = 3
     return built
 
 
@@ -29,16 +31,19 @@ def test_counts_and_their_lines(experiment: ImageExperiment) -> None:
     assert data_counts(experiment) == {
         "text_budget": 8,
         "train": {"rows": 60, "rejects": {"no caption": 2}, "captions": 10, "empty": 1, "truncated": 4},
-        "val": {"rows": 20, "rejects": {}, "captions": 20, "empty": 0, "truncated": 0},
-        "notes": {"train": ["a tar has 7 unused bytes"], "val": ["a tar has 7 unused bytes"]},
-        "recurring_images": 0,
+        "val/iid": {"rows": 20, "rejects": {}, "captions": 20, "empty": 0, "truncated": 0},
+        "val/compositional": {"rows": 20, "rejects": {}, "captions": 20, "empty": 0, "truncated": 0},
+        "notes": {"train": ["a tar has 7 unused bytes"], "val/iid": ["a tar has 7 unused bytes"]},
+        "recurring_images": {"val/iid": 0, "val/compositional": 3},
     }
     rows, note, captions = describe_data(experiment)
-    assert rows.startswith("data: 60 train and 20 val rows, data hash ")
-    assert rows.endswith("; left out: 2 train (no caption); validation images that recur in training: 0")
+    assert rows.startswith("data: 60 train, 20 val/iid and 20 val/compositional rows, data hash ")
+    recurring = "validation images that recur in training: 0 of val/iid and 3 of val/compositional"
+    assert rows.endswith(f"; left out: 2 train (no caption); {recurring}")
     assert note == "data: a tar has 7 unused bytes"
     assert captions == (
-        "captions: 4 of 10 train (40.0%) and 0 of 20 val (0.0%) are cut to the 8 text ids that fit; 1 are empty"
+        "captions: 4 of 10 train (40.0%), 0 of 20 val/iid (0.0%) and 0 of 20 val/compositional (0.0%) are cut to the 8 "
+        "text ids that fit; 1 are empty"
     )
 
 
@@ -60,4 +65,4 @@ def test_a_run_records_them(pretrained: Run) -> None:
     counts = pretrained.report["data"]
     assert counts == pretrained.environment["data"]
     assert counts["train"]["truncated"] / counts["train"]["captions"] == pretrained.report["truncated_captions"]
-    assert counts["recurring_images"] == 0
+    assert counts["recurring_images"].keys() == {"val/iid", "val/compositional"}

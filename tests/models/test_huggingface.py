@@ -127,7 +127,7 @@ def test_a_run_from_pretrained_to_an_export_that_transformers_loads(tiny: list[s
     assert main([str(ROOT / "experiments" / "t2i_pretrained.yaml"), *overrides]) == 0
     run = read_run(run_folders(tmp_path / "runs")[-1])
     assert run.report is not None
-    assert run.records("val")[-1]["val"]["image"]["nll"] < run.records("val")[0]["val"]["image"]["nll"]
+    assert run.validations()[-1]["val"]["image"]["nll"] < run.validations()[0]["val"]["image"]["nll"]
     assert export([str(run.folder), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
     assert json.loads((tmp_path / "out" / "card.json").read_text())["rows"] == 512 + 7 + 32
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

@@ -37,6 +37,7 @@ def write_run(
     finished: bool = True,
     floor: float | None = 1.0043,
     forgotten: float | None = None,
+    splits: tuple[str, ...] = (),
 ) -> Path:
     """Writes a run folder like that of a training.
 
@@ -50,6 +51,7 @@ def write_run(
         finished: whether a report is written.
         floor: `text_floor_nll` of the report.
         forgotten: increase of the held-out text loss by the last step; None writes no measurement.
+        splits: names of validation splits, whose losses differ; empty for one validation set.
     """
     settings = _config(name)
     for key, value in (config or {}).items():
@@ -67,6 +69,10 @@ def write_run(
     (folder / "env.json").write_text(json.dumps({**environment, "train_samples": 20000}))
     done = settings["trainer"]["max_steps"] if steps is None else steps
     lines = _lines(name, settings, done)
+    if splits:
+        for line in [line for line in lines if "val" in line]:
+            val = line.pop("val")
+            line |= {f"val/{split}": _harder(val, 1 + number / 20) for number, split in enumerate(sorted(splits)[::-1])}
     if forgotten is not None:
         for line, change in ((_head(0, settings), 0.0), (_head(done, settings), forgotten)):
             lines.append(line | {"forgetting": _forgetting(change)})
@@ -74,8 +80,10 @@ def write_run(
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
     if finished:
-        val = [line["val"] for line in lines if "val" in line][-1]
-        report = {"experiment": name, "steps": done, "val": val, "text_floor_nll": floor}
+        val = [line for line in lines if {"val", "val/iid"} & line.keys()][-1]
+        report = {"experiment": name, "steps": done, "text_floor_nll": floor}
+        report |= {key: entry for key, entry in val.items() if key.startswith("val")}
+        report |= {"image_floor_nll": 0.1} if splits else {}
         (folder / "report.json").write_text(json.dumps(report))
     return folder
 
@@ -185,6 +193,11 @@ def _split(name: str, step: float, steps: float, noise: random.Random, spread: f
         sums = [sum(entries[part][key] for part in parts) for key in ("nll_sum", "count")]
         entries[total] = _entry(sums[0], int(sums[1]))
     return entries
+
+
+def _harder(val: dict[str, Any], factor: float) -> dict[str, Any]:
+    """A validation with losses multiplied by a factor."""
+    return {name: _entry(factor * entry["nll_sum"], entry["count"]) for name, entry in val.items()}
 
 
 def _entry(nll_sum: float, count: int) -> dict[str, float]:

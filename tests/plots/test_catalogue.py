@@ -111,6 +111,29 @@ def test_the_text_floor_is_a_dashed_line_in_the_text_panel_alone(runs: Path) -> 
     assert "floor" not in texts(FIGURES["3"](Request(runs)).figure)
 
 
+def test_both_validation_splits_are_drawn_and_named(tmp_path: Path) -> None:
+    for name in ("t2i_pretrained", "t2i_scratch"):
+        write_run(tmp_path, name, splits=("iid", "compositional"))
+    drawing = FIGURES["4"](Request(tmp_path))
+    lines = drawn(drawing.figure)
+    looks = {str(line.get_gid()): line for axes in drawing.figure.axes for line in axes.get_lines()}
+    for panel, modality in MODALITIES["4"].items():
+        for arm in ("pretrained", "scratch"):
+            records = read_lines(next((tmp_path / f"t2i_{arm}").iterdir()), "val/iid")
+            for split, gid in (("iid", "val"), ("compositional", "val/compositional")):
+                held = [line[f"val/{split}"][modality]["ppl"] for line in records]
+                assert lines[f"{panel}/{arm}/{gid}"] == ([line["tokens_nominal"] for line in records], held)
+            hollow, filled = looks[f"{panel}/{arm}/val/compositional"], looks[f"{panel}/{arm}/val"]
+            assert (hollow.get_fillstyle(), filled.get_fillstyle()) == ("none", "full")
+    assert floats(looks["Image tokens/floor"].get_ydata()) == pytest.approx([math.exp(0.1)] * 2)
+    words = texts(drawing.figure)
+    assert "validation, iid validation, compositional" in words
+    assert "iid, new images of the color-kind pairs of training (filled); compositional, images of" in drawing.caption
+    assert "Upper right: iid validation at step 300" in drawing.caption
+    assert drawing.table.startswith("iid validation at step 300")
+    assert "\ncompositional validation at step 300" in drawing.table
+
+
 def test_no_floor_is_drawn_where_no_report_gives_one(tmp_path: Path) -> None:
     write_run(tmp_path, "t2i_pretrained", floor=None)
     write_run(tmp_path, "t2i_scratch", finished=False)
@@ -130,6 +153,7 @@ def test_the_caption_states_what_the_figure_shows(runs: Path) -> None:
             "2026-03-01",
             "procedural scenes, 20,000 training pairs, hash 0123456789abcdef",
             "EMA: constant 0.95, updated every 5 steps",
+            "about 95 steps behind the raw loss",
             "validation at step 300, gap in percent of random",
             "paper's data (HQITP-134M) are private: these are other data at another size",
         ):

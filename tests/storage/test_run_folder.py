@@ -22,7 +22,20 @@ def test_a_finished_run_is_read_completely(tmp_path: Path) -> None:
     assert run.environment == json.loads((folder / "env.json").read_text())
     assert run.report == json.loads((folder / "report.json").read_text())
     assert run.records("train") == read_lines(folder, "train")
-    assert [line["step"] for line in run.records("val")] == [0, 100, 200, 300]
+    assert [line["step"] for line in run.validations()] == [0, 100, 200, 300]
+
+
+def test_validations_are_those_of_the_primary_split_or_of_the_named_one(tmp_path: Path) -> None:
+    one = read_run(write_run(tmp_path, "t2i_scratch"))
+    assert one.validation_splits == ()
+    assert one.validations() == one.records("val")
+    assert one.validations("iid") == []
+    two = read_run(write_run(tmp_path, "t2i_pretrained", splits=("compositional", "iid")))
+    assert two.validation_splits == ("iid", "compositional")
+    assert two.records("val") == []
+    for name, lines in (("iid", two.validations()), ("compositional", two.validations("compositional"))):
+        assert [line["val"] for line in lines] == [line[f"val/{name}"] for line in two.records("val/iid")]
+    assert two.validations("iid") == two.validations() != two.validations("compositional")
 
 
 def test_an_unfinished_run_has_no_report(tmp_path: Path) -> None:

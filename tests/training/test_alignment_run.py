@@ -20,7 +20,7 @@ from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
-from tests.runs import EXPERIMENTS, launch, succeed
+from tests.runs import EXPERIMENTS, launch, losses, succeed
 
 SMALL = ["data.batch_size=16", "optim.warmup_steps=1"]
 
@@ -42,7 +42,7 @@ def test_an_alignment_leaves_loss_temperature_rows_and_table(aligned: Run) -> No
     assert [line["train"]["all"]["count"] for line in lines] == [2 * 2 * 16] * 4
     assert lines[-1]["train"]["all"]["nll"] < lines[0]["train"]["all"]["nll"]
     assert all(line["scalars"]["logit_scale"] > 0 for line in lines)
-    assert aligned.records("val")[-1]["val"]["all"]["count"] == 2 * 16  # what does not fill a batch is left out
+    assert aligned.validations()[-1]["val"]["all"]["count"] == 2 * 16  # what does not fill a batch is left out
     rows = load_file(aligned.folder / FILE)["image"]
     assert rows.shape == (32, 32)
     with (aligned.folder / "nearest_text_tokens.csv").open() as file:
@@ -71,8 +71,8 @@ def test_two_ranks_gather_their_negatives(aligned: Run, tiny: list[str], tmp_pat
     succeed(launch(experiment("align"), tmp_path, *tiny, *SMALL, "trainer.strategy=ddp", "trainer.devices=2"))
     two = read_run(run_folders(tmp_path)[0])
     for ours, theirs in zip(two.metrics, aligned.metrics, strict=True):
-        key = "train" if "train" in ours else "val"
-        assert ours[key]["all"]["nll"] == pytest.approx(theirs[key]["all"]["nll"], rel=1e-6)
+        for key, entries in losses(ours).items():
+            assert entries["all"]["nll"] == pytest.approx(theirs[key]["all"]["nll"], rel=1e-6)
     assert torch.allclose(load_file(two.folder / FILE)["image"], load_file(aligned.folder / FILE)["image"], atol=1e-6)
 
 

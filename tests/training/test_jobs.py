@@ -1,5 +1,6 @@
 """Several runs: equal in parallel and in sequence, failures by name, and a signal that stops all of them."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment, save_experiment
 from t2i_lm.config.sections import RunConfig
-from t2i_lm.storage.run_folder import CONFIG, REPORT, read_run, run_folders
+from t2i_lm.data.scenes.version import SCENES_FORMAT
+from t2i_lm.storage.run_folder import CONFIG, ENVIRONMENT, REPORT, read_run, run_folders
 from t2i_lm.training.jobs import Job, find_equal_run, run_jobs
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +30,7 @@ def arms(root: Path, *overrides: str) -> list[ExperimentConfig]:
 
 def losses(root: Path) -> list[tuple[str, Any]]:
     runs = sorted(run_folders(root), key=lambda folder: folder.parent.name)
-    return [(run.parent.name, [record["val"] for record in read_run(run).records("val")]) for run in runs]
+    return [(run.parent.name, [record["val"] for record in read_run(run).validations()]) for run in runs]
 
 
 def test_a_run_stands_for_jobs_that_compute_and_report_the_same(tmp_path: Path) -> None:
@@ -52,6 +54,18 @@ def test_a_run_stands_for_jobs_that_compute_and_report_the_same(tmp_path: Path) 
         replace(config, trainer=replace(config.trainer, packing=True)),
     ):
         assert find_equal_run(other) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "equal"), [({"scenes": SCENES_FORMAT}, True), ({"threads": 1}, False), ({}, True)]
+)
+def test_a_run_on_former_scenes_stands_for_no_job(recorded: dict[str, int], equal: bool, tmp_path: Path) -> None:
+    run = tmp_path / "experiment" / "20260101-000000-demo"
+    run.mkdir(parents=True)
+    config = ExperimentConfig(run=RunConfig(str(tmp_path)))
+    save_experiment(config, run / CONFIG)
+    (run / ENVIRONMENT).write_text(json.dumps(recorded))
+    assert find_equal_run(config) == (run if equal else None, False)
 
 
 def test_a_run_from_the_latest_alignment_is_found_again(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ SMALL_VQ = [
 def test_an_image_tokenizer_learns_is_exported_and_its_codes_are_in_use(tmp_path: Path) -> None:
     assert main([VQ, *SMALL_VQ, f"run.dir={tmp_path}"]) == 0
     run = read_run(run_folders(tmp_path)[-1])
-    first, last = run.records("val")[0]["val"], run.records("val")[-1]["val"]
+    first, last = run.validations()[0]["val"], run.validations()[-1]["val"]
     assert last["psnr"] > first["psnr"] + 0.5
     assert last["codes_used"] > 0.5
     assert export([str(run.folder), "--out", str(tmp_path / "vq"), "--dtype", "float32"]) == 0
@@ -92,7 +92,7 @@ def test_a_shipped_text_tokenizer_serves_another_language_model(language_model: 
 @pytest.mark.slow
 def test_a_language_model_learns_and_is_exported(language_model: Path, tmp_path: Path) -> None:
     run = read_run(language_model)
-    assert run.records("val")[-1]["val"]["text"]["nll"] < run.records("val")[0]["val"]["text"]["nll"] - 1
+    assert run.validations()[-1]["val"]["text"]["nll"] < run.validations()[0]["val"]["text"]["nll"] - 1
     out = tmp_path / "exported"
     assert export([str(language_model), "--out", str(out)]) == 0
     card = json.loads((out / "card.json").read_text())

@@ -10,7 +10,7 @@ import torch
 from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.build import build_model
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
-from tests.runs import PRETRAINED, QUICK, curve, launch, resume_from_middle, succeed, train, weights
+from tests.runs import PRETRAINED, QUICK, curve, launch, losses, resume_from_middle, succeed, train, weights
 
 pytestmark = pytest.mark.slow
 
@@ -55,12 +55,10 @@ def test_replay_is_a_modality_of_its_own_and_takes_its_share(remedied: Run, pret
     for line in remedied.records("train"):
         assert line["train"]["replay"]["count"] == 2 * 2 * 111  # two of eight sequences, two steps
         assert line["scalars"]["distil_kl"] > 0
-    for line, other in zip(remedied.records("val"), pretrained.records("val"), strict=True):
+    for line, other in zip(remedied.validations(), pretrained.validations(), strict=True):
         assert line["val"]["replay"]["count"] == 0
         assert line["val"]["all"]["count"] == other["val"]["all"]["count"]
-    assert (
-        remedied.records("val")[0]["val"]["text"] == pretrained.records("val")[0]["val"]["text"]
-    )  # nothing is weighted
+    assert remedied.validations()[0]["val"]["text"] == pretrained.validations()[0]["val"]["text"]  # nothing is weighted
     assert remedied.environment["data_hash"] == pretrained.environment["data_hash"]
     assert remedied.environment["stream_hash"] != pretrained.environment["stream_hash"]
 
@@ -83,18 +81,18 @@ def test_remedies_on_two_processes_equal_one(
             mine, other = (line["forgetting"]["text"]["all_rows"]["nll"] for line in (ours, theirs))
             assert mine == pytest.approx(other, rel=1e-6)
             continue
-        key = "train" if "train" in ours else "val"
-        for name, entry in theirs[key].items():
-            assert ours[key][name]["count"] == entry["count"]
-            if entry["count"]:
-                assert ours[key][name]["nll"] == pytest.approx(entry["nll"], rel=1e-6), name
+        for key, entries in losses(theirs).items():
+            for name, entry in entries.items():
+                assert ours[key][name]["count"] == entry["count"]
+                if entry["count"]:
+                    assert ours[key][name]["nll"] == pytest.approx(entry["nll"], rel=1e-6), name
 
 
 def test_accumulation_weighs_as_one_batch(
     remedied: Run, tiny: list[str], probing: list[str], remedies: list[str], tmp_path: Path
 ) -> None:
     run = train(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies, "trainer.accumulate_grad_batches=4")
-    for ours, theirs in zip(run.records("val"), remedied.records("val"), strict=True):
+    for ours, theirs in zip(run.validations(), remedied.validations(), strict=True):
         assert ours["val"]["image"]["nll"] == pytest.approx(theirs["val"]["image"]["nll"], rel=1e-5)
 
 

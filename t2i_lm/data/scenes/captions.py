@@ -1,29 +1,27 @@
-"""English captions of scenes, and their entropy, the lower bound of the text loss.
+"""English captions of scenes, with their exact entropy and that of a picture given its caption.
 
 Captions are sampled from a small unambiguous grammar: every string has one derivation, so its probability is the
 product of the choices it reveals. A full stop occurs only at the end, so the end is a text token and the lower bound of
-the text loss is the entropy of a caption per text token.
+the text loss is the entropy of a caption per text token. A caption names the floor wherever there is one, so that a
+caption without a floor means none; it never says where the floor begins.
 """
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 from t2i_lm.data.scenes.scene import (
     BACKGROUNDS,
     COLOURS,
-    COUNTS,
-    FAMILIES,
-    HELD_OUT,
+    HORIZONS,
     KINDS,
     SIZES,
-    TRAIN_PAIRS,
     Scene,
     SceneObject,
-    draw_scene,
 )
+from t2i_lm.data.scenes.space import BLOCK, STRATA, Stratum, contents, placements
 
 COLOUR_WORDS = {name: (name,) for name in COLOURS} | {"purple": ("purple", "violet"), "pink": ("pink", "rose")}
 KIND_WORDS = {
@@ -42,6 +40,7 @@ BACKGROUND_WORDS = {name: (name,) for name in BACKGROUNDS} | {
     "lilac": ("lilac", "lavender"),
 }
 GROUNDS = ("on a {} background", "against a {} backdrop", "upon a {} ground", "on {} paper")
+FLOORS = ("with a {} floor", "over a {} floor", "above a {} floor", "with a floor painted {}")
 FORWARD = {
     "left": ("to the left of", "on the left side of", "left of"),
     "above": ("above", "over", "higher than"),
@@ -68,17 +67,27 @@ CLOSINGS = (
     ", in a simple manner",
     " and nothing more is to be seen",
 )
-SIZE_SHARE, GROUND_SHARE, CLOSING_SHARE = 0.6, 0.9, 0.2
-ATTRIBUTES = ("background", "colour", "kind", "size", "relation", "count")
+NOUN_FORM, CLAUSE, INVERTED = "noun", "clause", "inverted"
+FORMS = (NOUN_FORM, CLAUSE, INVERTED)
+SIZE_SHARE, GROUND_SHARE, FRONT_SHARE, CLOSING_SHARE = 0.6, 0.9, 0.35, 0.2
+ATTRIBUTES = ("background", "floor", "colour", "kind", "size", "relation", "count")
 
 
 @dataclass(frozen=True)
 class Description:
-    """A caption, its ln p under the training distribution in nats, and the attributes that it mentions."""
+    """A caption.
+
+    Attributes:
+        text: the caption.
+        log_prob: its ln p under the training distribution, in nats.
+        mentioned: the attributes that it mentions.
+        image_nats: ln of the number of pictures that it describes, all equally likely.
+    """
 
     text: str
     log_prob: float
     mentioned: frozenset[str]
+    image_nats: float
 
 
 class _Chooser:
@@ -117,7 +126,9 @@ def describe(scene: Scene, style: str, opposite: bool = False) -> Description:
         opposite: state the opposite of the scene's arrangement, all else equal.
     """
     chooser = _Chooser(style)
-    chooser.shown(FAMILIES[scene.family])
+    stratum = _stratum(scene)
+    chooser.shown(stratum.share / BLOCK)
+    chooser.shown(1 / len(contents("trained", scene.family)))
     mentioned = {"colour", "kind"}
     with_size = [chooser.chance(SIZE_SHARE) for _ in range(2 if scene.family == "pair" else 1)]
     if any(with_size):
@@ -127,41 +138,64 @@ def describe(scene: Scene, style: str, opposite: bool = False) -> Description:
         body = _pair_clause(scene, chooser, with_size, opposite)
     else:
         first = scene.objects[0]
-        chooser.shown(1 / len(TRAIN_PAIRS))
         if scene.family == "group":
             mentioned.add("count")
-            chooser.shown(1 / len(COUNTS))
             phrase = f"{chooser.one_of(COUNT_WORDS[len(scene.objects)])} {_noun(first, chooser, with_size[0], True)}"
         else:
             phrase = _article(_noun(first, chooser, with_size[0], False))
         body = f"{chooser.one_of(NOUN_OPENINGS)}{phrase}"
+    setting = []
     if chooser.chance(GROUND_SHARE):
         mentioned.add("background")
         chooser.shown(1 / len(BACKGROUNDS))
-        ground = chooser.one_of(GROUNDS).format(chooser.one_of(BACKGROUND_WORDS[scene.background]))
-        body = f"{ground}, {body}" if chooser.chance(0.35) else f"{body} {ground}"
+        setting.append(chooser.one_of(GROUNDS).format(chooser.one_of(BACKGROUND_WORDS[scene.background])))
+    if scene.floor is not None:
+        mentioned.add("floor")
+        # One of the colors that the background has not, as far as the caption says.
+        chooser.shown(1 / (len(BACKGROUNDS) - len(setting)))
+        setting.append(chooser.one_of(FLOORS).format(chooser.one_of(BACKGROUND_WORDS[scene.floor])))
+    if setting:
+        words = " ".join(setting)
+        body = f"{words}, {body}" if chooser.chance(FRONT_SHARE) else f"{body} {words}"
     if chooser.chance(CLOSING_SHARE):
         body += chooser.one_of(CLOSINGS)
     text = f"{body[0].upper()}{body[1:]}."
-    return Description(text, chooser.log_prob, frozenset(mentioned))
+    nats = _image_nats(stratum, with_size.count(False), "background" in mentioned)
+    return Description(text, chooser.log_prob, frozenset(mentioned), nats)
+
+
+def _stratum(scene: Scene) -> Stratum:
+    described = (scene.family, len(scene.objects), scene.floor is not None)
+    return next(stratum for stratum in STRATA if (stratum.family, stratum.count, stratum.floor) == described)
+
+
+def _image_nats(stratum: Stratum, sizes: int, background: bool) -> float:
+    """Ln of the number of pictures of a caption that leaves `sizes` sizes open, and the background unless it names it.
+
+    A pair's caption states its arrangement, one of two with equally many placements; no caption states a horizon.
+    """
+    places = len(placements(stratum.family, stratum.count)) // (2 if stratum.family == "pair" else 1)
+    # A floor, always named, has another color than the background.
+    grounds = 1 if background else len(BACKGROUNDS) - stratum.floor
+    horizons = len(HORIZONS) if stratum.floor else 1
+    return math.log(places * len(SIZES) ** sizes * grounds * horizons)
 
 
 def _pair_clause(scene: Scene, chooser: _Chooser, with_size: list[bool], opposite: bool) -> str:
     first, second = scene.objects
     assert scene.arrangement is not None
-    others = sum(colour != first.colour for colour, _ in TRAIN_PAIRS)
-    chooser.shown(1 / len(TRAIN_PAIRS) / others / len(FORWARD))
+    chooser.shown(1 / len(FORWARD))
     forward = chooser.chance(0.5)
     relation = chooser.one_of((FORWARD if forward != opposite else BACKWARD)[scene.arrangement])
     items = [first, second] if forward else [second, first]
     subject, landmark = (
         _article(_noun(item, chooser, size, False)) for item, size in zip(items, with_size, strict=True)
     )
-    form = chooser.one_of(("noun", "clause", "inverted"))
-    if form == "noun":
+    form = chooser.one_of(FORMS)
+    if form == NOUN_FORM:
         return f"{chooser.one_of(NOUN_OPENINGS)}{subject} {relation} {landmark}"
     verb = chooser.one_of(VERBS)
-    if form == "clause":
+    if form == CLAUSE:
         return f"{subject} {verb} {relation} {landmark}"
     return f"{relation} {landmark} {verb} {subject}"
 
@@ -207,8 +241,10 @@ def _alter(scene: Scene, attribute: str, place: int, rng: random.Random) -> Scen
     def pick(options: Sequence[str], *taken: str) -> str:
         return rng.choice([option for option in options if option not in taken])
 
-    if attribute == "background":
-        return replace(scene, background=pick(list(BACKGROUNDS), scene.background))
+    if attribute in ("background", "floor"):
+        grounds = [name for name in (scene.background, scene.floor) if name is not None]
+        ground = pick(list(BACKGROUNDS), *grounds)
+        return replace(scene, background=ground) if attribute == "background" else replace(scene, floor=ground)
     if attribute == "count":
         count = 2 if len(scene.objects) == 3 else 3
         return replace(scene, objects=(scene.objects[0],) * count)
@@ -225,12 +261,66 @@ def _alter(scene: Scene, attribute: str, place: int, rng: random.Random) -> Scen
 
 
 @cache
-def entropy(samples: int, seed: int) -> tuple[float, float]:
-    """Monte Carlo estimate of a training caption's entropy in nats, and its standard error."""
-    values = [-describe(draw_scene(seed, "train", index), f"{seed}/train/{index}").log_prob for index in range(samples)]
-    mean = sum(values) / samples
-    variance = sum((value - mean) ** 2 for value in values) / max(1, samples - 1)
-    return mean, math.sqrt(variance / samples)
+def caption_nats() -> float:
+    """Entropy of a training caption in nats: the expectation of `-Description.log_prob`, exactly.
+
+    The lower bound of the summed text loss of a new training scene (`train`, `iid`).
+    """
+    return sum(stratum.share / BLOCK * _caption_nats(stratum) for stratum in STRATA)
 
 
-assert not HELD_OUT & set(TRAIN_PAIRS)
+def _caption_nats(stratum: Stratum) -> float:
+    """The expectation over a stratum's scenes and captions."""
+    described = contents("trained", stratum.family)
+    nats = -math.log(stratum.share / BLOCK) + math.log(len(described))
+    # Words of each named shape; both are synonyms drawn uniformly.
+    nouns = [
+        math.log(len(COLOUR_WORDS[colour]) * len(KIND_WORDS[kind])) for pairs in described for colour, kind in pairs
+    ]
+    size = _binary(SIZE_SHARE) + SIZE_SHARE * (math.log(len(SIZES)) + _mean_log(SIZE_WORDS.values()))
+    nats += sum(nouns) / len(described) + size * len(described[0])
+    if stratum.family == "pair":
+        # Arrangement, direction, relation (`FORWARD` and `BACKWARD` have equally many of each), form.
+        nats += math.log(len(FORWARD)) + _binary(0.5) + _mean_log(FORWARD.values()) + math.log(len(FORMS))
+        noun_share = 1 / len(FORMS)
+        nats += noun_share * math.log(len(NOUN_OPENINGS)) + (1 - noun_share) * math.log(len(VERBS))
+    else:
+        nats += math.log(len(NOUN_OPENINGS))
+    if stratum.family == "group":
+        nats += math.log(len(COUNT_WORDS[stratum.count]))
+    words = _mean_log(BACKGROUND_WORDS.values())
+    nats += _binary(GROUND_SHARE) + GROUND_SHARE * (math.log(len(BACKGROUNDS)) + math.log(len(GROUNDS)) + words)
+    setting_share = GROUND_SHARE
+    if stratum.floor:
+        nats += GROUND_SHARE * math.log(len(BACKGROUNDS) - 1) + (1 - GROUND_SHARE) * math.log(len(BACKGROUNDS))
+        nats += math.log(len(FLOORS)) + words
+        setting_share = 1.0
+    nats += setting_share * _binary(FRONT_SHARE)
+    return nats + _binary(CLOSING_SHARE) + CLOSING_SHARE * math.log(len(CLOSINGS))
+
+
+@cache
+def picture_nats() -> float:
+    """Entropy of a picture given its caption in nats: the expectation of `Description.image_nats`, exactly.
+
+    The lower bound of the summed image loss, provided that different pictures have different ids. The same in every
+    split: what varies at random within a caption does not depend on colors and kinds.
+    """
+    total = 0.0
+    for stratum in STRATA:
+        described = 2 if stratum.family == "pair" else 1
+        open_sizes = described * (1 - SIZE_SHARE) * math.log(len(SIZES))
+        for background, share in ((True, GROUND_SHARE), (False, 1 - GROUND_SHARE)):
+            total += stratum.share / BLOCK * share * (open_sizes + _image_nats(stratum, 0, background))
+    return total
+
+
+def _binary(share: float) -> float:
+    """Entropy of a choice between two, in nats."""
+    return -share * math.log(share) - (1 - share) * math.log(1 - share)
+
+
+def _mean_log(words: Iterable[Sequence[str]]) -> float:
+    """Mean ln of the lengths of equally likely lists of words."""
+    logs = [math.log(len(one)) for one in words]
+    return sum(logs) / len(logs)

@@ -1,13 +1,10 @@
-"""Procedural scenes: one to three colored shapes on a plain background, sampled from (seed, split, index).
+"""Procedural scenes, one to three colored shapes on a background with or without a floor, and their rendering.
 
 Three families: a single shape; a pair of differently colored shapes, one left of or above the other; a group of two or
-three equal shapes. Some color-kind pairs never occur in training and at least one of them occurs in every validation
-scene, so validation measures composition, not recall.
+three equal shapes. Equal pictures are equal scenes: no picture has two descriptions.
 """
 
-import random
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import product
 from math import cos, pi, sin
 from typing import Any
@@ -38,20 +35,19 @@ BACKGROUNDS = {
 KINDS = ("circle", "square", "triangle", "star", "cross", "ring")
 # Width in pixels.
 SIZES = {"small": 16, "large": 26}
-FAMILIES = {"single": 0.25, "pair": 0.5, "group": 0.25}
 ARRANGEMENTS = ("left", "above")  # the first object of a pair is left of, or above, the second
-COUNTS = (2, 3)
+# First row of a floor, at the edge of a cell of the image tokenizer: every cell has one ground color.
+HORIZONS = (24, 32, 40, 48)
 
-SPLITS = ("train", "val", "every_pair")
 # One pair in eight: every kind and every color keeps most of its partners.
 HELD_OUT = frozenset(zip(("red", "green", "blue", "yellow", "purple", "orange"), KINDS, strict=True))
 ALL_PAIRS = tuple(product(COLOURS, KINDS))
 TRAIN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT)
 
-# Centers lie on a grid of this many pixels, a cell of the image tokenizer, so that a shape has one sequence of ids.
-STEP = 8
-# Coordinates that keep two large shapes apart and off the border.
-NEAR, FAR = 16, 48
+# Coordinates of centers: on the grid of the image tokenizer's cells, so that a shape has one sequence of ids, and off
+# the border. Shapes at the first and the last of them are apart, however large.
+PLACES = (16, 24, 32, 40, 48)
+NEAR, FAR = PLACES[0], PLACES[-1]
 _SUPERSAMPLE = 4
 
 
@@ -68,12 +64,23 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of an image. `arrangement` is None except in pairs."""
+    """Content of an image.
+
+    Attributes:
+        family: `single`, `pair` or `group`.
+        background: name of the color behind the shapes.
+        objects: the shapes; of a pair, the first is left of or above the second.
+        arrangement: of a pair, `left` or `above`; else None.
+        floor: name of the ground's color from row `horizon` down, another than the background; None without a floor.
+        horizon: in pixels from the top, one of `HORIZONS`; None without a floor.
+    """
 
     family: str
     background: str
     objects: tuple[SceneObject, ...]
     arrangement: str | None
+    floor: str | None = None
+    horizon: int | None = None
 
     def meaning(self) -> dict[str, Any]:
         """The scene as JSON values."""
@@ -81,64 +88,14 @@ class Scene:
 
 
 def scene_from_meaning(meaning: dict[str, Any]) -> Scene:
-    """Inverse of `Scene.meaning`."""
-    objects = tuple(SceneObject(**item) for item in meaning["objects"])
-    return Scene(meaning["family"], meaning["background"], objects, meaning["arrangement"])
-
-
-def draw_scene(seed: int, split: str, index: int) -> Scene:
-    """The scene of an index, the same on every machine.
-
-    The split `every_pair` trains the image tokenizer, which must be able to represent the held-out pairs.
+    """Inverse of `Scene.meaning`.
 
     Raises:
-        ValueError: if the split is unknown.
+        ValueError: on a scene of the first version of the data, whose captions followed another grammar.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-    rng = random.Random(f"scene/{seed}/{split}/{index}")
-    coordinate = partial(rng.randrange, NEAR, FAR + 1, STEP)
-    family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
-    background = rng.choice(list(BACKGROUNDS))
-    sizes = list(SIZES)
-    if family == "single":
-        colour, kind = _pairs(rng, split, 1)[0]
-        x, y = coordinate(), coordinate()
-        return Scene(family, background, (SceneObject(colour, kind, rng.choice(sizes), x, y),), None)
-    if family == "pair":
-        arrangement = rng.choice(ARRANGEMENTS)
-        places = [(NEAR, coordinate()), (FAR, coordinate())]
-        if arrangement == "above":
-            places = [(y, x) for x, y in places]
-        objects = tuple(
-            SceneObject(colour, kind, rng.choice(sizes), x, y)
-            for (colour, kind), (x, y) in zip(_pairs(rng, split, 2), places, strict=True)
-        )
-        return Scene(family, background, objects, arrangement)
-    (colour, kind), size, count = _pairs(rng, split, 1)[0], rng.choice(sizes), rng.choice(COUNTS)
-    if count == 2:
-        y = coordinate()
-        places = [(NEAR, y), (FAR, y)]
-    else:
-        places = [(NEAR, NEAR), (FAR, NEAR), (rng.randrange(24, 41, STEP), FAR)]
-    return Scene(family, background, tuple(SceneObject(colour, kind, size, x, y) for x, y in places), None)
-
-
-def _pairs(rng: random.Random, split: str, count: int) -> list[tuple[str, str]]:
-    """Color-kind pairs of different colors: no held-out pair in training, at least one in validation."""
-    first, later = {
-        "train": (TRAIN_PAIRS, TRAIN_PAIRS),
-        "val": (tuple(sorted(HELD_OUT)), ALL_PAIRS),
-        "every_pair": (ALL_PAIRS, ALL_PAIRS),
-    }[split]
-    chosen: list[tuple[str, str]] = []
-    for number in range(count):
-        allowed = first if number == 0 else later
-        taken = {colour for colour, _ in chosen}
-        chosen.append(rng.choice([pair for pair in allowed if pair[0] not in taken]))
-    if split == "val":
-        rng.shuffle(chosen)
-    return chosen
+    if "floor" not in meaning:
+        raise ValueError("scenes of an earlier version: this version cannot measure what their captions say")
+    return Scene(**(meaning | {"objects": tuple(SceneObject(**item) for item in meaning["objects"])}))
 
 
 def outline(kind: str, x: float, y: float, width: float) -> list[tuple[float, float]]:
@@ -162,16 +119,20 @@ def outline(kind: str, x: float, y: float, width: float) -> list[tuple[float, fl
 
 def render(scene: Scene, size: int = SIZE) -> Image.Image:
     """The scene as an anti-aliased RGB image of `size` x `size` pixels."""
-    zoom = size * _SUPERSAMPLE / SIZE
-    image = Image.new("RGB", (size * _SUPERSAMPLE,) * 2, BACKGROUNDS[scene.background])
-    draw = ImageDraw.Draw(image)
+    zoom, side = size * _SUPERSAMPLE / SIZE, size * _SUPERSAMPLE
+    image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
+    if scene.floor is not None and scene.horizon is not None:
+        image.paste(BACKGROUNDS[scene.floor], (0, round(scene.horizon * zoom), side, side))
     for item in scene.objects:
-        fill, x, y, width = COLOURS[item.colour], item.x * zoom, item.y * zoom, SIZES[item.size] * zoom
+        mask = Image.new("1", image.size)
+        draw = ImageDraw.Draw(mask)
+        x, y, width = item.x * zoom, item.y * zoom, SIZES[item.size] * zoom
         if item.kind in ("circle", "ring"):
-            draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=fill)
+            draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=1)
             if item.kind == "ring":
                 hole = width * 0.27
-                draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=BACKGROUNDS[scene.background])
+                draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
         else:
-            draw.polygon(outline(item.kind, x, y, width), fill=fill)
+            draw.polygon(outline(item.kind, x, y, width), fill=1)
+        image.paste(COLOURS[item.colour], mask=mask)
     return image.resize((size, size), Image.Resampling.BOX)

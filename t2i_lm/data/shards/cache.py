@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.identity import content_of
+from t2i_lm.data.scenes.source import paraphrases
+from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
 from t2i_lm.data.shards.format import data_hash, read_index
 from t2i_lm.runtime.devices import global_rank, local_rank
 from t2i_lm.runtime.plugins import SOURCE, find_plugin
@@ -25,9 +27,9 @@ from t2i_lm.storage.owner import OwnedError, own
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import OWNER
 
-# Increment when the content of shards changes, so that older caches are not reused. Scenes are generated: their folders
-# have kept the format, and the name, that they had before content was a part of it.
-FORMAT, SCENES_FORMAT = 3, 2
+# Increment when the content of shards changes, so that older caches are not reused. Scenes are generated: their format
+# is their version, `SCENES_FORMAT`. Folders had `FORMER_FORMAT` before content was a part of their name.
+FORMAT, FORMER_FORMAT = 3, 2
 KEY = "key.json"
 # Seconds between checks of what other processes are writing, and until a line says who they are.
 POLL_S, PATIENCE_S = 0.5, 10.0
@@ -44,7 +46,7 @@ class Prepared:
         paths: of the data, by config key.
         apart: folders inside `paths` that are not data.
         suffix: of a file; empty for a folder.
-        former: the name that it had before content was a part of it.
+        former: the name that it had in the format `FORMER_FORMAT`.
         hub: whether `paths` may be names of Hugging Face datasets.
     """
 
@@ -111,7 +113,7 @@ class Prepared:
             rows = ", ".join(f"{entry['rows']:,} {split}" for split, entry in sorted(index["splits"].items()))
             say(f"reusing {folder}: {rows} rows, data hash {data_hash(index)}, prepared {when(folder / 'index.json')}")
             return folder
-        if parts := sorted(folder.glob("*/part-?????/part.json")):
+        if parts := sorted(folder.rglob("part-?????/part.json")):
             say(f"continuing {folder}: {len(parts)} complete parts, the first of {when(min(parts, key=_modified))}")
         else:
             self.say_why_anew()
@@ -130,7 +132,8 @@ class Prepared:
                 return
         former = self.root / self.former
         if self.former and former.exists():
-            say(f"preparing anew: {former} is of an older format, which does not tell what it was made from")
+            why = "is of an older format, which does not tell what it was made from"
+            say(f"preparing anew: {former} {why if self.paths else 'holds scenes of an older version'}")
 
     def _content(self, path: str) -> str | None:
         return content_of(path, self.apart, self.hub) or (None if Path(path).exists() else f"name {path}")
@@ -190,12 +193,15 @@ def shards_of(config: ExperimentConfig, tokenizers: dict[str, str], wide_codes: 
     }
     if wide_codes:
         settings["codes"] = "uint32"
+    if scenes and (captions := paraphrases(data.text_ratio)) > 1:
+        settings["captions"] = captions
     if is_plugin(data.source):
         settings["plugin"] = find_plugin(SOURCE, data.source).identity
     stem = re.sub(r"[^a-zA-Z0-9_.]", "-", data.source)
     by_path = {**settings, "path": str(absolute_path(data.path)), "val_path": absolute_path(data.val_path)}
+    former = f"{stem}-{short_hash({**by_path, 'format': FORMER_FORMAT})}"
     if scenes:
-        return Prepared(Path(data.cache_dir), stem, by_path)
+        return Prepared(Path(data.cache_dir), stem, by_path, former=former)
     paths = {"data.path": data.path, "data.val_path": data.val_path}
     return Prepared(
         Path(data.cache_dir),
@@ -203,9 +209,33 @@ def shards_of(config: ExperimentConfig, tokenizers: dict[str, str], wide_codes: 
         settings,
         {key: path for key, path in paths.items() if path is not None},
         (data.cache_dir, config.run.dir),
-        former=f"{stem}-{short_hash({**by_path, 'format': SCENES_FORMAT})}",
+        former=former,
         hub=data.source in ("hub", "hub_stream", "text") or is_plugin(data.source),
     )
+
+
+def former_scenes(config: ExperimentConfig, prepared: Prepared | None, run: Mapping[str, Any] | None) -> Path | None:
+    """The shards of a run on an older version of scenes, which are never made anew; None for other runs.
+
+    Args:
+        config: the experiment.
+        prepared: where its shards lie; None if it reads images.
+        run: env.json of the run that continues; None for a new run, empty for one that wrote none.
+
+    Raises:
+        ValueError: if the shards are gone.
+    """
+    if config.data.source != "scenes" or not run or scenes_version(run) == SCENES_FORMAT:
+        return None
+    folder = None if prepared is None else prepared.root / prepared.former
+    index = None if folder is None else read_index(folder)
+    if index is None or index["data_hash"] != run.get("data_hash"):
+        gone = "" if folder is None else f", and its shards are not in data.cache_dir={config.data.cache_dir}"
+        raise ValueError(
+            f"data.source=scenes: the run was trained on version {scenes_version(run)} of the scenes, this "
+            f"code generates version {SCENES_FORMAT}{gone}; start a new run"
+        )
+    return folder
 
 
 def write_once(prepared: Prepared, write: Callable[[Path], None]) -> Path:

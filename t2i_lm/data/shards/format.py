@@ -1,6 +1,7 @@
 """Token shards: memory-mapped Arrow files written by `datasets`, with an index of counts and hashes.
 
-A folder has `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. A part with its `part.json` is
+A folder has `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. Splits are `train` and `val`, or for
+scenes `train`, `val/iid` and `val/compositional`. A part with its `part.json` is
 written to a temporary folder and renamed, so that an interrupted preparation continues after the last complete part.
 Pair shards have columns `id`, `image_ids` (fixed-size list), `text_ids` (all captions, a list of lists) and `meaning`
 (JSON, scenes only); text shards have `text_ids` (length + 1 ids: neighbors overlap by one, so every token is a target
@@ -20,6 +21,7 @@ import datasets
 
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.run_folder import PRIMARY, VAL
 
 # `prepare` reports its own progress.
 datasets.disable_progress_bars()
@@ -143,6 +145,24 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged; delete {folder} to prepare it again") from error
     return index
+
+
+def validation_splits(folder: Path) -> tuple[str, ...]:
+    """Names of the validation splits of a complete folder, the primary one first.
+
+    Raises:
+        ValueError: if the folder is not complete.
+    """
+    index = read_index(folder)
+    if index is None:
+        raise ValueError(f"no token shards in {folder}: run python -m t2i_lm.prepare")
+    return validations_in(index)
+
+
+def validations_in(index: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the validation splits in an index, the primary one first."""
+    names = sorted(name for name in index["splits"] if name != "train")
+    return tuple(sorted(names, key=lambda name: name != f"{VAL}/{PRIMARY}"))
 
 
 def open_split(folder: Path, split: str) -> datasets.Dataset:

@@ -9,31 +9,45 @@ from typing import Any
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import open_split, read_index
+from t2i_lm.data.shards.format import open_split, read_index, validation_splits, validations_in
 from t2i_lm.storage.resumable import write_atomic
 
-# Key of the index: `images` that recur, and the ids of the `first` with its twin.
+# Key of the index: `images` that recur, and the ids of the `first` with its twin; by split where there are several.
 RECURRING = "recurring"
 
 
-def recurring_images(folder: Path) -> dict[str, Any]:
-    """The number of validation images whose ids are those of a training image, and the first such pair by id."""
-    val, train = open_split(folder, "val"), open_split(folder, "train")
-    held_out = [_digest(ids_N) for ids_N in PairColumns(val).image_rows()]
-    twins = dict.fromkeys(held_out, -1)
+def recurring_images(folder: Path) -> dict[str, dict[str, Any]]:
+    """By validation split: the number of images whose ids are those of a training image, and the first such pair."""
+    train = open_split(folder, "train")
+    validations = {split: open_split(folder, split) for split in validation_splits(folder)}
+    held_out = {
+        split: [_digest(ids_N) for ids_N in PairColumns(rows).image_rows()] for split, rows in validations.items()
+    }
+    twins = dict.fromkeys((digest for digests in held_out.values() for digest in digests), -1)
     for row, ids_N in enumerate(PairColumns(train).image_rows()):
         digest = _digest(ids_N)
         if twins.get(digest) == -1:
             twins[digest] = row
-    recurring = [row for row, digest in enumerate(held_out) if twins[digest] >= 0]
-    first = [val[recurring[0]]["id"], train[twins[held_out[recurring[0]]]]["id"]] if recurring else None
-    return {"images": len(recurring), "first": first}
+    found = {}
+    for split, digests in held_out.items():
+        recurring = [row for row, digest in enumerate(digests) if twins[digest] >= 0]
+        first = None
+        if recurring:
+            first = [validations[split][recurring[0]]["id"], train[twins[digests[recurring[0]]]]["id"]]
+        found[split] = {"images": len(recurring), "first": first}
+    return found
+
+
+def recurring_of(index: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `recurring_images` found, as an index records it; empty if it has not been counted."""
+    found = index.get(RECURRING, {})
+    return {"val": found} if "images" in found else {split: found[split] for split in validations_in(index) if found}
 
 
 def require_held_out(config: ExperimentConfig, folder: Path) -> None:
     """Checks that validation images do not recur in training; counts them where the index has no count yet.
 
-    Generated scenes are counted only: they are few, and their split is by what they show.
+    Generated scenes are counted only: different images may have equal ids.
 
     Raises:
         ValueError: if their share exceeds `data.max_recurring_share`.
@@ -41,20 +55,22 @@ def require_held_out(config: ExperimentConfig, folder: Path) -> None:
     index = read_index(folder)
     assert index is not None
     if RECURRING not in index:
-        index[RECURRING] = recurring_images(folder)
+        counted = recurring_images(folder)
+        index[RECURRING] = counted.get("val", counted)
         with suppress(OSError):  # a cache that others wrote, and that is only read here
             file = folder / "index.json"
             prepared = file.stat().st_mtime_ns
             write_atomic(file, json.dumps(index, indent=2, sort_keys=True) + "\n")
             os.utime(file, ns=(prepared, prepared))
-    found, of = index[RECURRING], index["splits"]["val"]["rows"]
-    if config.data.source != "scenes" and found["images"] > of * config.data.max_recurring_share:
-        one, twin = found["first"]
-        raise ValueError(
-            f"{found['images']:,} of {of:,} validation images have the ids of a training image (the first: {one}, "
-            f"of {twin}), so validation would measure what was trained on. Remove them, or raise "
-            f"data.max_recurring_share={config.data.max_recurring_share}"
-        )
+    for split, found in recurring_of(index).items():
+        of = index["splits"][split]["rows"]
+        if config.data.source != "scenes" and found["images"] > of * config.data.max_recurring_share:
+            one, twin = found["first"]
+            raise ValueError(
+                f"{found['images']:,} of {of:,} validation images have the ids of a training image (the first: {one}, "
+                f"of {twin}), so validation would measure what was trained on. Remove them, or raise "
+                f"data.max_recurring_share={config.data.max_recurring_share}"
+            )
 
 
 def _digest(ids_N: Any) -> bytes:

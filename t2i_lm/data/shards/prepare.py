@@ -14,12 +14,14 @@ import datasets
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, Sample, StreamedSource, center_crop
+from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.data.shards.cache import (
     FORMAT,
-    SCENES_FORMAT,
+    FORMER_FORMAT,
     Prepared,
     Waiting,
     absolute_path,
+    former_scenes,
     say,
     shards_of,
     short_hash,
@@ -37,7 +39,8 @@ from t2i_lm.data.shards.format import (
 from t2i_lm.data.shards.held_out import require_held_out
 from t2i_lm.data.shards.rejects import Rejects
 from t2i_lm.data.shards.tokenize import ENCODE_BATCH, PairRows, stack_images, write_text_split
-from t2i_lm.data.sources import SPLITS, open_source
+from t2i_lm.data.sources import open_source
+from t2i_lm.data.splits import validations_of
 from t2i_lm.data.text import paragraphs, read_documents
 from t2i_lm.runtime.devices import global_rank, world_size
 from t2i_lm.runtime.progress import Advance, progress
@@ -50,36 +53,46 @@ from t2i_lm.tokenizers.text import open_text_tokenizer, train_sentencepiece
 # Share of ids that must equal float32's for images to be encoded in bfloat16.
 MIN_EQUAL_IDS = 0.999
 
-# In which splits are written.
-ORDER = ("val", "train")
-
 # One part of a source: yields its samples in order, from the start at every call.
 Part = Callable[[], Iterable[Sample]]
 
 
-def prepare_pairs(config: ExperimentConfig, text: TextTokenizer, image: ImageTokenizer) -> Path:
+def prepare_pairs(
+    config: ExperimentConfig,
+    text: TextTokenizer,
+    image: ImageTokenizer,
+    run: Mapping[str, Any] | None = None,
+) -> Path:
     """Token shards of a captioned source; written once, then reused for the same data.
+
+    Args:
+        config: the experiment.
+        text: its text tokenizer.
+        image: its image tokenizer.
+        run: env.json of the run that continues; None for a new one.
 
     Raises:
         ValueError: if a split has no usable sample, if more than `data.max_reject_share` of it is unusable, with the
-            reasons, if validation images recur in training, or if bfloat16 encoding of images is configured and changes
-            too many ids.
+            reasons, if validation images recur in training, if bfloat16 encoding of images is configured and changes
+            too many ids, or if the run is of an older version of scenes (`former_scenes`).
     """
     tokenizers = {"text": text.sha256, "image": image.sha256}
     prepared = shards_of(config, tokenizers, image.vocab_size > 2**16)
-    folder = prepared.find()
+    folder = former_scenes(config, prepared, run) or prepared.find()
     if folder is None:
         if config.image_tokenizer.precision == "bfloat16":
             _require_equal_ids(config, image)
             image.low_precision = True
-        sources = {split: open_source(config.data, split, image.image_size) for split in SPLITS}
+        validations = validations_of(config.data)
+        sources = {split: open_source(config.data, split, image.image_size) for split in ("train", *validations)}
         for split, source in sources.items():
             if not isinstance(source, StreamedSource) and not len(source):
                 raise ValueError(f"{_origin(config)}: no {split} sample{_sizes(sources)}; expected at least one")
         prepared.write_key()
-        # The smaller split first, so that its faults appear before the work on the other one.
+        # The smaller splits first, so that their faults appear before the work on the largest.
         parts = {
-            split: _write_pair_split(config, prepared.folder, split, sources[split], text, image) for split in ORDER
+            split: _write_pair_split(config, prepared.folder, split, sources[split], text, image)
+            for split in (*validations, "train")
         }
         prepared.require_unchanged()
         notes = {split: lines for split, source in sources.items() if (lines := list(getattr(source, "notes", ())))}
@@ -175,10 +188,12 @@ def _write_pair_index(
     notes: dict[str, list[str]],
 ) -> None:
     """Adds up the parts, and writes README.md and the index."""
-    for left in folder.glob(f"*/part-*.{OWNER}"):  # of processes that were killed
+    for left in folder.rglob(f"part-*.{OWNER}"):  # of processes that were killed
         left.unlink(missing_ok=True)
     index: dict[str, Any] = {"tokenizers": tokenizers, "source": config.data.source, "notes": notes, "splits": {}}
-    for split in SPLITS:
+    if config.data.source == "scenes":
+        index[SCENES] = SCENES_FORMAT
+    for split in sorted(parts, key=lambda name: name != "train"):
         entries = [read_part(part) for part in parts[split]]
         rejects: Counter[str] = Counter()
         lengths: Counter[str] = Counter()
@@ -236,7 +251,7 @@ def _train_text_tokenizer(config: ExperimentConfig) -> Path:
         {"data.path": data.path},
         (data.cache_dir, config.run.dir),
         suffix=".model",
-        former=f"text_tokenizer-{short_hash([SCENES_FORMAT, absolute_path(data.path), *sizes])}.model",
+        former=f"text_tokenizer-{short_hash([FORMER_FORMAT, absolute_path(data.path), *sizes])}.model",
     )
     file = prepared.folder
     if file.is_file():
@@ -259,7 +274,8 @@ def _counted(items: Iterable[str], advance: Advance) -> Iterator[str]:
 
 def equal_ids(config: ExperimentConfig, image: ImageTokenizer, images: int = 256) -> tuple[float, int]:
     """Share of ids of validation images that bfloat16 encoding leaves equal to float32's, and the number of ids."""
-    parts, _ = cut(open_source(config.data, "val", image.image_size), None, images)
+    split = validations_of(config.data)[0]
+    parts, _ = cut(open_source(config.data, split, image.image_size), None, images)
     readable: list[Any] = []
     for read in parts[0]():
         try:

@@ -11,24 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from t2i_lm.config.sections import DataConfig
-from t2i_lm.data.scenes.captions import ATTRIBUTES, Description, altered, describe, entropy
+from t2i_lm.data.scenes.captions import ATTRIBUTES, Description, altered, caption_nats, describe, picture_nats
 from t2i_lm.data.scenes.checker import check, read_scene, shares_right
 from t2i_lm.data.scenes.scene import (
-    ALL_PAIRS,
     BACKGROUNDS,
     COLOURS,
-    HELD_OUT,
+    HORIZONS,
     KINDS,
     SIZES,
     Scene,
     SceneObject,
-    draw_scene,
     render,
     scene_from_meaning,
 )
 from t2i_lm.data.scenes.source import SceneSource
-from t2i_lm.data.sources import open_source
+from t2i_lm.data.scenes.space import BLOCK, STRATA, Stratum, draw_scene, enumerations
 
 EVERYTHING = frozenset(ATTRIBUTES)
 
@@ -44,39 +41,6 @@ def failed_checks(image: Scene, described: Scene, mentioned: frozenset[str] | No
     return {name for name, right in results.items() if right is False}
 
 
-def test_scenes_are_a_function_of_seed_split_and_index() -> None:
-    assert draw_scene(0, "train", 7) == draw_scene(0, "train", 7)
-    assert len({repr(draw_scene(0, "train", i)) for i in range(1000)}) > 990
-    assert draw_scene(0, "train", 7) != draw_scene(1, "train", 7)
-
-
-def test_held_out_pairs_never_occur_in_training_and_always_in_validation() -> None:
-    for index in range(2000):
-        train, val = (
-            {(item.colour, item.kind) for item in draw_scene(0, split, index).objects} for split in ("train", "val")
-        )
-        assert not train & HELD_OUT
-        assert val & HELD_OUT
-
-
-def test_the_split_every_pair_has_all_pairs_and_few_validation_scenes() -> None:
-    scenes = [draw_scene(0, "every_pair", index) for index in range(2000)]
-    assert {(item.colour, item.kind) for scene in scenes for item in scene.objects} == set(ALL_PAIRS)
-    validation = {repr(draw_scene(0, "val", index)) for index in range(2000)}
-    assert sum(repr(scene) in validation for scene in scenes) < 100
-    source = open_source(DataConfig(train_size=9, val_size=9, hold_out_pairs=False), "train", 64)
-    assert source[7].meaning == scenes[7].meaning() | {"style": "0/every_pair/7"}
-    with pytest.raises(ValueError, match="expected one of train, val, every_pair"):
-        draw_scene(0, "test", 0)
-
-
-def test_at_most_one_pair_per_color_and_kind_is_held_out() -> None:
-    assert len(HELD_OUT) == 6
-    assert max(Counter(colour for colour, _ in HELD_OUT).values()) == 1
-    assert {kind for _, kind in HELD_OUT} == set(KINDS)
-    assert {colour for colour, _ in HELD_OUT} <= set(COLOURS)
-
-
 def test_objects_are_separate_and_inside_the_image() -> None:
     for index in range(500):
         scene = draw_scene(0, "train", index)
@@ -86,7 +50,7 @@ def test_objects_are_separate_and_inside_the_image() -> None:
 @pytest.mark.slow
 def test_the_checker_is_exact_on_rendered_scenes() -> None:
     for index in range(2000):
-        scene = draw_scene(1, "val" if index % 2 else "train", index)
+        scene = draw_scene(1, ("train", "iid", "compositional", "every_pair")[index % 4], index)
         assert check(np.asarray(render(scene)), scene.meaning(), checkable(scene))["exact"], scene
 
 
@@ -115,8 +79,12 @@ def with_shape(scene: Scene, place: int, **changes: Any) -> Scene:
 
 def alterations(scene: Scene) -> Iterator[tuple[str, Scene, set[str]]]:
     """Attribute, scene with only that altered, and the checks that then fail beside `all` and `exact`."""
-    ground = other(scene.background, BACKGROUNDS)
+    grounds = (scene.background, *([scene.floor] if scene.floor else []))
+    ground = other(scene.background, BACKGROUNDS, *grounds)
     yield "background", replace(scene, background=ground), {"background"}
+    yield "floor", replace(scene, floor=ground, horizon=scene.horizon or HORIZONS[0]), {"floor"}
+    if scene.floor is not None:
+        yield "floor", replace(scene, floor=None, horizon=None), {"floor"}
     for place, shape in enumerate(scene.objects):
         colour = other(shape.colour, COLOURS, *(one.colour for one in scene.objects))
         # Shapes are identified by color. In a pair, one of the two colors remains.
@@ -140,28 +108,40 @@ def alterations(scene: Scene) -> Iterator[tuple[str, Scene, set[str]]]:
 def test_one_altered_attribute_fails_its_own_check_and_the_dependent_ones() -> None:
     seen: Counter[str] = Counter()
     for index in range(100):
-        scene = draw_scene(2, "val" if index % 2 else "train", index)
+        scene = draw_scene(2, "compositional" if index % 2 else "train", index)
         for attribute, image, wrong in alterations(scene):
             seen[attribute] += 1
             assert failed_checks(image, scene) == wrong | {"all", "exact"}, (attribute, scene)
-            if attribute not in ("colour", "kind"):  # every caption mentions these
+            if attribute not in ("colour", "kind", "floor"):  # every caption states these, or that there is no floor
                 left = {"exact"} if attribute == "count" else set()
                 assert failed_checks(image, scene, checkable(scene) - {attribute}) == left, (attribute, scene)
     assert set(seen) == set(ATTRIBUTES)
     assert min(seen.values()) > 15
 
 
-def test_unmentioned_attributes_are_not_checked() -> None:
-    scene = draw_scene(0, "train", 0)
+def test_unmentioned_attributes_are_not_checked_and_an_unmentioned_floor_is_none() -> None:
+    scene = next(scene for scene in (draw_scene(0, "train", index) for index in range(99)) if scene.floor is None)
     results = check(np.asarray(render(scene)), scene.meaning(), frozenset({"colour", "kind"}))
     assert {name for name, right in results.items() if right is None} == {"background", "size", "relation", "count"}
+    assert results["all"]
+    floored = replace(scene, floor=other(scene.background, BACKGROUNDS), horizon=40)
+    assert failed_checks(floored, scene, frozenset({"colour", "kind"})) == {"floor", "all", "exact"}
+
+
+def test_every_horizon_and_pair_of_grounds_is_read() -> None:
+    shape = SceneObject("brown", "ring", "large", 32, 32)
+    for horizon, (above, below) in product(HORIZONS, product(BACKGROUNDS, repeat=2)):
+        if above != below:
+            reading = read_scene(np.asarray(render(Scene("single", above, (shape,), None, below, horizon))))
+            assert (reading.background, reading.floor, reading.horizon) == (above, below, horizon)
+            assert [(one.colour, one.kind, one.size) for one in reading.objects] == [("brown", "ring", "large")]
 
 
 @pytest.mark.slow
 def test_an_additional_shape_fails_count_if_mentioned_and_exact_always() -> None:
     seen: Counter[str] = Counter()
     for index in range(300):
-        scene = draw_scene(2, "val", index)
+        scene = draw_scene(2, "compositional", index)
         free = [place for place in product((12, 52), repeat=2) if is_free(place, scene)]
         if not free:
             continue
@@ -190,12 +170,13 @@ def test_shares_have_binomial_standard_errors() -> None:
 def test_the_checker_tolerates_blur_and_noise() -> None:
     totals: Counter[str] = Counter()
     for index in range(300):
-        scene = draw_scene(0, "val", index)
+        scene = draw_scene(0, "compositional", index)
         pixels = np.asarray(render(scene).filter(ImageFilter.GaussianBlur(1.2)), dtype=np.float64)
         noisy = np.clip(pixels + np.random.default_rng(index).normal(0, 8, pixels.shape), 0, 255).astype(np.uint8)
         result = check(noisy, scene.meaning(), EVERYTHING - {"relation"})
         totals.update({name: bool(value) for name, value in result.items()})
     assert totals["background"] >= 0.98 * 300
+    assert totals["floor"] >= 0.98 * 300
     assert totals["colour"] >= 0.98 * 300
     assert totals["kind"] >= 0.99 * 300
     assert totals["size"] >= 0.99 * 300
@@ -206,7 +187,7 @@ def test_the_checker_tolerates_blur_and_noise() -> None:
 def test_the_checker_accepts_any_image(seed: int, blocks: int) -> None:
     coarse = np.random.default_rng(seed).integers(0, 256, (blocks, blocks, 3), dtype=np.uint8)
     image = np.asarray(Image.fromarray(coarse).resize((64, 64), Image.Resampling.NEAREST))
-    check(image, draw_scene(0, "train", seed).meaning(), EVERYTHING - {"relation"})
+    check(image, draw_scene(0, "train", seed % 1000).meaning(), EVERYTHING - {"relation"})
 
 
 def test_another_image_size_is_rejected() -> None:
@@ -215,11 +196,11 @@ def test_another_image_size_is_rejected() -> None:
 
 
 def test_a_scene_source_yields_caption_and_meaning() -> None:
-    pair = SceneSource(10, "val", 0)[3]
+    pair = SceneSource(10, "compositional", 0)[3]
     meaning = dict(pair.meaning or {})
     style = meaning.pop("style")
     scene = scene_from_meaning(meaning)
-    assert scene == draw_scene(0, "val", 3)
+    assert scene == draw_scene(0, "compositional", 3)
     assert pair.captions == [describe(scene, style).text]
     assert pair.image.size == (64, 64)
 
@@ -231,55 +212,89 @@ def test_the_only_full_stop_of_a_caption_is_its_end() -> None:
         assert text[0].isupper() or text[0].isdigit()
 
 
-def test_equal_captions_have_equal_probability_and_content() -> None:
-    seen: dict[str, tuple[float, str, frozenset[str]]] = {}
+def test_a_caption_names_every_floor_and_no_other() -> None:
+    for index in range(500):
+        scene = draw_scene(0, "train", index)
+        caption = describe(scene, str(index))
+        assert ("floor" in caption.text) == ("floor" in caption.mentioned) == (scene.floor is not None)
+
+
+def test_captions_have_one_derivation_and_floors_are_the_means_of_their_terms() -> None:
+    """Equal captions have equal probability and content; both entropies are exact expectations (4 standard errors)."""
+    seen: dict[str, tuple[float, str, frozenset[str], float]] = {}
+    terms = []
     for index in range(20_000):
         scene = draw_scene(0, "train", index)
         caption = describe(scene, str(index))
         shown = [[item.colour, item.kind] for item in scene.objects]
-        entry = (round(caption.log_prob, 9), f"{shown}{scene.arrangement}", caption.mentioned)
+        entry = (
+            round(caption.log_prob, 9),
+            f"{shown}{scene.arrangement}{scene.floor}",
+            caption.mentioned,
+            round(caption.image_nats, 9),
+        )
         assert seen.setdefault(caption.text, entry) == entry, caption.text
+        terms.append((-caption.log_prob, caption.image_nats))
+    errors = np.std(terms, axis=0) / math.sqrt(len(terms))
+    assert (errors < 0.03).all()
+    assert (np.abs(np.mean(terms, axis=0) - (caption_nats(), picture_nats())) < 4 * errors).all()
 
 
 @pytest.mark.slow
-def test_log_probabilities_match_frequencies() -> None:
+@pytest.mark.parametrize(("floor", "least"), [(False, -11.5), (True, -15.0)])
+def test_log_probabilities_match_frequencies(floor: bool, least: float) -> None:
     """One half of the samples selects captions, the other half counts them, which makes the check unbiased."""
+    number, count = int(floor), 60_000
+    assert (STRATA[number].family, STRATA[number].floor) == ("single", floor)
+    scenes, of_stratum = enumerations("trained")[number], math.log(STRATA[number].share / BLOCK)
+    order = np.random.default_rng(0).integers(scenes.size, size=(2, count)).tolist()
 
-    def captions(seed: int) -> Iterator[Description]:
-        for index in range(100_000):
-            scene = draw_scene(seed, "train", index)
-            if scene.family == "single":
-                yield describe(scene, f"{seed}/{index}")
+    def captions(half: int) -> Iterator[Description]:
+        return (describe(scenes[place], f"{half}/{index}") for index, place in enumerate(order[half]))
 
-    log_probs = {caption.text: caption.log_prob for caption in captions(2) if caption.log_prob > -11.5}
-    count = sum(caption.text in log_probs for caption in captions(3))
-    expected = 100_000 * sum(math.exp(value) for value in log_probs.values())
-    assert expected > 200
-    assert abs(count - expected) < 4 * math.sqrt(expected)
+    log_probs = {one.text: one.log_prob - of_stratum for one in captions(0) if one.log_prob - of_stratum > least}
+    found = sum(caption.text in log_probs for caption in captions(1))
+    expected = count * sum(math.exp(value) for value in log_probs.values())
+    assert expected > 60
+    assert abs(found - expected) < 4 * math.sqrt(expected)
 
 
-def test_the_entropy_estimate_has_a_small_error() -> None:
-    mean, error = entropy(3000, 0)
-    assert 15 < mean < 25
-    assert error < 0.15
+def test_the_pictures_of_a_caption_are_as_many_as_its_nats_say() -> None:
+    """Counted over all scenes of a stratum whose caption in a style is the same."""
+    for floor, style in product((False, True), ("a", "b", "c", "d")):
+        number = next(n for n, stratum in enumerate(STRATA) if stratum == Stratum("group", 3, floor, stratum.share))
+        scenes = enumerations("held_out")[number]
+        step = 1 if not floor else len(scenes.contents)  # with a floor, the scenes of one color and kind
+        captions = [describe(scenes[place], style) for place in range(0, scenes.size, step)]
+        counts = Counter(caption.text for caption in captions)
+        for caption in captions[:50]:
+            assert math.log(counts[caption.text]) == pytest.approx(caption.image_nats)
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
 def test_altered_captions_differ_in_one_attribute(attribute: str) -> None:
     mentioned = 0
     for index in range(300):
-        scene = draw_scene(0, "val", index)
+        scene = draw_scene(0, "compositional", index)
         both = altered(scene, f"s{index}", attribute, "seed")
         if both is None:
             continue
         mentioned += 1
         true, other = both
         assert true == describe(scene, f"s{index}").text
-        differing = set(true.lower().split()) ^ set(other.lower().split())
-        assert 0 < len(differing) <= 8, (true, other)
+        words, others = Counter(true.lower().split()), Counter(other.lower().split())
+        assert 0 < ((words - others) + (others - words)).total() <= 8, (true, other)
     assert mentioned > 20
 
 
+def test_scenes_of_an_earlier_version_are_refused() -> None:
+    meaning = draw_scene(0, "train", 0).meaning()
+    assert scene_from_meaning(meaning) == draw_scene(0, "train", 0)
+    del meaning["floor"], meaning["horizon"]
+    with pytest.raises(ValueError, match="scenes of an earlier version"):
+        scene_from_meaning(meaning)
+
+
 def test_an_unknown_attribute_is_rejected_with_the_allowed_ones() -> None:
-    with pytest.raises(ValueError, match="background, colour"):
-        altered(draw_scene(0, "val", 0), "s", "shape", "seed")
+    with pytest.raises(ValueError, match="background, floor, colour"):
+        altered(draw_scene(0, "compositional", 0), "s", "shape", "seed")

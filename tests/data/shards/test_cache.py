@@ -12,6 +12,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import DataConfig, TextTokenizerConfig
 from t2i_lm.data.replay import prepare_replay
+from t2i_lm.data.scenes.version import SCENES_FORMAT
 from t2i_lm.data.shards.cache import KEY, Prepared, shards_of
 from t2i_lm.data.shards.format import open_split, read_index, write_index
 from t2i_lm.data.shards.prepare import prepare_text
@@ -149,8 +150,12 @@ def test_without_a_network_the_newest_folder_of_a_dataset_is_reused(
     assert json.loads((folder / KEY).read_text())["key"]["content"] == {"data.path": "commit 12"}
 
 
-def test_folders_of_scenes_have_the_names_they_always_had(tiny: list[str]) -> None:
+def test_scenes_of_each_version_have_their_own_folder(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_experiment(PRETRAINED, "demo", [*tiny, "data.cache_dir=cache"])
     prepared = shards_of(config, {"text": "a", "image": "b"})
-    assert prepared.folder == Path("cache/scenes-66ef2fd17e34")
+    assert prepared.former == "scenes-66ef2fd17e34"  # the name in version 2
+    assert prepared.folder != prepared.root / prepared.former
+    monkeypatch.setattr("t2i_lm.data.shards.cache.SCENES_FORMAT", SCENES_FORMAT + 1)
+    assert shards_of(config, {"text": "a", "image": "b"}).folder != prepared.folder
+    monkeypatch.undo()
     assert shards_of(config, {"text": "a", "image": "b"}, wide_codes=True).folder != prepared.folder

@@ -18,10 +18,11 @@ from t2i_lm.data.shards.format import (
     part_folder,
     read_index,
     read_part,
+    validation_splits,
     write_index,
     write_part,
 )
-from t2i_lm.data.shards.held_out import recurring_images, require_held_out
+from t2i_lm.data.shards.held_out import recurring_images, recurring_of, require_held_out
 
 ROWS = st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=2), min_size=1, max_size=8)
 
@@ -49,7 +50,7 @@ def write(folder: Path, splits: dict[str, list[list[int]]]) -> None:
 def test_every_validation_image_with_a_twin_counts(train: list[list[int]], val: list[list[int]]) -> None:
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), {"train": train, "val": val})
-        found = recurring_images(Path(name))
+        found = recurring_images(Path(name))["val"]
         places = [row for row, image in enumerate(val) if image in train]
         assert found["images"] == len(places)
         if places:
@@ -72,6 +73,19 @@ def test_they_are_refused_above_the_share_that_a_key_allows(recurring: Path) -> 
     index = read_index(recurring) or {}
     assert index["recurring"] == {"images": 1, "first": ["val 0", "train 4"]}
     assert index["data_hash"] == before == data_hash(index)
+
+
+def test_every_validation_split_is_counted(tmp_path: Path) -> None:
+    numbers = {"train": range(5), "val/iid": range(4, 8), "val/compositional": range(3, 9)}
+    write(tmp_path, {split: [[number % 8, 1] for number in places] for split, places in numbers.items()})
+    assert validation_splits(tmp_path) == ("val/iid", "val/compositional")
+    require_held_out(ExperimentConfig(), tmp_path)
+    index = read_index(tmp_path) or {}
+    assert {split: found["images"] for split, found in recurring_of(index).items()} == {
+        "val/iid": 1,
+        "val/compositional": 3,
+    }
+    assert index["recurring"]["val/compositional"]["first"] == ["val/compositional 0", "train 3"]
 
 
 def test_generated_scenes_are_only_counted(recurring: Path) -> None:

@@ -1,0 +1,14 @@
+"""Version of generated scenes, by which prepared scenes and runs on them are told apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Increment when the scenes of a split, their captions or their images change.
+SCENES_FORMAT = 4
+# Key of the version in the index of shards and in env.json.
+SCENES = "scenes"
+
+
+def scenes_version(record: Mapping[str, Any]) -> int:
+    """The version in an index or an env.json; 2, the former one, did not record it."""
+    return int(record.get(SCENES, 2))

@@ -1,0 +1,140 @@
+"""Sweeps of two config keys: a map of held-out losses per arm, and of the difference of the arms."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from t2i_lm.plots.captions import group_caption
+from t2i_lm.plots.panels import arm_style, captioned_figure
+from t2i_lm.plots.sweep import (
+    MODALITIES,
+    Outcome,
+    at_edges,
+    draw_sweep,
+    held_out,
+    present,
+    sweep_caption,
+    sweep_table,
+    varied_in,
+)
+from t2i_lm.runtime.tables import text_table
+
+# Mean held-out loss by the values of both keys.
+Grid = Mapping[tuple[str, str], float]
+
+
+def caption_of(keys: Sequence[str], outcomes: Sequence[Outcome]) -> str:
+    """The caption of the figure of a sweep of one or two keys."""
+    if len(keys) == 1:
+        return sweep_caption(keys[0], outcomes)
+    names = f"{keys[0]} and {keys[1]}"
+    arms = {f"{one.arm} {' '.join(one.values)} seed={one.run.config['seed']}": one.run for one in outcomes}
+    seeds = len({one.run.config["seed"] for one in outcomes})
+    how = (
+        f"Mean final {held_out(outcomes)} loss of {MODALITIES[present(outcomes)[0]].lower()} over {seeds} seed"
+        f"{'s' if seeds > 1 else ''}, all other keys of an arm equal; a star marks each arm's best."
+    )
+    edges = (f"{line}." for line in _edges(keys, grids(outcomes, present(outcomes)[0])))
+    return " ".join([f"Sweep of {names}.", group_caption(arms, varied=varied_in(keys), how=how), *edges])
+
+
+def tables_of(keys: Sequence[str], outcomes: Sequence[Outcome]) -> str:
+    """The tables of a sweep of one or two keys."""
+    if len(keys) == 1:
+        return sweep_table(keys[0], outcomes)
+    tables = []
+    for modality in present(outcomes):
+        by_arm = grids(outcomes, modality)
+        for arm, grid in by_arm.items():
+            rows, columns = _values(grid)
+            best = min(grid, key=grid.__getitem__)
+            cells = [[_cell(grid, (row, column), best) for column in columns] for row in rows]
+            header = (f"{arm}, {modality} nll: {keys[0]}, by {keys[1]}", *columns)
+            tables.append(text_table(header, [(row, *line) for row, line in zip(rows, cells, strict=True)]))
+        tables += _edges(keys, by_arm)
+    return "\n\n".join(tables)
+
+
+def draw(keys: Sequence[str], outcomes: Sequence[Outcome], caption: str) -> Figure:
+    """The figure of a sweep of one or two keys; of two, a map per arm and one of each arm minus the first."""
+    if len(keys) == 1:
+        return draw_sweep(keys[0], outcomes, caption)
+    by_arm = grids(outcomes, present(outcomes)[0])
+    first, *others = by_arm
+    maps = {arm_style(arm).label: (grid, "viridis_r") for arm, grid in by_arm.items()}
+    for other in others:
+        shared = {place: by_arm[other][place] - nll for place, nll in by_arm[first].items() if place in by_arm[other]}
+        if shared:
+            maps[f"{arm_style(other).label}\n- {arm_style(first).label}"] = shared, "RdBu"
+    rows, columns = _values({place: 0.0 for grid in by_arm.values() for place in grid})
+    with captioned_figure(caption) as figure:
+        for axes, (title, (grid, colors)) in zip(
+            figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True
+        ):
+            _draw_map(axes, grid, rows, columns, colors)
+            axes.set_title(title)
+            axes.set_xlabel(keys[1])
+        figure.axes[0].set_ylabel(keys[0])
+    return figure
+
+
+def grids(outcomes: Sequence[Outcome], modality: str) -> dict[str, Grid]:
+    """The mean held-out loss by arm and values of both keys."""
+    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for outcome in outcomes:
+        nll = outcome.nll(modality)
+        if nll is not None:
+            row, column = outcome.values
+            found.setdefault(outcome.arm, {}).setdefault((row, column), []).append(nll)
+    return {arm: {place: fmean(nlls) for place, nlls in places.items()} for arm, places in found.items()}
+
+
+def _edges(keys: Sequence[str], by_arm: Mapping[str, Grid]) -> list[str]:
+    """Warnings where the best value of a key lies at the edge of the grid, the other key at its best."""
+    lines = []
+    for number, key in enumerate(keys):
+        along = {}
+        for arm, grid in by_arm.items():
+            best = min(grid, key=grid.__getitem__)
+            along[arm] = {place[number]: [nll] for place, nll in grid.items() if place[1 - number] == best[1 - number]}
+        lines += at_edges(key, along)
+    return lines
+
+
+def _values(grid: Grid) -> tuple[list[str], list[str]]:
+    """The values of both keys, numbers in order."""
+
+    def ordered(values: Sequence[str]) -> list[str]:
+        try:
+            return sorted(dict.fromkeys(values), key=float)
+        except ValueError:
+            return list(dict.fromkeys(values))
+
+    return ordered([row for row, _ in grid]), ordered([column for _, column in grid])
+
+
+def _cell(grid: Grid, place: tuple[str, str], best: tuple[str, str]) -> str:
+    return "" if place not in grid else f"{grid[place]:.4f}{' *' if place == best else ''}"
+
+
+def _draw_map(axes: Axes, grid: Grid, rows: Sequence[str], columns: Sequence[str], colors: str) -> None:
+    losses = np.array([[grid.get((row, column), np.nan) for column in columns] for row in rows])
+    signed = colors == "RdBu"
+    most = float(np.nanmax(np.abs(losses))) or 1.0
+    limits = {"vmin": -most, "vmax": most} if signed else {}
+    image = axes.imshow(losses, cmap=colors, aspect="auto", origin="lower", **limits)  # type: ignore[arg-type]
+    best = None if signed else min(grid, key=grid.__getitem__)
+    for y, row in enumerate(rows):
+        for x, column in enumerate(columns):
+            if (row, column) in grid:
+                text = f"{grid[row, column]:+.3f}" if signed else f"{grid[row, column]:.3f}"
+                share = float(image.norm(losses[y, x]))
+                dark = abs(share - 0.5) > 0.3 if signed else share > 0.5
+                mark = "\n\N{BLACK STAR}" if (row, column) == best else ""
+                axes.text(x, y, text + mark, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.grid(False)
