@@ -13,9 +13,11 @@ TRAIN = $(PY) -m t2i_lm.train experiments/$(1).yaml --scale $(SCALE) $(if $(RESU
 
 TEXT ?=
 HELDOUT ?=
+OTHER ?=
 PRETRAIN = $(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" data.val_path="$(HELDOUT)" run.dir=$(RUNS)/assets/$(1) $(ARGS)
 # An export overwrites nothing, so it goes to a new folder first.
-EXPORT = rm -rf $(RUNS)/assets/export && $(PY) -m t2i_lm.export $(RUNS)/assets/$(1) --out $(RUNS)/assets/export && \
+EXPORT = rm -rf $(RUNS)/assets/export && $(PY) -m t2i_lm.export $(RUNS)/assets/$(1) --out $(RUNS)/assets/export \
+  $(3) && \
   cp $(RUNS)/assets/export/* t2i_lm/assets/$(2)/
 
 # Two processes share the files of tests, in the order that tests/conftest.py gives them.
@@ -98,13 +100,13 @@ bench-gpu: $(STAMP)  ## the same at the paper's shape on one GPU of 80 GB
 	@failed=; for script in $(ON_GPU); do echo "benchmarks.$$script"; $(PY) -m benchmarks.$$script --device cuda $(ARGS) || \
 	  failed="$$failed $${script%% *}"; done; test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
 
-demo-assets: $(STAMP)  ## rebuild the shipped weights (hours): TEXT=books.txt.gz HELDOUT=heldout.txt.gz
+demo-assets: $(STAMP)  ## rebuild the shipped weights (hours): TEXT=books.txt.gz HELDOUT=heldout.txt.gz OTHER=wiki.txt.gz
 	@test -f "$(TEXT)" && test -f "$(HELDOUT)" || \
 	  { echo "error: give text: make demo-assets TEXT=books.txt.gz HELDOUT=heldout.txt.gz" >&2; exit 2; }
 	$(call PRETRAIN,lm_rotary)
-	$(call EXPORT,lm_rotary/text_lm,lm_rotary)
+	$(call EXPORT,lm_rotary/text_lm,lm_rotary,$(if $(OTHER),--other-text "$(OTHER)"))
 	$(call PRETRAIN,lm_head_rotary) backbone.positional=head_rotary text_tokenizer.path=asset:lm_rotary/text_tokenizer.model
-	$(call EXPORT,lm_head_rotary/text_lm,lm_head_rotary)
+	$(call EXPORT,lm_head_rotary/text_lm,lm_head_rotary,$(if $(OTHER),--other-text "$(OTHER)"))
 	$(PY) -m t2i_lm.train experiments/image_tokenizer.yaml run.dir=$(RUNS)/assets $(ARGS)
 	$(call EXPORT,image_tokenizer,image_tokenizer)
 

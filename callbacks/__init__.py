@@ -3,6 +3,7 @@
 from callbacks.base.contract import SplitLossModule, StepOutput, record_head
 from callbacks.checkpoints import RunCheckpoints, find_resumable
 from callbacks.coco_fid import CocoFID, FidTask
+from callbacks.dashboard import Dashboard
 from callbacks.files.checkpoint_io import CorruptCheckpointError, DurableCheckpointIO
 from callbacks.files.event_log import EventLog
 from callbacks.files.metrics_file import MetricsFile
@@ -22,6 +23,7 @@ from callbacks.wall_time import WallTime
 __all__ = [
     "CocoFID",
     "CorruptCheckpointError",
+    "Dashboard",
     "DurableCheckpointIO",
     "EMASplitPerplexity",
     "EventLog",

@@ -13,18 +13,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from callbacks.base.contract import Extras, StepOutput, record_head
 from callbacks.base.interval_sums import IntervalSums, to_double
+from callbacks.base.tags import loss_tags, more_tags
 from callbacks.files.metrics_file import MetricsFile
 
 # The modality that the aggregate `all_no_boundary` excludes: near-deterministic separators.
 BOUNDARY = "boundary"
 SEEN = ("samples", "tokens_nominal", "tokens_real")
-# Fields of an entry for the loggers; sums and counts go to metrics.jsonl alone.
-LOGGED = ("nll", "ppl", "nll_ema", "ppl_ema")
 
 
 class EMASplitPerplexity(Callback):
@@ -47,10 +45,12 @@ class EMASplitPerplexity(Callback):
         metrics_path: Path | None = None,
         extras: Sequence[Extras] = (),
         validations: Sequence[str] = ("val",),
+        tag_prefix: str = "",
     ) -> None:
         """`interval` counts optimizer steps. Rank 0 writes lines, with those `extras`, to `metrics_path`.
 
-        `validations` are the names of the validation loaders, in their order.
+        `validations` are the names of the validation loaders, in their order. `tag_prefix` precedes the names of losses
+        in the loggers, so that runs of several tasks share a dashboard.
 
         Raises:
             ValueError: if `interval` or `alpha` is out of range.
@@ -60,6 +60,7 @@ class EMASplitPerplexity(Callback):
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha={alpha}: expected a value in [0, 1)")
         self.interval, self.alpha, self.extras, self.validations = interval, alpha, extras, tuple(validations)
+        self.tag_prefix = tag_prefix
         self.file = MetricsFile(metrics_path) if metrics_path else None
         self.seen = dict.fromkeys(SEEN, 0)
         self.latest: dict[str, float] = {}
@@ -84,16 +85,7 @@ class EMASplitPerplexity(Callback):
         self._rank, self._world = trainer.global_rank, trainer.world_size
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lays out modalities side by side in TensorBoard."""
         self._last_step = trainer.global_step
-        names = [*pl_module.modalities, *_aggregates(pl_module.modalities)]  # type: ignore[arg-type, misc]
-        chart = {
-            name: ["Multiline", [f"train/{name}/ppl_ema", *(f"{split}/{name}/ppl" for split in self.validations)]]
-            for name in names
-        }
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_custom_scalars({"perplexity": chart})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -183,16 +175,11 @@ class EMASplitPerplexity(Callback):
     ) -> None:
         if not trainer.is_global_zero:
             return
+        head = record_head(trainer, seen)
         if self.file:
-            self.file.append({**record_head(trainer, seen), **values, **more, "time": time.time()})
-        scalars = {
-            f"{key}/{name}/{field}": entry[field]
-            for key, entries in values.items()
-            for name, entry in entries.items()
-            for field in LOGGED & entry.keys()
-        }
-        scalars |= {f"train/{name}": value for name, value in more.get("scalars", {}).items()}
-        scalars |= {f"throughput/{name}": value for name, value in more.get("throughput", {}).items()}
+            self.file.append({**head, **values, **more, "time": time.time()})
+        scalars = loss_tags(values, self.tag_prefix, trainer.global_step / trainer.max_steps)
+        scalars |= more_tags(more, head["lr"], self.tag_prefix)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=seen["tokens_nominal"])
 

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder to write")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     add("--format", choices=("native", "transformers"), default="native", help="native: as t2i_lm reads it (default)")
+    add("--other-text", type=Path, metavar="TEXT", help="of a language model: measure on text of another domain too")
     return arguments
 
 
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def write() -> int:
         from t2i_lm.experiment.export import export
 
-        print(json.dumps(export(options.run, options.out, options.dtype, options.format), indent=2))
+        card = export(options.run, options.out, options.dtype, options.format, options.other_text)
+        print(json.dumps(card, indent=2))
         return 0
 
     return exit_code(write)

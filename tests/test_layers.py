@@ -22,8 +22,8 @@ LAYERS = (
     "generation",
     "evaluation",
     "comparison",
-    "training",
     "plots",
+    "training",
     "analysis",
     "reporting",
 )

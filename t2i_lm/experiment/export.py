@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from t2i_lm.data.scenes.captions import ATTRIBUTES
 from t2i_lm.data.scenes.checker import check, shares_right
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.tokenize import text_rows
+from t2i_lm.data.text import read_documents
 from t2i_lm.experiment.build import (
     Experiment,
     ImageModel,
@@ -57,7 +59,7 @@ COMPLETION_TOKENS = 40
 SCORE_BATCH = 32
 
 
-def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, Any]:
+def export(run: Path, out: Path, dtype: str, form: str = "native", other: Path | None = None) -> dict[str, Any]:
     """Exports the newest checkpoint of a run and returns the card, which also lies in `out`.
 
     Args:
@@ -65,6 +67,7 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
         out: the folder to write, new or empty.
         dtype: of the written weights.
         form: one of `FORMATS`.
+        other: with a language model: held-out text of another domain, measured as well.
 
     Raises:
         ValueError: if there is no run or no whole checkpoint, or the run has no export in this format.
@@ -74,6 +77,9 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
     exporters = FORMATS[form]
     if config.task not in exporters:
         raise ValueError(f"--format {form}: {run} is a run of task={config.task}; expected {', '.join(exporters)}")
+    if other is not None and config.task != "text":
+        raise ValueError(f"--other-text {other}: {run} is a run of task={config.task}; expected a language model's")
+    documents = None if other is None else list(read_documents(str(other), "--other-text"))
     require_new_folder(out)
     if form == "transformers":
         require_transformers(FORMAT)
@@ -97,6 +103,10 @@ def export(run: Path, out: Path, dtype: str, form: str = "native") -> dict[str, 
         "dtype": dtype,
     }
     card |= exporters[config.task](trained, out, getattr(torch, dtype))
+    if documents is not None:
+        assert isinstance(trained, TextExperiment)
+        written = load_huggingface(out).eval() if form == "transformers" else _read_back(trained.module.decoder, out)
+        card |= other_domain(written, trained.text, documents, config.data.length)
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     share(*(file for file in out.rglob("*") if file.is_file()))
     return card
@@ -115,8 +125,22 @@ def export_language_model(experiment: TextExperiment, out: Path, dtype: torch.dt
     decoder, text = experiment.module.decoder, experiment.text
     _write_native(decoder, out, dtype, experiment.config.name)
     shutil.copyfile(text.path, out / f"text_tokenizer{text.path.suffix}")
-    written = load_huggingface(out).eval() if isinstance(decoder, HuggingFaceDecoder) else load_open_lm(out)
-    return language_model_numbers(written, text, open_split(experiment.shards, "val"))
+    return language_model_numbers(_read_back(decoder, out), text, open_split(experiment.shards, "val"))
+
+
+def _read_back(decoder: Backbone, out: Path) -> Backbone:
+    """A backbone as `_write_native` wrote it."""
+    return load_huggingface(out).eval() if isinstance(decoder, HuggingFaceDecoder) else load_open_lm(out)
+
+
+def other_domain(decoder: Backbone, text: TextTokenizer, documents: Iterable[str], length: int) -> dict[str, Any]:
+    """Loss of a backbone on text of another domain, in windows of `length` ids."""
+    nll, bytes_, tokens = held_out_sums(decoder, datasets.Dataset.from_list(list(text_rows(documents, text, length))))
+    return {
+        "other_domain_nll": nll / tokens,
+        "other_domain_bits_per_byte": nll / math.log(2) / bytes_,
+        "other_domain_bytes": bytes_,
+    }
 
 
 def _write_native(decoder: Backbone, out: Path, dtype: torch.dtype, experiment: str) -> None:

@@ -1,11 +1,15 @@
 """Callbacks of a run, in the order in which they run."""
 
+import shlex
+import sys
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
 
 from callbacks import (
     CocoFID,
+    Dashboard,
     EMASplitPerplexity,
     EventLog,
     Forgetting,
@@ -20,14 +24,36 @@ from callbacks import (
     WallTime,
 )
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import flatten, to_yaml
 from t2i_lm.evaluation.fid import training_fid
 from t2i_lm.evaluation.forgetting import forgetting_probes
 from t2i_lm.evaluation.report import sampler
 from t2i_lm.experiment.build import Experiment
 from t2i_lm.models.flops import flop_per_token, peak_flops
 from t2i_lm.modules.base import DecoderModule
+from t2i_lm.plots.live import live_figures
 from t2i_lm.runtime.devices import device_name, precision
 from t2i_lm.storage.run_folder import CHECKPOINTS, FID, METRICS, SAMPLES
+
+# Keys in TensorBoard's table of hyperparameters by column. TensorBoard sorts columns by name and shows the first five.
+HYPERPARAMETERS = {
+    "arm": "name",
+    "backbone": "backbone.path",
+    "init": "init",
+    "lr": "optim.lr",
+    "seed": "seed",
+    "set: batch_size": "data.batch_size",
+    "set: distil": "distil.weight",
+    "set: l2_sp": "optim.l2_sp",
+    "set: lora": "lora.rank",
+    "set: new_rows": "new_rows",
+    "set: positions": "backbone.positional",
+    "set: replay": "data.replay_ratio",
+    "set: steps": "trainer.max_steps",
+    "set: text_weight": "loss.text_weight",
+    "set: train_size": "data.train_size",
+    "set: tune": "tune",
+}
 
 
 def callbacks_for(experiment: Experiment, folder: Path, events: EventLog) -> list[pl.Callback]:
@@ -39,12 +65,14 @@ def callbacks_for(experiment: Experiment, folder: Path, events: EventLog) -> lis
     config = experiment.config
     interval, metrics = config.log.interval, folder / METRICS
     throughput = Throughput(training_flop(experiment), peak(config))
+    # Runs of text-to-image and of other tasks share a dashboard.
+    prefix = "" if config.task == "text_to_image" else f"{config.task}/"
     # Modules with `modalities` split their loss (callbacks.base.contract); the others report scalars.
     has_split_loss = hasattr(experiment.module, "modalities")
     splits = experiment.data.validation_splits
     perplexity = None
     if has_split_loss:
-        perplexity = EMASplitPerplexity(interval, config.log.ema, metrics, [throughput], splits)
+        perplexity = EMASplitPerplexity(interval, config.log.ema, metrics, [throughput], splits, prefix)
     meter = perplexity or RunScalars(interval, metrics, splits)
     saver = RunCheckpoints(folder / CHECKPOINTS, config.trainer.checkpoint_interval, metrics=meter.file, events=events)
     preemption = Preemption(saver)
@@ -59,6 +87,8 @@ def callbacks_for(experiment: Experiment, folder: Path, events: EventLog) -> lis
         # After the meter, whose latest values it shows.
         RunProgress(meter, interval, throughput=throughput),
         WallTime(),
+        # After the meter, whose lines it draws.
+        _dashboard(experiment, folder),
         # After the meter, so that a step's training line comes first in metrics.jsonl.
         *(_measurements(experiment, folder, perplexity, preemption) if perplexity else ()),
         # After all callbacks that use random numbers.
@@ -66,6 +96,16 @@ def callbacks_for(experiment: Experiment, folder: Path, events: EventLog) -> lis
         # Last: a step can be saved once every callback has seen it.
         saver,
     ]
+
+
+def _dashboard(experiment: Experiment, folder: Path) -> Dashboard:
+    """The TensorBoard dashboard of a run."""
+    config = experiment.config
+    values = flatten(config)
+    command = " \\\n    ".join(map(shlex.quote, ["python", *sys.orig_argv[1:]]))
+    texts = {"command": command, "config": to_yaml(config)}
+    row = {name: "none" if values[key] is None else values[key] for name, key in HYPERPARAMETERS.items()}
+    return Dashboard(experiment.data.validation_splits, row, texts, partial(live_figures, folder))
 
 
 def _measurements(

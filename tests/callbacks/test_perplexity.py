@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from callbacks import EMASplitPerplexity, RunScalars
+from callbacks.base.tags import loss_tags
 
 SPLIT = ("text", "image", "boundary")
 Sums = list[tuple[float, int]]  # (nll_sum, count) of each modality in one micro-batch
@@ -203,19 +204,31 @@ def test_a_partial_sanity_check_writes_nothing(tmp_path: Path) -> None:
     assert [line["step"] for line in written if "val" in line] == [2]
 
 
-def test_tensorboard_gets_stable_tags_against_tokens_and_a_layout(tmp_path: Path) -> None:
+def test_tensorboard_gets_stable_tags_against_tokens(tmp_path: Path) -> None:
     train, val = [[(2.0, 1), (3.0, 1), (1.0, 1)]] * 4, [[(1.0, 1)] * 3]
     logger = TensorBoardLogger(tmp_path, name="", version="tb", default_hp_metric=False)
     fit(tmp_path, train, val, meter_in(tmp_path), logger=logger)
     read = EventAccumulator(str(tmp_path / "tb")).Reload()
-    tags = read.Tags()
-    names = [*SPLIT, "all", "all_no_boundary"]
-    train_tags = {f"train/{name}/{field}" for name in names for field in ("nll", "ppl", "nll_ema", "ppl_ema")}
-    val_tags = {f"val/{name}/{field}" for name in names for field in ("nll", "ppl")}
-    assert set(tags["scalars"]) == train_tags | val_tags
+    tags = set(read.Tags()["scalars"])
+    losses = {f"train/{name}/{field}" for name in ("text", "image", "all") for field in ("nll", "nll_ema", "ppl_ema")}
+    losses |= {"train/boundary/nll", *(f"val/{name}/nll" for name in ("text", "image", "boundary", "all"))}
+    late = {f"late/{key}/nll{end}" for key, end in (("train/text", "_ema"), ("train/image", "_ema"))}
+    late |= {f"late/val/{name}/nll" for name in ("text", "image")}
+    assert tags == losses | late | {"optim/lr"}
     assert [event.step for event in read.Scalars("train/text/ppl_ema")] == [20, 40, 60, 80]
     assert [event.step for event in read.Scalars("val/image/nll")] == [40, 80]
-    assert "custom_scalars__config__" in tags["tensors"]
+
+
+def test_late_losses_leave_out_the_start_and_prefixes_tell_tasks_apart() -> None:
+    values = {"train": {"text": {"nll": 2.0, "nll_ema": 3.0, "ppl_ema": 20.0, "ppl": 7.4}}}
+    assert loss_tags(values, share=0.1) == {
+        "train/text/nll": 2.0,
+        "train/text/nll_ema": 3.0,
+        "train/text/ppl_ema": 20.0,
+    }
+    late = loss_tags(values, "align/", 0.2)
+    assert late["align/late/train/text/nll_ema"] == 3.0
+    assert all(tag.startswith("align/") for tag in late)
 
 
 @pytest.mark.parametrize(

@@ -95,11 +95,25 @@ def test_a_tokenizer_json_is_written_for_auto_tokenizer(tiny: list[str], tmp_pat
 def test_a_language_model_has_the_same_numbers_in_both_formats(language_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     cards = {}
+    other = tmp_path / "other.txt"
+    other.write_text("A red circle. A blue star on white paper.\n\n" * 200)
     for form in ("native", "transformers"):
-        assert main([str(language_model), "--out", str(tmp_path / form), "--format", form]) == 0
+        arguments = ["--out", str(tmp_path / form), "--format", form, "--other-text", str(other)]
+        assert main([str(language_model), *arguments]) == 0
         cards[form] = json.loads((tmp_path / form / "card.json").read_text())
     assert cards["transformers"].items() >= cards["native"].items()
     assert cards["transformers"]["architecture"] == "StableLmForCausalLM"
+    card = cards["native"]
+    assert 0.9 < card["other_domain_bytes"] / other.stat().st_size <= 1  # the last, incomplete row is dropped
+    assert card["other_domain_bits_per_byte"] != card["held_out_bits_per_byte"]
+
+
+def test_text_of_another_domain_requires_a_language_model(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run), "--out", str(tmp_path / "out"), "--other-text", "any.txt"]) == 2
+    assert "--other-text any.txt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_position_free_runs_are_refused_before_anything_is_built(

@@ -53,7 +53,7 @@ def test_an_alignment_leaves_loss_temperature_rows_and_table(aligned: Run) -> No
     assert aligned.report["retrieval"]["candidates"] == 16
     events = EventAccumulator(str(aligned.folder / "tb"))
     events.Reload()
-    assert "train/logit_scale" in events.Tags()["scalars"]
+    assert "align/train/logit_scale" in events.Tags()["scalars"]
     assert "nearest text tokens/text_summary" in events.Tags()["tensors"]
 
 

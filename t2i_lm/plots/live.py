@@ -1,0 +1,68 @@
+"""Figures of a run while it trains, beside the newest run that pairs with it."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from t2i_lm.comparison.comparability import mismatches
+from t2i_lm.plots.captions import group_caption, smoothing
+from t2i_lm.plots.curves import series
+from t2i_lm.plots.panels import Panel, draw_panels
+from t2i_lm.storage.run_folder import Run, read_run, run_folders
+
+# Modalities of a figure by its title, by task.
+FIGURES = {
+    "text_to_image": {
+        "Figure 3": {"all": "All tokens"},
+        "Figure 4": {"text": "Text tokens", "image": "Image tokens"},
+    },
+    "unconditional": {"Figure 5": {"image": "Image tokens"}},
+}
+# The experiments that a run is drawn beside, by task.
+PARTNERS = {
+    "text_to_image": ("t2i_pretrained", "t2i_scratch"),
+    "unconditional": ("uncond_pretrained", "uncond_scratch"),
+}
+DPI = 120
+
+
+def live_figures(folder: Path) -> dict[str, Image.Image]:
+    """The figures of a run's task as images by title; empty before its first logged step and for other tasks."""
+    run = read_run(folder)
+    task = str(run.config["task"])
+    if task not in FIGURES or not run.records("train"):
+        return {}
+    arms = _partners(run, PARTNERS[task]) | {_arm(run.name): run}
+    return {title: _draw(title, panels, arms) for title, panels in FIGURES[task].items()}
+
+
+def _partners(run: Run, names: tuple[str, ...]) -> dict[str, Run]:
+    """The newest run of each other experiment that pairs with a run, by arm."""
+    found = {}
+    for name in names:
+        if name == run.name:
+            continue
+        for folder in reversed(run_folders(run.folder.parents[1], name)):
+            other = read_run(folder)
+            if other.records("train") and not mismatches(run, other):
+                found[_arm(name)] = other
+                break
+    return found
+
+
+def _arm(experiment: str) -> str:
+    return experiment.removeprefix("t2i_").removeprefix("uncond_")
+
+
+def _draw(title: str, modalities: dict[str, str], arms: dict[str, Run]) -> Image.Image:
+    panels = [
+        Panel(words, {arm: series(run, modality) for arm, run in arms.items()})
+        for modality, words in modalities.items()
+    ]
+    caption = f"{title}. {group_caption(arms)}"
+    canvas = FigureCanvasAgg(draw_panels(panels, caption, smoothing=smoothing(next(iter(arms.values())))))
+    canvas.figure.set_dpi(DPI)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
