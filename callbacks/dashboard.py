@@ -41,8 +41,11 @@ def layout(validations: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
             "logit scale, 1 / temperature": ["align/train/logit_scale$"],
         },
         "Forgetting": {
-            "held-out text, text rows": ["forgetting/.*text_rows/nll$"],
-            "held-out text, all rows": ["forgetting/.*all_rows/nll$"],
+            "loss of held-out text, text rows": ["forgetting/(second_)?text/text_rows/nll$"],
+            "loss at the best temperature, text rows": ["forgetting/(second_)?text/text_rows/best_temperature/nll$"],
+            "loss of held-out text, all rows": ["forgetting/(second_)?text/all_rows/nll$"],
+            "top-1 accuracy, text rows": ["forgetting/(second_)?text/text_rows/top1$"],
+            "accuracy of questions, text rows": ["forgetting/tasks/.*/text_rows/accuracy$"],
         },
         "Samples": {"prompt accuracy": ["samples/"]},
         "Optimization": {"learning rate": ["optim/lr$"], "tokens per second": ["throughput/tokens_per_s$"]},
@@ -104,14 +107,15 @@ class Dashboard(Callback):
             writer.add_custom_scalars(layout(self.validations))
             for title, text in self.texts.items():
                 writer.add_text(title, textwrap.indent(text, "    "))  # a block of code in Markdown
-            experiment, start, self._session_end = hparams(dict(self.hyperparameters), dict.fromkeys(FINAL, 0.0))
-            writer._get_file_writer().add_summary(experiment)
-            writer._get_file_writer().add_summary(start)
+            row: Any = dict(self.hyperparameters)
+            experiment, start, self._session_end = hparams(row, dict.fromkeys(FINAL, 0.0))  # type: ignore[no-untyped-call]
+            for summary in (experiment, start):
+                _add(writer, summary)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._session_end is not None and trainer.global_step >= trainer.max_steps:
             for writer in _writers(trainer):
-                writer._get_file_writer().add_summary(self._session_end)
+                _add(writer, self._session_end)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -131,3 +135,7 @@ def _writers(trainer: pl.Trainer) -> list[SummaryWriter]:
     """The TensorBoard writers of rank 0."""
     loggers = trainer.loggers if trainer.is_global_zero else []
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _add(writer: SummaryWriter, summary: Any) -> None:
+    writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]

@@ -8,11 +8,16 @@ import lightning.pytorch as pl
 from callbacks.base.periodic import Periodic, undisturbed
 from callbacks.perplexity import EMASplitPerplexity
 
+# Numbers of a measurement that a chart shows; all are in metrics.jsonl.
+CURVES = ("nll", "top1", "accuracy")
+# Parts that are no curve, or another reading of the same answers.
+LEFT_OUT = ("floors", "all_rows_norm", "text_rows_norm")
+
 
 class Forgetting(Periodic):
     """Measures on rank 0 while the others wait: before the first step, every `interval` steps, after the last.
 
-    Writes the result of `measure` as `forgetting` to metrics.jsonl, and its numbers to TensorBoard. Training is
+    Writes the result of `measure` as `forgetting` to metrics.jsonl, and its curves to TensorBoard. Training is
     unaffected: random generators and the mode of every submodule are restored.
     """
 
@@ -44,15 +49,15 @@ class Forgetting(Periodic):
         if self.meter.file:
             self.meter.file.append({**head, "forgetting": measured})
         for logger in trainer.loggers:
-            logger.log_metrics(numbers(measured, "forgetting"), step=head["tokens_nominal"])
+            logger.log_metrics(curves(measured, "forgetting"), step=head["tokens_nominal"])
 
 
-def numbers(tree: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers in a tree of dicts by path."""
+def curves(tree: dict[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers named in `CURVES` in a tree of dicts, by path."""
     flat: dict[str, float] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= numbers(value, f"{prefix}/{key}")
-        elif isinstance(value, int | float):
+        if isinstance(value, dict) and key not in LEFT_OUT:
+            flat |= curves(value, f"{prefix}/{key}")
+        elif key in CURVES:
             flat[f"{prefix}/{key}"] = float(value)
     return flat

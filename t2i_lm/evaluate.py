@@ -24,16 +24,17 @@ EXAMPLE = """example:
   torchrun --nproc-per-node 8 -m t2i_lm.evaluate --checkpoint RUN --coco coco --weights FILE --prompts 10000 --cfg 3
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --forgetting heldout.txt.gz --tasks questions
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --lm-eval hellaswag,mmlu --lm-eval-limit 200
-  python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --relearn text.txt.gz --relearn-heldout heldout.txt.gz
+  python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --forgetting --relearn
   python -m t2i_lm.evaluate --checkpoint runs/t2i_pretrained --report
 
 RUN is a run folder, or a folder of runs, whose newest is taken. PATH holds annotations/captions_val2014.json and
 val2014/*.jpg. FILE is torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its release v0.2.0), or
 hf://ORG/NAME/FILE[#sha256=HEX]. The same command again continues an interrupted evaluation; a result of other settings
 is never overwritten and requires another --out. TEXT is a .txt or .txt.gz file of documents, a folder of them, or a
-Hugging Face dataset, NAME[:SPLIT], column text; other settings of forgetting are the run's. Every number carries its
-protocol card, and only the canonical one is called COCO FID-30k. Captions too long for the run's data.length are cut
-as in training and counted in the card. Distances to few images are biased upwards: compare equal --prompts only.
+Hugging Face dataset, NAME[:SPLIT], column text; without TEXT, the run's own or the shipped texts are measured. Other
+settings of forgetting are the run's. Every number carries its protocol card, and only the canonical one is called COCO
+FID-30k. Captions too long for the run's data.length are cut as in training and counted in the card. Distances to few
+images are biased upwards: compare equal --prompts only.
 TASKS are lm-evaluation-harness' names (tasks, groups, tags), separated by commas."""
 
 # In the order in which they run. The name is the option that requests the evaluator, and its result's file name.
@@ -75,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
         return _report_again(options, requested)
     if not requested:
         raise ValueError(
-            "nothing to measure: give --coco PATH, --forgetting TEXT, --lm-eval TASKS, --relearn TEXT or --report"
+            "nothing to measure: give --coco PATH, --forgetting [TEXT], --lm-eval TASKS, --relearn [TEXT] or --report"
         )
     for name, kind in EVALUATORS.items():
         if name not in requested:

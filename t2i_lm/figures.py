@@ -10,6 +10,7 @@ from t2i_lm.runtime.command_line import add_strict, command_parser, exit_code
 EXAMPLE = """example:
   python -m t2i_lm.figures
   python -m t2i_lm.figures --figure 4 --runs runs --out figures
+  python -m t2i_lm.figures --table
 
 without --pretrained and --scratch, the newest two runs are drawn that agree in data hash, seed,
 scale, trainer.max_steps, log.interval and log.ema."""
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--scratch", type=Path, metavar="RUN", help="run folder of the random arm")
     add_strict(arguments)
     arguments.add_argument("--figure", choices=NAMES, action="append", help="only this one; may be repeated")
+    arguments.add_argument("--table", action="store_true", help="only Table 1, completions: table1.md and table1.tex")
     return arguments
 
 
@@ -46,9 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
 
     def body() -> int:
-        from t2i_lm.plots.catalogue import Request, write_figures
+        if options.table and options.figure:
+            raise ValueError("--table: writes Table 1 alone; not with --figure")
+        from t2i_lm.plots.catalogue import Request, write_figures, write_table1
 
         request = Request(options.runs, options.pretrained, options.scratch, options.strict)
+        if options.table:
+            return write_table1(request, options.out)
         return write_figures(request, options.out, options.figure)
 
     return exit_code(body)

@@ -124,6 +124,7 @@ def tiny(once: Once) -> list[str]:
         "log.logger=none",
         "samples.prompts=2",
         "samples.preference_scenes=2",
+        "forgetting.interval=null",
     ]
 
 
@@ -164,6 +165,7 @@ def probing(book: Path) -> list[str]:
     return [
         "forgetting.interval=3",
         f"forgetting.text={book}",
+        "forgetting.second_text=null",
         f"forgetting.tasks={book.parent / 'tasks'}",
         "forgetting.rows=6",
         "forgetting.length=32",

@@ -37,6 +37,7 @@ COMMON = (
     "optim.warmup_steps=5",
     "log.interval=1",
     "log.logger=none",
+    "forgetting.interval=null",
 )
 TOKENIZERS = (
     f"backbone.path={MODELS}/lm",

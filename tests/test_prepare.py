@@ -103,6 +103,19 @@ def test_text_rows_cover_every_token_once_as_a_target(tmp_path: Path) -> None:
     assert sum(row["bytes"] for row in rows) == pytest.approx(size, rel=0.05)
 
 
+def test_a_long_paragraph_is_tokenized_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2i_lm.data.shards.tokenize.MAX_CHARACTERS", 50)
+    monkeypatch.setattr("t2i_lm.tokenizers.text.MAX_CHARACTERS", 50)
+    documents = ["A paragraph of many words and no blank line, such as that of WikiText.\n" * 9, "x" * 170]
+    text = train_sentencepiece(iter([*documents, "a b c"]), 300, tmp_path / "text.model")
+    rows = list(text_rows(documents, text, 4))
+    ids = [int(rows[0]["text_ids"][0])] + [i for row in rows for i in row["text_ids"][1:]]
+    words = "".join(text.decode(ids).split())
+    assert "".join("".join(documents).split()).startswith(words.replace("</s>", ""))
+    size = sum(len(f"{document}\n\n".encode()) for document in documents)
+    assert sum(row["bytes"] for row in rows) == pytest.approx(size, rel=0.05)
+
+
 def test_a_text_experiment_trains_its_tokenizer_once(tmp_path: Path) -> None:
     books = "\f".join(f"Once upon a time there were {n} ships.\n\nThey sailed." for n in range(200))
     (tmp_path / "books.txt").write_text(books)

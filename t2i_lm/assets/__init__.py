@@ -1,4 +1,4 @@
-"""Paths of a config as files; the demo's own trained weights lie in this folder (README.md: how they were made)."""
+"""Paths of a config as files; the demo's trained weights and texts lie in this folder (README.md: their origin)."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -20,9 +20,12 @@ def resolve(path: str) -> Path:
     if not path.startswith(PREFIX):
         return Path(path)
     folder = Path(str(files(__name__)))
-    asset = folder / path.removeprefix(PREFIX)
+    name = path.removeprefix(PREFIX)
+    asset = folder / name
     if not asset.exists():
-        known = sorted(item.name for item in folder.iterdir() if not item.name.startswith("_"))
+        above = folder / name.rpartition("/")[0]
+        items = (above if above.is_dir() else folder).iterdir()
+        known = sorted(item.relative_to(folder).as_posix() for item in items if not item.name.startswith("_"))
         raise ValueError(f"{path}: expected one of {', '.join(f'{PREFIX}{name}' for name in known)}")
     return asset
 

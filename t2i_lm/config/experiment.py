@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from t2i_lm.config.forgetting import NOVELS, ForgettingConfig
 from t2i_lm.config.sections import (
     CODE,
     SHARDED,
@@ -16,7 +17,6 @@ from t2i_lm.config.sections import (
     DataConfig,
     DistilConfig,
     FidConfig,
-    ForgettingConfig,
     ImageTokenizerConfig,
     LogConfig,
     LoraConfig,
@@ -32,6 +32,7 @@ from t2i_lm.config.sections import (
 
 SCALES = ("demo", "flickr8k", "paper")  # files of experiments/scale/
 TASKS = ("text_to_image", "unconditional", "align", "text", "image_tokenizer")
+KEEPS_LANGUAGE = ("text_to_image", "unconditional")
 LOSS_ROWS = ("all", "image")
 INITS = ("pretrained", "random", "shuffled", "body_only", "embeddings_only", "aligned")
 NEW_ROWS = ("random", "mean", "aligned", "codebook")
@@ -51,6 +52,7 @@ PATH_KEYS = (
     "fid.coco",
     "fid.weights",
     "forgetting.text",
+    "forgetting.second_text",
     "forgetting.tasks",
     "run.dir",
 )
@@ -182,10 +184,13 @@ class ExperimentConfig(Section):
             ("trainer.packing", False, "false"),
             ("trainer.fp8", False, "false"),
             ("loss.backend", "fused", "fused"),
-            ("forgetting.interval", None, "null"),
         ):
             no_language_model = f"{word}, {task} trains no language model"
             yield (align or image_tokenizer) and self.value(key) != plain, key, no_language_model
+        # A scale's default on shipped text is no request: it is left out where a run cannot measure.
+        forgetting = self.forgetting.interval is not None and self.forgetting.text != NOVELS
+        kept = self.task in KEEPS_LANGUAGE
+        yield forgetting and not kept, "forgetting.interval", f"null, {task} keeps no language model"
         yield image_tokenizer and self.tune != "all", "tune", f"all with {task}"
         yield image_tokenizer and bool(self.freeze), "freeze", f"an empty list with {task}"
         if align:
@@ -234,7 +239,8 @@ class ExperimentConfig(Section):
             for key in ("forgetting.interval", "fid.interval", "optim.l2_sp", "distil.weight", "lora.rank"):
                 off = "null" if key.endswith("interval") else "0"
                 whole_model = f"{off} with {sharded}, {key} needs the whole model in every process; or use ddp"
-                yield bool(self.value(key)), key, whole_model
+                requested = forgetting if key == "forgetting.interval" else bool(self.value(key))
+                yield requested, key, whole_model
 
         # Steps and batches
         steps = f"less than trainer.max_steps={trainer.max_steps}"
@@ -242,6 +248,12 @@ class ExperimentConfig(Section):
         share = trainer.devices * trainer.num_nodes * trainer.accumulate_grad_batches
         factors = "trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches"
         yield data.batch_size % share != 0, "data.batch_size", f"a multiple of {share} ({factors})"
+
+    @property
+    def measures_forgetting(self) -> bool:
+        """Whether a run measures forgetting: requested or a scale's default, and possible."""
+        possible = self.task in KEEPS_LANGUAGE and self.trainer.strategy not in SHARDED
+        return self.forgetting.interval is not None and possible
 
     @property
     def image_rows(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 
-from t2i_lm.config import experiment, sections
+from t2i_lm.config import experiment, forgetting, sections
 from t2i_lm.config.experiment import ExperimentConfig
 
 PATH = Path("docs/configuration.md")
@@ -35,14 +35,15 @@ The type of a key says what its value means, in files and on the command line al
 
 Of a key that is given twice on the command line the last value counts; in a file it is refused.
 
-Paths of weights and tokenizers may also be `asset:NAME` (shipped), `hf://ORG/NAME[@REVISION][/FILE][#sha256=HEX]` (the
-Hugging Face hub) or a plug-in ([plugins.md](plugins.md)). Numbers of sections are those of the paper.
+Paths of weights, tokenizers and held-out text may also be `asset:NAME` (shipped); those of weights and tokenizers also
+`hf://ORG/NAME[@REVISION][/FILE][#sha256=HEX]` (the Hugging Face hub) or a plug-in ([plugins.md](plugins.md)). Numbers
+of sections are those of the paper.
 """
 
 
 def reference() -> str:
     """The text of docs/configuration.md."""
-    documented = _docstrings(sections) | _docstrings(experiment)
+    documented = _docstrings(sections) | _docstrings(forgetting) | _docstrings(experiment)
     parts = [HEAD, *_table("Experiment", ExperimentConfig, "", documented)]
     return "\n".join(parts)
 

@@ -469,36 +469,6 @@ class LoraConfig(Section, prefix="lora"):
 
 
 @dataclass(frozen=True)
-class ForgettingConfig(Section, prefix="forgetting"):
-    """Measurements of language retention before, during and after training."""
-
-    interval: int | None = None
-    """Optimizer steps between measurements, beside those before the first and after the last step; null: none."""
-    text: str | None = None
-    """Held-out text: .txt, .txt.gz, a folder of them, or the name of a Hugging Face dataset."""
-    rows: int = 64
-    """Evenly spaced rows of the text."""
-    length: int = 256
-    """Ids per row."""
-    tasks: str | None = None
-    """Folder of questions, NAME.jsonl[.gz] (evaluation/probes/questions.py documents the formats); null: none."""
-    questions: int = 100
-    """Evenly spaced questions of each task."""
-    completion_tokens: int = 32
-    """Length of a completion."""
-    prompts: list[str] = field(default_factory=list)
-    """Prompts completed beside those of Table 1."""
-
-    def __post_init__(self) -> None:
-        self.at_least(1, "interval", "rows", "length", "questions", "completion_tokens")
-        if self.interval is not None and self.text is None:
-            raise ValueError(
-                f"forgetting.text=null: forgetting.interval={self.interval} needs held-out text, "
-                "for example forgetting.text=heldout.txt.gz"
-            )
-
-
-@dataclass(frozen=True)
 class RunConfig(Section, prefix="run"):
     """Run folders."""
 

@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from t2i_lm.assets import resolve
+from t2i_lm.config.sections import ASSET
 from t2i_lm.data.captions import find_name
 from t2i_lm.data.splits import NAMES, files_below, named_below, path_split
 
@@ -19,14 +21,14 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
     """Documents of a text file (`.txt`, `.txt.gz`), a folder of them, or a Hugging Face dataset.
 
     Args:
-        path: file or folder; anything else is `hub-name[:split]`, column `text`. Of a folder whose files are named
-            after several splits, those of the key's split are read.
+        path: file or folder, or `asset:NAME` (shipped); anything else is `hub-name[:split]`, column `text`. Of a
+            folder whose files are named after several splits, those of the key's split are read.
         key: config key of `path`.
 
     Raises:
         ValueError: if `path` cannot be read or holds no text file.
     """
-    location = Path(path)
+    location = text_location(path, key)
     if location.is_dir():
         files = _files_of_split(location, key)
     elif location.is_file():
@@ -44,6 +46,18 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
         except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
             raise ValueError(f"{key}: {file} cannot be read as UTF-8 text: {error}") from error
         yield from (document for document in text.split(DOCUMENT_SEPARATOR) if document.strip())
+
+
+def text_location(path: str, key: str) -> Path:
+    """The file or folder of a text, which is absent for a text on a hub.
+
+    Raises:
+        ValueError: if there is no such shipped text, naming those that exist.
+    """
+    try:
+        return resolve(path) if path.startswith(ASSET) else Path(path)
+    except ValueError as error:
+        raise ValueError(f"{key}={error}") from error
 
 
 def _files_of_split(folder: Path, key: str) -> list[Path]:

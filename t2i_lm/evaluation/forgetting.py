@@ -6,15 +6,17 @@ Torch is imported late: the command reads text and questions before it loads a m
 import argparse
 import csv
 import hashlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.forgetting import NONFICTION, NOVELS, ForgettingConfig
 from t2i_lm.config.load import load_run
-from t2i_lm.config.sections import ForgettingConfig
-from t2i_lm.data.text import DOCUMENT_SEPARATOR, read_documents
+from t2i_lm.config.sections import SHARDED
+from t2i_lm.data.text import DOCUMENT_SEPARATOR, SUFFIXES, read_documents, text_location
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.probes.questions import Task, read_tasks
 from t2i_lm.runtime.tables import markdown_table
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 # Values of each row and question before training, and their hashes, in the run folder.
 BASELINE = "forgetting_before.json"
+# Value of `--forgetting` without a text.
+OWN = ""
 # Table 1 of a run, in its folder.
 TABLE = "completions"
 
@@ -53,15 +57,29 @@ class ForgettingEvaluator(Evaluator):
             raise ValueError(f"--tasks {options.tasks}: no such folder")
         of_run = load_run(find_run(options.checkpoint)).forgetting
         folder = None if options.tasks is None else str(options.tasks)
-        self.settings: ForgettingConfig = replace(of_run, text=options.forgetting, tasks=folder, **overrides)
+        texts = {"text": options.forgetting, "second_text": options.second_text}
+        flags = {"text": "--forgetting", "second_text": "--second-text"}
+        if options.forgetting == OWN:
+            texts = {"text": NOVELS, "second_text": NONFICTION} if of_run.text is None else of_run.texts
+            texts |= {"second_text": options.second_text} if options.second_text is not None else {}
+            flags |= {key: f"--forgetting: forgetting.{key}" for key in texts if getattr(options, key, None) is None}
+        self.settings: ForgettingConfig = replace(of_run, **{"second_text": None, **texts}, tasks=folder, **overrides)
         self.tasks: list[Task] = []
         if options.tasks is not None:
             self.tasks = read_tasks(options.tasks, self.settings.questions, "--tasks")
-        self.documents = read_text(options.forgetting, "--forgetting")
+        self.documents = {key: read_text(path, flags[key]) for key, path in self.settings.texts.items()}
+        require_other_text(self.settings, self.documents, flags["second_text"])
 
     @staticmethod
     def add_arguments(add: Callable[..., Any]) -> None:
-        add("--forgetting", metavar="TEXT", help="held-out text")
+        add(
+            "--forgetting",
+            metavar="TEXT",
+            nargs="?",
+            const=OWN,
+            help="held-out text; without TEXT those of the run, or the shipped ones",
+        )
+        add("--second-text", metavar="TEXT", help="held-out text of another domain")
         add("--tasks", type=Path, metavar="FOLDER", help="questions, NAME.jsonl[.gz]")
         add("--rows", type=int, metavar="N", help="rows of TEXT (default: the run's forgetting.rows)")
         add("--length", type=int, metavar="N", help="ids per row (default: the run's)")
@@ -71,13 +89,18 @@ class ForgettingEvaluator(Evaluator):
         settings = self.settings
         names = ", ".join(task.name for task in self.tasks)
         tasks = f", {settings.questions} questions each of {names} in {settings.tasks}" if names else ""
-        return f"held-out text: {settings.rows} rows of {settings.length} ids of {settings.text}{tasks}; completions"
+        texts = " and of ".join(settings.texts.values())
+        return f"held-out text: {settings.rows} rows of {settings.length} ids of {texts}{tasks}; completions"
 
     def identity(self, config: ExperimentConfig) -> dict[str, Any]:
         """Settings, and hashes of the text and the questions; the name of a text on a hub."""
-        text = {"text": self.settings.text} if self.documents is None else {"text_sha256": text_sha256(self.documents)}
-        sizes = {key: value for key, value in vars(self.settings).items() if key not in ("interval", "text", "tasks")}
-        return {**text, **sizes, "tasks_sha256": {task.name: task.sha256 for task in self.tasks}}
+        texts: dict[str, str] = {}
+        for key, path in self.settings.texts.items():
+            read = self.documents[key]
+            texts |= {key: path} if read is None else {f"{key}_sha256": text_sha256(read)}
+        unnamed = ("interval", "text", "second_text", "tasks")
+        sizes = {key: value for key, value in vars(self.settings).items() if key not in unnamed}
+        return {**texts, **sizes, "tasks_sha256": {task.name: task.sha256 for task in self.tasks}}
 
     def run(self, context: EvaluationContext) -> dict[str, Any] | None:
         if context.rank:
@@ -97,7 +120,40 @@ def read_text(path: str, flag: str) -> list[str] | None:
     first = next(documents, None)
     if first is None:
         raise ValueError(f"{flag} {path}: there is no text in it")
-    return [first, *documents] if Path(path).exists() else None
+    return [first, *documents] if text_location(path, flag).exists() else None
+
+
+def require_texts(config: ExperimentConfig) -> None:
+    """Checks the texts that a run measures on, before it starts; a text on a hub is read when it is measured.
+
+    Says where the scale's default is left out.
+
+    Raises:
+        ValueError: if one is missing, empty or unreadable, or both are the same.
+    """
+    settings, strategy = config.forgetting, config.trainer.strategy
+    if not config.measures_forgetting:
+        if settings.interval is not None and strategy in SHARDED:
+            print(f"note: forgetting is not measured with trainer.strategy={strategy}", file=sys.stderr)
+        return
+    found = {
+        key: read_text(path, f"forgetting.{key}")
+        for key, path in settings.texts.items()
+        if text_location(path, f"forgetting.{key}").exists() or path.lower().endswith(SUFFIXES)
+    }
+    require_other_text(settings, found, "forgetting.second_text")
+
+
+def require_other_text(settings: ForgettingConfig, documents: Mapping[str, Sequence[str] | None], flag: str) -> None:
+    """Checks that the second text is not the first, under another name or none.
+
+    Raises:
+        ValueError: if it is.
+    """
+    first, second = (documents.get(key) for key in ("text", "second_text"))
+    same = first is not None and second is not None and text_sha256(first) == text_sha256(second)
+    if same or (settings.text is not None and settings.text == settings.second_text):
+        raise ValueError(f"{flag} {settings.second_text}: the same text as {settings.text}; give one of another domain")
 
 
 def text_sha256(documents: Sequence[str]) -> str:
@@ -111,15 +167,17 @@ def text_sha256(documents: Sequence[str]) -> str:
 def forgetting_probes(
     experiment: "Experiment", folder: Path
 ) -> "Callable[[pl.LightningModule], dict[str, Any]] | None":
-    """Measures a run's module every `forgetting.interval` steps; None where that is null."""
-    if experiment.config.forgetting.interval is None:
+    """Measures a run's module every `forgetting.interval` steps; None where that is null or impossible."""
+    if not experiment.config.measures_forgetting:
         return None
     from t2i_lm.evaluation.probes.suite import Probes
     from t2i_lm.experiment.build import ImageExperiment
+    from t2i_lm.models.factory import random_backbone
     from t2i_lm.modules.base import DecoderModule
 
     assert isinstance(experiment, ImageExperiment)
-    probes = Probes(experiment.config.forgetting, experiment.text, folder / BASELINE)
+    config = experiment.config
+    probes = Probes(config.forgetting, experiment.text, folder / BASELINE, untrained=lambda: random_backbone(config))
 
     def measure(module: "pl.LightningModule") -> dict[str, Any]:
         assert isinstance(module, DecoderModule)
@@ -132,7 +190,7 @@ def forgetting_report(
     model: "ImageModel",
     settings: ForgettingConfig,
     folder: Path | None = None,
-    documents: Sequence[str] | None = None,
+    documents: Mapping[str, Sequence[str] | None] | None = None,
     tasks: list[Task] | None = None,
 ) -> dict[str, Any]:
     """Measures a trained model (`experiment.restore.load_trained`).
@@ -141,7 +199,7 @@ def forgetting_report(
         model: a model with a text tokenizer.
         settings: what to measure; its interval is ignored.
         folder: the run folder, whose values before training are compared with where it has any.
-        documents: those of `settings.text`, where they have been read.
+        documents: those of `settings.texts`, by key, where they have been read.
         tasks: those of `settings.tasks`, where they have been read.
 
     Raises:
@@ -150,9 +208,11 @@ def forgetting_report(
     import torch
 
     from t2i_lm.evaluation.probes.suite import Probes
+    from t2i_lm.models.factory import random_backbone
 
     baseline = None if folder is None or not (folder / BASELINE).is_file() else folder / BASELINE
-    probes = Probes(settings, model.text, baseline, documents, tasks)
+    read = {key: text for key, text in (documents or {}).items() if text is not None}
+    probes = Probes(settings, model.text, baseline, read, tasks, lambda: random_backbone(model.config))
     model.module.eval()
     with torch.no_grad():
         return probes(model.decoder)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.forgetting import NOVELS, RELEARNING
 from t2i_lm.data.text import read_documents
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.forgetting import read_text, text_sha256
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 # Steps after which the loss is measured.
 POINTS = (0, 5, 10, 20, 40, 60)
-BATCH, LENGTH, HELDOUT_ROWS = 16, 256, 32
+BATCH, LENGTH, HELDOUT_ROWS = 12, 128, 32
 RATE = 1e-3
 CHARACTERS = 16  # read per id that is needed, several times what a tokenizer makes of them
 RUN, RANDOM, LANGUAGE_MODEL = "run", "random weights", "language model"
@@ -48,20 +49,32 @@ class RelearningEvaluator(Evaluator):
         """Checks the options and that both texts can be read.
 
         Raises:
-            ValueError: if a text is missing, empty, unreadable or the same as the other.
+            ValueError: if a text is missing, empty or unreadable, or a document is in both.
         """
-        if options.relearn_heldout is None:
-            raise ValueError("--relearn requires --relearn-heldout, the text that the loss is measured on")
-        if options.relearn == options.relearn_heldout:
-            raise ValueError(f"--relearn-heldout {options.relearn}: this is the text to train on; give another one")
-        self.text, self.heldout = options.relearn, options.relearn_heldout
+        self.text, self.heldout = options.relearn, options.relearn_heldout or NOVELS
+        if options.relearn_heldout is None and self.text != RELEARNING:
+            raise ValueError("--relearn TEXT requires --relearn-heldout, the text that the loss is measured on")
+        if self.text == self.heldout:
+            raise ValueError(f"--relearn-heldout {self.heldout}: this is the text to train on; give another one")
         self.documents = read_text(self.text, "--relearn")
         self.heldout_documents = read_text(self.heldout, "--relearn-heldout")
+        if shared := {*(self.documents or ())} & {*(self.heldout_documents or ())}:
+            first = " ".join(min(shared).split())[:60]
+            raise ValueError(
+                f"--relearn-heldout {self.heldout}: {len(shared)} of its documents are also in {self.text}, the text "
+                f"to train on, such as {first!r}; give other ones"
+            )
 
     @staticmethod
     def add_arguments(add: Callable[..., Any]) -> None:
-        add("--relearn", metavar="TEXT", help=f"text to train on for {POINTS[-1]} steps")
-        add("--relearn-heldout", metavar="TEXT", help="text that the loss is measured on")
+        add(
+            "--relearn",
+            metavar="TEXT",
+            nargs="?",
+            const=RELEARNING,
+            help=f"text to train on for {POINTS[-1]} steps (default: shipped books)",
+        )
+        add("--relearn-heldout", metavar="TEXT", help="text that the loss is measured on (default: shipped novels)")
 
     def describe(self) -> str:
         return (

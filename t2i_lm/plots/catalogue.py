@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +11,15 @@ from matplotlib.figure import Figure
 
 from t2i_lm.comparison.comparability import require_comparable
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
-from t2i_lm.plots.curves import floor_nll, progress, scalar_series, series, text_series
+from t2i_lm.plots.curves import floor_nll, progress, scalar_series, series
 from t2i_lm.plots.figure1 import draw_figure1, figure1_table, image_tokenizer_sentence, newest_run, tokenized_images
+from t2i_lm.plots.forgetting import HOW, retention_panels, retention_table
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group
 from t2i_lm.plots.pairing import RunPair, find_group, find_pair
 from t2i_lm.plots.panels import Panel, arm_style, draw_panels, save_figure
 from t2i_lm.plots.published import draw_systems, own_systems, published_systems, system_table, systems_caption
 from t2i_lm.plots.relearning import relearning_curves, relearning_series, relearning_table
+from t2i_lm.plots.table1 import completions_table
 from t2i_lm.plots.tradeoff import (
     draw_tradeoff,
     image_loss,
@@ -202,12 +205,9 @@ def figure_forgetting(request: Request) -> RenderedFigure:
     arms = find_group(request.root, FORGETTING)
     request.check(arms, FORGETTING.varied)
     title = "Perplexity of held-out text in text-to-image training"
-    rows = {"text_rows": "Softmax over the text rows", "all_rows": "Softmax over all rows"}
-    panels = [Panel(words, {arm: text_series(run, key) for arm, run in arms.items()}) for key, words in rows.items()]
-    how = "Measured at the points, both softmaxes in one pass."
-    caption = f"{title}. {group_caption(arms, varied=FORGETTING.varied, how=how)}"
-    table = "\n\n".join([loss_table(arms, "image"), probe_table(arms)])
-    return RenderedFigure(title, draw_panels(panels, caption), caption, table)
+    caption = f"{title}. {group_caption(arms, varied=FORGETTING.varied, how=HOW)}"
+    table = "\n\n".join([loss_table(arms, "image"), retention_table(arms), probe_table(arms)])
+    return RenderedFigure(title, draw_panels(retention_panels(arms), caption), caption, table)
 
 
 def figure_relearning(request: Request) -> RenderedFigure:
@@ -330,8 +330,25 @@ def write_figures(request: Request, folder: Path, names: Iterable[str] | None = 
             if names:
                 raise
             problems.append(error)
+    if not names:
+        with suppress(ValueError):  # no pair that measured forgetting
+            print(*completions_table(request.pair).save(folder), sep="\n")
     if problems and not tables:
         raise problems[0]
     for table in tables:
         print(f"\n{table}")
+    return 0
+
+
+def write_table1(request: Request, folder: Path) -> int:
+    """Writes Table 1 of the pair of a request and prints its paths and itself; returns 0, the exit code of the command.
+
+    Raises:
+        ValueError: if there is no pair, or an arm did not measure forgetting.
+        IncomparableError: if the arms differ and the request is strict.
+        OSError: if a file cannot be written.
+    """
+    table = completions_table(request.pair)
+    request.check(request.pair.arms)
+    print(*table.save(folder), "", table.markdown(), sep="\n")
     return 0

@@ -1,5 +1,6 @@
 """Curves and progress of a run, read from the lines of its metrics.jsonl."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -65,12 +66,17 @@ def scalar_series(run: Run, name: str, axis: str = "tokens_nominal") -> Series:
     return Series([line[axis] for line in lines], values, values, [], [])
 
 
-def text_series(run: Run, rows: str) -> Series:
-    """Perplexity of held-out text at every forgetting measurement, over `text_rows` or `all_rows`."""
-    lines = [line for line in run.records("forgetting") if rows in line["forgetting"]["text"]]
+def text_series(run: Run, rows: str, text: str = "text") -> Series:
+    """Perplexity of held-out text at every forgetting measurement, over `text_rows` or `all_rows`.
+
+    The raw curve is that at the best temperature, where a run measured it.
+    """
+    lines = [line for line in run.records("forgetting") if rows in line["forgetting"].get(text, {})]
     tokens = [line["tokens_nominal"] for line in lines]
-    values = [line["forgetting"]["text"][rows]["ppl"] for line in lines]
-    return Series(tokens, values, values, tokens, values)
+    entries = [line["forgetting"][text][rows] for line in lines]
+    values = [entry["ppl"] for entry in entries]
+    best = [math.exp(entry["best_temperature"]["nll"]) for entry in entries if "best_temperature" in entry]
+    return Series(tokens, best if len(best) == len(values) else values, values, tokens, values)
 
 
 def progress(run: Run) -> Progress:

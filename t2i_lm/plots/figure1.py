@@ -108,7 +108,7 @@ def _backbone_rows(config: ExperimentConfig) -> tuple[int, int]:
 def draw_figure1(images: Sequence[TokenizedImage], vocab: JointVocab, width: int, caption: str) -> Figure:
     """Left: each image, its ids and its reconstruction. Right: the expanded embedding and output matrices."""
     with captioned_figure(caption) as figure:
-        left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+        left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1), squeeze=False)[0]
         for row, (axes, image) in enumerate(zip(left.subplots(len(images), 3, squeeze=False), images, strict=True)):
             h, w = image.ids_hw.shape
             axes[0].imshow(image.original_HW3)

@@ -50,7 +50,7 @@ INITS = Group(
 )
 FORGETTING = Group(
     {"pretrained": "t2i_pretrained", "scratch": "t2i_scratch"},
-    "python -m t2i_lm.train experiments/t2i_pretrained.yaml forgetting.interval=100 forgetting.text=HELDOUT",
+    "make exp-pretrained exp-scratch, or forgetting.interval=STEPS forgetting.text=HELDOUT at another scale",
     required=1,
     records="forgetting",
 )

@@ -1,9 +1,8 @@
 """Figures of a run while it trains, beside the newest run that pairs with it."""
 
+from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from t2i_lm.comparison.comparability import mismatches
@@ -62,7 +61,6 @@ def _draw(title: str, modalities: dict[str, str], arms: dict[str, Run]) -> Image
         for modality, words in modalities.items()
     ]
     caption = f"{title}. {group_caption(arms)}"
-    canvas = FigureCanvasAgg(draw_panels(panels, caption, smoothing=smoothing(next(iter(arms.values())))))
-    canvas.figure.set_dpi(DPI)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    file = BytesIO()
+    draw_panels(panels, caption, smoothing=smoothing(next(iter(arms.values())))).savefig(file, dpi=DPI)
+    return Image.open(file).convert("RGB")

@@ -7,7 +7,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from t2i_lm.plots.curves import Series
@@ -33,7 +34,7 @@ class ArmStyle:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: a series per arm, and an optional horizontal line (`floor`) at a perplexity."""
+    """One pair of axes: a series per arm, an optional horizontal line (`floor`), and dotted ones (`lines`) by label."""
 
     title: str
     series: Mapping[str, Series]
@@ -42,6 +43,7 @@ class Panel:
     note: str = ""
     unit: str = "perplexity"
     axis: str = "tokens seen (pads included)"
+    lines: Mapping[str, float] = field(default_factory=dict)
 
 
 GREY = "#555555"
@@ -126,6 +128,8 @@ def draw_panels(
     with captioned_figure(caption) as figure:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw_panel(axes, panel, tokens_per_step)
+            if len(panels) > 2:
+                axes.xaxis.set_major_locator(MaxNLocator(3))
         place_legend(figure, _legend(panels[0].series, labels or {}, smoothing, splits))
     return figure
 
@@ -244,6 +248,21 @@ def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None
             fontsize=8.5,
             color=GREY,
         )
+    for label, value in panel.lines.items():
+        axes.axhline(value, color=GREY, linestyle=":", linewidth=1.1, gid=f"{panel.title}/{label}", zorder=1.5)
+        axes.annotate(
+            f"{label} {value:,.0f}" if value >= 100 else f"{label} {value:.3g}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 1),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=7.5,
+            color=GREY,
+            zorder=9,
+            path_effects=[withStroke(linewidth=1.5, foreground="white")],
+        )
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
@@ -264,8 +283,8 @@ def _scale_y(axes: Axes, panel: Panel) -> None:
     values = [value for one in panel.series.values() for value in (*one.raw, *one.ema, *one.val)]
     values += [value for one in panel.series.values() for _, more in one.others.values() for value in more]
     low, high = min(*values, CEILING), min(max(values), CEILING)
-    if panel.floor is not None:
-        low = min(low, panel.floor)
+    for value in (*([] if panel.floor is None else [panel.floor]), *panel.lines.values()):
+        low, high = min(low, value), max(high, value)
     below = 0.12 if panel.floor is not None else 0.06  # of the height
     if low <= 0 or high / low < LOG_RATIO:
         height = (high - low) or high

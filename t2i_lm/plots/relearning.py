@@ -12,7 +12,7 @@ from t2i_lm.storage.run_folder import Run
 # Curves of a result (`evaluation/relearning.py`) by the arm that they are drawn as.
 CONTROLS = {"language_model": "language model", "random_weights": "random weights"}
 RUN = "run"
-COMMAND = "python -m t2i_lm.evaluate --checkpoint {} --relearn TEXT --relearn-heldout HELDOUT"
+COMMAND = "python -m t2i_lm.evaluate --checkpoint {} --relearn"
 
 
 def relearning_curves(pair: RunPair) -> tuple[list[int], dict[str, list[float]]]:

@@ -131,7 +131,7 @@ def _draw_map(axes: Axes, grid: Grid, rows: Sequence[str], columns: Sequence[str
         for x, column in enumerate(columns):
             if (row, column) in grid:
                 text = f"{grid[row, column]:+.3f}" if signed else f"{grid[row, column]:.3f}"
-                share = float(image.norm(losses[y, x]))
+                share = float(np.asarray(image.norm(losses[y, x])))
                 dark = abs(share - 0.5) > 0.3 if signed else share > 0.5
                 mark = "\n\N{BLACK STAR}" if (row, column) == best else ""
                 axes.text(x, y, text + mark, ha="center", va="center", fontsize=8, color="white" if dark else "black")

@@ -180,11 +180,11 @@ def probe_table(arms: Mapping[str, Run]) -> str:
     rows = []
     for arm, run in arms.items():
         first, last = (run.records("forgetting")[place]["forgetting"] for place in (0, -1))
-        entries = [("text", last["text"], first["text"])]
+        entries = [(name, last[name], first.get(name, {})) for name in ("text", "second_text") if name in last]
         entries += [(name, last["tasks"][name], first["tasks"].get(name, {})) for name in last["tasks"]]
         for name, after, before in entries:
             for key, entry in after.items():
-                if not isinstance(entry, dict) or key not in before:
+                if not isinstance(entry, dict) or key not in before or key == "floors":
                     continue
                 unit = "nll" if "nll" in entry else "accuracy"
                 change, error = entry.get("change", math.nan), entry.get("change_se", math.nan)

@@ -15,7 +15,6 @@ from t2i_lm.plots.panels import arm_style
 from t2i_lm.plots.published import own_systems
 from t2i_lm.plots.relearning import relearning_curves
 from t2i_lm.plots.tradeoff import point_of
-from t2i_lm.reporting.validations import last_nll, splits, validations
 from t2i_lm.storage.run_folder import Run
 
 SPLITS = {"iid": "new images of trained pairs", "compositional": "pairs that training never shows"}
@@ -122,7 +121,7 @@ def start_sentence(arms: Mapping[str, Run]) -> list[str]:
     """Text loss of both arms before the first step."""
     words = []
     for arm, run in arms.items():
-        lines = [line for line in validations(run) if line["step"] == 0 and "text" in line["val"]]
+        lines = [line for line in run.validations() if line["step"] == 0 and "text" in line["val"]]
         if not lines:
             return []
         words.append(f"{arm_label(arm)} {lines[0]['val']['text']['nll']:.4f}")
@@ -144,7 +143,7 @@ def group_sentences(arms: Mapping[str, Run]) -> list[str]:
     """The arms with the lowest and the highest loss of images at the end, on each validation split."""
     sentences = []
     first = next(iter(arms))
-    for split in splits(arms[first]) or (None,):
+    for split in arms[first].validation_splits or (None,):
         losses = {arm: nll for arm, run in arms.items() if (nll := last_nll(run, "image", split)) is not None}
         if len(losses) > 1:
             low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
@@ -159,7 +158,7 @@ def group_sentences(arms: Mapping[str, Run]) -> list[str]:
 def group_rows(arms: Mapping[str, Run]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Heading and rows of a table: every arm's losses at its last validation, and their distance from the first's."""
     first = next(iter(arms))
-    names = splits(arms[first]) or (None,)
+    names = arms[first].validation_splits or (None,)
     header = ["arm"]
     columns: list[dict[str, str]] = []
     for modality in ("image", "text"):
@@ -275,3 +274,10 @@ FINDINGS: dict[str, Callable[[Mapping[str, Run]], list[str]]] = {
     "relearning": relearning_sentences,
     "remedies": remedy_sentences,
 }
+
+
+def last_nll(run: Run, modality: str, split: str | None = None) -> float | None:
+    """Loss of a modality (nats/token) at the last validation; None without one."""
+    lines = run.validations(split)
+    entry = lines[-1]["val"].get(modality, {}) if lines else {}
+    return float(entry["nll"]) if "nll" in entry else None

@@ -8,7 +8,6 @@ from typing import Any
 from t2i_lm.assets import find
 from t2i_lm.comparison.comparability import config_values
 from t2i_lm.plots.captions import SOURCES
-from t2i_lm.reporting.validations import validations
 from t2i_lm.runtime.tables import compact
 from t2i_lm.storage.run_folder import Run
 
@@ -123,7 +122,7 @@ def _image_tokens(run: Run) -> str:
 
 
 def _last_counts(run: Run) -> dict[str, int]:
-    lines = validations(run)
+    lines = run.validations()
     return {name: entry["count"] for name, entry in lines[-1]["val"].items() if "count" in entry} if lines else {}
 
 

@@ -9,7 +9,6 @@ from t2i_lm.plots.sweep import SEED, Outcome, draw_sweep, sweep_caption, sweep_t
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.images import figure_image
 from t2i_lm.reporting.search import find_runs
-from t2i_lm.reporting.validations import validations
 from t2i_lm.storage.run_folder import CONFIG, Run
 from t2i_lm.training.study import RUNS as STUDY_RUNS
 from t2i_lm.training.sweep import RUNS
@@ -21,7 +20,7 @@ def sweep_blocks(root: Path) -> tuple[list[FigureBlock], list[str]]:
     """The figures of sweeps below a folder of runs, or beside that of a study; and notes on runs that are in none."""
     top = root.parent if root.name == STUDY_RUNS else root
     pool = find_runs((top / RUNS).glob(f"*/*/{CONFIG}"))
-    runs = [run for run in pool.runs if validations(run)]
+    runs = [run for run in pool.runs if run.validations()]
     notes = list(pool.notes)
     keys = [key for key in differences(runs, (SEED, ORDER)) if key in config_values(runs[0])] if len(runs) > 1 else []
     found = {key: _outcomes(key, runs) for key in keys}

@@ -1,4 +1,4 @@
-"""Tables and numbers as text: fixed-width for a terminal, Markdown, counts with a suffix."""
+"""Tables and numbers as text: fixed-width for a terminal, Markdown, LaTeX, counts with a suffix."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -36,6 +36,29 @@ def markdown_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     """
     head, *body = (f"| {' | '.join(_cell(value) for value in row)} |" for row in (header, *rows))
     return "\n".join([head, f"|{'---|' * len(header)}", *body])
+
+
+# Characters that LaTeX reads otherwise.
+_LATEX = {character: f"\\{character}" for character in "%&_#${}"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": r"\newline "}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+
+
+def latex_table(header: Sequence[Any], rows: Iterable[Sequence[Any]], columns: str) -> str:
+    """A LaTeX `tabular` in the style of booktabs, without a line break at its end.
+
+    Args:
+        header: cells of the first row.
+        rows: cells of the others, as plain text, which is escaped.
+        columns: the `tabular`'s column specification.
+    """
+
+    def line(row: Sequence[Any]) -> str:
+        cells = ("".join(_LATEX.get(mark, mark) for mark in str(value).strip()) for value in row)
+        return f"{' & '.join(cells)} \\\\"
+
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(header), r"\midrule", *map(line, rows)]
+    return "\n".join([*body, r"\bottomrule", r"\end{tabular}"])
 
 
 def _cell(value: Any) -> str:

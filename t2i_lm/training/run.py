@@ -16,7 +16,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import save_experiment
 from t2i_lm.config.sections import SHARDED
 from t2i_lm.data.datamodules import make_sampler
-from t2i_lm.evaluation.forgetting import BASELINE
+from t2i_lm.evaluation.forgetting import BASELINE, require_texts
 from t2i_lm.evaluation.report import write_report
 from t2i_lm.experiment.build import Experiment, ImageExperiment, build, conventions
 from t2i_lm.experiment.restore import load_trained
@@ -75,6 +75,7 @@ def run(config: ExperimentConfig, resume: Path | None = None) -> int:
     """
     require_device(config.trainer)
     loss_backend(config.loss.backend)
+    require_texts(config)
     config = resolve_aligned_rows(config)
     is_main = global_rank() == 0 and FOLDER_VARIABLE not in os.environ
     if resume is not None and is_main:

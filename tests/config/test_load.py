@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from t2i_lm.config.forgetting import NONFICTION, NOVELS
 from t2i_lm.config.load import flatten, load_experiment, save_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,29 @@ def test_a_run_to_sample_from_differs_in_empty_captions_alone() -> None:
         changed = {key for key in pretrained if pretrained[key] != sampling[key]}
         assert changed == {"name", "data.caption_dropout"}
         assert sampling["data.caption_dropout"] == 0.1
+
+
+def test_the_demo_measures_forgetting_on_shipped_texts_wherever_a_language_model_is_kept() -> None:
+    for path in EXPERIMENTS:
+        config = load_experiment(path, "demo")
+        assert config.measures_forgetting == (config.task in ("text_to_image", "unconditional")), path.stem
+        assert config.forgetting.texts == {"text": NOVELS, "second_text": NONFICTION}
+    for scale in ("flickr8k", "paper"):
+        assert not load_experiment(PRETRAINED, scale, PAPER_PATHS).measures_forgetting
+    assert not load_experiment(PRETRAINED, "demo", ["trainer.strategy=fsdp2"]).measures_forgetting
+    assert not load_experiment(PRETRAINED, "demo", ["forgetting.interval=null"]).measures_forgetting
+
+
+@pytest.mark.parametrize("given", ["task=text data.source=text", "task=align", "task=image_tokenizer", "fsdp2"])
+def test_forgetting_on_an_own_text_is_refused_where_it_cannot_be_measured(given: str) -> None:
+    words = given.split() if "=" in given else ["trainer.strategy=fsdp2"]
+    with pytest.raises(ValueError, match=r"^forgetting\.interval=400: expected null"):
+        load_experiment(SCRATCH, "demo", ["init=random", "forgetting.text=mine.txt", *words])
+
+
+def test_a_misspelt_key_of_forgetting_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'forgetting\.secondtext'; did you mean 'forgetting\.second_text'\?"):
+        load_experiment(PRETRAINED, "demo", ["forgetting.secondtext=x"])
 
 
 def test_a_config_is_never_changed() -> None:

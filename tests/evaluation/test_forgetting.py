@@ -166,7 +166,7 @@ def test_rows_longer_than_the_positions_are_refused_with_a_remedy(
     pretrained: Run, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--checkpoint", str(pretrained.folder), "--forgetting", str(book), "--out", str(tmp_path / "out")]
-    assert evaluate(command) == 2
+    assert evaluate([*command, "--length", "256"]) == 2
     assert "forgetting.length=256: the backbone has 112 positions; give at most 112 (evaluate: --length 112)" in (
         capsys.readouterr().err
     )
@@ -201,7 +201,8 @@ def test_a_resumed_run_measures_as_an_unbroken_one(probed: Run, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["forgetting.interval=2"], "forgetting.text=null"),
+        (["forgetting.interval=2", "forgetting.text=null"], "forgetting.text=null"),
+        (["forgetting.interval=2", "forgetting.second_text=asset:text/x"], "expected one of asset:text/nonfiction"),
         (["forgetting.interval=2", "forgetting.text=/nowhere", "forgetting.length=8"], "forgetting.text='/nowhere'"),
         (["data.replay_ratio=0.25"], "data.replay_path=None: expected text for data.replay_ratio=0.25"),
         (["data.replay_ratio=0.25", "data.replay_path=/nowhere"], "data.replay_path='/nowhere'"),

@@ -6,11 +6,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i_lm.assets import resolve
+from t2i_lm.config.forgetting import NOVELS, RELEARNING
 from t2i_lm.evaluate import main as evaluate
+from t2i_lm.evaluate import parser
 from t2i_lm.evaluation.probes.heldout import text_losses
-from t2i_lm.evaluation.relearning import BATCH, HELDOUT_ROWS, POINTS, RANDOM, RUN, RelearningRows, beginnings, relearn
+from t2i_lm.evaluation.relearning import (
+    BATCH,
+    HELDOUT_ROWS,
+    POINTS,
+    RANDOM,
+    RUN,
+    RelearningEvaluator,
+    RelearningRows,
+    beginnings,
+    relearn,
+)
+from t2i_lm.evaluation.relearning import LENGTH as SHIPPED_LENGTH
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.storage.run_folder import Run
+from t2i_lm.tokenizers.text import SentencePieceTokenizer
 from tests.evaluation.tiny_tasks import TEXT
 
 LENGTH = 24
@@ -62,10 +77,21 @@ def test_the_command_measures_the_run_and_its_controls(
     assert result["nll"][RUN]["nll"][0] != result["nll"][RANDOM]["nll"][0]
 
 
+def test_without_a_text_the_shipped_ones_are_used() -> None:
+    options = parser().parse_args(["--checkpoint", "runs", "--relearn"])
+    evaluator = RelearningEvaluator(options)
+    assert (evaluator.text, evaluator.heldout) == (RELEARNING, NOVELS)
+    text = SentencePieceTokenizer(resolve("asset:lm_rotary/text_tokenizer.model"))
+    rows = beginnings(RELEARNING, "--relearn", evaluator.documents, text, BATCH * POINTS[-1], SHIPPED_LENGTH)
+    assert rows.shape == (BATCH * POINTS[-1], SHIPPED_LENGTH)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--relearn", "TRAIN"], "--relearn requires --relearn-heldout"),
+        (["--relearn", "TRAIN"], "--relearn TEXT requires --relearn-heldout"),
+        (["--relearn", "TRAIN", "--relearn-heldout", "COPY"], "1 of its documents are also in"),
+        (["--relearn", "--relearn-heldout", RELEARNING], "this is the text to train on"),
         (["--relearn", "TRAIN", "--relearn-heldout", "TRAIN"], "this is the text to train on"),
         (["--relearn", "nosuch.txt", "--relearn-heldout", "TRAIN"], "--relearn='nosuch.txt': no such file"),
         (["--relearn-heldout", "TRAIN"], "nothing to measure"),
@@ -74,6 +100,8 @@ def test_the_command_measures_the_run_and_its_controls(
 def test_wrong_options_are_named(
     options: list[str], words: str, texts: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [str(texts[0]) if word == "TRAIN" else word for word in options]
+    named = {"TRAIN": texts[0], "COPY": texts[0].with_name("copy.txt")}
+    named["COPY"].write_text("another one\f" + texts[0].read_text(encoding="utf-8"), encoding="utf-8")
+    given = [str(named.get(word, word)) for word in options]
     assert evaluate(["--checkpoint", "runs", *given]) == 2
     assert words in capsys.readouterr().err

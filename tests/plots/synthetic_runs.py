@@ -155,15 +155,27 @@ def _lines(name: str, config: dict[str, Any], done: int) -> list[dict[str, Any]]
 
 
 def _forgetting(change: float) -> dict[str, Any]:
-    """A measurement of held-out text and one task."""
-    text = {
-        rows: {"nll": 4 + more + change, "ppl": math.exp(4 + more + change), "se": 0.05, "change": change}
-        | {"change_se": 0.01 * change}
+    """A measurement of two held-out texts and one task."""
+    task = {"text_rows": {"accuracy": 0.6 - change / 20, "se": 0.05, "change": -change / 20, "change_se": 0.03}}
+    completions = {"fact": {"prompt": "Simply put", "masked": f"it | {change}", "unmasked": "<image 3>" * 9}}
+    return {
+        "text": _heldout("novels", 4.0, change),
+        "second_text": _heldout("nonfiction", 4.5, change),
+        "tasks": {"copa": task | {"chance": 0.5}},
+        "completions": completions,
+    }
+
+
+def _heldout(name: str, nll: float, change: float) -> dict[str, Any]:
+    """Losses of a held-out text before training and `change` later."""
+    rows = {
+        rows: {"nll": nll + more + change, "ppl": math.exp(nll + more + change), "se": 0.05, "change": change}
+        | {"change_se": 0.01 * change, "top1": 0.25 - change / 20, "top1_se": 0.01}
+        | {"best_temperature": {"temperature": 1 + change, "nll": nll + more + change / 2, "se": 0.05}}
         for rows, more in (("text_rows", 0.0), ("all_rows", 0.1))
     }
-    task = {"text_rows": {"accuracy": 0.6 - change / 20, "se": 0.05, "change": -change / 20, "change_se": 0.03}}
-    completions = {"fact": {"prompt": "Simply put", "masked": f"it | {change}", "unmasked": "<image 3>"}}
-    return {"text": text, "tasks": {"copa": task | {"chance": 0.5}}, "completions": completions}
+    floors = {"uniform": 8.318, "unigram": 6.5, "random_weights": 8.8}
+    return {**rows, "floors": {key: {"nll": value} for key, value in floors.items()}, "name": name, "targets": 512}
 
 
 def _head(step: int, config: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Figures of forgetting and of remedies, and the command that trains their runs."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from t2i_lm import remedies
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.evaluation.forgetting import write_completions
+from t2i_lm.figures import main as figures
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.tradeoff import Point, pareto_front
 from t2i_lm.storage.run_folder import read_run
@@ -62,8 +65,69 @@ def test_the_curves_of_forgetting_equal_the_metrics_file(runs: Path) -> None:
     lines = {str(line.get_gid()): line for axes in drawing.figure.axes for line in axes.get_lines()}
     measured = read_lines(runs / "t2i_pretrained" / "20260301-100000-demo", "forgetting")
     values = [line["forgetting"]["text"]["all_rows"]["ppl"] for line in measured]
-    assert [float(y) for y in lines["Softmax over all rows/pretrained/val"].get_ydata()] == values
+    assert [float(y) for y in lines["All rows (novels)/pretrained/val"].get_ydata()] == values
+    best = [math.exp(line["forgetting"]["second_text"]["text_rows"]["best_temperature"]["nll"]) for line in measured]
+    assert [float(y) for y in lines["Text rows (nonfiction)/pretrained/raw"].get_ydata()] == best
     assert "copa text_rows accuracy" in drawing.table
+    assert "second_text text_rows nll" in drawing.table
+
+
+def test_floors_are_drawn_and_tabled(runs: Path) -> None:
+    drawing = FIGURES["forgetting"](Request(runs))
+    lines = {str(line.get_gid()): line for axes in drawing.figure.axes for line in axes.get_lines()}
+    for title in ("Text rows (novels)", "Text rows (nonfiction)"):
+        for label, nll in (("uniform guess", 8.318), ("unigram", 6.5), ("random weights", 8.8)):
+            assert list(lines[f"{title}/{label}"].get_ydata()) == pytest.approx([math.exp(nll)] * 2)
+    assert not [gid for gid in lines if gid.startswith("All rows") and "unigram" in gid]
+    rows = {line.split("  ")[0]: line.split("  ")[1:] for line in drawing.table.splitlines()}
+    assert [cell.strip() for cell in rows["unigram"] if cell.strip()] == ["6.500", "6.500"]
+    found = [cell.strip() for cell in rows["pretrained, after, best temperature"] if cell.strip()]
+    assert found == ["4.750 at 2.50", "5.250 at 2.50"]
+    assert [cell.strip() for cell in rows["pretrained, before, top-1 accuracy"] if cell.strip()] == [
+        "25.0 % +- 1.0"
+    ] * 2
+
+
+def test_runs_of_an_earlier_version_are_drawn_without_floors(runs: Path) -> None:
+    file = runs / "t2i_pretrained" / "20260301-100000-demo" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if "forgetting" in line:
+            del line["forgetting"]["second_text"]
+            text = line["forgetting"]["text"]
+            for key in ("floors", "name", "targets"):
+                del text[key]
+            for rows in ("text_rows", "all_rows"):
+                for key in ("top1", "top1_se", "best_temperature"):
+                    del text[rows][key]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    drawing = FIGURES["forgetting"](Request(runs))
+    gids = {str(line.get_gid()) for axes in drawing.figure.axes for line in axes.get_lines()}
+    assert "Softmax over the text rows/pretrained/val" in gids
+    assert "pretrained, after" in drawing.table
+    assert "unigram" not in drawing.table
+
+
+def test_table_1_of_a_pair_is_written_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = tmp_path / "runs", tmp_path / "out"
+    write_run(root, "t2i_pretrained", "20260301-100000", forgotten=1.5)
+    command = ["--runs", str(root), "--out", str(out), "--table"]
+    write_run(root, "t2i_scratch", "20260301-110000")
+    assert figures([*command]) == 2
+    assert "t2i_scratch/20260301-110000-demo has no completions before and after training" in capsys.readouterr().err
+    write_run(root, "t2i_scratch", "20260301-120000", forgotten=0.5)
+    assert figures(command) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["table1.md", "table1.tex"]
+    markdown, latex = (out / "table1.md").read_text(), (out / "table1.tex").read_text()
+    header, _, *rows = markdown.splitlines()
+    assert header == "| prompt | rows | pre-trained, before | pre-trained, after | random, before | random, after |"
+    assert rows[0] == "| Simply put | text rows | it \\| 0.0 | it \\| 1.5 | it \\| 0.0 | it \\| 0.5 |"
+    assert "&lt;image 3>&lt;image 3> ... (9 image tokens)" in rows[1]
+    assert "seed 0" in markdown
+    assert r"Simply put & text rows & it \textbar{} 0.0 & it \textbar{} 1.5" in latex
+    assert r"\textless{}image 3\textgreater{}" in latex
+    assert figures([*command, "--figure", "4"]) == 2
+    assert "--table: writes Table 1 alone" in capsys.readouterr().err
 
 
 def test_table_1_has_both_ways_of_decoding(runs: Path) -> None:
@@ -95,7 +159,14 @@ def test_one_command_trains_missing_runs_and_draws(
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(TEXT))
     keys = [*tiny, f"run.dir={tmp_path}/runs", "samples.prompts=0", "samples.preference_scenes=0"]
-    keys += ["forgetting.length=32", "forgetting.rows=4", "forgetting.completion_tokens=2", "trainer.max_steps=4"]
+    keys += [
+        "forgetting.interval=4",
+        "forgetting.second_text=null",
+        "forgetting.length=32",
+        "forgetting.rows=4",
+        "forgetting.completion_tokens=2",
+        "trainer.max_steps=4",
+    ]
     arguments = ["--text", str(book), "--only", "caption_mask", "--only", "replay", "--out", f"{tmp_path}/out", *keys]
     assert remedies.main(arguments) == 0
     printed = capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from t2i_lm.config.sections import ForgettingConfig
+from t2i_lm.config.forgetting import ForgettingConfig
 from t2i_lm.data.shards.tokenize import text_rows
 from t2i_lm.evaluation.probes.completions import complete
 from t2i_lm.evaluation.probes.heldout import target_count, text_losses

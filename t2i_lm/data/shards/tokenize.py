@@ -23,6 +23,7 @@ from t2i_lm.runtime.progress import Advance
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.documents import document_start
 from t2i_lm.tokenizers.layout import IntArray
+from t2i_lm.tokenizers.text import MAX_CHARACTERS
 
 # Images per call of the encoder.
 ENCODE_BATCH = 64
@@ -120,17 +121,27 @@ def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Ite
         if ids != begin:
             ids += begin
             sizes += [0.0] * len(begin)
-        for paragraph in paragraphs(document):
-            piece_ids = text.encode(f"{paragraph}\n\n")
+        for part in (part for paragraph in paragraphs(document) for part in _encodable(f"{paragraph}\n\n")):
+            piece_ids = text.encode(part)
             ids += piece_ids
-            # A paragraph's bytes are spread evenly over its pieces: exact in sum, approximate at a row's edge.
-            sizes += [len(f"{paragraph}\n\n".encode()) / len(piece_ids)] * len(piece_ids)
+            # The bytes are spread evenly over the pieces: exact in sum, approximate at a row's edge.
+            sizes += [len(part.encode()) / len(piece_ids)] * len(piece_ids)
         ids.append(text.document_end)
         sizes.append(0.0)
         while len(ids) > length:
             yield {"text_ids": ids[: length + 1], "bytes": round(sum(sizes[1 : length + 1]))}
             done = length + len(begin)
             ids[:done], sizes[:done] = begin, [0.0] * len(begin)
+
+
+def _encodable(paragraph: str) -> Iterator[str]:
+    """A paragraph in parts that a tokenizer reads whole, cut behind a line or a word where there is one."""
+    while len(paragraph) > MAX_CHARACTERS:
+        head = paragraph[:MAX_CHARACTERS]
+        end = max(head.rfind("\n"), 0) or max(head.rfind(" "), 0) or MAX_CHARACTERS
+        yield paragraph[:end]
+        paragraph = paragraph[end:]
+    yield paragraph
 
 
 def write_text_split(

@@ -1,9 +1,10 @@
 """Loss of a language model on held-out text, in rows of consecutive ids.
 
-Shapes: `R` rows, `T` ids of a row.
+Shapes: `R` rows, `T` ids of a row, `N` targets of all rows, `V` vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,15 +12,37 @@ from torch import Tensor
 
 from t2i_lm.data.shards.tokenize import text_rows
 from t2i_lm.data.text import read_documents
-from t2i_lm.evaluation.probes.scores import POSITIONS, score_targets
+from t2i_lm.evaluation.probes.floors import unigram_nll
+from t2i_lm.evaluation.probes.scores import POSITIONS, TargetFeatures, score_features, target_features
+from t2i_lm.evaluation.probes.temperature import best_temperatures
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.documents import document_start
 
 
-def heldout_rows(
-    path: str, text: TextTokenizer, rows: int, length: int, documents: Iterable[str] | None = None
-) -> tuple[Tensor, int]:
-    """Evenly spaced rows of a text, cut as in pre-training on text (`data/shards/tokenize.py`).
+class HeldoutText(NamedTuple):
+    """Evenly spaced rows of a text.
+
+    Attributes:
+        ids_RT: int64, (R, length + 1).
+        size: UTF-8 bytes of all targets.
+        unigram_nll: loss of the text's own frequencies of pieces on these rows, cross-validated, nats/token.
+    """
+
+    ids_RT: Tensor
+    size: int
+    unigram_nll: float
+
+
+def heldout_text(
+    path: str,
+    text: TextTokenizer,
+    rows: int,
+    length: int,
+    documents: Iterable[str] | None = None,
+    key: str = "forgetting.text",
+) -> HeldoutText:
+    """Rows of a text, cut as in pre-training on text (`data/shards/tokenize.py`).
 
     Args:
         path: a file or folder of documents, or a hub name (`data/text.py`).
@@ -27,50 +50,103 @@ def heldout_rows(
         rows: their number at most.
         length: targets per row.
         documents: those of `path`, where they have been read.
-
-    Returns:
-        Ids (R, length + 1) int64, and the UTF-8 bytes of all their targets.
+        key: config key of `path`, for messages.
 
     Raises:
         ValueError: if the text is shorter than one row or cannot be read.
     """
     if documents is None:
-        documents = read_documents(path, "forgetting.text")
+        documents = read_documents(path, key)
     every = list(text_rows(documents, text, length))
     if not every:
-        raise ValueError(
-            f"forgetting.text={path}: less text than one row of forgetting.length={length} ids (evaluate: --length)"
-        )
+        raise ValueError(f"{key}={path}: less text than one row of forgetting.length={length} ids (evaluate: --length)")
     count = min(rows, len(every))
-    chosen = [every[number * len(every) // count] for number in range(count)]
-    ids_RT = torch.from_numpy(np.array([row["text_ids"] for row in chosen], dtype=np.int64))
-    return ids_RT, sum(row["bytes"] for row in chosen)
+    chosen = [number * len(every) // count for number in range(count)]
+    every_RT = torch.from_numpy(np.array([row["text_ids"] for row in every], dtype=np.int64))
+    floor = unigram_nll(every_RT, chosen, text.vocab_size, document_start(text))
+    return HeldoutText(every_RT[chosen], sum(every[number]["bytes"] for number in chosen), floor)
+
+
+def heldout_rows(
+    path: str, text: TextTokenizer, rows: int, length: int, documents: Iterable[str] | None = None
+) -> tuple[Tensor, int]:
+    """Ids (R, length + 1) and bytes of `heldout_text`."""
+    ids_RT, size, _ = heldout_text(path, text, rows, length, documents)
+    return ids_RT, size
+
+
+class RowScores(NamedTuple):
+    """Scores of one softmax on rows of text.
+
+    The mean over rows is that over all targets; standard errors are taken over rows, since the targets of one row are
+    not independent.
+
+    Attributes:
+        nll_R: mean negative log-likelihood per row, nats/token.
+        top1_R: share of targets that are the likeliest id.
+        temperature: the best one (`temperature.py`).
+        best_nll_R: `nll_R` at that temperature.
+    """
+
+    nll_R: list[float]
+    top1_R: list[float]
+    temperature: float
+    best_nll_R: list[float]
+
+
+def text_scores(decoder: Backbone, ids_RT: Tensor, start: int | None = None) -> dict[str, RowScores]:
+    """Scores over `all_rows` of the vocabulary, and over `text_rows`, to which they are renormalized.
+
+    A `start`, the beginning of a document, is no target: nothing before it foretells it.
+    """
+    parts = list(_features(decoder, ids_RT, start))
+    features = parts[0]._replace(
+        x_ND=torch.cat([part.x_ND for part in parts]), target_N=torch.cat([part.target_N for part in parts])
+    )
+    scores, best = score_features(features), best_temperatures(features)
+    counts = target_counts(ids_RT, start)
+    found = {}
+    for name, nll_N, best_N in (
+        ("all_rows", scores.all_rows_N, scores.best_of_all_N),
+        ("text_rows", scores.text_rows_N, scores.best_of_text_N),
+    ):
+        columns = [per_row(values_N, counts) for values_N in (nll_N, best_N.double(), best[name].nll_N)]
+        found[name] = RowScores(columns[0], columns[1], best[name].temperature, columns[2])
+    return found
 
 
 def text_losses(decoder: Backbone, ids_RT: Tensor, start: int | None = None) -> dict[str, list[float]]:
-    """Mean nll per row, nats/token: `all_rows`, and `text_rows` renormalized to the text rows of the vocabulary.
+    """Mean nll per row, nats/token, over `all_rows` and over `text_rows`; arguments as of `text_scores`."""
+    scores = [score_features(part) for part in _features(decoder, ids_RT, start)]
+    counts = target_counts(ids_RT, start)
+    columns = {"all_rows": [one.all_rows_N for one in scores], "text_rows": [one.text_rows_N for one in scores]}
+    return {name: per_row(torch.cat(column), counts) for name, column in columns.items()}
 
-    The mean over rows is the loss of all targets; standard errors are taken over rows, since the targets of one row are
-    not independent. A `start`, the beginning of a document, is no target: nothing before it foretells it.
-    """
-    losses: dict[str, list[float]] = {"all_rows": [], "text_rows": []}
-    targets = target_count(ids_RT, start)
-    for part_BT in torch.split(ids_RT, max(1, POSITIONS // ids_RT.shape[1])):
-        target_BT = torch.ones_like(part_BT, dtype=torch.bool)
-        target_BT[:, 0] = False
-        if start is not None:
-            target_BT &= part_BT != start
-        scores = score_targets(decoder, part_BT, target_BT)
-        for name, nll_N in (("all_rows", scores.all_rows_N), ("text_rows", scores.text_rows_N)):
-            if start is None:
-                losses[name] += nll_N.view(len(part_BT), -1).mean(dim=1).tolist()
-            else:  # rows may have different numbers of targets
-                sums = [float(own_N.sum()) for own_N in torch.split(nll_N, target_BT.sum(dim=1).tolist())]
-                losses[name] += [total * len(ids_RT) / targets for total in sums]
-    return losses
+
+def per_row(values_N: Tensor, counts: list[int]) -> list[float]:
+    """Means over the targets of each row, scaled so that their own mean is that over all targets."""
+    scale = len(counts) / sum(counts)
+    return [float(own_N.sum()) * scale for own_N in torch.split(values_N, counts)]
+
+
+def target_counts(ids_RT: Tensor, start: int | None = None) -> list[int]:
+    """Number of targets of each row."""
+    counts: list[int] = _target_mask(ids_RT, start).sum(dim=1).tolist()
+    return counts
 
 
 def target_count(ids_RT: Tensor, start: int | None = None) -> int:
-    """Number of targets of `text_losses`."""
-    targets_RT = ids_RT[:, 1:]
-    return targets_RT.numel() if start is None else int((targets_RT != start).sum())
+    """Number of targets of all rows."""
+    return sum(target_counts(ids_RT, start))
+
+
+def _features(decoder: Backbone, ids_RT: Tensor, start: int | None) -> Iterator[TargetFeatures]:
+    """What predicts the targets, some rows at a time."""
+    for part_BT in torch.split(ids_RT, max(1, POSITIONS // ids_RT.shape[1])):
+        yield target_features(decoder, part_BT, _target_mask(part_BT, start))
+
+
+def _target_mask(ids_BT: Tensor, start: int | None) -> Tensor:
+    target_BT = torch.ones_like(ids_BT, dtype=torch.bool) if start is None else ids_BT != start
+    target_BT[:, 0] = False
+    return target_BT

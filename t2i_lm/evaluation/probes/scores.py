@@ -6,7 +6,7 @@ no longer predicts the text: the two numbers separate these, and one pass comput
 Shapes: `B` sequences, `T` positions, `N` targets, `D` width, `V` vocabulary; `C` targets of one chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,9 +37,31 @@ class TargetScores(NamedTuple):
     best_of_text_N: Tensor
 
 
+class TargetFeatures(NamedTuple):
+    """Hidden states that predict N targets, on the model's device; their products with the rows are the logits.
+
+    Attributes:
+        x_ND: hidden states, widened where the output has a bias (`models/token_rows.py`).
+        weight_VD: rows of the whole vocabulary, those of text first.
+        text_size: number of text rows.
+        target_N: text ids.
+    """
+
+    x_ND: Tensor
+    weight_VD: Tensor
+    text_size: int
+    target_N: Tensor
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (C, V) in float32 and targets (C,), a part at a time."""
+        size = max(1, LOGITS // len(self.weight_VD))
+        for x_CD, target_C in zip(torch.split(self.x_ND, size), torch.split(self.target_N, size), strict=True):
+            yield F.linear(x_CD, self.weight_VD).float(), target_C
+
+
 @torch.no_grad()
-def score_targets(decoder: Backbone, ids_BT: Tensor, target_BT: Tensor) -> TargetScores:
-    """Scores the ids where `target_BT` holds (never the first of a sequence), in row-major order.
+def target_features(decoder: Backbone, ids_BT: Tensor, target_BT: Tensor) -> TargetFeatures:
+    """What predicts the ids where `target_BT` holds (never the first of a sequence), in row-major order.
 
     Args:
         decoder: expanded or not; without expansion, all rows are text rows.
@@ -47,23 +69,30 @@ def score_targets(decoder: Backbone, ids_BT: Tensor, target_BT: Tensor) -> Targe
         target_BT: mask of the targets.
     """
     device = decoder.output.text.device
-    text_size = len(decoder.output.text)
     ids_BT, mask_BT = ids_BT.to(device), target_BT.to(device)[:, 1:]
     x_ND, weight_VD = decoder.output.factors(decoder.hidden(ids_BT[:, :-1])[mask_BT])
-    target_N1 = ids_BT[:, 1:][mask_BT][:, None]
-    parts = []
-    chunk = max(1, LOGITS // len(weight_VD))
-    for x_CD, target_C1 in zip(torch.split(x_ND, chunk), torch.split(target_N1, chunk), strict=True):
-        logits_CV = F.linear(x_CD, weight_VD).float()
-        own_C = logits_CV.gather(1, target_C1)[:, 0].cpu().double()
+    return TargetFeatures(x_ND, weight_VD, len(decoder.output.text), ids_BT[:, 1:][mask_BT])
+
+
+@torch.no_grad()
+def score_features(features: TargetFeatures) -> TargetScores:
+    """Scores of the targets."""
+    text_size, parts = features.text_size, []
+    for logits_CV, target_C in features.chunks():
+        own_C = logits_CV.gather(1, target_C[:, None])[:, 0].cpu().double()
         text_C = logits_CV[:, :text_size].logsumexp(dim=1).cpu().double()
         all_C = text_C
-        if len(weight_VD) > text_size:  # from the text rows' sum, so never below it
+        if logits_CV.shape[1] > text_size:  # from the text rows' sum, so never below it
             all_C = torch.logaddexp(text_C, logits_CV[:, text_size:].logsumexp(dim=1).cpu().double())
-        best_C = (logits_CV.argmax(dim=1) == target_C1[:, 0]).cpu()
-        best_text_C = (logits_CV[:, :text_size].argmax(dim=1) == target_C1[:, 0]).cpu()
+        best_C = (logits_CV.argmax(dim=1) == target_C).cpu()
+        best_text_C = (logits_CV[:, :text_size].argmax(dim=1) == target_C).cpu()
         parts.append((all_C - own_C, text_C - own_C, best_C, best_text_C))
     return TargetScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def score_targets(decoder: Backbone, ids_BT: Tensor, target_BT: Tensor) -> TargetScores:
+    """Scores of the ids where `target_BT` holds; arguments as of `target_features`."""
+    return score_features(target_features(decoder, ids_BT, target_BT))
 
 
 def score_continuations(decoder: Backbone, sequences: Sequence[tuple[list[int], int]]) -> list[TargetScores]:

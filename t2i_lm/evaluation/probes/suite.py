@@ -3,30 +3,42 @@
 The numbers of a record are means over rows of text or questions, `se` their standard error; where the model was
 measured before training, `change` is the mean of the paired differences and `change_se` its own, much smaller error.
 Differences are taken between equal rows and equal questions only: the file from before training holds their hashes.
+A text's floors are what a model reaches without knowing the language: a uniform guess among the text rows, the text's
+own frequencies of pieces (cross-validated), and the same architecture with random weights.
 """
 
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from t2i_lm.config.sections import ForgettingConfig
+from t2i_lm.config.forgetting import ForgettingConfig
 from t2i_lm.evaluation.probes.completions import PROMPTS, complete
-from t2i_lm.evaluation.probes.heldout import heldout_rows, target_count, text_losses
+from t2i_lm.evaluation.probes.floors import uniform_nll
+from t2i_lm.evaluation.probes.heldout import (
+    HeldoutText,
+    RowScores,
+    heldout_text,
+    target_count,
+    text_losses,
+    text_scores,
+)
 from t2i_lm.evaluation.probes.questions import Task, answer, read_tasks
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.documents import document_key, document_start
 
-# One value per row or question, by group (`text`, `tasks/NAME`) and by name in it.
+# One value per row or question, by group (`text`, `second_text`, `tasks/NAME`) and by name in it.
 Values = dict[str, dict[str, list[float]]]
+# Parameters above which random weights are not measured: they would need as much memory again as the model.
+MOST_RANDOM = 2_500_000_000
 
 
 class Probes:
@@ -37,8 +49,9 @@ class Probes:
         settings: ForgettingConfig,
         text: TextTokenizer,
         baseline: Path | None = None,
-        documents: Iterable[str] | None = None,
+        documents: Mapping[str, Iterable[str]] | None = None,
         tasks: list[Task] | None = None,
+        untrained: Callable[[], Backbone] | None = None,
     ) -> None:
         """Names the work.
 
@@ -46,20 +59,23 @@ class Probes:
             settings: what to measure.
             text: the model's tokenizer.
             baseline: file of the values before training: written by the first call where it is missing.
-            documents: those of `settings.text`, where they have been read.
+            documents: those of `settings.texts`, by key, where they have been read.
             tasks: those of `settings.tasks`, where they have been read.
+            untrained: the model's architecture with random weights, for the floors; None leaves these out.
         """
         self.settings, self.text, self.baseline = settings, text, baseline
-        self._documents, self._tasks = documents, tasks
-        self._rows: tuple[Tensor, int] | None = None
+        self._documents, self._tasks, self._untrained = documents or {}, tasks, untrained
+        self._texts: dict[str, HeldoutText] | None = None
+        self._random: dict[str, dict[str, float]] | None = None
         self._noted = False
 
     def __call__(self, decoder: Backbone) -> dict[str, Any]:
         """Measures a decoder in evaluation mode.
 
         Returns:
-            As JSON can hold it: `text` (`all_rows`, `text_rows`), `tasks` by name, `completions`, and in `note` which
-            groups have no `change` though the model was measured before training, and why.
+            As JSON can hold it: `text` and `second_text`, each with `all_rows`, `text_rows` and `floors`, `tasks` by
+            name, `completions`, and in `note` which groups have no `change` though the model was measured before
+            training, and why.
 
         Raises:
             ValueError: if text or questions cannot be read, or the rows are longer than the model's positions.
@@ -70,11 +86,11 @@ class Probes:
                 f"forgetting.length={settings.length}: the backbone has {limit} positions; "
                 f"give at most {limit} (evaluate: --length {limit})"
             )
-        values: Values = {}
-        if settings.text is not None:
-            if self._rows is None:
-                self._rows = heldout_rows(settings.text, self.text, settings.rows, settings.length, self._documents)
-            values["text"] = text_losses(decoder, self._rows[0], document_start(self.text))
+        if self._texts is None:
+            self._texts = self._read_texts()
+        start = document_start(self.text)
+        scores = {key: text_scores(decoder, one.ids_RT, start) for key, one in self._texts.items()}
+        values: Values = {key: {name: rows.nll_R for name, rows in columns.items()} for key, columns in scores.items()}
         if self._tasks is None:
             self._tasks = [] if settings.tasks is None else read_tasks(Path(settings.tasks), settings.questions)
         for task in self._tasks:
@@ -83,12 +99,12 @@ class Probes:
         record: dict[str, Any] = {"text": {}, "tasks": {}}
         for group, columns in values.items():
             entry = {
-                name: summary("nll" if group == "text" or name.endswith("_nll") else "accuracy", column, earlier)
+                name: summary("nll" if group in scores or name.endswith("_nll") else "accuracy", column, earlier)
                 for name, column in columns.items()
                 for earlier in [before.get(group, {}).get(name)]
             }
-            if group == "text":
-                record["text"] = entry | self._per_byte(entry)
+            if group in scores:
+                record[group] = self._text_entry(group, entry, scores[group], decoder)
             else:
                 record["tasks"][group.removeprefix("tasks/")] = entry
         for task in self._tasks:
@@ -104,22 +120,75 @@ class Probes:
             self._noted = True
         return record
 
-    def _per_byte(self, entry: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Sizes of the held-out text; adds bits per byte, comparable across vocabularies, to the entry."""
-        assert self._rows is not None
-        ids_RT, size = self._rows
-        targets = target_count(ids_RT, document_start(self.text))
-        for values in entry.values():
-            values["bits_per_byte"] = values["nll"] * targets / math.log(2) / size
-        return {"rows": len(ids_RT), "targets": targets}
+    def _read_texts(self) -> dict[str, HeldoutText]:
+        """The rows of each text; says which have fewer than `settings.rows`."""
+        settings, texts = self.settings, dict[str, HeldoutText]()
+        for key, path in settings.texts.items():
+            name, documents = f"forgetting.{key}", self._documents.get(key)
+            texts[key] = heldout_text(path, self.text, settings.rows, settings.length, documents, name)
+            if (found := len(texts[key].ids_RT)) < settings.rows:
+                print(
+                    f"note: {name}={path}: {found} rows of {settings.length} ids, fewer than "
+                    f"forgetting.rows={settings.rows}",
+                    file=sys.stderr,
+                )
+        return texts
+
+    def _text_entry(
+        self, key: str, entry: dict[str, dict[str, Any]], scores: Mapping[str, RowScores], decoder: Backbone
+    ) -> dict[str, Any]:
+        """The entry of a text: its losses, bits per byte, top-1 accuracy, loss at the best temperature, floors, sizes.
+
+        Bits per byte are comparable across vocabularies.
+        """
+        assert self._texts is not None
+        text = self._texts[key]
+        targets = target_count(text.ids_RT, document_start(self.text))
+        per_byte = targets / math.log(2) / text.size
+        for name, values in entry.items():
+            top1, best = (
+                summary(unit, column)
+                for unit, column in (("accuracy", scores[name].top1_R), ("nll", scores[name].best_nll_R))
+            )
+            values["bits_per_byte"] = values["nll"] * per_byte
+            values |= {"top1": top1["accuracy"], "top1_se": top1["se"]}
+            values["best_temperature"] = {
+                "temperature": scores[name].temperature,
+                "nll": best["nll"],
+                "se": best["se"],
+                "bits_per_byte": best["nll"] * per_byte,
+            }
+        floors = {"uniform": uniform_nll(len(decoder.output.text)), "unigram": text.unigram_nll}
+        floors |= self._random_weights(decoder).get(key, {})
+        named = {name: {"nll": nll, "bits_per_byte": nll * per_byte} for name, nll in floors.items()}
+        return {
+            **entry,
+            "floors": named,
+            "name": text_name(self.settings.texts[key]),
+            "rows": len(text.ids_RT),
+            "targets": targets,
+        }
+
+    def _random_weights(self, decoder: Backbone) -> dict[str, dict[str, float]]:
+        """Loss of random weights over the text rows, by text; measured once."""
+        assert self._texts is not None
+        if self._random is None:
+            self._random = {}
+            small = sum(parameter.numel() for parameter in decoder.parameters()) <= MOST_RANDOM
+            if self._untrained is not None and self._texts and small:
+                untrained = self._untrained().to(decoder.output.text.device).eval()
+                start = document_start(self.text)
+                for key, one in self._texts.items():
+                    losses = text_losses(untrained, one.ids_RT, start)["text_rows"]
+                    self._random[key] = {"random_weights": sum(losses) / len(losses)}
+        return self._random
 
     def _identity(self) -> dict[str, str]:
-        """Hashes of the text tokenizer, of the ids of all rows, and of each task's questions; a stated document."""
+        """Hashes of the text tokenizer, of each text's ids, and of each task's questions; a stated document."""
         identity = {f"tasks/{task.name}": task.sha256 for task in self._tasks or ()}
-        if self._rows is not None:
-            ids_RT, _ = self._rows
-            content = f"{list(ids_RT.shape)} ".encode() + ids_RT.numpy().tobytes()
-            identity["text"] = hashlib.sha256(content).hexdigest()
+        for key, one in (self._texts or {}).items():
+            content = f"{list(one.ids_RT.shape)} ".encode() + one.ids_RT.numpy().tobytes()
+            identity[key] = hashlib.sha256(content).hexdigest()
         stated = {name: json.dumps(value) for name, value in document_key(self.text).items()}
         return {"text_tokenizer": self.text.sha256, **stated, **identity}
 
@@ -143,6 +212,14 @@ class Probes:
         if not other:
             return earlier, None
         return earlier, f"no change for {', '.join(other)}: {name} holds other rows, questions or token ids"
+
+
+def text_name(path: str) -> str:
+    """Name of a text: that of its file or folder, without folders and suffixes."""
+    name = path.rstrip("/").rpartition("/")[2]
+    for suffix in (".gz", ".txt"):
+        name = name.removesuffix(suffix)
+    return name
 
 
 def summary(unit: str, values: Sequence[float], before: Sequence[float] | None = None) -> dict[str, float]:

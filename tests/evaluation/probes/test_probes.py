@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i_lm.config.sections import ForgettingConfig
+from t2i_lm.config.forgetting import ForgettingConfig
 from t2i_lm.evaluation.probes.completions import complete, spell
 from t2i_lm.evaluation.probes.heldout import heldout_rows, text_losses
 from t2i_lm.evaluation.probes.questions import answer, encode_option, read_tasks
