@@ -81,6 +81,8 @@ def check(data: Any, theirs: Callable[[], Any], batches: int) -> dict[str, int]:
     """
     import torch
 
+    from t2i_lm.data.order import CURRENT
+
     uninterrupted = [batch["ids_BT"] for batch in data.train_dataloader()]
     if len(uninterrupted) != batches:
         raise GateError(f"{len(uninterrupted)} batches, expected {batches}")
@@ -90,9 +92,9 @@ def check(data: Any, theirs: Callable[[], Any], batches: int) -> dict[str, int]:
         if not torch.equal(ids_BT, padded_BT[:, :length]) or not bool((padded_BT[:, length:] == pad).all()):
             raise GateError(f"batch {number} differs from the peer's: not timed")
     half = batches // 2
-    data.load_state_dict({"consumed": half * data.config.data.batch_size})
+    data.load_state_dict({"consumed": half * data.config.data.batch_size, "order": CURRENT})
     resumed = [batch["ids_BT"] for batch in data.train_dataloader()]
-    data.load_state_dict({"consumed": 0})
+    data.load_state_dict({"consumed": 0, "order": CURRENT})
     if len(resumed) != batches - half or not all(
         torch.equal(after, before) for after, before in zip(resumed, uninterrupted[half:], strict=True)
     ):
@@ -101,8 +103,11 @@ def check(data: Any, theirs: Callable[[], Any], batches: int) -> dict[str, int]:
 
 
 def drop_from_memory(data: Any) -> bool:
-    """Reopens the shards, which reads them for their hashes, and drops them from memory; whether that worked."""
+    """Reopens the shards, verifies them, which reads them, and drops them from memory; whether that worked."""
     data.setup("fit")
+    parts = data.train_set.columns.parts
+    for number in range(len(parts.rows)):
+        parts.files(number)
     return all(_forget(path) for path in Path(data.folder, "train").rglob("*.arrow"))
 
 

@@ -67,6 +67,7 @@ RESUMABLE = (
     "trainer.threads",
     "trainer.checkpoint_interval",
     "data.workers",
+    "data.remote_cache_gib",
     "log.logger",
     "data.max_reject_share",
     "data.max_recurring_share",
@@ -191,6 +192,7 @@ class ExperimentConfig(Section):
         forgetting = self.forgetting.interval is not None and self.forgetting.text != NOVELS
         kept = self.task in KEEPS_LANGUAGE
         yield forgetting and not kept, "forgetting.interval", f"null, {task} keeps no language model"
+        yield image_tokenizer and data.source == "shards", "data.source", f"a source of images with {task}"
         yield image_tokenizer and self.tune != "all", "tune", f"all with {task}"
         yield image_tokenizer and bool(self.freeze), "freeze", f"an empty list with {task}"
         if align:

@@ -97,7 +97,7 @@ def require_located(config: ExperimentConfig, folder: Path, keys: Sequence[str])
 
 def is_relative(path: str | None) -> bool:
     """Whether a path of a config depends on the working directory: assets, hub references and plug-ins do not."""
-    named = path is None or is_plugin(path) or is_hub(path) or path.startswith(ASSET)
+    named = path is None or is_plugin(path) or is_hub(path) or path.startswith(ASSET) or "://" in path
     return path is not None and not named and not Path(path).is_absolute()
 
 

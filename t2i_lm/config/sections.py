@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-SOURCES = ("scenes", "image_folder", "parquet", "webdataset", "hub", "hub_stream", "text")
+SOURCES = ("scenes", "image_folder", "parquet", "webdataset", "hub", "hub_stream", "shards", "text")
 OPENED_BY_PATH = ("image_folder", "parquet", "webdataset", "text")
 CAPTION_CHOICES = ("first", "random", "all")
 LOGGERS = ("tensorboard", "csv", "wandb", "none")
@@ -174,9 +174,9 @@ class DataConfig(Section, prefix="data"):
 
     source: str = "scenes"
     """`scenes` (generated), `image_folder`, `parquet`, `webdataset`, `hub` or `hub_stream` (Hugging Face datasets),
-    `text` (task=text), or a plug-in."""
+    `shards` (token shards prepared elsewhere), `text` (task=text), or a plug-in."""
     path: str | None = None
-    """File, folder or name of a Hugging Face dataset, for every source but `scenes`."""
+    """File, folder or name of a Hugging Face dataset, for every source but `scenes`; of `shards` also a URL."""
     val_path: str | None = None
     """Held-out data; null: validation data in `path` by name, or a twentieth of its images. task=text requires it."""
     train_size: int | None = None
@@ -208,6 +208,10 @@ class DataConfig(Section, prefix="data"):
     """Folder of prepared token shards."""
     part_size: int = 8192
     """Samples per part of the shards: the most that an interrupted preparation loses."""
+    shuffle_parts: int | None = None
+    """Parts whose samples are mixed at a time; null: all samples are. Remote shards require it (docs/data.md)."""
+    remote_cache_gib: float = 16.0
+    """Disk, in GiB, that the parts of remote shards take in cache_dir at most."""
     workers: int = 0
     """Processes that load batches; 0: the training process."""
     pad_to_multiple_of: int = 8
@@ -224,7 +228,9 @@ class DataConfig(Section, prefix="data"):
             self.check(self.val_path is None or self.source in OPENED_BY_PATH, "val_path", readers)
         self.one_of("captions", CAPTION_CHOICES)
         self.at_least(1, "batch_size", "length", "part_size", "pad_to_multiple_of", "train_size", "val_size")
+        self.at_least(1, "shuffle_parts")
         self.at_least(0, "workers")
+        self.positive("remote_cache_gib")
         self.below_one("caption_dropout")
         self.check(self.text_ratio is None or 0 < self.text_ratio <= 1, "text_ratio", "null or a value in (0, 1]")
         both = self.text_ratio is not None and self.caption_dropout > 0

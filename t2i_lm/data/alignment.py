@@ -7,14 +7,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, BatchDataModule, Batches, CaptionedIds
 from t2i_lm.data.sampler import Draw
-from t2i_lm.data.shards.format import validation_splits
+from t2i_lm.data.shards.format import Parts, validation_splits
 from t2i_lm.tokenizers.layout import IntArray
 
 
@@ -25,7 +24,7 @@ class BagBatches(CaptionedIds):
     each caption and image, which identify duplicates across ranks.
     """
 
-    def __init__(self, split: datasets.Dataset, captions: str, seed: int, shuffle_pairs: bool = False) -> None:
+    def __init__(self, split: Parts, captions: str, seed: int, shuffle_pairs: bool = False) -> None:
         """With `shuffle_pairs`, each image has the caption of one other sample throughout the run (a control)."""
         super().__init__(split, captions, seed)
         self._partner: np.ndarray[Any, np.dtype[np.int64]] | None = None
@@ -66,7 +65,7 @@ class BagDataModule(BatchDataModule):
         self.folder = folder
 
     def setup(self, stage: str) -> None:
-        """Memory-maps the shards and checks their hashes.
+        """Opens the shards; a part is verified when it is first read.
 
         Raises:
             ValueError: if a split has fewer pairs than a batch.

@@ -1,11 +1,12 @@
 """LightningDataModules over prepared token shards.
 
-The pipeline: `prepare` writes shards -> `open_split` memory-maps them -> `IndexSampler` yields (epoch, index) draws ->
+The pipeline: `prepare` writes shards -> `Parts` memory-maps them -> `IndexSampler` yields (epoch, index) draws ->
 `__getitems__` gathers a micro-batch in one read -> the batch dict of the modules. Its only state is the sampler's
-integer `consumed`, which follows from the optimizer steps taken.
+integer `consumed`, which follows from the optimizer steps taken, and the version of the order.
 """
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.data.order import CURRENT, FORMER, FormerOrder, Indices, Order, PartsOrder, ShuffledOrder
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, center_crop
 from t2i_lm.data.sampler import Draw, IndexSampler, choose_caption, drops_caption
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import open_split, read_index, validation_splits
+from t2i_lm.data.shards.format import Parts, read_index, validation_splits
 from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.data.sources import open_sized, print_notes
 from t2i_lm.data.splits import validations_of
@@ -32,6 +34,8 @@ from t2i_lm.tokenizers.layout import ImageLayout, IntArray, Layout
 Batch = dict[str, Any]
 # Consecutive unreadable images after which a source counts as broken.
 MAX_CONSECUTIVE_REJECTS = 100
+# Batches of remote samples that are fetched before they are read.
+AHEAD = 64
 
 
 class Batches(Dataset[Batch]):
@@ -44,40 +48,63 @@ class Batches(Dataset[Batch]):
         """The batch of (epoch, index) draws."""
         raise NotImplementedError
 
+    @property
+    def part_sizes(self) -> Indices:
+        """Samples of each part that they are read from."""
+        return np.array([len(self)])
+
+    @property
+    def announce(self) -> Callable[[Indices], None] | None:
+        """Begins to fetch what samples are read from, where it is remote; else None."""
+        return None
+
 
 class CaptionedIds(Batches):
-    """Prepared caption-image pairs; subclasses define the batch."""
+    """Prepared caption-image pairs; subclasses define the batch.
 
-    def __init__(self, split: datasets.Dataset, captions: str, seed: int) -> None:
+    Attributes:
+        columns: their ids.
+    """
+
+    def __init__(self, split: Parts, captions: str, seed: int) -> None:
         self.captions, self.seed = captions, seed
-        self._columns = PairColumns(split)
-        # With captions="all", row and caption number of each sample (S, 2), since every caption is one.
-        self._samples: np.ndarray[Any, np.dtype[np.int64]] | None = None
-        if captions == "all":
-            counts = self._columns.caption_counts()
-            rows = np.repeat(np.arange(len(counts)), counts)
-            first = np.repeat(np.cumsum(counts) - counts, counts)
-            self._samples = np.stack([rows, np.arange(len(rows)) - first], axis=1)
+        self.columns = PairColumns(split)
+        # With captions="all", every caption is a sample.
+        self._sizes = self.columns.captions_by_part() if captions == "all" else split.rows
+        self._starts: list[int] = [0, *np.cumsum(self._sizes).tolist()]
 
     def __len__(self) -> int:
-        return len(self._columns if self._samples is None else self._samples)
+        return self._starts[-1]
+
+    @property
+    def part_sizes(self) -> Indices:
+        return self._sizes
+
+    @property
+    def announce(self) -> Callable[[Indices], None] | None:
+        return self._fetch_later if self.columns.parts.is_remote else None
+
+    def _fetch_later(self, indices: Indices) -> None:
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        self.columns.parts.fetch_later(np.unique(numbers).tolist())
 
     def pairs(self, draws: list[Draw]) -> tuple[list[IntArray], IntArray]:
         """Text ids of one caption per draw, and image ids (B, N)."""
+        self.columns.open({bisect_right(self._starts, index) - 1 for _, index in draws})
         places = [self._place(*draw) for draw in draws]
         texts = [self._text(*place, *draw) for place, draw in zip(places, draws, strict=True)]
-        return texts, self._columns.images([row for row, _ in places])
+        return texts, self.columns.images([row for row, _ in places])
 
     def _text(self, row: int, number: int, epoch: int, index: int) -> IntArray:
         """Text ids of a draw whose caption is `number` of a row."""
-        return self._columns.caption(row, number)
+        return self.columns.caption(row, number)
 
     def _place(self, epoch: int, index: int) -> tuple[int, int]:
         """Row and caption number of a draw."""
-        if self._samples is not None:
-            row, number = self._samples[index].tolist()
-            return row, number
-        if self.captions == "random" and (captions := self._columns.count(index)) > 1:
+        if self.captions == "all":
+            part = bisect_right(self._starts, index) - 1
+            return self.columns.nth_caption(part, index - self._starts[part])
+        if self.captions == "random" and (captions := self.columns.count(index)) > 1:
             return index, choose_caption(captions, self.seed, epoch, index)
         return index, 0
 
@@ -87,7 +114,7 @@ class PairBatches(CaptionedIds):
 
     def __init__(
         self,
-        split: datasets.Dataset,
+        split: Parts,
         layout: Layout | ImageLayout,
         captions: str,
         seed: int,
@@ -111,7 +138,7 @@ class PairBatches(CaptionedIds):
     def _text(self, row: int, number: int, epoch: int, index: int) -> IntArray:
         if self.ratio is None:
             return super()._text(row, number, epoch, index)
-        caption, count = partial(self._columns.caption, row), self._columns.count(row)
+        caption, count = partial(self.columns.caption, row), self.columns.count(row)
         return self.ratio.compose(caption, count, number, epoch, index)
 
 
@@ -168,7 +195,7 @@ class BatchDataModule(pl.LightningDataModule):
     def __init__(self, config: ExperimentConfig, validation_splits: Sequence[str] = ("val",)) -> None:
         super().__init__()
         self.config, self.validation_splits = config, tuple(validation_splits)
-        self._consumed = 0
+        self._consumed, self._order = 0, CURRENT
 
     @property
     def val_set(self) -> Batches:
@@ -183,8 +210,11 @@ class BatchDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """One loader for the rest of the run, however many epochs."""
         assert self.trainer is not None
-        sampler = make_sampler(self.config, len(self.train_set), self.trainer.global_rank, self.trainer.world_size)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        sampler = make_sampler(self.config, self.train_set.part_sizes, rank, world, self._order)
         sampler.consumed = self._consumed
+        sampler.announce = self.train_set.announce
+        sampler.ahead = AHEAD * self.config.data.batch_size
         return self._loader(self.train_set, sampler)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
@@ -198,11 +228,11 @@ class BatchDataModule(pl.LightningDataModule):
         micro = self.config.micro_batch
         return [draws[start : start + micro] for start in range(0, len(draws), micro)]
 
-    def open(self, folder: Path, split: str) -> datasets.Dataset:
-        """A split of prepared shards (`open_split`).
+    def open(self, folder: Path, split: str) -> Parts:
+        """A split of prepared shards.
 
         Raises:
-            ValueError: also if other processes of the run have found other shards.
+            ValueError: as `Parts` does, and if other processes of the run have found other shards.
         """
         if self.trainer is not None:
             found = (read_index(folder) or {}).get("data_hash")
@@ -212,7 +242,7 @@ class BatchDataModule(pl.LightningDataModule):
                     f"{folder} has data hash {found}, but the first process reads {of_rank_0}: data differs between "
                     "machines, or has changed while the run was starting"
                 )
-        return open_split(folder, split)
+        return Parts(folder, split)
 
     def _loader(self, dataset: Batches, batches: Any) -> DataLoader[Batch]:
         return DataLoader(
@@ -225,24 +255,35 @@ class BatchDataModule(pl.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consumed": self.consumed}
+        return {"consumed": self.consumed, "order": self._order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._consumed = int(state_dict["consumed"])
+        self._consumed, self._order = int(state_dict["consumed"]), int(state_dict.get("order", FORMER))
+        if self._order not in (FORMER, CURRENT):
+            raise ValueError(f"the checkpoint has the data order of version {self._order}, which a newer t2i_lm wrote")
 
 
-def make_sampler(config: ExperimentConfig, size: int, rank: int = 0, world: int = 1) -> IndexSampler:
-    """The training order of an experiment over `size` samples."""
-    return IndexSampler(
-        size,
-        config.data.batch_size,
-        config.trainer.max_steps,
-        config.seed,
-        rank,
-        world,
-        config.trainer.accumulate_grad_batches,
-        config.data.replayed,
-    )
+def make_sampler(
+    config: ExperimentConfig, sizes: int | Indices, rank: int = 0, world: int = 1, version: int = CURRENT
+) -> IndexSampler:
+    """The training order of an experiment.
+
+    Args:
+        config: the experiment.
+        sizes: training samples, in all or of each part.
+        rank: this process.
+        world: number of processes.
+        version: of the order.
+    """
+    data, size = config.data, int(np.sum(sizes))
+    if version == FORMER:
+        order: Order = FormerOrder(size, config.seed)
+    elif data.shuffle_parts is None:
+        order = ShuffledOrder(size, config.seed)
+    else:
+        order = PartsOrder(np.atleast_1d(sizes), config.seed, data.shuffle_parts, data.batch_size)
+    accumulate = config.trainer.accumulate_grad_batches
+    return IndexSampler(order, data.batch_size, config.trainer.max_steps, rank, world, accumulate, data.replayed)
 
 
 class PairDataModule(BatchDataModule):
@@ -259,7 +300,7 @@ class PairDataModule(BatchDataModule):
             self.ratio = TextRatio(ratio, layout.image_tokens, budget, lengths, config.seed)
 
     def setup(self, stage: str) -> None:
-        """Memory-maps the shards and checks their hashes."""
+        """Opens the shards; a part is verified when it is first read."""
         data, seed = self.config.data, self.config.seed
         multiple, dropout = data.pad_to_multiple_of, data.caption_dropout
         train = self.open(self.folder, "train")
@@ -280,8 +321,9 @@ class TextDataModule(BatchDataModule):
     def setup(self, stage: str) -> None:
         """Memory-maps the shards and checks their hashes; selects `train_size` and `val_size` rows."""
         data = self.config.data
-        self.train_set = TextBatches(evenly_spaced(self.open(self.folder, "train"), data.train_size))
-        self.val_sets = {"val": TextBatches(evenly_spaced(self.open(self.folder, "val"), data.val_size))}
+        self.train_set = TextBatches(evenly_spaced(self.open(self.folder, "train").dataset(), data.train_size))
+        held_out = self.open(self.folder, "val").dataset()
+        self.val_sets = {"val": TextBatches(evenly_spaced(held_out, data.val_size))}
 
 
 def evenly_spaced(split: datasets.Dataset, size: int | None) -> datasets.Dataset:

@@ -4,6 +4,7 @@ Which positions of the sample stream are replaced, and by which window of text, 
 run continues exactly, and every pair that is not replaced keeps its position.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, Batches, PairBatches, PairDataModule
+from t2i_lm.data.order import Indices
 from t2i_lm.data.sampler import REPLAYED, Draw
 from t2i_lm.data.shards.cache import FORMAT, Prepared, absolute_path, short_hash, write_once
 from t2i_lm.data.shards.format import write_index
@@ -34,6 +36,14 @@ class ReplayBatches(Batches):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def part_sizes(self) -> Indices:
+        return self.pairs.part_sizes
+
+    @property
+    def announce(self) -> Callable[[Indices], None] | None:
+        return self.pairs.announce
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         replayed_B = torch.tensor([epoch == REPLAYED for epoch, _ in draws])
@@ -98,4 +108,4 @@ class ReplayDataModule(PairDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         assert isinstance(self.train_set, PairBatches)
-        self.train_set = ReplayBatches(self.train_set, self.open(self.replay, "train"), self.config.seed)
+        self.train_set = ReplayBatches(self.train_set, self.open(self.replay, "train").dataset(), self.config.seed)

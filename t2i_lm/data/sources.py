@@ -58,6 +58,11 @@ def scenes(data: DataConfig, split: str, size: int) -> CaptionedSource:
     return SceneSource(count, SCENE_SPLITS[data.hold_out_pairs, split], data.seed, size, captions)
 
 
+def shards(data: DataConfig, split: str, size: int) -> CaptionedSource:
+    """Token shards, which `data/shards/stored.py` opens: they have ids, not images."""
+    raise ValueError("data.source=shards: images are required, of which token shards hold only the ids")
+
+
 SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource | StreamedSource]] = {
     "scenes": scenes,
     "image_folder": image_folder,
@@ -65,6 +70,7 @@ SOURCES: dict[str, Callable[[DataConfig, str, int], CaptionedSource | StreamedSo
     "webdataset": webdataset,
     "hub": hub,
     "hub_stream": hub_stream,
+    "shards": shards,
 }
 
 

@@ -27,6 +27,7 @@ SOURCES = {
     "webdataset": "tar files {}",
     "hub": "{} (Hugging Face)",
     "hub_stream": "{} (Hugging Face)",
+    "shards": "token shards {}",
 }
 
 

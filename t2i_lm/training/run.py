@@ -153,7 +153,7 @@ def _environment(experiment: Experiment) -> dict[str, object]:
     samples = min(STREAM_STEPS, config.trainer.max_steps) * config.data.batch_size
     return environment(
         **started_from(experiment),
-        stream_hash=make_sampler(config, size).stream_hash(samples),
+        stream_hash=make_sampler(config, experiment.data.train_set.part_sizes).stream_hash(samples),
         precision=precision(config),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         threads=config.trainer.threads or torch.get_num_threads(),

@@ -2,11 +2,12 @@ from collections import Counter
 
 import pytest
 
+from t2i_lm.data.order import ShuffledOrder
 from t2i_lm.data.sampler import Draw, IndexSampler
 
 
 def draws(consumed: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1) -> list[list[Draw]]:
-    sampler = IndexSampler(50, 12, 20, seed=3, rank=rank, world=world, accumulate=accumulate)
+    sampler = IndexSampler(ShuffledOrder(50, 3), 12, 20, rank=rank, world=world, accumulate=accumulate)
     sampler.consumed = consumed
     return list(sampler)
 
@@ -43,6 +44,6 @@ def test_global_batches_do_not_depend_on_ranks_or_accumulation(world: int, accum
 
 
 def test_the_stream_hash_depends_on_the_seed() -> None:
-    first, second = (IndexSampler(50, 12, 20, seed).stream_hash(120) for seed in (0, 1))
+    first, second = (IndexSampler(ShuffledOrder(50, seed), 12, 20).stream_hash(120) for seed in (0, 1))
     assert first != second
-    assert first == IndexSampler(50, 12, 20, 0).stream_hash(120)
+    assert first == IndexSampler(ShuffledOrder(50, 0), 12, 20).stream_hash(120)

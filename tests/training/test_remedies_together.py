@@ -97,9 +97,10 @@ def test_accumulation_weighs_as_one_batch(
 
 
 def test_the_stream_of_pairs_is_the_same_but_where_text_takes_a_place(book: Path) -> None:
+    from t2i_lm.data.order import ShuffledOrder
     from t2i_lm.data.sampler import REPLAYED, IndexSampler
 
-    plain, replay = (IndexSampler(60, 8, 20, 0, replayed=number) for number in (0, 2))
+    plain, replay = (IndexSampler(ShuffledOrder(60, 0), 8, 20, replayed=number) for number in (0, 2))
     numbers = []
     for step in range(20):
         pairs, mixed = plain.global_batch(step * 8), replay.global_batch(step * 8)

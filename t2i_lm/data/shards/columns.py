@@ -5,16 +5,22 @@ Indexing `datasets` would allocate an array for every caption of every row; here
 Shapes: `B` samples, `N` image tokens.
 """
 
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
-import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+from t2i_lm.data.shards.format import Parts
 from t2i_lm.tokenizers.layout import IntArray
 
 Offsets = npt.NDArray[np.int64]
+# Remote parts that a process has open at a time.
+MOST_OPEN = 256
 
 
 @dataclass(frozen=True)
@@ -31,18 +37,15 @@ class _Batch:
     text_ids: IntArray
 
 
-class PairColumns:
-    """Image ids and captions of the rows of a split."""
+class _Part:
+    """The rows of one part."""
 
-    def __init__(self, split: datasets.Dataset) -> None:
-        """Memory-maps the ids; reads only offsets."""
-        self._split = split
-        batches = split.with_format("arrow")[:].select(["image_ids", "text_ids"]).to_batches()
-        self._begin = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self._batches = []
-        for batch in batches:
+    def __init__(self, table: pa.Table) -> None:
+        self._begin, self._batches = [0], list[_Batch]()
+        for batch in table.select(["image_ids", "text_ids"]).to_batches():
             images, captions = batch.column("image_ids"), batch.column("text_ids")
             ids = captions.values
+            self._begin.append(self._begin[-1] + batch.num_rows)
             self._batches.append(
                 _Batch(
                     image_ids_RN=images.flatten().to_numpy().reshape(batch.num_rows, -1),
@@ -52,16 +55,68 @@ class PairColumns:
                 )
             )
 
-    def __reduce__(self) -> tuple[type["PairColumns"], tuple[datasets.Dataset]]:
-        # Spawned workers map the files again: pickling the views would copy all ids.
-        return PairColumns, (self._split,)
-
-    def __len__(self) -> int:
-        return len(self._split)
+    @cached_property
+    def caption_ends(self) -> Offsets:
+        """Number of captions up to the end of each row."""
+        return np.cumsum(self.caption_counts())
 
     def caption_counts(self) -> Offsets:
         """Number of captions of each row."""
         return np.concatenate([np.diff(batch.row_starts) for batch in self._batches])
+
+    def image_rows(self) -> Iterator[IntArray]:
+        """Image ids (N,) of every row."""
+        for batch in self._batches:
+            yield from batch.image_ids_RN
+
+    def find(self, row: int) -> tuple[_Batch, int]:
+        """The record batch of a row, and the row's place in it."""
+        number = bisect_right(self._begin, row) - 1
+        return self._batches[number], row - self._begin[number]
+
+
+class PairColumns:
+    """Image ids and captions of the rows of a split; its parts are opened when they are first read.
+
+    Attributes:
+        parts: the split.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._starts: list[int] = [0, *np.cumsum(parts.rows).tolist()]
+        self._open: OrderedDict[int, _Part] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["PairColumns"], tuple[Parts]]:
+        # Spawned workers map the files again: pickling the views would copy all ids.
+        return PairColumns, (self.parts,)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def open(self, numbers: set[int]) -> None:
+        """Fetches and verifies parts that are not open, several at a time."""
+        if missing := numbers - self._open.keys():
+            self.parts.fetch(missing)
+
+    def captions_by_part(self) -> Offsets:
+        """Number of captions of each part: those that the index counts, else counted in all parts."""
+        if self.parts.captions is not None:
+            return self.parts.captions
+        counts = np.zeros(len(self.parts.rows), dtype=np.int64)
+        for number in np.flatnonzero(self.parts.rows).tolist():
+            counts[number] = self._part(number).caption_counts().sum()
+        return counts
+
+    def nth_caption(self, part: int, place: int) -> tuple[int, int]:
+        """Row, and number among its captions, of the caption at a place among all captions of a part."""
+        ends = self._part(part).caption_ends
+        row = int(np.searchsorted(ends, place, side="right"))
+        return self._starts[part] + row, place - int(ends[row - 1] if row else 0)
+
+    def caption_counts(self) -> Offsets:
+        """Number of captions of each row; reads all parts."""
+        return np.concatenate([part.caption_counts() for part in self._all()])
 
     def count(self, row: int) -> int:
         """Number of captions of a row."""
@@ -80,9 +135,22 @@ class PairColumns:
 
     def image_rows(self) -> Iterator[IntArray]:
         """Image ids (N,) of every row, in order."""
-        for batch in self._batches:
-            yield from batch.image_ids_RN
+        for part in self._all():
+            yield from part.image_rows()
+
+    def _all(self) -> Iterator[_Part]:
+        return map(self._part, np.flatnonzero(self.parts.rows).tolist())
 
     def _find(self, row: int) -> tuple[_Batch, int]:
-        number = int(np.searchsorted(self._begin, row, side="right")) - 1
-        return self._batches[number], row - int(self._begin[number])
+        number = bisect_right(self._starts, row) - 1
+        return self._part(number).find(row - self._starts[number])
+
+    def _part(self, number: int) -> _Part:
+        part = self._open.get(number)
+        if part is None:
+            part = self._open[number] = _Part(self.parts.table(number))
+            while self.parts.is_remote and len(self._open) > MOST_OPEN:  # a mapped file takes disk after its deletion
+                self._open.popitem(last=False)
+        elif self.parts.is_remote:
+            self._open.move_to_end(number)
+        return part

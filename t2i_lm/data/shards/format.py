@@ -3,6 +3,9 @@
 A folder has `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. Splits are `train` and `val`, or for
 scenes `train`, `val/iid` and `val/compositional`. A part with its `part.json` is
 written to a temporary folder and renamed, so that an interrupted preparation continues after the last complete part.
+Opening a split reads the index and compares sizes of files, whatever their content; a part is opened, and its sha256
+verified, when it is first read. Where the parts lie elsewhere (`remote.py`), it is fetched then.
+
 Pair shards have columns `id`, `image_ids` (fixed-size list), `text_ids` (all captions, a list of lists) and `meaning`
 (JSON, scenes only); text shards have `text_ids` (length + 1 ids: neighbors overlap by one, so every token is a target
 once) and `bytes`. Ids are uint16, or uint32 above 65,536 of them; text and image ids are separate because their joint
@@ -12,13 +15,20 @@ vocabulary rarely fits uint16.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import torch
 
+from t2i_lm.data.order import Indices
+from t2i_lm.data.shards.remote import FETCHES, RemoteFiles
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import PRIMARY, VAL
@@ -27,6 +37,8 @@ from t2i_lm.storage.run_folder import PRIMARY, VAL
 datasets.disable_progress_bars()
 
 PART = "part.json"
+# Key of the index: rows, captions and sizes of the files of each part, by split.
+PARTS = "parts"
 CARD_BIN = 10  # caption lengths per row of the histogram in README.md
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
@@ -98,8 +110,9 @@ def read_part(target: Path) -> dict[str, Any]:
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Writes `index.json` with its `data_hash`; this marks the folder as complete."""
-    index = index | {"data_hash": data_hash(index)}
+    """Writes `index.json` with its `data_hash` and the sizes of parts; this marks the folder as complete."""
+    parts = {split: part_entries(folder, index, split) for split in index["splits"]}
+    index = index | {"data_hash": data_hash(index), PARTS: parts}
     write_atomic(folder / "index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
@@ -165,25 +178,184 @@ def validations_in(index: dict[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: name != f"{VAL}/{PRIMARY}"))
 
 
+def part_entries(folder: Path, index: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    """`rows`, `captions` and `bytes` of each part of a split: the index's, or those of its files (older versions)."""
+    if split in index.get(PARTS, {}):
+        return list(index[PARTS][split])
+    entries = []
+    for number, files in enumerate(index["splits"][split].get("parts", [])):
+        target = part_folder(folder, split, number)
+        part = read_part(target)
+        entry = {"rows": part["rows"], "bytes": {name: (target / name).stat().st_size for name in files}}
+        if "caption_tokens" in part:
+            entry["captions"] = sum(part["caption_tokens"].values())
+        entries.append(entry)
+    return entries
+
+
+class PartError(ValueError):
+    """A part that cannot be read; one line, also when a worker of a DataLoader raises it with its traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].rpartition(f"{PartError.__name__}: ")[2])
+
+
+class Parts:
+    """A split of token shards, part by part.
+
+    Attributes:
+        rows: rows of each part.
+        captions: captions of each part; None for shards of text, or whose parts do not count them.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        """Reads the index, and compares the sizes of files with it.
+
+        Raises:
+            ValueError: if there are no shards or no rows, or a file is missing or of another size.
+        """
+        index = read_index(folder)
+        if index is None:
+            raise ValueError(f"no token shards in {folder}: run python -m t2i_lm.prepare")
+        self.folder, self.split = folder, split
+        self._files: list[dict[str, str]] = index["splits"][split]["parts"]
+        try:
+            entries = part_entries(folder, index, split)
+        except (OSError, ValueError) as error:  # of part.json
+            raise ValueError(f"token shards in {folder / split} cannot be read: {error}; {self._remedy}") from error
+        self.rows: Indices = np.array([entry["rows"] for entry in entries], dtype=np.int64)
+        captions = [entry.get("captions") for entry in entries]
+        self.captions: Indices | None = None if None in captions else np.array(captions, dtype=np.int64)
+        self._bytes: list[dict[str, int]] = [entry.get("bytes", {}) for entry in entries]
+        self._remote = RemoteFiles.of(folder)
+        # In memory that workers share, so that one of them verifies a part.
+        self._verified = torch.zeros(len(entries), dtype=torch.uint8)
+        self._verified.share_memory_()  # type: ignore[no-untyped-call]
+        self._threads: ThreadPoolExecutor | None = None
+        self._asked: set[int] = set()
+        if not len(self):
+            raise ValueError(f"{folder / split} has no usable sample")
+        if self._remote is None:
+            for number in range(len(self._files)):
+                self._require_sizes(number)
+
+    def __len__(self) -> int:
+        return int(self.rows.sum())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest part; 0 where the index does not tell."""
+        return max(sum(sizes.values()) for sizes in self._bytes)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether parts are fetched."""
+        return self._remote is not None
+
+    def table(self, number: int) -> pa.Table:
+        """The rows of a part, memory-mapped.
+
+        Raises:
+            PartError: if it cannot be fetched, or a file is damaged.
+        """
+        return pa.concat_tables([_map(file) for file in self.files(number)])
+
+    def id(self, row: int) -> str:
+        """The `id` of a row."""
+        number = int(np.searchsorted(np.cumsum(self.rows), row, side="right"))
+        return str(self.table(number)["id"][row - int(self.rows[:number].sum())])
+
+    def dataset(self) -> datasets.Dataset:
+        """All parts in numpy format, memory-mapped, after all of them are verified."""
+        files = (file for number in range(len(self._files)) for file in self.files(number))
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files]).with_format(
+            "numpy"
+        )
+
+    def files(self, number: int) -> list[Path]:
+        """The files of a part, present and verified.
+
+        Raises:
+            PartError: if one cannot be fetched, or is damaged.
+        """
+        paths = []
+        for name, sha256 in self._files[number].items():
+            place = f"{part_folder(Path(self.split), '', number).as_posix()}/{name}"
+            path = part_folder(self.folder, self.split, number) / name
+            try:
+                if self._remote is not None:
+                    path = self._remote.fetch(place, sha256, verified=bool(self._verified[number]))
+                elif not self._verified[number] and file_sha256(path) != sha256:
+                    raise self._damaged(path)
+            except OSError as error:
+                raise PartError(f"token shard {path} cannot be read: {error.strerror or error}") from error
+            except ValueError as error:
+                raise PartError(str(error)) from error
+            paths.append(path)
+        self._verified[number] = 1
+        return paths
+
+    def fetch(self, numbers: Iterable[int]) -> None:
+        """Fetches and verifies several parts at a time.
+
+        Raises:
+            PartError: if one cannot be fetched, or is damaged.
+        """
+        missing = [number for number in numbers if not self._is_here(number)]
+        if len(missing) > 1:
+            with ThreadPoolExecutor(FETCHES) as threads:
+                list(threads.map(self.files, missing))
+
+    def fetch_later(self, numbers: Iterable[int]) -> None:
+        """Begins to fetch remote parts. One that cannot be fetched is tried again, and named, when it is read."""
+        for number in numbers:
+            if number not in self._asked and not self._is_here(number):
+                self._threads = self._threads or ThreadPoolExecutor(FETCHES)
+                self._asked.add(number)
+                self._threads.submit(self._fetch_one, number)
+
+    def _fetch_one(self, number: int) -> None:
+        with suppress(PartError):
+            self.files(number)
+        self._asked.discard(number)
+
+    def _is_here(self, number: int) -> bool:
+        if self._remote is None:
+            return bool(self._verified[number])
+        return all(self._remote.has(sha256) for sha256 in self._files[number].values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_threads": None, "_asked": set()}
+
+    def _require_sizes(self, number: int) -> None:
+        for name in self._files[number]:
+            path = part_folder(self.folder, self.split, number) / name
+            try:
+                size = path.stat().st_size
+            except OSError:
+                raise ValueError(f"token shard {path} is missing; {self._remedy}") from None
+            expected = self._bytes[number].get(name, size)
+            if size != expected:
+                raise ValueError(
+                    f"token shard {path} is damaged: {size:,} bytes, index.json says {expected:,}; {self._remedy}"
+                )
+
+    def _damaged(self, path: Path) -> ValueError:
+        return ValueError(f"token shard {path} is damaged: its sha256 differs from index.json; {self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete {self.folder} to prepare it again, or restore it from where it was copied"
+
+
 def open_split(folder: Path, split: str) -> datasets.Dataset:
-    """A memory-mapped split in numpy format.
+    """A whole split in numpy format, memory-mapped, after all of its parts are verified.
 
     Raises:
-        ValueError: if a shard is missing or its sha256 differs from the index.
+        ValueError: if a part is missing or damaged.
     """
-    index = read_index(folder)
-    if index is None:
-        raise ValueError(f"no token shards in {folder}: run python -m t2i_lm.prepare")
-    parts = []
-    for number, shards in enumerate(index["splits"][split]["parts"]):
-        part = part_folder(folder, split, number)
-        for name, expected in shards.items():
-            shard = part / name
-            if not shard.is_file() or file_sha256(shard) != expected:
-                state = "damaged" if shard.is_file() else "missing"
-                raise ValueError(f"token shard {shard} is {state}; delete {folder} to prepare it again")
-        if shards:
-            parts.append(datasets.load_from_disk(str(part)))
-    if not parts:
-        raise ValueError(f"{folder / split} has no usable sample")
-    return datasets.concatenate_datasets(parts).with_format("numpy")
+    return Parts(folder, split).dataset()
+
+
+def _map(file: Path) -> pa.Table:
+    return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()

@@ -9,7 +9,7 @@ from typing import Any
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import open_split, read_index, validation_splits, validations_in
+from t2i_lm.data.shards.format import PARTS, Parts, part_entries, read_index, validation_splits, validations_in
 from t2i_lm.storage.resumable import write_atomic
 
 # Key of the index: `images` that recur, and the ids of the `first` with its twin; by split where there are several.
@@ -18,8 +18,8 @@ RECURRING = "recurring"
 
 def recurring_images(folder: Path) -> dict[str, dict[str, Any]]:
     """By validation split: the number of images whose ids are those of a training image, and the first such pair."""
-    train = open_split(folder, "train")
-    validations = {split: open_split(folder, split) for split in validation_splits(folder)}
+    train = Parts(folder, "train")
+    validations = {split: Parts(folder, split) for split in validation_splits(folder)}
     held_out = {
         split: [_digest(ids_N) for ids_N in PairColumns(rows).image_rows()] for split, rows in validations.items()
     }
@@ -33,7 +33,7 @@ def recurring_images(folder: Path) -> dict[str, dict[str, Any]]:
         recurring = [row for row, digest in enumerate(digests) if twins[digest] >= 0]
         first = None
         if recurring:
-            first = [validations[split][recurring[0]]["id"], train[twins[digests[recurring[0]]]]["id"]]
+            first = [validations[split].id(recurring[0]), train.id(twins[digests[recurring[0]]])]
         found[split] = {"images": len(recurring), "first": first}
     return found
 
@@ -45,7 +45,7 @@ def recurring_of(index: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def require_held_out(config: ExperimentConfig, folder: Path) -> None:
-    """Checks that validation images do not recur in training; counts them where the index has no count yet.
+    """Checks that validation images do not recur in training; counts them, and parts, where the index does not yet.
 
     Generated scenes are counted only: different images may have equal ids.
 
@@ -54,9 +54,11 @@ def require_held_out(config: ExperimentConfig, folder: Path) -> None:
     """
     index = read_index(folder)
     assert index is not None
-    if RECURRING not in index:
-        counted = recurring_images(folder)
-        index[RECURRING] = counted.get("val", counted)
+    if RECURRING not in index or PARTS not in index:
+        if RECURRING not in index:
+            counted = recurring_images(folder)
+            index[RECURRING] = counted.get("val", counted)
+        index[PARTS] = {split: part_entries(folder, index, split) for split in index["splits"]}
         with suppress(OSError):  # a cache that others wrote, and that is only read here
             file = folder / "index.json"
             prepared = file.stat().st_mtime_ns

@@ -38,6 +38,7 @@ from t2i_lm.data.shards.format import (
 )
 from t2i_lm.data.shards.held_out import require_held_out
 from t2i_lm.data.shards.rejects import Rejects
+from t2i_lm.data.shards.stored import stored_shards
 from t2i_lm.data.shards.tokenize import ENCODE_BATCH, PairRows, stack_images, write_text_split
 from t2i_lm.data.sources import open_source
 from t2i_lm.data.splits import validations_of
@@ -77,6 +78,8 @@ def prepare_pairs(
             too many ids, or if the run is of an older version of scenes (`former_scenes`).
     """
     tokenizers = {"text": text.sha256, "image": image.sha256}
+    if config.data.source == "shards":
+        return stored_shards(config, tokenizers, image.grid[0] * image.grid[1])
     prepared = shards_of(config, tokenizers, image.vocab_size > 2**16)
     folder = former_scenes(config, prepared, run) or prepared.find()
     if folder is None:

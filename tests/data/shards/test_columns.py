@@ -7,7 +7,7 @@ import numpy as np
 
 from t2i_lm.data.datamodules import CaptionedIds
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import open_split, pair_features, part_folder, read_part, write_index, write_part
+from t2i_lm.data.shards.format import Parts, open_split, pair_features, part_folder, read_part, write_index, write_part
 
 COUNTS = (3, 1, 2, 4, 1)  # captions of each row
 
@@ -32,7 +32,7 @@ def write(folder: Path) -> None:
 def test_columns_equal_the_rows_of_the_split(tmp_path: Path) -> None:
     write(tmp_path)
     split = open_split(tmp_path, "train")
-    columns = PairColumns(split)
+    columns = PairColumns(Parts(tmp_path, "train"))
     assert len(columns) == len(split) == 5
     assert columns.caption_counts().tolist() == [columns.count(row) for row in range(5)] == list(COUNTS)
     for row in range(5):
@@ -46,7 +46,7 @@ def test_columns_equal_the_rows_of_the_split(tmp_path: Path) -> None:
 
 def test_pickled_columns_contain_no_ids_and_map_the_files_again(tmp_path: Path) -> None:
     write(tmp_path)
-    columns = PairColumns(open_split(tmp_path, "train"))
+    columns = PairColumns(Parts(tmp_path, "train"))
     sent = pickle.dumps(columns)
     assert columns.images([4]).tobytes() not in sent
     again = pickle.loads(sent)
@@ -56,7 +56,7 @@ def test_pickled_columns_contain_no_ids_and_map_the_files_again(tmp_path: Path) 
 
 def test_with_all_captions_every_caption_is_a_sample(tmp_path: Path) -> None:
     write(tmp_path)
-    each = CaptionedIds(open_split(tmp_path, "train"), "all", seed=0)
+    each = CaptionedIds(Parts(tmp_path, "train"), "all", seed=0)
     assert len(each) == sum(COUNTS)
     texts, images = each.pairs([(0, index) for index in range(len(each))])
     assert [len(text) for text in texts] == [row + caption for row in range(5) for caption in range(COUNTS[row])]

@@ -10,7 +10,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.datamodules import PairBatches
 from t2i_lm.data.shards.cache import shards_of
-from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.format import Parts
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.open_lm import decoder_config
@@ -25,7 +25,7 @@ DRAWS = [(0, row) for row in range(5)]
 
 def test_trim_changes_batch_lengths_but_not_tokens_loss_or_gradients(tmp_path: Path) -> None:
     write(tmp_path)
-    split = open_split(tmp_path, "train")
+    split = Parts(tmp_path, "train")
     decoder = Decoder(decoder_config(SIZES | {"positional_embedding_type": "rotary"}))
     decoder.reset_parameters(torch.Generator().manual_seed(1))
     layout = Layout(expand_vocabulary(decoder, 8, torch.Generator().manual_seed(2)), 4, LENGTH)

@@ -11,7 +11,7 @@ from t2i_lm.config.sections import DataConfig, ImageTokenizerConfig
 from t2i_lm.data.datamodules import PairBatches
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.format import Parts
 from t2i_lm.data.shards.prepare import prepare_pairs
 from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.tokenizers.joint_vocab import JointVocab
@@ -34,14 +34,14 @@ def test_ids_come_back(tmp_path: Path, codes: int) -> None:
     data = DataConfig(train_size=20, val_size=4, cache_dir=str(tmp_path))
     config = ExperimentConfig(data=data, image_tokenizer=ImageTokenizerConfig(size=64))
     image, scenes = Pixels(codes), SceneSource(20, "train", 0)
-    split = open_split(prepare_pairs(config, Letters(), image), "train")
+    parts = Parts(prepare_pairs(config, Letters(), image), "train")
     expected_BN = encode_images(image, (np.asarray(scenes[row].image) for row in range(20)))
     assert expected_BN.max() > min(codes // 2, 2**16)
     rows = list(range(20))
-    columns = PairColumns(split)
+    columns = PairColumns(parts)
     assert np.array_equal(columns.images(rows), expected_BN)
     assert columns.images(rows).dtype == (np.uint16 if codes <= 2**16 else np.uint32)
     vocab = JointVocab(256, codes)
-    batch = PairBatches(split, Layout(vocab, 2, 100), "first", 0, 1).__getitems__([(0, row) for row in rows])
+    batch = PairBatches(parts, Layout(vocab, 2, 100), "first", 0, 1).__getitems__([(0, row) for row in rows])
     joint = [row[row >= vocab.image_offset] - vocab.image_offset for row in batch["ids_BT"]]
     assert torch.equal(torch.stack(joint), torch.from_numpy(expected_BN))
