@@ -23,8 +23,6 @@ EXPORT = rm -rf $(RUNS)/assets/export && $(PY) -m t2i_lm.export $(RUNS)/assets/$
 # Two processes share the files of tests, in the order that tests/conftest.py gives them.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-BENCHMARKS := train_step head generate loader trainer_overhead fid
-
 .DEFAULT_GOAL := help
 .PHONY: help setup check test test-quick docs architectures tensorboard figures study open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch clean
 
@@ -81,24 +79,12 @@ open-lm: $(STAMP)  ## install mlfoundations/open_lm, which tests then compare wi
 # A checkout of open_lm, to time its own training step beside ours, here and on a GPU.
 OPEN_LM ?=
 
-# One process each; after a failure the others still run, and make fails at the end.
-bench: $(STAMP)  ## side by side with peers, one JSON line each (minutes of an idle machine; OPEN_LM=CHECKOUT adds open_lm)
-	@failed=; for name in $(BENCHMARKS); do \
-	  set --; if test "$$name" = train_step && test -n "$(OPEN_LM)"; then set -- --open-lm "$(OPEN_LM)"; fi; \
-	  $(PY) -m benchmarks.$$name "$$@" $(ARGS) || failed="$$failed $$name"; done; \
-	  test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
+# One process each with a time limit; after a failure the others still run. ARGS="--only NAME" runs one.
+bench: $(STAMP)  ## side by side with peers, JSON lines and a table (minutes of an idle machine; OPEN_LM=CHECKOUT adds open_lm)
+	@$(PY) -m benchmarks.suite $(if $(OPEN_LM),--open-lm "$(OPEN_LM)") $(ARGS)
 
-# Benchmarks at the paper's shape, on one GPU of 80 GB.
-ON_GPU := "trainer_overhead --shape paper --compile --accumulate 64 --steps 320 --rounds 3" \
-  "train_step --shape paper --peers transformers" "train_step --shape paper --peers litgpt" \
-  $(if $(OPEN_LM),"train_step --shape paper --peers open_lm --open-lm $(OPEN_LM)") \
-  "head --tokens 16128 --precision bf16" \
-  "generate --shape paper --prompt 64 --tokens 1024 --precision bf16 --batch 64 --rounds 3" \
-  "generate --shape paper --prompt 64 --tokens 1024 --precision bf16 --batch 256 --rounds 3 --alone"
-
-bench-gpu: $(STAMP)  ## the same at the paper's shape on one GPU of 80 GB
-	@failed=; for script in $(ON_GPU); do echo "benchmarks.$$script"; $(PY) -m benchmarks.$$script --device cuda $(ARGS) || \
-	  failed="$$failed $${script%% *}"; done; test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
+bench-gpu: $(STAMP)  ## the same at the paper's shape on one GPU of 80 GB, within eight minutes
+	@$(PY) -m benchmarks.suite --gpu $(if $(OPEN_LM),--open-lm "$(OPEN_LM)") $(ARGS)
 
 demo-assets: $(STAMP)  ## rebuild the shipped weights (hours): TEXT=books.txt.gz HELDOUT=heldout.txt.gz OTHER=wiki.txt.gz
 	@test -f "$(TEXT)" && test -f "$(HELDOUT)" || \

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -94,16 +95,15 @@ def measure(options: argparse.Namespace) -> None:
     if llama is not None:
         with torch.no_grad():
             agreement["logits"] = gate("transformers: logits", llama.logits(few_BT), decoder(few_BT), LOGITS)
-    agreement |= check(
-        generate_all(forms), lambda codes_BN: recompute(decoder, vocab, few_BT, codes_BN), options.device
-    )
+    codes, first_seconds = generate_all(forms)
+    agreement |= check(codes, lambda codes_BN: recompute(decoder, vocab, few_BT, codes_BN), options.device)
     if options.precision == "bf16":
         from t2i_lm.generation.images import round_weights
 
         for model in (decoder,) if llama is None else (decoder, llama.model):
             round_weights(model)
         # Rounding may swap an id, after which the images differ: reported, not refused.
-        agreement["equal_ids_bf16"] = shares(generate_all(forms))
+        agreement["equal_ids_bf16"] = shares(generate_all(forms)[0])
     if len(few_BT) < len(prompt_BT):
         forms = forms_of(prompt_BT)
     contenders = [Contender(name, family, run) for name, (family, run) in forms.items()]
@@ -111,6 +111,7 @@ def measure(options: argparse.Namespace) -> None:
     report.write(
         shape=vars(shape),
         gate=agreement,
+        first_call_seconds=first_seconds,
         **compare(contenders, seconds),
         ids_per_s=rates(seconds, options.batch * options.tokens),
     )
@@ -166,8 +167,8 @@ def generation_forms(
     return forms
 
 
-def generate_all(forms: dict[str, tuple[str, Generation]]) -> dict[str, Tensor]:
-    """Image codes (B, N) of every form.
+def generate_all(forms: dict[str, tuple[str, Generation]]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Image codes (B, N) of every form, and the seconds of its call: at the first with compilation and captures.
 
     Raises:
         GateError: if a form fails for another reason than GPU memory.
@@ -175,16 +176,19 @@ def generate_all(forms: dict[str, tuple[str, Generation]]) -> dict[str, Tensor]:
     from t2i_lm.runtime.devices import is_gpu_full
 
     codes: dict[str, Tensor] = {}
+    seconds: dict[str, float] = {}
     for name, (_, run) in forms.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the compiler, about itself
-                codes[name] = run()
+                start = time.perf_counter()
+                codes[name] = run()  # on the CPU, thus complete
+                seconds[name] = round(time.perf_counter() - start, 3)
         except (RuntimeError, TypeError) as error:
             if is_gpu_full(error):
                 raise
             raise GateError(f"{name} cannot generate: {str(error).splitlines()[0]}") from error
-    return codes
+    return codes, seconds
 
 
 def shares(codes: dict[str, Tensor]) -> dict[str, float]:

@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.peers import SHAPES, build_decoder
-    from t2i_lm.models.flops import flop_per_token
+    from t2i_lm.models.flops import flop_per_token, peak_flops
     from t2i_lm.runtime.devices import multiplies_bfloat16
 
     name = "tiny" if options.quick else options.shape
@@ -104,6 +104,8 @@ def measure(options: argparse.Namespace) -> None:
         contenders.append(Contender(form.name, form.family, training_step(form, optimizers[key], device)))
     seconds = interleave(contenders, options.rounds, 1 if options.quick else WARMUP, device)
     tokens = shape.batch * shape.length
+    flop = flop_per_token(decoder, shape.length) * tokens
+    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     report.write(
         shape=vars(shape),
         parameters=sum(parameter.numel() for parameter in decoder.parameters()),
@@ -111,10 +113,8 @@ def measure(options: argparse.Namespace) -> None:
         first_call_seconds=first_seconds,
         **compare(contenders, seconds),
         tokens_per_s=rates(seconds, tokens),
-        tflop_per_s={
-            name: float(f"{flop_per_token(decoder, shape.length) * tokens / median(values) / 1e12:.4g}")
-            for name, values in seconds.items()
-        },
+        tflop_per_s={name: float(f"{flop / median(values) / 1e12:.4g}") for name, values in seconds.items()},
+        mfu=None if peak is None else {name: round(flop / median(v) / peak, 4) for name, v in seconds.items()},
     )
 
 

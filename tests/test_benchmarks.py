@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import fid, generate, head, loader, peers, rounds, shards, train_step, trainer_overhead
+from benchmarks import fid, generate, head, loader, peers, rounds, shards, suite, train_step, trainer_overhead
 from t2i_lm.config.sections import DataConfig
 from tests.test_layers import MODULES, imports
 
@@ -241,27 +241,99 @@ def test_nothing_imports_benchmarks_and_make_runs_them_all() -> None:
     for path in MODULES:
         assert not any(imported.split(".")[0] == "benchmarks" for imported in imports(path)), path
     scripts = {path.stem for path in FILES if '__name__ == "__main__"' in path.read_text()}
-    listed = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("BENCHMARKS"))
-    assert set(listed.split(":=")[1].split()) == scripts
+    assert {entry.command[0] for entry in suite.CPU} == {f"benchmarks.{name}" for name in scripts - {"suite"}}
+    assert {entry.command[0] for entry in suite.GPU} <= {f"benchmarks.{name}" for name in scripts} | {"t2i_lm.train"}
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
-    assert all(f"## {name}\n" in results for name in scripts)
+    assert all(f"## {name}\n" in results for name in scripts - {"suite"})
 
 
-def test_make_bench_gives_open_lm_to_training_steps_alone(tmp_path: Path) -> None:
+def test_make_gives_the_suite_its_options(tmp_path: Path) -> None:
     stamp = tmp_path / "installed"
     stamp.touch()
-    command = ["make", "--no-print-directory", "bench", f"STAMP={stamp}", "PY=echo", "ARGS=--quick"]
 
-    def lines(*more: str) -> list[str]:
-        return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-            "\n"
-        )
+    def line(target: str, *more: str) -> str:
+        command = ["make", "--no-print-directory", target, f"STAMP={stamp}", "PY=echo", *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    with_checkout = lines("OPEN_LM=/a checkout")
-    assert with_checkout[0] == "-m benchmarks.train_step --open-lm /a checkout --quick"
-    assert with_checkout[1] == "-m benchmarks.head --quick"
-    assert sum("--open-lm" in line for line in with_checkout) == 1
-    assert lines("OPEN_LM=")[0] == "-m benchmarks.train_step --quick"
+    assert line("bench", "ARGS=--quick", "OPEN_LM=") == "-m benchmarks.suite --quick"
+    assert line("bench-gpu", "OPEN_LM=/a checkout") == "-m benchmarks.suite --gpu --open-lm /a checkout"
+
+
+def test_open_lm_takes_part_in_training_steps_alone() -> None:
+    for gpu, with_checkout in (([], "train_step"), (["--gpu"], "open_lm")):
+        given, more = suite.options([*gpu, "--open-lm", "/a checkout", "--rounds", "3"])
+        assert more == ["--rounds", "3"]
+        for entry in suite.entries(given):
+            command = suite.arguments_of(entry, given, more, Path("runs"))
+            assert ("/a checkout" in command) == (entry.name == with_checkout)
+            assert (command[-2:] == more) == (entry.name != "demo")
+
+
+def test_the_gpus_suite_fits_its_eight_minutes_and_every_command_parses() -> None:
+    given, _ = suite.options(["--gpu"])
+    modules = {f"benchmarks.{module.__name__.split('.')[-1]}": module for module in (train_step, head, generate)}
+    modules["benchmarks.trainer_overhead"] = trainer_overhead
+    for entry in suite.entries(given):
+        assert entry.limit < suite.GPU_SECONDS
+        if entry.name != "demo":
+            modules[entry.command[0]].options(suite.arguments_of(entry, given, [], Path())[3:])
+
+
+def test_what_does_not_end_is_stopped_and_the_rest_still_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def entry(name: str, code: str, limit: float = 60) -> suite.Entry:
+        return suite.Entry(name, (code,), limit)
+
+    line = {"benchmark": "head", "seconds": {"ours": {"median": 2.5, "p10": 1, "p90": 3}}, "peak_mib": {"ours": 12345}}
+    chosen = (
+        entry("slow", "import time; time.sleep(60)", 0.2),
+        entry("broken", "raise SystemExit(3)"),
+        entry("good", f"print('a word'); print({json.dumps(line)!r})"),
+    )
+    monkeypatch.setattr(suite, "CPU", chosen)
+    monkeypatch.setattr(suite, "arguments_of", lambda entry, *_: [sys.executable, "-c", entry.command[0]])
+    assert suite.main([]) == 1
+    out, err = capsys.readouterr()
+    first, *rows = out.splitlines()
+    assert json.loads(first) == line
+    assert [row.split() for row in rows[1:3]] == [
+        ["slow", "time", "stopped", "after", "0", "s"],
+        ["broken", "time", *rows[2].split()[2:]],
+    ]
+    assert "failed with exit code 3" in rows[2]
+    assert [row.split() for row in rows[-2:]] == [
+        ["good", "seconds", "ours", "2.5"],
+        ["good", "peak_mib", "ours", "12,345"],
+    ]
+    assert "error: slow: stopped after 0 s" in err
+    assert suite.main(["--only", "good"]) == 0
+    assert suite.main(["--only", "good", "--seconds", "-1"]) == 1
+    assert "good: no time left" in capsys.readouterr().err
+    assert suite.main(["--only", "bad"]) == 2
+    assert "--only bad: expected one of slow, broken, good" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_suite_runs_small_on_a_cpu() -> None:
+    """One script in the form of the GPU's suite; the scripts themselves are tested above."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.suite",
+        "--gpu",
+        "--quick",
+        "--only",
+        "head",
+        "draw_64",
+        "--no-compile",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [json.loads(line)["benchmark"] for line in lines[:2]] == ["head", "generate"]
+    assert any(line.split()[:2] == ["draw_64", "first_call_seconds"] for line in lines)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

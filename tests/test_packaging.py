@@ -58,3 +58,12 @@ def test_both_packages_import_from_elsewhere(wheel: Path, tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(path.startswith(str(site)) for path in done.stdout.split())
+
+
+def test_lower_bounds_are_pinned_for_their_own_run_of_the_tests() -> None:
+    command = [sys.executable, str(ROOT / ".ci" / "lower_bounds.py"), "--list"]
+    pins = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bounds = [requirement.replace(">=", "==") for requirement in project["dependencies"]]
+    assert set(bounds) <= set(pins)
+    assert "pytest==" in " ".join(pins), "CI's version of a tool without a bound"

@@ -1,6 +1,7 @@
 """Static key-value cache for generation.
 
-Shapes: `B` sequences, `H` heads, `T` columns, `K` head dim, `S` positions written at once.
+Shapes: `B` sequences, `H` heads, `T` columns, `L` of them in all, `K` head dim,
+`S` positions written at once.
 """
 
 from dataclasses import dataclass
@@ -10,39 +11,69 @@ from torch import Tensor
 
 from t2i_lm.models.cuda_graph import StepGraphs
 
+# Columns that no window has. A window of all columns would be contiguous and compile once more. Eight keep alignment.
+SPARE = 8
 # Keys and values (B, H, T, K) to attend to, and the mask added to scores (None: 0).
 Extended = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """One layer of an empty cache, into which prompts are written.
+
+    Attributes:
+        keys_BHLK, values_BHLK: all columns.
+    """
+
+    keys_BHLK: Tensor
+    values_BHLK: Tensor
+
+    def extend(self, k_BHSK: Tensor, v_BHSK: Tensor) -> Extended:
+        """Writes the prompts and returns them."""
+        length = k_BHSK.shape[2]
+        self.keys_BHLK[:, :, :length], self.values_BHLK[:, :, :length] = k_BHSK, v_BHSK
+        return k_BHSK, v_BHSK, None
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """One layer of a window.
+
+    Attributes:
+        keys_BHTK, values_BHTK: views of the cache, which the next step changes.
+        column_1: the column to write; None for the last.
+        mask_B11T: 0 at the columns filled after the step, else minus infinity; None if all are filled.
+    """
+
+    keys_BHTK: Tensor
+    values_BHTK: Tensor
+    column_1: Tensor | None
+    mask_B11T: Tensor | None
+
+    def extend(self, k_BH1K: Tensor, v_BH1K: Tensor) -> Extended:
+        """Writes one position and returns all of them."""
+        if self.column_1 is None:
+            self.keys_BHTK[:, :, -1:], self.values_BHTK[:, :, -1:] = k_BH1K, v_BH1K
+        else:
+            self.keys_BHTK.index_copy_(2, self.column_1, k_BH1K)
+            self.values_BHTK.index_copy_(2, self.column_1, v_BH1K)
+        return self.keys_BHTK, self.values_BHTK, self.mask_B11T
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
     """The first columns of a cache, which one step reads and writes.
 
-    A step depends on tensors and their shapes alone, so one compiled graph serves all steps. The tensors are views of
-    the cache: the next step changes them.
+    A step depends on tensors and their shapes alone, and every layer on its own columns alone, so that one compiled
+    block serves all layers and steps.
 
     Attributes:
-        keys, values: of each layer (B, H, T, K).
-        column_1: the column to write; None for the last.
+        layers: columns of each layer.
         position_B: position of the new token in each sequence.
-        mask_B11T: 0 at the columns filled after the step, else minus infinity; None if all are filled.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    column_1: Tensor | None
+    layers: list[Columns]
     position_B: Tensor
-    mask_B11T: Tensor | None
-
-    def extend(self, layer: int, k_BH1K: Tensor, v_BH1K: Tensor) -> Extended:
-        """Writes one position and returns all of them."""
-        k_BHTK, v_BHTK = self.keys[layer], self.values[layer]
-        if self.column_1 is None:
-            k_BHTK[:, :, -1:], v_BHTK[:, :, -1:] = k_BH1K, v_BH1K
-        else:
-            k_BHTK.index_copy_(2, self.column_1, k_BH1K)
-            v_BHTK.index_copy_(2, self.column_1, v_BH1K)
-        return k_BHTK, v_BHTK, self.mask_B11T
 
 
 class KVCache:
@@ -68,7 +99,7 @@ class KVCache:
 
     def reset(self, batch: int, length: int) -> None:
         """Empties the cache for `batch` sequences of up to `length` columns; keeps memory and graphs of equal size."""
-        length = self._rounded(length)
+        length = self._rounded(length) + (SPARE if self.bucket > 1 else 0)
         shape = (batch, self._heads, length, self._head_dim)
         if not self.keys or self.keys[0].shape != shape:
             self.keys, self.values, self._windows, self.graphs = [], [], {}, None  # freed before the allocation
@@ -85,12 +116,10 @@ class KVCache:
     def _rounded(self, columns: int) -> int:
         return -(-columns // self.bucket) * self.bucket
 
-    def extend(self, layer: int, k_BHSK: Tensor, v_BHSK: Tensor) -> Extended:
-        """Writes one layer's prompts into an empty cache and returns them; `prefilled` follows the last layer."""
+    def prompts(self) -> list[Prompts]:
+        """Each layer of an empty cache; `prefilled` follows the last layer's prompts."""
         assert self.filled == 0
-        length = k_BHSK.shape[2]
-        self.keys[layer][:, :, :length], self.values[layer][:, :, :length] = k_BHSK, v_BHSK
-        return k_BHSK, v_BHSK, None
+        return [Prompts(keys, values) for keys, values in zip(self.keys, self.values, strict=True)]
 
     def prefilled(self, length: int) -> None:
         """Marks the prompts as written, in all layers."""
@@ -117,13 +146,13 @@ class KVCache:
         if end in self._windows:
             return self._windows[end]
         fixed = self.bucket > 1
-        window = Window(
-            [whole[:, :, :end] for whole in self.keys],
-            [whole[:, :, :end] for whole in self.values],
-            self._column_1 if fixed else None,
-            self._position_B,
-            self._mask_B11L[..., :end] if fixed or self._ragged else None,
-        )
+        column_1 = self._column_1 if fixed else None
+        mask_B11T = self._mask_B11L[..., :end] if fixed or self._ragged else None
+        layers = [
+            Columns(keys[:, :, :end], values[:, :, :end], column_1, mask_B11T)
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
+        window = Window(layers, self._position_B)
         if fixed:
             self._windows[end] = window
         return window

@@ -20,8 +20,7 @@ class StepGraphs:
     """The graphs of one cache, each captured at the first use of its key.
 
     A replay uses the memory of its capture: the cache, a copy of the ids, and a pool that these graphs share, since
-    steps follow each other. A result is therefore valid until the next step. Caches have separate pools: guidance reads
-    the results of two caches together.
+    steps follow each other. A result is therefore valid until the next step. Caches have separate pools.
     """
 
     def __init__(self) -> None:

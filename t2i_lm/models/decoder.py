@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from t2i_lm.models.backbone import Backbone
-from t2i_lm.models.cache import KVCache, Window
+from t2i_lm.models.cache import Columns, KVCache, Prompts, Window
 from t2i_lm.models.packing import Packed, TargetIndex
 from t2i_lm.models.token_rows import Embedding, Output
 
@@ -26,6 +26,7 @@ POSITIONS = ("rotary", "llama_rotary", "head_rotary", "none")
 ROTARY = ("rotary", "llama_rotary")
 ROTARY_BASE = 10_000.0
 Rotary = tuple[Tensor, Tensor] | None  # cosines and sines that broadcast to (B, H, T, K)
+Store = Prompts | Columns | Packed | None  # where a block's keys and values go, and what it attends to besides them
 SHORT = 512  # positions up to which bfloat16 attention on a CPU materializes the scores
 HALF = (torch.float16, torch.bfloat16)
 CUDA_BUCKET = 128  # cache columns: 9 CUDA graphs for 1,088 positions; a step reads 64 columns too many on average
@@ -225,10 +226,10 @@ def attend_packed(q_1HNK: Tensor, k_1HNK: Tensor, v_1HNK: Tensor, packed: Packed
 class Attention(nn.Module):
     """Causal multi-head attention with a fused query-key-value projection."""
 
-    def __init__(self, layer: int, dim: int, n_heads: int, positions: str, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, dim: int, n_heads: int, positions: str, norm: Callable[[int], nn.Module]) -> None:
         """`norm` applies to queries and keys."""
         super().__init__()
-        self.layer, self.n_heads = layer, n_heads
+        self.n_heads = n_heads
         self.in_proj = nn.Linear(dim, 3 * dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
         self.q_norm, self.k_norm = norm(dim), norm(dim)
@@ -248,7 +249,7 @@ class Attention(nn.Module):
             k_BHTK = (k_BHTK * cos + self.turn(k_BHTK) * sin).to(v_BHTK.dtype)
         return q_BHTK, k_BHTK, v_BHTK
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | Packed | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: Rotary, store: Store) -> Tensor:
         B, T, D = x_BTD.shape
         q_BHTK, k_BHTK, v_BHTK = self.project(x_BTD, rotary)
         if isinstance(store, Packed):
@@ -256,7 +257,7 @@ class Attention(nn.Module):
         else:
             mask = None
             if store is not None:
-                k_BHTK, v_BHTK, mask = store.extend(self.layer, k_BHTK, v_BHTK)
+                k_BHTK, v_BHTK, mask = store.extend(k_BHTK, v_BHTK)
             out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal=T > 1, mask=mask)
         return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
 
@@ -264,17 +265,36 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, layer: int, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         norm = NORMS[config.model_norm] if config.qk_norm else lambda _: nn.Identity()
-        self.attention = Attention(layer, config.hidden_dim, config.n_heads, config.positional_embedding_type, norm)
+        self.attention = Attention(config.hidden_dim, config.n_heads, config.positional_embedding_type, norm)
         self.feed_forward = FEED_FORWARDS[config.ffn_type](config.hidden_dim)
         self.attention_norm = NORMS[config.model_norm](config.hidden_dim)
         self.ffn_norm = NORMS[config.model_norm](config.hidden_dim)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | Packed | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: Rotary, store: Store) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, store)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))  # type: ignore[no-any-return]
+
+
+def _block_step(block: Block, x_B1D: Tensor, rotary: Rotary, store: Store) -> Tensor:
+    """A block as a function, whose compiled code all blocks share."""
+    return block.forward(x_B1D, rotary, store)
+
+
+def _vary(x_B1D: Tensor, rotary: Rotary, columns: Columns) -> None:
+    """Marks batch and columns as variable; `dynamic=True` would tie sizes that happen to be equal to each other."""
+    from torch._dynamo import maybe_mark_dynamic  # seconds to import
+
+    batched = [x_B1D, *(rotary or ()), columns.keys_BHTK, columns.values_BHTK]
+    if columns.mask_B11T is not None:
+        batched.append(columns.mask_B11T)
+        maybe_mark_dynamic(columns.mask_B11T, 3)
+    for tensor in batched:
+        maybe_mark_dynamic(tensor, 0)
+    for tensor in (columns.keys_BHTK, columns.values_BHTK):
+        maybe_mark_dynamic(tensor, 2)
 
 
 class Decoder(Backbone):
@@ -296,11 +316,11 @@ class Decoder(Backbone):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config, self._checkpointing, self._packing = config, False, False
-        self._compiled_step: Callable[[Tensor, Window, bool], Tensor] | None = None
+        self._compiled_block: Callable[[Block, Tensor, Rotary, Store], Tensor] | None = None
         self.tok_embeddings = Embedding(config.vocab_size, config.hidden_dim)
         embed_norm = NORMS[config.model_norm] if config.post_embed_norm else lambda _: nn.Identity()
         self.post_embed_norm = embed_norm(config.hidden_dim)
-        self.layers = nn.ModuleList(Block(layer, config) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = NORMS[config.model_norm](config.hidden_dim)
         self.output = Output(config.vocab_size, config.hidden_dim)
         if config.weight_tying:
@@ -345,20 +365,23 @@ class Decoder(Backbone):
 
     def _hidden(self, ids_BT: Tensor, rotary: Rotary, store: KVCache | Packed | None) -> Tensor:
         x_BTD = self.post_embed_norm(self.tok_embeddings(ids_BT))
+        if isinstance(store, KVCache):
+            for block, prompts in zip(self.layers, store.prompts(), strict=True):
+                x_BTD = block.forward(x_BTD, rotary, prompts)  # bypasses `torch.compile`, whose graphs are for training
+            return self.norm(x_BTD)  # type: ignore[no-any-return]
         for block in self.layers:
-            if isinstance(store, KVCache):
-                x_BTD = block.forward(x_BTD, rotary, store)  # bypasses `torch.compile`, whose graphs are for training
-            elif self._checkpointing and self.training:
+            if self._checkpointing and self.training:
                 x_BTD = checkpoint(block, x_BTD, rotary, store, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, rotary, store)
         return self.norm(x_BTD)  # type: ignore[no-any-return]
 
     def next_hidden(self, ids_B: Tensor, cache: KVCache, image_rows_only: bool = False) -> Tensor:
-        step, window = self._compiled_step or self._step, cache.next_window()
+        window = cache.next_window()
         if cache.graphs is None:
-            return step(ids_B, window, image_rows_only)
-        return cache.graphs.run((window, image_rows_only), lambda own_B: step(own_B, window, image_rows_only), ids_B)
+            return self._step(ids_B, window, image_rows_only)
+        key = window, image_rows_only
+        return cache.graphs.run(key, lambda own_B: self._step(own_B, window, image_rows_only), ids_B)
 
     def _step(self, ids_B: Tensor, window: Window, image_rows_only: bool) -> Tensor:
         x_B1D = self.post_embed_norm(self.tok_embeddings(ids_B[:, None], image_rows_only))
@@ -366,18 +389,25 @@ class Decoder(Backbone):
         if self.config.positional_embedding_type in ROTARY:
             cos_B11K = self.get_buffer("rotary_cos")[window.position_B][:, None, None]
             rotary = cos_B11K, self.get_buffer("rotary_sin")[window.position_B][:, None, None]
-        for block in self.layers:
-            x_B1D = block.forward(x_B1D, rotary, window)
+        step = self._compiled_block or Block.forward
+        if self._compiled_block is not None:
+            _vary(x_B1D, rotary, window.layers[0])  # the first layer's call compiles
+        for block, columns in zip(self.layers, window.layers, strict=True):
+            assert isinstance(block, Block)
+            x_B1D = step(block, x_B1D, rotary, columns)
         return self.norm(x_B1D)[:, 0]  # type: ignore[no-any-return]
 
     def compile_steps(self) -> None:
-        """Compiles `next_hidden`: some seconds at the first images, then less time per token."""
-        self._compiled_step = torch.compile(self._step)
+        """Compiles the blocks of `next_hidden`: some seconds at the first images, then less time per token.
+
+        One block is compiled once, with variable sizes, for all layers, batches and lengths of the cache.
+        """
+        self._compiled_block = torch.compile(_block_step)
 
     @property
     def generates_compiled(self) -> bool:
         """Whether the step is compiled; steps bypass the blocks that `trainer.compile` compiles."""
-        return self._compiled_step is not None
+        return self._compiled_block is not None
 
     def enable_activation_checkpointing(self) -> None:
         self._checkpointing = True

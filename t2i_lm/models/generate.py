@@ -1,6 +1,7 @@
 """Sampling with batched prefill and a static key-value cache, restricted to image ids.
 
-Shapes: `B` images, `T` prompt positions, `N` image tokens, `D` width, `V` image codes.
+Shapes: `B` images, `X` rows of one pass (2 B with guidance in one cache), `T` prompt positions,
+`N` image tokens, `D` width, `V` image codes.
 """
 
 from collections.abc import Callable, Sequence
@@ -139,8 +140,9 @@ def generate(
         null_prompt: the prompt of an empty caption, required for guidance.
         on_token: progress.
         at_once: images per batch, which the cache must hold; None for all.
-        prompt_end: cache column before which every prompt ends, at least the length of the longest prompt; None for
-            the longest of each batch. Without a ragged cache every batch has prompts of one length anyway.
+        prompt_end: cache column before which every prompt ends, at least the length of the longest prompt, the null
+            prompt of guidance included; None for the longest of each batch. Without a ragged cache every batch has
+            prompts of one length anyway.
 
     Returns:
         Image codes (B, N) int64 in [0, vocab.image_size), row-major, on the CPU.
@@ -153,33 +155,41 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
     if sampling.guidance != 1 and null_prompt is None:
         raise ValueError(f"guidance={sampling.guidance}: requires the prompt of an empty caption")
-    longest = max(map(len, prompts), default=0)
+    guided = null_prompt is not None and sampling.guidance != 1
+    longest = max(map(len, [*prompts, null_prompt] if null_prompt is not None and guided else prompts), default=0)
     if prompt_end is not None and prompt_end < longest:
         raise ValueError(f"prompt_end={prompt_end}: expected at least {longest}, the longest prompt")
     device = decoder.output.text.device
     codes_BN = torch.full((len(prompts), image_tokens), -1, device=device)
     done, batches = 0, _batches(decoder, prompts, at_once or len(prompts))
-    caches: list[Any] = [None] if sampling.guidance == 1 else [None, None]  # reused by all batches
+    caches: list[Any] = [None, None]  # reused by all batches
     for members in batches:
         rows_B = torch.tensor(members, device=device)  # one copy to the device instead of one per token
         uniform_BN = None if seeds is None else uniforms([seeds[index] for index in members], image_tokens).to(device)
         streams = [[prompts[index] for index in members]]
-        if null_prompt is not None and sampling.guidance != 1:
+        if null_prompt is not None and guided:
             streams.append([null_prompt] * len(members))
+        if decoder.ragged_cache:  # guidance doubles the rows: one pass reads the weights once
+            streams = [[prompt for stream in streams for prompt in stream]]
         last = []
         for number, heads in enumerate(streams):
-            end = prompt_end if decoder.ragged_cache and number == 0 else None  # null prompts are all alike
+            end = prompt_end if decoder.ragged_cache else None
             length = (end or max(map(len, heads))) + image_tokens
             caches[number] = decoder.generation_cache(len(heads), length, caches[number])
             last.append(prefill(decoder, heads, caches[number], end))
         for step in range(image_tokens):
-            logits = [decoder.output(last_BD, image_rows_only=True) for last_BD in last]
-            logits_BV = logits[0] if len(logits) == 1 else logits[1] + sampling.guidance * (logits[0] - logits[1])
+            logits_XV = torch.cat([decoder.output(last_XD, image_rows_only=True) for last_XD in last])
+            logits_BV = logits_XV
+            if guided:
+                own_BV, null_BV = logits_XV.chunk(2)
+                logits_BV = null_BV + sampling.guidance * (own_BV - null_BV)
             logits_BV = filter_top_p(filter_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
             codes_B = sample_ids(logits_BV, None if uniform_BN is None else uniform_BN[:, step])
             codes_BN[rows_B, step] = codes_B
             if step + 1 < image_tokens:
-                last = [decoder.next_hidden(codes_B, cache, image_rows_only=True) for cache in caches]
+                next_X = codes_B.repeat(2) if guided and len(streams) == 1 else codes_B
+                used = caches[: len(streams)]
+                last = [decoder.next_hidden(next_X, cache, image_rows_only=True) for cache in used]
             done += 1
             if on_token is not None:
                 on_token(done, len(batches) * image_tokens, codes_BN)

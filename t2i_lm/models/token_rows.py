@@ -3,11 +3,14 @@
 Shapes: `B` batch, `T` tokens, `N` targets, `D` width, `V` vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i_lm.models.cross_entropy import LossBackend, TokenLoss, linear_cross_entropy
+from t2i_lm.models.padded_rows import pad_blocks
 
 # Columns that a bias adds to rows: one used, the rest zeros, because GPUs multiply multiples of eight fastest.
 BIAS_COLUMNS = 8
@@ -26,10 +29,17 @@ class TokenRows(nn.Module):
         self.register_parameter("special", None)
         self.register_parameter("image", None)
 
+    def blocks(self) -> list[Tensor]:
+        """The row blocks in joint-id order; without expansion, the text rows alone."""
+        return [rows for name in self.BLOCKS if (rows := getattr(self, name)) is not None]
+
     def matrix(self) -> Tensor:
         """All rows (V, D) in joint-id order."""
-        blocks = [rows for name in self.BLOCKS if (rows := getattr(self, name)) is not None]
-        return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+        return _joined(self.blocks())
+
+
+def _joined(blocks: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(blocks)) if len(blocks) > 1 else blocks[0]
 
 
 class Embedding(TokenRows):
@@ -62,18 +72,25 @@ class Output(TokenRows):
         """Logits (..., V) float32 of hidden states (..., D); of the image rows alone if `image_rows_only`."""
         if image_rows_only:
             assert self.image is not None
-            return F.linear(x, self.image).float()
-        return F.linear(*self.factors(x)).float()
+            return _product(x, [self.image])
+        return _product(*self.factors(x))
 
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (..., D') and rows (V, D') whose products are the logits; D' exceeds D if there is a bias."""
-        matrix_VD = self.matrix()
+    def factors(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states (..., D') and row blocks (each of width D') whose products are the logits.
+
+        D' exceeds D if there is a bias.
+        """
+        blocks = self.blocks()
         if self.bias is None:
-            return x, matrix_VD
-        bias_V1 = F.pad(self.bias, (0, len(matrix_VD) - len(self.bias)))[:, None].to(matrix_VD.dtype)
-        columns_VP = F.pad(bias_V1, (0, BIAS_COLUMNS - 1))
-        ones = F.pad(x.new_ones(*x.shape[:-1], 1), (0, BIAS_COLUMNS - 1))
-        return torch.cat([x, ones], dim=-1), torch.cat([matrix_VD, columns_VP], dim=1)
+            return x, blocks
+        zeros = (0, BIAS_COLUMNS - 1)
+        biases = [self.bias, *(x.new_zeros(len(block)) for block in blocks[1:])]
+        wider = [
+            torch.cat([block, F.pad(bias[:, None].to(block.dtype), zeros)], dim=1)
+            for block, bias in zip(blocks, biases, strict=True)
+        ]
+        ones = F.pad(x.new_ones(*x.shape[:-1], 1), zeros)
+        return torch.cat([x, ones], dim=-1), wider
 
     def loss(
         self,
@@ -97,8 +114,14 @@ class Output(TokenRows):
             assert self.image is not None
             target_N = target_N - len(self.text) - len(self.special)
             return backend(x_ND, self.image, target_N, weight_N)
-        x_ND, matrix_VD = self.factors(x_ND)
-        return backend(x_ND, matrix_VD, target_N, weight_N)
+        x_ND, blocks = self.factors(x_ND)
+        return backend(x_ND, blocks, target_N, weight_N)
+
+
+def _product(x: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    """Logits (..., V) float32 of hidden states and all rows of the blocks."""
+    rows = sum(map(len, blocks))
+    return F.linear(x, _joined(pad_blocks(blocks)))[..., :rows].float()
 
 
 def is_new_row(name: str) -> bool:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from t2i_lm.models.cache import KVCache, Window
+from t2i_lm.models.cache import SPARE, KVCache, Window
 from t2i_lm.models.cuda_graph import StepGraphs
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.generate import Sampling, generate
@@ -84,7 +85,7 @@ def test_a_reused_cache_keeps_its_memory_but_not_its_content() -> None:
         assert cache.keys[0] is keys
         assert cache._windows == windows
         assert decoder.generation_cache(2, 17, cache) is cache
-        assert cache.keys[0].shape[2] == 20
+        assert cache.keys[0].shape[2] == 20 + SPARE
         assert not cache._windows
 
 
@@ -105,13 +106,14 @@ def test_steps_within_a_bucket_use_the_same_tensors(members: tuple[int, ...]) ->
     while cache.filled < 20:
         window = cache.next_window()
         seen.add(window)
-        assert window.column_1 is not None
-        assert window.mask_B11T is not None
-        assert int(window.column_1) == cache.filled - 1
+        columns = window.layers[0]
+        assert columns.column_1 is not None
+        assert columns.mask_B11T is not None
+        assert int(columns.column_1) == cache.filled - 1
         done = cache.filled - filled
         assert window.position_B.tolist() == [length - 1 + done for length in lengths]
-        assert (window.mask_B11T[:, 0, 0] == 0).sum(1).tolist() == [length + done for length in lengths]
-        assert window.keys[0].shape[2] == window.mask_B11T.shape[3] == -(-cache.filled // 8) * 8
+        assert (columns.mask_B11T[:, 0, 0] == 0).sum(1).tolist() == [length + done for length in lengths]
+        assert columns.keys_BHTK.shape[2] == columns.mask_B11T.shape[3] == -(-cache.filled // 8) * 8
     assert len(seen) == len({column // 8 for column in range(filled, 20)})
 
 
@@ -123,6 +125,29 @@ def test_compiled_steps_in_buckets_generate_the_same_ids() -> None:
     decoder.bucket = 8
     decoder.compile_steps()
     assert torch.equal(generate(decoder, vocab, prompts[:2], 6), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bucket", "members", "expected"), [(1, EQUAL, 2), (1, RAGGED, 1), (8, EQUAL, 1), (8, RAGGED, 1)]
+)
+def test_one_block_is_compiled_once_for_all_layers_lengths_and_batches(
+    bucket: int, members: tuple[int, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted with a backend that generates no code. Without buckets, captions of one length are not masked."""
+    decoder, vocab, every = setup("rotary")
+    prompts = [every[member] for member in members]
+    decoder.bucket = bucket
+    more = [*prompts, *prompts, prompts[0]]
+    eager = ways(decoder, vocab, prompts), ways(decoder, vocab, more), [generate(decoder, vocab, prompts, 9)]
+    counter, compile_code = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda code, **how: compile_code(code, backend=counter, **how))
+    torch.compiler.reset()
+    decoder.compile_steps()
+    compiled = ways(decoder, vocab, prompts), ways(decoder, vocab, more), [generate(decoder, vocab, prompts, 9)]
+    for found, same in zip(compiled, eager, strict=True):
+        assert all(map(torch.equal, found, same))  # also with 2 heads and 2 images: equal sizes are not tied
+    assert counter.frame_count == expected
 
 
 @on_cuda

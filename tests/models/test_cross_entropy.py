@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import t2i_lm.models.cross_entropy as losses
+import t2i_lm.models.padded_rows as padded_rows
 from t2i_lm.config.sections import LOSS_BACKENDS
-from t2i_lm.models.cross_entropy import BACKENDS, TokenLoss, loss_backend
+from t2i_lm.models.cross_entropy import BACKENDS, TokenLoss, chunk_size, loss_backend
 from t2i_lm.runtime.devices import multiplies_bfloat16
 from tests.marks import needs_torchs
 
@@ -19,6 +20,12 @@ Backend = Callable[..., TokenLoss]
 @pytest.fixture(params=["fused", pytest.param("torch", marks=needs_torchs)])
 def linear_cross_entropy(request: pytest.FixtureRequest) -> Backend:
     return BACKENDS[request.param]
+
+
+@pytest.fixture(params=[False, True], ids=["unpadded", "padded"])
+def padded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows padded on this CPU as on CUDA."""
+    monkeypatch.setattr(padded_rows, "DEVICES", {"cpu"} if request.param else set())
 
 
 def inputs(targets: int = 50, dim: int = 24, vocabulary: int = 90) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -37,6 +44,7 @@ def materialized(
     return (token_weight_N * (nll_N + z_loss * logits_NV.logsumexp(dim=1).square())).sum(), nll_N
 
 
+@pytest.mark.usefixtures("padded")
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("chunk", [1, 7, 2**21])
 def test_value_and_gradients_equal_the_materialized_loss(
@@ -57,6 +65,7 @@ def test_value_and_gradients_equal_the_materialized_loss(
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
+@pytest.mark.usefixtures("padded")
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4, 1e-2])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_in_bfloat16_the_error_is_that_of_materialized_logits(
@@ -104,6 +113,74 @@ def test_frozen_rows_need_no_gradient(linear_cross_entropy: Backend) -> None:
     assert weight_VD.grad is None
     with torch.no_grad():
         assert linear_cross_entropy(x_ND, weight_VD, target_N).total.item() == pytest.approx(loss.total.item())
+
+
+@pytest.mark.usefixtures("padded")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_blocks_are_one_matrix_and_only_those_that_train_have_a_gradient(
+    linear_cross_entropy: Backend, precision: torch.dtype
+) -> None:
+    x_ND, weight_VD, target_N, token_weight_N = inputs(vocabulary=91)
+    target_N[0] = 90  # the last row, beside the pads
+
+    def grads(rows: Tensor | list[Tensor], by: list[Tensor]) -> tuple[TokenLoss, tuple[Tensor | None, ...]]:
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = linear_cross_entropy(x_ND, rows, target_N, token_weight_N, 1e-2)
+        return loss, torch.autograd.grad(loss.total, by, allow_unused=True)
+
+    expected, (x_grad, weight_grad) = grads(weight_VD, [x_ND, weight_VD])
+    assert x_grad is not None
+    assert weight_grad is not None
+    blocks = [block.detach().requires_grad_() for block in weight_VD.split([50, 7, 34])]
+    loss, (own_x, *own) = grads(blocks, [x_ND, *blocks])
+    assert own_x is not None
+    assert torch.equal(loss.nll_N, expected.nll_N)
+    assert torch.equal(own_x, x_grad)
+    assert torch.equal(torch.cat([grad for grad in own if grad is not None]), weight_grad)
+    blocks[0].requires_grad_(False)
+    *_, last = grads(blocks, [x_ND, *blocks[1:]])[1]
+    assert last is not None
+    assert torch.equal(last, weight_grad[57:])
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("rows", [1, 63, 64, 91, 1541])
+def test_pads_change_no_value(rows: int, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_ND, weight_VD, target_N, token_weight_N = inputs(vocabulary=rows)
+    weight_VD = (4 * weight_VD - 3).detach().requires_grad_()  # logits far below 0, that of a row of zeros
+
+    def values() -> tuple[Tensor, ...]:
+        loss = losses.linear_cross_entropy(x_ND, weight_VD, target_N, token_weight_N, z_loss)
+        return (*loss, *torch.autograd.grad(loss.total, (x_ND, weight_VD)))
+
+    expected = values()
+    monkeypatch.setattr(padded_rows, "DEVICES", {"cpu"})
+    assert padded_rows.padded_count(rows, torch.device("cpu")) % 64 == 0
+    for own, other in zip(values(), expected, strict=True):
+        assert own.shape == other.shape
+        assert (own - other).norm() <= 1e-6 * other.norm()
+
+
+def test_rows_are_padded_on_cuda_alone() -> None:
+    assert padded_rows.padded_count(66_823, torch.device("cuda")) == 66_880
+    assert padded_rows.padded_count(16_384, torch.device("cuda")) == 16_384
+    assert padded_rows.padded_count(66_823, torch.device("cpu")) == 66_823
+
+
+def test_a_single_aligned_matrix_is_not_copied() -> None:
+    weight_VD = torch.ones(64, 3)
+    assert padded_rows.join_rows([weight_VD], 64).data_ptr() == weight_VD.data_ptr()
+    joined_PD = padded_rows.join_rows([weight_VD, weight_VD.bfloat16()], 192)
+    assert joined_PD.dtype == torch.float32
+    assert joined_PD.sum(1).tolist() == [3.0] * 128 + [0.0] * 64
+
+
+@pytest.mark.parametrize(
+    ("targets", "rows", "expected"),
+    [(16_128, 66_880, 2048), (2049, 66_880, 1152), (100, 66_880, 100), (9000, 2**40, 256), (0, 66_880, 1)],
+)
+def test_chunks_on_a_gpu_are_of_equal_size_and_whole_tiles(targets: int, rows: int, expected: int) -> None:
+    assert chunk_size(targets, rows, torch.device("cuda")) == expected
 
 
 def test_every_backend_of_the_config_is_implemented() -> None:

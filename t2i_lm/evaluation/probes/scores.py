@@ -3,7 +3,7 @@
 After training on images, a model may lose on text because its image and boundary rows take probability, or because it
 no longer predicts the text: the two numbers separate these, and one pass computes both.
 
-Shapes: `B` sequences, `T` positions, `N` targets, `D` width, `V` vocabulary; `C` targets of one chunk.
+Shapes: `B` sequences, `T` positions, `N` targets, `D` width, `V` vocabulary, `P` with pads; `C` targets of one chunk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.padded_rows import join_rows, padded_count
 
 # Logits in memory at once.
 LOGITS = 2**22
@@ -42,21 +43,23 @@ class TargetFeatures(NamedTuple):
 
     Attributes:
         x_ND: hidden states, widened where the output has a bias (`models/token_rows.py`).
-        weight_VD: rows of the whole vocabulary, those of text first.
+        weight_PD: rows of the whole vocabulary, those of text first, and pads.
+        rows: rows of the vocabulary, V.
         text_size: number of text rows.
         target_N: text ids.
     """
 
     x_ND: Tensor
-    weight_VD: Tensor
+    weight_PD: Tensor
+    rows: int
     text_size: int
     target_N: Tensor
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits (C, V) in float32 and targets (C,), a part at a time."""
-        size = max(1, LOGITS // len(self.weight_VD))
+        size = max(1, LOGITS // self.rows)
         for x_CD, target_C in zip(torch.split(self.x_ND, size), torch.split(self.target_N, size), strict=True):
-            yield F.linear(x_CD, self.weight_VD).float(), target_C
+            yield F.linear(x_CD, self.weight_PD)[:, : self.rows].float(), target_C
 
 
 @torch.no_grad()
@@ -70,8 +73,10 @@ def target_features(decoder: Backbone, ids_BT: Tensor, target_BT: Tensor) -> Tar
     """
     device = decoder.output.text.device
     ids_BT, mask_BT = ids_BT.to(device), target_BT.to(device)[:, 1:]
-    x_ND, weight_VD = decoder.output.factors(decoder.hidden(ids_BT[:, :-1])[mask_BT])
-    return TargetFeatures(x_ND, weight_VD, len(decoder.output.text), ids_BT[:, 1:][mask_BT])
+    x_ND, blocks = decoder.output.factors(decoder.hidden(ids_BT[:, :-1])[mask_BT])
+    rows = sum(map(len, blocks))
+    weight_PD = join_rows(blocks, padded_count(rows, x_ND.device))
+    return TargetFeatures(x_ND, weight_PD, rows, len(decoder.output.text), ids_BT[:, 1:][mask_BT])
 
 
 @torch.no_grad()
@@ -82,7 +87,7 @@ def score_features(features: TargetFeatures) -> TargetScores:
         own_C = logits_CV.gather(1, target_C[:, None])[:, 0].cpu().double()
         text_C = logits_CV[:, :text_size].logsumexp(dim=1).cpu().double()
         all_C = text_C
-        if logits_CV.shape[1] > text_size:  # from the text rows' sum, so never below it
+        if features.rows > text_size:  # from the text rows' sum, so never below it
             all_C = torch.logaddexp(text_C, logits_CV[:, text_size:].logsumexp(dim=1).cpu().double())
         best_C = (logits_CV.argmax(dim=1) == target_C).cpu()
         best_text_C = (logits_CV[:, :text_size].argmax(dim=1) == target_C).cpu()
