@@ -23,8 +23,11 @@ EXPORT = rm -rf $(RUNS)/assets/export && $(PY) -m t2i_lm.export $(RUNS)/assets/$
 # Two processes share the files of tests, in the order that tests/conftest.py gives them.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# TensorBoard's page with the charts of the figures, without its smoothing.
+DASHBOARD := \#custom_scalars&_smoothingWeight=0
+
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-quick docs architectures tensorboard figures study open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch clean
+.PHONY: help setup check test test-quick test-faults docs architectures tensorboard screenshots figures study open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +60,9 @@ exp-scratch: $(STAMP)  ## the same run from random weights
 figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
 	$(PY) -m t2i_lm.figures --runs $(RUNS) $(ARGS)
 
+test-faults: $(STAMP)  ## kills, signals and damaged files in full numbers (half an hour on two cores)
+	T2I_LM_KILLS=200 T2I_LM_FAULTS=250 $(PYTEST) tests/faults tests/callbacks/files tests/callbacks/test_resume.py
+
 docs: $(STAMP)  ## docs/configuration.md from the docstrings of the config
 	$(PY) -c "from t2i_lm.config.reference import write_reference; write_reference()"
 
@@ -66,8 +72,12 @@ study: $(STAMP)  ## every run of experiments/study.yaml that is missing, then ta
 architectures: $(STAMP)  ## which architectures of transformers work, into docs/models.md (about 10 minutes)
 	$(PY) -m tests.models.architectures $(ARGS)
 
-tensorboard: $(STAMP)  ## curves and samples of all runs in a browser
-	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost
+tensorboard: $(STAMP)  ## dashboards of all runs in a browser (docs/dashboards.md)
+	@echo "open http://localhost:6006/$(DASHBOARD)"
+	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost --port 6006
+
+screenshots: $(STAMP)  ## docs/images of the dashboards and the web page (extra screenshots, and Chromium)
+	$(PY) docs/screenshots.py $(RUNS) $(ARGS)
 
 # No extra: upstream pins pandas 2.1.4, thus numpy below 2, which contradicts ours, and PyPI takes no dependency on git.
 # Of its requirements its model uses torch, huggingface_hub and xformers, which the tests replace by a stub.

@@ -15,6 +15,7 @@ from callbacks.perplexity import EMASplitPerplexity, split_entries
 from callbacks.preemption import Preempted, Preemption
 from callbacks.progress import RunProgress
 from callbacks.rng_state import RngState
+from callbacks.run_record import RunRecord, read_record
 from callbacks.sample_grid import SampleBatch, SampleGrid
 from callbacks.scalars import RunScalars
 from callbacks.throughput import Throughput
@@ -38,6 +39,7 @@ __all__ = [
     "RngState",
     "RunCheckpoints",
     "RunProgress",
+    "RunRecord",
     "RunScalars",
     "SampleBatch",
     "SampleGrid",
@@ -48,6 +50,7 @@ __all__ = [
     "find_resumable",
     "frechet_distance",
     "kernel_distance",
+    "read_record",
     "record_head",
     "split_entries",
 ]

@@ -9,9 +9,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.base.interval_sums import distributed
-from callbacks.files.checkpoint_io import SUFFIX, CorruptCheckpointError, DurableCheckpointIO, digest_of, sweep, verify
+from callbacks.files.checkpoint_io import (
+    SUFFIX,
+    CorruptCheckpointError,
+    DurableCheckpointIO,
+    digest_of,
+    leftovers,
+    verify,
+)
 from callbacks.files.event_log import EventLog
 from callbacks.files.metrics_file import MetricsFile
+
+NOT_STARTED = "not-started"
 
 
 class RunCheckpoints(Checkpoint):
@@ -22,7 +31,8 @@ class RunCheckpoints(Checkpoint):
     records that, and the resumed run restarts the validation.
 
     A scheduled save that fails (full disk) is logged and retried at the next interval; one at the end or before a
-    stop raises. An older checkpoint is deleted only after the new one has been verified.
+    stop raises. Nothing that an earlier session wrote is deleted before a new checkpoint has been verified; what cannot
+    be deleted is logged and stays. A checkpoint without a digest was put there by somebody else, and stays too.
     """
 
     def __init__(
@@ -47,26 +57,29 @@ class RunCheckpoints(Checkpoint):
         self._in_validation = False
         # Between two optimizer steps; inside one, parameters and counters are inconsistent.
         self._consistent = False
-        self._metrics_size = 0  # after the last step, before its validation
+        self._metrics_end: tuple[int, str] = (0, "")  # size and last digest after the last step, before its validation
         self._resume_size: int | None = None
+        self._undeletable: set[Path] = set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Removes files of killed saves, and lines written after the checkpoint."""
+        """Sets aside lines written after the checkpoint, until the next checkpoint."""
         self._saved_step, self._consistent = trainer.global_step, True
         if trainer.is_global_zero:
-            if self.folder.is_dir():
-                sweep(self.folder)
             if self.metrics and self._resume_size is not None and not self.metrics.cut_to(self._resume_size):
                 removed = self.metrics.cut_after(trainer.global_step)
                 text = f"{self.metrics.path.name} changed since the checkpoint; {removed} lines of later steps removed"
                 self._log("metrics-changed", text)
-            self._metrics_size = self.metrics.size() if self.metrics else 0
+            self._metrics_end = self.metrics.end() if self.metrics else (0, "")
         self._resume_size = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step % self.every_n_steps == 0:
+        if (
+            trainer.global_step
+            and batch_idx % trainer.accumulate_grad_batches == 0
+            and trainer.global_step % self.every_n_steps == 0
+        ):
             self.save(trainer, required=False)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -77,10 +90,12 @@ class RunCheckpoints(Checkpoint):
     ) -> None:
         self._consistent = True
         if self.metrics and trainer.is_global_zero:
-            self._metrics_size = self.metrics.size()
+            self._metrics_end = self.metrics.end()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save(trainer)
+        if trainer.is_global_zero:  # also where the last checkpoint is the one that this session started from
+            self._remove_old(trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._consistent and not distributed():  # other ranks would have to take part
@@ -90,12 +105,16 @@ class RunCheckpoints(Checkpoint):
     def save(self, trainer: pl.Trainer, required: bool = True) -> None:
         """Saves the current step once, then deletes checkpoints beyond `keep`; every rank must call it.
 
+        Before the first step there is nothing to save, which a file in the folder records.
+
         Raises:
             OSError: on every rank, if `required` and the checkpoint could not be written.
             TypeError: on every rank, if it holds an object that `weights_only=True` refuses.
         """
         step = trainer.global_step
         if step == self._saved_step:
+            if step == 0 and trainer.is_global_zero:
+                mark_not_started(self.folder)
             return
         self._in_validation = trainer.validating
         path = checkpoint_path(self.folder, step)
@@ -103,7 +122,7 @@ class RunCheckpoints(Checkpoint):
         if failure is None:
             self._saved_step = step
             if trainer.is_global_zero:
-                self._retain(step)
+                self._remove_old(step)
         elif required or not isinstance(failure, OSError):
             self._consistent = False  # so that `on_exception` does not try again
             raise failure
@@ -111,10 +130,12 @@ class RunCheckpoints(Checkpoint):
             self._log("save-failed", f"{failure}; training continues")
 
     def state_dict(self) -> dict[str, Any]:
-        size = self.metrics.size() if self.metrics else 0
+        now = self.metrics.end() if self.metrics else (0, "")
+        size, digest = self._metrics_end if self._in_validation else now
         return {
             "in_validation": self._in_validation,
-            "metrics_size": self._metrics_size if self._in_validation else size,
+            "metrics_size": size,
+            "metrics_digest": digest,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -146,13 +167,30 @@ class RunCheckpoints(Checkpoint):
                 return OSError(f"the checkpoint just written cannot be read back: {error}")
         return None
 
-    def _retain(self, step: int) -> None:
-        """Deletes all but the newest `keep`, and later ones from before a resume."""
+    def _remove_old(self, step: int) -> None:
+        """Deletes what the checkpoint of `step` makes superfluous.
+
+        All but the newest `keep` checkpoints, later ones from before a resume, files of killed saves, and lines that
+        were set aside.
+        """
         complete = [path for path in checkpoints(self.folder) if digest_of(path).is_file()]
         newest = [path for path in complete if step_of(path) <= step][-self.keep :]
-        for path in checkpoints(self.folder):
+        for path in complete:
             if path not in newest:
-                DurableCheckpointIO().remove_checkpoint(path)
+                self._remove(path, DurableCheckpointIO().remove_checkpoint)
+        others = [*leftovers(self.folder), self.folder / NOT_STARTED]
+        for path in [*others, self.metrics.replaced] if self.metrics else others:
+            self._remove(path, Path.unlink)
+
+    def _remove(self, path: Path, remove: Callable[[Path], None]) -> None:
+        try:
+            remove(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # not permitted, or busy on a network file system
+            if path not in self._undeletable:
+                self._undeletable.add(path)
+                self._log("delete-failed", f"{path} cannot be deleted ({error.strerror}); training continues")
 
     def _log(self, kind: str, text: str) -> None:
         print(f"{kind}: {text}", file=sys.stderr, flush=True)
@@ -199,12 +237,37 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step-*{SUFFIX}"), key=step_of)
 
 
+def mark_not_started(folder: Path) -> None:
+    """Records that a run was stopped before its first step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / NOT_STARTED).touch()
+
+
+def was_not_started(folder: Path) -> bool:
+    """Whether a run was stopped before its first step, so that it can begin again without a loss."""
+    return (folder / NOT_STARTED).is_file() and not checkpoints(folder)
+
+
+def require_same_metrics(metrics: MetricsFile, state: dict[str, Any]) -> None:
+    """Checks the lines of metrics.jsonl up to a checkpoint with the state of its `RunCheckpoints`.
+
+    A file that ends before is left to `RunCheckpoints`, which says that lines are missing and goes on.
+
+    Raises:
+        ValueError: if a line was changed, removed, doubled or moved.
+    """
+    size, digest = state.get("metrics_size", 0), state.get("metrics_digest")
+    found = metrics.tip(size)
+    if digest is not None and metrics.size() >= size and found != digest:
+        raise ValueError(f"{metrics.path} has other lines than when its run's last checkpoint was saved")
+
+
 def find_resumable(folder: Path, log: Callable[[str, str], None] | None = None) -> Path | None:
     """The newest intact checkpoint, or None; `log` receives an event (kind, text) per damaged one."""
     for path in reversed(checkpoints(folder)):
         try:
             verify(path)
-        except CorruptCheckpointError as error:
+        except (CorruptCheckpointError, OSError) as error:
             if log:
                 log("corrupt-checkpoint", f"{error}; falling back to the previous one")
         else:

@@ -87,7 +87,8 @@ class NonFiniteGuard(Callback):
         if longest >= self.limit:
             raise FloatingPointError(
                 f"the gradient was not finite in {longest} steps in a row (step {step}); parameters are those before "
-                "them. Lower optim.lr, or use trainer.precision=32-true"
+                "them. Continue at a lower rate (--resume RUN optim.lr=RATE --allow-mismatch optim.lr), or in float32 "
+                "(--resume RUN trainer.precision=32-true --allow-mismatch trainer.precision)"
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Clean end of a run on SIGTERM or Ctrl-C: all ranks save, then stop."""
+"""Clean end of a run on SIGTERM, SIGUSR1 or Ctrl-C: all ranks save, then stop."""
 
 import os
 import signal
@@ -15,17 +15,25 @@ from lightning.pytorch.callbacks import Callback
 from callbacks.base.interval_sums import distributed
 from callbacks.checkpoints import RunCheckpoints
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Slurm's scripts ask for SIGUSR1 some time before the limit (`--signal=USR1@120`).
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Seconds after the first signal in which another counts as the launcher's copy of it.
 ECHO = 1.0
 
 
 class Preempted(Exception):  # noqa: N818 - not an error
-    """The run has saved and stopped on a signal. `exit_code` follows the shell's convention: 143 or 130."""
+    """The run has saved and stopped on a signal, or had nothing to save at step 0.
+
+    Attributes:
+        signal: its number.
+        step: the last step.
+        exit_code: by the shell's convention 128 plus the signal: 143, 138 or 130.
+    """
 
     def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
-        self.exit_code = 128 + number
+        when = f"after step {step}" if step else "before its first step"
+        super().__init__(f"stopped by {signal.Signals(number).name} {when}")
+        self.signal, self.step, self.exit_code = number, step, 128 + number
 
 
 class Preemption(Callback):
@@ -33,8 +41,8 @@ class Preemption(Callback):
 
     The handler only sets the flag: a collective call in a handler would hang if only one rank is signalled. Ranks
     agree once per optimizer step and per validation batch, over a process group on the host, without synchronizing the
-    device. A second Ctrl-C ends the process immediately; a second SIGTERM has no effect, since torchrun forwards to its
-    workers what Slurm already sent them.
+    device. A second Ctrl-C ends the process immediately; a second SIGTERM or SIGUSR1 has no effect, since torchrun
+    forwards to its workers what Slurm already sent them.
 
     List it before callbacks that work in `on_train_start`.
     """
@@ -85,6 +93,9 @@ class Preemption(Callback):
     def asked(self) -> bool:
         """Whether any rank was signalled, for work that can be abandoned within a step. Every rank must call it."""
         return self._highest(self._received) > 0
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop_if_asked(trainer)  # by a signal during the last validation or save
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._installed = False  # Lightning restores the earlier handlers

@@ -14,7 +14,7 @@
 # %% [markdown]
 # # The paper's figures
 #
-# Figures 2 to 6, redrawn from published numbers and from the runs of this suite. Each cell shows a figure, prints its
+# Figures 1 to 6, redrawn from published numbers and from the runs of this suite. Each cell shows a figure, prints its
 # table and writes it as PNG and PDF; if runs are missing, it prints the command that makes them. Open this file with
 # jupytext, or run it as a script.
 
@@ -26,6 +26,13 @@ from t2i_lm.plots.catalogue import Request, show
 
 project = Path("..") if Path.cwd().name == "notebooks" else Path()
 request, folder = Request(project / "runs"), project / "figures"
+
+# %% [markdown]
+# **Figure 1.** Two held-out images, their ids, what the image tokenizer decodes from these ids, and the rows that the
+# embedding and output matrices of the language model gain. From the newest finished run of either arm.
+
+# %%
+show("1", request, folder)
 
 # %% [markdown]
 # **Figure 2.** Zero-shot FID on COCO of published text-to-image systems by release date, with sources

@@ -23,6 +23,13 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("experiment", type=Path, help="experiment YAML; base.yaml and scale/ lie beside it")
     add_scale(arguments)
     arguments.add_argument("--resume", metavar="RUN", help="run folder to continue, or `latest`")
+    arguments.add_argument(
+        "--allow-mismatch",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="with --resume: a config key, or a hash of env.json, that may differ from the run's; may be repeated",
+    )
     arguments.add_argument("--dry-run", action="store_true", help="print config, parameters and cost; train nothing")
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3")
     return arguments
@@ -34,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         arguments, folder = (options.experiment, options.scale, options.overrides), None
-        if options.resume is None:
-            config = load_experiment(*arguments)
+        allowed = tuple(options.allow_mismatch)
+        if options.resume is not None:
+            config, folder = resumed_run(options.resume, *arguments, allowed)
+        elif allowed:
+            raise ValueError(f"--allow-mismatch {allowed[0]}: is for --resume; a new run has nothing to differ from")
         else:
-            config, folder = resumed_run(options.resume, *arguments)
+            config = load_experiment(*arguments)
         if options.dry_run:
             from t2i_lm.experiment.dry_run import describe
 
@@ -46,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.require_paths()
         from t2i_lm.training.run import run  # imports torch and Lightning, after the config is checked
 
-        return run(config, folder)
+        return run(config, folder, allowed)
 
     return exit_code(body)
 

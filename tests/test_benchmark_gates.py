@@ -117,7 +117,9 @@ def test_files_that_stay_in_memory_are_not_timed_as_read_from_the_disk(tmp_path:
     mapped = tmp_path / "train" / "data.arrow"
     mapped.parent.mkdir()
     mapped.write_bytes(bytes(2**20))
-    data = SimpleNamespace(folder=tmp_path, setup=lambda stage: None)
+    parts = SimpleNamespace(rows=[1], files=lambda number: [mapped])
+    train_set = SimpleNamespace(columns=SimpleNamespace(parts=parts))
+    data = SimpleNamespace(folder=tmp_path, setup=lambda stage: None, train_set=train_set)
     with mapped.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as pages:
         assert not any(pages[::4096])  # what a process has mapped stays
         with pytest.raises(rounds.GateError, match="are in memory: not timed"):

@@ -8,16 +8,21 @@ truncate.
 
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from callbacks.base.interval_sums import distributed
 from callbacks.files.atomic import PARTIAL_SUFFIX, write_atomic
 
 SUFFIX, DIGEST_SUFFIX = ".ckpt", ".sha256"
+# Seconds in which a network file system may show another machine's file.
+VISIBLE_S = 10.0
 
 
 class CorruptCheckpointError(ValueError):
@@ -64,14 +69,21 @@ class DurableCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Reads a checkpoint after checking its digest, always with `weights_only=True`, so that it runs no code.
 
+        With several ranks, all read the checkpoint that rank 0 names; every rank must call it, and those others may
+        pass its folder as `path`.
+
         Raises:
-            CorruptCheckpointError: before any tensor is read.
+            CorruptCheckpointError: before any tensor is read; on every rank, if one finds another file or none.
         """
-        verify(Path(path))
+        path = agree(Path(path))
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)  # type: ignore[no-any-return]
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Deletes a checkpoint and its digest."""
+        """Deletes a checkpoint and its digest.
+
+        Raises:
+            OSError: if the checkpoint cannot be deleted; its digest then stays.
+        """
         Path(path).unlink(missing_ok=True)
         digest_of(Path(path)).unlink(missing_ok=True)
 
@@ -88,8 +100,8 @@ def digests(path: Path) -> list[str]:
     return [line.split()[0] for line in lines if line.split()]
 
 
-def verify(path: Path) -> None:
-    """Checks a checkpoint against its digest.
+def verify(path: Path) -> str:
+    """Checks a checkpoint against its digest, and returns that.
 
     Raises:
         CorruptCheckpointError: if either file is missing or they do not match.
@@ -102,17 +114,56 @@ def verify(path: Path) -> None:
             f"{path} has no digest in {digest_of(path).name}: it was not written by this suite"
         )
     with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() not in known:
-            raise CorruptCheckpointError(f"{path} is damaged: its bytes do not match {digest_of(path).name}")
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found not in known:
+        raise CorruptCheckpointError(f"{path} is damaged: its bytes do not match {digest_of(path).name}")
+    return found
 
 
-def sweep(folder: Path) -> int:
-    """Removes temporary files of killed saves, and digests without a checkpoint; returns the number of files."""
-    stale = list(folder.glob(f"*{SUFFIX}*{PARTIAL_SUFFIX}"))
-    stale += [path for path in folder.glob(f"*{SUFFIX}{DIGEST_SUFFIX}") if not path.with_suffix("").is_file()]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
+def agree(path: Path) -> Path:
+    """The checkpoint that rank 0 passed as `path`, verified to be the same bytes on every rank.
+
+    A rank on another machine may not see a new file at once, which is why none chooses by itself.
+
+    Raises:
+        CorruptCheckpointError: on every rank, naming the ranks that cannot read it.
+    """
+    if not distributed():
+        verify(path)
+        return path
+    rank = dist.get_rank()
+    mine = [_found(path) if rank == 0 else None]
+    dist.broadcast_object_list(mine, src=0)
+    assert mine[0] is not None
+    name, digest, problem = mine[0]
+    path = (path if path.is_dir() else path.parent) / name
+    if rank > 0 and problem is None:
+        deadline = time.monotonic() + VISIBLE_S
+        while not path.is_file() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        _, found, problem = _found(path)
+        if problem is None and found != digest:
+            problem = f"{path} is another file than on rank 0"
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if first := next((one for one in problems if one is not None), None):
+        ranks = ", ".join(str(number) for number, one in enumerate(problems) if one is not None)
+        raise CorruptCheckpointError(f"rank {ranks}: {first}; all ranks stop")
+    return path
+
+
+def _found(path: Path) -> tuple[str, str, str | None]:
+    """Name, digest and problem of a checkpoint."""
+    try:
+        return path.name, verify(path), None
+    except (CorruptCheckpointError, OSError) as error:
+        return path.name, "", str(error)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files of killed saves, and digests without a checkpoint."""
+    orphans = [path for path in folder.glob(f"*{SUFFIX}{DIGEST_SUFFIX}") if not path.with_suffix("").is_file()]
+    return [*folder.glob(f"*{SUFFIX}*{PARTIAL_SUFFIX}"), *orphans]
 
 
 class _HashingFile:

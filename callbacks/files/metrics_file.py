@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.files.atomic import write_atomic
+from callbacks.files.line_digests import check, signed
 
 
 class MetricsFile:
@@ -18,12 +19,19 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Lines that a resumed run will write again, until its next checkpoint.
+        self.replaced = path.with_name(f"{path.stem}.replaced{path.suffix}")
         self._waiting = b""
+        self._tip: str | None = None  # digest of the last line; None until the file is read
         self._warned = False
 
     def append(self, record: dict[str, Any]) -> None:
         """Appends a line; prints a warning the first time that one has to wait."""
-        self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
+        body = json.dumps(record, allow_nan=False).encode()
+        if self._tip is None:
+            self._tip = self.tip()
+        line, self._tip = signed(self._tip, body)
+        self._waiting += line + b"\n"
         try:
             self._write()
         except OSError as error:
@@ -44,56 +52,82 @@ class MetricsFile:
         written = self.path.stat().st_size if self.path.is_file() else 0
         return written + len(self._waiting)
 
+    def tip(self, size: int | None = None) -> str:
+        """Digest of the last line, or of the last in the first `size` bytes; it covers all lines before.
+
+        Raises:
+            ValueError: if a line is damaged.
+        """
+        lines = self._lines(size)
+        return lines[-1][2] if lines else ""
+
+    def end(self) -> tuple[int, str]:
+        """Size and last digest, including waiting lines."""
+        if self._tip is None:
+            self._tip = self.tip()
+        return self.size(), self._tip
+
     def read(self) -> list[dict[str, Any]]:
         """All records, without an incomplete last line.
 
         Raises:
             ValueError: if any other line is damaged.
         """
-        return [record for _, record in self._lines()]
+        return [record for _, record, _ in self._lines()]
 
     def cut_after(self, step: int) -> int:
-        """Removes the records of later steps, and an incomplete last line; returns the number of removed lines.
+        """Sets aside the records of later steps, and an incomplete last line; returns the number of removed lines.
 
         A resumed run writes them again. Other lines keep their bytes.
 
         Raises:
             ValueError: if a line in the middle is damaged.
         """
-        self._waiting = b""
+        self._waiting, self._tip = b"", None
         if not self.path.is_file():
             return 0
-        earlier = b"".join(line for line, record in self._lines() if record.get("step", 0) <= step)
+        earlier = b"".join(line for line, record, _ in self._lines() if record.get("step", 0) <= step)
         content = self.path.read_bytes()
         if earlier == content:
             return 0
+        self._set_aside(content[len(earlier) :] if content.startswith(earlier) else content)
         write_atomic(self.path, earlier)
         return len(content.splitlines()) - len(earlier.splitlines())
 
     def cut_to(self, size: int) -> bool:
-        """Truncates the file to `size` bytes; returns False, unchanged, if no line ends there."""
-        self._waiting = b""
+        """Sets aside what follows `size` bytes; returns False, unchanged, if no line ends there."""
+        self._waiting, self._tip = b"", None
         with self.path.open("a+b") as file:
             if size > os.fstat(file.fileno()).st_size:
                 return False
             file.seek(max(0, size - 1))
             if size and file.read(1) != b"\n":
                 return False
+            file.seek(size)
+            self._set_aside(file.read())
             file.truncate(size)
         return True
 
-    def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
-        content = self.path.read_bytes() if self.path.is_file() else b""
+    def _set_aside(self, later: bytes) -> None:
+        """Keeps what is cut in a file of its own; of several cuts before a checkpoint, the first."""
+        if later and not self.replaced.exists():
+            write_atomic(self.replaced, later)
+
+    def _lines(self, size: int | None = None) -> list[tuple[bytes, dict[str, Any], str]]:
+        """Each line, its record and its digest."""
+        content = self.path.read_bytes()[:size] if self.path.is_file() else b""
         complete, _, _ = content.rpartition(b"\n")
         lines = []
+        tip, has_digests = "", False
         for number, line in enumerate(complete.split(b"\n") if complete else [], start=1):
             try:
-                record = json.loads(line)
+                body, tip, has_digests = check(tip, has_digests, line)
+                record = json.loads(body)
             except ValueError as error:
                 raise ValueError(f"{self.path}:{number} is damaged: {error}") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{self.path}:{number} is damaged: not an object")
-            lines.append((line + b"\n", record))
+            lines.append((line + b"\n", record, tip))
         return lines
 
     def _write(self, durable: bool = False) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from callbacks.checkpoints import step_of
 from t2i_lm.comparison.comparability import ORDER, require_comparable
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import PairBatches
-from t2i_lm.data.shards.format import open_split, read_index
+from t2i_lm.data.shards.format import Parts, read_index
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import image_config, load_initial, load_trained, newest_checkpoint
 from t2i_lm.models.factory import weights_hashes
@@ -84,7 +83,7 @@ class ProbedRun:
             part._compiled_call_impl = None
         return model
 
-    def split(self, *names: str) -> datasets.Dataset:
+    def split(self, *names: str) -> Parts:
         """The first of some splits that the shards have.
 
         Raises:
@@ -93,7 +92,7 @@ class ProbedRun:
         index = read_index(self.shards) or {}
         for name in names:
             if name in index.get("splits", {}):
-                return open_split(self.shards, name)
+                return Parts(self.shards, name)
         raise ValueError(f"{self.shards} has no split {' or '.join(names)}")
 
     def sequences(self, layout: Layout | ImageLayout, count: int, *splits: str) -> Tensor:

@@ -28,9 +28,14 @@ class Comparison:
 
 
 def make_comparison(name: str, plan: Plan, find: Callable[[], Arms]) -> Comparison:
-    """The comparison of the arms that `find` returns; its ValueError becomes the problem."""
+    """The comparison of the arms that `find` returns, of runs with one validation set on it.
+
+    A ValueError of `find` or of the comparison becomes the problem.
+    """
     try:
         arms = find()
+        if not arms.runs[0].validation_splits:
+            plan = plan.on_one_set()
         return Comparison(name, plan, arms, tuple(compare(plan, arms)))
     except ValueError as error:
         return Comparison(name, plan, None, (), error)

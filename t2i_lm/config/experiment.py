@@ -86,6 +86,37 @@ REPORTED = (
 )
 
 
+# Keys that decide the model or the order of the data, and cannot change within a run.
+FIXED = (
+    "name",
+    "task",
+    "scale",
+    "seed",
+    "init",
+    "tune",
+    "freeze",
+    "new_rows",
+    "loss_rows",
+    "backbone.",
+    "lora.",
+    "optim.name",
+    "data.source",
+    "data.batch_size",
+    "data.seed",
+    "trainer.accumulate_grad_batches",
+)
+
+
+def is_fixed(key: str) -> bool:
+    """Whether a dotted key cannot change within a run."""
+    return _among(key, FIXED) and key not in PATH_KEYS
+
+
+def may_move(key: str) -> bool:
+    """Whether a dotted key may change on resume: where a run works and where its files lie, whose content is hashed."""
+    return _among(key, (*RESUMABLE, *PLACES, *PATH_KEYS))
+
+
 def is_neutral(key: str) -> bool:
     """Whether a dotted key changes no curve."""
     return _among(key, (*RESUMABLE, *PLACES, *REPORTED))

@@ -51,7 +51,11 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
         if given.setdefault("scale", scale) != scale:
             raise ValueError(f"scale={given['scale']}: the scale is chosen by --scale, here {scale}")
     merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), *map(_node, (*layers, given)))
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except ValueError as error:
+        alone = scale is None and not overrides  # else a value may be from another layer
+        raise ValueError(f"{path}: {error}") if alone else error from error
     assert isinstance(config, ExperimentConfig)
     return config
 
@@ -103,12 +107,34 @@ def is_relative(path: str | None) -> bool:
 
 def save_experiment(config: ExperimentConfig, path: Path) -> None:
     """Writes the resolved experiment as YAML, which `load_experiment(path)` reads back."""
-    path.write_text(to_yaml(config), encoding="utf-8")
+    from t2i_lm.storage.resumable import write_atomic  # imports torch
+
+    write_atomic(path, to_yaml(config))
 
 
 def to_yaml(config: ExperimentConfig) -> str:
     """Every key of an experiment as YAML."""
-    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return _dump(asdict(config))
+
+
+def nested_yaml(values: Mapping[str, Any]) -> str:
+    """Values by dotted key as nested YAML."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        _set(tree, key, value)
+    return _dump(tree)
+
+
+def changed_yaml(path: Path, values: Mapping[str, Any]) -> str:
+    """The content of a YAML file with other values of some dotted keys."""
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        _set(tree, key, value)
+    return _dump(tree)
+
+
+def _dump(tree: Mapping[str, Any]) -> str:
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 class _Dumper(yaml.SafeDumper):

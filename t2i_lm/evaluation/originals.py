@@ -1,21 +1,27 @@
-"""The images behind rows of prepared token shards, read again from their source."""
+"""The images behind rows of prepared token shards, read again from their source, and what Figure 1 shows of them."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.pairs import RejectedPairError, center_crop
 from t2i_lm.data.scenes.scene import render, scene_from_meaning
+from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.shards.prepare import cut
 from t2i_lm.data.sources import open_source
-from t2i_lm.generation.images import ImageArray
+from t2i_lm.experiment.build import ImageExperiment
+from t2i_lm.generation.images import ImageArray, decode
 
 # Samples of a source that are read in search of an image, per image.
 SEARCH = 20
+# Images of Figure 1.
+TOKENIZED = 2
 
 
 def originals(config: ExperimentConfig, split: str, rows: Mapping[str, Sequence[Any]], size: int) -> list[ImageArray]:
@@ -54,3 +60,24 @@ def _images(config: ExperimentConfig, split: str, size: int) -> Iterator[tuple[s
                 yield pair.id, np.asarray(center_crop(pair.image, size))
             except RejectedPairError:
                 continue
+
+
+def write_tokens(experiment: ImageExperiment, split: str, file: Path) -> None:
+    """Writes the first images of a split with their ids, reconstructions and captions, and the rows of the vocabulary.
+
+    Raises:
+        ValueError: as `originals` does.
+    """
+    rows = open_split(experiment.shards, split)[:TOKENIZED]
+    ids_BN = np.stack(rows["image_ids"]).astype(np.int64)
+    vocab = experiment.layout.vocab
+    width = experiment.decoder.tok_embeddings.text.shape[1]
+    file.parent.mkdir(exist_ok=True)
+    np.savez_compressed(
+        file,
+        originals=np.stack(originals(experiment.config, split, rows, experiment.image.image_size)),
+        ids=ids_BN.reshape(-1, *experiment.image.grid),
+        reconstructions=np.stack(decode(experiment, torch.from_numpy(ids_BN))),
+        captions=np.array([experiment.text.decode(texts[0]) for texts in rows["text_ids"]]),
+        rows=np.array([vocab.text_size, vocab.image_size, width]),
+    )

@@ -20,7 +20,7 @@ from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.sources import SCENE_SPLITS
 from t2i_lm.evaluation.alignment import TABLE, alignment_report
 from t2i_lm.evaluation.forgetting import write_completions
-from t2i_lm.evaluation.originals import originals
+from t2i_lm.evaluation.originals import originals, write_tokens
 from t2i_lm.evaluation.parts import failed, measured, part
 from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, image_floor, prompt_accuracy, text_floor
 from t2i_lm.experiment.build import Experiment, ImageExperiment
@@ -40,7 +40,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.storage.run_folder import REPORT, VAL, Run, read_run
+from t2i_lm.storage.run_folder import METRICS_DIGEST, REPORT, TOKENS, VAL, Run, metrics_digest, read_run
 
 # Of the primary validation split; those of another split have its name appended.
 GRID, ORIGINALS, RECONSTRUCTIONS = "samples/grid.png", "samples/originals.png", "samples/reconstructions.png"
@@ -78,6 +78,7 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         report["forgetting"] = run.records("forgetting")[-1]["forgetting"]
         with part(report, "completions"):
             write_completions(run)
+    report[METRICS_DIGEST] = metrics_digest(folder)
     write_atomic(folder / REPORT, json.dumps(report, indent=2) + "\n")
     with part({}, "summary"):
         print_summary(report, folder)
@@ -166,6 +167,9 @@ def text_to_image_report(experiment: ImageExperiment, folder: Path, report: dict
         with part(report, "image_floor"):
             report["image_floor_nll"] = image_floor(experiment.layout.image_tokens)
     first, *others = experiment.data.validation_splits
+    if experiment.image.decodes:
+        with part(report, "tokens"):
+            write_tokens(experiment, first, folder / TOKENS)
     if not others:
         _split_report(experiment, folder, first, report, "")
     for split in (first, *others) if others else ():

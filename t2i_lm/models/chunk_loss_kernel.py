@@ -15,7 +15,7 @@ BLOCK = 8192  # columns at a time: 16 per thread
 WARPS = 16
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _row(  # type: ignore[no-untyped-def]
     logits,
     target_of,

@@ -149,7 +149,7 @@ def _accumulate(total_PD: Tensor, grad_PC: Tensor, x_CD: Tensor) -> None:
     if grad_PC.dtype == torch.float32:
         total_PD.addmm_(grad_PC, x_CD)
     elif sums_in_float32(grad_PC.device, grad_PC.dtype):
-        torch.addmm(total_PD, grad_PC, x_CD, out_dtype=torch.float32, out=total_PD)  # type: ignore[call-overload]
+        torch.addmm(total_PD, grad_PC, x_CD, out_dtype=torch.float32, out=total_PD)
     else:
         total_PD += grad_PC @ x_CD
 
@@ -161,7 +161,7 @@ def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     ones_TT, total_TT = torch.ones(TILE, TILE, dtype=dtype, device=device), torch.ones(TILE, TILE, device=device)
     try:
-        torch.addmm(total_TT, ones_TT.T, ones_TT, out_dtype=torch.float32, out=total_TT)  # type: ignore[call-overload]
+        torch.addmm(total_TT, ones_TT.T, ones_TT, out_dtype=torch.float32, out=total_TT)
     except (RuntimeError, TypeError):  # an older torch
         return False
     return bool((total_TT == TILE + 1).all())

@@ -163,7 +163,7 @@ def _with_floor(panel: Panel, runs: Iterable[Run], modality: str, unit: str) -> 
 def figure1(request: Request) -> RenderedFigure:
     """Figure 1: images as ids, their reconstructions, and the expanded matrices (Section 2.1)."""
     named = request.pretrained or request.scratch
-    run = newest_run(request.root) if named is None else read_run(named)
+    run = read_run(named) if named else newest_run(request.root) or request.pair.pretrained
     images, vocab, width = tokenized_images(run)
     title = "Figure 1. A language model that generates images: ids of an image tokenizer as additional vocabulary"
     captions = " ".join(f"({number}) {image.caption}" for number, image in enumerate(images, 1))

@@ -1,32 +1,24 @@
 """Figure 1: images as ids of an image tokenizer, and the matrices of a decoder expanded by their vocabulary."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.data.pairs import Pair, RejectedPairError, center_crop
-from t2i_lm.data.shards.prepare import cut
-from t2i_lm.data.sources import open_source
-from t2i_lm.data.splits import validations_of
-from t2i_lm.experiment.build import open_image
-from t2i_lm.experiment.restore import image_config
-from t2i_lm.models.factory import decoder_architecture, huggingface_folder
 from t2i_lm.plots.panels import GREY, captioned_figure
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.run_folder import Run, read_run, run_folders
+from t2i_lm.storage.reading import reading
+from t2i_lm.storage.run_folder import TOKENS, Run, read_run, run_folders
 from t2i_lm.tokenizers.joint_vocab import SPECIALS, JointVocab
 
-IMAGES = 2
+Pixels = npt.NDArray[Any]
 TEXT_COLOR, SPECIAL_COLOR, IMAGE_COLOR, BODY_COLOR = "#0072B2", GREY, "#D55E00", "#e4e4e4"
 # Grids with more ids than this to a side show colors alone.
 WRITTEN_IDS = 8
@@ -36,9 +28,9 @@ WRITTEN_IDS = 8
 class TokenizedImage:
     """An image (H, W, 3), its ids (h, w), its reconstruction (H, W, 3) and its caption."""
 
-    original_HW3: np.ndarray
-    ids_hw: np.ndarray
-    reconstruction_HW3: np.ndarray
+    original_HW3: Pixels
+    ids_hw: Pixels
+    reconstruction_HW3: Pixels
     caption: str
 
     @property
@@ -48,61 +40,31 @@ class TokenizedImage:
         return float(-10 * np.log10(np.square(difference / 255).mean()))
 
 
-def newest_run(root: Path) -> Run:
-    """The newest text-to-image run of either arm.
-
-    Raises:
-        ValueError: if there is none.
-    """
+def newest_run(root: Path) -> Run | None:
+    """The newest finished text-to-image run of either arm, if there is one."""
     folders = [folder for name in ("t2i_pretrained", "t2i_scratch") for folder in run_folders(root, name)]
-    if not folders:
-        raise ValueError(
-            f"Figure 1: no run of t2i_pretrained or t2i_scratch in {root}; to make one: make exp-pretrained"
-        )
-    return read_run(max(folders, key=lambda folder: folder.name))
+    finished = [folder for folder in folders if (folder / TOKENS).is_file()]
+    return read_run(max(finished, key=lambda folder: folder.name)) if finished else None
 
 
-def tokenized_images(run: Run, count: int = IMAGES) -> tuple[list[TokenizedImage], JointVocab, int]:
-    """The first validation images of a run through its image tokenizer, its joint vocabulary and the decoder's width.
+def tokenized_images(run: Run) -> tuple[list[TokenizedImage], JointVocab, int]:
+    """The images that a run's report wrote, its joint vocabulary and the decoder's width.
 
     Raises:
-        ValueError: if the run's data or tokenizers cannot be read, or its image tokenizer has no decoder.
+        ValueError: if they are not there.
     """
-    config = image_config(run.folder)
-    image = open_image(config)
-    if not image.decodes:
-        raise ValueError(f"image_tokenizer.path={config.image_tokenizer.path}: it has no decoder for reconstructions")
-    images = []
-    for pair in islice(_pairs(config, image.image_size), count):
-        original_HW3 = np.asarray(center_crop(pair.image, image.image_size))
-        ids_1N = image.encode(torch.from_numpy(original_HW3.copy()).permute(2, 0, 1)[None])
-        decoded_HW3 = image.decode(ids_1N)[0].permute(1, 2, 0).cpu().numpy()
-        ids_hw = ids_1N[0].view(image.grid).cpu().numpy()
-        images.append(TokenizedImage(original_HW3, ids_hw, decoded_HW3, pair.captions[0]))
-    if not images:
-        raise ValueError(f"data.path={config.data.path}: no readable validation image")
-    rows, width = _backbone_rows(config)
-    return images, JointVocab(rows, image.vocab_size), width
-
-
-def _pairs(config: ExperimentConfig, size: int) -> Iterator[Pair]:
-    parts, _ = cut(open_source(config.data, validations_of(config.data)[0], size), None, config.data.part_size)
-    for part in parts:
-        for read in part():
-            try:
-                yield read()
-            except RejectedPairError:
-                continue
-
-
-def _backbone_rows(config: ExperimentConfig) -> tuple[int, int]:
-    """Rows and width of the backbone's matrices before expansion."""
-    folder = huggingface_folder(config)
-    if folder is None:
-        architecture = decoder_architecture(config, config.data.length)
-        return architecture.vocab_size, architecture.hidden_dim
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return int(values["vocab_size"]), int(values.get("hidden_size") or values["n_embd"])
+    file = run.folder / TOKENS
+    if not file.is_file():
+        again = f"python -m t2i_lm.evaluate --checkpoint {run.folder} --report"
+        raise ValueError(f"Figure 1: {run.folder} has no {TOKENS}; to write it: {again}")
+    with reading("run folder", file), np.load(file) as stored:
+        originals, ids, decoded, captions = (
+            stored[name] for name in ("originals", "ids", "reconstructions", "captions")
+        )
+        text_rows, image_rows, width = (int(number) for number in stored["rows"])
+    rows = zip(originals, ids, decoded, captions, strict=True)
+    images = [TokenizedImage(original, grid, again, str(caption)) for original, grid, again, caption in rows]
+    return images, JointVocab(text_rows, image_rows), width
 
 
 def draw_figure1(images: Sequence[TokenizedImage], vocab: JointVocab, width: int, caption: str) -> Figure:

@@ -35,13 +35,13 @@ def sweep_blocks(root: Path) -> tuple[list[FigureBlock], list[str]]:
 
 def _outcomes(key: str, runs: Sequence[Run]) -> list[Outcome]:
     """The runs that differ in one key alone: those of the setting with most of its values, then with most runs."""
-    others = differences(runs, (*varied_in(key), ENVIRONMENT["backbone"]))
+    others = differences(runs, (*varied_in([key]), ENVIRONMENT["backbone"]))
     settings: dict[str, list[Run]] = {}
     for number, run in enumerate(runs):
         settings.setdefault(repr([values[number] for values in others.values()]), []).append(run)
     best = max(settings.values(), key=lambda one: (len({_value(key, run) for run in one}), len(one)))
     best = sorted(best, key=lambda run: (_place(key, run), run.name != "t2i_pretrained", run.name))
-    return [Outcome(run.name.removeprefix("t2i_"), _value(key, run), run) for run in best]
+    return [Outcome(run.name.removeprefix("t2i_"), [_value(key, run)], run) for run in best]
 
 
 def _value(key: str, run: Run) -> str:

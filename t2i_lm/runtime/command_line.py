@@ -42,13 +42,18 @@ class _Debug(argparse.Action):
 
 
 def exit_code(body: Callable[[], int]) -> int:
-    """Runs a command's body and returns its exit code: 2 after printing one line for any of `FAILURES`.
+    """Runs a command's body and returns its exit code: 2 after one line for any of `FAILURES`, 130 after Ctrl-C.
 
     The traceback is printed before it if T2I_LM_DEBUG is set, which `--debug` does.
     """
     last_to_the_end()
     try:
         return body()
+    except KeyboardInterrupt:
+        if shows_traceback():
+            traceback.print_exc()
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     except FAILURES as error:
         if shows_traceback():
             traceback.print_exc()

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from t2i_lm.storage.line_digests import check
 from t2i_lm.storage.reading import reading
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "datasets", "sentencepiece", "diffusers", "numpy", "t2i_lm")
@@ -23,10 +25,12 @@ CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS, GROUPS = (
     "events.log",
     "groups.txt",  # parameters by group, trainable and frozen
 )
+METRICS_DIGEST = "metrics_digest"  # in report.json
 OWNER = "owner.json"  # while a process writes the folder
 # Validation in metrics.jsonl and report.json: `val`, or `val/SPLIT` for each of several splits, `PRIMARY` the main one.
 VAL, PRIMARY = "val", "iid"
 CHECKPOINTS, SAMPLES, FID = "checkpoints", "samples", "fid"
+TOKENS = f"{SAMPLES}/tokens.npz"  # images with their ids and reconstructions, for Figure 1
 
 
 @dataclass(frozen=True)
@@ -114,18 +118,38 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}")
-    metrics = []
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path} line {number} is damaged: {error}") from error
+    metrics, tip = _metrics(folder / METRICS)
     with reading("run folder", folder / CONFIG):
         config = dict(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
-    return Run(folder, config, read_environment(folder), metrics, _json(folder / REPORT))
+    report = _json(folder / REPORT)
+    if report is not None and report.get(METRICS_DIGEST, tip) != tip:
+        raise ValueError(
+            f"{folder / METRICS} is not the file of which {REPORT} was written: its last lines are missing"
+        )
+    return Run(folder, config, read_environment(folder), metrics, report)
+
+
+def _metrics(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The records of metrics.jsonl without their digests, and the digest of the last."""
+    *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    records, tip, has_digests = [], "", False
+    for number, line in enumerate(lines, start=1):
+        try:
+            body, tip, has_digests = check(tip, has_digests, line)
+            records.append(json.loads(body))
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is damaged: {error}") from error
+    with suppress(ValueError):  # else it is incomplete, as after a kill
+        if rest:
+            body, last, _ = check(tip, has_digests, rest)
+            records.append(json.loads(body))
+            tip = last
+    return records, tip
+
+
+def metrics_digest(folder: Path) -> str:
+    """Digest of a run's metrics.jsonl up to its last line."""
+    return _metrics(folder / METRICS)[1]
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -18,6 +19,7 @@ from callbacks import (
     RngState,
     RunCheckpoints,
     RunProgress,
+    RunRecord,
     RunScalars,
     SampleGrid,
     Throughput,
@@ -56,8 +58,10 @@ HYPERPARAMETERS = {
 }
 
 
-def callbacks_for(experiment: Experiment, folder: Path, events: EventLog) -> list[pl.Callback]:
-    """All callbacks of a run in `folder`.
+def callbacks_for(
+    experiment: Experiment, folder: Path, events: EventLog, record: dict[str, Any] | None = None
+) -> list[pl.Callback]:
+    """All callbacks of a run in `folder`; `record` is written into every checkpoint.
 
     Raises:
         ValueError: if the files of `fid` cannot be used.
@@ -91,6 +95,7 @@ def callbacks_for(experiment: Experiment, folder: Path, events: EventLog) -> lis
         _dashboard(experiment, folder),
         # After the meter, so that a step's training line comes first in metrics.jsonl.
         *(_measurements(experiment, folder, perplexity, preemption) if perplexity else ()),
+        *([RunRecord(record)] if record is not None else []),
         # After all callbacks that use random numbers.
         RngState(config.seed, events),
         # Last: a step can be saved once every callback has seen it.

@@ -1,8 +1,7 @@
-"""What a resumed run must find as it was at its start: data, tokenizers, backbone and plug-ins, by their hashes."""
+"""What a resumed run must find as it was: data, tokenizers, backbone and plug-ins by their hashes, and the code."""
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from t2i_lm.config.experiment import ExperimentConfig
@@ -13,11 +12,14 @@ from t2i_lm.experiment.build import Experiment, open_image, open_text
 from t2i_lm.models.factory import weights_hashes
 from t2i_lm.runtime.devices import local_rank
 from t2i_lm.runtime.plugins import plugin_identities
-from t2i_lm.storage.run_folder import ENVIRONMENT, read_run
+from t2i_lm.storage.run_folder import ENVIRONMENT, read_environment
+from t2i_lm.training.resume import HASHES
+from t2i_lm.training.resumption import Change, Resumption
 
-# Entries of env.json that identify what a run starts from.
+# Version of what the code computes, raised when the same config and seed train to other numbers.
+NUMERICS = 1
+# What env.json records of a tokenizer's images.
 CONTENT = "data_content"
-STARTED_FROM = ("data_hash", "replay_hash", "tokenizers", "backbone", "plugins")
 
 
 def started_from(experiment: Experiment) -> dict[str, Any]:
@@ -27,6 +29,7 @@ def started_from(experiment: Experiment) -> dict[str, Any]:
         "data_hash": index.get("data_hash"),
         "tokenizers": index.get("tokenizers"),
         "backbone": weights_hashes(config),
+        "numerics": NUMERICS,
     }
     optional = {
         "replay_hash": experiment.replay_hash,
@@ -38,30 +41,35 @@ def started_from(experiment: Experiment) -> dict[str, Any]:
     return found | {name: value for name, value in optional.items() if value}
 
 
-def require_same_files(config: ExperimentConfig, run: Path) -> None:
+def require_same_files(config: ExperimentConfig, found_run: Resumption) -> None:
     """Checks tokenizers, backbone and plug-ins of a run to resume, before its data is prepared.
 
     Raises:
-        ValueError: naming each that differs from the run's env.json.
+        ValueError: naming each that differs from the run's env.json or checkpoint, and was not allowed to.
     """
-    found: dict[str, Any] = {"plugins": plugin_identities(config)}
+    found: dict[str, Any] = {"plugins": plugin_identities(config), "numerics": NUMERICS}
     if not is_plugin(config.backbone.path):  # a plug-in's hash is known once it is built
         found["backbone"] = weights_hashes(config)
     if config.task in ("text_to_image", "unconditional", "align"):
         image, text = open_image(config, local_rank()), open_text(config)
         found["tokenizers"] = {"image": image.sha256, "text": text.sha256}
-    _compare(found, run)
+    _compare(found, found_run)
 
 
-def require_same_start(experiment: Experiment, run: Path) -> None:
+def require_same_start(experiment: Experiment, found: Mapping[str, Any], found_run: Resumption) -> None:
     """Checks all that a run to resume started from; says what its env.json, of an older version, does not record.
 
+    Args:
+        experiment: as it is now.
+        found: `started_from` it.
+        found_run: the run to resume.
+
     Raises:
-        ValueError: naming each that differs from the run's env.json.
+        ValueError: naming each that differs from the run's env.json or checkpoint, and was not allowed to.
     """
-    found = started_from(experiment)
-    _compare(found, run)
-    recorded = read_run(run).environment
+    run = found_run.folder
+    found_run.changes += _compare(found, found_run)
+    recorded = read_environment(run)
     if recorded.get(CONTENT, found.get(CONTENT)) != found.get(CONTENT):  # no hash: a copy has other modification times
         print(f"note: data.path={experiment.config.data.path} has changed since {run} was started", file=sys.stderr)
     unknown = [name for name, value in found.items() if value and name not in recorded]
@@ -69,19 +77,31 @@ def require_same_start(experiment: Experiment, run: Path) -> None:
         print(f"note: {run / ENVIRONMENT} does not record {', '.join(unknown)}: not compared", file=sys.stderr)
 
 
-def _compare(found: Mapping[str, Any], run: Path) -> None:
-    recorded = read_run(run).environment
-    differences = []
-    for name in STARTED_FROM:
-        if name in found and name in recorded:
+def _compare(found: Mapping[str, Any], resumed: Resumption) -> list[Change]:
+    """The allowed differences from env.json and from the record in the checkpoint."""
+    sources = {ENVIRONMENT: read_environment(resumed.folder)}
+    if resumed.checkpoint is not None and resumed.record:
+        sources[resumed.checkpoint.name] = resumed.record
+    refused, allowed = dict[str, str](), dict[str, Change]()
+    for file, recorded in sources.items():
+        for name in HASHES:
+            if name not in found or name not in recorded:
+                continue
             then, now = _entries(name, recorded[name]), _entries(name, found[name])
             for key in sorted({*then, *now}):
-                if then.get(key) != now.get(key):
-                    differences.append(f"{key} is {_short(then.get(key))} in {ENVIRONMENT}, now {_short(now.get(key))}")
-    if differences:
+                before, value = then.get(key), now.get(key)
+                if before == value:
+                    continue
+                if key in resumed.allowed:
+                    allowed.setdefault(key, Change(key, before, value))
+                else:
+                    refused.setdefault(key, f"{key} is {_short(before)} in {file}, now {_short(value)}")
+    if refused:
         raise ValueError(
-            f"--resume {run}: {'; '.join(differences)}. Restore what the run started from, or start a new one"
+            f"--resume {resumed.folder}: {'; '.join(refused.values())}. Restore what the run started from, or start a "
+            "new one; or accept a difference by --allow-mismatch KEY"
         )
+    return list(allowed.values())
 
 
 def _entries(name: str, value: Any) -> dict[str, str]:

@@ -20,7 +20,10 @@ from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import require
 from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
 from t2i_lm.runtime.command_line import exit_code
-from t2i_lm.storage.run_folder import CONFIG, REPORT, read_environment, run_folders
+from t2i_lm.runtime.slurm import requeue
+from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, REPORT, read_environment, run_folders
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
 
 
 def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
-    """The newest run folder of an equal config and whether it is finished; finished ones first.
+    """The newest run folder of an equal config to resume, and whether it is finished; finished ones first.
 
     Runs on an older version of generated scenes are not equal.
     """
@@ -89,7 +92,9 @@ def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
     finished = [folder for folder in equal if (folder / REPORT).is_file()]
     if finished:
         return finished[-1], True
-    return (equal[-1] if equal else None), False
+    # A run that was killed before its first checkpoint has nothing to resume from.
+    saved = [folder for folder in equal if any((folder / CHECKPOINTS).glob("*"))]
+    return (saved[-1] if saved else None), False
 
 
 def _same_scenes(config: ExperimentConfig, folder: Path) -> bool:
@@ -191,6 +196,8 @@ def _run_in_parallel(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
                 one.send(signal.SIGTERM)
                 one.process.join()
     if signals:
+        if signals[0] == signal.SIGUSR1 and (line := requeue()):
+            print(line, flush=True)
         return 128 + signals[0]
     return next((code for code in codes if code), 0)
 
@@ -238,8 +245,8 @@ def _report(one: Running, code: int, done: int, jobs: int, seconds: float) -> No
 
 @contextmanager
 def _signal_handler(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Handles SIGTERM and SIGINT, and restores the previous handlers on exit."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Handles SIGTERM, SIGUSR1 and SIGINT, and restores the previous handlers on exit."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:

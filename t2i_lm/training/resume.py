@@ -3,26 +3,33 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.config.experiment import RESUMABLE, ExperimentConfig
+from t2i_lm.config.experiment import RESUMABLE, ExperimentConfig, is_fixed
 from t2i_lm.config.load import flatten, load_experiment, located
+from t2i_lm.config.values import key_types
 from t2i_lm.storage.run_folder import CONFIG, REPORT, find_run, run_folders
 
 LATEST = "latest"
+# Entries of env.json that are compared on resume.
+HASHES = ("data_hash", "replay_hash", "tokenizers", "backbone", "plugins", "numerics")
 
 
-def resumed_run(resume: str, experiment: Path, scale: str, overrides: Sequence[str]) -> tuple[ExperimentConfig, Path]:
+def resumed_run(
+    resume: str, experiment: Path, scale: str, overrides: Sequence[str], allowed: Sequence[str] = ()
+) -> tuple[ExperimentConfig, Path]:
     """The config and folder of the run to continue.
 
     Args:
         resume: a run folder, or `latest` for the newest unfinished run of the experiment at this scale.
         experiment: experiment YAML, whose name must be the run's.
         scale: name of the overlay; used for `latest` only.
-        overrides: `key=value` strings, of RESUMABLE keys where the value differs from the run's.
+        overrides: `key=value` strings, of RESUMABLE or `allowed` keys where the value differs from the run's.
+        allowed: keys whose value may change, and names of hashes that may differ.
 
     Raises:
         ValueError: if there is no such run, it is finished or of another experiment, or an override changes any other
             key.
     """
+    _require_known(allowed)
     if resume == LATEST:
         folder = _latest_unfinished(load_experiment(experiment, scale, overrides), scale)
     else:
@@ -34,12 +41,23 @@ def resumed_run(resume: str, experiment: Path, scale: str, overrides: Sequence[s
         raise ValueError(f"--resume {folder}: this is a run of {saved['name']}, not of {experiment} ({name})")
     config = load_experiment(folder / CONFIG, None, overrides)
     for key, value in flatten(config).items():
-        if value != saved[key] and key not in RESUMABLE:
+        if value != saved[key] and key not in RESUMABLE and (key not in allowed or is_fixed(key)):
+            other = "" if is_fixed(key) else f", or accept the change by --allow-mismatch {key}"
             raise ValueError(
                 f"--resume {folder}: {key}={value!r} differs from the run's config.yaml ({saved[key]!r}); "
-                "start a new run instead"
+                f"start a new run instead{other}"
             )
     return located(config, folder), folder
+
+
+def _require_known(allowed: Sequence[str]) -> None:
+    for key in allowed:
+        if key.split(".")[0] not in HASHES and (key not in key_types() or is_fixed(key)):
+            hashes = ", ".join(HASHES)
+            raise ValueError(
+                f"--allow-mismatch {key}: expected a key that may change within a run, such as optim.lr, or the "
+                f"name of a hash in env.json ({hashes}; of several, with a dot, such as tokenizers.text)"
+            )
 
 
 def require_unfinished(folder: Path) -> None:

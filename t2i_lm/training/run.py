@@ -1,17 +1,19 @@
 """The life of one run: device checks, build, folder, trainer, fit, validation, report."""
 
 import json
+import multiprocessing
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from callbacks import EventLog, MetricsFile, Preempted, find_resumable
-from callbacks.checkpoints import step_of
+from callbacks import EventLog, MetricsFile, Preempted
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import save_experiment
 from t2i_lm.config.sections import SHARDED
@@ -36,10 +38,10 @@ from t2i_lm.runtime.devices import (
     require_device,
 )
 from t2i_lm.runtime.seeds import generator
+from t2i_lm.runtime.slurm import requeue
 from t2i_lm.storage.owner import own, require_free
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import (
-    CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
     EVENTS,
@@ -54,6 +56,14 @@ from t2i_lm.storage.run_folder import (
 from t2i_lm.training.callbacks import training_flop
 from t2i_lm.training.continuity import require_same_files, require_same_start, started_from
 from t2i_lm.training.resume import require_unfinished
+from t2i_lm.training.resumption import (
+    VALUES,
+    Resumption,
+    config_values,
+    find_resumption,
+    require_same_config,
+    resumption_of_rank_0,
+)
 from t2i_lm.training.trainer import build_trainer, seconds_trained
 
 # Environment variable with the run folder, for the ranks that Lightning launches from this process.
@@ -62,14 +72,16 @@ FOLDER_VARIABLE = "T2I_LM_RUN_FOLDER"
 STREAM_STEPS = 1000
 
 
-def run(config: ExperimentConfig, resume: Path | None = None) -> int:
+def run(config: ExperimentConfig, resume: Path | None = None, allowed: Sequence[str] = ()) -> int:
     """Trains an experiment in a new run folder, or continues the run in the folder `resume`.
+
+    `allowed` names config keys and hashes that may differ from those of the run to continue.
 
     Returns:
         0; after a signal, 128 plus its number.
 
     Raises:
-        ValueError: if this machine, the files or the data do not fit the config.
+        ValueError: if this machine, the files or the data do not fit the config, or no checkpoint can be verified.
         MemoryError: if the memory of a GPU or of this machine is exhausted, with the keys that lower its use.
         FloatingPointError: if the gradient stays non-finite.
     """
@@ -78,33 +90,45 @@ def run(config: ExperimentConfig, resume: Path | None = None) -> int:
     require_texts(config)
     config = resolve_aligned_rows(config)
     is_main = global_rank() == 0 and FOLDER_VARIABLE not in os.environ
-    if resume is not None and is_main:
-        require_free(resume / OWNER)
-    if resume is not None and local_rank() == 0:
-        require_same_files(config, resume)
+    resumption = None
+    if resume is not None:
+        if is_main:
+            require_free(resume / OWNER)
+            resumption = find_resumption(resume, allowed)
+            require_same_config(config, resumption)
+        else:
+            resumption = resumption_of_rank_0(resume, allowed)
+        if local_rank() == 0:
+            require_same_files(config, resumption)
     experiment = build(config, None if resume is None else read_environment(resume))
-    if resume is not None and local_rank() == 0:
-        require_same_start(experiment, resume)
+    start = started_from(experiment) if is_main or (resume is not None and local_rank() == 0) else {}
+    if resumption is not None and local_rank() == 0:
+        require_same_start(experiment, start, resumption)
     if is_main:
         for line in describe_data(experiment):
             print(line, flush=True)
     require_whole_captions(experiment)
     folder = resume or _new_folder(config, is_main)
     with own(folder / OWNER) if is_main else nullcontext():
-        return _train(experiment, folder, resume is not None, is_main)
+        return _train(experiment, start, folder, resumption, is_main)
 
 
-def _train(experiment: Experiment, folder: Path, resumed: bool, is_main: bool) -> int:
-    if resumed and is_main:
-        require_unfinished(folder)  # since this process looked at it first
+def _train(
+    experiment: Experiment, start: dict[str, Any], folder: Path, resumption: Resumption | None, is_main: bool
+) -> int:
     events = EventLog(folder / EVENTS)
-    checkpoint = find_resumable(folder / CHECKPOINTS, events.write if is_main else None) if resumed else None
-    if is_main and checkpoint is None:
-        _open_folder(experiment, folder)
-    elif is_main and checkpoint is not None:
-        _reopen_folder(experiment, folder, checkpoint, events)
+    record: dict[str, Any] = {}
+    if is_main and resumption is None:
+        _open_folder(experiment, start, folder)
+    elif is_main and resumption is not None:
+        require_unfinished(folder)  # since this process looked at it first
+        resumption.require_current()
+        _reopen_folder(experiment, start, resumption, events)
+    if is_main:
+        record = {VALUES: config_values(experiment.config, folder), **start}
+    checkpoint, allowed = (resumption.checkpoint, resumption.allowed) if resumption else (None, ())
 
-    trainer = build_trainer(experiment, folder, events, resumed=checkpoint is not None)
+    trainer = build_trainer(experiment, folder, events, checkpoint is not None, record, allowed)
     try:
         with _folder_for_launched_ranks(folder, is_main):
             trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint, weights_only=True)
@@ -113,8 +137,16 @@ def _train(experiment: Experiment, folder: Path, resumed: bool, is_main: bool) -
     except Preempted as stop:
         if trainer.is_global_zero:
             events.write("preempted", str(stop))
-            print(f"{stop}; saved. Continue with --resume {folder}")
+            print(f"{stop}; {'saved' if stop.step else 'nothing to save'}. Continue with --resume {folder}")
+            # Of runs in processes of their own, the first must not requeue the job before the others have saved.
+            alone = stop.signal == signal.SIGUSR1 and multiprocessing.parent_process() is None
+            if alone and (line := requeue()):
+                print(line, flush=True)
         return stop.exit_code
+    except SystemExit as stop:  # by Lightning
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -129,14 +161,12 @@ def _new_folder(config: ExperimentConfig, is_main: bool) -> Path:
     return Path(os.environ.get(FOLDER_VARIABLE, config.run.dir))
 
 
-def _open_folder(experiment: Experiment, folder: Path) -> None:
-    """Writes config, environment and parameter groups, over those of a run that never reached a checkpoint."""
+def _open_folder(experiment: Experiment, start: dict[str, Any], folder: Path) -> None:
+    """Writes config, environment and parameter groups."""
     config, module = experiment.config, experiment.module
-    MetricsFile(folder / METRICS).cut_after(-1)
-    (folder / BASELINE).unlink(missing_ok=True)
     save_experiment(config, folder / CONFIG)
     experiment.data.setup("fit")
-    write_atomic(folder / ENVIRONMENT, json.dumps(_environment(experiment), indent=2) + "\n")
+    write_atomic(folder / ENVIRONMENT, json.dumps(_environment(experiment, start), indent=2) + "\n")
     if isinstance(module, DecoderModule):
         groups = "\n".join([group_table(module.decoder), *overlaps(module.decoder, config.freeze)])
         _print_model(experiment)
@@ -146,13 +176,13 @@ def _open_folder(experiment: Experiment, folder: Path) -> None:
     print(f"run folder: {folder}", flush=True)
 
 
-def _environment(experiment: Experiment) -> dict[str, object]:
+def _environment(experiment: Experiment, start: dict[str, Any]) -> dict[str, object]:
     """Content of env.json: code, versions, hardware, and hashes of everything the run starts from."""
     config = experiment.config
     size = len(experiment.data.train_set)
     samples = min(STREAM_STEPS, config.trainer.max_steps) * config.data.batch_size
     return environment(
-        **started_from(experiment),
+        **start,
         stream_hash=make_sampler(config, experiment.data.train_set.part_sizes).stream_hash(samples),
         precision=precision(config),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -166,9 +196,20 @@ def _environment(experiment: Experiment) -> dict[str, object]:
     )
 
 
-def _reopen_folder(experiment: Experiment, folder: Path, checkpoint: Path, events: EventLog) -> None:
-    events.write("resumed", f"from {checkpoint.name}")
-    print(f"resuming {folder} from step {step_of(checkpoint)}", flush=True)
+def _reopen_folder(experiment: Experiment, start: dict[str, Any], resumption: Resumption, events: EventLog) -> None:
+    for event in resumption.events:
+        events.write(*event)
+    for change in resumption.changes:
+        events.write(
+            "mismatch-allowed", f"{change.key}: {change.before} until step {resumption.step}, then {change.now}"
+        )
+    resumption.write_changes(start)
+    if resumption.checkpoint is None:  # step 0 is measured again
+        MetricsFile(resumption.folder / METRICS).cut_after(-1)
+        (resumption.folder / BASELINE).unlink(missing_ok=True)
+    name = resumption.checkpoint.name if resumption.checkpoint else "its start"
+    events.write("resumed", f"from {name}")
+    print(f"resuming {resumption.folder} from step {resumption.step}", flush=True)
     _print_model(experiment)
 
 

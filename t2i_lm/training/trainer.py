@@ -2,10 +2,14 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks import DurableCheckpointIO, EventLog, WallTime
@@ -14,7 +18,9 @@ from t2i_lm.config.sections import SHARDED
 from t2i_lm.experiment.build import Experiment
 from t2i_lm.runtime.devices import precision
 from t2i_lm.runtime.loggers import build_logger
+from t2i_lm.storage.run_folder import CHECKPOINTS
 from t2i_lm.training.callbacks import callbacks_for
+from t2i_lm.training.resumption import ChangedOptimizer
 from t2i_lm.training.sharded_strategy import ShardedStrategy
 
 # Lightning's warnings that do not apply: loading is no bottleneck, the data module resumes exactly, and the module
@@ -40,8 +46,23 @@ def build_strategy(config: ExperimentConfig) -> Strategy | str:
     return "auto"
 
 
-def build_trainer(experiment: Experiment, folder: Path, events: EventLog, resumed: bool) -> pl.Trainer:
+def build_trainer(
+    experiment: Experiment,
+    folder: Path,
+    events: EventLog,
+    resumed: bool,
+    record: dict[str, Any] | None = None,
+    allowed: Sequence[str] = (),
+) -> pl.Trainer:
     """The Trainer of a run with its callbacks. A new run is validated before its first step, a resumed one is not.
+
+    Args:
+        experiment: what to train.
+        folder: run folder.
+        events: its log.
+        resumed: whether a checkpoint will be loaded.
+        record: is written into every checkpoint.
+        allowed: keys that may differ from the checkpoint's.
 
     Raises:
         ValueError: if the files of a measurement cannot be used.
@@ -51,6 +72,7 @@ def build_trainer(experiment: Experiment, folder: Path, events: EventLog, resume
         warnings.filterwarnings("ignore", message=message)
     config = experiment.config
     trainer = config.trainer
+    changed = [ChangedOptimizer()] if any(key.startswith(("optim.", "trainer.max_steps")) for key in allowed) else []
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
     return pl.Trainer(
@@ -65,13 +87,20 @@ def build_trainer(experiment: Experiment, folder: Path, events: EventLog, resume
         val_check_interval=min(trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         logger=build_logger(config, folder),
-        callbacks=callbacks_for(experiment, folder, events),
-        plugins=[DurableCheckpointIO()],
+        callbacks=[*changed, *callbacks_for(experiment, folder, events, record)],
+        default_root_dir=folder / CHECKPOINTS,  # where Lightning looks for its own checkpoints of Slurm, and finds none
+        plugins=[DurableCheckpointIO(), *_cluster()],
         use_distributed_sampler=False,
         num_sanity_val_steps=0 if resumed else -1,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def _cluster() -> list[SLURMEnvironment]:
+    """Slurm's ranks without Lightning's signal handler, which saves inside the handler and trains on."""
+    by_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if by_slurm else []
 
 
 def seconds_trained(trainer: pl.Trainer) -> float:

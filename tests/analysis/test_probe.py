@@ -87,7 +87,7 @@ def test_two_runs_have_figures_sentences_and_numbers_with_their_origin(
 def test_states_and_weight_distances_are_those_of_the_model(pretrained: Run) -> None:
     (one,) = open_runs([pretrained.folder])
     initial, trained = one.model("initial"), one.model("trained")
-    ids_ST = one.sequences(trained.layout, 5, "val")
+    ids_ST = one.sequences(trained.layout, 5, "val/iid")
     states = layer_states(trained.decoder, ids_ST, positions_of(ids_ST, trained), lambda count: None)
     with torch.no_grad():
         embedded_STD = trained.decoder.tok_embeddings(ids_ST)

@@ -1,5 +1,8 @@
 """Retention of a run's checkpoints, and saves that fail."""
 
+import errno
+import os
+import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,13 +13,13 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 import callbacks.checkpoints
-from callbacks import CorruptCheckpointError, EventLog, RunCheckpoints, find_resumable
+from callbacks import CorruptCheckpointError, DurableCheckpointIO, EventLog, RunCheckpoints, find_resumable
 from callbacks.checkpoints import checkpoint_path, checkpoints, step_of
 from callbacks.files.checkpoint_io import digest_of, verify
 from tests.callbacks.toy_model import Toy
 from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, build, lines
 
-HANDLED = (signal.SIGTERM, signal.SIGINT)
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def fit(toy: Toy, *more: Callback, resume: Path | None = None) -> pl.Trainer:
@@ -89,6 +92,58 @@ def test_the_last_save_must_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyP
         fit(Toy(tmp_path, steps=3))
 
 
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
+def test_a_checkpoint_that_cannot_be_deleted_is_told_once_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unlink = Path.unlink
+
+    def busy(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".ckpt" and path.exists():
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    fit(Toy(tmp_path, steps=17))
+    assert saved_steps(Toy(tmp_path)) == [5, 10, 15, 17]
+    assert EventLog(tmp_path / EVENTS).counts() == {"delete-failed": 2}
+    assert capsys.readouterr().err.count("step-00000005.ckpt cannot be deleted (Device or resource busy)") == 1
+    for path in checkpoints(tmp_path / CHECKPOINTS):
+        verify(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
+def test_nothing_old_is_removed_before_a_new_checkpoint_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(Toy(tmp_path, steps=10))
+    folder, metrics = tmp_path / CHECKPOINTS, tmp_path / METRICS
+    damaged, copied = checkpoint_path(folder, 10), checkpoint_path(folder, 12)
+    shutil.copyfile(damaged, copied)  # without its digest
+    digest_of(damaged).write_text("0" * 64)
+    (folder / "step-00000003.ckpt.sha256").write_text("of a file that is elsewhere")
+    before, lines_before = {path.name for path in folder.iterdir()}, metrics.read_bytes()
+
+    def never(path: Path) -> str:
+        raise CorruptCheckpointError("bad sectors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.checkpoints, "verify", never)
+        with pytest.raises(OSError, match="bad sectors"):
+            fit(Toy(tmp_path, steps=7, save_every=9), resume=checkpoint_path(folder, 5))
+    assert before <= {path.name for path in folder.iterdir()}
+    cut = (tmp_path / "metrics.replaced.jsonl").read_bytes()
+    assert lines_before.endswith(cut)
+    assert metrics.read_bytes().startswith(lines_before.removesuffix(cut))
+    for path in checkpoints(folder):  # of the save that could not be verified
+        if step_of(path) == 7:
+            DurableCheckpointIO().remove_checkpoint(path)
+    fit(Toy(tmp_path, steps=8, save_every=9), resume=checkpoint_path(folder, 5))
+    assert saved_steps(Toy(tmp_path)) == [5, 8, 12], "a checkpoint without a digest was put there by somebody else"
+    assert not (tmp_path / "metrics.replaced.jsonl").exists()
+    assert not (folder / "step-00000003.ckpt.sha256").exists()
+
+
 class Unreadable(Callback):
     """Adds an object to the checkpoint that cannot be read back."""
 
@@ -104,13 +159,13 @@ def test_a_state_that_cannot_be_read_back_stops_the_run_at_its_first_save(tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
-def test_metrics_changed_by_hand_are_cut_by_step_and_logged(tmp_path: Path) -> None:
+def test_metrics_that_end_before_the_checkpoint_are_logged(tmp_path: Path) -> None:
     fit(Toy(tmp_path, steps=7))
     before, path = lines(tmp_path), tmp_path / METRICS
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))  # no longer those of step 0
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
     fit(Toy(tmp_path, steps=7), resume=checkpoint_path(tmp_path / CHECKPOINTS, 5))
     assert EventLog(tmp_path / EVENTS).counts() == {"metrics-changed": 1}
-    assert lines(tmp_path) == before[1:]
+    assert lines(tmp_path) == [*before[:3], *(line for line in before if line["step"] > 5)]
 
 
 @pytest.mark.parametrize("harm", [{}, {"raise_at": 1}], ids=["after the end", "after an error"])

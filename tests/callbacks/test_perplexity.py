@@ -115,8 +115,8 @@ def test_a_line_and_the_loggers_hold_every_validation_split(tmp_path: Path) -> N
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {f"{split}/text/nll" for split in splits} | {"val/iid/image/ppl", "train/image/nll"} <= tags
-    assert "val/compositional/image/ppl" not in tags
+    assert {f"{split}/text/nll" for split in splits} | {"val/iid/image/nll", "train/image/nll"} <= tags
+    assert "val/compositional/image/nll" not in tags
 
 
 def test_an_interval_is_the_sum_of_its_micro_batches_not_the_mean_of_their_means(tmp_path: Path) -> None:

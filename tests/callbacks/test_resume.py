@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from callbacks import DurableCheckpointIO, EventLog, find_resumable
-from callbacks.checkpoints import checkpoints, step_of
+from callbacks.checkpoints import NOT_STARTED, checkpoints, step_of, was_not_started
 from callbacks.files.checkpoint_io import digest_of
 from tests.callbacks.toy_model import LENGTH, VALIDATION, Toy
 from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, finish, free_port, lines, run_to_end, start
@@ -88,7 +89,11 @@ def test_a_run_killed_in_every_save_of_its_life_still_ends_like_an_unbroken_one(
     assert lines(tmp_path) == lines(unbroken)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["sigterm", "ctrl-c"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)],
+    ids=["sigterm", "sigusr1", "ctrl-c"],
+)
 @pytest.mark.parametrize(
     ("where", "step"), [("step", 13), ("validation", 12), ("validation", 0), ("work after validation", 12)]
 )
@@ -283,8 +288,9 @@ def start_ranks(
 def test_one_signalled_rank_stops_both_and_the_pair_resumes_exactly(
     unbroken_pair: Path, tmp_path: Path, ranks: list[int], where: str, step: int
 ) -> None:
-    harm: dict[str, Any] = {"signal_in": where, "at_step": step, "signal": signal.SIGTERM, "ranks": ranks}
-    assert finish(*start_ranks(tmp_path, **harm), timeout=30) == [143, 143]
+    number = signal.SIGUSR1 if where == "step" else signal.SIGTERM
+    harm: dict[str, Any] = {"signal_in": where, "at_step": step, "signal": number, "ranks": ranks}
+    assert finish(*start_ranks(tmp_path, **harm), timeout=30) == [128 + number] * 2
     assert newest_step(tmp_path) == (step + 1 if where == "step" else step)
     assert finish(*start_ranks(tmp_path)) == [0, 0]
     assert lines(tmp_path) == lines(unbroken_pair)
@@ -312,6 +318,57 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, first: int) 
         assert run_to_end(Toy(changed, plain=True)) == 0
     assert EventLog(changed / EVENTS).counts() == {"reseeded": 1}
     assert_equal_but_for_rounding(split_lines(unbroken), split_lines(changed))
+
+
+def test_a_run_stopped_before_its_first_step_says_that_nothing_is_saved(tmp_path: Path) -> None:
+    harm = {"signal_in": "validation", "at_step": 0, "signal": signal.SIGUSR1}
+    assert run_to_end(Toy(tmp_path, harm=harm)) == 138
+    assert "stopped by SIGUSR1 before its first step" in (tmp_path / "output.txt").read_text()
+    assert was_not_started(tmp_path / CHECKPOINTS)
+    assert run_to_end(Toy(tmp_path, steps=5)) == 0
+    assert not was_not_started(tmp_path / CHECKPOINTS)
+    assert litter(tmp_path) == []
+    assert not (tmp_path / CHECKPOINTS / NOT_STARTED).exists()
+
+
+def test_a_signal_in_the_last_save_still_stops_the_run(tmp_path: Path) -> None:
+    # The report that follows can be long.
+    assert run_to_end(Toy(tmp_path, steps=6, harm={"signal_in_save_of": 6})) == 143
+    assert newest_step(tmp_path) == 6
+
+
+@pytest.mark.parametrize("lost", ["absent", "another"])
+def test_ranks_load_the_checkpoint_that_rank_0_names_or_all_stop(tmp_path: Path, lost: str) -> None:
+    """Rank 1 sees another folder, as on another machine whose file system lags behind."""
+    whole, lagging = tmp_path / "whole", tmp_path / "lagging"
+    assert finish(*start_ranks(whole, signal_in="step", at_step=12, signal=signal.SIGTERM)) == [143, 143]
+    shutil.copytree(whole, lagging)
+    newest = checkpoints(lagging / CHECKPOINTS)[-1]
+    if lost == "absent":
+        newest.unlink()
+    else:
+        DurableCheckpointIO().save_checkpoint({"global_step": 13}, newest)
+    before = {path: path.read_bytes() for path in (whole / CHECKPOINTS).iterdir()}
+    port = free_port()
+    ranks = [
+        start(Toy(folder, rank=rank, world=2, port=port, harm={"resume_folder": True}))
+        for rank, folder in enumerate((whole, lagging))
+    ]
+    assert finish(*ranks) == [1, 1]
+    for folder, output in ((whole, "output.txt"), (lagging, "output.txt.1")):
+        text = (folder / output).read_text()
+        assert "rank 1: " in text
+        assert newest.name in text
+        assert "all ranks stop" in text
+    assert {path: path.read_bytes() for path in (whole / CHECKPOINTS).iterdir()} == before
+    shutil.copytree(whole, lagging, dirs_exist_ok=True)
+    port = free_port()
+    folders = (whole, lagging)
+    ranks = [
+        start(Toy(folder, rank=rank, world=2, port=port, harm={"resume_folder": True}))
+        for rank, folder in enumerate(folders)
+    ]
+    assert finish(*ranks) == [0, 0]
 
 
 def test_checkpoints_are_read_with_weights_only(unbroken: Path) -> None:

@@ -45,8 +45,8 @@ from callbacks.files.checkpoint_io import _HashingFile
 from tests.callbacks.toy_model import Toy, ToyData, ToyModule
 
 METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "events.log", "checkpoints"
-# Fields that a clock measured.
-CLOCKS = ("time", "throughput")
+# Fields that a clock measured, or that cover such a field.
+CLOCKS = ("time", "throughput", "digest")
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["torch", "lightning.pytorch", "callbacks"])
@@ -142,6 +142,8 @@ def run(toy: Toy) -> int:
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
+    if "resume_folder" in toy.harm and toy.rank > 0:
+        checkpoint = toy.folder / CHECKPOINTS  # rank 0 names the file
     inflict(toy, trainer)
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -156,10 +158,24 @@ def inflict(toy: Toy, trainer: pl.Trainer) -> None:
     harm = toy.harm
     if "kill_after" in harm:
         threading.Timer(harm["kill_after"], os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if "signal_in_save_of" in harm:
+        _signal_in_save(harm["signal_in_save_of"])
     if "file_size" in harm:
         resource.setrlimit(resource.RLIMIT_FSIZE, (harm["file_size"], harm["file_size"]))
     if "at_operation" in harm or "count_operations" in harm:
         _watch_saves(toy, harm.get("at_operation", 0), harm.get("then", "kill"))
+
+
+def _signal_in_save(step: int) -> None:
+    """Sends SIGTERM to this process while it saves a step."""
+    save = DurableCheckpointIO.save_checkpoint
+
+    def signalled(self: DurableCheckpointIO, checkpoint: dict[str, Any], *rest: Any, **options: Any) -> None:
+        if checkpoint["global_step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(self, checkpoint, *rest, **options)
+
+    DurableCheckpointIO.save_checkpoint = signalled  # type: ignore[method-assign]
 
 
 def _watch_saves(toy: Toy, at: int, then: str) -> None:

@@ -1,14 +1,13 @@
 """Orders of the samples of an epoch, and their split over processes."""
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig, OptimConfig, TrainerConfig
-from t2i_lm.data.datamodules import PairDataModule, make_sampler
+from t2i_lm.data.datamodules import BatchDataModule, make_sampler
 from t2i_lm.data.order import CURRENT, FORMER, FormerOrder, Indices, Order, PartsOrder, ShuffledOrder
 from t2i_lm.data.sampler import IndexSampler
 
@@ -105,11 +104,11 @@ def test_the_sampler_announces_what_it_draws_later() -> None:
     assert announced == drawn[5:]
 
 
-def test_a_run_of_an_older_version_keeps_its_order(tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_keeps_its_order() -> None:
     config = ExperimentConfig(seed=2, data=DataConfig(batch_size=10), trainer=TrainerConfig(max_steps=3000))
     former = make_sampler(config, 50, version=FORMER)
     assert [index for _, index in next(iter(former))] == np.random.default_rng([2, 0]).permutation(50)[:10].tolist()
-    data = PairDataModule(config, tmp_path, None)
+    data = BatchDataModule(config)
     assert data.state_dict() == {"consumed": 0, "order": CURRENT}
     data.load_state_dict({"consumed": 30})
     assert data.state_dict() == {"consumed": 30, "order": FORMER}

@@ -6,7 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+
+from t2i_lm.storage.run_folder import TOKENS
 
 EXPERIMENTS = {"t2i_pretrained": "pretrained", "t2i_scratch": "random", "uncond_scratch": "random"}
 EXPERIMENTS |= dict.fromkeys(
@@ -86,6 +89,20 @@ def write_run(
         report |= {"image_floor_nll": 0.1} if splits else {}
         (folder / "report.json").write_text(json.dumps(report))
     return folder
+
+
+def write_tokens(folder: Path) -> None:
+    """Two images with their ids and reconstructions, for Figure 1."""
+    images = np.full((2, 64, 64, 3), 200, np.uint8)
+    (folder / TOKENS).parent.mkdir(exist_ok=True)
+    np.savez_compressed(
+        folder / TOKENS,
+        originals=images,
+        ids=np.arange(128).reshape(2, 8, 8),
+        reconstructions=images - 10,
+        captions=np.array(["A red circle.", "A blue star."]),
+        rows=np.array([4096, 512, 256]),
+    )
 
 
 def write_relearning(run: Path, start: float, **made_with: object) -> None:

@@ -20,7 +20,7 @@ from t2i_lm.storage.run_folder import Run
 
 
 def test_figure_1_shows_images_their_ids_and_the_expanded_matrices(pretrained: Run) -> None:
-    images, vocab, width = tokenized_images(pretrained, 2)
+    images, vocab, width = tokenized_images(pretrained)
     split = open_split(prepare(load_run(pretrained.folder), 0), "val/iid")
     for image, ids in zip(images, split[:2]["image_ids"], strict=True):
         assert image.ids_hw.ravel().tolist() == list(ids)  # as the run was trained on
@@ -35,8 +35,11 @@ def test_figure_1_shows_images_their_ids_and_the_expanded_matrices(pretrained: R
 
 
 def test_figure_1_needs_one_run(tmp_path: Path) -> None:
+    assert newest_run(tmp_path) is None
+    with pytest.raises(ValueError, match=r"has no samples/tokens.npz; to write it: .* --report"):
+        tokenized_images(Run(tmp_path, {}, {}, [], None))
     with pytest.raises(ValueError, match="make exp-pretrained"):
-        newest_run(tmp_path)
+        FIGURES["1"](Request(tmp_path))
 
 
 def test_originals_of_scenes_are_the_rendered_scenes(pretrained: Run) -> None:

@@ -125,7 +125,7 @@ def test_the_answer_has_the_numbers_of_the_runs_and_the_verdict_of_compare(
         assert number in answer.all("p")[0].text
 
     plan = tmp_path / "plan.yaml"
-    plan.write_text("seeds: [0, 1, 2]\nsecondary: [val.text.nll, tokens_saved.image]\n")
+    plan.write_text("seeds: [0, 1, 2]\nprimary: val.image.nll\nsecondary: [val.text.nll, tokens_saved.image]\n")
     where = ["optim.lr=0.002", "backbone.path=asset:lm_rotary"]
     assert compare.main(["--plan", str(plan), "--runs", str(root), *where]) == 0
     printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("val.image.nll"))

@@ -21,7 +21,7 @@ def names(experiment: str, folder: Path, *overrides: str) -> list[str]:
 
 def test_measurements_come_after_the_meter_and_before_the_random_state(tiny: list[str], tmp_path: Path) -> None:
     plain = names("t2i_pretrained", tmp_path, *tiny, "samples.interval=null")
-    assert plain == [*FIRST, "EMASplitPerplexity", "RunProgress", "WallTime", *LAST]
+    assert plain == [*FIRST, "EMASplitPerplexity", "RunProgress", "WallTime", "Dashboard", *LAST]
     intervals = ["samples.interval=4", "forgetting.interval=4", "forgetting.text=book.txt"]
     measured = names("t2i_pretrained", tmp_path, *tiny, *intervals)
     assert measured == [*plain[:-2], "SampleGrid", "Forgetting", *LAST]
@@ -33,4 +33,4 @@ def test_measurements_come_after_the_meter_and_before_the_random_state(tiny: lis
 )
 def test_the_meter_depends_on_the_loss(experiment: str, meter: str, tiny: list[str], tmp_path: Path) -> None:
     overrides = [] if experiment == "image_tokenizer" else [*tiny, "samples.interval=4"]
-    assert names(experiment, tmp_path, *overrides) == [*FIRST, meter, "RunProgress", "WallTime", *LAST]
+    assert names(experiment, tmp_path, *overrides) == [*FIRST, meter, "RunProgress", "WallTime", "Dashboard", *LAST]

@@ -11,7 +11,9 @@ from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.build import open_text
 from t2i_lm.storage.run_folder import CONFIG, ENVIRONMENT, OWNER, REPORT, Run
 from t2i_lm.train import main
-from t2i_lm.training.continuity import STARTED_FROM, require_same_files
+from t2i_lm.training.continuity import require_same_files
+from t2i_lm.training.resume import HASHES
+from t2i_lm.training.resumption import find_resumption
 from tests.runs import PRETRAINED, without_newest
 from tests.storage.test_owner import entry, holding
 
@@ -58,13 +60,13 @@ def test_a_difference_is_refused_by_name_and_nothing_is_written(
 def test_tokenizers_and_backbone_are_compared_before_any_preparation(pretrained: Run, tmp_path: Path) -> None:
     folder = without_newest(pretrained, tmp_path)
     config = load_experiment(folder / CONFIG)
-    require_same_files(config, folder)
+    require_same_files(config, find_resumption(folder))
     shutil.copyfile(open_text(config).path, tmp_path / "text.model")
     with (tmp_path / "text.model").open("ab") as file:
         file.write(b"\x1a\x00")  # an empty field
     changed = load_experiment(folder / CONFIG, None, [f"text_tokenizer.path={tmp_path}/text.model"])
     with pytest.raises(ValueError, match=r"--resume .*: tokenizers\.text is \w{16} in env\.json, now \w{16}\."):
-        require_same_files(changed, folder)
+        require_same_files(changed, find_resumption(folder))
 
 
 def test_what_an_older_run_did_not_record_is_noted(
@@ -74,7 +76,7 @@ def test_what_an_older_run_did_not_record_is_noted(
     shutil.copytree(pretrained.folder, folder)
     (folder / REPORT).unlink()
     for key in ("backbone", "data_hash"):
-        assert key in STARTED_FROM
+        assert key in HASHES
         change(folder, key, None)
     assert main([PRETRAINED, "--resume", str(folder)]) == 0
     assert f"note: {folder / ENVIRONMENT} does not record data_hash, backbone: not compared" in capsys.readouterr().err

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from callbacks.checkpoints import mark_not_started
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment, save_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.data.scenes.version import SCENES_FORMAT
-from t2i_lm.storage.run_folder import CONFIG, ENVIRONMENT, REPORT, read_run, run_folders
+from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, read_run, run_folders
 from t2i_lm.training.jobs import Job, find_equal_run, run_jobs
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,7 @@ def test_a_run_on_former_scenes_stands_for_no_job(recorded: dict[str, int], equa
     config = ExperimentConfig(run=RunConfig(str(tmp_path)))
     save_experiment(config, run / CONFIG)
     (run / ENVIRONMENT).write_text(json.dumps(recorded))
+    mark_not_started(run / CHECKPOINTS)
     assert find_equal_run(config) == (run if equal else None, False)
 
 
@@ -77,6 +79,8 @@ def test_a_run_from_the_latest_alignment_is_found_again(tmp_path: Path) -> None:
     config = ExperimentConfig(init="aligned", aligned_rows="latest", run=RunConfig(str(tmp_path)))
     save_experiment(config, file.parent / CONFIG)
     save_experiment(replace(config, aligned_rows=str(file)), run / CONFIG)
+    assert find_equal_run(config) == (None, False), "killed before its first checkpoint: a new run takes its place"
+    mark_not_started(run / CHECKPOINTS)
     assert find_equal_run(config) == (run, False)
 
 

@@ -1,13 +1,17 @@
 """Two processes under the environment that Slurm's `srun` gives them, without torchrun."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from t2i_lm.runtime.devices import global_rank, local_rank, world_size
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
+from t2i_lm.train import main
 from tests.callbacks.toy_run import free_port
-from tests.runs import PRETRAINED, QUICK, launch_module, same_losses, succeed
+from tests.runs import PRETRAINED, QUICK, ROOT, curve, launch_module, same_losses, succeed
+from tests.test_train import wait_for_lines
 
 
 def srun(rank: int, port: int) -> dict[str, str]:
@@ -34,6 +38,37 @@ def test_two_tasks_train_one_run(pretrained: Run, tiny: list[str], tmp_path: Pat
     succeed(*(launch_module("t2i_lm.train", PRETRAINED, *changes, **srun(rank, port)) for rank in range(2)))
     (folder,) = run_folders(tmp_path)
     same_losses(read_run(folder), pretrained, 1e-6)
+
+
+@pytest.mark.slow
+def test_slurms_signal_saves_and_requeues_and_the_job_goes_on(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
+    """A job of one task, with a stand-in for `scontrol` that lists the checkpoints at its call."""
+    program, called, root = tmp_path / "scontrol", tmp_path / "called", tmp_path / "runs"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {called}\nls {root}/*/*/checkpoints >> {called}\n')
+    program.chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "t2i",
+        "SLURM_NTASKS": "1",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    process = launch_module("t2i_lm.train", PRETRAINED, *tiny, f"run.dir={root}", **job)
+    metrics = wait_for_lines(process, root, 2)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 138, output
+    assert "saved. Continue with --resume" in output
+    assert "job 4711 is requeued" in output
+    order, *saved = called.read_text().splitlines()
+    assert order == "requeue 4711"
+    assert any(name.endswith(".ckpt") for name in saved)
+    assert not list(ROOT.glob("hpc_ckpt*"))
+    assert main([PRETRAINED, "--resume", "latest", *tiny, f"run.dir={root}"]) == 0
+    assert curve(read_run(metrics.parent)) == curve(pretrained)
 
 
 def test_ranks_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,16 @@
 
 import json
 import os
+import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from callbacks import EventLog, MetricsFile
+from callbacks.checkpoints import require_same_metrics
+from t2i_lm.storage.run_folder import metrics_digest
 
 
 @pytest.fixture
@@ -54,6 +58,66 @@ def test_damage_elsewhere_is_named_with_its_line(file: MetricsFile, line: bytes)
         file.read()
 
 
+def harms(lines: list[bytes], draw: random.Random) -> list[bytes]:
+    """Lines of which one was edited, removed, doubled, moved, or stripped of its digest."""
+    at = draw.randrange(len(lines) - 1)
+    kind = draw.choice(["flip", "remove", "double", "swap", "strip"])
+    changed = list(lines)
+    if kind == "flip":
+        line = bytearray(lines[at])
+        line[draw.randrange(len(line) - 1)] ^= 1 << draw.randrange(8)
+        changed[at] = bytes(line)
+    elif kind == "remove":
+        del changed[at]
+    elif kind == "double":
+        changed.insert(at, lines[at])
+    elif kind == "swap":
+        changed[at], changed[at + 1] = lines[at + 1], lines[at]
+    else:
+        changed[at + 1] = re.sub(rb', "digest": "\w+"', b"", lines[at + 1])
+    return changed
+
+
+def test_every_change_of_lines_is_found_by_both_readers(file: MetricsFile) -> None:
+    for step in range(30, 200, 10):
+        file.append({"step": step, "loss": 1 / step})
+    lines, draw = file.path.read_bytes().splitlines(keepends=True), random.Random(0)
+    for _ in range(300):
+        file.path.write_bytes(b"".join(harms(lines, draw)))
+        with pytest.raises(ValueError, match=r"metrics\.jsonl:\d+ is damaged"):
+            MetricsFile(file.path).read()
+        with pytest.raises(ValueError, match=r"metrics\.jsonl line \d+ is damaged"):
+            metrics_digest(file.path.parent)
+    file.path.write_bytes(b"".join(lines))
+    assert metrics_digest(file.path.parent) == MetricsFile(file.path).tip() == file.tip()
+
+
+def test_lines_of_an_older_version_are_read_and_covered_by_the_next_digest(file: MetricsFile) -> None:
+    old = b'{"step": 0}\n{"step": 10}\n'
+    file.path.write_bytes(old)
+    assert steps(MetricsFile(file.path)) == [0, 10]
+    MetricsFile(file.path).append({"step": 20})
+    whole = file.path.read_bytes()
+    assert whole.startswith(old)
+    assert steps(MetricsFile(file.path)) == [0, 10, 20]
+    file.path.write_bytes(whole.replace(b'"step": 10', b'"step": 11'))
+    with pytest.raises(ValueError, match="3 is damaged"):
+        MetricsFile(file.path).read()
+
+
+def test_lines_up_to_a_checkpoint_must_be_those_of_then(file: MetricsFile) -> None:
+    size, digest = file.end()
+    state = {"metrics_size": size, "metrics_digest": digest}
+    file.append({"step": 30})
+    require_same_metrics(file, state)
+    require_same_metrics(file, {"metrics_size": size})  # of an older version
+    file.path.write_bytes(re.sub(rb', "digest": "\w+"', b"", file.path.read_bytes()) + b" " * 200 + b"\n")
+    with pytest.raises(ValueError, match="has other lines than when"):
+        require_same_metrics(MetricsFile(file.path), state)
+    file.path.write_bytes(b"")  # RunCheckpoints says so
+    require_same_metrics(MetricsFile(file.path), state)
+
+
 def test_cutting_to_a_size_happens_only_where_a_line_ends(file: MetricsFile) -> None:
     first = len(file.path.read_bytes().splitlines(keepends=True)[0])
     whole = file.size()
@@ -92,7 +156,9 @@ def test_lines_wait_for_a_full_disk_and_none_is_written_in_part(
         with pytest.raises(OSError, match="No space left"):
             file.sync()
         assert file.path.read_bytes() == before
-        assert file.size() == len(before) + len(b'{"step": 30}\n{"step": 40}\n')
+        assert file.size() == len(before) + sum(
+            len(f'{{"step": {step}, "digest": "0123456789abcdef"}}\n') for step in (30, 40)
+        )
     assert capsys.readouterr().err.count("lines are written later") == 1
     file.append({"step": 50})
     assert steps(file) == [0, 10, 20, 30, 40, 50]

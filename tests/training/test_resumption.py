@@ -1,0 +1,233 @@
+"""A run continues from a verified checkpoint with the config that this was trained with, or nothing is touched."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from callbacks import DurableCheckpointIO, read_record
+from callbacks.checkpoints import checkpoint_path, checkpoints, mark_not_started, step_of
+from callbacks.run_record import RECORD
+from t2i_lm.config.experiment import FIXED, PATH_KEYS, RESUMABLE, ExperimentConfig, is_fixed, may_move
+from t2i_lm.config.load import flatten, flatten_mapping, load_experiment, save_experiment
+from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, REPORT, Run, read_run
+from t2i_lm.train import main
+from t2i_lm.training.resumption import VALUES, find_resumption, require_same_config
+from tests.runs import PRETRAINED, without_newest
+from tests.training.test_continuity import contents
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run with checkpoints of steps 1 and 2 that record its config."""
+    run = tmp_path / "run"
+    (run / CHECKPOINTS).mkdir(parents=True)
+    save_experiment(ExperimentConfig(), run / CONFIG)
+    (run / ENVIRONMENT).write_text("{}")
+    (run / METRICS).write_text('{"step": 0}\n{"step": 2}\n')
+    record = {VALUES: flatten_mapping(yaml.safe_load((run / CONFIG).read_text()))}
+    for step in (1, 2):
+        content = {"weights": torch.ones(3), RECORD: record}
+        DurableCheckpointIO().save_checkpoint(content, checkpoint_path(run / CHECKPOINTS, step))
+    return run
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+# What may be left of the checkpoints of a run, and what is said.
+LOSSES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "digests lost": (
+        lambda place: [*map(os.remove, place.glob("*.sha256"))],
+        "step-00000002.ckpt has no digest",
+    ),
+    "both damaged": (lambda place: [*map(damage, place.glob("*.ckpt"))], "step-00000001.ckpt is damaged"),
+    "not mounted": (shutil.rmtree, "checkpoints does not exist"),
+    "all deleted": (lambda place: [*map(os.remove, place.iterdir())], "checkpoints has none"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_a_verifiable_checkpoint_nothing_is_touched(folder: Path, loss: str) -> None:
+    lose, message = LOSSES[loss]
+    lose(folder / CHECKPOINTS)
+    before = contents(folder)
+    with pytest.raises(ValueError, match="no checkpoint can be verified") as error:
+        find_resumption(folder)
+    for part in (message, "metrics.jsonl reaches step 2", "Nothing was changed", "starts a new run at step 0"):
+        assert part in str(error.value)
+    assert contents(folder) == before
+
+
+def test_the_command_refuses_such_a_run_and_leaves_every_byte(
+    pretrained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (lose, message) in enumerate(LOSSES.values()):
+        run = tmp_path / str(number) / "t2i_pretrained" / pretrained.folder.name
+        shutil.copytree(pretrained.folder, run)
+        (run / REPORT).unlink()
+        lose(run / CHECKPOINTS)
+        before = contents(run)
+        assert main([PRETRAINED, "--resume", str(run)]) == 2
+        assert contents(run) == before
+        error = capsys.readouterr().err
+        assert "no checkpoint can be verified" in error
+        assert message.split("-")[0] in error
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(checkpoint_path(folder / CHECKPOINTS, 2))
+    found = find_resumption(folder)
+    assert found.step == 1
+    assert [kind for kind, _ in found.events] == ["corrupt-checkpoint"]
+    assert "step-00000002.ckpt is damaged" in capsys.readouterr().err
+
+
+def test_another_process_that_continued_meanwhile_is_noticed(folder: Path) -> None:
+    found = find_resumption(folder)
+    found.require_current()
+    DurableCheckpointIO().save_checkpoint({}, checkpoint_path(folder / CHECKPOINTS, 3))
+    with pytest.raises(ValueError, match="another process has just continued this run"):
+        found.require_current()
+
+
+def test_a_run_stopped_before_its_first_step_begins_again_in_its_folder(folder: Path) -> None:
+    shutil.rmtree(folder / CHECKPOINTS)
+    mark_not_started(folder / CHECKPOINTS)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl reaches step 2"):
+        find_resumption(folder)
+    (folder / METRICS).write_text('{"step": 0}\n')
+    assert find_resumption(folder).checkpoint is None
+
+
+def test_a_cut_config_is_never_filled_up_with_defaults(folder: Path) -> None:
+    """Cut at line ends: the rest would still be a valid config."""
+    file = folder / CONFIG
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    accepted, messages, known = [], [], flatten(ExperimentConfig())
+    for end in range(1, len(lines), 9):
+        file.write_text("".join(lines[:end]))
+        left = flatten_mapping(yaml.safe_load(file.read_text()))
+        try:
+            require_same_config(load_experiment(file), find_resumption(folder))
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            accepted += [key for key in known if key not in left]
+    assert all(map(may_move, accepted))
+    assert messages
+    assert all(CONFIG in message for message in messages)
+
+
+@pytest.mark.parametrize("change", [{"optim.lr": 0.7}, {"data.length": 9}, {"seed": 4}, {"optim.lr": "missing"}])
+def test_a_changed_config_is_refused_with_both_values(folder: Path, change: dict[str, Any]) -> None:
+    ((key, value),) = change.items()
+    before = flatten(ExperimentConfig())[key]
+    write(folder, key, value)
+    with pytest.raises(ValueError, match=f"{key} is {before} in step-00000002.ckpt, now ") as error:
+        require_same_config(load_experiment(folder / CONFIG), find_resumption(folder, ["data.workers"]))
+    assert ("cannot change within a run" in str(error.value)) == is_fixed(key)
+    if value == "missing" or is_fixed(key):
+        with pytest.raises(ValueError, match=key):
+            require_same_config(load_experiment(folder / CONFIG), find_resumption(folder, [key]))
+
+
+def write(folder: Path, key: str, value: Any) -> None:
+    """Changes or removes a value of config.yaml."""
+    tree = yaml.safe_load((folder / CONFIG).read_text())
+    *sections, name = key.split(".")
+    place = tree
+    for section in sections:
+        place = place[section]
+    assert name in place
+    if value == "missing":
+        del place[name]
+    else:
+        place[name] = value
+    (folder / CONFIG).write_text(yaml.dump(tree, sort_keys=False))
+
+
+def test_an_allowed_change_is_recorded_and_the_former_config_is_kept(folder: Path) -> None:
+    config = load_experiment(folder / CONFIG, None, ["optim.lr=0.7"])
+    found = find_resumption(folder, ["optim.lr"])
+    require_same_config(config, found)
+    found.write_changes({"numerics": 1})
+    assert load_experiment(folder / CONFIG) == config
+    assert load_experiment(folder / "config-to-step-00000002.yaml") == ExperimentConfig()
+    expected = {"step": 2, "key": "optim.lr", "from": ExperimentConfig().optim.lr, "to": 0.7}
+    assert json.loads((folder / ENVIRONMENT).read_text()) == {"numerics": 1, "changes": [expected]}
+    again = find_resumption(folder, ["optim.lr"])  # killed before the next checkpoint
+    require_same_config(load_experiment(folder / CONFIG), again)
+    again.write_changes({"numerics": 1})
+    assert json.loads((folder / ENVIRONMENT).read_text())["changes"] == [expected]
+
+
+def test_places_may_move_and_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("data.cache_dir", "data.path"):
+        write(folder, key, "/elsewhere")
+    require_same_config(load_experiment(folder / CONFIG), find_resumption(folder))
+    told = capsys.readouterr().err
+    for key in ("data.cache_dir", "data.path"):
+        assert f"{folder / CONFIG}: {key} is " in told
+    assert "now /elsewhere" in told
+
+
+def test_a_checkpoint_of_an_older_version_has_no_record(folder: Path) -> None:
+    DurableCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, checkpoint_path(folder / CHECKPOINTS, 3))
+    found = find_resumption(folder)
+    assert (found.step, found.record) == (3, {})
+    write(folder, "optim.lr", 0.7)
+    require_same_config(load_experiment(folder / CONFIG), found)
+
+
+def test_every_fixed_key_is_a_key_and_none_may_change_on_resume() -> None:
+    keys = flatten(ExperimentConfig())
+    for fixed in FIXED:
+        assert any(key == fixed or key.startswith(fixed) for key in keys), fixed
+    assert not any(is_fixed(key) for key in (*RESUMABLE, *PATH_KEYS))
+
+
+def test_a_run_records_what_it_is_and_goes_on_at_an_allowed_rate(
+    pretrained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = checkpoints(pretrained.folder / CHECKPOINTS)[-1]
+    record, state = read_record(newest)
+    assert state["metrics_digest"]
+    environment = pretrained.environment
+    assert record[VALUES] == flatten_mapping(pretrained.config)
+    for name in ("data_hash", "tokenizers", "backbone", "numerics"):
+        assert record[name] == environment[name]
+    run = without_newest(pretrained, tmp_path)
+    rate = pretrained.config["optim"]["lr"]
+    write(run, "optim.lr", rate / 10)
+    before = contents(run)
+    assert main([PRETRAINED, "--resume", str(run)]) == 2
+    assert f"optim.lr is {rate} in step-00000006.ckpt, now {rate / 10}" in capsys.readouterr().err
+    assert contents(run) == before
+    write(run, "optim.lr", rate)
+    assert main([PRETRAINED, "--resume", str(run), f"optim.lr={rate / 10}", "--allow-mismatch", "optim.lr"]) == 0
+    resumed = read_run(run)
+    assert resumed.config["optim"]["lr"] == pytest.approx(rate / 10)
+    assert resumed.environment["changes"][0]["key"] == "optim.lr"
+    last, first = resumed.metrics[-1], pretrained.metrics[-1]
+    assert last["step"] == first["step"] == 8
+    assert last["lr"] == pytest.approx(first["lr"] / 10)
+    assert step_of(checkpoints(run / CHECKPOINTS)[-1]) == 8
+
+
+def test_what_may_differ_is_named_exactly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([PRETRAINED, "--allow-mismatch", "optim.lr"]) == 2
+    assert "--allow-mismatch optim.lr: is for --resume" in capsys.readouterr().err
+    for key in ("optim.lrr", "seed"):
+        assert main([PRETRAINED, "--resume", "latest", "--allow-mismatch", key]) == 2
+        assert f"--allow-mismatch {key}: expected a key that may change within a run" in capsys.readouterr().err
