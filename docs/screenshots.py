@@ -21,9 +21,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 # Without TensorBoard's smoothing, which bends curves of few points.
 TENSORBOARD = {
     "tensorboard_curves": "#custom_scalars&_smoothingWeight=0",
-    "tensorboard_hparams": "#hparams",
     "tensorboard_images": "#images",
-    "tensorboard_text": "#text",
 }
 WAIT_S = 120
 
