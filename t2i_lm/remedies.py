@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from t2i_lm.config.forgetting import NOVELS
 from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, command_parser, exit_code
 from t2i_lm.training.jobs import Job, run_jobs, unfinished
 from t2i_lm.training.remedies import remedy_experiments
 
 EXAMPLE = """example:
-  python -m t2i_lm.remedies --text heldout.txt.gz --replay books.txt.gz --jobs 2 trainer.max_steps=1000
+  python -m t2i_lm.remedies --replay books.txt.gz --jobs 2 trainer.max_steps=1000
   python -m t2i_lm.remedies --text heldout.txt.gz --only l2_sp --only distil trainer.max_steps=200
 
 an arm with a finished run of the same config is not trained again, an interrupted one resumes. No samples are
@@ -21,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser."""
     description = "Train text-to-image from the language model, without and with each remedy; draw language retention."
     arguments = command_parser("remedies", description, EXAMPLE)
-    arguments.add_argument("--text", required=True, metavar="PATH", help="held-out text that forgetting is measured on")
+    arguments.add_argument(
+        "--text", default=NOVELS, metavar="PATH", help="held-out text that forgetting is measured on (default: shipped)"
+    )
     arguments.add_argument("--replay", metavar="PATH", help="text to replay; required by the remedies that replay")
     arguments.add_argument("--tasks", metavar="FOLDER", help="questions to measure on too, NAME.jsonl[.gz]")
     arguments.add_argument("--only", action="append", default=[], metavar="NAME", help="one remedy; may be repeated")
