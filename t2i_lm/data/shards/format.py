@@ -1,8 +1,8 @@
 """Token shards: memory-mapped Arrow files written by `datasets`, with an index of counts and hashes.
 
 A folder has `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. Splits are `train` and `val`, or for
-scenes `train`, `val/iid` and `val/compositional`. A part with its `part.json` is
-written to a temporary folder and renamed, so that an interrupted preparation continues after the last complete part.
+scenes `train`, `val/iid` and `val/compositional`. A part with its `part.json` is written to a temporary folder and
+renamed, so that an interrupted preparation continues after the last complete part.
 Opening a split reads the index and compares sizes of files, whatever their content; a part is opened, and its sha256
 verified, when it is first read. Where the parts lie elsewhere (`remote.py`), it is fetched then.
 
