@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
 
     def body() -> int:
-        from t2i_lm.comparison.plan import Study, chosen_study
+        from t2i_lm.comparison.plan import chosen_study
         from t2i_lm.reporting.page import write_report
         from t2i_lm.reporting.pdf import write_pdf
         from t2i_lm.reporting.request import ReportRequest
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.runs.is_dir():
             raise ValueError(f"--runs {options.runs}: no such folder")
         plan = options.plan or (PLAN if PLAN.is_file() else None)
-        study: Study = chosen_study(plan, options.scale)
+        study = chosen_study(plan, options.scale)
         comparisons = find_comparisons(study, options.runs, options.strict)
         pool = figure_pool(options.runs)
         beside = plan is not None and (plan.parent / "base.yaml").is_file()

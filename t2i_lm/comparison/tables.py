@@ -21,7 +21,7 @@ def text(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
     tested = [
         (
             _name(one),
-            *(value_texts(one, one.means) if one.means else ("", "")),
+            *(_value_texts(one, one.means) if one.means else ("", "")),
             value_text(one, one.statistics.mean, signed=True),
             interval_text(one, one.statistics.t_interval),
             interval_text(one, one.statistics.bootstrap_interval),
@@ -38,8 +38,8 @@ def text(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
             str(one.statistics.n),
             "" if one.statistics.sd is None else value_text(one, one.statistics.sd),
             "" if one.rounding_sd is None else value_text(one, one.rounding_sd),
-            needed_text(one.needed_difference),
-            needed_text(one.needed_equivalence),
+            _needed_text(one.needed_difference),
+            _needed_text(one.needed_equivalence),
         )
         for one in results
     ]
@@ -109,7 +109,7 @@ def latex(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
     rows = [
         (
             _name(one),
-            *(value_texts(one, one.means) if one.means else ("", "")),
+            *(_value_texts(one, one.means) if one.means else ("", "")),
             value_text(one, one.statistics.mean, signed=True),
             interval_text(one, one.statistics.t_interval),
             p_text(one.statistics.p_difference),
@@ -175,7 +175,7 @@ def _name(result: Result) -> str:
     return f"{result.endpoint.name}{unit}{' *' if result.primary else ''}"
 
 
-def value_texts(result: Result, values: Sequence[float]) -> tuple[str, ...]:
+def _value_texts(result: Result, values: Sequence[float]) -> tuple[str, ...]:
     """Values of a result's endpoint, each as `value_text`."""
     return tuple(value_text(result, value) for value in values)
 
@@ -196,7 +196,7 @@ def p_text(value: float | None) -> str:
     return "" if value is None else "<0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def needed_text(pairs: int | None) -> str:
+def _needed_text(pairs: int | None) -> str:
     """A number of pairs; empty for None."""
     return "" if pairs is None else f"{pairs:,}"
 

@@ -223,7 +223,7 @@ class ExperimentConfig(Section):
         forgetting = self.forgetting.interval is not None and self.forgetting.text != NOVELS
         kept = self.task in KEEPS_LANGUAGE
         yield forgetting and not kept, "forgetting.interval", f"null, {task} keeps no language model"
-        yield image_tokenizer and data.source == "shards", "data.source", f"a source of images with {task}"
+        yield image_tokenizer and not data.has_images, "data.source", f"a source of images with {task}"
         yield image_tokenizer and self.tune != "all", "tune", f"all with {task}"
         yield image_tokenizer and bool(self.freeze), "freeze", f"an empty list with {task}"
         if align:

@@ -248,6 +248,11 @@ class DataConfig(Section, prefix="data"):
         return self.source != "scenes" and not is_plugin(self.source)
 
     @property
+    def has_images(self) -> bool:
+        """Whether the source has images: token shards hold only their ids."""
+        return self.source != "shards"
+
+    @property
     def replayed(self) -> int:
         """Sequences of a batch that are replayed text."""
         return round(self.replay_ratio * self.batch_size)

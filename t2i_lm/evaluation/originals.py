@@ -11,10 +11,11 @@ import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.pairs import RejectedPairError, center_crop
-from t2i_lm.data.scenes.scene import render, scene_from_meaning
+from t2i_lm.data.scenes.scene import render
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.shards.prepare import cut
 from t2i_lm.data.sources import open_source
+from t2i_lm.evaluation.scenes import scene_of
 from t2i_lm.experiment.build import ImageExperiment
 from t2i_lm.generation.images import ImageArray, decode
 
@@ -37,9 +38,7 @@ def originals(config: ExperimentConfig, split: str, rows: Mapping[str, Sequence[
         ValueError: if the source cannot be read or no longer has an image.
     """
     if config.data.source == "scenes":
-        meanings = (json.loads(str(text)) for text in rows["meaning"])
-        scenes = ({key: value for key, value in meaning.items() if key != "style"} for meaning in meanings)
-        return [np.asarray(render(scene_from_meaning(scene), size)) for scene in scenes]
+        return [np.asarray(render(scene_of(json.loads(str(text))), size)) for text in rows["meaning"]]
     wanted = list(rows["id"])
     found: dict[str, ImageArray] = {}
     for name, image in islice(_images(config, split, size), SEARCH * len(wanted)):

@@ -167,7 +167,7 @@ def text_to_image_report(experiment: ImageExperiment, folder: Path, report: dict
         with part(report, "image_floor"):
             report["image_floor_nll"] = image_floor(experiment.layout.image_tokens)
     first, *others = experiment.data.validation_splits
-    if experiment.image.decodes:
+    if experiment.image.decodes and experiment.config.data.has_images:
         with part(report, "tokens"):
             write_tokens(experiment, first, folder / TOKENS)
     if not others:
@@ -205,9 +205,10 @@ def _split_report(experiment: ImageExperiment, folder: Path, name: str, report: 
             with part(report, "reconstructions"):
                 codes_BN = torch.from_numpy(np.stack(rows["image_ids"][:shown]).astype(np.int64))
                 _save_grid(decode(experiment, codes_BN), captions[:shown], reconstructions)
-            with part(report, "originals"):
-                images_HW3 = originals(config, name, split[:shown], experiment.image.image_size)
-                _save_grid(images_HW3, captions[:shown], originals_grid)
+            if config.data.has_images:
+                with part(report, "originals"):
+                    images_HW3 = originals(config, name, split[:shown], experiment.image.image_size)
+                    _save_grid(images_HW3, captions[:shown], originals_grid)
     if scenes:
         if count and checked:
             with part(report, "ceiling"):

@@ -62,7 +62,7 @@ def prompt_accuracy(images: Sequence[ImageArray], meanings: Sequence[dict[str, A
 
     def results() -> Iterator[dict[str, bool | None]]:
         for image, meaning in zip(images, meanings, strict=True):
-            caption = describe(_scene(meaning), meaning["style"])
+            caption = describe(scene_of(meaning), meaning["style"])
             yield check(image, meaning, caption.mentioned)
 
     return shares_right(results())
@@ -120,7 +120,7 @@ def caption_preference(experiment: ImageExperiment, texts: Sequence[Any], image_
     if not meanings:
         return {}
     image_ids_BN = np.stack(image_ids)
-    scenes = [_scene(meaning) for meaning in meanings]
+    scenes = [scene_of(meaning) for meaning in meanings]
     own = [describe(scene, meaning["style"]).text for scene, meaning in zip(scenes, meanings, strict=True)]
     own_nll_B = image_nll(experiment, own, image_ids_BN)
     result: dict[str, Any] = {}
@@ -156,5 +156,6 @@ def image_nll(experiment: ImageExperiment, captions: list[str], image_ids_BN: An
     return torch.cat(totals)
 
 
-def _scene(meaning: dict[str, Any]) -> Scene:
+def scene_of(meaning: dict[str, Any]) -> Scene:
+    """The scene of a row's meaning, which also holds the style of its caption."""
     return scene_from_meaning({key: value for key, value in meaning.items() if key != "style"})

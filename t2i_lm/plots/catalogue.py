@@ -19,7 +19,7 @@ from t2i_lm.plots.pairing import RunPair, find_group, find_pair
 from t2i_lm.plots.panels import Panel, arm_style, draw_panels, save_figure
 from t2i_lm.plots.published import draw_systems, own_systems, published_systems, system_table, systems_caption
 from t2i_lm.plots.relearning import relearning_curves, relearning_series, relearning_table
-from t2i_lm.plots.table1 import completions_table
+from t2i_lm.plots.table1 import CompletionsTable, completions_table
 from t2i_lm.plots.tradeoff import (
     draw_tradeoff,
     image_loss,
@@ -332,12 +332,17 @@ def write_figures(request: Request, folder: Path, names: Iterable[str] | None = 
             problems.append(error)
     if not names:
         with suppress(ValueError):  # no pair that measured forgetting
-            print(*completions_table(request.pair).save(folder), sep="\n")
+            print(*_table1(request).save(folder), sep="\n")
     if problems and not tables:
         raise problems[0]
     for table in tables:
         print(f"\n{table}")
     return 0
+
+
+def _table1(request: Request) -> CompletionsTable:
+    request.check(request.pair.arms)
+    return completions_table(request.pair)
 
 
 def write_table1(request: Request, folder: Path) -> int:
@@ -348,7 +353,6 @@ def write_table1(request: Request, folder: Path) -> int:
         IncomparableError: if the arms differ and the request is strict.
         OSError: if a file cannot be written.
     """
-    table = completions_table(request.pair)
-    request.check(request.pair.arms)
+    table = _table1(request)
     print(*table.save(folder), "", table.markdown(), sep="\n")
     return 0

@@ -8,8 +8,9 @@ from PIL import Image
 from t2i_lm.comparison.comparability import mismatches
 from t2i_lm.plots.captions import group_caption, smoothing
 from t2i_lm.plots.curves import series
+from t2i_lm.plots.pairing import newest_first
 from t2i_lm.plots.panels import Panel, draw_panels
-from t2i_lm.storage.run_folder import Run, read_run, run_folders
+from t2i_lm.storage.run_folder import Run, read_run
 
 # Modalities of a figure by its title, by task.
 FIGURES = {
@@ -43,11 +44,10 @@ def _partners(run: Run, names: tuple[str, ...]) -> dict[str, Run]:
     for name in names:
         if name == run.name:
             continue
-        for folder in reversed(run_folders(run.folder.parents[1], name)):
-            other = read_run(folder)
-            if other.records("train") and not mismatches(run, other):
-                found[_arm(name)] = other
-                break
+        others = newest_first(run.folder.parents[1], name)
+        partner = next((other for other in others if not mismatches(run, other)), None)
+        if partner is not None:
+            found[_arm(name)] = partner
     return found
 
 
@@ -62,5 +62,6 @@ def _draw(title: str, modalities: dict[str, str], arms: dict[str, Run]) -> Image
     ]
     caption = f"{title}. {group_caption(arms)}"
     file = BytesIO()
-    draw_panels(panels, caption, smoothing=smoothing(next(iter(arms.values())))).savefig(file, dpi=DPI)
+    first = next(iter(arms.values()))
+    draw_panels(panels, caption, smoothing=smoothing(first), splits=first.validation_splits).savefig(file, dpi=DPI)
     return Image.open(file).convert("RGB")

@@ -1,7 +1,7 @@
 """Search for the runs of a figure: the two arms of Figures 3 and 4, and groups of arms."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,17 +144,25 @@ def find_group(root: Path, group: Group) -> dict[str, Run]:
 
 def _discover(root: Path, name: str, records: str = "train", problems: list[str] | None = None) -> list[Run]:
     """Runs of an experiment with something to plot, oldest first; adds a line to `problems` for each other one."""
-    runs = []
-    for folder in run_folders(root, name):
+    found: list[str] = []
+    runs = [*newest_first(root, name, records, found)]
+    if problems is not None:
+        problems += reversed(found)
+    return runs[::-1]
+
+
+def newest_first(root: Path, name: str, records: str = "train", problems: list[str] | None = None) -> Iterator[Run]:
+    """As `_discover`, newest first, each read when it is asked for."""
+    for folder in reversed(run_folders(root, name)):
         try:
             run = _read(folder)
             if not (run.records("train") and run.records(records)):
                 raise ValueError("no training step logged yet")
-            runs.append(run)
         except ValueError as error:
             if problems is not None:
                 problems.append(f"{name}/{folder.name}  {error}")
-    return runs
+            continue
+        yield run
 
 
 def _read(folder: Path) -> Run:

@@ -6,6 +6,7 @@ Paper: "Pre-trained Language Models Do Not Help Auto-regressive Text-to-Image Ge
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from t2i_lm.plots import relearning, tradeoff
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS
 from t2i_lm.plots.pairing import ARMS
 
@@ -88,8 +89,7 @@ CLAIMS: dict[str, Claim] = {
         'diminished".',
         "Table 1, Section 2.2",
         FORGETTING.command,
-        ("table1",),
-        FORGETTING.experiments,
+        experiments=FORGETTING.experiments,
     ),
     "figure5": Claim(
         "Images without captions",
@@ -124,7 +124,6 @@ CLAIMS: dict[str, Claim] = {
         "pre-trained model has no position information beyond the causal mask.",
         "Section 2.1 names the model",
         "python -m t2i_lm.study experiments/study.yaml",
-        ("positions",),
     ),
     "forgetting": Claim(
         "Forgetting",
@@ -139,7 +138,7 @@ CLAIMS: dict[str, Claim] = {
         "Relearning",
         "Not measured: whether the language is gone or only suppressed.",
         "",
-        "python -m t2i_lm.evaluate --checkpoint RUN --relearn TEXT --relearn-heldout HELDOUT",
+        relearning.COMMAND.format("RUN"),
         ("relearning",),
         PAIR,
     ),
@@ -147,7 +146,7 @@ CLAIMS: dict[str, Claim] = {
         "Remedies",
         '"exploring methods to avoid catastrophic forgetting could be a promising future research direction."',
         "Limitations",
-        "python -m t2i_lm.remedies --text HELDOUT --replay TEXT",
+        tradeoff.COMMAND,
         ("remedies",),
     ),
     "sweeps": Claim(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from t2i_lm.comparison.compare import Result
 from t2i_lm.comparison.comparison import Comparison
-from t2i_lm.comparison.tables import interval_text, p_text, sentence, value_text
+from t2i_lm.comparison.tables import interval_text, p_text, sentence, setting, value_text
 from t2i_lm.reporting.findings import arm_label, endpoint_label
 
 ROOM = 1.12  # of the axis beyond the largest value
@@ -34,7 +34,6 @@ class Row:
     second: str
     difference: str
     interval: str
-    bootstrap: str
     n: str
     p: str
     margin: str
@@ -76,7 +75,6 @@ def comparison_table(comparison: Comparison) -> ComparisonTable:
                 second=means[1],
                 difference=value_text(one, statistics.mean, signed=True),
                 interval=interval_text(one, statistics.t_interval) or "none",
-                bootstrap=interval_text(one, statistics.bootstrap_interval) or "none",
                 n=str(statistics.n),
                 p=p_text(statistics.p_difference),
                 margin="" if one.margin is None else value_text(one, one.margin),
@@ -85,10 +83,8 @@ def comparison_table(comparison: Comparison) -> ComparisonTable:
                 bar=_bar(one, limit),
             )
         )
-    seeds = ", ".join(map(str, arms.seeds))
-    setting = f"{comparison.name}: {first} minus {second}, paired by seed ({seeds}), scale {plan.scale}"
-    setting += f", data hash {arms.runs[0].environment.get('data_hash')}"
-    return ComparisonTable(comparison.name, first, second, f"{100 * (1 - plan.alpha):g} %", setting, tuple(rows))
+    words = f"{comparison.name}: {first} minus {second}, paired by seed: {setting(plan, arms)}"
+    return ComparisonTable(comparison.name, first, second, f"{100 * (1 - plan.alpha):g} %", words, tuple(rows))
 
 
 def _limit(results: Sequence[Result]) -> float:

@@ -72,7 +72,8 @@ def draw_figures(runs: Sequence[Run], root: Path, strict: bool, pair: tuple[Run,
     Raises:
         IncomparableError: if `strict`, naming the figure and the keys.
     """
-    with _view(runs) as (view, folders):
+    # The pair first: it may lie beside the runs of the other figures, in the folder of a sweep.
+    with _view([*(pair or ()), *runs]) as (view, folders):
         views = {folder: link for link, folder in folders.items()}
         one, two = (None, None) if pair is None else (views[run.folder] for run in pair)
         names = {**{str(link): str(folder) for link, folder in folders.items()}, str(view): str(root)}

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from t2i_lm.comparison.comparability import IncomparableError, mismatches, pair_values
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.tables import notes as table_notes
-from t2i_lm.plots.catalogue import FIGURES
 from t2i_lm.reporting.claims import CLAIMS, Claim, claim_of_figure
 from t2i_lm.reporting.comparison_table import ComparisonTable, comparison_table
 from t2i_lm.reporting.figures import FigureBlock
@@ -34,8 +33,6 @@ from t2i_lm.reporting.request import (
 from t2i_lm.reporting.samples import SampleBlock, sample_blocks, score_rows
 from t2i_lm.reporting.sweeps import sweep_blocks
 from t2i_lm.storage.run_folder import SAMPLES, Run
-
-ELSEWHERE = ("table1", "positions")  # sections that have content without a figure of the catalogue
 
 
 @dataclass
@@ -87,20 +84,14 @@ def build_sections(request: ReportRequest, blocks: Sequence[FigureBlock], arms: 
             _add_samples(request, section, arms)
         if key == "sweeps":
             _add_sweeps(request, section)
-        if key == "table1" and not section.figures:
+        if key == "table1":
             _add_completions(request, section, blocks)
     _add_comparisons(request, sections)
     for section in sections.values():
         section.notes = list(dict.fromkeys(section.notes))
         if not (section.figures or section.tables or section.samples or section.rows) and section.missing is None:
             section.missing = ("no finished runs for this section", section.claim.command)
-    return [section for key, section in sections.items() if not _is_to_come(key, section)]
-
-
-def _is_to_come(key: str, section: Section) -> bool:
-    """Whether a section is of a figure that the catalogue does not have, and has nothing else."""
-    drawn = any(name in FIGURES for name in section.claim.figures)
-    return bool(section.claim.figures) and not drawn and section.missing is not None and key not in ELSEWHERE
+    return list(sections.values())
 
 
 def _found(block: FigureBlock, request: ReportRequest) -> list[str]:

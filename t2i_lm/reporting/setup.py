@@ -1,7 +1,6 @@
 """The set-up of the runs beside the paper's."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ def _here(run: Run, seeds: list[int]) -> dict[str, str]:
         "batch": _listed(
             f"{config['data.batch_size']:,} sequences", "" if per_step is None else f"{compact(per_step)} tokens"
         ),
-        "tokens": _listed(compact(tokens), _epochs(run, config)),
+        "tokens": _listed(compact(tokens), _epochs(run)),
         "learning rate": f"peak {config['optim.lr']:g}, cosine, {config['optim.warmup_steps']:,} warm-up steps",
         "optimizer": f"{config['optim.name']}, betas {', '.join(f'{beta:g}' for beta in config['optim.betas'])}, "
         f"decay {config['optim.weight_decay']:g}, clipping at {config['optim.grad_clip']:g}",
@@ -126,7 +125,7 @@ def _last_counts(run: Run) -> dict[str, int]:
     return {name: entry["count"] for name, entry in lines[-1]["val"].items() if "count" in entry} if lines else {}
 
 
-def _epochs(run: Run, config: Mapping[str, Any]) -> str:
+def _epochs(run: Run) -> str:
     pairs, samples = run.environment.get("train_samples"), run.metrics[-1].get("samples")
     if not (pairs and samples):
         return ""

@@ -194,6 +194,14 @@ def test_one_pair_is_undecided_and_says_so(tmp_path: Path, page: Command) -> Non
     assert "MISSING: seeds 1, 2 of t2i_scratch" in answer.text
 
 
+def test_runs_of_a_sweep_alone_have_an_answer_and_figures(tmp_path: Path, page: Command) -> None:
+    write_pair(tmp_path / "runs" / "sweep")
+    code, tree, _ = page(tmp_path / "runs")
+    assert code == 0
+    assert cells(tree, "val.image.nll")[6] == "1"
+    assert tree.one("section", id="figure4").all("figure")
+
+
 def test_a_section_without_runs_names_the_command_that_makes_them(tmp_path: Path, page: Command) -> None:
     (tmp_path / "runs").mkdir()
     code, tree, _ = page(tmp_path / "runs", "--strict")

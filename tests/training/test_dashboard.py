@@ -1,6 +1,7 @@
 """The TensorBoard dashboard of real runs."""
 
 import re
+from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -91,3 +92,11 @@ def test_figures_of_a_run_show_the_newest_partner(probed: Run, scratch: Run) -> 
     images = live_figures(scratch.folder)
     assert set(images) == {"Figure 3", "Figure 4"}
     assert min(images["Figure 4"].size) > 400
+
+
+def test_a_damaged_run_beside_it_takes_no_figure_from_a_run(runs: Path) -> None:
+    pretrained = next((runs / "t2i_pretrained").iterdir())
+    damaged = runs / "t2i_scratch" / "20270101-000000-demo"
+    damaged.mkdir()
+    (damaged / "config.yaml").write_text("name: [")
+    assert set(live_figures(pretrained)) == {"Figure 3", "Figure 4"}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from t2i_lm.data.shards.format import read_index
+from t2i_lm.evaluation.parts import failed
 from t2i_lm.storage.run_folder import read_run
 from t2i_lm.train import main
 from tests.runs import PRETRAINED, QUICK, curve, train
@@ -26,6 +27,8 @@ def test_a_run_on_remote_shards_has_the_losses_of_one_on_the_prepared_folder(
     for key in ("stream_hash", "data_hash"):
         assert ours.environment[key] == prepared.environment[key]
     assert list(cache.glob("remote-*/files/*"))
+    assert ours.report is not None
+    assert not failed(ours.report), "token shards have no images, which is no failure"
     # A run that stopped after its last checkpoint validates on, with the order that it began with.
     (ours.folder / "report.json").unlink()
     assert main([PRETRAINED, "--resume", str(ours.folder)]) == 0
