@@ -33,8 +33,9 @@ from t2i_lm.config.sections import (
 SCALES = ("demo", "flickr8k", "paper")  # files of experiments/scale/
 TASKS = ("text_to_image", "unconditional", "align", "text", "image_tokenizer")
 KEEPS_LANGUAGE = ("text_to_image", "unconditional")
+CONTROLS = ("words_shuffled", "brackets", "digits")  # of data/control_text.py
 LOSS_ROWS = ("all", "image")
-INITS = ("pretrained", "random", "shuffled", "body_only", "embeddings_only", "aligned")
+INITS = ("pretrained", "random", "shuffled", "gaussian", "mimetic", "body_only", "embeddings_only", "aligned")
 NEW_ROWS = ("random", "mean", "aligned", "codebook")
 # Keys that may select a plug-in.
 PLUGIN_KEYS = ("backbone.path", "text_tokenizer.path", "image_tokenizer.path", "data.source")
@@ -145,8 +146,9 @@ class ExperimentConfig(Section):
     seed: int = 0
     """Seed of weights, data order and dropout, in [0, 2**32)."""
     init: str = "pretrained"
-    """Initial weights: `pretrained`, `random`, `shuffled` (each pre-trained tensor permuted), `body_only` or
-    `embeddings_only` (the rest random), or `aligned` (pre-trained, with image rows from an alignment)."""
+    """Initial weights: `pretrained`, `random`, `shuffled` (each pre-trained tensor permuted), `gaussian` (its mean and
+    deviation), `mimetic` (with the structure of its attention), `body_only` or `embeddings_only` (the rest random), or
+    `aligned` (pre-trained, with image rows from an alignment)."""
     tune: str = "all"
     """Trained parameters of Figure 5, one of TUNE_SETS in models/freeze.py."""
     freeze: list[str] = field(default_factory=list)
@@ -209,6 +211,8 @@ class ExperimentConfig(Section):
         yield text != (data.source == "text"), "data.source", f"{'' if text else 'not '}text with {task}"
         yield (text or image_tokenizer) and self.init != "random", "init", f"random, with which {task} starts"
         yield self.loss_rows != "all" and self.task != "unconditional", "loss_rows", f"all with {task}"
+        yield data.control not in (None, *CONTROLS), "data.control", f"null or one of {', '.join(CONTROLS)}"
+        yield data.control is not None and not text, "data.control", f"null with {task}"
         ratio = data.text_ratio is not None
         yield ratio and self.task != "text_to_image", "data.text_ratio", f"null with {task}"
         yield self.fid.interval is not None and self.task != "text_to_image", "fid.interval", f"null with {task}"

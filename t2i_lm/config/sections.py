@@ -195,6 +195,8 @@ class DataConfig(Section, prefix="data"):
     """Of several captions of an image: the `first`, a `random` one per epoch, or `all`, each a sample of its own."""
     caption_dropout: float = 0.0
     """Share of training captions left empty, in [0, 1); classifier-free guidance requires some."""
+    control: str | None = None
+    """With task=text, what replaces the words of documents: `words_shuffled`, `brackets` (nested pairs) or `digits`."""
     text_ratio: float | None = None
     """Text ids per image id in training, in (0, 1]: captions of an image are joined, or some left out, as with
     caption_dropout; null: one caption each. Scenes have several captions where they are joined."""

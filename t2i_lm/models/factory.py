@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, nn
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
@@ -18,19 +17,12 @@ from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.fsdp import blocks_of
 from t2i_lm.models.huggingface_folder import base_folder, empty_huggingface, is_huggingface, load_huggingface
 from t2i_lm.models.lora import add_adapters
+from t2i_lm.models.matched_weights import draw_entries, mimic_attention, shuffle_entries
 from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
 from t2i_lm.runtime.devices import can_compile
 from t2i_lm.runtime.plugins import BACKBONE, find_plugin
 from t2i_lm.runtime.seeds import generator
 from t2i_lm.storage.hashing import weights_sha256
-
-
-@torch.no_grad()
-def shuffle_entries(model: nn.Module, generator: Generator) -> None:
-    """Permutes the entries within each tensor, which keeps their statistics."""
-    for parameter in model.parameters():
-        order = torch.randperm(parameter.numel(), generator=generator)
-        parameter.copy_(parameter.flatten()[order.to(parameter.device)].view_as(parameter))
 
 
 @torch.no_grad()
@@ -240,6 +232,27 @@ def shuffled_backbone(config: ExperimentConfig) -> Backbone:
     return backbone
 
 
+def gaussian_backbone(config: ExperimentConfig) -> Backbone:
+    """Normal entries of the mean and standard deviation of each pre-trained tensor."""
+    backbone = pretrained_backbone(config)
+    draw_entries(backbone, generator(config.seed, "gaussian"))
+    return backbone
+
+
+def mimetic_backbone(config: ExperimentConfig) -> Backbone:
+    """As `gaussian_backbone`, with the similarities of the attention matrices of each pre-trained head.
+
+    Raises:
+        ValueError: if the backbone is not open_lm's.
+    """
+    pretrained, backbone = pretrained_backbone(config), gaussian_backbone(config)
+    require(
+        isinstance(pretrained, Decoder), "init", config.init, f"another with {config.backbone.path}: only open_lm's"
+    )
+    mimic_attention(pretrained, backbone)
+    return backbone
+
+
 def body_only_backbone(config: ExperimentConfig) -> Backbone:
     """Everything but the embedding and output rows is pre-trained."""
     backbone = pretrained_backbone(config)
@@ -259,6 +272,8 @@ INITIALIZATIONS: dict[str, Callable[[ExperimentConfig], Backbone]] = {
     "pretrained": pretrained_backbone,
     "random": random_backbone,
     "shuffled": shuffled_backbone,
+    "gaussian": gaussian_backbone,
+    "mimetic": mimetic_backbone,
     "body_only": body_only_backbone,
     "embeddings_only": embeddings_only_backbone,
     "aligned": pretrained_backbone,

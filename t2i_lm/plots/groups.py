@@ -41,7 +41,7 @@ FIGURE6 = Group(
     required=1,
     varied=("align.shuffle_pairs",),
 )
-BETWEEN = ("shuffled", "embeddings_only", "body_only", "aligned")
+BETWEEN = ("gaussian", "mimetic", "shuffled", "embeddings_only", "body_only", "aligned")
 INITS = Group(
     {"scratch": "t2i_scratch", "pretrained": "t2i_pretrained", **{name: f"t2i_{name}" for name in BETWEEN}},
     f"python -m t2i_lm.train experiments/t2i_NAME.yaml with NAME one of {', '.join(BETWEEN)}",

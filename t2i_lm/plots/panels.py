@@ -61,6 +61,8 @@ ARM_STYLES = {
     "align": ArmStyle("own captions", "#0072B2", "o"),
     "align_shuffled": ArmStyle("other images' captions", "#D55E00", "s", (0, (2.2, 1.3))),
     "aligned": ArmStyle("pre-trained, aligned image rows", "#009E73", "P"),
+    "gaussian": ArmStyle("pre-trained mean and deviation only", "#0072B2", "<", (0, (1, 1))),
+    "mimetic": ArmStyle("the same, with attention structure", "#009E73", ">", (0, (4, 1))),
     "shuffled": ArmStyle("pre-trained, entries shuffled", "#CC79A7", "v"),
     "body_only": ArmStyle("pre-trained body only", "#E69F00", "^"),
     "embeddings_only": ArmStyle("pre-trained rows only", "#56B4E9", "D"),

@@ -5,7 +5,8 @@ import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import BackboneConfig
-from t2i_lm.models.factory import copy_text_rows, pretrained_backbone, random_backbone, shuffle_entries
+from t2i_lm.models.factory import copy_text_rows, pretrained_backbone, random_backbone
+from t2i_lm.models.matched_weights import shuffle_entries
 from tests.decoders import tiny_decoder as tiny
 
 

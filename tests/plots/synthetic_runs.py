@@ -15,7 +15,9 @@ EXPERIMENTS = {"t2i_pretrained": "pretrained", "t2i_scratch": "random", "uncond_
 EXPERIMENTS |= dict.fromkeys(
     ("uncond_pretrained", *(f"uncond_tune_{name}" for name in ("embed", "norm", "first_half", "ffn"))), "pretrained"
 )
-EXPERIMENTS |= {f"t2i_{name}": name for name in ("shuffled", "embeddings_only", "body_only", "aligned")}
+EXPERIMENTS |= {
+    f"t2i_{name}": name for name in ("gaussian", "mimetic", "shuffled", "embeddings_only", "body_only", "aligned")
+}
 EXPERIMENTS |= dict.fromkeys(("remedy_replay", "remedy_l2_sp"), "pretrained")
 EXPERIMENTS |= dict.fromkeys(("align", "align_shuffled"), "pretrained")
 # Targets of each modality in a step of 32 sequences of 128 positions, and their loss: a floor, how

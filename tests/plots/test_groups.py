@@ -67,19 +67,19 @@ def test_initializations_are_drawn_beside_both_arms(tmp_path: Path) -> None:
     drawing = FIGURES["inits"](Request(tmp_path))
     gids = {str(line.get_gid()) for axes in drawing.figure.axes for line in axes.get_lines()}
     assert {f"{panel} tokens/{arm}/ema" for panel in ("Text", "Image") for arm in ("scratch", "shuffled")} <= gids
-    assert "NOT RUN: embeddings_only, body_only, aligned." in drawing.caption
+    assert "NOT RUN: gaussian, mimetic, embeddings_only, body_only, aligned." in drawing.caption
     assert drawing.table.splitlines()[1].startswith("scratch")
 
 
 def test_a_pair_alone_is_no_figure_of_initializations(tmp_path: Path) -> None:
     for name in ("t2i_scratch", "t2i_pretrained"):
         write_run(tmp_path, name)
-    with pytest.raises(ValueError, match="NAME one of shuffled"):
+    with pytest.raises(ValueError, match="NAME one of gaussian"):
         FIGURES["inits"](Request(tmp_path))
 
 
 def test_a_legend_of_many_arms_is_not_cut_off(tmp_path: Path) -> None:
-    names = ("scratch", "pretrained", "shuffled", "body_only", "embeddings_only", "aligned")
+    names = ("scratch", "pretrained", "gaussian", "mimetic", "shuffled", "body_only", "embeddings_only", "aligned")
     for hour, name in enumerate(names):
         write_run(tmp_path, f"t2i_{name}", f"20260301-{hour + 10}0000")
     figure = FIGURES["inits"](Request(tmp_path)).figure

@@ -133,7 +133,7 @@ def test_initializations_take_the_documented_tensors(aligned: Run, tiny: list[st
     where = [*tiny, f"run.dir={aligned.folder.parents[1]}"]
     arms = {
         name: decoder_of(f"t2i_{name}", *where)
-        for name in ("pretrained", "scratch", "shuffled", "body_only", "embeddings_only", "aligned")
+        for name in ("pretrained", "scratch", "shuffled", "gaussian", "body_only", "embeddings_only", "aligned")
     }
     pretrained, scratch = arms["pretrained"], arms["scratch"]
     rows = {"tok_embeddings.text", "output.text"}

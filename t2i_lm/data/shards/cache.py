@@ -195,6 +195,8 @@ def shards_of(config: ExperimentConfig, tokenizers: dict[str, str], wide_codes: 
         settings["codes"] = "uint32"
     if scenes and (captions := paraphrases(data.text_ratio)) > 1:
         settings["captions"] = captions
+    if data.control is not None:
+        settings["control"] = data.control
     if is_plugin(data.source):
         settings["plugin"] = find_plugin(SOURCE, data.source).identity
     stem = re.sub(r"[^a-zA-Z0-9_.]", "-", data.source)

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.data.control_text import control_documents
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, Sample, StreamedSource, center_crop
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.data.shards.cache import (
@@ -232,7 +233,7 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
         index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
         for key, split, source in (("data.path", "train", data.path), ("data.val_path", "val", data.val_path)):
             with progress(f"tokenizing {split} text", None, unit="documents") as advance:
-                texts = _counted(read_documents(str(source), key), advance)
+                texts = control_documents(_counted(read_documents(str(source), key), advance), data.control)
                 entry = write_text_split(folder, split, texts, text, data.length)
             if not entry["rows"]:
                 raise ValueError(f"{key}={source}: less text than one row of data.length={data.length} ids")
