@@ -28,6 +28,7 @@ FIELDS = {
     "trainer_overhead": ("tokens_per_s", "mfu", "overhead_percent"),
     "head": ("seconds", "peak_mib", "times_ours"),
     "generate": ("ids_per_s", "first_call_seconds", "times_ours"),
+    "encode": ("images_per_s", "equal_ids"),
     "loader": ("samples_per_s", "times_ours"),
     "fid": ("seconds", "times_ours"),
     "demo": ("seconds",),
@@ -55,7 +56,10 @@ def script(name: str, arguments: str = "", limit: float = 3600, entry: str | Non
 
 
 # On any machine, at the demo's shape.
-CPU = tuple(script(name) for name in ("train_step", "head", "generate", "loader", "trainer_overhead", "fid"))
+CPU = (
+    *(script(name) for name in ("train_step", "head", "generate", "loader", "trainer_overhead", "fid")),
+    script("encode", "--batch 1"),
+)
 _DRAW = "--shape paper --prompt 64 --tokens 1024 --precision bf16 --alone --rounds 1"
 # At the paper's shape on one GPU of 80 GB; the cheapest and most wanted first. Limits, not estimates.
 GPU = (
@@ -64,6 +68,7 @@ GPU = (
     script("trainer_overhead", "--shape paper --compile --accumulate 4 --steps 40 --rounds 1", 120, "trainer"),
     script("generate", f"{_DRAW} --batch 64", 90, "draw_64"),
     script("generate", f"{_DRAW} --batch 256", 90, "draw_256"),
+    script("encode", "--shape movqgan_270m --batch 64 --rounds 3", 90),
     Entry("demo", ("t2i_lm.train", "experiments/t2i_pretrained.yaml", "--scale", "demo"), 90),
 )
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import fid, generate, head, loader, peers, rounds, shards, suite, train_step, trainer_overhead
+from benchmarks import encode, fid, generate, head, loader, peers, rounds, shards, suite, train_step, trainer_overhead
 from t2i_lm.config.sections import DataConfig
 from tests.test_layers import MODULES, imports
 
@@ -25,6 +25,7 @@ SCRIPTS = {
     "train_step": ("times_ours", "tokens_per_s", "first_call_seconds"),
     "head": ("times_ours", "peak_mib", "gradients_mib"),
     "generate": ("times_ours", "ids_per_s"),
+    "encode": ("images_per_s", "equal_ids"),
     "loader": ("times_ours", "samples_per_s"),
     "trainer_overhead": ("overhead_percent", "throughput_ratio"),
     "fid": ("times_ours", "fastest"),
@@ -271,7 +272,9 @@ def test_open_lm_takes_part_in_training_steps_alone() -> None:
 
 def test_the_gpus_suite_fits_its_eight_minutes_and_every_command_parses() -> None:
     given, _ = suite.options(["--gpu"])
-    modules = {f"benchmarks.{module.__name__.split('.')[-1]}": module for module in (train_step, head, generate)}
+    modules = {
+        f"benchmarks.{module.__name__.split('.')[-1]}": module for module in (train_step, head, generate, encode)
+    }
     modules["benchmarks.trainer_overhead"] = trainer_overhead
     for entry in suite.entries(given):
         assert entry.limit < suite.GPU_SECONDS
