@@ -85,7 +85,7 @@ def forms(tokenizer: VQTokenizer, images_BCHW: Tensor, compiled: bool) -> dict[s
     import torch
 
     last = copy.deepcopy(tokenizer)
-    last.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last.model.to(memory_format=torch.channels_last)
     found: dict[str, Callable[[], Tensor]] = {
         "float32": partial(tokenizer.encode, images_BCHW),
         "bfloat16": partial(tokenizer.encode, images_BCHW, low_precision=True),

@@ -47,9 +47,8 @@ def mimic_attention(source: nn.Module, target: nn.Module) -> None:
 
 def matrices_of_heads(attention: Attention) -> list[Tensor]:
     """Query, key, value and transposed output matrices (H, K, D) of the heads of a layer; views of its weights."""
-    heads = attention.n_heads
     blocks = [*attention.in_proj.weight.chunk(3), attention.out_proj.weight.T]
-    return [block.unflatten(0, (heads, -1)) for block in blocks]
+    return [block.view(attention.n_heads, -1, block.shape[1]) for block in blocks]
 
 
 def similarities(attention: Attention) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,10 @@ def trained_like() -> Decoder:
     decoder = tiny_decoder()
     with torch.no_grad():
         for layer in decoder.layers:
-            query_HKD, key_HKD, value_HKD, out_HKD = matrices_of_heads(layer.attention)  # type: ignore[union-attr]
+            query_HKD, key_HKD, value_HKD, out_HKD = matrices_of_heads(layer.attention)
             key_HKD += 0.8 * query_HKD
             out_HKD -= 0.5 * value_HKD
-            layer.attention_norm.weight += 0.5  # type: ignore[union-attr, operator]
+            layer.attention_norm.weight += 0.5
     return decoder
 
 
