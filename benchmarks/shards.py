@@ -16,7 +16,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig, LogConfig, OptimConfig, TrainerConfig
 from t2i_lm.data.datamodules import BatchDataModule
 from t2i_lm.data.shards.format import pair_features, part_folder, read_part, write_index, write_part
-from t2i_lm.tokenizers.layout import BOUNDARY_TOKENS
+from t2i_lm.tokenizers.joint_vocab import BOUNDARY_TOKENS
 
 CAPTIONS = 5  # per image, as in COCO
 PAD_TO_MULTIPLE_OF = {"paper": 32}  # data.pad_to_multiple_of of scales without the default

@@ -31,9 +31,10 @@ def layout(validations: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     """
     categories = {
         "Figure 3: all tokens": _losses("", "all", validations),
-        "Figure 4: text tokens": _losses("", "text", validations) | _late("text", validations),
-        "Figure 4: image tokens": _losses("", "image", validations) | _late("image", validations),
-        "Figure 5: images without captions": _losses("unconditional/", "image", validations),
+        "Figure 4: text tokens": _losses("", "text", validations) | _late("", "text", validations),
+        "Figure 4: image tokens": _losses("", "image", validations) | _late("", "image", validations),
+        "Figure 5: images without captions": _losses("unconditional/", "image", validations)
+        | _late("unconditional/", "image", validations),
         "Figure 6: alignment of image rows": {
             "contrastive loss, average": ["align/train/all/nll_ema$"],
             "contrastive loss, raw": ["align/train/all/nll$"],
@@ -66,11 +67,11 @@ def _losses(prefix: str, modality: str, validations: Sequence[str]) -> Charts:
     }
 
 
-def _late(modality: str, validations: Sequence[str]) -> Charts:
+def _late(prefix: str, modality: str, validations: Sequence[str]) -> Charts:
     """The same without the start of the run, whose loss would flatten the rest."""
     return {
-        "late, average": [f"late/train/{modality}/nll_ema$"],
-        **{f"late, {title}": [f"late/{key}/{modality}/nll$"] for title, key in _titles(validations).items()},
+        "late, average": [f"{prefix}late/train/{modality}/nll_ema$"],
+        **{f"late, {title}": [f"{prefix}late/{key}/{modality}/nll$"] for title, key in _titles(validations).items()},
     }
 
 

@@ -44,13 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         from t2i_lm.comparison.arms import find_arms
         from t2i_lm.comparison.compare import compare
+        from t2i_lm.comparison.comparison import on_their_sets
         from t2i_lm.comparison.plan import chosen_plan
         from t2i_lm.comparison.tables import FORMATS as WRITERS
 
         plan = chosen_plan(options.plan, options.scale, options.where)
         arms = find_arms(plan, options.runs, options.strict)
-        if options.plan is None and not arms.runs[0].validation_splits:
-            plan = plan.on_one_set()
+        if options.plan is None:
+            plan, arms = on_their_sets(plan, arms)
         table = WRITERS[options.format](plan, arms, compare(plan, arms))
         if options.out is None:
             print(table)

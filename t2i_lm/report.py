@@ -39,17 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from t2i_lm.reporting.page import write_report
         from t2i_lm.reporting.pdf import write_pdf
         from t2i_lm.reporting.request import ReportRequest
-        from t2i_lm.reporting.search import figure_pool, find_comparisons
+        from t2i_lm.reporting.search import RunSearch
 
         if not options.runs.is_dir():
             raise ValueError(f"--runs {options.runs}: no such folder")
         plan = options.plan or (PLAN if PLAN.is_file() else None)
         study = chosen_study(plan, options.scale)
-        comparisons = find_comparisons(study, options.runs, options.strict)
-        pool = figure_pool(options.runs)
+        search = RunSearch(options.runs)
+        comparisons = search.comparisons(study, options.strict)
         beside = plan is not None and (plan.parent / "base.yaml").is_file()
         experiments = plan.parent if plan is not None and beside else PLAN.parent
-        write_report(ReportRequest(comparisons, pool, options.runs, plan, experiments, options.strict), options.out)
+        request = ReportRequest(comparisons, search.figure_pool(), search, plan, experiments, options.strict)
+        write_report(request, options.out)
         print(options.out)
         if options.pdf:
             print(write_pdf(options.out))

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from t2i_lm.plots.catalogue import Request, write_figures
         from t2i_lm.reporting.page import write_report
         from t2i_lm.reporting.request import ReportRequest
-        from t2i_lm.reporting.search import Pool
+        from t2i_lm.reporting.search import Pool, RunSearch
 
         comparisons = compare_arms(study, runs, options.strict)
         failed = write_comparisons(comparisons, options.out)
@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed = 2
         finished, notes = shown_runs(runs)
         pool = Pool(tuple(finished), tuple(notes))
-        write_report(ReportRequest(comparisons, pool, root, options.plan, options.plan.parent, options.strict), page)
+        search = RunSearch(root)
+        write_report(ReportRequest(comparisons, pool, search, options.plan, options.plan.parent, options.strict), page)
         print(page)
         return code or failed
 

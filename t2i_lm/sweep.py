@@ -49,12 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code > 128:  # stopped by a signal
             return code
         from t2i_lm.comparison.comparability import require_comparable
+        from t2i_lm.plots.groups import arms_of
         from t2i_lm.plots.panels import save_figure
         from t2i_lm.plots.sweep import Outcome, varied_in
         from t2i_lm.plots.sweep_grid import caption_of, draw, tables_of
 
-        runs = finished_runs(jobs).items()
-        outcomes = [Outcome(arm.removeprefix("t2i_"), values[: len(keys)], run) for (arm, *values), run in runs]
+        runs = finished_runs(jobs)
+        arms = arms_of(dict.fromkeys(arm for arm, *_ in runs))
+        outcomes = [Outcome(arms[arm], values[: len(keys)], run) for (arm, *values), run in runs.items()]
         if outcomes:
             if options.strict:
                 require_comparable({f"{one.arm} {one.value}": one.run for one in outcomes}, varied_in(keys))

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from t2i_lm.analysis.base import HELD_OUT, NotAvailableError, ProbedRun, ProbeResult, Settings, State
+from t2i_lm.analysis.base import HELD_OUT, PROBED, NotAvailableError, ProbedRun, ProbeResult, Settings, State
 from t2i_lm.analysis.cka import Estimate
 from t2i_lm.analysis.looks import grey_key, run_keys
-from t2i_lm.analysis.states import BATCH, PROBED
+from t2i_lm.analysis.states import BATCH
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Attention, Decoder

@@ -4,33 +4,39 @@ Shapes: `S` sequences, `T` positions.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from callbacks.checkpoints import step_of
+from callbacks.files.checkpoint_io import digests
 from t2i_lm.comparison.comparability import ORDER, require_comparable
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import PairBatches
 from t2i_lm.data.shards.format import Parts, read_index
+from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import image_config, load_initial, load_trained, newest_checkpoint
 from t2i_lm.models.factory import weights_hashes
-from t2i_lm.plots.panels import ARM_STYLES, ArmStyle, arm_style, save_figure
+from t2i_lm.plots.panels import ARM_STYLES, STYLE, ArmStyle, arm_style, remove_caption, save_figure
 from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.storage.run_folder import Run, environment, find_run, read_run
+from t2i_lm.storage.run_folder import PROBES, Run, environment, find_run, read_run
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 
 State = Literal["initial", "trained"]
 # Held-out splits of shards, the first that is there.
 HELD_OUT = ("val/iid", "val")
-# Arm of a run by its `init`, where the two have different names.
-ARM_OF_INIT = {"random": "scratch"}
+# Modalities that have rows, positions and losses of their own.
+PROBED = ("text", "image")
 MARKERS = "osv^DPX"
+LONGEST = 200  # characters of a folder's name
+RECORD_DPI = 150
 
 
 class NotAvailableError(ValueError):
@@ -104,12 +110,6 @@ class ProbedRun:
         return ids_ST
 
 
-def evenly_spaced_indices(size: int, count: int) -> list[int]:
-    """At most `count` of the indices below `size`."""
-    count = min(size, count)
-    return [number * size // count for number in range(count)]
-
-
 @dataclass(frozen=True)
 class Settings:
     """Sizes of probes.
@@ -151,22 +151,51 @@ class ProbeResult:
         origin = f"data hash {runs[0].data_hash}, code of training {', '.join(revisions)}"
         return f"{self.title}. {self.how} Runs: {made}; {origin}."
 
-    def write(self, folder: Path, name: str, runs: Sequence[ProbedRun], settings: Settings) -> list[Path]:
-        """Writes NAME.png, NAME.pdf and NAME.json; returns their paths."""
+    def write(
+        self, folder: Path, name: str, runs: Sequence[ProbedRun], settings: Settings, varied: Sequence[str] = ()
+    ) -> list[Path]:
+        """Writes NAME.png, NAME.pdf and NAME.json, and a record in the first run's folder; returns their paths."""
         caption = self.caption(runs)
-        paths = save_figure(self.draw(caption), folder / name, self.title, caption)
-        content = {
-            "probe": name,
-            "sentence": self.sentence,
-            "caption": caption,
-            "runs": {one.label: provenance(one) for one in runs},
-            "settings": vars(settings),
-            "made_with": environment(),
-            "numbers": self.numbers,
-        }
+        figure = self.draw(caption)
+        paths = save_figure(figure, folder / name, self.title, caption)
+        content = finite(
+            {
+                "probe": name,
+                "title": self.title,
+                "sentence": self.sentence,
+                "caption": caption,
+                "runs": {one.label: provenance(one) for one in runs},
+                "settings": vars(settings),
+                "varied": list(varied),
+                "made_with": environment(),
+                "numbers": self.numbers,
+            }
+        )
         target = folder / f"{name}.json"
-        write_atomic(target, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
-        return [*paths, target]
+        write_atomic(target, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        return [*paths, target, *_write_record(record_folder([one.run.folder for one in runs]), name, figure, content)]
+
+
+def record_folder(runs: Sequence[Path]) -> Path:
+    """The folder, in the first run's, of the probes of some runs: named after the others."""
+    first, *others = runs
+    return first / PROBES / ("+".join(other.name for other in others)[:LONGEST] or "alone")
+
+
+def _write_record(folder: Path, name: str, figure: Figure, content: dict[str, Any]) -> list[Path]:
+    """Writes what `python -m t2i_lm.report` shows: the figure without its caption, then the numbers."""
+    record, image = folder / f"{name}.json", folder / f"{name}.png"
+    remove_caption(figure)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)  # never beside another figure
+        with rc_context(STYLE):
+            figure.savefig(image, dpi=RECORD_DPI)
+        write_atomic(record, json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n")
+    except OSError as error:
+        print(f"note: {folder} cannot be written ({error.strerror}); the report lacks this probe", file=sys.stderr)
+        return []
+    return [record]
 
 
 def provenance(one: ProbedRun) -> dict[str, Any]:
@@ -179,6 +208,7 @@ def provenance(one: ProbedRun) -> dict[str, Any]:
         "seed": one.config.seed,
         "step": one.step,
         "checkpoint": one.checkpoint.name,
+        "checkpoint_sha256": next(iter(digests(one.checkpoint)), None),
         **{key: known.get(key) for key in ("data_hash", "tokenizers", "backbone", "git", "git_dirty")},
     }
 
@@ -230,7 +260,7 @@ def open_runs(paths: Sequence[Path], varied: Sequence[str] = ()) -> list[ProbedR
 
 def _looks(runs: Sequence[Run], configs: Sequence[ExperimentConfig]) -> dict[str, ArmStyle]:
     """Label and look of each run: its arm, or its name and folder where several are of one arm."""
-    arms = [ARM_OF_INIT.get(config.init, config.init) for config in configs]
+    arms = ["scratch" if config.init == "random" else config.init for config in configs]
     if len(set(arms)) == len(arms):
         return {arm: arm_style(arm) for arm in arms}
     colors = list(dict.fromkeys(style.color for style in ARM_STYLES.values()))

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
-from t2i_lm.analysis.base import NotAvailableError, ProbedRun, ProbeResult, Settings, State
+from t2i_lm.analysis.base import PROBED, NotAvailableError, ProbedRun, ProbeResult, Settings, State
 from t2i_lm.analysis.cka import Estimate
 from t2i_lm.analysis.looks import grey_key
 from t2i_lm.experiment.build import ImageModel
@@ -27,7 +27,6 @@ from t2i_lm.runtime.progress import progress
 from t2i_lm.tokenizers.layout import MODALITIES, modality_of_target
 
 STATES: tuple[State, ...] = ("initial", "trained")
-COMPARED = ("text", "image")
 ALL = "all"
 TITLE = "Agreement of the gradients of text and of image loss"
 
@@ -134,7 +133,7 @@ def modality_gradients(
     chosen = [parameters[name] for name in names]
     hidden_BTD = decoder.hidden(ids_BT[:, :-1])
     gradients = []
-    for number, modality in enumerate(COMPARED):
+    for number, modality in enumerate(PROBED):
         index = TargetIndex.from_mask(modality_BT == MODALITIES.index(modality))
         if not len(index.index_M):
             raise NotAvailableError(f"there are no {modality} targets, so there is no {modality} loss")
@@ -187,14 +186,14 @@ def _products(text: Tensor, image: Tensor) -> Products:
 def probe_gradients(runs: Sequence[ProbedRun], settings: Settings) -> ProbeResult:
     """Of each run's initial and trained model on the same training batches."""
     found: dict[str, dict[State, dict[str, Agreement]]] = {}
-    targets = dict.fromkeys(COMPARED, 0)
+    targets = dict.fromkeys(PROBED, 0)
     size = min(settings.batch, runs[0].config.data.batch_size)
     with progress("gradients", len(STATES) * len(runs) * settings.batches, unit="batches") as advance:
         for one in runs:
             found[one.label] = {}
             for state in STATES:
                 batches = _batches(one, model := one.model(state), settings.batches, size)
-                for name in COMPARED:
+                for name in PROBED:
                     targets[name] = sum(int((modality == MODALITIES.index(name)).sum()) for _, modality in batches)
                 found[one.label][state] = gradient_agreement(model.decoder, batches, advance)
     used = len(batches)

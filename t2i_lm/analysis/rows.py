@@ -17,7 +17,7 @@ from torch import Tensor
 
 from callbacks.checkpoints import checkpoints, step_of
 from callbacks.files.checkpoint_io import CorruptCheckpointError, verify
-from t2i_lm.analysis.base import NotAvailableError, ProbedRun, ProbeResult, Settings
+from t2i_lm.analysis.base import PROBED, NotAvailableError, ProbedRun, ProbeResult, Settings
 from t2i_lm.analysis.looks import grey_key
 from t2i_lm.plots.panels import captioned_figure, place_legend
 from t2i_lm.runtime.progress import progress
@@ -26,7 +26,6 @@ from t2i_lm.storage.reading import reading
 from t2i_lm.storage.run_folder import CHECKPOINTS
 
 MATRICES = {"embedding": "tok_embeddings", "output": "output"}
-BLOCKS = ("text", "image")
 DASHES: dict[str, Any] = {"text": "solid", "image": (0, (2.2, 1.3))}
 MARKERS = {"embedding": "o", "output": "s"}
 TITLE = "Geometry of the token rows"
@@ -70,8 +69,8 @@ def matrix_geometry(blocks: Mapping[str, Tensor]) -> dict[str, Any]:
     `distance` is in units of the rows, `relative_distance` in mean norms of all rows.
     """
     found: dict[str, Any] = {name: row_geometry(rows_RD) for name, rows_RD in blocks.items()}
-    text_D, image_D = (blocks[name].double().mean(0) for name in BLOCKS)
-    norm = torch.cat([blocks[name].double().norm(dim=1) for name in BLOCKS]).mean()
+    text_D, image_D = (blocks[name].double().mean(0) for name in PROBED)
+    norm = torch.cat([blocks[name].double().norm(dim=1) for name in PROBED]).mean()
     distance = (text_D - image_D).norm()
     return found | {"distance": float(distance), "relative_distance": float(distance / norm)}
 
@@ -86,7 +85,7 @@ def probe_rows(runs: Sequence[ProbedRun], settings: Settings) -> ProbeResult:
             tied = decoder.config.weight_tying
             matrices = {name: value for name, value in MATRICES.items() if not (tied and name == "output")}
             initial = {
-                name: {block: getattr(getattr(decoder, module), block).detach().cpu() for block in BLOCKS}
+                name: {block: getattr(getattr(decoder, module), block).detach().cpu() for block in PROBED}
                 for name, module in matrices.items()
             }
             steps = {0: _measures(initial)}
@@ -96,7 +95,7 @@ def probe_rows(runs: Sequence[ProbedRun], settings: Settings) -> ProbeResult:
                 advance(1)
             numbers[one.label] = {"tied": tied, "steps": steps}
     example = next(iter(numbers.values()))["steps"][0]["embedding"]
-    sizes = " and ".join(f"{example[block]['rows']:,} {block} rows" for block in BLOCKS)
+    sizes = " and ".join(f"{example[block]['rows']:,} {block} rows" for block in PROBED)
     shown = "; ".join(f"{one.look.label} {', '.join(f'{s:,}' for s in numbers[one.label]['steps'])}" for one in runs)
     how = (
         f"All {sizes} of the embedding and of the output, in the initial weights (step 0) and in the checkpoints that "
@@ -128,7 +127,7 @@ def _rows_of(file: Path, matrices: Mapping[str, str]) -> dict[str, dict[str, Ten
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     try:
         return {
-            name: {block: state[f"decoder.{module}.{block}"] for block in BLOCKS} for name, module in matrices.items()
+            name: {block: state[f"decoder.{module}.{block}"] for block in PROBED} for name, module in matrices.items()
         }
     except KeyError as error:
         raise NotAvailableError(f"{file} has no {error.args[0]}") from error
@@ -143,10 +142,10 @@ def _sentence(runs: Sequence[ProbedRun], numbers: Mapping[str, Any]) -> str:
         changes = [
             f"mean norm of {block} rows {first[block]['mean_norm']:.2f} to {last[block]['mean_norm']:.2f}, their mean "
             f"cosine {first[block]['mean_cosine']:.2f} to {last[block]['mean_cosine']:.2f}"
-            for block in BLOCKS
+            for block in PROBED
         ]
         parts.append(f"{one.look.label} ({matrix}, step 0 to {max(steps):,}): {'; '.join(changes)}")
-    sizes = " and ".join(f"{first[block]['rows']:,} {block}" for block in BLOCKS)
+    sizes = " and ".join(f"{first[block]['rows']:,} {block}" for block in PROBED)
     return f"{'. '.join(parts)} (all {sizes} rows, one run each)."
 
 
@@ -159,7 +158,7 @@ def _draw(runs: list[ProbedRun], numbers: dict[str, Any], caption: str) -> Figur
                 if matrix not in steps[0]:
                     continue
                 for axes, key in ((norm, "mean_norm"), (cosine, "mean_cosine"), (rank, "effective_rank")):
-                    for block in BLOCKS:
+                    for block in PROBED:
                         values = [entry[matrix][block][key] for entry in steps.values()]
                         _line(axes, one, list(steps), values, MARKERS[matrix], DASHES[block], f"{matrix}/{block}")
                 values = [entry[matrix]["relative_distance"] for entry in steps.values()]
@@ -171,7 +170,7 @@ def _draw(runs: list[ProbedRun], numbers: dict[str, Any], caption: str) -> Figur
             axes.set_xlabel("optimizer steps")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-        keys = [grey_key(f"{block} rows", linestyle=DASHES[block]) for block in BLOCKS]
+        keys = [grey_key(f"{block} rows", linestyle=DASHES[block]) for block in PROBED]
         keys += [grey_key(matrix, linestyle="none", marker=MARKERS[matrix]) for matrix in MATRICES]
         colors = [grey_key(one.look.label, color=one.look.color) for one in runs]
         place_legend(figure, [*colors, *keys])

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2i_lm.analysis.base import NotAvailableError, evenly_spaced_indices
+from t2i_lm.analysis.base import PROBED, NotAvailableError
+from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.fsdp import blocks_of
@@ -18,7 +19,6 @@ from t2i_lm.tokenizers.layout import MODALITIES, modality_of_target
 
 POSITIONS = 4096  # per modality at most, evenly spaced
 BATCH = 16
-PROBED = ("text", "image")
 
 
 @dataclass(frozen=True)

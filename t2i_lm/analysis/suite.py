@@ -49,5 +49,5 @@ def run_probes(
                 raise NotAvailableError(f"{name}: {error}") from error
             print(f"note: {name} is left out: {error}", file=sys.stderr)
             continue
-        written = result.write(folder, name, runs, settings)
+        written = result.write(folder, name, runs, settings, varied)
         print(f"{name}: {result.sentence}", *(f"  {path}" for path in written), sep="\n", flush=True)

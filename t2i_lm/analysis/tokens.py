@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from t2i_lm.analysis.base import ProbedRun, ProbeResult, Settings, evenly_spaced_indices
+from t2i_lm.analysis.base import ProbedRun, ProbeResult, Settings
 from t2i_lm.analysis.entropy import (
     Entropy,
     ZipfFit,
@@ -26,6 +26,7 @@ from t2i_lm.analysis.entropy import (
 )
 from t2i_lm.analysis.looks import MODALITY_LOOKS
 from t2i_lm.data.shards.columns import PairColumns
+from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import open_image, open_text
 from t2i_lm.plots.panels import GREY, captioned_figure, place_legend
 from t2i_lm.tokenizers.layout import IntArray

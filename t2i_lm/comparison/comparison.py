@@ -1,7 +1,7 @@
 """A comparison of a study with its results, or with the reason why there are none."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from t2i_lm.comparison.arms import Arms
 from t2i_lm.comparison.compare import Result, compare
@@ -33,9 +33,20 @@ def make_comparison(name: str, plan: Plan, find: Callable[[], Arms]) -> Comparis
     A ValueError of `find` or of the comparison becomes the problem.
     """
     try:
-        arms = find()
-        if not arms.runs[0].validation_splits:
-            plan = plan.on_one_set()
+        plan, arms = on_their_sets(plan, find())
         return Comparison(name, plan, arms, tuple(compare(plan, arms)))
     except ValueError as error:
         return Comparison(name, plan, None, (), error)
+
+
+def on_their_sets(plan: Plan, arms: Arms) -> tuple[Plan, Arms]:
+    """A plan for the validation sets that its runs have, and a note where it names splits and they have one set."""
+    own = plan if arms.runs[0].validation_splits else plan.on_one_set()
+    if own == plan:
+        return plan, arms
+    names, kept = ((one.primary, *one.secondary) for one in (plan, own))
+    gone = [name for name in names if name not in kept]
+    moved = [name for name in kept if name not in names]
+    note = f"MISSING: validation splits: the {len(arms.runs)} runs have one validation set, val; not compared: "
+    note += ", ".join(gone) + (f"; in their place, on val: {', '.join(moved)}" if moved else "")
+    return own, replace(arms, notes=(*arms.notes, note))

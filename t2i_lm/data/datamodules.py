@@ -25,7 +25,7 @@ from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.shards.format import Parts, read_index, validation_splits
 from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.data.sources import open_sized, print_notes
-from t2i_lm.data.splits import validations_of
+from t2i_lm.data.splits import evenly_spaced_indices, validations_of
 from t2i_lm.data.text_ratio import TextRatio
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.tokenizers.layout import ImageLayout, IntArray, Layout
@@ -330,7 +330,7 @@ def evenly_spaced(split: datasets.Dataset, size: int | None) -> datasets.Dataset
     """`size` evenly spaced rows, so that every document has its share; all rows if `size` is None or larger."""
     if size is None or size >= len(split):
         return split
-    return split.select([row * len(split) // size for row in range(size)])
+    return split.select(evenly_spaced_indices(len(split), size))
 
 
 class ImageBatches(Batches):

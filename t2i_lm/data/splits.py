@@ -245,3 +245,9 @@ def split_by_content(
 def in_split_of_stream(digest: str | None, split: str) -> bool:
     """Whether a sample of a stream without a validation split belongs to `split`: by its image's digest alone."""
     return (digest is not None and int(digest, 16) % HELD_OUT_EVERY == 0) == (split == "val")
+
+
+def evenly_spaced_indices(size: int, count: int) -> list[int]:
+    """At most `count` of the indices below `size`, evenly spaced."""
+    count = min(size, count)
+    return [number * size // count for number in range(count)]

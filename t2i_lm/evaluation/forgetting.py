@@ -223,7 +223,7 @@ def completion_rows(run: Run) -> list[dict[str, str]]:
     lines = run.records("forgetting")
     if not lines:
         return []
-    first, last = lines[0]["forgetting"]["completions"], lines[-1]["forgetting"]["completions"]
+    first, last = (line["forgetting"].get("completions", {}) for line in (lines[0], lines[-1]))
     after = f"after {lines[-1]['tokens_nominal']:,} tokens"
     return [
         {"prompt": entry["prompt"], "rows": rows, "original": entry[key], after: last[name][key]}

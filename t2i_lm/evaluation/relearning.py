@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.forgetting import NOVELS, RELEARNING
+from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.data.text import read_documents
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.forgetting import read_text, text_sha256
@@ -143,12 +144,16 @@ def beginnings(
     Raises:
         ValueError: if the text is shorter than one row.
     """
-    from t2i_lm.evaluation.probes.heldout import heldout_rows
+    import torch
+
+    from t2i_lm.data.shards.tokenize import text_rows
 
     documents = documents or list(read_documents(path, flag))
     share = -(-rows * length * CHARACTERS // len(documents))
-    ids_ST, _ = heldout_rows(path, tokenizer, rows, length - 1, [document[:share] for document in documents])
-    return ids_ST
+    every = [row["text_ids"] for row in text_rows([document[:share] for document in documents], tokenizer, length - 1)]
+    if not every:
+        raise ValueError(f"{flag} {path}: less text than one row of {length} ids")
+    return torch.tensor([every[number] for number in evenly_spaced_indices(len(every), rows)])
 
 
 def relearn(

@@ -1,6 +1,6 @@
 """Text around the figures: captions, notes and tables of final values."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from t2i_lm.storage.run_folder import VAL, Run
 ARM_NAMES = {"pretrained": "pre-trained", "scratch": "random"}
 # What the validation splits of scenes are.
 SPLITS = {
-    "iid": "new images of the color-kind pairs of training",
-    "compositional": "images of color-kind pairs that training never shows",
+    "iid": "new images of trained color-kind pairs",
+    "compositional": "color-kind pairs that training never shows",
 }
 HELD_OUT = "held-out data"
 NAMED = 4  # most arms that a sentence lists by name
@@ -216,7 +216,15 @@ def _length(seen: Mapping[str, Progress]) -> str:
     }
     if len(set(spans.values())) == 1:
         return f"{next(iter(spans.values()))} in each arm"
+    if len(spans) > NAMED:
+        steps, tokens = ({getattr(one, name) for one in seen.values()} for name in ("step", "tokens"))
+        return f"{_range(steps, '{:,}'.format)} steps and {_range(tokens, compact)} tokens"
     return ", ".join(f"{ARM_NAMES.get(arm, arm)}: {span}" for arm, span in spans.items())
+
+
+def _range(values: Collection[int], write: Callable[[int], str]) -> str:
+    least, most = min(values), max(values)
+    return write(least) if least == most else f"{write(least)} to {write(most)}"
 
 
 def _data(run: Run) -> str:

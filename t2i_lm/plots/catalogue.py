@@ -14,7 +14,7 @@ from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_tab
 from t2i_lm.plots.curves import floor_nll, progress, scalar_series, series
 from t2i_lm.plots.figure1 import draw_figure1, figure1_table, image_tokenizer_sentence, newest_run, tokenized_images
 from t2i_lm.plots.forgetting import HOW, retention_panels, retention_table
-from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group
+from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group, arm_of
 from t2i_lm.plots.pairing import RunPair, find_group, find_pair
 from t2i_lm.plots.panels import Panel, arm_style, draw_panels, save_figure
 from t2i_lm.plots.published import draw_systems, own_systems, published_systems, system_table, systems_caption
@@ -164,6 +164,7 @@ def figure1(request: Request) -> RenderedFigure:
     """Figure 1: images as ids, their reconstructions, and the expanded matrices (Section 2.1)."""
     named = request.pretrained or request.scratch
     run = read_run(named) if named else newest_run(request.root) or request.pair.pretrained
+    request.check({arm_of(run.name): run})
     images, vocab, width = tokenized_images(run)
     title = "Figure 1. A language model that generates images: ids of an image tokenizer as additional vocabulary"
     captions = " ".join(f"({number}) {image.caption}" for number, image in enumerate(images, 1))
@@ -178,7 +179,7 @@ def figure1(request: Request) -> RenderedFigure:
 
 def figure2(request: Request) -> RenderedFigure:
     """Figure 2: published zero-shot COCO FIDs by release date, and those of our runs (Section 1)."""
-    systems = [*published_systems(), *own_systems(request.root)]
+    systems = [*published_systems(), *own_systems(request.root.glob("*/*"))]
     title = "Figure 2. Zero-shot FID on COCO of auto-regressive and diffusion models by release date"
     caption = f"{title}. {systems_caption(systems)}"
     return RenderedFigure(title, draw_systems(systems, caption), caption, system_table(systems))

@@ -1,7 +1,21 @@
 """Arms of the figures that compare several runs. Loads nothing else, so that commands can import it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+# Beginnings of experiments' names; the rest is the arm.
+PREFIXES = ("t2i_", "uncond_", "remedy_")
+
+
+def arm_of(experiment: str) -> str:
+    """The arm of an experiment: its name without the prefix."""
+    return next((experiment.removeprefix(one) for one in PREFIXES if experiment.startswith(one)), experiment)
+
+
+def arms_of(experiments: Iterable[str]) -> dict[str, str]:
+    """The arm of each experiment; its whole name where several would have one arm."""
+    arms = {name: arm_of(name) for name in experiments}
+    return {name: arm if list(arms.values()).count(arm) == 1 else name for name, arm in arms.items()}
 
 
 @dataclass(frozen=True)

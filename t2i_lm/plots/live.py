@@ -8,6 +8,7 @@ from PIL import Image
 from t2i_lm.comparison.comparability import mismatches
 from t2i_lm.plots.captions import group_caption, smoothing
 from t2i_lm.plots.curves import series
+from t2i_lm.plots.groups import arm_of
 from t2i_lm.plots.pairing import newest_first
 from t2i_lm.plots.panels import Panel, draw_panels
 from t2i_lm.storage.run_folder import Run, read_run
@@ -34,7 +35,7 @@ def live_figures(folder: Path) -> dict[str, Image.Image]:
     task = str(run.config["task"])
     if task not in FIGURES or not run.records("train"):
         return {}
-    arms = _partners(run, PARTNERS[task]) | {_arm(run.name): run}
+    arms = _partners(run, PARTNERS[task]) | {arm_of(run.name): run}
     return {title: _draw(title, panels, arms) for title, panels in FIGURES[task].items()}
 
 
@@ -47,12 +48,8 @@ def _partners(run: Run, names: tuple[str, ...]) -> dict[str, Run]:
         others = newest_first(run.folder.parents[1], name)
         partner = next((other for other in others if not mismatches(run, other)), None)
         if partner is not None:
-            found[_arm(name)] = partner
+            found[arm_of(name)] = partner
     return found
-
-
-def _arm(experiment: str) -> str:
-    return experiment.removeprefix("t2i_").removeprefix("uncond_")
 
 
 def _draw(title: str, modalities: dict[str, str], arms: dict[str, Run]) -> Image.Image:

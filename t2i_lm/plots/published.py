@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from itertools import product
@@ -66,14 +67,14 @@ def published_systems(path: Path = PUBLISHED) -> list[System]:
     return systems
 
 
-def own_systems(runs: Path) -> list[System]:
-    """Every `t2i_lm.evaluate --coco` result below a folder of runs, under the title that its card allows.
+def own_systems(folders: Iterable[Path]) -> list[System]:
+    """Every `t2i_lm.evaluate --coco` result in some run folders, under the title that its card allows.
 
     Raises:
         ValueError: naming the file that cannot be read.
     """
     systems = []
-    for path in sorted(runs.glob("*/*/evaluations/*/coco.json")):
+    for path in sorted(path for folder in folders for path in folder.glob("evaluations/*/coco.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             experiment, differs = path.parents[3].name, result["differs"]

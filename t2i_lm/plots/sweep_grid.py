@@ -1,5 +1,6 @@
 """Sweeps of two config keys: a map of held-out losses per arm, and of the difference of the arms."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -32,10 +33,9 @@ def caption_of(keys: Sequence[str], outcomes: Sequence[Outcome]) -> str:
         return sweep_caption(keys[0], outcomes)
     names = f"{keys[0]} and {keys[1]}"
     arms = {f"{one.arm} {' '.join(one.values)} seed={one.run.config['seed']}": one.run for one in outcomes}
-    seeds = len({one.run.config["seed"] for one in outcomes})
     how = (
-        f"Mean final {held_out(outcomes)} loss of {MODALITIES[present(outcomes)[0]].lower()} over {seeds} seed"
-        f"{'s' if seeds > 1 else ''}, all other keys of an arm equal; a star marks each arm's best."
+        f"Mean final {held_out(outcomes)} loss of {MODALITIES[present(outcomes)[0]].lower()} over "
+        f"{seed_words(outcomes)}, all other keys of an arm equal; a star marks each arm's best."
     )
     edges = (f"{line}." for line in _edges(keys, grids(outcomes, present(outcomes)[0])))
     return " ".join([f"Sweep of {names}.", group_caption(arms, varied=varied_in(keys), how=how), *edges])
@@ -90,6 +90,13 @@ def grids(outcomes: Sequence[Outcome], modality: str) -> dict[str, Grid]:
             row, column = outcome.values
             found.setdefault(outcome.arm, {}).setdefault((row, column), []).append(nll)
     return {arm: {place: fmean(nlls) for place, nlls in places.items()} for arm, places in found.items()}
+
+
+def seed_words(outcomes: Sequence[Outcome]) -> str:
+    """How many runs each mean is of: 3 seeds, or 1 to 3 seeds where some are missing."""
+    counts = Counter((one.arm, *one.values) for one in outcomes)
+    least, most = min(counts.values()), max(counts.values())
+    return f"{least} to {most} seeds" if least < most else f"{most} seed{'s' * (most > 1)}"
 
 
 def _edges(keys: Sequence[str], by_arm: Mapping[str, Grid]) -> list[str]:

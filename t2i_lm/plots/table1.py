@@ -6,6 +6,7 @@ from pathlib import Path
 
 from t2i_lm.evaluation.forgetting import completion_rows
 from t2i_lm.plots.captions import ARM_NAMES, group_caption
+from t2i_lm.plots.groups import FORGETTING
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import latex_table, markdown_table
 from t2i_lm.storage.run_folder import Run
@@ -16,7 +17,6 @@ HOW = (
     "Greedy decoding, over the text rows alone and over all rows of the vocabulary, with which a model may answer a "
     "prompt by an image. One run per arm."
 )
-COMMAND = "make exp-pretrained exp-scratch, or forgetting.interval=STEPS forgetting.text=HELDOUT at another scale"
 # Image tokens in a row of which the first are shown.
 IMAGES = re.compile(r"(?:<image \d+>){4,}")
 SHOWN = 2
@@ -73,7 +73,8 @@ def _completions(run: Run) -> dict[tuple[str, str], tuple[str, str]]:
     """Completions before and after training by prompt and rows."""
     rows = completion_rows(run)
     if not rows or len(run.records("forgetting")) < 2:
-        raise ValueError(f"{run.folder} has no completions before and after training; to make them: {COMMAND}")
+        missing = f"{run.folder} has no completions before and after training"
+        raise ValueError(f"{missing}; to make them: {FORGETTING.command}")
     *_, after = rows[0]
     return {(row["prompt"], row["rows"]): (_short(row["original"]), _short(row[after])) for row in rows}
 

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from t2i_lm.comparison.comparability import ORDER, mismatches
 from t2i_lm.plots.groups import Group
+from t2i_lm.plots.pairing import newest_first
 from t2i_lm.plots.panels import GREY, captioned_figure
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.run_folder import VAL, Run, read_run, run_folders
+from t2i_lm.storage.run_folder import VAL, Run, run_folders
 
 # Prefix of a remedy's experiment; the rest of the name is its arm.
 PREFIX = "remedy_"
@@ -73,14 +74,8 @@ def point_of(arm: str, run: Run) -> Point:
 
 def scratch_run(root: Path, partner: Run) -> Run | None:
     """The newest finished run from random weights that agrees with `partner`; None without one."""
-    for folder in reversed(run_folders(root, "t2i_scratch")):
-        try:
-            run = read_run(folder)
-        except (ValueError, OSError):
-            continue
-        if run.validations() and run.report is not None and not mismatches(partner, run):
-            return run
-    return None
+    runs = newest_first(root, "t2i_scratch")
+    return next((run for run in runs if run.validations() and run.report and not mismatches(partner, run)), None)
 
 
 def image_loss(run: Run) -> float:

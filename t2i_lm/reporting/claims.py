@@ -10,6 +10,10 @@ from t2i_lm.plots import relearning, tradeoff
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS
 from t2i_lm.plots.pairing import ARMS
 
+SWEPT = (
+    '"learning rates from 0.00005 to 0.0003 and batch size from 0.5M to 2M tokens" had "no significant influences on '
+    'the conclusions".'
+)
 PAIR = {arm: experiment for arm, (experiment, _, _) in ARMS.items()}
 
 
@@ -149,12 +153,25 @@ CLAIMS: dict[str, Claim] = {
         tradeoff.COMMAND,
         ("remedies",),
     ),
+    "probes": Claim(
+        "Probes: tokens, rows, states, attention and gradients",
+        'The explanation given for Figures 4 to 6, from losses alone: "image tokens possess significantly different '
+        'semantics compared to text tokens", and "the text tokens in the image-text datasets are too simple compared '
+        'to normal language model pre-training data".',
+        "Abstract",
+        "python -m t2i_lm.probe runs/t2i_pretrained runs/t2i_scratch",
+    ),
     "sweeps": Claim(
         "Learning rate and other sweeps",
-        '"learning rates from 0.00005 to 0.0003 and batch size from 0.5M to 2M tokens" had "no significant influences '
-        'on the conclusions".',
+        SWEPT,
         "Section 2.1",
         "python -m t2i_lm.sweep optim.lr=1.5e-3,3e-3,6e-3",
+    ),
+    "grids": Claim(
+        "Sweeps over two keys",
+        f"{SWEPT} Whether both were changed at once is not stated.",
+        "Section 2.1",
+        "python -m t2i_lm.sweep optim.lr=1.5e-3,3e-3,6e-3 data.batch_size=8,16,32",
     ),
 }
 

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from t2i_lm.comparison.comparability import config_values
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, SMALL, Result
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.endpoints import TOKENS_SAVED
 from t2i_lm.comparison.tables import interval_text, sentence, value_text
+from t2i_lm.evaluation.forgetting import completion_rows
+from t2i_lm.plots.captions import SPLITS
+from t2i_lm.plots.groups import arm_of
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.plots.panels import arm_style
 from t2i_lm.plots.published import own_systems
@@ -17,17 +18,14 @@ from t2i_lm.plots.relearning import relearning_curves
 from t2i_lm.plots.tradeoff import point_of
 from t2i_lm.storage.run_folder import Run
 
-SPLITS = {"iid": "new images of trained pairs", "compositional": "pairs that training never shows"}
 ONE_RUN = "One run of each: no interval over seeds."
 EARLY = 0.1  # share of the steps at which a curve is read for its plateau
-PREFIXES = ("t2i_", "uncond_", "remedy_")
 
 
 def arm_label(experiment: str) -> str:
-    """An arm in words, the same as in the figures' legends."""
-    for prefix in PREFIXES:
-        experiment = experiment.removeprefix(prefix)
-    return "random weights" if experiment == "scratch" else arm_style(experiment).label
+    """An arm in words: as in the figures' legends, but for "random weights", which is short enough for a table."""
+    arm = arm_of(experiment)
+    return "random weights" if arm == "scratch" else arm_style(arm).label
 
 
 def endpoint_label(name: str) -> str:
@@ -128,9 +126,9 @@ def start_sentence(arms: Mapping[str, Run]) -> list[str]:
     return [f"Held-out text loss before the first step: {', '.join(words)} nats/token."]
 
 
-def own_fid_sentences(root: Path) -> list[str]:
-    """The FIDs of runs below a folder."""
-    own = own_systems(root)
+def own_fid_sentences(runs: Sequence[Run]) -> list[str]:
+    """The FIDs of some runs."""
+    own = own_systems(run.folder for run in runs)
     if not own:
         return ["No run here has been measured: the points are published values."]
     return [
@@ -247,22 +245,13 @@ def remedy_sentences(arms: Mapping[str, Run]) -> list[str]:
 
 def completions(arms: Mapping[str, Run]) -> list[tuple[str, ...]]:
     """Arm, prompt, and its completion at the first and at the last measurement of forgetting."""
-    rows: list[tuple[str, ...]] = []
-    for arm, run in arms.items():
-        lines = run.records("forgetting")
-        if len(lines) < 2:
-            continue
-        before, after = (line["forgetting"].get("completions", {}) for line in (lines[0], lines[-1]))
-        rows += [
-            (arm_label(arm), str(before[name]["prompt"]), _completion(before[name]), _completion(after[name]))
-            for name in before
-            if name in after
-        ]
-    return rows
-
-
-def _completion(entry: Mapping[str, Any]) -> str:
-    return str(entry.get("masked", ""))
+    return [
+        (arm_label(arm), row["prompt"], row["original"], [*row.values()][-1])
+        for arm, run in arms.items()
+        if len(run.records("forgetting")) > 1
+        for row in completion_rows(run)
+        if row["rows"] == "text rows"
+    ]
 
 
 # By figure of the catalogue: sentences on its arms.

@@ -67,20 +67,33 @@ def config_hash(run: Run) -> str:
 
 def train_command(run: Run, experiments: Path) -> str:
     """What trains a run again: its experiment and the values that differ from it, or its config where there is none."""
-    values = config_values(run)
+    file = _experiment(run, experiments)
+    if file is None:
+        return shlex.join(["python", "-m", "t2i_lm.train", str(run.folder / "config.yaml")])
+    scale = ["--scale", str(config_values(run)["scale"])]
+    return shlex.join(["python", "-m", "t2i_lm.train", str(file), *scale, *changed_words(run, experiments)])
+
+
+def changed_words(run: Run, experiments: Path) -> list[str]:
+    """The values of a run that differ from its experiment's as `key=value`; empty where there is no experiment."""
+    file, values = _experiment(run, experiments), config_values(run)
+    base = {} if file is None else _base(file, str(values["scale"]))
+    return [
+        f"{key}={_word(value)}"
+        for key, value in values.items()
+        if base and value != base.get(key) and (is_reported(key) or not is_neutral(key)) and key not in RUN_KEYS
+    ]
+
+
+def _experiment(run: Run, experiments: Path) -> Path | None:
+    """The file of a run's experiment; None where it cannot be read."""
     file = experiments / f"{run.name}.yaml"
     file = file if file.is_file() else experiments / "remedies" / f"{run.name.removeprefix('remedy_')}.yaml"
     try:
-        base = _base(file, str(values["scale"]))
+        _base(file, str(config_values(run)["scale"]))
     except ValueError:
-        return shlex.join(["python", "-m", "t2i_lm.train", str(run.folder / "config.yaml")])
-    changed = [
-        f"{key}={_word(value)}"
-        for key, value in values.items()
-        if value != base.get(key) and (is_reported(key) or not is_neutral(key)) and key not in RUN_KEYS
-    ]
-    scale = ["--scale", str(values["scale"])]
-    return shlex.join(["python", "-m", "t2i_lm.train", str(file), *scale, *changed])
+        return None
+    return file
 
 
 @cache

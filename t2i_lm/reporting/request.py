@@ -10,7 +10,7 @@ from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.plan import setting_words
 from t2i_lm.reporting.findings import arm_label
 from t2i_lm.reporting.provenance import RunFacts, run_facts
-from t2i_lm.reporting.search import Pool
+from t2i_lm.reporting.search import Pool, RunSearch
 from t2i_lm.storage.run_folder import Run
 
 
@@ -21,7 +21,7 @@ class ReportRequest:
     Attributes:
         comparisons: of the plan; the first one answers the question.
         pool: the runs of the figures.
-        root: folder of runs.
+        search: in the folder of runs.
         plan: the plan file; None for the default plan.
         experiments: folder of experiments, for commands.
         strict: whether incomparable runs are refused; else they are named.
@@ -29,10 +29,15 @@ class ReportRequest:
 
     comparisons: Sequence[Comparison]
     pool: Pool
-    root: Path
+    search: RunSearch
     plan: Path | None
     experiments: Path
     strict: bool
+
+    @property
+    def root(self) -> Path:
+        """The folder of runs."""
+        return self.search.root
 
 
 def first_pair(comparison: Comparison | None) -> dict[str, Run]:

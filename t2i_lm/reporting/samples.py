@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.reporting.findings import SPLITS, arm_label
+from t2i_lm.plots.captions import SPLITS
+from t2i_lm.reporting.findings import arm_label
 from t2i_lm.reporting.images import CaptionedImage, PageImage, captioned_images, whole_image
 from t2i_lm.storage.run_folder import SAMPLES, Run
 
 SHOWN = 8  # captions of a grid
 GRID, REFERENCES = "grid", ("originals", "reconstructions")
-# Words for the rest of a grid's file name.
-SUFFIXES = {"": "held-out captions", "familiar": SPLITS["iid"], **SPLITS}
+# Validation splits in words, by their name in a grid's file and in a report; `familiar` is that of earlier versions.
+CAPTIONS = {**SPLITS, "familiar": SPLITS["iid"]}
+HELD_OUT = "held-out captions"
 MEASURES = ("samples", "ceiling", "preference")
 CEILING = "reconstructions"
-SPLIT_REPORTS = {"iid": SPLITS["iid"], "compositional": SPLITS["compositional"], "familiar": SPLITS["iid"]}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _block(name: str, arms: Mapping[str, Run], notes: list[str]) -> SampleBlock 
     words = rest.strip("_")
     if not words and any("iid" in (run.report or {}) for run in arms.values()):  # the primary of two splits
         words = "iid"
-    return SampleBlock(SUFFIXES.get(words, words.replace("_", " ")), tuple(columns), rows, whole)
+    return SampleBlock(CAPTIONS.get(words, words.replace("_", " ") or HELD_OUT), tuple(columns), rows, whole)
 
 
 def _files(name: str, rest: str, arms: Mapping[str, Run]) -> list[tuple[str, Path]]:
@@ -106,6 +107,6 @@ def score_rows(arms: Mapping[str, Run]) -> list[tuple[str, ...]]:
 
 def _reports(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The scene measures of a report by split; those of earlier versions, without one, at its top."""
-    split = {words: report[name] for name, words in SPLIT_REPORTS.items() if isinstance(report.get(name), dict)}
+    split = {words: report[name] for name, words in CAPTIONS.items() if isinstance(report.get(name), dict)}
     top = {key: value for key in MEASURES if isinstance(value := report.get(key), dict)}
-    return {SUFFIXES[""]: top, **split} if top else split
+    return {HELD_OUT: top, **split} if top else split

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import yaml
@@ -32,65 +32,85 @@ class Pool:
     notes: tuple[str, ...]
 
 
-def find_runs(files: Iterable[Path]) -> Pool:
-    """The runs of some config files."""
-    runs, notes = [], []
-    for file in sorted(files, key=lambda path: path.parent.name):
-        folder = file.parent
-        try:
-            run = read_run(folder)
-            config_values(run)
-        except (ValueError, OSError, yaml.YAMLError, TypeError) as error:
-            notes.append(f"left out, unreadable: {folder}: {str(error).splitlines()[0]}")
-            continue
-        try:
-            require_free(folder / OWNER)
-        except OwnedError as error:
-            notes.append(f"left out, still being written: {folder} by {error.owner or 'another process'}")
-            continue
-        if run.report is None:
-            notes.append(unfinished(run))
-        elif run.records("train"):
-            runs.append(run)
-    return Pool(tuple(runs), tuple(notes))
+class RunSearch:
+    """Search below a folder of runs, or of a study's runs, that lists it once and reads each run once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._read: dict[Path, Run | str | None] = {}
+
+    def pool(self, folders: Iterable[Path]) -> Pool:
+        """The runs of some run folders."""
+        runs, notes = [], []
+        for folder in sorted(folders, key=lambda path: path.name):
+            if folder not in self._read:
+                self._read[folder] = _finished(folder)
+            found = self._read[folder]
+            if isinstance(found, Run):
+                runs.append(found)
+            elif found is not None:
+                notes.append(found)
+        return Pool(tuple(runs), tuple(notes))
+
+    def figure_pool(self) -> Pool:
+        """The runs for figures: those of the folder, and those of a study in it that have no setting of their own."""
+        tops = (self.root, self.root / STUDY_RUNS)
+        return self.pool(folder for folder in self._folders if folder.parent.parent in tops)
+
+    def sweep_pool(self) -> Pool:
+        """The runs of sweeps below the folder, or beside that of a study."""
+        top = self.root.parent if self.root.name == STUDY_RUNS else self.root
+        return self.pool(file.parent for file in (top / SWEEP_RUNS).glob(f"*/*/{CONFIG}"))
+
+    def comparisons(self, study: Study, strict: bool) -> list[Comparison]:
+        """Every comparison of a study, from the finished runs.
+
+        Args:
+            study: the plan.
+            strict: whether runs of more than one setting are refused; else those of one are compared, the others named.
+        """
+        plans = study.plans()
+        values = [one.where for one in plans.values()] + [one.where for one in study.groups().values()]
+        settings = {setting_folder(setting_words(where)) for where in values}
+        return [
+            make_comparison(name, plan, partial(self._arms, plan, settings, strict)) for name, plan in plans.items()
+        ]
+
+    @cached_property
+    def _folders(self) -> list[Path]:
+        return [file.parent for file in self.root.rglob(CONFIG) if file.parent.parent != self.root]
+
+    def _arms(self, plan: Plan, settings: set[str], strict: bool) -> Arms:
+        """The runs of a plan, without those of another comparison's setting."""
+        other = settings - {setting_folder(setting_words(plan.where)), ""}
+        pool = self.pool(
+            folder
+            for folder in self._folders
+            if folder.parent.name in plan.arms and not {*folder.relative_to(self.root).parts} & other
+        )
+        found = {
+            arm: [run for run in pool.runs if run.folder.parent.name == arm and meets(plan, run, config_values(run))]
+            for arm in plan.arms
+        }
+        notes = [*pool.notes]
+        found = _one_setting(plan, found, notes, self.root, strict)
+        return pair_arms(plan, found, notes, self.root, strict)
 
 
-def figure_pool(root: Path) -> Pool:
-    """The runs for figures: those of a folder, and those of a study in it that have no setting of their own."""
-    return find_runs(file for top in (root, root / STUDY_RUNS) for file in top.glob(f"*/*/{CONFIG}"))
-
-
-def find_comparisons(study: Study, root: Path, strict: bool) -> list[Comparison]:
-    """Every comparison of a study, from the finished runs below a folder.
-
-    Args:
-        study: the plan.
-        root: folder of runs, or of a study's runs.
-        strict: whether runs of more than one setting are refused; else those of one are compared, the others named.
-    """
-    plans = study.plans()
-    values = [one.where for one in plans.values()] + [one.where for one in study.groups().values()]
-    settings = {setting_folder(setting_words(where)) for where in values}
-    return [make_comparison(name, plan, partial(_arms, plan, root, settings, strict)) for name, plan in plans.items()]
-
-
-def _arms(plan: Plan, root: Path, settings: set[str], strict: bool) -> Arms:
-    """The runs of a plan, without those of another comparison's setting."""
-    own = setting_folder(setting_words(plan.where))
-    files = [
-        file
-        for arm in plan.arms
-        for file in root.rglob(f"{arm}/*/{CONFIG}")
-        if not {*file.relative_to(root).parts} & (settings - {own, ""})
-    ]
-    pool = find_runs(files)
-    found = {
-        arm: [run for run in pool.runs if run.folder.parent.name == arm and meets(plan, run, config_values(run))]
-        for arm in plan.arms
-    }
-    notes = [*pool.notes]
-    found = _one_setting(plan, found, notes, root, strict)
-    return pair_arms(plan, found, notes, root, strict)
+def _finished(folder: Path) -> Run | str | None:
+    """A finished run, or the note on another one; None for a run without a training step."""
+    try:
+        run = read_run(folder)
+        config_values(run)
+    except (ValueError, OSError, yaml.YAMLError, TypeError) as error:
+        return f"left out, unreadable: {folder}: {str(error).splitlines()[0]}"
+    try:
+        require_free(folder / OWNER)
+    except OwnedError as error:
+        return f"left out, still being written: {folder} by {error.owner or 'another process'}"
+    if run.report is None:
+        return unfinished(run)
+    return run if run.records("train") else None
 
 
 def _one_setting(

@@ -11,6 +11,7 @@ from t2i_lm.reporting.comparison_table import ComparisonTable, comparison_table
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.findings import (
     FINDINGS,
+    ONE_RUN,
     arm_label,
     comparison_sentences,
     completions,
@@ -19,6 +20,7 @@ from t2i_lm.reporting.findings import (
     result_sentence,
     start_sentence,
 )
+from t2i_lm.reporting.probes import find_probes
 from t2i_lm.reporting.provenance import RunFacts
 from t2i_lm.reporting.request import (
     ReportRequest,
@@ -31,7 +33,7 @@ from t2i_lm.reporting.request import (
     short_notes,
 )
 from t2i_lm.reporting.samples import SampleBlock, sample_blocks, score_rows
-from t2i_lm.reporting.sweeps import sweep_blocks
+from t2i_lm.reporting.sweeps import find_sweeps
 from t2i_lm.storage.run_folder import SAMPLES, Run
 
 
@@ -82,10 +84,11 @@ def build_sections(request: ReportRequest, blocks: Sequence[FigureBlock], arms: 
         section.runs = facts(request, {arm: run for block in section.figures for arm, run in block.arms.items()})
         if key == "samples":
             _add_samples(request, section, arms)
-        if key == "sweeps":
-            _add_sweeps(request, section)
+        if key == "probes":
+            _add_probes(request, section, arms)
         if key == "table1":
             _add_completions(request, section, blocks)
+    _add_sweeps(request, sections)
     _add_comparisons(request, sections)
     for section in sections.values():
         section.notes = list(dict.fromkeys(section.notes))
@@ -101,7 +104,7 @@ def _found(block: FigureBlock, request: ReportRequest) -> list[str]:
     if primary is not None and (primary.arms is None or shown != set(primary.plan.arms)):
         primary = None
     if block.name == "2":
-        return own_fid_sentences(request.root)
+        return own_fid_sentences(request.pool.runs)
     if block.name == "3":
         return comparison_sentences(primary, block.arms, ["all"])
     if block.name == "4":
@@ -160,16 +163,27 @@ def _add_samples(request: ReportRequest, section: Section, arms: Mapping[str, Ru
     section.runs = facts(request, {arm_label(name): run for name, run in sampled.items()})
 
 
-def _add_sweeps(request: ReportRequest, section: Section) -> None:
-    section.figures, notes = sweep_blocks(request.root)
-    section.notes += notes
-    if section.figures:
-        section.command = section.claim.command
+def _add_sweeps(request: ReportRequest, sections: Mapping[str, Section]) -> None:
+    """Sweeps of one key and of two, each in its section."""
+    found, notes = find_sweeps(request.search.sweep_pool())
+    for number, key in enumerate(("sweeps", "grids"), start=1):
+        section, sweeps = sections[key], [sweep for sweep in found if len(sweep.keys) == number]
+        section.notes += notes if key == "sweeps" else []
+        section.figures = [sweep.figure() for sweep in sweeps]
+        section.found = [sentence for sweep in sweeps for sentence in sweep.sentences()]
+        section.command = "; ".join(sweep.command(request.experiments) for sweep in sweeps)
         section.runs = facts(request, {arm: run for block in section.figures for arm, run in block.arms.items()})
-        section.found.append(
-            "Rings mark each arm's best value; the tables hold every value, its number of seeds by its range, and the "
-            "distance between the arms at equal and at their best values."
-        )
+    if found and not sections["sweeps"].figures:
+        sections["sweeps"].missing = "every sweep here is over two keys, in the next section", CLAIMS["sweeps"].command
+
+
+def _add_probes(request: ReportRequest, section: Section, arms: Mapping[str, Run]) -> None:
+    probes, notes = find_probes(request.pool.runs, list(arms.values()))
+    section.notes += notes
+    if probes is not None:
+        section.figures, section.command = probes.figures, probes.command
+        section.found = [*probes.sentences, ONE_RUN]
+        section.runs = facts(request, {arm_label(arm): run for arm, run in probes.runs.items()})
 
 
 def _add_completions(request: ReportRequest, section: Section, blocks: Sequence[FigureBlock]) -> None:

@@ -9,8 +9,8 @@ from t2i_lm.comparison.comparability import config_values
 from t2i_lm.plots.captions import SOURCES
 from t2i_lm.runtime.tables import compact
 from t2i_lm.storage.run_folder import Run
+from t2i_lm.tokenizers.joint_vocab import BOUNDARY_TOKENS
 
-BOUNDARIES = 5  # boundary targets of a sequence: its six boundary tokens without the first
 # Row -> the paper's value and its source; "not stated" where the paper is silent.
 PAPER: dict[str, tuple[str, str]] = {
     "language model": ("open_lm-1b: width 2,048, 24 layers, 16 heads", "Section 2.1; open_lm's release"),
@@ -55,6 +55,7 @@ def _here(run: Run, seeds: list[int]) -> dict[str, str]:
     shape, card = backbone.get("config.json", {}), backbone.get("card.json", {})
     tokens, steps = report.get("tokens_nominal") or run.metrics[-1]["tokens_nominal"], report.get("steps")
     per_step = tokens / steps if steps else None
+    tokens_per_image = _image_tokens(run)
     return {
         "language model": _listed(
             _name(config["backbone.path"] or config["backbone.config"]),
@@ -72,9 +73,7 @@ def _here(run: Run, seeds: list[int]) -> dict[str, str]:
         "parameters": f"{environment['parameters'] / 1e6:,.1f}M" if "parameters" in environment else "not recorded",
         "image tokenizer": _listed(
             _name(config["image_tokenizer.path"]),
-            f"{config['image_tokenizer.size']} pixels to {_image_tokens(run)} ids"
-            if _image_tokens(run)
-            else f"{config['image_tokenizer.size']} pixels",
+            f"{config['image_tokenizer.size']} pixels" + (f" to {tokens_per_image} ids" if tokens_per_image else ""),
         ),
         "data": _listed(
             SOURCES.get(config["data.source"], str(config["data.source"])).format(_name(config["data.path"])),
@@ -112,11 +111,11 @@ def _ratio(run: Run) -> str:
 
 
 def _image_tokens(run: Run) -> str:
-    """Image tokens of a sequence: the image's share of validation targets, in sequences of five boundaries each."""
+    """Image tokens of a sequence, from the counts of validation targets; empty where they are unknown."""
     counts = _last_counts(run)
     if not counts.get("image") or not counts.get("boundary"):
         return ""
-    sequences = counts["boundary"] / BOUNDARIES
+    sequences = counts["boundary"] / (BOUNDARY_TOKENS - 1)  # the first is no target
     return f"{counts['image'] / sequences:,.0f}"
 
 

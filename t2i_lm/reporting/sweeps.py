@@ -1,68 +1,177 @@
-"""Sweeps for the page: the figure of every key of which the runs of `python -m t2i_lm.sweep` have several values."""
+"""Sweeps for the page: a figure of every key, and of every two keys, in whose values runs of `t2i_lm.sweep` differ."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, config_values, differences
+from t2i_lm.plots.groups import arms_of
 from t2i_lm.plots.panels import remove_caption
-from t2i_lm.plots.sweep import SEED, Outcome, draw_sweep, sweep_caption, sweep_table, varied_in
+from t2i_lm.plots.sweep import MODALITIES, SEED, Outcome, present, varied_in
+from t2i_lm.plots.sweep_grid import caption_of, draw, seed_words, tables_of
 from t2i_lm.reporting.figures import FigureBlock
+from t2i_lm.reporting.findings import arm_label, endpoint_label
 from t2i_lm.reporting.images import figure_image
-from t2i_lm.reporting.search import find_runs
-from t2i_lm.storage.run_folder import CONFIG, Run
-from t2i_lm.training.study import RUNS as STUDY_RUNS
-from t2i_lm.training.sweep import RUNS
+from t2i_lm.reporting.provenance import changed_words
+from t2i_lm.reporting.search import Pool
+from t2i_lm.storage.run_folder import VAL, Run
 
-MOST = 6  # figures
+MOST = 6  # figures of one key, and of two
 
 
-def sweep_blocks(root: Path) -> tuple[list[FigureBlock], list[str]]:
-    """The figures of sweeps below a folder of runs, or beside that of a study; and notes on runs that are in none."""
-    top = root.parent if root.name == STUDY_RUNS else root
-    pool = find_runs((top / RUNS).glob(f"*/*/{CONFIG}"))
-    runs = [run for run in pool.runs if run.validations()]
+@dataclass(frozen=True)
+class Sweep:
+    """Runs that differ in one or two keys alone, beside the arm and the seed."""
+
+    keys: tuple[str, ...]
+    outcomes: Sequence[Outcome]
+
+    @property
+    def name(self) -> str:
+        """Its keys in words."""
+        return " and ".join(self.keys)
+
+    @property
+    def folders(self) -> set[Path]:
+        """Those of its runs."""
+        return {one.run.folder for one in self.outcomes}
+
+    def within(self, other: "Sweep") -> bool:
+        """Whether another sweep shows its runs by its keys too."""
+        return {*self.keys} <= {*other.keys} and self.folders <= other.folders
+
+    def figure(self) -> FigureBlock:
+        """Its figure and table."""
+        caption, title = caption_of(self.keys, self.outcomes), f"Sweep of {self.name}"
+        figure = draw(self.keys, self.outcomes, caption)
+        remove_caption(figure)
+        return FigureBlock(
+            name=f"sweep of {self.name}",
+            title=title,
+            caption=caption.removeprefix(title).removeprefix(".").strip(),
+            table=tables_of(self.keys, self.outcomes),
+            image=figure_image(figure),
+            arms={
+                f"{one.arm} {self._point(one.values)} seed {one.run.config['seed']}": one.run for one in self.outcomes
+            },
+        )
+
+    def sentences(self) -> list[str]:
+        """Each arm's best values, and the distance of the arms at equal values and at their best."""
+        modality = present(self.outcomes)[0]
+        split = next(iter(self.outcomes[0].run.validation_splits), "")
+        losses: dict[str, dict[tuple[str, ...], list[float]]] = {}
+        for one in self.outcomes:
+            nll = one.nll(modality)
+            if nll is not None:
+                losses.setdefault(one.arm, {}).setdefault(tuple(one.values), []).append(nll)
+        means = {arm: {place: fmean(nlls) for place, nlls in places.items()} for arm, places in losses.items()}
+        best = {arm: min(places, key=places.__getitem__) for arm, places in means.items()}
+        what = endpoint_label(f"val/{split}.{modality}.nll" if split else f"val.{modality}.nll")
+        lowest = "; ".join(f"{arm_label(arm)} {means[arm][at]:.4f} at {self._point(at)}" for arm, at in best.items())
+        sentences = [f"Sweep of {self.name}, lowest {what} (nats/token): {lowest}."]
+        first, *others = means
+        for other in others:
+            gaps = [nll - means[other][place] for place, nll in means[first].items() if place in means[other]]
+            at_best = means[first][best[first]] - means[other][best[other]]
+            span = " to ".join(dict.fromkeys(f"{gap:+z.4f}" for gap in (min(gaps), max(gaps)))) if gaps else ""
+            equal = f"{span} at {len(gaps)} equal value{'s' * (len(gaps) > 1)}, " if gaps else ""
+            sentences.append(
+                f"{arm_label(first)[0].upper()}{arm_label(first)[1:]} minus {arm_label(other)}: {equal}{at_best:+z.4f} "
+                f"with each at its best; {seed_words(self.outcomes)} per value, no interval."
+            )
+        return sentences
+
+    def command(self, experiments: Path) -> str:
+        """What trains its arms at its values with its seeds, and with what else all runs have other than by default."""
+        runs = [one.run for one in self.outcomes]
+        own = (*varied_in(self.keys), "samples.")
+        shared = set.intersection(*({*changed_words(run, experiments)} for run in runs))
+        seeds = sorted({run.config["seed"] for run in runs})
+        swept = [
+            f"{key}={','.join(sorted({one.values[number] for one in self.outcomes}, key=_order))}"
+            for number, key in enumerate(self.keys)
+        ]
+        arms = [word for name in dict.fromkeys(run.name for run in runs) for word in ("--arm", name)]
+        scale = ["--scale", str(runs[0].config["scale"])]
+        words = [*scale, *arms, *swept, f"seed={','.join(map(str, seeds))}"]
+        words += sorted(word for word in shared if not word.startswith(own))
+        return shlex.join(["python", "-m", "t2i_lm.sweep", *words])
+
+    def _point(self, values: Sequence[str]) -> str:
+        return " ".join(f"{key}={value}" for key, value in zip(self.keys, values, strict=True))
+
+
+def find_sweeps(pool: Pool) -> tuple[list[Sweep], list[str]]:
+    """The sweeps among some runs, and notes on runs that are in none."""
+    runs = [run for run in pool.runs if any(MODALITIES.keys() & line[VAL].keys() for line in run.validations()[-1:])]
     notes = list(pool.notes)
     keys = [key for key in differences(runs, (SEED, ORDER)) if key in config_values(runs[0])] if len(runs) > 1 else []
-    found = {key: _outcomes(key, runs) for key in keys}
-    chosen = {key: outcomes for key, outcomes in found.items() if len({one.value for one in outcomes}) > 1}
-    blocks = [_block(key, outcomes) for key, outcomes in list(chosen.items())[:MOST]]
-    used = {one.run.folder for outcomes in chosen.values() for one in outcomes}
-    notes += [f"in no sweep of one key: {run.folder}" for run in runs if chosen and run.folder not in used]
-    if len(chosen) > MOST:
-        notes.append(f"further sweeps: {', '.join(list(chosen)[MOST:])}")
-    return blocks, notes
+    grids = [sweep for two in combinations(keys, 2) if (sweep := _sweep(two, runs)) is not None]
+    lines = [sweep for key in keys if (sweep := _sweep((key,), runs)) is not None]
+    lines = [
+        line for line in lines if not any(line.keys[0] in grid.keys and line.folders <= grid.folders for grid in grids)
+    ]
+    found = []
+    for several in (lines, grids):
+        found += several[:MOST]
+        if len(several) > MOST:
+            notes.append(f"further sweeps: {', '.join(one.name for one in several[MOST:])}")
+    used = {folder for sweep in (*lines, *grids) for folder in sweep.folders}
+    notes += [f"in no sweep: {run.folder}" for run in runs if used and run.folder not in used]
+    return found, notes
 
 
-def _outcomes(key: str, runs: Sequence[Run]) -> list[Outcome]:
-    """The runs that differ in one key alone: those of the setting with most of its values, then with most runs."""
-    others = differences(runs, (*varied_in([key]), ENVIRONMENT["backbone"]))
+def _sweep(keys: tuple[str, ...], runs: Sequence[Run]) -> Sweep | None:
+    """The sweep of the setting with most values, then with most runs; None without two values of each key."""
+    others = differences(runs, (*varied_in(keys), ENVIRONMENT["backbone"]))
     settings: dict[str, list[Run]] = {}
     for number, run in enumerate(runs):
         settings.setdefault(repr([values[number] for values in others.values()]), []).append(run)
-    best = max(settings.values(), key=lambda one: (len({_value(key, run) for run in one}), len(one)))
-    best = sorted(best, key=lambda run: (_place(key, run), run.name != "t2i_pretrained", run.name))
-    return [Outcome(run.name.removeprefix("t2i_"), [_value(key, run)], run) for run in best]
+    swept = [one for one in settings.values() if _is_swept(keys, one)]
+    if not swept:
+        return None
+    best = max(swept, key=lambda one: (len({_values(keys, run) for run in one}), len(one)))
+    best = sorted(best, key=lambda run: (run.name != "t2i_pretrained", run.name, [*map(_order, _values(keys, run))]))
+    arms = arms_of(dict.fromkeys(run.name for run in best))
+    return Sweep(keys, [Outcome(arms[run.name], _values(keys, run), run) for run in best])
 
 
-def _value(key: str, run: Run) -> str:
-    value = config_values(run)[key]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _is_swept(keys: tuple[str, ...], runs: Sequence[Run]) -> bool:
+    """Whether an arm has two values of a key, or all four combinations of two values of two keys."""
+    for name in {run.name for run in runs}:
+        places = {_values(keys, run) for run in runs if run.name == name}
+        if len(keys) == 1 and len(places) > 1:
+            return True
+        if len(keys) == 2 and any(len(shared) > 1 for shared in _shared(places)):
+            return True
+    return False
 
 
-def _place(key: str, run: Run) -> float:
-    value = config_values(run)[key]
-    return float(value) if isinstance(value, int | float) else 0.0
+def _shared(places: set[tuple[str, ...]]) -> Iterator[set[str]]:
+    """The second values that two first values have in common."""
+    columns: dict[str, set[str]] = {}
+    for first, second in places:
+        columns.setdefault(first, set()).add(second)
+    return (one & other for one, other in combinations(columns.values(), 2))
 
 
-def _block(key: str, outcomes: Sequence[Outcome]) -> FigureBlock:
-    caption, title = sweep_caption(key, outcomes), f"Sweep of {key}"
-    figure = draw_sweep(key, outcomes, caption)
-    remove_caption(figure)
-    return FigureBlock(
-        name=f"sweep of {key}",
-        title=title,
-        caption=caption.removeprefix(title).removeprefix(".").strip(),
-        table=sweep_table(key, outcomes),
-        image=figure_image(figure),
-        arms={f"{one.arm} {key}={one.value} seed {one.run.config['seed']}": one.run for one in outcomes},
-    )
+def _values(keys: Sequence[str], run: Run) -> tuple[str, ...]:
+    values = config_values(run)
+    return tuple(_word(values[key]) for key in keys)
+
+
+def _word(value: Any) -> str:
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
+
+
+def _order(value: str) -> tuple[bool, float, str]:
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value

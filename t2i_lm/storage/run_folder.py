@@ -29,7 +29,7 @@ METRICS_DIGEST = "metrics_digest"  # in report.json
 OWNER = "owner.json"  # while a process writes the folder
 # Validation in metrics.jsonl and report.json: `val`, or `val/SPLIT` for each of several splits, `PRIMARY` the main one.
 VAL, PRIMARY = "val", "iid"
-CHECKPOINTS, SAMPLES, FID = "checkpoints", "samples", "fid"
+CHECKPOINTS, SAMPLES, FID, PROBES = "checkpoints", "samples", "fid", "probes"
 TOKENS = f"{SAMPLES}/tokens.npz"  # images with their ids and reconstructions, for Figure 1
 
 

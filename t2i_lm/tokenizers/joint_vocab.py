@@ -6,6 +6,7 @@ Special rows follow the backbone's vocabulary, padding rows included, so that no
 from dataclasses import dataclass
 
 SPECIALS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>", "<pad>")
+BOUNDARY_TOKENS = len(SPECIALS) - 1  # of a text-to-image sequence
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from t2i_lm.tokenizers.joint_vocab import JointVocab
+from t2i_lm.tokenizers.joint_vocab import BOUNDARY_TOKENS, JointVocab
 
 IntArray = npt.NDArray[np.integer]
 
 # Indices in every (M,) sum and count; pads are a class of their own and never counted.
 MODALITIES = ("text", "image", "boundary")
 TEXT, IMAGE, BOUNDARY, PAD = range(4)
-BOUNDARY_TOKENS = 6  # of a text-to-image sequence
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.runtime.command_line import NO_SAMPLES
@@ -72,6 +73,7 @@ def sweep_jobs(
     order = [*keys, *(other for other in several if other not in keys)]
     rescaled = equal_tokens and BATCH_SIZE in keys and STEPS not in keys
     jobs: dict[SweepPoint, Job] = {}
+    unswept: dict[str, ExperimentConfig] = {}
     seen: list[dict[str, object]] = []
     for arm, *values in product(dict.fromkeys(arms), *(several[name] for name in order)):
         file = folder / f"{arm}.yaml"
@@ -79,9 +81,11 @@ def sweep_jobs(
             raise ValueError(f"--arm {arm}: expected one of {', '.join(experiment_names(folder))}")
         point = [f"{name}={value}" for name, value in zip(order, values, strict=True)]
         overrides = [*NO_SAMPLES, *fixed, *point]
-        if rescaled:
-            overrides += _at_equal_tokens(file, scale, overrides, fixed)
         config = load_experiment(file, scale, overrides)
+        if rescaled:
+            if arm not in unswept:
+                unswept[arm] = load_experiment(file, scale, [*NO_SAMPLES, *fixed])
+            config = load_experiment(file, scale, [*overrides, *_at_equal_tokens(config, unswept[arm])])
         config = replace(config, run=RunConfig(str(Path(config.run.dir) / RUNS)))
         config.require_paths()
         if config.task not in TASKS:
@@ -93,13 +97,12 @@ def sweep_jobs(
     return keys, jobs
 
 
-def _at_equal_tokens(file: Path, scale: str, overrides: list[str], fixed: list[str]) -> list[str]:
+def _at_equal_tokens(given: ExperimentConfig, unswept: ExperimentConfig) -> list[str]:
     """Overrides of the steps of a run with another batch size than the experiment's.
 
     Raises:
         ValueError: if the samples of the experiment are no multiple of the batch size.
     """
-    given, unswept = load_experiment(file, scale, overrides), load_experiment(file, scale, [*NO_SAMPLES, *fixed])
     samples, size = unswept.trainer.max_steps * unswept.data.batch_size, given.data.batch_size
     if samples % size:
         raise ValueError(

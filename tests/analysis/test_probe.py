@@ -15,6 +15,8 @@ from t2i_lm.analysis.similarity import weight_distances
 from t2i_lm.analysis.states import layer_states, positions_of
 from t2i_lm.analysis.suite import PROBES
 from t2i_lm.probe import NAMES, main
+from t2i_lm.reporting.probes import find_probes
+from t2i_lm.reporting.search import RunSearch
 from t2i_lm.storage.run_folder import ENVIRONMENT, REPORT, Run
 from tests.runs import EXPERIMENTS, QUICK, train, weights
 
@@ -48,7 +50,9 @@ def test_names_of_the_command_are_those_of_the_probes() -> None:
 def test_two_runs_have_figures_sentences_and_numbers_with_their_origin(
     pretrained: Run, scratch: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(pretrained.folder), str(scratch.folder), "--out", str(tmp_path), *SMALL]) == 0
+    root = tmp_path / "runs"
+    folders = [copied(pretrained, root), copied(scratch, root)]
+    assert main([*map(str, folders), "--out", str(tmp_path), *SMALL]) == 0
     printed = capsys.readouterr().out
     for name in NAMES:
         content = read(tmp_path, name)
@@ -59,6 +63,11 @@ def test_two_runs_have_figures_sentences_and_numbers_with_their_origin(
         assert content["runs"]["scratch"]["data_hash"] == scratch.environment["data_hash"]
         assert content["runs"]["scratch"]["git"] == scratch.environment["git"]
         assert pretrained.environment["data_hash"] in content["caption"]
+        assert read(folders[0] / "probes" / folders[1].name, name) == content
+    found, notes = find_probes(RunSearch(root).figure_pool().runs, [])
+    assert found is not None
+    assert not notes
+    assert [block.name for block in found.figures] == [f"probe {name}" for name in NAMES]
     tokens = read(tmp_path, "tokens")["numbers"]
     assert tokens["rows"] == tokens["rows_of_split"] == 60
     assert tokens["image"]["tokens"] == 60 * 64

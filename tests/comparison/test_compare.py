@@ -92,8 +92,16 @@ def test_the_default_plan_fits_runs_with_one_validation_set(tmp_path: Path, caps
         for seed in range(2):
             seeded_run(tmp_path, name, seed, splits=())
     assert command.main(["--runs", str(tmp_path), "--format", "json"]) == 0
-    found = json.loads(capsys.readouterr().out)["results"]
-    assert [one["endpoint"] for one in found] == ["val.image.nll", "val.text.nll", "val.all.nll", "tokens_saved.image"]
+    printed = json.loads(capsys.readouterr().out)
+    (said,) = [note for note in printed["notes"] if note.startswith("MISSING: validation splits: the 4 runs have one")]
+    assert "not compared: val/iid.image.nll, val/compositional.image.nll, val/iid.text.nll" in said
+    assert said.endswith("in their place, on val: val.image.nll, val.text.nll, val.all.nll")
+    assert [one["endpoint"] for one in printed["results"]] == [
+        "val.image.nll",
+        "val.text.nll",
+        "val.all.nll",
+        "tokens_saved.image",
+    ]
     with pytest.raises(ValueError, match=r"endpoint val/iid.* has no val/iid in metrics\.jsonl; it has train, val"):
         compare(Plan(), find_arms(Plan(), tmp_path))
 

@@ -3,11 +3,13 @@
 import json
 import math
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from PIL import Image
 
 from t2i_lm.storage.run_folder import TOKENS
 
@@ -119,6 +121,26 @@ def write_relearning(run: Path, start: float, **made_with: object) -> None:
         "made_with": {"text": "a.txt", **made_with},
     }
     (folder / "relearn.json").write_text(json.dumps(content))
+
+
+def write_probe(runs: Mapping[str, Path], name: str, **changed: Any) -> Path:
+    """Writes a record of `python -m t2i_lm.probe` on runs by label; `changed` are values of the last one's entry."""
+    first, *others = runs.values()
+    folder = first / "probes" / ("+".join(other.name for other in others) or "alone")
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {}
+    for label, run in runs.items():
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        known[label] = {"run": str(run), **{key: config[key] for key in ("name", "init", "seed")}, "step": 300}
+        known[label] |= {"checkpoint": "step-00000300.ckpt", "checkpoint_sha256": "1" * 64}
+        known[label]["data_hash"] = json.loads((run / "env.json").read_text()).get("data_hash")
+    known[label] |= changed
+    content = {"probe": name, "title": name.title(), "sentence": f"{name} found (n = 7).", "varied": []}
+    content |= {"caption": f"{name.title()}. 7 sequences.", "runs": known, "made_with": {"started": "2026-03-02"}}
+    content |= {"settings": {"sequences": 64, "batches": 8}, "numbers": {}}
+    Image.new("RGB", (80, 40), "white").save(folder / f"{name}.png")
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder / f"{name}.json"
 
 
 def read_lines(folder: Path, key: str) -> list[dict[str, Any]]:

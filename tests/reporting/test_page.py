@@ -15,7 +15,7 @@ from t2i_lm.plots.catalogue import FIGURES, figure2
 from t2i_lm.reporting.claims import CLAIMS
 from t2i_lm.storage.owner import own
 from t2i_lm.storage.run_folder import OWNER
-from tests.plots.synthetic_runs import EXPERIMENTS, read_lines, write_relearning, write_run
+from tests.plots.synthetic_runs import EXPERIMENTS, read_lines, write_probe, write_relearning, write_run
 from tests.reporting.parsed import Element, parse
 
 PLAN = """
@@ -87,6 +87,10 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         write_pair(setting, seed, day=2 + seed, config={"backbone.path": HEAD})
     for rate in (0.001, 0.004):
         write_pair(root / "sweep", day=int(10 + 1000 * rate), config={"optim.lr": rate})
+    for rate in (0.001, 0.004):
+        write_pair(root / "sweep", day=int(20 + 1000 * rate), config={"optim.lr": rate, "data.batch_size": 16})
+    write_pair(root / "sweep", day=28, config={"optim.lr": 0.001, "optim.weight_decay": 0.2})
+    write_probe({arm: root / name / "20260301-100000-demo" for arm, name in zip(("a", "b"), ARMS, strict=True)}, "rows")
     plan, out = root.parent / "study.yaml", root.parent / "report.html"
     plan.write_text(PLAN)
     assert report.main(["--runs", str(root), "--plan", str(plan), "--out", str(out), "--strict"]) == 0
@@ -148,7 +152,13 @@ def test_every_section_has_its_figure_values_runs_and_hashes(full: tuple[Path, s
     assert "train experiments/t2i_pretrained.yaml --scale demo" in sections["figure3"].text
     assert "change +7.5000 ± 0.0750" in sections["forgetting"].text
     assert "before and after 10 steps on text: pre-trained 9.0000 and 6.0000" in sections["relearning"].text
-    assert "Sweep of optim.lr" in sections["sweeps"].text
+    assert "Sweep of optim.weight_decay" in sections["sweeps"].one("figure").text
+    assert "Sweep of data.batch_size and optim.lr" in sections["grids"].one("figure").text
+    assert "at 4 equal values" in sections["grids"].text
+    assert "rows found (n = 7)." in sections["probes"].text
+    assert f"python -m t2i_lm.probe {root}/t2i_pretrained/" in sections["probes"].text
+    for key in ("grids", "probes"):
+        assert "0123456789abcdef" in sections[key].one("details", **{"class": "hashes"}).text
     assert "asset:lm_head_rotary: Held-out image loss" in sections["positions"].text
     assert "Comparison: slower" in text
     losses = last_losses(root, "uncond_tune_ffn", "image")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from t2i_lm.data.shards.tokenize import text_rows
+from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.data.text import read_documents
 from t2i_lm.evaluation.probes.floors import unigram_nll
 from t2i_lm.evaluation.probes.scores import POSITIONS, TargetFeatures, score_features, target_features
@@ -55,24 +56,13 @@ def heldout_text(
     Raises:
         ValueError: if the text is shorter than one row or cannot be read.
     """
-    if documents is None:
-        documents = read_documents(path, key)
-    every = list(text_rows(documents, text, length))
+    every = list(text_rows(read_documents(path, key) if documents is None else documents, text, length))
     if not every:
         raise ValueError(f"{key}={path}: less text than one row of forgetting.length={length} ids (evaluate: --length)")
-    count = min(rows, len(every))
-    chosen = [number * len(every) // count for number in range(count)]
+    chosen = evenly_spaced_indices(len(every), rows)
     every_RT = torch.from_numpy(np.array([row["text_ids"] for row in every], dtype=np.int64))
     floor = unigram_nll(every_RT, chosen, text.vocab_size, document_start(text))
     return HeldoutText(every_RT[chosen], sum(every[number]["bytes"] for number in chosen), floor)
-
-
-def heldout_rows(
-    path: str, text: TextTokenizer, rows: int, length: int, documents: Iterable[str] | None = None
-) -> tuple[Tensor, int]:
-    """Ids (R, length + 1) and bytes of `heldout_text`."""
-    ids_RT, size, _ = heldout_text(path, text, rows, length, documents)
-    return ids_RT, size
 
 
 class RowScores(NamedTuple):

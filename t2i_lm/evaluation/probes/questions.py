@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.tokenizers.documents import leading_ids
 
 if TYPE_CHECKING:
@@ -96,10 +97,8 @@ def _read_task(name: str, file: Path, limit: int, key: str) -> Task:
         raise ValueError(f"{key}: {file} cannot be read: {error}") from error
     if not lines:
         raise ValueError(f"{key}: {file} is empty")
-    count = min(limit, len(lines))
-    numbers = [index * len(lines) // count for index in range(count)]
     forms, questions = set(), []
-    for number in numbers:
+    for number in evenly_spaced_indices(len(lines), limit):
         try:
             form, question = _question(json.loads(lines[number]))
         except (ValueError, TypeError, KeyError) as error:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.evaluation.probes.scores import TargetFeatures
 
 # Evenly spaced targets that the temperature is fitted on: fitting on more changes the loss by about 1e-3 nats.
@@ -37,8 +38,7 @@ class BestTemperature(NamedTuple):
 @torch.no_grad()
 def best_temperatures(features: TargetFeatures) -> dict[str, BestTemperature]:
     """The best temperature of the softmax over `all_rows` and of that over `text_rows`."""
-    count = len(features.target_N)
-    chosen_S = torch.arange(min(FITTED, count), device=features.target_N.device) * count // min(FITTED, count)
+    chosen_S = torch.tensor(evenly_spaced_indices(len(features.target_N), FITTED), device=features.target_N.device)
     fitted = features._replace(x_ND=features.x_ND[chosen_S], target_N=features.target_N[chosen_S])
     logits_SV = torch.cat([logits_CV for logits_CV, _ in fitted.chunks()])
     sizes = {"all_rows": logits_SV.shape[1], "text_rows": features.text_size}

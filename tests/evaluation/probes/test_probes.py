@@ -9,7 +9,7 @@ import torch
 
 from t2i_lm.config.forgetting import ForgettingConfig
 from t2i_lm.evaluation.probes.completions import complete, spell
-from t2i_lm.evaluation.probes.heldout import heldout_rows, text_losses
+from t2i_lm.evaluation.probes.heldout import heldout_text, text_losses
 from t2i_lm.evaluation.probes.questions import answer, encode_option, read_tasks
 from t2i_lm.evaluation.probes.scores import score_continuations, score_targets
 from t2i_lm.evaluation.probes.suite import Probes, summary
@@ -19,7 +19,7 @@ from tests.evaluation.tiny_tasks import TEXT, write_tasks
 
 
 def test_text_losses_equal_a_direct_computation(decoder: Decoder, text: SentencePieceTokenizer, book: Path) -> None:
-    ids_RT, size = heldout_rows(str(book), text, 7, 32)
+    ids_RT, size, _ = heldout_text(str(book), text, 7, 32)
     assert ids_RT.shape == (7, 33)
     assert size > 0
     losses = text_losses(decoder, ids_RT)
@@ -32,7 +32,7 @@ def test_text_losses_equal_a_direct_computation(decoder: Decoder, text: Sentence
 
 
 def test_without_new_rows_both_losses_are_equal(bare: Decoder, text: SentencePieceTokenizer, book: Path) -> None:
-    ids_RT, _ = heldout_rows(str(book), text, 3, 32)
+    ids_RT, *_ = heldout_text(str(book), text, 3, 32)
     losses = text_losses(bare, ids_RT)
     assert losses["text_rows"] == losses["all_rows"]
 
@@ -40,7 +40,7 @@ def test_without_new_rows_both_losses_are_equal(bare: Decoder, text: SentencePie
 def test_large_new_rows_raise_only_the_loss_over_all_rows(
     decoder: Decoder, text: SentencePieceTokenizer, book: Path
 ) -> None:
-    ids_RT, _ = heldout_rows(str(book), text, 3, 32)
+    ids_RT, *_ = heldout_text(str(book), text, 3, 32)
     before = text_losses(decoder, ids_RT)
     with torch.no_grad():
         assert decoder.output.image is not None
@@ -51,11 +51,11 @@ def test_large_new_rows_raise_only_the_loss_over_all_rows(
 
 
 def test_rows_are_evenly_spaced_and_a_short_text_is_refused(text: SentencePieceTokenizer, book: Path) -> None:
-    every, _ = heldout_rows(str(book), text, 10**6, 32)
-    some, _ = heldout_rows(str(book), text, 4, 32)
+    every, *_ = heldout_text(str(book), text, 10**6, 32)
+    some, *_ = heldout_text(str(book), text, 4, 32)
     assert torch.equal(some, every[[place * len(every) // 4 for place in range(4)]])
     with pytest.raises(ValueError, match=r"forgetting\.length=9999"):
-        heldout_rows(str(book), text, 4, 9999)
+        heldout_text(str(book), text, 4, 9999)
 
 
 def test_a_batch_of_continuations_scores_as_single_ones(decoder: Decoder) -> None:

@@ -1,0 +1,73 @@
+"""Sweeps on the page: of one key, and of two where runs fill a grid."""
+
+from itertools import product
+from pathlib import Path
+
+from t2i_lm.reporting.search import RunSearch
+from t2i_lm.reporting.sweeps import find_sweeps
+from tests.plots.synthetic_runs import write_run
+
+ARMS = ("t2i_pretrained", "t2i_scratch")
+EXPERIMENTS = Path("experiments")
+
+
+def write_sweep(root: Path, points: list[dict[str, object]], arms: tuple[str, ...] = ARMS) -> None:
+    for number, (point, arm) in enumerate(product(points, arms)):
+        write_run(root / "sweep", arm, f"20260301-{100000 + number}", config=point)
+
+
+def grid(rates: tuple[float, ...] = (0.001, 0.002), sizes: tuple[int, ...] = (16, 32)) -> list[dict[str, object]]:
+    return [{"optim.lr": rate, "data.batch_size": size} for rate, size in product(rates, sizes)]
+
+
+def test_runs_that_fill_a_grid_are_one_sweep_of_two_keys(tmp_path: Path) -> None:
+    write_sweep(tmp_path, grid())
+    (sweep,), notes = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert not notes
+    assert sweep.keys == ("data.batch_size", "optim.lr")
+    block = sweep.figure()
+    assert len(block.arms) == 8
+    assert "over 1 seed, all other keys of an arm equal" in block.caption
+    assert "pretrained, image nll: data.batch_size, by optim.lr" in block.table
+    best, gaps = sweep.sentences()
+    assert best.startswith(
+        "Sweep of data.batch_size and optim.lr, lowest held-out image loss (nats/token): pre-trained "
+    )
+    assert " at 4 equal values, " in gaps
+    assert gaps.startswith("Pre-trained minus random weights: -")
+    assert gaps.endswith("1 seed per value, no interval.")
+    command = sweep.command(EXPERIMENTS)
+    arms = "--arm t2i_pretrained --arm t2i_scratch"
+    assert f"--scale demo {arms} data.batch_size=16,32 optim.lr=0.001,0.002 seed=0" in command
+
+
+def test_two_sweeps_through_one_point_are_no_grid(tmp_path: Path) -> None:
+    write_sweep(tmp_path, grid((0.001, 0.002, 0.004), (32,)) + grid((0.002,), (16, 64)))
+    found, notes = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert [sweep.keys for sweep in found] == [("data.batch_size",), ("optim.lr",)]
+    assert [len(sweep.outcomes) for sweep in found] == [6, 6]
+    assert not notes
+
+
+def test_a_longer_line_through_a_grid_is_shown_beside_it_and_other_runs_are_named(tmp_path: Path) -> None:
+    write_sweep(tmp_path, [*grid(), {"optim.lr": 0.002, "data.length": 96}])
+    found, notes = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert [sweep.keys for sweep in found] == [("data.length",), ("data.batch_size", "optim.lr")]
+    assert not notes
+    write_run(tmp_path / "sweep", ARMS[0], "20260302-100000", config={"optim.lr": 0.007, "data.length": 80})
+    _, notes = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert notes == [f"in no sweep: {tmp_path / 'sweep' / ARMS[0] / '20260302-100000-demo'}"]
+
+
+def test_seeds_that_some_values_lack_are_counted(tmp_path: Path) -> None:
+    write_sweep(tmp_path, [*grid(), {"optim.lr": 0.001, "data.batch_size": 16, "seed": 1}])
+    (sweep,), _ = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert "over 1 to 2 seeds" in sweep.figure().caption
+    assert sweep.sentences()[1].endswith("1 to 2 seeds per value, no interval.")
+
+
+def test_arms_of_two_tasks_keep_their_names(tmp_path: Path) -> None:
+    arms = ("t2i_scratch", "uncond_scratch")
+    write_sweep(tmp_path, [{"optim.lr": rate} for rate in (0.001, 0.002)], arms)
+    (sweep,), _ = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert {one.arm for one in sweep.outcomes} == {*arms}
