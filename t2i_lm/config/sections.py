@@ -176,7 +176,8 @@ class DataConfig(Section, prefix="data"):
     """`scenes` (generated), `image_folder`, `parquet`, `webdataset`, `hub` or `hub_stream` (Hugging Face datasets),
     `shards` (token shards prepared elsewhere), `text` (task=text), or a plug-in."""
     path: str | None = None
-    """File, folder or name of a Hugging Face dataset, for every source but `scenes`; of `shards` also a URL."""
+    """File, folder or name of a Hugging Face dataset, for every source but `scenes`; of `shards` and `hub_stream` also
+    a URL."""
     val_path: str | None = None
     """Held-out data; null: validation data in `path` by name, or a twentieth of its images. task=text requires it."""
     train_size: int | None = None
@@ -211,9 +212,10 @@ class DataConfig(Section, prefix="data"):
     part_size: int = 8192
     """Samples per part of the shards: the most that an interrupted preparation loses."""
     shuffle_parts: int | None = None
-    """Parts whose samples are mixed at a time; null: all samples are. Remote shards require it (docs/data.md)."""
+    """Parts whose samples are mixed at a time; null: all samples are. Remote shards and `hub_stream` require it
+    (docs/data.md)."""
     remote_cache_gib: float = 16.0
-    """Disk, in GiB, that the parts of remote shards take in cache_dir at most."""
+    """Disk, in GiB, that the parts of remote shards, or those made of a streamed dataset, take in cache_dir at most."""
     workers: int = 0
     """Processes that load batches; 0: the training process."""
     pad_to_multiple_of: int = 8

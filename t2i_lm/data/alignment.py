@@ -4,14 +4,15 @@ Shapes: `B` pairs, `N` image tokens, `L` caption tokens of all pairs.
 """
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, BatchDataModule, Batches, CaptionedIds
+from t2i_lm.data.order import CURRENT, Indices, former_permutation, keyed
 from t2i_lm.data.sampler import Draw
 from t2i_lm.data.shards.format import Parts, validation_splits
 from t2i_lm.tokenizers.layout import IntArray
@@ -27,17 +28,13 @@ class BagBatches(CaptionedIds):
     def __init__(self, split: Parts, captions: str, seed: int, shuffle_pairs: bool = False) -> None:
         """With `shuffle_pairs`, each image has the caption of one other sample throughout the run (a control)."""
         super().__init__(split, captions, seed)
-        self._partner: np.ndarray[Any, np.dtype[np.int64]] | None = None
-        if shuffle_pairs:
-            # A single cycle, so that no image keeps its own caption.
-            cycle = np.random.default_rng([seed, 1]).permutation(len(self))
-            self._partner = np.empty_like(cycle)
-            self._partner[cycle] = np.roll(cycle, 1)
+        self.shuffle_pairs = shuffle_pairs
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         texts, image_ids_BN = self.pairs(draws)
-        if self._partner is not None:
-            texts, _ = self.pairs([(epoch, int(self._partner[index])) for epoch, index in draws])
+        if self.shuffle_pairs:
+            partners = self._partners(np.array([index for _, index in draws]))
+            texts, _ = self.pairs([(epoch, index) for (epoch, _), index in zip(draws, partners.tolist(), strict=True)])
         lengths_B = np.array([len(text) for text in texts])
         tokens = int(lengths_B.sum()) + image_ids_BN.size
         hashes = [[_hash(text), _hash(image)] for text, image in zip(texts, image_ids_BN, strict=True)]
@@ -50,6 +47,22 @@ class BagBatches(CaptionedIds):
             "tokens_nominal": tokens,
             "tokens_real": torch.tensor(tokens),
         }
+
+    def _partners(self, indices: Indices) -> Indices:
+        """The samples whose captions some images have: all form a single cycle, so that no image keeps its own."""
+        if self.order < CURRENT:
+            return _former_partners(len(self), self.seed)[indices]
+        cycle = keyed(len(self), "partner", self.seed)
+        return cycle[(cycle.index(indices) - 1) % len(self)]
+
+
+@lru_cache(maxsize=4)
+def _former_partners(size: int, seed: int) -> Indices:
+    """The partner of every sample in former orders."""
+    cycle = former_permutation(size, seed, 1)
+    partners = np.empty_like(cycle)
+    partners[cycle] = np.roll(cycle, 1)
+    return partners
 
 
 def _hash(ids: IntArray) -> int:

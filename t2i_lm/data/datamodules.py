@@ -22,7 +22,8 @@ from t2i_lm.data.order import CURRENT, FORMER, FormerOrder, Indices, Order, Part
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, center_crop
 from t2i_lm.data.sampler import Draw, IndexSampler, choose_caption, drops_caption
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import Parts, read_index, validation_splits
+from t2i_lm.data.shards.format import STREAM, Parts, read_index, validation_splits
+from t2i_lm.data.shards.made_parts import StreamedParts
 from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.data.sources import open_sized, print_notes
 from t2i_lm.data.splits import evenly_spaced_indices, validations_of
@@ -39,7 +40,13 @@ AHEAD = 64
 
 
 class Batches(Dataset[Batch]):
-    """A sized dataset that gathers a whole batch in one call."""
+    """A sized dataset that gathers a whole batch in one call.
+
+    Attributes:
+        order: version of the order, that of the run's first session.
+    """
+
+    order = CURRENT
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -57,6 +64,9 @@ class Batches(Dataset[Batch]):
     def announce(self) -> Callable[[Indices], None] | None:
         """Begins to fetch what samples are read from, where it is remote; else None."""
         return None
+
+    def close(self) -> None:
+        """Ends what `announce` began."""
 
 
 class CaptionedIds(Batches):
@@ -83,6 +93,10 @@ class CaptionedIds(Batches):
     @property
     def announce(self) -> Callable[[Indices], None] | None:
         return self._fetch_later if self.columns.parts.is_remote else None
+
+    def close(self) -> None:
+        if isinstance(self.columns.parts, StreamedParts):
+            self.columns.parts.close()
 
     def _fetch_later(self, indices: Indices) -> None:
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
@@ -242,9 +256,15 @@ class BatchDataModule(pl.LightningDataModule):
                     f"{folder} has data hash {found}, but the first process reads {of_rank_0}: data differs between "
                     "machines, or has changed while the run was starting"
                 )
-        return Parts(folder, split)
+        streamed = STREAM in (read_index(folder) or {}) and split == "train"
+        return StreamedParts(folder, self.config) if streamed else Parts(folder, split)
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            self.train_set.close()
 
     def _loader(self, dataset: Batches, batches: Any) -> DataLoader[Batch]:
+        dataset.order = self._order
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -259,7 +279,7 @@ class BatchDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._consumed, self._order = int(state_dict["consumed"]), int(state_dict.get("order", FORMER))
-        if self._order not in (FORMER, CURRENT):
+        if not FORMER <= self._order <= CURRENT:
             raise ValueError(f"the checkpoint has the data order of version {self._order}, which a newer t2i_lm wrote")
 
 
@@ -283,7 +303,10 @@ def make_sampler(
     else:
         order = PartsOrder(np.atleast_1d(sizes), config.seed, data.shuffle_parts, data.batch_size)
     accumulate = config.trainer.accumulate_grad_batches
-    return IndexSampler(order, data.batch_size, config.trainer.max_steps, rank, world, accumulate, data.replayed)
+    sampler = IndexSampler(order, data.batch_size, config.trainer.max_steps, rank, world, accumulate, data.replayed)
+    if version == CURRENT and (data.replayed or config.align.shuffle_pairs):
+        sampler.mark = b"order 3"  # of the text beside the draws, which they do not tell
+    return sampler
 
 
 class PairDataModule(BatchDataModule):

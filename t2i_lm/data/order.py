@@ -14,8 +14,9 @@ import numpy.typing as npt
 from t2i_lm.data.permutation import Permutation
 
 Indices = npt.NDArray[np.int64]
-# Version of the orders, recorded in checkpoints. 1: `FormerOrder`, of checkpoints that record none.
-FORMER, CURRENT = 1, 2
+# Version of the orders, recorded in checkpoints. 1: `FormerOrder`, of checkpoints that record none. 2: windows of
+# replayed text and shuffled partners are from `former_permutation`, as in 1. 3: nothing is an array of all samples.
+FORMER, CURRENT = 1, 3
 
 
 class Order(Protocol):
@@ -34,13 +35,15 @@ class FormerOrder:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self._seed = size, seed
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def indices(self, epoch: int, places: Indices) -> Indices:
-        if epoch != self._epoch:
-            self._permutation = np.random.default_rng([self._seed, epoch]).permutation(self.size)
-            self._epoch = epoch
-        return self._permutation[places]
+        return former_permutation(self.size, self._seed, epoch)[places]
+
+
+@lru_cache(maxsize=4)
+def former_permutation(size: int, *seed: int) -> Indices:
+    """NumPy's permutation: an array of all elements."""
+    return np.random.default_rng(seed).permutation(size)
 
 
 class ShuffledOrder:
@@ -50,7 +53,7 @@ class ShuffledOrder:
         self.size, self._seed = size, seed
 
     def indices(self, epoch: int, places: Indices) -> Indices:
-        return _permutation(self.size, ("order", self._seed, epoch))[places]
+        return keyed(self.size, "order", self._seed, epoch)[places]
 
 
 class PartsOrder:
@@ -87,10 +90,11 @@ class PartsOrder:
             chosen, part = numbers == number, int(self._parts[number])
             size = int(self._sizes[part])
             within = sequence[chosen] - (int(self._ends[number]) - size)
-            found[chosen] = self._starts[part] + _permutation(size, ("part", self._seed, epoch, part))[within]
+            found[chosen] = self._starts[part] + keyed(size, "part", self._seed, epoch, part)[within]
         return found
 
 
 @lru_cache(maxsize=1024)
-def _permutation(size: int, seed: tuple[int | str, ...]) -> Permutation:
+def keyed(size: int, *seed: int | str) -> Permutation:
+    """The permutation of a size and seed, kept while it is in use."""
     return Permutation(size, seed)

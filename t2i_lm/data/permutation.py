@@ -1,6 +1,7 @@
 """A seeded permutation that is computed element by element, without an array of its size."""
 
 import hashlib
+from collections.abc import Callable
 from math import isqrt
 from typing import Any, overload
 
@@ -52,18 +53,36 @@ class Permutation:
         Raises:
             IndexError: if an index is negative, or not below `size`.
         """
+        return self._walk(index, self._pass)
+
+    @overload
+    def index(self, element: int | np.integer[Any]) -> int: ...
+
+    @overload
+    def index(self, element: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]: ...
+
+    def index(self, element: Any) -> Any:
+        """The index of an element, or those (int64) of an integer array of elements of any shape: the inverse.
+
+        Raises:
+            IndexError: if an element is negative, or not below `size`.
+        """
+        return self._walk(element, self._pass_back)
+
+    def _walk(self, index: Any, step: Callable[[Any], Any]) -> Any:
+        """Images inside the range, of an int or an array: a network's image outside it is mapped again."""
         if not isinstance(index, np.ndarray):
             if not 0 <= index < self.size:
                 raise IndexError(f"index {index} of a permutation of {self.size}")
-            value = self._pass(int(index))
+            value = step(int(index))
             while value >= self.size:
-                value = self._pass(value)
+                value = step(value)
             return value
         if index.size and not (index.min() >= 0 and index.max() < self.size):
             raise IndexError(f"indices {index.min()} to {index.max()} of a permutation of {self.size}")
-        values = self._pass(index.astype(np.uint64).ravel())
+        values = step(index.astype(np.uint64).ravel())
         while (outside := np.flatnonzero(values >= self.size)).size:
-            values[outside] = self._pass(values[outside])
+            values[outside] = step(values[outside])
         return values.astype(np.int64).reshape(index.shape)
 
     def _pass(self, value: Any) -> Any:
@@ -74,6 +93,16 @@ class Permutation:
                 column = (column + _mix(row, key) % self._columns) % self._columns
             else:
                 row = (row + _mix(column, key) % self._rows) % self._rows
+        return row * self._columns + column
+
+    def _pass_back(self, value: Any) -> Any:
+        """The inverse of `_pass`."""
+        row, column = value // self._columns, value % self._columns
+        for number, key in reversed(list(enumerate(self._keys))):
+            if number % 2:
+                column = (column + self._columns - _mix(row, key) % self._columns) % self._columns
+            else:
+                row = (row + self._rows - _mix(column, key) % self._rows) % self._rows
         return row * self._columns + column
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, Batches, PairBatches, PairDataModule
-from t2i_lm.data.order import Indices
+from t2i_lm.data.order import CURRENT, Indices, former_permutation, keyed
 from t2i_lm.data.sampler import REPLAYED, Draw
 from t2i_lm.data.shards.cache import FORMAT, Prepared, absolute_path, short_hash, write_once
 from t2i_lm.data.shards.format import write_index
@@ -31,8 +30,6 @@ class ReplayBatches(Batches):
     def __init__(self, pairs: PairBatches, windows: datasets.Dataset, seed: int) -> None:
         """`windows` are text shards whose rows have the layout's length."""
         self.pairs, self.windows, self.seed = pairs, windows, seed
-        self._epoch = -1
-        self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -44,6 +41,9 @@ class ReplayBatches(Batches):
     @property
     def announce(self) -> Callable[[Indices], None] | None:
         return self.pairs.announce
+
+    def close(self) -> None:
+        self.pairs.close()
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         replayed_B = torch.tensor([epoch == REPLAYED for epoch, _ in draws])
@@ -65,10 +65,9 @@ class ReplayBatches(Batches):
     def _window(self, number: int) -> int:
         """Index of the `number`-th replayed window: one permutation of all windows per epoch."""
         epoch, place = divmod(number, len(self.windows))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch, 2]).permutation(len(self.windows))
-        return int(self._order[place])
+        if self.order < CURRENT:
+            return int(former_permutation(len(self.windows), self.seed, epoch, 2)[place])
+        return keyed(len(self.windows), "replay", self.seed, epoch)[place]
 
 
 def prepare_replay(config: ExperimentConfig, text: TextTokenizer) -> Path:

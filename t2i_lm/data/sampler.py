@@ -32,6 +32,7 @@ class IndexSampler(Sampler[list[Draw]]):
         consumed: samples already trained on, over all ranks; set on resume, before iteration.
         announce: called before each batch with the indices that this rank draws `ahead` samples later, so that what
             they are read from can be fetched; None: nothing is.
+        mark: of what `stream_hash` covers beside the draws.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class IndexSampler(Sampler[list[Draw]]):
         self.consumed = 0
         self.announce: Callable[[Indices], None] | None = None
         self.ahead = 0
+        self.mark = b""
         self._block = lru_cache(maxsize=4)(self._compute)  # of this batch, and of one ahead
 
     def __len__(self) -> int:
@@ -102,7 +104,7 @@ class IndexSampler(Sampler[list[Draw]]):
 
     def stream_hash(self, samples: int) -> str:
         """sha256 of the first `samples` draws: equal in two arms with the same data order."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.mark)
         for start in range(0, samples, self.batch_size):
             digest.update(self.global_batch(start).tobytes())
         return digest.hexdigest()

@@ -1,7 +1,7 @@
 """The images behind rows of prepared token shards, read again from their source, and what Figure 1 shows of them."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.data.pairs import RejectedPairError, center_crop
+from t2i_lm.data.pairs import RejectedPairError, Sample, center_crop
 from t2i_lm.data.scenes.scene import render
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.shards.prepare import cut
+from t2i_lm.data.shards.streamed import images_of, is_streamed
 from t2i_lm.data.sources import open_source
 from t2i_lm.evaluation.scenes import scene_of
 from t2i_lm.experiment.build import ImageExperiment
@@ -41,7 +42,7 @@ def originals(config: ExperimentConfig, split: str, rows: Mapping[str, Sequence[
         return [np.asarray(render(scene_of(json.loads(str(text))), size)) for text in rows["meaning"]]
     wanted = list(rows["id"])
     found: dict[str, ImageArray] = {}
-    for name, image in islice(_images(config, split, size), SEARCH * len(wanted)):
+    for name, image in _candidates(config, split, size, wanted):
         if name in wanted:
             found.setdefault(name, image)
         if len(found) == len(set(wanted)):
@@ -50,15 +51,26 @@ def originals(config: ExperimentConfig, split: str, rows: Mapping[str, Sequence[
     raise ValueError(f"data.path={config.data.path}: the original of {missing} is not among its first images")
 
 
+def _candidates(
+    config: ExperimentConfig, split: str, size: int, wanted: Sequence[str]
+) -> Iterator[tuple[str, ImageArray]]:
+    if config.data.source == "hub_stream" and is_streamed(wanted[0]):
+        return _cropped(images_of(config, wanted), size)
+    return islice(_images(config, split, size), SEARCH * len(wanted))
+
+
 def _images(config: ExperimentConfig, split: str, size: int) -> Iterator[tuple[str, ImageArray]]:
     parts, _ = cut(open_source(config.data, split, size), None, config.data.part_size)
-    for part in parts:
-        for read in part():
-            try:
-                pair = read()
-                yield pair.id, np.asarray(center_crop(pair.image, size))
-            except RejectedPairError:
-                continue
+    yield from _cropped((read for part in parts for read in part()), size)
+
+
+def _cropped(samples: Iterable[Sample], size: int) -> Iterator[tuple[str, ImageArray]]:
+    for read in samples:
+        try:
+            pair = read()
+            yield pair.id, np.asarray(center_crop(pair.image, size))
+        except RejectedPairError:
+            continue
 
 
 def write_tokens(experiment: ImageExperiment, split: str, file: Path) -> None:

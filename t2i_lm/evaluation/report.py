@@ -159,8 +159,9 @@ def text_to_image_report(experiment: ImageExperiment, folder: Path, report: dict
     report["text_floor_nll"] = None
     with part(report, "row_norms"):
         report["row_norms"] = row_norms(experiment.decoder)
-    with part(report, "truncated_captions"):
-        report["truncated_captions"] = truncated_share(experiment)
+    if "caption_tokens" in experiment.index["splits"]["train"]:  # streamed captions are not counted
+        with part(report, "truncated_captions"):
+            report["truncated_captions"] = truncated_share(experiment)
     if experiment.config.data.source == "scenes":
         with part(report, "text_floor"):
             report["text_floor_nll"] = text_floor(experiment.index)

@@ -19,6 +19,7 @@ from t2i_lm.data.replay import ReplayDataModule, prepare_replay
 from t2i_lm.data.shards.cache import former_scenes
 from t2i_lm.data.shards.format import read_index
 from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
+from t2i_lm.data.shards.streamed import training_shards
 from t2i_lm.models.aligned_rows import read_aligned_rows
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import ImageRowSource, expand_vocabulary
@@ -240,7 +241,7 @@ def build_model(config: ExperimentConfig) -> ImageModel:
 def build_images(config: ExperimentConfig, run: Environment | None) -> ImageExperiment:
     """An image model on caption-image pairs, or on their images alone."""
     model = build_model(config)
-    shards = prepare_pairs(config, model.text, model.image, run)
+    shards = training_shards(config, model.text, model.image, run)
     model.image.to(torch.device("cpu"))  # frees GPU memory for training
     data, replay_hash = PairDataModule(config, shards, model.layout), None
     if config.data.replayed:
@@ -253,7 +254,7 @@ def build_images(config: ExperimentConfig, run: Environment | None) -> ImageExpe
 def build_alignment(config: ExperimentConfig, run: Environment | None) -> AlignmentExperiment:
     """The alignment of an expanded decoder's image rows with its text rows."""
     decoder, _, text, image = build_expanded(config)
-    shards = prepare_pairs(config, text, image, run)
+    shards = training_shards(config, text, image, run)
     module, data = AlignmentModule(decoder.tok_embeddings, config), BagDataModule(config, shards)
     return AlignmentExperiment(
         config=config, module=module, data=data, index=_index(shards), shards=shards, text=text, image=image

@@ -80,8 +80,9 @@ def describe_data(experiment: Experiment) -> Iterator[str]:
     yield line
     yield from dict.fromkeys(f"data: {note}" for notes in counts.get("notes", {}).values() for note in notes)
     if "text_budget" in counts:
-        cut = listed([_share_cut(entry, split) for split, entry in splits.items()])
-        empty = sum(entry["empty"] for entry in splits.values())
+        counted = {split: entry for split, entry in splits.items() if "truncated" in entry}  # streamed ones are not
+        cut = listed([_share_cut(entry, split) for split, entry in counted.items()])
+        empty = sum(entry["empty"] for entry in counted.values())
         yield f"captions: {cut} are cut to the {counts['text_budget']:,} text ids that fit; {empty:,} are empty"
 
 

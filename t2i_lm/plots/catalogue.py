@@ -18,7 +18,7 @@ from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group, arm_
 from t2i_lm.plots.pairing import RunPair, find_group, find_pair
 from t2i_lm.plots.panels import Panel, arm_style, draw_panels, save_figure
 from t2i_lm.plots.published import draw_systems, own_systems, published_systems, system_table, systems_caption
-from t2i_lm.plots.relearning import relearning_curves, relearning_series, relearning_table
+from t2i_lm.plots.relearning import relearning_curves, relearning_series, relearning_size, relearning_table
 from t2i_lm.plots.table1 import CompletionsTable, completions_table
 from t2i_lm.plots.tradeoff import (
     draw_tradeoff,
@@ -217,7 +217,10 @@ def figure_relearning(request: Request) -> RenderedFigure:
     request.check(pair.arms)
     steps, curves = relearning_curves(pair)
     title = "Relearning of text after text-to-image training"
-    how = "Each model is trained on the same rows of text in the same order; the loss is over the text rows."
+    how = (
+        "Each model is trained on the same rows of text in the same order; the loss is over the text rows, a mean over "
+        f"{relearning_size(pair)}. One run per arm."
+    )
     panel = Panel("Held-out text", relearning_series(steps, curves), unit=UNITS["nll"], axis="training steps on text")
     caption = f"{title}. {group_caption(pair.arms, how=how)}"
     return RenderedFigure(title, draw_panels([panel], caption), caption, relearning_table(steps, curves))

@@ -7,7 +7,7 @@ from typing import Any
 from t2i_lm.plots.curves import Series
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.run_folder import Run
+from t2i_lm.storage.run_folder import CHECKPOINTS, Run
 
 # Curves of a result (`evaluation/relearning.py`) by the arm that they are drawn as.
 CONTROLS = {"language_model": "language model", "random_weights": "random weights"}
@@ -47,9 +47,26 @@ def relearning_table(steps: list[int], curves: Mapping[str, list[float]]) -> str
     return text_table(("held-out text nll (nats/token) after steps", *steps), rows)
 
 
+def relearning_size(pair: RunPair) -> str:
+    """The held-out text in words, as far as the results say."""
+    made_with = _newest(pair.pretrained)["made_with"]
+    if "rows" not in made_with or "length" not in made_with:
+        return "held-out text"
+    return f"{made_with['rows'][1]} held-out rows of {made_with['length']} ids"
+
+
 def _newest(run: Run) -> dict[str, Any]:
+    """The newest result of the last checkpoint.
+
+    Raises:
+        ValueError: if there is none.
+    """
     files = sorted(run.folder.glob("evaluations/*/relearn.json"), key=lambda file: file.stat().st_mtime)
-    if not files:
-        raise ValueError(f"relearning of {run.folder} was not measured: {COMMAND.format(run.folder)}")
-    result: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
-    return result
+    results: list[dict[str, Any]] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    digests = sorted((run.folder / CHECKPOINTS).glob("*.ckpt.sha256"))
+    last = digests[-1].read_text(encoding="ascii", errors="replace") if digests else None
+    own = [one for one in results if last is None or one["made_with"].get("checkpoint_sha256", "") in last]
+    if not own:
+        problem = "was measured of other checkpoints than its last one" if results else "was not measured"
+        raise ValueError(f"relearning of {run.folder} {problem}: {COMMAND.format(run.folder)}")
+    return own[-1]

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from t2i_lm.reporting.images import whole_image
 from t2i_lm.storage.run_folder import CHECKPOINTS, PROBES, Run
 
 ORDER = ("tokens", "rows", "similarity", "attention", "gradients")
+SIZES = ("sequences", "batches")  # options of the command that are among a record's settings
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,10 @@ def _read(file: Path, pool: Sequence[Run]) -> ProbeRecord | str:
         if None not in problems:
             return str(problems[-1])
         runs[str(label)] = candidates[problems.index(None)]
-    if not runs or not all(isinstance(content[key], str) for key in ("title", "sentence", "caption")):
-        raise ValueError("no record of a probe")
+    types = {"title": str, "sentence": str, "caption": str, "made_with": dict, "settings": dict, "varied": list}
+    wrong = [key for key, expected in types.items() if not isinstance(content[key], expected)]
+    if wrong or not runs or not {*SIZES} <= content["settings"].keys():
+        raise ValueError("it is no record of a probe")
     return ProbeRecord(file, content, runs)
 
 
@@ -135,6 +138,12 @@ def _block(record: ProbeRecord) -> FigureBlock:
 
 def _command(record: ProbeRecord) -> str:
     """What probes the runs again, with sizes as they were."""
-    options = [f"--{name}={record.content['settings'][name]}" for name in ("sequences", "batches")]
+    options = [f"--{name}={record.content['settings'][name]}" for name in SIZES]
     options += [f"--varied={key}" for key in record.content["varied"]]
-    return shlex.join(["python", "-m", "t2i_lm.probe", *(str(run.folder) for run in record.runs.values()), *options])
+    return probe_command((run.folder for run in record.runs.values()), options)
+
+
+def probe_command(folders: Iterable[Path], options: Sequence[str] = ()) -> str:
+    """What probes some runs; those of the shipped arms without any."""
+    runs = [*map(str, folders)] or ["runs/t2i_pretrained", "runs/t2i_scratch"]
+    return shlex.join(["python", "-m", "t2i_lm.probe", *runs, *options])

@@ -20,7 +20,7 @@ from t2i_lm.reporting.findings import (
     result_sentence,
     start_sentence,
 )
-from t2i_lm.reporting.probes import find_probes
+from t2i_lm.reporting.probes import find_probes, probe_command
 from t2i_lm.reporting.provenance import RunFacts
 from t2i_lm.reporting.request import (
     ReportRequest,
@@ -180,7 +180,9 @@ def _add_sweeps(request: ReportRequest, sections: Mapping[str, Section]) -> None
 def _add_probes(request: ReportRequest, section: Section, arms: Mapping[str, Run]) -> None:
     probes, notes = find_probes(request.pool.runs, list(arms.values()))
     section.notes += notes
-    if probes is not None:
+    if probes is None:
+        section.missing = "no probe of these runs", probe_command(run.folder for run in arms.values())
+    else:
         section.figures, section.command = probes.figures, probes.command
         section.found = [*probes.sentences, ONE_RUN]
         section.runs = facts(request, {arm_label(arm): run for arm, run in probes.runs.items()})

@@ -76,13 +76,14 @@ class Sweep:
         sentences = [f"Sweep of {self.name}, lowest {what} (nats/token): {lowest}."]
         first, *others = means
         for other in others:
-            gaps = [nll - means[other][place] for place, nll in means[first].items() if place in means[other]]
-            at_best = means[first][best[first]] - means[other][best[other]]
+            gaps = [means[other][place] - nll for place, nll in means[first].items() if place in means[other]]
+            at_best = means[other][best[other]] - means[first][best[first]]
             span = " to ".join(dict.fromkeys(f"{gap:+z.4f}" for gap in (min(gaps), max(gaps)))) if gaps else ""
             equal = f"{span} at {len(gaps)} equal value{'s' * (len(gaps) > 1)}, " if gaps else ""
+            name = arm_label(other)
             sentences.append(
-                f"{arm_label(first)[0].upper()}{arm_label(first)[1:]} minus {arm_label(other)}: {equal}{at_best:+z.4f} "
-                f"with each at its best; {seed_words(self.outcomes)} per value, no interval."
+                f"{name[0].upper()}{name[1:]} minus {arm_label(first)}: {equal}{at_best:+z.4f} with each at its best; "
+                f"{seed_words(self.outcomes)} per value, no interval."
             )
         return sentences
 

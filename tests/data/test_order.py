@@ -1,6 +1,7 @@
 """Orders of the samples of an epoch, and their split over processes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,6 +115,14 @@ def test_a_run_of_an_older_version_keeps_its_order() -> None:
     assert data.state_dict() == {"consumed": 30, "order": FORMER}
     with pytest.raises(ValueError, match="order of version 9, which a newer t2i_lm wrote"):
         data.load_state_dict({"consumed": 30, "order": 9})
+
+
+def test_the_hash_of_a_stream_tells_the_version_of_what_stands_beside_the_draws() -> None:
+    plain = ExperimentConfig(data=DataConfig(batch_size=10), trainer=TrainerConfig(max_steps=3000))
+    replay = replace(plain, data=DataConfig(batch_size=10, replay_ratio=0.2, replay_path="x"))
+    for config, told in ((plain, False), (replay, True)):
+        now, before = (make_sampler(config, 50, version=version).stream_hash(100) for version in (CURRENT, 2))
+        assert (now != before) is told
 
 
 def test_an_order_of_134_million_samples_holds_no_array_of_them() -> None:

@@ -23,6 +23,8 @@ def test_arrays_of_any_integer_type_and_shape_agree_with_single_elements(size: i
     assert permutation[indices].dtype == np.int64
     assert permutation[indices.astype(np.uint64).reshape(3, 4)].tolist() == np.reshape(expected, (3, 4)).tolist()
     assert permutation[indices[0]] == expected[0]
+    assert permutation.index(permutation[indices]).tolist() == indices.tolist()
+    assert [permutation.index(value) for value in expected] == indices.tolist()
     assert all(0 <= value < size for value in expected)
 
 
@@ -63,6 +65,8 @@ def test_small_permutations_are_uniform_over_seeds() -> None:
 def test_an_index_out_of_range_is_an_error(index: Any) -> None:
     with pytest.raises(IndexError, match="permutation of 10"):
         Permutation(10, 0)[index]
+    with pytest.raises(IndexError, match="permutation of 10"):
+        Permutation(10, 0).index(index)
 
 
 @pytest.mark.parametrize("size", [-1, 2**62 + 1])

@@ -30,6 +30,18 @@ def test_an_arm_that_was_not_measured_names_the_command(tmp_path: Path) -> None:
         FIGURES["relearning"](Request(tmp_path))
 
 
+def test_a_result_of_another_checkpoint_is_not_that_of_the_run(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, name) for name in ("t2i_pretrained", "t2i_scratch")]
+    for run in runs:
+        write_relearning(run, 9.0, checkpoint_sha256="1" * 64, rows=[12, 32], length=128)
+    assert "a mean over 32 held-out rows of 128 ids." in FIGURES["relearning"](Request(tmp_path)).caption
+    (runs[1] / "checkpoints").mkdir()
+    for step, digest in ((200, "1"), (300, "2")):
+        (runs[1] / "checkpoints" / f"step-00000{step}.ckpt.sha256").write_text(digest * 64)
+    with pytest.raises(ValueError, match=r"t2i_scratch.* was measured of other checkpoints than its last one: python"):
+        FIGURES["relearning"](Request(tmp_path))
+
+
 def test_arms_measured_in_different_ways_are_refused(tmp_path: Path) -> None:
     write_relearning(write_run(tmp_path, "t2i_pretrained"), 12.3)
     write_relearning(write_run(tmp_path, "t2i_scratch"), 13.9, text="b.txt")

@@ -68,6 +68,19 @@ def test_a_damaged_record_is_named(content: str, pair: dict[str, Path], tmp_path
     assert str(file) in notes[0]
 
 
+@pytest.mark.parametrize("key", ["title", "sentence", "caption", "made_with", "settings", "varied", "runs"])
+def test_a_record_without_a_key_is_named(key: str, pair: dict[str, Path], tmp_path: Path) -> None:
+    file = write_probe(pair, "tokens")
+    content = json.loads(file.read_text())
+    content[key] = 3
+    changed = {name: value for name, value in content.items() if name != key}
+    for damaged in (content, changed):
+        file.write_text(json.dumps(damaged))
+        found, (note,) = probes_of(tmp_path / "runs")
+        assert found is None
+        assert note.startswith(f"left out, unreadable: {file}: ")
+
+
 def test_probes_of_other_runs_are_named_and_those_of_the_pair_shown(pair: dict[str, Path], tmp_path: Path) -> None:
     alone = [write_probe({"scratch": pair["scratch"]}, name) for name in ("rows", "tokens")]
     write_probe(pair, "tokens")

@@ -34,7 +34,7 @@ def test_runs_that_fill_a_grid_are_one_sweep_of_two_keys(tmp_path: Path) -> None
         "Sweep of data.batch_size and optim.lr, lowest held-out image loss (nats/token): pre-trained "
     )
     assert " at 4 equal values, " in gaps
-    assert gaps.startswith("Pre-trained minus random weights: -")
+    assert gaps.startswith("Random weights minus pre-trained: +")
     assert gaps.endswith("1 seed per value, no interval.")
     command = sweep.command(EXPERIMENTS)
     arms = "--arm t2i_pretrained --arm t2i_scratch"

@@ -39,6 +39,8 @@ datasets.disable_progress_bars()
 PART = "part.json"
 # Key of the index: rows, captions and sizes of the files of each part, by split.
 PARTS = "parts"
+# Key of the index of a dataset whose training rows are made while they are read (`made_parts.py`): where they lie.
+STREAM = "stream"
 CARD_BIN = 10  # caption lengths per row of the histogram in README.md
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
@@ -218,6 +220,11 @@ class Parts:
         if index is None:
             raise ValueError(f"no token shards in {folder}: run python -m t2i_lm.prepare")
         self.folder, self.split = folder, split
+        if STREAM in index and split == "train":
+            raise ValueError(
+                f"{folder / split}: with data.source=hub_stream, training rows are made while training; this requires "
+                "shards of all of them, which python -m t2i_lm.prepare writes"
+            )
         self._files: list[dict[str, str]] = index["splits"][split]["parts"]
         try:
             entries = part_entries(folder, index, split)

@@ -21,11 +21,11 @@ def recurring_images(folder: Path) -> dict[str, dict[str, Any]]:
     train = Parts(folder, "train")
     validations = {split: Parts(folder, split) for split in validation_splits(folder)}
     held_out = {
-        split: [_digest(ids_N) for ids_N in PairColumns(rows).image_rows()] for split, rows in validations.items()
+        split: [ids_digest(ids_N) for ids_N in PairColumns(rows).image_rows()] for split, rows in validations.items()
     }
     twins = dict.fromkeys((digest for digests in held_out.values() for digest in digests), -1)
     for row, ids_N in enumerate(PairColumns(train).image_rows()):
-        digest = _digest(ids_N)
+        digest = ids_digest(ids_N)
         if twins.get(digest) == -1:
             twins[digest] = row
     found = {}
@@ -75,5 +75,6 @@ def require_held_out(config: ExperimentConfig, folder: Path) -> None:
             )
 
 
-def _digest(ids_N: Any) -> bytes:
+def ids_digest(ids_N: Any) -> bytes:
+    """Digest of the ids of an image."""
     return hashlib.blake2b(ids_N, digest_size=16).digest()

@@ -95,7 +95,7 @@ def prepare_pairs(
         prepared.write_key()
         # The smaller splits first, so that their faults appear before the work on the largest.
         parts = {
-            split: _write_pair_split(config, prepared.folder, split, sources[split], text, image)
+            split: write_pair_split(config, prepared.folder, split, sources[split], text, image)
             for split in (*validations, "train")
         }
         prepared.require_unchanged()
@@ -114,7 +114,7 @@ def _sizes(sources: Mapping[str, CaptionedSource | StreamedSource]) -> str:
     return f" ({', '.join(sizes)})" if len(sizes) == len(sources) else ""
 
 
-def _write_pair_split(
+def write_pair_split(
     config: ExperimentConfig,
     folder: Path,
     split: str,
@@ -122,7 +122,11 @@ def _write_pair_split(
     text: TextTokenizer,
     image: ImageTokenizer,
 ) -> list[Path]:
-    """Writes the parts of a split that are missing and not owned, until none is missing; returns their folders."""
+    """Writes the parts of a split that are missing and not owned, until none is missing; returns their folders.
+
+    Raises:
+        ValueError: if too many samples are unusable, or none is usable.
+    """
     data = config.data
     features = pair_features(text.vocab_size, image.grid[0] * image.grid[1], image.vocab_size)
     limit = data.train_size if split == "train" else data.val_size
@@ -198,20 +202,25 @@ def _write_pair_index(
     if config.data.source == "scenes":
         index[SCENES] = SCENES_FORMAT
     for split in sorted(parts, key=lambda name: name != "train"):
-        entries = [read_part(part) for part in parts[split]]
-        rejects: Counter[str] = Counter()
-        lengths: Counter[str] = Counter()
-        for entry in entries:
-            rejects.update(entry["rejects"])
-            lengths.update(entry["caption_tokens"])
-        index["splits"][split] = {
-            "rows": sum(entry["rows"] for entry in entries),
-            "parts": [entry["sha256"] for entry in entries],
-            "rejects": dict(rejects),
-            "caption_tokens": {length: lengths[length] for length in sorted(lengths, key=int)},
-        }
+        index["splits"][split] = split_entry(parts[split])
     write_card(folder, index, str(config.data.path or config.data.source))
     write_index(folder, index)
+
+
+def split_entry(parts: Iterable[Path]) -> dict[str, Any]:
+    """The index's entry of a split: what its parts count, added up."""
+    entries = [read_part(part) for part in parts]
+    rejects: Counter[str] = Counter()
+    lengths: Counter[str] = Counter()
+    for entry in entries:
+        rejects.update(entry["rejects"])
+        lengths.update(entry["caption_tokens"])
+    return {
+        "rows": sum(entry["rows"] for entry in entries),
+        "parts": [entry["sha256"] for entry in entries],
+        "rejects": dict(rejects),
+        "caption_tokens": {length: lengths[length] for length in sorted(lengths, key=int)},
+    }
 
 
 def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:

@@ -148,7 +148,7 @@ def test_a_dropped_connection_and_damage_in_transit_are_tried_again(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("drop", r"part-00002/data-00000-of-00001\.arrow cannot be fetched: .*4 tries"),
+        ("drop", r"part-00002/data-00000-of-00001\.arrow cannot be read: .*4 tries"),
         ("damage", r"part-00002/data-00000-of-00001\.arrow is damaged: its sha256 is .*4 tries.*--resume continues"),
     ],
 )
