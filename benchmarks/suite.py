@@ -31,6 +31,7 @@ FIELDS = {
     "encode": ("images_per_s", "equal_ids"),
     "loader": ("samples_per_s", "times_ours"),
     "fid": ("seconds", "times_ours"),
+    "saves": ("stall_seconds", "write_seconds", "stall_percent", "cost_percent", "extra_memory"),
     "demo": ("seconds",),
 }
 
@@ -57,7 +58,7 @@ def script(name: str, arguments: str = "", limit: float = 3600, entry: str | Non
 
 # On any machine, at the demo's shape.
 CPU = (
-    *(script(name) for name in ("train_step", "head", "generate", "loader", "trainer_overhead", "fid")),
+    *(script(name) for name in ("train_step", "head", "generate", "loader", "trainer_overhead", "fid", "saves")),
     script("encode", "--batch 1"),
 )
 _DRAW = "--shape paper --prompt 64 --tokens 1024 --precision bf16 --alone --rounds 1"

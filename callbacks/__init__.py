@@ -5,6 +5,7 @@ from callbacks.checkpoints import RunCheckpoints, find_resumable
 from callbacks.coco_fid import CocoFID, FidTask
 from callbacks.dashboard import Dashboard
 from callbacks.files.checkpoint_io import CorruptCheckpointError, DurableCheckpointIO
+from callbacks.files.checkpoint_parts import read_checkpoint
 from callbacks.files.event_log import EventLog
 from callbacks.files.metrics_file import MetricsFile
 from callbacks.forgetting import Forgetting
@@ -50,6 +51,7 @@ __all__ = [
     "find_resumable",
     "frechet_distance",
     "kernel_distance",
+    "read_checkpoint",
     "read_record",
     "record_head",
     "split_entries",

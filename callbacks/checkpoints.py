@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.base.interval_sums import distributed
@@ -13,14 +16,23 @@ from callbacks.files.checkpoint_io import (
     SUFFIX,
     CorruptCheckpointError,
     DurableCheckpointIO,
+    await_visible,
     digest_of,
+    forget_cached,
     leftovers,
     verify,
+    write,
+    write_part,
 )
+from callbacks.files.checkpoint_parts import PARTS, split
 from callbacks.files.event_log import EventLog
 from callbacks.files.metrics_file import MetricsFile
+from callbacks.files.save_in_flight import SaveInFlight
+from callbacks.files.staging import NoMemoryError, Staging
 
 NOT_STARTED = "not-started"
+# Profiler's name of the time that a save holds up training.
+SAVE = "RunCheckpoints.save"
 
 
 class RunCheckpoints(Checkpoint):
@@ -30,8 +42,13 @@ class RunCheckpoints(Checkpoint):
     metrics.jsonl complete, so that a resumed run neither repeats nor misses any. A checkpoint saved inside a validation
     records that, and the resumed run restarts the validation.
 
-    A scheduled save that fails (full disk) is logged and retried at the next interval; one at the end or before a
-    stop raises. Nothing that an earlier session wrote is deleted before a new checkpoint has been verified; what cannot
+    A scheduled save only copies the state in memory; a thread writes the copy, reads it back and deletes old
+    checkpoints, and the next save waits for it. Without memory for the copy, training waits, which is logged. Saves at
+    the end and before a stop wait for the one in flight and copy nothing.
+
+    A scheduled save that fails (full disk) is logged before a later step and retried at the next interval, also
+    repeatedly: a stop would save nothing either. One at the end or before a stop raises, and so does a failure that
+    would recur. Nothing that an earlier session wrote is deleted before a new checkpoint has been verified; what cannot
     be deleted is logged and stays. A checkpoint without a digest was put there by somebody else, and stays too.
     """
 
@@ -42,8 +59,9 @@ class RunCheckpoints(Checkpoint):
         keep: int = 2,
         metrics: MetricsFile | None = None,
         events: EventLog | None = None,
+        background: bool = True,
     ) -> None:
-        """`metrics` is truncated on resume to its size at the checkpoint.
+        """`metrics` is truncated on resume to its size at the checkpoint; `background=False` lets training wait.
 
         Raises:
             ValueError: if `every_n_steps` or `keep` is less than 1.
@@ -52,7 +70,12 @@ class RunCheckpoints(Checkpoint):
             if value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
         self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep
-        self.metrics, self.events = metrics, events
+        self.metrics, self.events, self.background = metrics, events, background
+        self._staging = Staging()
+        self._flight: SaveInFlight | None = None
+        self._flight_step = 0
+        self._told_synchronous = self._prepared = False
+        self._group: Any = None
         self._saved_step = 0  # nothing to save before the first step
         self._in_validation = False
         # Between two optimizer steps; inside one, parameters and counters are inconsistent.
@@ -63,6 +86,10 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets aside lines written after the checkpoint, until the next checkpoint."""
+        self._first_step = trainer.global_step
+        if distributed():
+            self.folder = trainer.strategy.broadcast(self.folder)  # other ranks may not know the run's folder
+            self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
         self._saved_step, self._consistent = trainer.global_step, True
         if trainer.is_global_zero:
             if self.metrics and self._resume_size is not None and not self.metrics.cut_to(self._resume_size):
@@ -75,12 +102,14 @@ class RunCheckpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if (
-            trainer.global_step
-            and batch_idx % trainer.accumulate_grad_batches == 0
-            and trainer.global_step % self.every_n_steps == 0
-        ):
-            self.save(trainer, required=False)
+        step = trainer.global_step
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        self._settle(trainer, wait=False)
+        if step and step % self.every_n_steps == 0:
+            self._save(trainer, required=False, background=self.background)
+        elif step > self._first_step and not self._prepared:
+            self._prepare(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         self._consistent = False
@@ -99,35 +128,144 @@ class RunCheckpoints(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._consistent and not distributed():  # other ranks would have to take part
-            self.save(trainer, required=False)
+            self._save(trainer, required=False, background=False)
+        elif self._flight is not None:
+            self._flight.wait()
         self._consistent = False
 
-    def save(self, trainer: pl.Trainer, required: bool = True) -> None:
+    def save(self, trainer: pl.Trainer) -> None:
         """Saves the current step once, then deletes checkpoints beyond `keep`; every rank must call it.
 
-        Before the first step there is nothing to save, which a file in the folder records.
+        Waits until the file is there. Before the first step there is nothing to save, which a file in the folder
+        records.
 
         Raises:
-            OSError: on every rank, if `required` and the checkpoint could not be written.
+            OSError: on every rank, if the checkpoint could not be written.
             TypeError: on every rank, if it holds an object that `weights_only=True` refuses.
         """
-        step = trainer.global_step
-        if step == self._saved_step:
-            if step == 0 and trainer.is_global_zero:
-                mark_not_started(self.folder)
+        self._save(trainer, required=True, background=False)
+
+    def _save(self, trainer: pl.Trainer, required: bool, background: bool) -> None:
+        with trainer.profiler.profile(SAVE):  # type: ignore[attr-defined]
+            step = trainer.global_step
+            if self._flight is not None and required and self._flight_step != step:
+                self._flight.hurry.set()
+            self._settle(trainer, wait=True)
+            if step == self._saved_step:
+                if step == 0 and trainer.is_global_zero:
+                    mark_not_started(self.folder)
+                return
+            self._in_validation = trainer.validating
+            self._flight, self._flight_step = SaveInFlight(checkpoint_path(self.folder, step)), step
+
+            def take(checkpoint: dict[str, Any], path: Path) -> None:
+                self._take(trainer, checkpoint, background)
+
+            trainer.save_checkpoint(self._flight.path, weights_only=False, storage_options=take)
+            if not background:
+                self._settle(trainer, wait=True, required=required)
+
+    def _take(self, trainer: pl.Trainer, checkpoint: dict[str, Any], background: bool) -> None:
+        """Starts to write what the Trainer collected: on rank 0, or on every rank its share of a sharded state."""
+        flight = self._flight
+        assert flight is not None
+        main, shares = split(checkpoint)
+        rows = shares.rows if shares is not None and shares.writes else None
+        content: tuple[Any, Any] = (main if trainer.is_global_zero else {}, rows)
+        self._staging.sharers = trainer.num_devices if shares is not None else 1
+        try:
+            if self.metrics and trainer.is_global_zero:
+                self.metrics.sync()
+            content = self._staging.copy(content) if background else content
+        except NoMemoryError as error:
+            if not self._told_synchronous:
+                self._told_synchronous = True
+                self._log("save-synchronous", f"{error}: training waits while checkpoints are written")
+            background = False
+        except OSError as error:
+            flight.error = error
+        main, rows = content
+        if flight.error is not None or shares is None:
+            if flight.error is None:
+                flight.run(lambda: self._write(flight, main), background)
             return
-        self._in_validation = trainer.validating
-        path = checkpoint_path(self.folder, step)
-        failure = trainer.strategy.broadcast(self._write(trainer, path))
-        if failure is None:
-            self._saved_step = step
+        flight.main = main
+        if rows is not None:
+            index, count = shares.index, shares.count
+
+            def write_rows() -> None:
+                flight.part = write_part(rows, flight.path, index, count)
+
+            flight.run(write_rows, background)
+
+    def _write(self, flight: SaveInFlight, content: dict[str, Any]) -> None:
+        """Writes, verifies and deletes, as one job of a save on rank 0."""
+        missing = await_visible(*(flight.path.with_name(name) for name, _ in content.get(PARTS, ())))
+        if missing:
+            raise OSError(f"rank 0 does not see {missing[0]}: {self.folder} must be the same folder on all ranks")
+        write(content, flight.path)
+        try:
+            forget_cached(flight.path)
+            verify(flight.path, flight.hurry.is_set)
+        except InterruptedError:
+            return  # the save that waits verifies its own
+        except (CorruptCheckpointError, OSError) as error:
+            raise OSError(f"the checkpoint just written cannot be read back: {error}") from error
+        self._remove_old(step_of(flight.path))
+
+    def _settle(self, trainer: pl.Trainer, wait: bool, required: bool = False) -> None:
+        """Takes note of the end of the save in flight once all ranks have ended it; every rank must call it."""
+        while (flight := self._flight) is not None:
+            if wait:
+                flight.wait()
+            outcomes = self._of_all((flight.done, flight.error, flight.part))
+            if not all(done for done, _, _ in outcomes):
+                return
+            failures = [(rank, error) for rank, (_, error, _) in enumerate(outcomes) if error is not None]
+            if flight.main is not None and not failures:
+                main, flight.main = flight.main, None
+                if trainer.is_global_zero:
+                    # By the number of the shard, which is in the name.
+                    main[PARTS] = sorted(list(part) for _, _, part in outcomes if part is not None)
+                    flight.run(partial(self._write, flight, main), background=not wait)
+                continue
+            self._flight = None
+            if not failures:
+                self._saved_step = self._flight_step
+                return
+            flight.discard()
+            rank, failure = failures[0]
+            if rank > 0:
+                failure = type(failure)(f"rank {rank}: {failure}")
+            if required or not isinstance(failure, OSError):
+                self._consistent = False  # so that `on_exception` does not try again
+                raise failure
             if trainer.is_global_zero:
-                self._remove_old(step)
-        elif required or not isinstance(failure, OSError):
-            self._consistent = False  # so that `on_exception` does not try again
-            raise failure
-        elif trainer.is_global_zero:
-            self._log("save-failed", f"{failure}; training continues")
+                self._log("save-failed", f"{failure}; training continues")
+
+    def _of_all(self, mine: Any) -> list[Any]:
+        """A value of each rank."""
+        values = [mine]
+        if distributed():
+            values = [None] * dist.get_world_size()
+            dist.all_gather_object(values, mine, group=self._group)
+        return values
+
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the memory of the copies early, where there will be some: now the optimizer has its state."""
+        self._prepared = True
+        following = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
+        if not self.background or 0 < trainer.max_steps <= following:
+            return
+        states = [list(optimizer.state.values()) for optimizer in trainer.optimizers]
+        held = {"tensors": [*pl_module.parameters(), *pl_module.buffers()], "states": states}
+        main, shares = split(held)
+        self._staging.sharers = trainer.num_devices if shares is not None else 1
+        with suppress(NoMemoryError):  # told by the first save
+            if shares is not None and shares.writes:
+                self._staging.prepare([main, shares.rows])
+            elif shares is None and trainer.is_global_zero:
+                self._staging.prepare(main)
 
     def state_dict(self) -> dict[str, Any]:
         now = self.metrics.end() if self.metrics else (0, "")
@@ -141,31 +279,11 @@ class RunCheckpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume_size = int(state_dict["metrics_size"])
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if self.metrics and trainer.is_global_zero:
-            self.metrics.sync()
-
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         in_validation = checkpoint["callbacks"].get(self.state_key, {}).get("in_validation", False)
         whole_steps(trainer, checkpoint["loops"]["fit_loop"], checkpoint["global_step"], in_validation)
-
-    def _write(self, trainer: pl.Trainer, path: Path) -> Exception | None:
-        """Saves and verifies; returns the error, if any (on rank 0 only)."""
-        try:
-            trainer.save_checkpoint(path)
-        except (OSError, TypeError) as error:
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # the other ranks wait there
-            return error
-        if trainer.is_global_zero:
-            try:
-                verify(path)
-            except (CorruptCheckpointError, OSError) as error:
-                return OSError(f"the checkpoint just written cannot be read back: {error}")
-        return None
 
     def _remove_old(self, step: int) -> None:
         """Deletes what the checkpoint of `step` makes superfluous.

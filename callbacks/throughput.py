@@ -1,4 +1,4 @@
-"""Speed, data wait and memory in the training lines of metrics.jsonl."""
+"""Speed, data wait, stalls by saves and memory in the training lines of metrics.jsonl."""
 
 import resource
 import sys
@@ -10,26 +10,43 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 
+from callbacks.checkpoints import SAVE
+
 # Lightning's name of the action that fetches a training batch.
 FETCH = ".train_dataloader_next"
 # Minimum share of time waiting for data to be shown in the progress.
 WAITING = 0.02
 
 
-class FetchClock(Profiler):
-    """Seconds that training waits for its batches."""
+class WaitClock(Profiler):
+    """Seconds that training waits for its batches and for its checkpoints.
+
+    Attributes:
+        seconds: of all batches.
+        stalls: of each save since `take_stalls`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds = self._began = 0.0
+        self.seconds = self._began = self._save_began = 0.0
+        self.stalls: list[float] = []
 
     def start(self, action_name: str) -> None:
         if action_name.endswith(FETCH):
             self._began = time.perf_counter()
+        elif action_name == SAVE:
+            self._save_began = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
         if action_name.endswith(FETCH):
             self.seconds += time.perf_counter() - self._began
+        elif action_name == SAVE:
+            self.stalls.append(time.perf_counter() - self._save_began)
+
+    def take_stalls(self) -> list[float]:
+        """The stalls so far, which are then forgotten."""
+        stalls, self.stalls = self.stalls, []
+        return stalls
 
 
 class Throughput(Callback):
@@ -37,13 +54,14 @@ class Throughput(Callback):
 
     On a GPU the host runs ahead of the device within an interval, whose end synchronizes: times of intervals are
     correct, times of single steps are not. `data_wait` is the share of time spent fetching batches; near 0, loading is
-    fast enough. It is measured as Lightning's profiler, so a Trainer with another profiler has none.
+    fast enough. `save_stall_s` is what a save held up training, in intervals with one. Both are measured as Lightning's
+    profiler, so a Trainer with another profiler has none.
     """
 
     def __init__(self, flop_per_token: float | None = None, peak: float | None = None) -> None:
         """`flop_per_token` is training's operations per position, `peak` the device's operations per second."""
         self.flop_per_token, self.peak = flop_per_token, peak
-        self.clock = FetchClock()
+        self.clock = WaitClock()
         self._steps = self._steps_left = 0  # optimizer steps of the interval, and after it
         self._began = self._waited = 0.0  # start of the interval, and seconds waited until then
         self._paused: tuple[float, float] | None = None  # the same two at the start of a validation
@@ -86,8 +104,9 @@ class Throughput(Callback):
 
         `samples_per_s`, `tokens_per_s` (positions) and `tokens_real_per_s` (pads excluded) are totals of all ranks;
         `tflop_per_s` and `mfu` (its share of the peak) are per device; `data_wait` (share of time) and `memory_mib`
-        (peak) are this rank's; `eta_s` is the remaining time at this speed, without validations. The first interval of
-        a resumed run has no rates: an earlier process did part of it.
+        (peak) are this rank's; `eta_s` is the remaining time at this speed, without validations; `save_stall_s` is the
+        mean over the interval's saves, which the rates include. The first interval of a resumed run has no rates: an
+        earlier process did part of it.
         """
         now, waited = time.perf_counter(), self.clock.seconds
         seconds, wait = now - self._began, waited - self._waited
@@ -105,6 +124,8 @@ class Throughput(Callback):
                     fields["mfu"] = round(done / self.peak, 4)
             fields["data_wait"] = round(wait / seconds, 4)
             fields["eta_s"] = round(seconds / max(1, steps) * self._steps_left, 3)
+        if stalls := self.clock.take_stalls():
+            fields["save_stall_s"] = round(sum(stalls) / len(stalls), 4)
         self.latest = {**fields, "memory_mib": self._memory()}
         return {"throughput": self.latest}
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from callbacks import read_checkpoint
 from t2i_lm.storage.run_folder import REPORT, Run, read_run, run_folders
 from t2i_lm.train import main
 
@@ -58,7 +59,7 @@ def checkpoints(run: Run) -> list[Path]:
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     """Of the newest checkpoint."""
-    state: dict[str, torch.Tensor] = torch.load(checkpoints(run)[-1], weights_only=True)["state_dict"]
+    state: dict[str, torch.Tensor] = read_checkpoint(checkpoints(run)[-1], only="state_dict")["state_dict"]
     return state
 
 
@@ -88,9 +89,8 @@ def without_newest(run: Run, root: Path) -> Path:
     folder = root / run.folder.parent.name / run.folder.name
     shutil.copytree(run.folder, folder)
     (folder / REPORT).unlink()
-    newest = checkpoints(run)[-1].name
-    for name in (newest, f"{newest}.sha256"):
-        (folder / "checkpoints" / name).unlink()
+    for file in (folder / "checkpoints").glob(f"{checkpoints(run)[-1].name}*"):
+        file.unlink()
     return folder
 
 

@@ -14,7 +14,20 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import encode, fid, generate, head, loader, peers, rounds, shards, suite, train_step, trainer_overhead
+from benchmarks import (
+    encode,
+    fid,
+    generate,
+    head,
+    loader,
+    peers,
+    rounds,
+    saves,
+    shards,
+    suite,
+    train_step,
+    trainer_overhead,
+)
 from t2i_lm.config.sections import DataConfig
 from tests.test_layers import MODULES, imports
 
@@ -29,6 +42,7 @@ SCRIPTS = {
     "loader": ("times_ours", "samples_per_s"),
     "trainer_overhead": ("overhead_percent", "throughput_ratio"),
     "fid": ("times_ours", "fastest"),
+    "saves": ("stall_seconds", "write_seconds", "stall_percent", "cost_percent", "extra_memory"),
 }
 SHARED = ("benchmark", "date", "machine", "versions", "threads", "load", "noisy", "settings", "gate")
 
@@ -83,7 +97,7 @@ def test_help_needs_no_heavy_import() -> None:
     assert done.stdout.strip() == "set()", done.stderr
 
 
-@pytest.mark.parametrize("module", [train_step, head, generate, loader, trainer_overhead, fid])
+@pytest.mark.parametrize("module", [train_step, head, generate, loader, trainer_overhead, fid, saves])
 def test_help_has_an_example_that_parses(module: Any) -> None:
     command = module.EXAMPLE.split()
     assert command[:3] == ["python", "-m", module.__name__]

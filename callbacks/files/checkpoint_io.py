@@ -8,21 +8,27 @@ truncate.
 
 import hashlib
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from callbacks.base.interval_sums import distributed
 from callbacks.files.atomic import PARTIAL_SUFFIX, write_atomic
+from callbacks.files.checkpoint_parts import INFIX, PARTS, part_files, part_name, parts_of, read_checkpoint
 
 SUFFIX, DIGEST_SUFFIX = ".ckpt", ".sha256"
 # Seconds in which a network file system may show another machine's file.
 VISIBLE_S = 10.0
+# Bytes that are hashed, and written while they are in the processor's cache.
+BLOCK = 2**23
 
 
 class CorruptCheckpointError(ValueError):
@@ -35,34 +41,16 @@ class DurableCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Writes a checkpoint and its digest.
+        """Writes a checkpoint and its digest; a function given as `storage_options` gets both instead.
 
         Raises:
             OSError: if the disk is full or not writable; earlier checkpoints are untouched.
             TypeError: if the checkpoint holds an object that `weights_only=True` refuses.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + PARTIAL_SUFFIX)
-        try:
-            digest = _write_hashed(checkpoint, partial)
-            if unsafe := get_unsafe_globals_in_checkpoint(partial):
-                raise TypeError(
-                    f"{target.name} would not be readable with weights_only=True: it holds {', '.join(unsafe)}. "
-                    "The state of modules and callbacks must consist of tensors, numbers, strings, lists and dicts"
-                )
-            # The second line is the digest of an older file of this name, which stays valid until the rename.
-            lines = [f"{known}  {target.name}\n" for known in (digest, *digests(target)[:1])]
-            write_atomic(digest_of(target), "".join(lines).encode("ascii"))
-            partial.replace(target)
-            _sync_folder(target.parent)
-        except OSError as error:
-            raise OSError(
-                f"could not write checkpoint {target}: {error}. Check free space and permissions in {target.parent}; "
-                "earlier checkpoints are intact"
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        if storage_options is not None:
+            storage_options(checkpoint, Path(path))
+            return
+        write(checkpoint, Path(path))
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = True
@@ -76,16 +64,77 @@ class DurableCheckpointIO(CheckpointIO):
             CorruptCheckpointError: before any tensor is read; on every rank, if one finds another file or none.
         """
         path = agree(Path(path))
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)  # type: ignore[no-any-return]
+        return read_checkpoint(path, map_location or "cpu")
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Deletes a checkpoint and its digest.
+        """Deletes a checkpoint with its parts and its digest.
 
         Raises:
             OSError: if the checkpoint cannot be deleted; its digest then stays.
         """
+        parts = part_files(Path(path))
         Path(path).unlink(missing_ok=True)
+        for part in parts:
+            part.unlink(missing_ok=True)
         digest_of(Path(path)).unlink(missing_ok=True)
+
+
+def write(content: dict[str, Any], target: Path) -> None:
+    """Writes a file and its digest, as `DurableCheckpointIO.save_checkpoint`."""
+
+    def publish(partial: Path, digest: str) -> None:
+        # The second line is the digest of an older file of this name, which stays valid until the rename.
+        lines = [f"{known}  {target.name}\n" for known in (digest, *digests(target)[:1])]
+        lines += [f"{known}  {name}\n" for name, known in content.get(PARTS, ())]
+        write_atomic(digest_of(target), "".join(lines).encode("ascii"))
+        partial.replace(target)
+        _sync_folder(target.parent)
+
+    _write(content, target, publish)
+
+
+def write_part(rows: list[Tensor], path: Path, index: int, count: int) -> tuple[str, str]:
+    """Writes a part of the checkpoint `path`; its name and digest.
+
+    Raises:
+        OSError: if the disk is full or not writable.
+    """
+    target, found = path.with_name(part_name(path, index, count)), []
+
+    def publish(partial: Path, digest: str) -> None:
+        found.append((part_name(path, index, count, digest), digest))
+        partial.replace(path.with_name(found[0][0]))
+        _sync_folder(path.parent)
+
+    _write({"rows": rows}, target, publish)
+    return found[0]
+
+
+def _write(content: dict[str, Any], target: Path, publish: Callable[[Path, str], None]) -> None:
+    """Writes a temporary file for `target`; `publish` gets it with its digest."""
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = _write_hashed(content, partial)
+        if unsafe := get_unsafe_globals_in_checkpoint(partial):
+            raise TypeError(
+                f"{target.name} would not be readable with weights_only=True: it holds {', '.join(unsafe)}. "
+                "The state of modules and callbacks must consist of tensors, numbers, strings, lists and dicts"
+            )
+        publish(partial, digest)
+    except OSError as error:
+        raise OSError(
+            f"could not write checkpoint {target}: {error}. {_free(target.parent)}; earlier checkpoints are intact"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free in {folder}"
+    except OSError as error:
+        return f"Check permissions in {folder} ({error.strerror})"
 
 
 def digest_of(path: Path) -> Path:
@@ -97,14 +146,19 @@ def digests(path: Path) -> list[str]:
     """The valid digests of a checkpoint."""
     beside = digest_of(path)
     lines = beside.read_text(encoding="ascii", errors="replace").splitlines() if beside.is_file() else []
-    return [line.split()[0] for line in lines if line.split()]
+    return [line.split()[0] for line in lines if line.split() and INFIX not in line]
 
 
-def verify(path: Path) -> str:
-    """Checks a checkpoint against its digest, and returns that.
+def verify(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
+    """Checks a checkpoint and its parts against their digests, and returns its own.
+
+    Args:
+        path: of the checkpoint.
+        stop: asked from time to time.
 
     Raises:
-        CorruptCheckpointError: if either file is missing or they do not match.
+        CorruptCheckpointError: if a file is missing or does not match.
+        InterruptedError: if `stop` says so.
     """
     if not path.is_file():
         raise CorruptCheckpointError(f"no checkpoint at {path}")
@@ -113,11 +167,35 @@ def verify(path: Path) -> str:
         raise CorruptCheckpointError(
             f"{path} has no digest in {digest_of(path).name}: it was not written by this suite"
         )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _hashed(path, stop)
     if found not in known:
         raise CorruptCheckpointError(f"{path} is damaged: its bytes do not match {digest_of(path).name}")
+    if part_files(path) or INFIX in digest_of(path).read_text(encoding="ascii", errors="replace"):
+        for name, digest in parts_of(path):
+            part = path.with_name(name)
+            if not part.is_file():
+                raise CorruptCheckpointError(f"{path} is incomplete: {name} is missing")
+            if _hashed(part, stop) != digest:
+                raise CorruptCheckpointError(f"{path} is damaged: the bytes of {name} do not match its digest")
     return found
+
+
+def _hashed(path: Path, stop: Callable[[], bool]) -> str:
+    sha256, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):  # type: ignore[attr-defined]
+            sha256.update(block[:size])
+            if stop():
+                raise InterruptedError(f"{path} was not read to its end")
+    return sha256.hexdigest()
+
+
+def forget_cached(path: Path) -> None:
+    """Drops synced files from the page cache where the system can, so that reading them back reads the disk."""
+    if hasattr(os, "posix_fadvise"):
+        for one in (path, *part_files(path)):
+            with one.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def agree(path: Path) -> Path:
@@ -138,9 +216,7 @@ def agree(path: Path) -> Path:
     name, digest, problem = mine[0]
     path = (path if path.is_dir() else path.parent) / name
     if rank > 0 and problem is None:
-        deadline = time.monotonic() + VISIBLE_S
-        while not path.is_file() and time.monotonic() < deadline:
-            time.sleep(0.5)
+        await_visible(path)
         _, found, problem = _found(path)
         if problem is None and found != digest:
             problem = f"{path} is another file than on rank 0"
@@ -152,6 +228,16 @@ def agree(path: Path) -> Path:
     return path
 
 
+def await_visible(*paths: Path) -> list[Path]:
+    """Waits until files that other ranks have written can be seen; those that cannot."""
+    deadline = time.monotonic() + VISIBLE_S
+    while missing := [path for path in paths if not path.is_file()]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    return missing
+
+
 def _found(path: Path) -> tuple[str, str, str | None]:
     """Name, digest and problem of a checkpoint."""
     try:
@@ -161,9 +247,17 @@ def _found(path: Path) -> tuple[str, str, str | None]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Temporary files of killed saves, and digests without a checkpoint."""
+    """Temporary files of killed saves, digests without a checkpoint, and parts that none lists."""
     orphans = [path for path in folder.glob(f"*{SUFFIX}{DIGEST_SUFFIX}") if not path.with_suffix("").is_file()]
-    return [*folder.glob(f"*{SUFFIX}*{PARTIAL_SUFFIX}"), *orphans]
+    temporary = [*folder.glob(f"*{SUFFIX}*{PARTIAL_SUFFIX}")]
+    parts = {path for path in folder.glob(f"*{SUFFIX}{INFIX}*") if path not in temporary}
+    for main in {path.with_name(path.name.split(INFIX)[0]) for path in parts}:
+        if main.is_file():
+            try:
+                parts -= {main.with_name(name) for name, _ in parts_of(main)}
+            except Exception:  # a damaged file, whose parts stay with it
+                parts -= set(part_files(main))
+    return [*temporary, *orphans, *sorted(parts)]
 
 
 class _HashingFile:
@@ -174,10 +268,12 @@ class _HashingFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        if self.error is None:
+        if self.error is None:  # else the file is lost
             try:
-                self.file.write(data)
+                for start in range(0, len(data), BLOCK):
+                    block = data[start : start + BLOCK]
+                    self.sha256.update(block)
+                    self.file.write(block)
             except OSError as error:
                 # Raised after torch's writer returns: a Python error must not unwind its C++ code.
                 self.error = error

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
+from callbacks import read_checkpoint
 from callbacks.checkpoints import checkpoints, step_of
 from callbacks.files.checkpoint_io import CorruptCheckpointError, verify
 from t2i_lm.analysis.base import PROBED, NotAvailableError, ProbedRun, ProbeResult, Settings
@@ -124,7 +125,7 @@ def _intact(one: ProbedRun) -> list[Path]:
 def _rows_of(file: Path, matrices: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
     """The rows alone; the rest of the file is not read."""
     with reading("checkpoint", file):
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        state = read_checkpoint(file, mmap=True, only="state_dict")["state_dict"]
     try:
         return {
             name: {block: state[f"decoder.{module}.{block}"] for block in PROBED} for name, module in matrices.items()

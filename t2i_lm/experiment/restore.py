@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from callbacks import find_resumable
+from callbacks import find_resumable, read_checkpoint
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_run, require_located
 from t2i_lm.config.sections import DistilConfig
@@ -75,7 +75,7 @@ def load_trained_experiment(run: Path, checkpoint: Path) -> Experiment:
 
 def _load_weights(module: torch.nn.Module, checkpoint: Path) -> None:
     with reading("checkpoint", checkpoint):
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        state = read_checkpoint(checkpoint, only="state_dict")["state_dict"]
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

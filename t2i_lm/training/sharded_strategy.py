@@ -1,7 +1,7 @@
-"""Sharded training (`trainer.strategy: fsdp2 | hsdp`) with the checkpoints of an unsharded run.
+"""Sharded training (`trainer.strategy: fsdp2 | hsdp`), with checkpoints that any strategy and number of ranks reads.
 
-Lightning's strategy writes a folder without an atomic rename and reads it unverified. Here rank 0 gathers and writes
-the same file as under any other strategy, so a run can resume under another strategy or number of processes.
+Lightning's strategy writes a folder without an atomic rename and reads it unverified. Here each rank writes the part
+of its shard beside a main file (`callbacks/files/checkpoint_parts.py`), and nothing is gathered.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -21,7 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+from callbacks.files.checkpoint_parts import gathered
+
+FULL, SHARES = StateDictOptions(full_state_dict=True, cpu_offload=True), StateDictOptions()
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -46,19 +49,23 @@ class ShardedStrategy(ModelParallelStrategy):
             for module in sharded:
                 module.set_requires_gradient_sync(True, recurse=False)
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The state of the module, with sharded tensors as they are."""
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=SHARES)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The unsharded state in the form of `Optimizer.state_dict`; empty on all ranks but 0."""
+        """The state in the form of `Optimizer.state_dict`, with sharded tensors as they are."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         assert self.model is not None
-        state = get_optimizer_state_dict(self.model, optimizer, options=FULL)
-        if self.global_rank != 0:
-            return {}
-        return numbered(state)
+        return numbered(get_optimizer_state_dict(self.model, optimizer, options=SHARES))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes on rank 0, through the run's `CheckpointIO`."""
-        if self.is_global_zero:
+        """Hands the rank's share to `storage_options`, which `RunCheckpoints` gives; else rank 0 gathers and writes."""
+        if storage_options is None:
+            checkpoint = gathered(checkpoint)
+        if storage_options is not None or self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def test_resuming_from_an_older_checkpoint_leaves_no_later_ones_to_be_taken_for_
 def test_an_old_checkpoint_stays_while_the_new_one_cannot_be_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def damaged_until_15(path: Path) -> None:
+    def damaged_until_15(path: Path, *_: Any) -> None:
         if step_of(path) in (10, 15):
             raise CorruptCheckpointError("bad sectors")
         verify(path)
@@ -84,7 +84,7 @@ def test_an_old_checkpoint_stays_while_the_new_one_cannot_be_read_back(
 
 
 def test_the_last_save_must_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(path: Path) -> None:
+    def damaged(path: Path, *_: Any) -> None:
         raise CorruptCheckpointError("bad sectors")
 
     monkeypatch.setattr(callbacks.checkpoints, "verify", damaged)
@@ -124,7 +124,7 @@ def test_nothing_old_is_removed_before_a_new_checkpoint_is_verified(
     (folder / "step-00000003.ckpt.sha256").write_text("of a file that is elsewhere")
     before, lines_before = {path.name for path in folder.iterdir()}, metrics.read_bytes()
 
-    def never(path: Path) -> str:
+    def never(path: Path, *_: Any) -> str:
         raise CorruptCheckpointError("bad sectors")
 
     with monkeypatch.context() as patch:

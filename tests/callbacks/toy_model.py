@@ -15,6 +15,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 MODALITIES = ("text", "image", "boundary")
@@ -37,6 +39,7 @@ class Toy:
     rank: int = 0
     world: int = 1
     port: int = 0
+    strategy: str = "ddp"  # of several ranks, or `fsdp2`
     validations: tuple[str, ...] = ("val",)  # names of the validation loaders
     plain: bool = False  # uses no random numbers, so that runs on different numbers of ranks can be compared
     harm: dict[str, Any] = field(default_factory=dict)
@@ -131,6 +134,12 @@ class ToyModule(pl.LightningModule):
         self.dropout = nn.Dropout(0.0 if toy.plain else 0.1)
         self.head = nn.Linear(8, VOCABULARY)
         self.drawn = 0.0
+
+    def configure_model(self) -> None:
+        if self.toy.strategy == "fsdp2" and not isinstance(self.rows, FSDPModule):
+            mesh = init_device_mesh("cpu", (self.toy.world,))
+            for module in (self.rows, self.head):
+                fully_shard(module, mesh=mesh)
 
     def training_step(self, ids_BT: Tensor, batch_idx: int) -> dict[str, Any]:
         nll_BT, output = self._sums(ids_BT)

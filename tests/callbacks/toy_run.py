@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -24,7 +25,9 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from callbacks import (
     DurableCheckpointIO,
@@ -70,15 +73,18 @@ class Witness(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self.step or not trainer.is_global_zero:
+        if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
         assert isinstance(pl_module, ToyModule)
+        parameters = fingerprint(pl_module)
+        if not trainer.is_global_zero:
+            return
         loss = float(outputs["loss"])
         witness = {
             "loss": loss if math.isfinite(loss) else None,
             "drawn": pl_module.drawn,
-            "parameters": fingerprint(pl_module),
+            "parameters": parameters,
         }
         self.file.append({"step": self.step, "lr": trainer.optimizers[0].param_groups[0]["lr"], "witness": witness})
 
@@ -87,8 +93,18 @@ def fingerprint(module: nn.Module) -> str:
     """sha256 of the bits of all parameters."""
     digest = hashlib.sha256()
     for parameter in module.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        digest.update(whole.detach().numpy().tobytes())
     return digest.hexdigest()
+
+
+def strategy(toy: Toy) -> Strategy | str:
+    """The strategy of a run."""
+    if toy.strategy == "fsdp2":
+        from t2i_lm.training.sharded_strategy import ShardedStrategy
+
+        return ShardedStrategy()
+    return "ddp" if toy.world > 1 else "auto"
 
 
 def build(toy: Toy) -> tuple[pl.Trainer, ToyModule, ToyData]:
@@ -103,7 +119,7 @@ def build(toy: Toy) -> tuple[pl.Trainer, ToyModule, ToyData]:
         max_steps=toy.steps,
         accelerator="cpu",
         devices=toy.world,
-        strategy="ddp" if toy.world > 1 else "auto",
+        strategy=strategy(toy),
         accumulate_grad_batches=toy.accumulate,
         gradient_clip_val=1.0,
         val_check_interval=toy.val_every * toy.accumulate,
@@ -162,7 +178,7 @@ def inflict(toy: Toy, trainer: pl.Trainer) -> None:
         _signal_in_save(harm["signal_in_save_of"])
     if "file_size" in harm:
         resource.setrlimit(resource.RLIMIT_FSIZE, (harm["file_size"], harm["file_size"]))
-    if "at_operation" in harm or "count_operations" in harm:
+    if harm.keys() & {"at_operation", "count_operations", "slow_write"}:
         _watch_saves(toy, harm.get("at_operation", 0), harm.get("then", "kill"))
 
 
@@ -180,17 +196,21 @@ def _signal_in_save(step: int) -> None:
 
 def _watch_saves(toy: Toy, at: int, then: str) -> None:
     """Kills, or fails with a full disk, at the given file operation of the saves, counted over the whole run."""
-    count = 0
+    delay = toy.harm.get("slow_write", 0.0)  # seconds of each operation
+    count, lock = 0, threading.Lock()  # a save in the background is another thread
 
     def watched(operation: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **options: Any) -> Any:
             nonlocal count
-            count += 1
-            if "count_operations" in toy.harm:
-                (toy.folder / "operations").write_text(str(count))
-            if count == at and then == "kill":
+            with lock:
+                count += 1
+                now = count
+                if "count_operations" in toy.harm:
+                    (toy.folder / "operations").write_text(str(count))
+            time.sleep(delay)
+            if now == at and then == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if count == at and then == "full":
+            if now == at and then == "full":
                 raise OSError(28, "No space left on device")
             return operation(*arguments, **options)
 
