@@ -16,6 +16,7 @@ from torch import Tensor
 from callbacks.base.interval_sums import collective_device, distributed
 from callbacks.base.periodic import Periodic, undisturbed
 from callbacks.files.atomic import write_atomic
+from callbacks.files.disk import tell
 from callbacks.metrics.frechet import FeatureDistance, kernel_distance
 from callbacks.metrics.inception import Inception
 from callbacks.perplexity import EMASplitPerplexity
@@ -86,9 +87,12 @@ class CocoFID(Periodic):
         if result is None or not trainer.is_global_zero:
             return
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             content = json.dumps({**result, "card": self.task.card()}, indent=2) + "\n"
-            write_atomic(self.folder / f"step-{step:08d}.json", content.encode())
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(self.folder / f"step-{step:08d}.json", content.encode())
+            except OSError as error:  # the numbers are in metrics.jsonl
+                tell(f"{error}; training continues")
         if self.meter and self.meter.file:
             self.meter.file.append({**head, "fid": result})
         for logger in trainer.loggers:

@@ -1,5 +1,6 @@
 """A grid of samples and its accuracy, at intervals of a run."""
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from callbacks.base.periodic import Periodic, undisturbed
+from callbacks.files.atomic import write_atomic
+from callbacks.files.disk import tell
 from callbacks.perplexity import EMASplitPerplexity
 
 
@@ -25,7 +28,7 @@ class SampleGrid(Periodic):
     """Samples on rank 0 every `interval` optimizer steps while the others wait.
 
     Writes FOLDER/step-NNNNNNNN.png, a line with `prompt_accuracy` to metrics.jsonl, and both to TensorBoard. Samples
-    that fail are told in one line and end no run.
+    that fail, or cannot be written, are told in one line and end no run.
     """
 
     def __init__(
@@ -50,8 +53,7 @@ class SampleGrid(Periodic):
             reason = next(iter(str(error).splitlines()), "")
             print(f"no samples at step {step}: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        batch.grid.save(self.folder / f"step-{step:08d}.png")
+        self._write(batch.grid, self.folder / f"step-{step:08d}.png")
         if self.meter.file and batch.accuracy:
             self.meter.file.append({**head, "prompt_accuracy": batch.accuracy})
         scalars = {f"samples/{name}": value for name, value in batch.accuracy.items()}
@@ -60,3 +62,12 @@ class SampleGrid(Periodic):
             if isinstance(logger, TensorBoardLogger):
                 pixels_HWC = np.asarray(batch.grid)
                 logger.experiment.add_image("samples", pixels_HWC, head["tokens_nominal"], dataformats="HWC")
+
+    def _write(self, grid: Image.Image, file: Path) -> None:
+        content = io.BytesIO()
+        grid.save(content, format="png")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, content.getvalue())
+        except OSError as error:
+            tell(f"{error}; training continues")

@@ -1,13 +1,20 @@
 """Atomic and durable file writes."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
+
+from callbacks.files.disk import named
 
 PARTIAL_SUFFIX = ".tmp"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes and syncs a temporary file beside `path`, then renames it: a kill leaves the old or the new content."""
+    """Writes and syncs a temporary file beside `path`, then renames it: a kill leaves the old or the new content.
+
+    Raises:
+        OSError: naming `path`, which is then as it was.
+    """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         with partial.open("wb") as file:
@@ -15,5 +22,8 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise named(error, path) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ truncate.
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from callbacks.base.interval_sums import distributed
 from callbacks.files.atomic import PARTIAL_SUFFIX, write_atomic
 from callbacks.files.checkpoint_parts import INFIX, PARTS, part_files, part_name, parts_of, read_checkpoint
+from callbacks.files.disk import named
 
 SUFFIX, DIGEST_SUFFIX = ".ckpt", ".sha256"
 # Seconds in which a network file system may show another machine's file.
@@ -124,17 +124,11 @@ def _write(content: dict[str, Any], target: Path, publish: Callable[[Path, str],
         publish(partial, digest)
     except OSError as error:
         raise OSError(
-            f"could not write checkpoint {target}: {error}. {_free(target.parent)}; earlier checkpoints are intact"
+            f"could not write checkpoint {named(error, target)}. Check permissions in {target.parent}; "
+            "earlier checkpoints are intact"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _free(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free in {folder}"
-    except OSError as error:
-        return f"Check permissions in {folder} ({error.strerror})"
 
 
 def digest_of(path: Path) -> Path:

@@ -1,16 +1,25 @@
 """events.log: every skip, fallback and stop of a run, one per line."""
 
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+from callbacks.files.appended_file import AppendedFile
+from callbacks.files.disk import tell
+
+# Bytes of events that may wait for space on the disk.
+WAITING = 2**20
+
 
 class EventLog:
-    """Appends `time kind text` lines for everything that changes the course of a run."""
+    """Appends `time kind text` lines for everything that changes the course of a run.
+
+    An event that cannot be written (full disk) is printed, and written with a later one or by `catch_up`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lines = AppendedFile(path, "events", WAITING, drops=True)
 
     def write(self, kind: str, text: str) -> None:
         """Appends an event; line breaks in `text` become spaces.
@@ -21,11 +30,13 @@ class EventLog:
         if kind.split() != [kind]:
             raise ValueError(f"kind={kind!r}: expected one word")
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind} {' '.join(text.split())}\n"
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:  # a full disk must not end the run
-            print(f"{self.path} cannot be written ({error}): {line}", end="", file=sys.stderr)
+        self._lines.add(line.encode(errors="backslashreplace"))
+        if not self._lines.try_to_write():  # a full disk must not end the run
+            tell(line.rstrip())
+
+    def catch_up(self) -> None:
+        """Writes events that wait, if that is possible now."""
+        self._lines.try_to_write()
 
     def read(self) -> list[tuple[str, str, str]]:
         """Time, kind and text of each complete line."""

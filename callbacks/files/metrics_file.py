@@ -2,55 +2,55 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from callbacks.files.appended_file import AppendedFile
 from callbacks.files.atomic import write_atomic
 from callbacks.files.line_digests import check, signed
+
+# Bytes of lines that may wait for space on the disk, of some 50,000 lines.
+WAITING = 64 * 2**20
 
 
 class MetricsFile:
     """Appends complete lines, and truncates the file when a run resumes from an earlier step.
 
     A line that cannot be written (full disk) waits and is written with a later one, never partially. Callers make sure
-    that only rank 0 writes.
+    that only rank 0 writes, and `sync` at the end of the run.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         # Lines that a resumed run will write again, until its next checkpoint.
         self.replaced = path.with_name(f"{path.stem}.replaced{path.suffix}")
-        self._waiting = b""
+        self._file = AppendedFile(path, "lines", WAITING)
         self._tip: str | None = None  # digest of the last line; None until the file is read
-        self._warned = False
 
     def append(self, record: dict[str, Any]) -> None:
-        """Appends a line; prints a warning the first time that one has to wait."""
+        """Appends a line; prints a warning the first time that one has to wait.
+
+        Raises:
+            OSError: if more lines wait than may.
+        """
         body = json.dumps(record, allow_nan=False).encode()
         if self._tip is None:
             self._tip = self.tip()
         line, self._tip = signed(self._tip, body)
-        self._waiting += line + b"\n"
-        try:
-            self._write()
-        except OSError as error:
-            if not self._warned:
-                self._warned = True
-                print(f"{self.path} cannot be written now ({error}); lines are written later", file=sys.stderr)
+        self._file.add(line + b"\n")
+        self._file.try_to_write()
 
     def sync(self) -> None:
         """Writes waiting lines and syncs the file: a checkpoint must not be newer than the lines before it.
 
         Raises:
-            OSError: if that fails.
+            OSError: if that fails, naming the file.
         """
-        self._write(durable=True)
+        self._file.write(durable=True)
 
     def size(self) -> int:
         """Bytes of the file including waiting lines."""
-        written = self.path.stat().st_size if self.path.is_file() else 0
-        return written + len(self._waiting)
+        return self._file.size()
 
     def tip(self, size: int | None = None) -> str:
         """Digest of the last line, or of the last in the first `size` bytes; it covers all lines before.
@@ -83,7 +83,8 @@ class MetricsFile:
         Raises:
             ValueError: if a line in the middle is damaged.
         """
-        self._waiting, self._tip = b"", None
+        self._file.forget()
+        self._tip = None
         if not self.path.is_file():
             return 0
         earlier = b"".join(line for line, record, _ in self._lines() if record.get("step", 0) <= step)
@@ -96,7 +97,8 @@ class MetricsFile:
 
     def cut_to(self, size: int) -> bool:
         """Sets aside what follows `size` bytes; returns False, unchanged, if no line ends there."""
-        self._waiting, self._tip = b"", None
+        self._file.forget()
+        self._tip = None
         with self.path.open("a+b") as file:
             if size > os.fstat(file.fileno()).st_size:
                 return False
@@ -129,21 +131,3 @@ class MetricsFile:
                 raise ValueError(f"{self.path}:{number} is damaged: not an object")
             lines.append((line + b"\n", record, tip))
         return lines
-
-    def _write(self, durable: bool = False) -> None:
-        """Writes the waiting lines, all or none."""
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            before = os.fstat(handle).st_size
-            left = memoryview(self._waiting)
-            try:
-                while left:
-                    left = left[os.write(handle, left) :]
-            except OSError:
-                os.ftruncate(handle, before)
-                raise
-            self._waiting = b""
-            if durable:
-                os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from t2i_lm.config import experiment, forgetting, sections
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.storage.resumable import write_atomic
 
 PATH = Path("docs/configuration.md")
 HEAD = """# Configuration
@@ -51,7 +52,7 @@ def reference() -> str:
 def write_reference(path: Path = PATH) -> None:
     """Writes docs/configuration.md."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(reference(), encoding="utf-8")
+    write_atomic(path, reference())
 
 
 def _table(title: str, section: type, prefix: str, documented: dict[str, dict[str, str]]) -> list[str]:

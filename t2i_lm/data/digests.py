@@ -14,6 +14,8 @@ from filelock import FileLock
 from PIL import Image
 
 from t2i_lm.runtime.progress import Advance, progress
+from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.writing import DiskError
 
 # Increment when digests or the order of samples in a file change.
 FORMAT = 1
@@ -61,7 +63,7 @@ def digests_of_files(
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"data.cache_dir: cannot create {store.parent}: {error.strerror}") from error
+        raise ValueError(f"data.cache_dir: cannot create {DiskError.of(error, store.parent)}") from error
     with FileLock(store.with_suffix(".lock")):  # other ranks wait for the first, and read what it wrote
         kept = _read(store)
         missing = [file for file, state in states.items() if state and kept.get(file, [None])[0] != state]
@@ -115,6 +117,4 @@ def _read(store: Path) -> dict[str, Any]:
 
 
 def _write(store: Path, files: dict[str, Any]) -> None:
-    part = store.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
-    part.replace(store)
+    write_atomic(store, json.dumps({"format": FORMAT, "files": files}))

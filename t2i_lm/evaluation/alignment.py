@@ -16,6 +16,7 @@ from t2i_lm.models.contrastive import Neighbors, hubness, nearest_text_tokens
 from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.runtime.loggers import write_text
 from t2i_lm.runtime.tables import markdown_table
+from t2i_lm.storage.writing import atomic_file
 
 TABLE = "nearest_text_tokens.csv"
 # Rows of the table in TensorBoard's text tab: the most frequent image ids.
@@ -37,7 +38,7 @@ def alignment_report(experiment: AlignmentExperiment, folder: Path, report: dict
         report["nearest_text_tokens"] = asdict(hubness(neighbors, len(text_VD)))
         with part(report, "table"):
             rows = _table(experiment, neighbors)
-            with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
+            with atomic_file(folder / TABLE) as own, own.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)
             shown = sorted(rows[1:], key=lambda row: -int(row[1]))[:SHOWN]
             write_text(experiment.config, folder, "nearest text tokens", markdown_table(rows[0], shown))

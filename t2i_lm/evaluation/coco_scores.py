@@ -25,6 +25,7 @@ from t2i_lm.generation.images import chosen_sampling, decode, numerics, prepare_
 from t2i_lm.runtime.progress import log_progress
 from t2i_lm.storage.resumable import ResumableParts
 from t2i_lm.storage.run_folder import environment
+from t2i_lm.storage.writing import atomic_file
 
 # Images in the grid.
 GRID = 16
@@ -145,7 +146,9 @@ def _write_images(context: EvaluationContext, prompt_set: PromptSet, parts: Resu
     shown = min(GRID, parts.items)
     first_BN = torch.cat([parts.read(number)["codes"] for number in range(-(-shown // parts.size))])[:shown]
     captions = [prompt.text for prompt in prompt_set.prompts[:shown]]
-    captioned_grid(decode(context.model, first_BN.long()), captions).save(context.out / GRID_FILE)
+    grid = captioned_grid(decode(context.model, first_BN.long()), captions)
+    with atomic_file(context.out / GRID_FILE) as file:
+        grid.save(file)
     if not every:
         return
     folder = context.out / IMAGES_FOLDER
@@ -154,7 +157,8 @@ def _write_images(context: EvaluationContext, prompt_set: PromptSet, parts: Resu
         images = decode(context.model, parts.read(number)["codes"].long())
         for index, image in zip(parts.span(number), images, strict=True):
             name = f"{index:05d}-{prompt_set.prompts[index].caption_id}.png"
-            Image.fromarray(square(Image.fromarray(image))).save(folder / name)
+            with atomic_file(folder / name) as file:
+                Image.fromarray(square(Image.fromarray(image))).save(file)
 
 
 def _print(result: dict[str, Any]) -> None:

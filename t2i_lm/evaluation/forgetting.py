@@ -20,7 +20,9 @@ from t2i_lm.data.text import DOCUMENT_SEPARATOR, SUFFIXES, read_documents, text_
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.probes.questions import Task, read_tasks
 from t2i_lm.runtime.tables import markdown_table
+from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import Run, find_run
+from t2i_lm.storage.writing import atomic_file
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -239,10 +241,10 @@ def write_completions(run: Run) -> list[Path]:
     if not rows:
         return []
     paths = [run.folder / f"{TABLE}.csv", run.folder / f"{TABLE}.md"]
-    with paths[0].open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(paths[0]) as own, own.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     table = markdown_table(list(rows[0]), (list(row.values()) for row in rows))
-    paths[1].write_text(f"{table}\n", encoding="utf-8")
+    write_atomic(paths[1], f"{table}\n")
     return paths

@@ -19,6 +19,7 @@ from t2i_lm.data.sources import open_source
 from t2i_lm.evaluation.scenes import scene_of
 from t2i_lm.experiment.build import ImageExperiment
 from t2i_lm.generation.images import ImageArray, decode
+from t2i_lm.storage.writing import atomic_file
 
 # Samples of a source that are read in search of an image, per image.
 SEARCH = 20
@@ -84,11 +85,12 @@ def write_tokens(experiment: ImageExperiment, split: str, file: Path) -> None:
     vocab = experiment.layout.vocab
     width = experiment.decoder.tok_embeddings.text.shape[1]
     file.parent.mkdir(exist_ok=True)
-    np.savez_compressed(
-        file,
-        originals=np.stack(originals(experiment.config, split, rows, experiment.image.image_size)),
-        ids=ids_BN.reshape(-1, *experiment.image.grid),
-        reconstructions=np.stack(decode(experiment, torch.from_numpy(ids_BN))),
-        captions=np.array([experiment.text.decode(texts[0]) for texts in rows["text_ids"]]),
-        rows=np.array([vocab.text_size, vocab.image_size, width]),
-    )
+    with atomic_file(file) as own:
+        np.savez_compressed(
+            own,
+            originals=np.stack(originals(experiment.config, split, rows, experiment.image.image_size)),
+            ids=ids_BN.reshape(-1, *experiment.image.grid),
+            reconstructions=np.stack(decode(experiment, torch.from_numpy(ids_BN))),
+            captions=np.array([experiment.text.decode(texts[0]) for texts in rows["text_ids"]]),
+            rows=np.array([vocab.text_size, vocab.image_size, width]),
+        )

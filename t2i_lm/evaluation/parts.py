@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from t2i_lm.storage.reading import reason, shows_traceback
+from t2i_lm.storage.reading import shows_traceback
+from t2i_lm.storage.writing import problem
 
 ERROR = "error"
 
@@ -17,10 +18,10 @@ def part(report: dict[str, Any], name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        report[name] = {ERROR: reason(error)}
+        report[name] = {ERROR: problem(error)}
         if shows_traceback():
             traceback.print_exc()
-        print(f"report: {name} failed: {reason(error)}", file=sys.stderr)
+        print(f"report: {name} failed: {problem(error)}", file=sys.stderr)
 
 
 def failed(report: dict[str, Any]) -> list[str]:

@@ -37,8 +37,9 @@ from t2i_lm.models.huggingface_folder import load_huggingface, save_huggingface
 from t2i_lm.models.lora import merge_adapters
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.models.transformers_export import FORMAT, require_equivalent, save_transformers
-from t2i_lm.storage.resumable import atomic_folder, require_new_folder, share
+from t2i_lm.storage.resumable import atomic_folder, require_new_folder, share, write_atomic
 from t2i_lm.storage.run_folder import find_run, read_run
+from t2i_lm.storage.writing import atomic_file
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
 
@@ -107,7 +108,7 @@ def export(run: Path, out: Path, dtype: str, form: str = "native", other: Path |
         assert isinstance(trained, TextExperiment)
         written = load_huggingface(out).eval() if form == "transformers" else _read_back(trained.module.decoder, out)
         card |= other_domain(written, trained.text, documents, config.data.length)
-    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    write_atomic(out / "card.json", json.dumps(card, indent=2) + "\n")
     share(*(file for file in out.rglob("*") if file.is_file()))
     return card
 
@@ -124,7 +125,8 @@ def export_language_model(experiment: TextExperiment, out: Path, dtype: torch.dt
     """A backbone with its tokenizer; held-out bits per byte and ten completions of the exported weights."""
     decoder, text = experiment.module.decoder, experiment.text
     _write_native(decoder, out, dtype, experiment.config.name)
-    shutil.copyfile(text.path, out / f"text_tokenizer{text.path.suffix}")
+    with atomic_file(out / f"text_tokenizer{text.path.suffix}") as file:
+        shutil.copyfile(text.path, file)
     return language_model_numbers(_read_back(decoder, out), text, open_split(experiment.shards, "val"))
 
 
@@ -191,7 +193,7 @@ def _write_transformers(
         if text.path.suffix == ".json":
             shutil.copyfile(text.path, folder / "tokenizer.json")
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": decoder.config.seq_len}
-            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            write_atomic(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
             tokenizer = "tokenizer.json, for AutoTokenizer"
         else:
             name = f"text_tokenizer{text.path.suffix}"

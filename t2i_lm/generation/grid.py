@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from t2i_lm.storage.writing import atomic_file
+
 PIXELS = 192  # side of an image in the grid
 TEXT_LINES, LINE_HEIGHT, CHARACTERS, MARGIN = 4, 14, 31, 8
 CAPTIONS = "captions"  # key of a PNG's text
@@ -50,7 +52,9 @@ def save_grid(images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], captions: S
     """
     text = PngInfo()
     text.add_itxt(CAPTIONS, json.dumps(list(captions)))
-    captioned_grid(images, captions).save(file, pnginfo=text)
+    grid = captioned_grid(images, captions)
+    with atomic_file(file) as own:
+        grid.save(own, pnginfo=text)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.storage.resumable import share
 from t2i_lm.storage.run_folder import run_folders
+from t2i_lm.storage.writing import atomic_file
 
 FILE = "aligned_rows.safetensors"
 TENSOR = "image"
@@ -21,7 +22,8 @@ EXPERIMENT = "align"
 def write_aligned_rows(rows_ID: Tensor, path: Path, text_sha256: str, image_sha256: str) -> None:
     """Writes image rows (I, D) in float32, with the hashes of both tokenizers."""
     hashes = {"text_tokenizer": text_sha256, "image_tokenizer": image_sha256}
-    save_file({TENSOR: rows_ID.detach().float().cpu().contiguous()}, path, {"tokenizers": json.dumps(hashes)})
+    with atomic_file(path) as own:
+        save_file({TENSOR: rows_ID.detach().float().cpu().contiguous()}, own, {"tokenizers": json.dumps(hashes)})
     share(path)
 
 

@@ -19,6 +19,7 @@ import torch
 from t2i_lm.models.huggingface import HuggingFaceDecoder, require_transformers
 from t2i_lm.models.huggingface_checks import first_line
 from t2i_lm.models.wrapped_names import renaming, unwrapped
+from t2i_lm.storage.writing import writing
 
 ADAPTER = "adapter_config.json"
 # Names listed in an error.
@@ -121,7 +122,8 @@ def save_huggingface(decoder: HuggingFaceDecoder, folder: Path, dtype: torch.dty
     head.weight.data.copy_(output_VD)
     if bias_V is not None:
         head.bias.data.zero_()[: len(bias_V)] = bias_V.detach()
-    model.save_pretrained(folder)
+    with writing(folder):
+        model.save_pretrained(folder)
 
 
 def _config(folder: Path, key: str = "backbone.path") -> Any:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.wrapped_names import unwrapped_state
+from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.writing import atomic_file
 
 _NEOX = {"vocab_size": 50432, "seq_len": 2048}
 # Width, layers and heads of open_lm's own model files at commit 9bb92ef.
@@ -192,7 +194,8 @@ def save_open_lm(decoder: Decoder, folder: Path, dtype: torch.dtype, metadata: M
     """Writes `model.safetensors` (open_lm's names) and `config.json` for `load_open_lm(folder)`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in open_lm_state_dict(decoder).items()}
-    save_file(state, folder / "model.safetensors", metadata=dict(metadata))
+    with atomic_file(folder / "model.safetensors") as file:
+        save_file(state, file, metadata=dict(metadata))
     # All rows of an expanded decoder become one vocabulary.
     config = asdict(decoder.config) | {"vocab_size": len(decoder.tok_embeddings.matrix())}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")

@@ -21,6 +21,8 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import ROTARY, ROTARY_BASE, Block, Decoder, DecoderConfig, GemmaGeGLU, RMSNorm, SwiGLU
 from t2i_lm.models.huggingface import HuggingFaceDecoder, require_transformers
 from t2i_lm.models.huggingface_folder import save_huggingface
+from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.writing import writing
 
 # The option that asks for an export, for errors.
 FORMAT = "--format transformers"
@@ -100,10 +102,11 @@ def save_transformers(decoder: Backbone, folder: Path, dtype: torch.dtype, keys:
         assert isinstance(written, Decoder)
         model = library.AutoModelForCausalLM.from_config(transformers_config(written), dtype=torch.float32)
         model.load_state_dict(transformers_state(written))
-        model.to(dtype).save_pretrained(folder)
+        with writing(folder):
+            model.to(dtype).save_pretrained(folder)
     path = folder / "config.json"
     content = json.loads(path.read_text(encoding="utf-8")) | dict(keys)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
     require_equal_logits(written, folder)
     return written
 

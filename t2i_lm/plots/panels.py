@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from t2i_lm.plots.curves import Series
 from t2i_lm.runtime.tables import compact
+from t2i_lm.storage.writing import atomic_file
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ def save_figure(figure: Figure, stem: Path, title: str, caption: str) -> list[Pa
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     png, pdf = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
-    with rc_context(STYLE):
-        figure.savefig(png, dpi=DPI, metadata={"Title": title, "Description": caption})
-        figure.savefig(pdf, metadata={"Title": title, "Subject": caption, "CreationDate": None})
+    with rc_context(STYLE), atomic_file(png) as own_png, atomic_file(pdf) as own_pdf:
+        figure.savefig(own_png, dpi=DPI, metadata={"Title": title, "Description": caption})
+        figure.savefig(own_pdf, metadata={"Title": title, "Subject": caption, "CreationDate": None})
     return [png, pdf]

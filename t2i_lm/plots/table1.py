@@ -9,6 +9,7 @@ from t2i_lm.plots.captions import ARM_NAMES, group_caption
 from t2i_lm.plots.groups import FORGETTING
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import latex_table, markdown_table
+from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import Run
 
 NAME = "table1"
@@ -48,7 +49,7 @@ class CompletionsTable:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{NAME}.md", folder / f"{NAME}.tex"]
         for path, content in zip(paths, (self.markdown(), self.latex()), strict=True):
-            path.write_text(content, encoding="utf-8")
+            write_atomic(path, content)
         return paths
 
 

@@ -27,6 +27,7 @@ from t2i_lm.reporting.request import (
 )
 from t2i_lm.reporting.sections import build_sections
 from t2i_lm.reporting.setup import scale_words, setup_rows
+from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import Run, environment
 
 QUESTION = (
@@ -45,7 +46,7 @@ def write_report(request: ReportRequest, file: Path) -> None:
     """
     text = render(request)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    write_atomic(file, text)
 
 
 def render(request: ReportRequest) -> str:

@@ -6,6 +6,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from t2i_lm.storage.writing import atomic_file
+
 # Programs that print a page without a window, in the order in which they are tried.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 TIMEOUT_S = 120
@@ -29,16 +31,19 @@ def write_pdf(page: Path) -> str:
     browser, file = find_browser(), page.with_suffix(".pdf")
     if browser is None:
         return f"no {file}: it requires Chromium or Chrome ({', '.join(BROWSERS)})"
-    file.unlink(missing_ok=True)
+    file.unlink(missing_ok=True)  # it would be that of an older page
     with tempfile.TemporaryDirectory(prefix="t2i_lm-pdf-", ignore_cleanup_errors=True) as profile:
-        options = [f"--print-to-pdf={file.resolve()}", "--no-pdf-header-footer", page.resolve().as_uri()]
+        printed = Path(profile, "page.pdf")
+        options = [f"--print-to-pdf={printed}", "--no-pdf-header-footer", page.resolve().as_uri()]
         try:
             done = subprocess.run(
                 [*browser_command(browser, profile), *options], capture_output=True, text=True, timeout=TIMEOUT_S
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"no {file}: {browser} failed: {str(error).splitlines()[0]}"
-    if not file.is_file():
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return f"no {file}: {browser} failed: {last}"
+        if not printed.is_file():
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            return f"no {file}: {browser} failed: {last}"
+        with atomic_file(file) as own:
+            shutil.copyfile(printed, own)
     return str(file)

@@ -12,6 +12,7 @@ from t2i_lm.config.experiment import SCALES
 from t2i_lm.config.values import UTF8_REQUIRED, as_text
 from t2i_lm.runtime.output import last_to_the_end
 from t2i_lm.storage.reading import DEBUG, shows_traceback
+from t2i_lm.storage.writing import is_disk_error, problem
 
 # Errors that end a command with one line; any other is a fault of this suite and keeps its traceback.
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
@@ -57,7 +58,7 @@ def exit_code(body: Callable[[], int]) -> int:
     except FAILURES as error:
         if shows_traceback():
             traceback.print_exc()
-        message = str(error) or type(error).__name__
+        message = problem(error) if is_disk_error(error) else str(error) or type(error).__name__
         if error.__cause__ is not None:  # may quote a library, whose messages have several lines
             message = " ".join(message.split())
         if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":

@@ -2,18 +2,19 @@
 
 from pathlib import Path
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.runtime.lasting_loggers import LastingCSVLogger, LastingTensorBoardLogger
 
 
 def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
     """The logger of `log.logger`; metrics.jsonl is written in any case."""
     name = config.log.logger
     if name == "tensorboard":
-        return TensorBoardLogger(save_dir=folder, name="", version="tb", default_hp_metric=False)
+        return LastingTensorBoardLogger(save_dir=folder, name="", version="tb", default_hp_metric=False)
     if name == "csv":
-        return CSVLogger(save_dir=folder, name="", version="csv")
+        return LastingCSVLogger(save_dir=folder, name="", version="csv")
     if name == "wandb":
         from lightning.pytorch.loggers import WandbLogger
 

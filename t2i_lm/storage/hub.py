@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.writing import is_disk_error, problem
 
 PREFIXES = ("hf://", "hub:")
 _FORM = re.compile(
@@ -97,8 +98,9 @@ def fetch(reference: str) -> Path:
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             path = cached(reference)
             if path is None:
+                why = problem(error) if is_disk_error(error) else type(error).__name__
                 raise ValueError(
-                    f"{reference} is not in the cache and cannot be fetched ({type(error).__name__}). Where there is a "
+                    f"{reference} is not in the cache and cannot be fetched ({why}). Where there is a "
                     f"network: {remote.command}"
                 ) from error
     if remote.sha256 is not None:

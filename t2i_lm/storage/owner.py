@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from t2i_lm.storage.writing import writing
+
 # Seconds between touches; without one for `STALE_S`, an owner on another machine counts as gone.
 HEARTBEAT_S, STALE_S = 5.0, 60.0
 
@@ -117,8 +119,12 @@ def own(file: Path) -> Ownership:
                 raise OwnedError(file, _read(file)) from None
             _remove_stale(file)
             continue
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(json.dumps(asdict(me)) + "\n")
+        try:
+            with writing(file), os.fdopen(descriptor, "w") as stream:
+                stream.write(json.dumps(asdict(me)) + "\n")
+        except OSError:
+            file.unlink(missing_ok=True)  # an empty one would hold the folder for a while
+            raise
         return Ownership(file, me)
 
 

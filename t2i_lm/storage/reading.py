@@ -1,5 +1,6 @@
 """The boundary at which a user's file is opened: whatever a library raises there becomes one line."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ def reading(key: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if (full := _full_disk(error)) is not None:
+            raise full from None
         if isinstance(error, _PASSED) or _is_own(error) or any(sign in f"{type(error)} {error}" for sign in _MEMORY):
             raise
         raise ValueError(f"{key}: {path} cannot be read: {reason(error)}{_hint()}") from error
@@ -49,6 +52,15 @@ def reason(error: BaseException) -> str:
 def shows_traceback() -> bool:
     """Whether errors show their traceback."""
     return os.environ.get(DEBUG, "") not in ("", "0")
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error of a full disk behind another: of a library that writes a cache while it reads."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _hint() -> str:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from t2i_lm.storage.writing import atomic_file, writing
+
 IDENTITY = "parts.json"
 
 
@@ -79,14 +81,10 @@ class ResumableParts:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY).is_file():
             write_atomic(self.folder / IDENTITY, json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
-        own = self.path(number).with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with atomic_file(self.path(number)) as own:
             save_file({key: value.contiguous() for key, value in tensors.items()}, own, {"identity": self._stamp})
             with own.open("rb") as file:
                 os.fsync(file.fileno())
-            own.replace(self.path(number))
-        finally:
-            own.unlink(missing_ok=True)
 
     def complete(
         self, make: Callable[[range], dict[str, Tensor]], rank: int, world: int, advance: Callable[[int], None]
@@ -103,10 +101,13 @@ class ResumableParts:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file atomically: other processes see the old or the new content."""
-    own = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    own.write_bytes(content.encode() if isinstance(content, str) else content)
-    own.replace(path)
+    """Writes a file atomically: other processes see the old or the new content.
+
+    Raises:
+        OSError: if it cannot be written, naming `path`.
+    """
+    with atomic_file(path) as own:
+        own.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def share(*files: Path) -> None:
@@ -134,17 +135,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     If `path` is already an empty folder, the files are moved into it instead.
 
     Raises:
-        OSError: if the folder cannot be created.
+        OSError: if the folder cannot be written.
     """
     name = f"{path.name}.{os.getpid()}.tmp"
     own = path / name if path.is_dir() else path.with_name(name)
     try:
-        own.mkdir(parents=True)
-        yield own
-        if own.parent == path:
-            for file in sorted(own.iterdir()):
-                file.rename(path / file.name)
-        else:
-            own.rename(path)
+        with writing(path, own):
+            own.mkdir(parents=True)
+            yield own
+            if own.parent == path:
+                for file in sorted(own.iterdir()):
+                    file.rename(path / file.name)
+            else:
+                own.rename(path)
     finally:
         shutil.rmtree(own, ignore_errors=True)

@@ -15,6 +15,7 @@ import yaml
 
 from t2i_lm.storage.line_digests import check
 from t2i_lm.storage.reading import reading
+from t2i_lm.storage.writing import DiskError
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "datasets", "sentencepiece", "diffusers", "numpy", "t2i_lm")
 CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS, GROUPS = (
@@ -83,7 +84,7 @@ def new_run_folder(root: Path, name: str, scale: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ValueError(f"run.dir={root}: cannot create {folder}: {error.strerror}") from error
+            raise ValueError(f"run.dir={root}: cannot create {DiskError.of(error, folder)}") from error
         return folder
     raise ValueError(f"run.dir={root}: a hundred runs of {name} started in one second")
 

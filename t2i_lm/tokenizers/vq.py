@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from t2i_lm.config.sections import VQModelConfig
 from t2i_lm.storage.hashing import file_sha256, files_sha256
 from t2i_lm.storage.reading import reading, reason
+from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.writing import atomic_file
 from t2i_lm.tokenizers import movqgan
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -268,8 +270,9 @@ def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"model": vars(model.config)}, indent=2) + "\n", encoding="utf-8")
+    with atomic_file(folder / WEIGHTS) as file:
+        save_file(state, file)
+    write_atomic(folder / CONFIG, json.dumps({"model": vars(model.config)}, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ from t2i_lm.training.resumption import (
     require_same_config,
     resumption_of_rank_0,
 )
-from t2i_lm.training.trainer import build_trainer, seconds_trained
+from t2i_lm.training.trainer import build_trainer, metrics_files, seconds_trained
 
 # Environment variable with the run folder, for the ranks that Lightning launches from this process.
 FOLDER_VARIABLE = "T2I_LM_RUN_FOLDER"
@@ -151,6 +151,8 @@ def _train(
         if not is_out_of_memory(error):
             raise
         raise MemoryError(memory_advice(experiment.config)) from error
+    finally:
+        events.catch_up()
     return 0
 
 
@@ -170,7 +172,7 @@ def _open_folder(experiment: Experiment, start: dict[str, Any], folder: Path) ->
     if isinstance(module, DecoderModule):
         groups = "\n".join([group_table(module.decoder), *overlaps(module.decoder, config.freeze)])
         _print_model(experiment)
-        (folder / GROUPS).write_text(f"{groups}\n", encoding="utf-8")
+        write_atomic(folder / GROUPS, f"{groups}\n")
         if any(not parameter.requires_grad for parameter in module.parameters()):
             print(groups, flush=True)
     print(f"run folder: {folder}", flush=True)
@@ -237,6 +239,8 @@ def _validate(experiment: Experiment, folder: Path, trainer: pl.Trainer) -> None
     done = trainer.is_global_zero and any(record["step"] == last for record in read_run(folder).validations())
     if not trainer.strategy.broadcast(done):
         trainer.validate(experiment.module, experiment.data, verbose=False)
+    for file in metrics_files(trainer):
+        file.sync()  # lines that wait for space on the disk would be missing from the report
 
 
 def _report(experiment: Experiment, folder: Path, trainer: pl.Trainer) -> None:

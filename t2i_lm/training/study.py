@@ -16,6 +16,7 @@ from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.tables import text_table
+from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import Run, read_run
 from t2i_lm.training.jobs import Job, find_equal_run, run_jobs
 
@@ -189,8 +190,8 @@ def write_comparisons(comparisons: Sequence[Comparison], out: Path) -> int:
             code = 2
             continue
         table = text(one.plan, one.arms, one.results)
-        (out / f"{one.name}.txt").write_text(f"{table}\n", encoding="utf-8")
-        (out / f"{one.name}.json").write_text(f"{as_json(one.plan, one.arms, one.results)}\n", encoding="utf-8")
+        write_atomic(out / f"{one.name}.txt", f"{table}\n")
+        write_atomic(out / f"{one.name}.json", f"{as_json(one.plan, one.arms, one.results)}\n")
         print(f"== {one.name}", table, "", sep="\n", flush=True)
     return code
 

@@ -12,7 +12,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from callbacks import DurableCheckpointIO, EventLog, WallTime
+from callbacks import DurableCheckpointIO, EventLog, MetricsFile, RunCheckpoints, WallTime
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import SHARDED
 from t2i_lm.experiment.build import Experiment
@@ -107,3 +107,11 @@ def seconds_trained(trainer: pl.Trainer) -> float:
     """Training time over all sessions of a run; of a killed session, up to its last checkpoint."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next(callback.seconds for callback in callbacks if isinstance(callback, WallTime))
+
+
+def metrics_files(trainer: pl.Trainer) -> list[MetricsFile]:
+    """metrics.jsonl as this process writes it; empty on ranks that do not."""
+    if not trainer.is_global_zero:
+        return []
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [one.metrics for one in callbacks if isinstance(one, RunCheckpoints) and one.metrics is not None]

@@ -26,6 +26,7 @@ from t2i_lm.runtime.plugins import SOURCE, find_plugin
 from t2i_lm.storage.owner import OwnedError, own
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import OWNER
+from t2i_lm.storage.writing import DiskError
 
 # Increment when the content of shards changes, so that older caches are not reused. Scenes are generated: their format
 # is their version, `SCENES_FORMAT`. Folders had `FORMER_FORMAT` before content was a part of their name.
@@ -88,7 +89,7 @@ class Prepared:
                 text = json.dumps({"key": self.key, "paths": places}, indent=2, sort_keys=True)
                 write_atomic(file, text + "\n")
         except OSError as error:
-            raise ValueError(f"data.cache_dir: cannot create {self.folder}: {error.strerror}") from error
+            raise ValueError(f"data.cache_dir: cannot create {DiskError.of(error, self.folder)}") from error
 
     def require_unchanged(self) -> None:
         """Checks that the data is still what it was before it was read.

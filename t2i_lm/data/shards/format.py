@@ -32,6 +32,7 @@ from t2i_lm.data.shards.remote import FETCHES, RemoteFiles
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import PRIMARY, VAL
+from t2i_lm.storage.writing import writing
 
 # `prepare` reports its own progress.
 datasets.disable_progress_bars()
@@ -77,9 +78,22 @@ def write_part(target: Path, rows: Rows, features: datasets.Features, details: C
         rows: generator of its rows.
         features: its schema.
         details: further fields of its `part.json`, called after all rows are written.
+
+    Raises:
+        OSError: if the disk is full, naming the part; parts that are complete stay.
     """
     work = target.with_name(f"{target.name}.work")
     shutil.rmtree(work, ignore_errors=True)
+    try:
+        with writing(target, work):
+            _write_part(target, work, rows, features, details)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_part(
+    target: Path, work: Path, rows: Rows, features: datasets.Features, details: Callable[[], dict[str, Any]]
+) -> None:
     stream = rows()
     first = next(stream, None)
     count = 0
@@ -102,7 +116,6 @@ def write_part(target: Path, rows: Rows, features: datasets.Features, details: C
     entry = {"rows": count, "sha256": shards, **details()}
     (work / "data" / PART).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
     (work / "data").rename(target)
-    shutil.rmtree(work)
 
 
 def read_part(target: Path) -> dict[str, Any]:
@@ -137,7 +150,7 @@ def write_card(folder: Path, index: dict[str, Any], origin: str) -> None:
         for low in range(0, max(lengths, default=0) + 1, CARD_BIN):
             count = sum(lengths.get(length, 0) for length in range(low, low + CARD_BIN))
             lines.append(f"| {low} to {low + CARD_BIN - 1} | {count:,} |")
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomic(folder / "README.md", "\n".join(lines) + "\n")
 
 
 def data_hash(index: dict[str, Any]) -> str:

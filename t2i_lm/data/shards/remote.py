@@ -18,6 +18,8 @@ from filelock import FileLock
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.writing import problem as told
+from t2i_lm.storage.writing import writing
 
 # Names where the shards of a folder lie.
 REMOTE = "remote.json"
@@ -99,7 +101,8 @@ class RemoteFiles:
 
         def attempt() -> None:
             files, path = open_place(url)
-            files.get_file(path, str(own))
+            with writing(own):
+                files.get_file(path, str(own))
             if (found := file_sha256(own)) != sha256:
                 raise DamagedError(f"is damaged: its sha256 is {found}, index.json says {sha256}")
 
@@ -187,7 +190,7 @@ def _final(error: Exception, url: str) -> str | None:
     name, protocol = type(error).__name__, url.partition("://")[0]
     login = LOGINS.get(protocol, "those that its fsspec package reads")
     if isinstance(error, OSError) and error.errno in FULL:
-        return f"no room to keep it: {reason(error)}"
+        return f"no room to keep it: {told(error)}"
     if isinstance(error, FileNotFoundError):
         private = f"; a private one requires credentials: {login}" if protocol in LOGINS else ""
         return f"{reason(error)}{private}"

@@ -13,6 +13,7 @@ from t2i_lm.data.shards.format import PARTS, Parts, data_hash, read_index
 from t2i_lm.data.shards.held_out import RECURRING, require_held_out
 from t2i_lm.data.shards.remote import RemoteFiles, is_url, read_remote_index
 from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.writing import DiskError
 
 
 def stored_shards(config: ExperimentConfig, tokenizers: dict[str, str], image_tokens: int) -> Path:
@@ -68,7 +69,7 @@ def _mirror(config: ExperimentConfig, url: str) -> Path:
         RemoteFiles(str((folder / "files").absolute()), url, limit).write(folder)
         write_atomic(folder / "index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
     except OSError as error:
-        raise ValueError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
+        raise ValueError(f"data.cache_dir: cannot write {DiskError.of(error, folder)}") from error
     # The parts in use, and those that follow them.
     least = 2 * data.shuffle_parts * max(Parts(folder, split).largest for split in index["splits"])
     if limit < least:
