@@ -15,6 +15,7 @@ from callbacks.nonfinite_guard import NonFiniteGuard
 from callbacks.perplexity import EMASplitPerplexity, split_entries
 from callbacks.preemption import Preempted, Preemption
 from callbacks.progress import RunProgress
+from callbacks.rank_progress import BatchReading, RankProgress
 from callbacks.rng_state import RngState
 from callbacks.run_record import RunRecord, read_record
 from callbacks.sample_grid import SampleBatch, SampleGrid
@@ -23,6 +24,7 @@ from callbacks.throughput import Throughput
 from callbacks.wall_time import WallTime
 
 __all__ = [
+    "BatchReading",
     "CocoFID",
     "CorruptCheckpointError",
     "Dashboard",
@@ -37,6 +39,7 @@ __all__ = [
     "NonFiniteGuard",
     "Preempted",
     "Preemption",
+    "RankProgress",
     "RngState",
     "RunCheckpoints",
     "RunProgress",

@@ -267,6 +267,11 @@ class RunCheckpoints(Checkpoint):
             elif shares is None and trainer.is_global_zero:
                 self._staging.prepare(main)
 
+    @property
+    def saved_step(self) -> int:
+        """Step of the newest checkpoint that was saved or resumed from; 0: none."""
+        return self._saved_step
+
     def state_dict(self) -> dict[str, Any]:
         now = self.metrics.end() if self.metrics else (0, "")
         size, digest = self._metrics_end if self._in_validation else now

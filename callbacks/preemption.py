@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -47,8 +48,9 @@ class Preemption(Callback):
     List it before callbacks that work in `on_train_start`.
     """
 
-    def __init__(self, saver: RunCheckpoints) -> None:
-        self.saver = saver
+    def __init__(self, saver: RunCheckpoints, timeout: timedelta | None = None) -> None:
+        """`timeout` is that of the agreement, in which a rank may wait for the work of another; None: torch's."""
+        self.saver, self.timeout = saver, timeout
         self._received = 0
         self._received_at = 0.0
         self._installed = False
@@ -115,7 +117,7 @@ class Preemption(Callback):
         if self._installed:
             return
         if distributed() and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         if threading.current_thread() is not threading.main_thread():
             return  # Python handles signals only in the main thread
         self._received = 0

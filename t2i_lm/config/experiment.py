@@ -66,6 +66,8 @@ RESUMABLE = (
     "trainer.strategy",
     "trainer.accelerator",
     "trainer.threads",
+    "trainer.rank_timeout",
+    "trainer.phase_timeout",
     "trainer.checkpoint_interval",
     "data.workers",
     "data.remote_cache_gib",

@@ -327,6 +327,12 @@ class TrainerConfig(Section, prefix="trainer"):
     """Optimizer steps between checkpoints."""
     threads: int | None = None
     """CPU threads per process; null: torch's default."""
+    skip_loss_above: float | None = None
+    """Skips steps, on all processes alike, whose loss exceeds this multiple of its moving average; null: none."""
+    rank_timeout: float = 60.0
+    """Seconds without a sign of life of a process, or progress of its step, after which the run ends and names it."""
+    phase_timeout: float = 1800.0
+    """The same for progress while it builds, compiles, validates, saves or measures."""
 
     def __post_init__(self) -> None:
         self.one_of("strategy", STRATEGIES)
@@ -335,6 +341,8 @@ class TrainerConfig(Section, prefix="trainer"):
         self.check(not (self.packing and self.compile), "packing", shapes)
         self.at_least(1, "max_steps", "devices", "num_nodes", "accumulate_grad_batches")
         self.at_least(1, "val_check_interval", "checkpoint_interval", "threads")
+        self.positive("rank_timeout", "phase_timeout")
+        self.check(self.skip_loss_above is None or self.skip_loss_above > 1, "skip_loss_above", "null or more than 1")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ integer `consumed`, which follows from the optimizer steps taken, and the versio
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.order import CURRENT, FORMER, FormerOrder, Indices, Order, PartsOrder, ShuffledOrder
 from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, center_crop
-from t2i_lm.data.sampler import Draw, IndexSampler, choose_caption, drops_caption
+from t2i_lm.data.sampler import REPLAYED, Draw, IndexSampler, choose_caption, drops_caption
 from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.shards.format import STREAM, Parts, read_index, validation_splits
 from t2i_lm.data.shards.made_parts import StreamedParts
@@ -60,6 +61,10 @@ class Batches(Dataset[Batch]):
         """Samples of each part that they are read from."""
         return np.array([len(self)])
 
+    def name(self, draw: Draw) -> str:
+        """A sample for messages."""
+        return str(draw[1])
+
     @property
     def announce(self) -> Callable[[Indices], None] | None:
         """Begins to fetch what samples are read from, where it is remote; else None."""
@@ -97,6 +102,13 @@ class CaptionedIds(Batches):
     def close(self) -> None:
         if isinstance(self.columns.parts, StreamedParts):
             self.columns.parts.close()
+
+    def name(self, draw: Draw) -> str:
+        """Index and `id`, which of remote parts is not read."""
+        with suppress(OSError, ValueError, KeyError):
+            if not self.columns.parts.is_remote:
+                return f"{draw[1]} ({self.columns.parts.id(self._place(*draw)[0])})"
+        return super().name(draw)
 
     def _fetch_later(self, indices: Indices) -> None:
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
@@ -234,6 +246,12 @@ class BatchDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """A loader of each validation split."""
         return [self._loader(split, self.validation_batches(split)) for split in self.val_sets.values()]
+
+    def sample_names(self, step: int) -> list[str]:
+        """The samples of the global batch after `step` steps, in order, for messages."""
+        sampler = make_sampler(self.config, self.train_set.part_sizes, version=self._order)
+        draws = sampler.global_batch(step * self.config.data.batch_size).tolist()
+        return [f"text {index}" if epoch == REPLAYED else self.train_set.name((epoch, index)) for epoch, index in draws]
 
     def validation_batches(self, split: Batches) -> list[list[Draw]]:
         """This rank's batches of a validation split, every sample once over all ranks."""

@@ -23,6 +23,8 @@ NO_SAMPLES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.inter
 def command_parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
     """The parser of `python -m t2i_lm.COMMAND`, whose help ends with an example."""
     last_to_the_end()
+    # Warnings of torch's C++ code, which repeat with a stack what the watch over ranks says in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = argparse.ArgumentParser(
         prog=f"python -m t2i_lm.{command}",
         description=description,

@@ -10,6 +10,14 @@ from datetime import timedelta
 Advance = Callable[[int], None]
 # Seconds between log lines.
 LOG_EVERY_S = 10.0
+# Called at each sign of progress, also of other processes that this one waits for.
+listeners: list[Callable[[], None]] = []
+
+
+def going_on() -> None:
+    """Tells the listeners that long work makes progress."""
+    for listener in listeners:
+        listener()
 
 
 def log_progress(what: str, items: int | None, rank: int = 0, world: int = 1, unit: str = "images") -> Advance:
@@ -27,6 +35,7 @@ def log_progress(what: str, items: int | None, rank: int = 0, world: int = 1, un
 
     def advance(more: int) -> None:
         nonlocal done, logged, ended
+        going_on()
         done += more
         now = time.monotonic()
         shown = done * world if items is None else min(items, done * world)
@@ -55,4 +64,9 @@ def progress(what: str, items: int | None, rank: int = 0, unit: str = "images") 
 
     with Progress(disable=rank > 0) as bar:
         task = bar.add_task(what, total=items)
-        yield lambda more: bar.advance(task, more)
+
+        def advance(more: int) -> None:
+            going_on()
+            bar.advance(task, more)
+
+        yield advance

@@ -146,6 +146,18 @@ def _read(file: Path) -> Owner | None:
         return None
 
 
+def has_ended(pid: int, born: str | None) -> bool:
+    """Whether a process of this machine has ended; `born` is that of its `Owner`. False if unknown."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it exists, and is another user's
+        pass
+    found = _born(pid)
+    return found is not None and born is not None and found != born
+
+
 def _is_held(file: Path) -> bool:
     owner = _read(file)
     if owner is not None and owner.machine == _machine():

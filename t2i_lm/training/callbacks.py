@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from callbacks import (
+    BatchReading,
     CocoFID,
     Dashboard,
     EMASplitPerplexity,
@@ -16,6 +17,7 @@ from callbacks import (
     Forgetting,
     NonFiniteGuard,
     Preemption,
+    RankProgress,
     RngState,
     RunCheckpoints,
     RunProgress,
@@ -35,7 +37,9 @@ from t2i_lm.models.flops import flop_per_token, peak_flops
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.plots.live import live_figures
 from t2i_lm.runtime.devices import device_name, precision
+from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.storage.run_folder import CHECKPOINTS, FID, METRICS, SAMPLES
+from t2i_lm.training.ranks import collective_timeout
 
 # Keys in TensorBoard's table of hyperparameters by column. TensorBoard sorts columns by name and shows the first five.
 HYPERPARAMETERS = {
@@ -59,9 +63,13 @@ HYPERPARAMETERS = {
 
 
 def callbacks_for(
-    experiment: Experiment, folder: Path, events: EventLog, record: dict[str, Any] | None = None
+    experiment: Experiment,
+    folder: Path,
+    events: EventLog,
+    record: dict[str, Any] | None = None,
+    watch: RankWatch | None = None,
 ) -> list[pl.Callback]:
-    """All callbacks of a run in `folder`; `record` is written into every checkpoint.
+    """All callbacks of a run in `folder`; `record` is written into every checkpoint, `watch` is over the ranks.
 
     Raises:
         ValueError: if the files of `fid` cannot be used.
@@ -79,14 +87,16 @@ def callbacks_for(
         perplexity = EMASplitPerplexity(interval, config.log.ema, metrics, [throughput], splits, prefix)
     meter = perplexity or RunScalars(interval, metrics, splits)
     saver = RunCheckpoints(folder / CHECKPOINTS, config.trainer.checkpoint_interval, metrics=meter.file, events=events)
-    preemption = Preemption(saver)
+    preemption = Preemption(saver, None if watch is None else collective_timeout(watch.limits))
     return [
+        # First, as the next in the list may wait for other ranks.
+        *([] if watch is None else [RankProgress(watch)]),
         # Before the meter, which records it.
         throughput,
         # Before callbacks that work long in `on_train_start`, where its handlers are installed.
         preemption,
         # Before the meters: a step that it stops at is not measured.
-        NonFiniteGuard(events=events),
+        NonFiniteGuard(events=events, skip_above=config.trainer.skip_loss_above, samples=experiment.data.sample_names),
         meter,
         # After the meter, whose latest values it shows.
         RunProgress(meter, interval, throughput=throughput),
@@ -98,6 +108,7 @@ def callbacks_for(
         *([RunRecord(record)] if record is not None else []),
         # After all callbacks that use random numbers.
         RngState(config.seed, events),
+        *([] if watch is None else [BatchReading(watch, lambda: experiment.data.train_set.announce is not None)]),
         # Last: a step can be saved once every callback has seen it.
         saver,
     ]

@@ -37,9 +37,10 @@ from t2i_lm.runtime.devices import (
     precision,
     require_device,
 )
+from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.runtime.seeds import generator
 from t2i_lm.runtime.slurm import requeue
-from t2i_lm.storage.owner import own, require_free
+from t2i_lm.storage.owner import Ownership, own, require_free
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import (
     CONFIG,
@@ -55,6 +56,7 @@ from t2i_lm.storage.run_folder import (
 )
 from t2i_lm.training.callbacks import training_flop
 from t2i_lm.training.continuity import require_same_files, require_same_start, started_from
+from t2i_lm.training.ranks import prepare_last_words, watch_ranks
 from t2i_lm.training.resume import require_unfinished
 from t2i_lm.training.resumption import (
     VALUES,
@@ -85,6 +87,11 @@ def run(config: ExperimentConfig, resume: Path | None = None, allowed: Sequence[
         MemoryError: if the memory of a GPU or of this machine is exhausted, with the keys that lower its use.
         FloatingPointError: if the gradient stays non-finite.
     """
+    with watch_ranks(config.trainer) or nullcontext() as watch:
+        return _run(config, resume, allowed, watch)
+
+
+def _run(config: ExperimentConfig, resume: Path | None, allowed: Sequence[str], watch: RankWatch | None) -> int:
     require_device(config.trainer)
     loss_backend(config.loss.backend)
     require_texts(config)
@@ -109,13 +116,19 @@ def run(config: ExperimentConfig, resume: Path | None = None, allowed: Sequence[
             print(line, flush=True)
     require_whole_captions(experiment)
     folder = resume or _new_folder(config, is_main)
-    with own(folder / OWNER) if is_main else nullcontext():
-        return _train(experiment, start, folder, resumption, is_main)
+    with own(folder / OWNER) if is_main else nullcontext() as owner:
+        return _train(experiment, start, folder, resumption, owner, watch)
 
 
 def _train(
-    experiment: Experiment, start: dict[str, Any], folder: Path, resumption: Resumption | None, is_main: bool
+    experiment: Experiment,
+    start: dict[str, Any],
+    folder: Path,
+    resumption: Resumption | None,
+    owner: Ownership | None,
+    watch: RankWatch | None,
 ) -> int:
+    is_main = owner is not None
     events = EventLog(folder / EVENTS)
     record: dict[str, Any] = {}
     if is_main and resumption is None:
@@ -128,11 +141,15 @@ def _train(
         record = {VALUES: config_values(experiment.config, folder), **start}
     checkpoint, allowed = (resumption.checkpoint, resumption.allowed) if resumption else (None, ())
 
-    trainer = build_trainer(experiment, folder, events, checkpoint is not None, record, allowed)
+    trainer = build_trainer(experiment, folder, events, checkpoint is not None, record, allowed, watch)
+    if watch is not None:
+        prepare_last_words(watch, folder, events, trainer.callbacks, owner)  # type: ignore[attr-defined]
     try:
         with _folder_for_launched_ranks(folder, is_main):
             trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint, weights_only=True)
         _validate(experiment, folder, trainer)
+        if watch is not None:
+            watch.stop()  # rank 0 alone writes the report
         _report(experiment, folder, trainer)
     except Preempted as stop:
         if trainer.is_global_zero:

@@ -8,8 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks import DurableCheckpointIO, EventLog, MetricsFile, RunCheckpoints, WallTime
@@ -18,8 +16,10 @@ from t2i_lm.config.sections import SHARDED
 from t2i_lm.experiment.build import Experiment
 from t2i_lm.runtime.devices import precision
 from t2i_lm.runtime.loggers import build_logger
+from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.storage.run_folder import CHECKPOINTS
 from t2i_lm.training.callbacks import callbacks_for
+from t2i_lm.training.ranks import WatchedDDP, WatchedShards, cluster
 from t2i_lm.training.resumption import ChangedOptimizer
 from t2i_lm.training.sharded_strategy import ShardedStrategy
 
@@ -34,15 +34,16 @@ QUIET = (
 )
 
 
-def build_strategy(config: ExperimentConfig) -> Strategy | str:
-    """The strategy of `trainer.strategy`; `auto` is DDP for several processes."""
+def build_strategy(config: ExperimentConfig, watch: RankWatch | None) -> Strategy | str:
+    """The strategy of `trainer.strategy`, with a watch over several processes; `auto` is DDP for these."""
     trainer = config.trainer
     if trainer.strategy in SHARDED:
-        return ShardedStrategy()
+        return ShardedStrategy() if watch is None else WatchedShards(watch)
     if trainer.strategy == "ddp" or trainer.devices * trainer.num_nodes > 1:
         # Buffers are constant tables, or counts that the module reduces itself. Broadcasting them in every forward
         # would also hang a validation in which ranks have different numbers of batches.
-        return DDPStrategy(broadcast_buffers=False)
+        options = {"broadcast_buffers": False}
+        return DDPStrategy(**options) if watch is None else WatchedDDP(watch, **options)
     return "auto"
 
 
@@ -53,6 +54,7 @@ def build_trainer(
     resumed: bool,
     record: dict[str, Any] | None = None,
     allowed: Sequence[str] = (),
+    watch: RankWatch | None = None,
 ) -> pl.Trainer:
     """The Trainer of a run with its callbacks. A new run is validated before its first step, a resumed one is not.
 
@@ -63,6 +65,7 @@ def build_trainer(
         resumed: whether a checkpoint will be loaded.
         record: is written into every checkpoint.
         allowed: keys that may differ from the checkpoint's.
+        watch: over the ranks, if there are several.
 
     Raises:
         ValueError: if the files of a measurement cannot be used.
@@ -80,27 +83,21 @@ def build_trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
-        strategy=build_strategy(config),
+        strategy=build_strategy(config, watch),
         precision=precision(config),  # type: ignore[arg-type]
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=config.optim.grad_clip,
         val_check_interval=min(trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         logger=build_logger(config, folder),
-        callbacks=[*changed, *callbacks_for(experiment, folder, events, record)],
+        callbacks=[*changed, *callbacks_for(experiment, folder, events, record, watch)],
         default_root_dir=folder / CHECKPOINTS,  # where Lightning looks for its own checkpoints of Slurm, and finds none
-        plugins=[DurableCheckpointIO(), *_cluster()],
+        plugins=[DurableCheckpointIO(), cluster()],
         use_distributed_sampler=False,
         num_sanity_val_steps=0 if resumed else -1,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-def _cluster() -> list[SLURMEnvironment]:
-    """Slurm's ranks without Lightning's signal handler, which saves inside the handler and trains on."""
-    by_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    return [SLURMEnvironment(auto_requeue=False)] if by_slurm else []
 
 
 def seconds_trained(trainer: pl.Trainer) -> float:

@@ -115,7 +115,7 @@ def test_a_failed_save_is_told_with_path_and_free_space_and_the_next_is_tried(
     assert EventLog(tmp_path / EVENTS).counts() == {"save-failed": 2}
     err = capsys.readouterr().err
     assert f"could not write checkpoint {checkpoint_path(tmp_path / CHECKPOINTS, 5)}: [Errno 28]" in err
-    assert "GB are free in" in err
+    assert "MB free" in err
     assert "Traceback" not in err
 
 

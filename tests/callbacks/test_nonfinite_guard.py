@@ -1,5 +1,6 @@
 """A step with a non-finite gradient changes no parameter and no moment, on any rank, and is logged."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from callbacks import EventLog, NonFiniteGuard
 from tests.callbacks.toy_model import Toy, ToyModule
-from tests.callbacks.toy_run import EVENTS, build, finish, free_port, lines, run_to_end, start
+from tests.callbacks.toy_run import EVENTS, build, finish, free_port, lines, run_to_end, samples_after, start
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,9 @@ def test_a_skipped_step_changes_nothing_and_the_run_goes_on(tmp_path: Path) -> N
     assert run_to_end(Toy(tmp_path, harm={"nan_at": [9, 10, 15]})) == 0
     assert_skipped(tmp_path, [9, 10, 15])
     assert EventLog(tmp_path / EVENTS).counts() == {"non-finite-gradient": 3}
-    assert "3 in the run" in EventLog(tmp_path / EVENTS).read()[-1][2]
+    text = EventLog(tmp_path / EVENTS).read()[-1][2]
+    assert text.startswith("step 16 skipped, gradient not finite, by the loss nan of rank 0; 3 in the run; samples ")
+    assert text.split("samples ")[1].split(", ") == samples_after(Toy(tmp_path), 15)
 
 
 @pytest.mark.slow
@@ -48,6 +51,34 @@ def test_ranks_skip_together_when_one_has_a_nan(tmp_path: Path, rank: int) -> No
     assert finish(*ranks) == [0, 0]
     assert_skipped(tmp_path, [9])
     assert EventLog(tmp_path / EVENTS).counts() == {"non-finite-gradient": 1}
+    names_mine(tmp_path, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_skip_a_spike_together_and_a_resumed_run_the_same(tmp_path: Path, rank: int) -> None:
+    harm = {"spike_at": [9, 12], "on_rank": rank}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder, more in (
+        (whole, {}),
+        (killed, {"signal_in": "step", "at_step": 11, "signal": signal.SIGTERM, "ranks": [1]}),
+        (killed, {}),
+    ):
+        port = free_port()
+        ranks = [start(Toy(folder, rank=number, world=2, port=port, harm=harm | more)) for number in range(2)]
+        assert finish(*ranks) == ([143, 143] if more else [0, 0])
+    assert_skipped(whole, [9, 12])
+    assert EventLog(whole / EVENTS).counts() == {"loss-spike": 2}
+    names_mine(whole, rank)
+    assert lines(killed) == lines(whole)
+
+
+def names_mine(folder: Path, rank: int) -> None:
+    """The event of step 10 names the samples of a rank in both micro-batches, and no others."""
+    (text,) = [text for _, _, text in EventLog(folder / EVENTS).read() if "step 10 skipped" in text]
+    assert f" of rank {rank}; " in text
+    batch = samples_after(Toy(folder), 9)
+    assert text.split("samples ")[1].split(", ") == batch[2 * rank : 2 * rank + 2] + batch[2 * rank + 4 : 2 * rank + 6]
 
 
 def test_a_run_that_only_skips_stops_with_advice(tmp_path: Path) -> None:
@@ -76,6 +107,13 @@ def test_both_ways_of_skipping_leave_moments_and_their_clock_alone(
     assert guard.skipped == 2
 
 
+def test_a_run_that_only_spikes_stops_with_advice(tmp_path: Path) -> None:
+    assert run_to_end(Toy(tmp_path, harm={"spike_at": range(12, 20)})) == 1
+    printed = (tmp_path / "output.txt").read_text()
+    assert "the loss was above 10 times its average in 3 steps in a row (step 15)" in printed
+    assert "--allow-mismatch trainer.skip_loss_above" in printed
+
+
 def test_both_ways_of_skipping_give_the_same_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     for on_device in (False, True):
@@ -93,8 +131,15 @@ def test_counts_survive_a_resumption() -> None:
     for flag in (1.0, 0.0, 1.0, 1.0):
         guard._count(torch.tensor([flag]))
     again.load_state_dict(guard.state_dict())
-    assert again.state_dict() == {"counts": [3, 2, 2]}
+    assert again.state_dict() == guard.state_dict()
+    assert again.state_dict()["counts"] == [3, 2, 2]
     assert again.skipped == 3
+
+
+def test_a_run_that_was_stopped_for_its_skips_goes_on_at_another_rate() -> None:
+    guard = NonFiniteGuard(limit=2)
+    guard.load_state_dict({"counts": [7, 1, 2]})  # of an earlier version, without an average
+    assert guard.state_dict()["counts"] == [7, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["limit", "check_every"])

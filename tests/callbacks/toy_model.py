@@ -43,11 +43,18 @@ class Toy:
     validations: tuple[str, ...] = ("val",)  # names of the validation loaders
     plain: bool = False  # uses no random numbers, so that runs on different numbers of ranks can be compared
     harm: dict[str, Any] = field(default_factory=dict)
+    rank_s: float = 0.0  # time-out of a watch over the ranks; 0: none
 
     @property
     def log(self) -> Path:
         """Output of this rank's process."""
         return self.folder / (OUTPUT if self.rank == 0 else f"{OUTPUT}.{self.rank}")
+
+    def sleep_here(self, where: str, step: int) -> None:
+        """Stands still, if `harm` says so."""
+        harm = self.harm
+        if harm.get("sleep_in") == where and step == harm["at_step"] and self.rank in harm.get("ranks", [0]):
+            time.sleep(harm["seconds"])
 
 
 class Positions(Sampler[list[int]]):
@@ -63,6 +70,7 @@ class Positions(Sampler[list[int]]):
         toy = self.toy
         micro = toy.batch_size // (toy.world * toy.accumulate)
         for start in range(self.consumed, toy.steps * toy.batch_size, toy.batch_size):
+            toy.sleep_here("loader", start // toy.batch_size)
             for part in range(toy.accumulate):
                 first = start + (part * toy.world + toy.rank) * micro
                 yield [self._index(position) for position in range(first, first + micro)]
@@ -149,6 +157,8 @@ class ToyModule(pl.LightningModule):
         step = self.trainer.global_step
         if step in self.toy.harm.get("nan_at", []) and self.toy.rank == self.toy.harm.get("on_rank", 0):
             loss = loss * float("nan")
+        if step in self.toy.harm.get("spike_at", []) and self.toy.rank == self.toy.harm.get("on_rank", 0):
+            loss = loss * 1e3
         if step == self.toy.harm.get("raise_at"):
             raise ArithmeticError("harm")
         self.signal_here("step")
@@ -179,6 +189,7 @@ class ToyModule(pl.LightningModule):
     def signal_here(self, where: str) -> None:
         """Sends this process the signal of `harm`, if it is due here."""
         harm, step = self.toy.harm, self.trainer.global_step
+        self.toy.sleep_here(where, step)
         if harm.get("signal_in") == where and step == harm["at_step"] and self.toy.rank in harm.get("ranks", [0]):
             os.kill(os.getpid(), harm["signal"])
             if "again_after" in harm:

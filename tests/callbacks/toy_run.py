@@ -17,6 +17,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from callbacks import (
+    BatchReading,
     DurableCheckpointIO,
     EMASplitPerplexity,
     EventLog,
@@ -37,6 +40,7 @@ from callbacks import (
     NonFiniteGuard,
     Preempted,
     Preemption,
+    RankProgress,
     RngState,
     RunCheckpoints,
     RunProgress,
@@ -45,7 +49,11 @@ from callbacks import (
 )
 from callbacks.checkpoints import step_of
 from callbacks.files.checkpoint_io import _HashingFile
-from tests.callbacks.toy_model import Toy, ToyData, ToyModule
+from t2i_lm.runtime.command_line import exit_code
+from t2i_lm.runtime.rank_beats import Limits
+from t2i_lm.runtime.rank_watch import RankWatch
+from t2i_lm.training.ranks import WatchedDDP, prepare_last_words
+from tests.callbacks.toy_model import Positions, Toy, ToyData, ToyModule
 
 METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "events.log", "checkpoints"
 # Fields that a clock measured, or that cover such a field.
@@ -107,7 +115,7 @@ def strategy(toy: Toy) -> Strategy | str:
     return "ddp" if toy.world > 1 else "auto"
 
 
-def build(toy: Toy) -> tuple[pl.Trainer, ToyModule, ToyData]:
+def build(toy: Toy, watch: RankWatch | None = None) -> tuple[pl.Trainer, ToyModule, ToyData]:
     """Wired as a real run is."""
     events = EventLog(toy.folder / EVENTS)
     throughput = Throughput()
@@ -119,7 +127,7 @@ def build(toy: Toy) -> tuple[pl.Trainer, ToyModule, ToyData]:
         max_steps=toy.steps,
         accelerator="cpu",
         devices=toy.world,
-        strategy=strategy(toy),
+        strategy=WatchedDDP(watch) if watch else strategy(toy),
         accumulate_grad_batches=toy.accumulate,
         gradient_clip_val=1.0,
         val_check_interval=toy.val_every * toy.accumulate,
@@ -130,26 +138,53 @@ def build(toy: Toy) -> tuple[pl.Trainer, ToyModule, ToyData]:
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
+            *([RankProgress(watch)] if watch else []),
             throughput,
             preemption,
-            NonFiniteGuard(limit=3, events=events),
+            NonFiniteGuard(3, events=events, skip_above=10.0, samples=partial(samples_after, toy), warmup=4),
             meter,
             Witness(meter.file, preemption),
             RunProgress(meter, toy.interval),
             RngState(5, events),
+            *([BatchReading(watch)] if watch else []),
             saver,
         ],
         plugins=[DurableCheckpointIO()],
     )
+    if watch:
+        prepare_last_words(watch, toy.folder, events, trainer.callbacks, None)  # type: ignore[attr-defined]
     return trainer, ToyModule(toy), ToyData(toy)
+
+
+def samples_after(toy: Toy, step: int) -> list[str]:
+    """Names of the samples of a step's global batch."""
+    return [f"row{Positions._index(step * toy.batch_size + place)}" for place in range(toy.batch_size)]
+
+
+def watch_over(toy: Toy) -> RankWatch | None:
+    """The watch of a run with `rank_s`, which begins before anything is built."""
+    if not toy.rank_s:
+        return None
+    watch = RankWatch(toy.rank, toy.world, Limits(toy.rank_s, toy.harm.get("phase_s", 60.0)))
+    watch.open("127.0.0.1", toy.port)
+    return watch
 
 
 def run(toy: Toy) -> int:
     """Trains from the newest whole checkpoint, if any; the exit code."""
+    with watch_over(toy) or nullcontext() as watch:
+        return fit(toy, watch)
+
+
+def fit(toy: Toy, watch: RankWatch | None) -> int:
+    """Builds and trains."""
     torch.set_num_threads(1)
     random.seed(1)
     np.random.seed(1)
-    trainer, module, data = build(toy)
+    time.sleep(toy.harm.get("building_s", 0) if toy.rank == 0 else 0)
+    if toy.harm.get("refused_by") == toy.rank:
+        raise ValueError("the config differs")
+    trainer, module, data = build(toy, watch)
     events = EventLog(toy.folder / EVENTS)
     checkpoint = find_resumable(toy.folder / CHECKPOINTS, events.write if toy.rank == 0 else None)
     if toy.rank == 0:
@@ -243,7 +278,7 @@ def _process(toy: Toy) -> None:
     if toy.world > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(toy.port), "LOCAL_RANK": str(toy.rank)}
         os.environ |= {"WORLD_SIZE": str(toy.world), "NODE_RANK": "0"}
-    code = run(toy)
+    code = exit_code(lambda: run(toy)) if toy.rank_s else run(toy)
     sys.stdout.flush()
     os._exit(code)  # a timer that has not fired must not keep the process
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from t2i_lm.config.load import load_experiment, save_experiment
+from t2i_lm.config.load import flatten, load_experiment, save_experiment
 from t2i_lm.storage.run_folder import CONFIG, REPORT
 from t2i_lm.training.resume import resumed_run
 
-EXPERIMENT = Path(__file__).parents[2] / "experiments" / "t2i_scratch.yaml"
+ROOT = Path(__file__).parents[2]
+EXPERIMENT = ROOT / "experiments" / "t2i_scratch.yaml"
 
 
 @pytest.fixture
@@ -51,3 +52,16 @@ def test_only_resumable_keys_may_differ(root: Path) -> None:
     assert (config.trainer.threads, config.log.logger) == (3, "csv")
     with pytest.raises(ValueError, match=r"optim\.lr=0\.7 differs from the run's config\.yaml \(0\.\d+\)"):
         resumed_run(run, EXPERIMENT, "demo", ["optim.lr=0.7"])
+
+
+@pytest.mark.parametrize(
+    "change", ["optim.lr=1e-5", "trainer.precision=32-true", "trainer.skip_loss_above=20", "trainer.rank_timeout=600"]
+)
+def test_what_a_stopped_run_advises_is_accepted(root: Path, change: str) -> None:
+    key = change.partition("=")[0]
+    allowed = () if key == "trainer.rank_timeout" else (key,)
+    advice = (ROOT / "callbacks" / "nonfinite_guard.py").read_text()
+    assert all(f"--allow-mismatch {one}" in advice for one in allowed)
+    folder = root / load_experiment(EXPERIMENT, "demo", []).name / "20260301-110000-demo"
+    config, _ = resumed_run(str(folder), EXPERIMENT, "demo", [change], allowed)
+    assert str(flatten(config)[key]) == str(flatten(load_experiment(EXPERIMENT, "demo", [change]))[key])

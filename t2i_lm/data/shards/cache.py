@@ -23,6 +23,7 @@ from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
 from t2i_lm.data.shards.format import data_hash, read_index
 from t2i_lm.runtime.devices import global_rank, local_rank
 from t2i_lm.runtime.plugins import SOURCE, find_plugin
+from t2i_lm.runtime.progress import going_on
 from t2i_lm.storage.owner import OwnedError, own
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import OWNER
@@ -270,6 +271,7 @@ class Waiting:
         if self._started is not None and time.monotonic() - self._started > PATIENCE_S:
             print(f"waiting: {error}", file=sys.stderr, flush=True)
             self._started = None
+        going_on()  # the other process is alive
         time.sleep(POLL_S)
 
 
