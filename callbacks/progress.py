@@ -53,7 +53,7 @@ class RunProgress(Callback):
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(elapsed_when_finished=True),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self._bar.add_task("train", total=trainer.max_steps, completed=trainer.global_step, note="")
             self._bar.start()

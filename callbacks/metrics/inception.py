@@ -59,7 +59,9 @@ class Inception:
             torch.save(dict(state), copy)
             copy.seek(0)
             self._network = NoTrainInceptionV3(NETWORK, [str(width)], copy, antialias=False)  # type: ignore[arg-type]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except pickle.UnpicklingError as error:  # torch's message advises to run the code in it
+            raise ValueError(f"{path} holds more than tensors, or is damaged, and is not loaded") from error
+        except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not torch-fidelity's Inception: {str(error)[:300]}") from error
         self.device = torch.device("cpu")
 

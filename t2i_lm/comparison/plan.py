@@ -12,8 +12,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from t2i_lm.comparison.endpoints import Endpoint
+from t2i_lm.config.experiment import is_file_name
+from t2i_lm.config.load import literal
 from t2i_lm.config.sections import require
 from t2i_lm.storage.run_folder import PRIMARY, VAL
+from t2i_lm.storage.yaml_text import read_yaml
 
 # Default secondary endpoints.
 SECONDARY = ("val/compositional.image.nll", "val/iid.text.nll", "val/iid.all.nll", "tokens_saved.image")
@@ -154,6 +157,7 @@ def read_study(path: Path) -> Study:
         require(bool(study.comparisons or study.runs), "comparisons", study.comparisons, "at least one comparison")
         require(bool(study.seeds), "seeds", study.seeds, "at least one seed")
         for name, own in {**study.comparisons, **study.runs}.items():
+            require(is_file_name(str(name)), "name", name, "a name without /, of which files are named")
             require(isinstance(own, dict), name, own, "keys and values")
         study.plans()
         study.groups()
@@ -203,7 +207,7 @@ Schema = TypeVar("Schema")
 
 def _read(schema: type[Schema], path: Path) -> Schema:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"no plan file {path}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -225,7 +229,7 @@ def _typed(schema: type[Schema], content: dict[str, Any], prefix: str = "") -> S
             hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
             raise ValueError(f"unknown key {prefix}{key!r}{hint}")
     try:
-        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(content)))
+        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(literal(content))))
     except OmegaConfBaseException as error:
         named = getattr(error, "full_key", None)
         raise ValueError(f"{prefix}{named}={content.get(str(named))!r}: {str(error).splitlines()[0]}") from error

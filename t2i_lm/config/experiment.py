@@ -110,6 +110,17 @@ FIXED = (
 )
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of one file or folder, without a way to another one."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def stays_inside(path: str) -> bool:
+    """Whether a path names a folder below the one that it starts from."""
+    parts = path.split("/")
+    return all(part not in (".", "..") for part in parts) and parts[0] != "" and "\0" not in path
+
+
 def is_fixed(key: str) -> bool:
     """Whether a dotted key cannot change within a run."""
     return _among(key, FIXED) and key not in PATH_KEYS
@@ -180,6 +191,8 @@ class ExperimentConfig(Section):
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        self.check(stays_inside(self.name), "name", "the name of a folder inside run.dir: no ../, no / in front")
+        self.check(is_file_name(self.scale), "scale", "the name of a file in scale/")
         self.one_of("task", TASKS)
         self.one_of("init", INITS)
         self.one_of("new_rows", NEW_ROWS)

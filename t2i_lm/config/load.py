@@ -21,6 +21,7 @@ from t2i_lm.config.sections import ASSET, is_plugin
 from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value
 from t2i_lm.storage.hub import is_hub
 from t2i_lm.storage.run_folder import CONFIG, read_environment
+from t2i_lm.storage.yaml_text import loader_of, read_yaml, root_node
 
 # Former keys and prefixes of values, still read from files and overrides, with a note on stderr.
 MOVED_KEYS = {"data.trim": "data.pad_to_multiple_of", "align.neighbours": "align.neighbors"}
@@ -127,7 +128,7 @@ def nested_yaml(values: Mapping[str, Any]) -> str:
 
 def changed_yaml(path: Path, values: Mapping[str, Any]) -> str:
     """The content of a YAML file with other values of some dotted keys."""
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tree = read_yaml(path.read_text(encoding="utf-8"))
     for key, value in values.items():
         _set(tree, key, value)
     return _dump(tree)
@@ -224,7 +225,12 @@ def _shared_folder(path: Path) -> Path:
 def _file_layer(path: Path) -> dict[str, Any]:
     """Values of a file by dotted key."""
     try:
-        return _typed(migrate(_read(path), path))
+        values = _typed(migrate(_read(path), path))
+        for key, value in values.items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and "${" in text:
+                    _note(f"note: {path}: {key}={text} is used as written: references and resolvers, ${{...}}, are off")
+        return values
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
 
@@ -272,9 +278,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _yaml(text: str) -> Any:
     """YAML with every scalar as text, `Plain` where it is unquoted: a key's type says what it means."""
-    loader = yaml.SafeLoader(text)
+    loader = loader_of(text)
     try:
-        return _content(loader, loader.get_single_node())
+        return _content(loader, root_node(loader))
     finally:
         loader.dispose()
 
@@ -350,12 +356,17 @@ def _section_as_value(key: str, value: object) -> ValueError:
 
 
 def _node(values: Mapping[str, Any]) -> DictConfig:
-    """The values of a layer as OmegaConf holds them, in which `${` is text and no reference to another key."""
+    """The values of a layer as OmegaConf holds them."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
-        _set(tree, key, [_literal(item) for item in value] if isinstance(value, list) else _literal(value))
+        _set(tree, key, literal(value))
     return OmegaConf.create(tree)
 
 
-def _literal(value: Any) -> Any:
+def literal(value: Any) -> Any:
+    """A value, list or mapping as OmegaConf holds it, in which `${` is text: no resolver reads the environment."""
+    if isinstance(value, Mapping):
+        return {key: literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [literal(item) for item in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

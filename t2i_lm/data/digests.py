@@ -4,16 +4,16 @@ import hashlib
 import io
 import json
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from PIL import Image
 
+from t2i_lm.data.image_files import MAX_FILE_BYTES, open_image
 from t2i_lm.runtime.progress import Advance, progress
+from t2i_lm.storage.reading import require_regular
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.writing import DiskError
 
@@ -29,9 +29,7 @@ Entry = str | list[str | None] | None
 def image_digest(content: bytes) -> str | None:
     """Hexadecimal digest of an image's bytes; None if they are no image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.open(io.BytesIO(content)).close()
+        open_image(io.BytesIO(content)).close()
     except Exception:  # Pillow's readers raise many types on damaged files
         return None
     return hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -40,7 +38,8 @@ def image_digest(content: bytes) -> str | None:
 def file_digest(path: Path) -> str | None:
     """`image_digest` of a file; None if it cannot be read."""
     try:
-        return image_digest(path.read_bytes())
+        require_regular(path)
+        return image_digest(path.read_bytes()) if path.stat().st_size <= MAX_FILE_BYTES else None
     except (OSError, ValueError):
         return None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.reading import require_regular
 
 # Files that hold captions or text are hashed whole before others: at most so many bytes and files of each kind.
 CAPTIONED = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz")
@@ -86,6 +87,7 @@ def _members(folder: Path, apart: set[Path]) -> dict[str, Path]:
 def _images_named_in(table: Path) -> Iterator[str]:
     """Names in a table that look like those of images."""
     try:
+        require_regular(table)
         if table.suffix.lower() == ".parquet":
             yield from _paths_in_parquet(table)
         elif table.stat().st_size <= CAPTIONED_BYTES:

@@ -6,6 +6,7 @@ All rows of one image file are one pair with several captions.
 import os
 import posixpath
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.captions import CAPTION_NAMES, caption_value, find_name, joined_captions, other_captions
 from t2i_lm.data.digests import image_digests, store_path
-from t2i_lm.data.metadata import METADATA, SUFFIXES, Row, image_name, image_path, read_rows
+from t2i_lm.data.metadata import METADATA, SUFFIXES, Row, image_name, image_path, read_rows, require_image_names
 from t2i_lm.data.pairs import Pair, RejectedPairError, decode_image
 from t2i_lm.data.splits import choose, column_splits, files_below, location, named_below, named_splits, split_by_content
 
@@ -72,6 +73,7 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
     for table in tables:
         rows = read_rows(table)
         _require_captions(rows, table)
+        require_image_names(rows)
         folder = "" if root.is_file() else os.path.relpath(table.parent, root)
         for row, group in zip(rows, _row_splits(rows, table, root), strict=True):
             image = _image(row, str(table.parent), folder)
@@ -119,8 +121,8 @@ def _tables(key: str, root: Path) -> tuple[list[Path], set[str]]:
 
 def _image(row: Row, beside: str, folder: str) -> ListedImage:
     """The image of a row of a metadata file in the folder `beside`, which is `folder` relative to the source."""
-    value = image_name(row)
     try:
+        value = image_name(row)
         return ListedImage(str(value), folder, image_path(beside, value, row.where))
     except RejectedPairError:
         return ListedImage(row.where, folder, None)
@@ -134,7 +136,7 @@ def _require_captions(rows: Sequence[Row], table: Path) -> None:
     if not any(_has_caption(row.fields) for row in rows):
         raise ValueError(
             f"{table}: no caption ({', '.join(CAPTION_NAMES)}) in any row; the first has "
-            f"{', '.join(map(str, rows[0].fields))}"
+            f"{', '.join(map(str, next(row.fields for row in rows if row.problem is None)))}"
         )
 
 
@@ -155,10 +157,20 @@ def _row_splits(rows: Sequence[Row], table: Path, root: Path) -> list[str | None
         folders = table.parent.relative_to(root)
         if found := _one_split(folders.parts, f"{table}"):
             return [found] * len(rows)
-    if splits := column_splits([row.fields.get("split") for row in rows], lambda row: rows[row].where):
-        return list(splits)
-    base = os.path.abspath(root.parent if root.is_file() else root)
-    return [_one_split(_folders(image_name(row), base), row.where) for row in rows]
+    named: dict[int, Any] = {}  # a row that names no image is a reject, and has no folder
+    for number, row in enumerate(rows):
+        with suppress(RejectedPairError):
+            named[number] = image_name(row)
+    places = list(named)
+    splits: Sequence[str | None] | None = column_splits(
+        [rows[number].fields.get("split") for number in places], lambda place: rows[places[place]].where
+    )
+    if splits is None:
+        base = os.path.abspath(root.parent if root.is_file() else root)
+        splits = [_one_split(_folders(named[number], base), rows[number].where) for number in places]
+    split_of = dict(zip(places, splits, strict=True))
+    others = "train" if "train" in splits else splits[0]  # where the rejects are counted
+    return [split_of.get(number, others) for number in range(len(rows))]
 
 
 def _folders(name: Any, base: str) -> list[str]:

@@ -3,13 +3,15 @@
 import csv
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from t2i_lm.data.captions import find_name, parse_json
 from t2i_lm.data.pairs import RejectedPairError
+from t2i_lm.storage.reading import require_regular
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # Of `datasets`' image folders; JSON is read as well.
@@ -22,19 +24,27 @@ MAX_PATH = 4096
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a metadata file; `where` is its file and line, for messages."""
+    """A row of a metadata file.
+
+    Attributes:
+        where: its file and line, for messages.
+        fields: empty where it cannot be read.
+        problem: why it cannot be read.
+    """
 
     where: str
     fields: dict[str, Any]
+    problem: str | None = None
 
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of a metadata file, of the kind that its suffix says.
 
     Raises:
-        ValueError: naming file and line, if the file or a row cannot be read, or there is none.
+        ValueError: naming file and line, if the file cannot be read, or none of its rows.
     """
     try:
+        require_regular(path)
         if path.suffix == ".parquet":
             rows = list(_parquet_rows(path))
         else:
@@ -49,6 +59,8 @@ def read_rows(path: Path) -> list[Row]:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     if not rows:
         raise ValueError(f"{path}: no row in it")
+    if all(row.problem for row in rows):
+        raise ValueError(f"{rows[0].where}: {rows[0].problem}")
     return rows
 
 
@@ -69,10 +81,9 @@ def _line_rows(path: Path, text: str) -> Iterator[Row]:
             continue
         where = f"{path} line {number}"
         try:
-            fields = parse_json(content)
-        except ValueError as error:
-            raise ValueError(f"{where}: no JSON object: {error}") from error
-        yield Row(where, _object(fields, where))
+            yield _object(parse_json(content), where)
+        except (ValueError, RecursionError) as error:
+            yield Row(where, {}, f"no JSON object: {error}")
 
 
 def _array_rows(path: Path, text: str) -> Iterator[Row]:
@@ -81,14 +92,13 @@ def _array_rows(path: Path, text: str) -> Iterator[Row]:
     except ValueError as error:
         raise ValueError(f"{path}: no JSON array of objects: {error}") from error
     for number, fields in enumerate(items):
-        where = f"{path} item {number}"
-        yield Row(where, _object(fields, where))
+        yield _object(fields, f"{path} item {number}")
 
 
-def _object(fields: Any, where: str) -> dict[str, Any]:
+def _object(fields: Any, where: str) -> Row:
     if not isinstance(fields, dict):
-        raise ValueError(f"{where}: expected a JSON object, not {str(fields)[:60]}")
-    return fields
+        return Row(where, {}, f"expected a JSON object, not {str(fields)[:60]}")
+    return Row(where, fields)
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[Row]:
@@ -105,7 +115,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
                 if len(set(names)) < len(names):
                     raise ValueError(f"{where}: a column name occurs twice: {', '.join(names)}")
             elif len(cells) != len(names):
-                raise ValueError(f"{where}: {len(cells)} cells, but {len(names)} columns: {', '.join(names)}")
+                yield Row(where, {}, f"{len(cells)} cells, but {len(names)} columns: {', '.join(names)}")
             else:
                 yield Row(where, dict(zip(names, cells, strict=True)))
     except csv.Error as error:
@@ -127,18 +137,30 @@ def image_name(row: Row) -> Any:
     """The value of the field that names a row's image.
 
     Raises:
-        ValueError: if there is no such field, listing the fields.
+        RejectedPairError: if there is no such field, listing the fields, or the row cannot be read.
     """
+    if row.problem is not None:
+        raise RejectedPairError("unreadable row", f"{row.where} ({row.problem})")
     try:
         key = find_name(IMAGE_NAMES, row.fields)
     except ValueError as error:
-        raise ValueError(f"{row.where}: {error}") from error
+        raise RejectedPairError("ambiguous image name", f"{row.where} ({error})") from error
     if key is None:
-        raise ValueError(
-            f"{row.where}: no {' or '.join(IMAGE_NAMES[:4])}, which names the image; it has "
-            f"{', '.join(map(str, row.fields)) or 'no keys'}"
-        )
+        raise RejectedPairError("no image name", f"{row.where} (it has {', '.join(map(str, row.fields)) or 'no keys'})")
     return row.fields[key]
+
+
+def require_image_names(rows: Sequence[Row]) -> None:
+    """Raises a ValueError if no row names an image, listing the fields of the first."""
+    for row in rows:
+        with suppress(RejectedPairError):
+            image_name(row)
+            return
+    first = next(row for row in rows if row.problem is None)
+    raise ValueError(
+        f"{first.where}: no {' or '.join(IMAGE_NAMES[:4])}, which names the image; it has "
+        f"{', '.join(map(str, first.fields)) or 'no keys'}"
+    )
 
 
 def image_path(folder: str, name: Any, where: str) -> str:

@@ -1,14 +1,17 @@
 """Caption-image pairs: interfaces of their sources, and image decoding."""
 
-import warnings
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from t2i_lm.data.color_modes import UnknownRangeError, to_rgb
+from t2i_lm.data.color_modes import UnknownRangeError
+from t2i_lm.data.image_files import MAX_PIXELS as MAX_PIXELS
+from t2i_lm.data.image_files import TooLargeError, open_image, read_rgb
+from t2i_lm.storage.reading import SpecialFileError
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,6 @@ class StreamedSource(Protocol):
     def shard(self, number: int) -> Iterator[Sample]: ...
 
 
-# Larger images, in pixels, are rejected before decoding.
-MAX_PIXELS = 64_000_000
-
-
 class RejectedPairError(Exception):
     """An unusable sample; `reason` is a short class of failure, the message also names the sample."""
 
@@ -66,24 +65,21 @@ def decode_image(file: Any, name: str) -> Image.Image:
     """An RGB image, upright, from a path or binary stream; of an animation, its first frame.
 
     Raises:
-        RejectedPairError: if the file is missing, not an image, truncated, larger than `MAX_PIXELS`, or of a mode whose
-            values have no known range (`color_modes.py`).
+        RejectedPairError: if the file is missing, not an image of a format in `image_files.py`, truncated, too large
+            to be decoded in 300 MB, or of a mode whose values have no known range (`color_modes.py`).
     """
+    held = file.getbuffer().nbytes if isinstance(file, io.BytesIO) else 0
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
-        if image.width * image.height > MAX_PIXELS:
-            raise RejectedPairError(f"over {MAX_PIXELS} pixels", name)
-        return to_rgb(ImageOps.exif_transpose(image), image.format)
+        with open_image(file) as image:
+            return read_rgb(image, held)
     except FileNotFoundError as error:
         raise RejectedPairError("missing file", name) from error
     except UnidentifiedImageError as error:
         raise RejectedPairError("not an image", name) from error
-    except UnknownRangeError as error:
+    except TooLargeError as error:
+        raise RejectedPairError(str(error), f"{name} ({error.found})") from error
+    except (UnknownRangeError, SpecialFileError) as error:
         raise RejectedPairError(str(error), name) from error
-    except RejectedPairError:
-        raise
     except Exception as error:  # Pillow's readers raise many types on damaged files
         if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of a reader
             raise RejectedPairError(f"unreadable file ({error.strerror})", name) from error

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.pairs import RejectedPairError
+from t2i_lm.storage.reading import SpecialFileError, require_regular
 
 SPLITS = ("train", "val")
 # Generated scenes: new images of the color-kind pairs of training (the primary split), and of held-out pairs.
@@ -129,10 +130,18 @@ def choose(groups: dict[str | None, list[str]], data: DataConfig, split: str) ->
 
 
 def location(data: DataConfig, split: str) -> tuple[str, Path]:
-    """The config key of a split's samples, and its value."""
-    if split == "val" and data.val_path is not None:
-        return "data.val_path", Path(data.val_path)
-    return "data.path", Path(str(data.path))
+    """The config key of a split's samples, and its value.
+
+    Raises:
+        ValueError: if it is a FIFO, device or socket.
+    """
+    validates = split == "val" and data.val_path is not None
+    key, path = ("data.val_path", Path(str(data.val_path))) if validates else ("data.path", Path(str(data.path)))
+    try:
+        require_regular(path)
+    except SpecialFileError as error:
+        raise ValueError(f"{key}={path}: {error}") from error
+    return key, path
 
 
 def _some(names: Sequence[str]) -> str:

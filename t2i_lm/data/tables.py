@@ -31,6 +31,7 @@ from t2i_lm.data.splits import (
     split_files,
 )
 from t2i_lm.runtime.progress import Advance
+from t2i_lm.storage.reading import require_regular
 
 # In order of preference.
 IMAGE_COLUMNS = (
@@ -244,8 +245,9 @@ def parquet(data: DataConfig, split: str, size: int) -> Table:
     try:
         starts = [0]
         for file in files.files:
+            require_regular(file)
             starts.append(starts[-1] + pyarrow.parquet.read_metadata(file).num_rows)
-        rows = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=cache)
+        rows = datasets.Dataset.from_parquet(names, cache_dir=cache)  # `load_dataset` would count it over the network
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
         raise ValueError(f"{key}={root} cannot be read as Parquet: {_one_line(error.__cause__ or error)}") from error
     assert len(rows) == starts[-1], (len(rows), starts)

@@ -17,19 +17,41 @@ from typing import BinaryIO
 
 from t2i_lm.data.captions import caption_value, captions_of, parse_json
 from t2i_lm.data.digests import image_digest
+from t2i_lm.data.image_files import MAX_FILE_BYTES, TOO_MUCH
 from t2i_lm.data.pairs import Pair, RejectedPairError, decode_image
 from t2i_lm.data.splits import files_below, named_below
 from t2i_lm.runtime.progress import Advance
+from t2i_lm.storage.reading import reason, require_regular
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 TEXTS = (".txt", ".text", ".caption")
 OBJECTS = (".json",)
 # Larger files are not captions.
 MAX_CAPTION_BYTES = 1_000_000
+# Nor are headers larger, such as long names.
+MAX_HEADER_BYTES = 65_536
 # webdataset's rule: key and suffix are divided at the first dot of the base name.
 _KEY = re.compile(r"((?:.*/|)[^./]+)(\.[^/]*)$")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+class _ForwardMember(tarfile.TarInfo):
+    """A member whose header moves forward through the file.
+
+    `tarfile` of Python before 3.11.14 and 3.13.6 goes back by a negative size, and reads a member for ever.
+    """
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.HeaderError("a member has a negative size")
+        return super()._block(count)  # type: ignore[misc,no-any-return]
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        headers = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+        if self.type in (*headers, tarfile.SOLARIS_XHDTYPE) and self.size > MAX_HEADER_BYTES:
+            raise tarfile.HeaderError(f"a header has {self.size:,} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
 @dataclass
@@ -92,6 +114,8 @@ class TarFolder:
         image = _image_member(sample)
         with sample.tar.open("rb") as tar:
             captions = _captions(tar, sample)
+            if sample.files[image][1] > MAX_FILE_BYTES:
+                raise RejectedPairError(TOO_MUCH, f"{sample.name}{image}")
             content = _read(tar, *sample.files[image])
         return Pair(sample.name, decode_image(io.BytesIO(content), f"{sample.name}{image}"), captions, None)
 
@@ -158,15 +182,18 @@ def scan_tar(path: Path) -> TarScan:
     Raises:
         ValueError: if it is no tar file, or compressed.
     """
+    require_regular(path)
     scan, start, number = TarScan(), 0, 0
     size = path.stat().st_size
     with path.open("rb") as file:
         _require_tar(path, file)
         while True:
             end, damage = _scan_archive(path, file, start, number, scan)
+            following = _after_zeros(file, end)
+            damage = damage or (f"after byte {end}: no header" if following <= start else None)
             if damage is not None:
                 break
-            start, number = _after_zeros(file, end), number + 1
+            start, number = following, number + 1
             if start >= size:
                 return scan
             try:
@@ -198,8 +225,10 @@ def _scan_archive(path: Path, file: BinaryIO, start: int, number: int, scan: Tar
     end, last = start, None
     file.seek(start)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_ForwardMember) as tar:
             for entry in tar:
+                if entry.size < 0:
+                    raise tarfile.HeaderError("a member has a negative size")
                 end = entry.offset_data + (entry.size if entry.isfile() and not entry.issparse() else 0)
                 match = _KEY.match(entry.name.removeprefix("./"))
                 if not entry.isreg() or entry.issparse() or match is None:
@@ -216,8 +245,10 @@ def _scan_archive(path: Path, file: BinaryIO, start: int, number: int, scan: Tar
                 last.files[suffix] = (entry.offset_data, entry.size)
             damage = _damage_after(file, path.stat().st_size, end, tar.offset)
             end = tar.offset
-    except (tarfile.TarError, ValueError) as error:
-        damage = f"after byte {end}: {error}"
+    except OSError:
+        raise
+    except Exception as error:  # `tarfile` raises many types on damaged headers
+        damage = f"after byte {end}: {reason(error)}"
     # The sample that was being read when the damage came may be incomplete.
     scan.samples += [sample for sample in found.values() if damage is None or sample is not last]
     return end, damage
@@ -312,7 +343,8 @@ def tar_digests(samples: Sequence[TarSample]) -> Callable[[Path, Advance], list[
         with path.open("rb") as tar:
             for sample in of_tar.get(path, ()):
                 try:
-                    content = _read(tar, *sample.files[_image_member(sample)])
+                    offset, size = sample.files[_image_member(sample)]
+                    content = _read(tar, offset, size) if size <= MAX_FILE_BYTES else b""
                     digests.append(image_digest(content))
                     advance(len(content))
                 except RejectedPairError:

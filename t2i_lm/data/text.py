@@ -10,6 +10,7 @@ from t2i_lm.assets import resolve
 from t2i_lm.config.sections import ASSET
 from t2i_lm.data.captions import find_name
 from t2i_lm.data.splits import NAMES, files_below, named_below, path_split
+from t2i_lm.storage.reading import require_regular
 
 DOCUMENT_SEPARATOR = "\f"
 SUFFIXES = (".txt", ".txt.gz")
@@ -29,10 +30,10 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
         ValueError: if `path` cannot be read or holds no text file.
     """
     location = text_location(path, key)
-    if location.is_dir():
-        files = _files_of_split(location, key)
-    elif location.is_file():
+    if location.exists() and not location.is_dir():
         files = [location]
+    elif location.is_dir():
+        files = _files_of_split(location, key)
     elif path.lower().endswith(SUFFIXES):
         raise ValueError(f"{key}={path!r}: no such file")
     else:
@@ -41,6 +42,7 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
     for file in files:
         opener = gzip.open if file.suffix.lower() == ".gz" else open
         try:
+            require_regular(file)
             with opener(file, "rt", encoding="utf-8-sig") as stream:
                 text = str(stream.read())
         except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:

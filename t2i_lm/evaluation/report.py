@@ -40,7 +40,16 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.storage.run_folder import METRICS_DIGEST, REPORT, TOKENS, VAL, Run, metrics_digest, read_run
+from t2i_lm.storage.run_folder import (
+    METRICS_DIGEST,
+    REPORT,
+    TOKENS,
+    VAL,
+    Run,
+    metrics_digest,
+    read_run,
+    require_no_links,
+)
 
 # Of the primary validation split; those of another split have its name appended.
 GRID, ORIGINALS, RECONSTRUCTIONS = "samples/grid.png", "samples/originals.png", "samples/reconstructions.png"
@@ -101,6 +110,7 @@ def write_report_again(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: if steps remain, the last one has not been validated, or its data or tokenizers have changed.
     """
+    require_no_links(run)
     checkpoint, config = newest_checkpoint(run), load_run(run)
     steps, last = step_of(checkpoint), config.trainer.max_steps
     validated = any(record["step"] == last for record in read_run(run).validations())
@@ -264,7 +274,7 @@ def truncated_share(experiment: ImageExperiment) -> float:
 
 def print_summary(report: dict[str, Any], folder: Path) -> None:
     """Prints the final losses, the measured values, and the files of the run."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names may hold brackets
     table = Table(title=f"{report['experiment']} ({report['scale']}, seed {report['seed']})")
     for column in ("validation", "nll (nats)", "perplexity", "targets"):
         table.add_column(column, justify="left" if column == "validation" else "right")

@@ -16,6 +16,7 @@ from t2i_lm.experiment.restore import image_config, load_trained, newest_checkpo
 from t2i_lm.runtime.devices import global_rank, world_size
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.run_folder import require_no_links
 
 
 def evaluate(run: Path, evaluators: Mapping[str, Evaluator], options: argparse.Namespace) -> None:
@@ -32,6 +33,7 @@ def evaluate(run: Path, evaluators: Mapping[str, Evaluator], options: argparse.N
     rank, world = global_rank(), world_size()
     if world > 1 and "RANK" not in os.environ:
         raise ValueError("several tasks of srun share an evaluation through torchrun: srun torchrun ..., see --help")
+    require_no_links(run)
     config, checkpoint = image_config(run), newest_checkpoint(run)
     out = options.out or run / "evaluations" / default_name(options, checkpoint)
     sha256 = file_sha256(checkpoint)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from t2i_lm.data.image_files import open_image, read_rgb
 from t2i_lm.storage.writing import atomic_file
 
 PIXELS = 192  # side of an image in the grid
@@ -72,8 +73,8 @@ def grid_cells(file: Path) -> list[GridCell]:
     Raises:
         OSError: if the file cannot be read.
     """
-    with Image.open(file) as opened:
-        grid = opened.convert("RGB")
+    with open_image(file) as opened:
+        grid = read_rgb(opened)
         captions = _captions(opened.info.get(CAPTIONS))
     width, height = PIXELS + 2 * MARGIN, PIXELS + TEXT_LINES * LINE_HEIGHT + 2 * MARGIN
     if grid.width % width or grid.height % height:

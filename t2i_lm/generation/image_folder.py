@@ -22,7 +22,7 @@ from t2i_lm.generation.images import (
 )
 from t2i_lm.models.generate import Sampling
 from t2i_lm.storage.resumable import atomic_folder, require_new_folder
-from t2i_lm.storage.run_folder import find_run
+from t2i_lm.storage.run_folder import find_run, require_no_links
 
 
 def sample_run(
@@ -55,6 +55,7 @@ def sample_run(
         OSError: if the files cannot be written.
     """
     run = find_run(checkpoint)
+    require_no_links(run)
     out = out or run / "drawn" / time.strftime("%Y%m%d-%H%M%S")
     require_new_folder(out)
     model = load_trained(run)

@@ -23,6 +23,7 @@ from t2i_lm.runtime.devices import can_compile
 from t2i_lm.runtime.plugins import BACKBONE, find_plugin
 from t2i_lm.runtime.seeds import generator
 from t2i_lm.storage.hashing import weights_sha256
+from t2i_lm.storage.reading import require_regular_files
 
 
 @torch.no_grad()
@@ -70,6 +71,7 @@ def huggingface_folder(config: ExperimentConfig) -> Path | None:
     if named is None or named in PRESETS:
         return None
     folder = resolve(named)
+    require_regular_files(folder)
     if folder.suffix in UNREADABLE and folder.is_file():
         raise ValueError(
             f"backbone.{key}={named}: {folder.suffix} files are not read; expected a transformers folder with "

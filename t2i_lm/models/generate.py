@@ -4,6 +4,7 @@ Shapes: `B` images, `X` rows of one pass (2 B with guidance in one cache), `T` p
 `N` image tokens, `D` width, `V` image codes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,13 +38,13 @@ class Sampling:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: expected a positive value")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: expected at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a value in (0, 1]")
-        if self.guidance < 0:
+        if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance={self.guidance}: expected 0 or more")
 
 

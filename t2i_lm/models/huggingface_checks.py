@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2i_lm.storage.reading import UNPICKLED
+
 # Of the largest logit: allowance for reordered float32 sums, and for a recurrence computed step by step.
 TOLERANCE = 1e-4
 CACHE_TOLERANCE = 1e-3
@@ -22,6 +24,8 @@ Expected = list[tuple[Tensor, Tensor]]
 
 def first_line(error: BaseException) -> str:
     """An exception of a library in one line."""
+    if "weights_only" in str(error):
+        return UNPICKLED
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()[:160]}" if lines else type(error).__name__
 

@@ -34,7 +34,7 @@ def is_huggingface(folder: Path) -> bool:
         return True
     try:
         return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -49,7 +49,7 @@ def base_folder(folder: Path) -> Path | None:
         return None
     try:
         named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"backbone.path: {path} cannot be read: {first_line(error)}") from error
     places = [Path(named).expanduser(), folder / named, folder.parent / named] if isinstance(named, str) else []
     found = next((place for place in places if (place / "config.json").is_file()), None)

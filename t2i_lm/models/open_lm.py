@@ -14,6 +14,7 @@ from torch import Tensor
 
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.wrapped_names import unwrapped_state
+from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.writing import atomic_file
 
@@ -69,8 +70,10 @@ def decoder_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> 
         origin = str(source)
         try:
             values = json.loads(Path(source).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{source} is not a JSON model config: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} is not a JSON model config: expected an object, not {str(values)[:40]}")
     else:
         raise ValueError(f"no model config {str(source)!r}: expected a JSON file or one of {', '.join(PRESETS)}")
     values |= {key: value for key, value in overrides.items() if value is not None}
@@ -147,7 +150,8 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
         config = path.with_name("config.json")
         if not config.is_file():
             raise ValueError(f"{path} requires a model config: pass open_lm's model JSON or put config.json beside it")
-    decoder = Decoder(decoder_config(config))
+    with reading("backbone.path", config if isinstance(config, str | Path) else path):
+        decoder = Decoder(decoder_config(config))
     try:
         state: Mapping[str, Tensor]
         if path.suffix == ".safetensors":
@@ -156,8 +160,17 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
             state = _tensors(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} contains more than tensors and is not loaded (weights_only failed)") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        AttributeError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason(error)}") from error
     load_open_lm_state(decoder, state, str(path))
     return decoder.float()
 

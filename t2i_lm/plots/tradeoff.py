@@ -53,7 +53,7 @@ class Point:
 
 def remedy_group(root: Path) -> Group:
     """The untouched pre-trained arm and every remedy with a run below `root`."""
-    names = sorted({folder.parent.name for folder in run_folders(root, f"{PREFIX}*")})
+    names = sorted({name for folder in run_folders(root) if (name := folder.parent.name).startswith(PREFIX)})
     remedies = {name.removeprefix(PREFIX): name for name in names}
     return Group({UNTOUCHED: "t2i_pretrained", **remedies}, COMMAND, records="forgetting", varied=VARIED)
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image, ImageChops
 
+from t2i_lm.data.image_files import open_image, read_rgb
 from t2i_lm.generation.grid import GridCell, grid_cells
 from t2i_lm.plots.panels import STYLE
 
@@ -74,8 +75,8 @@ def whole_image(file: Path) -> PageImage:
     Raises:
         OSError: if it cannot be read.
     """
-    with Image.open(file) as image:
-        return _page_image(image.convert("RGB"), WIDEST)
+    with open_image(file) as image:
+        return _page_image(read_rgb(image), WIDEST)
 
 
 def captioned_images(file: Path, count: int) -> list[CaptionedImage]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from t2i_lm.config.experiment import SCALES
 from t2i_lm.config.values import UTF8_REQUIRED, as_text
-from t2i_lm.runtime.output import last_to_the_end
+from t2i_lm.runtime.output import escaped, last_to_the_end
 from t2i_lm.storage.reading import DEBUG, shows_traceback
 from t2i_lm.storage.writing import is_disk_error, problem
 
@@ -65,7 +65,7 @@ def exit_code(body: Callable[[], int]) -> int:
             message = " ".join(message.split())
         if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
             message = f"{as_text(error.object)!r}: {UTF8_REQUIRED}"
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {escaped(message)}", file=sys.stderr)
         return 2
 
 

@@ -60,10 +60,11 @@ def progress(what: str, items: int | None, rank: int = 0, unit: str = "images") 
     if not sys.stderr.isatty():
         yield log_progress(what, items, rank, unit=unit)
         return
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(disable=rank > 0) as bar:
-        task = bar.add_task(what, total=items)
+        task = bar.add_task(escape(what), total=items)
 
         def advance(more: int) -> None:
             going_on()

@@ -32,7 +32,7 @@ def text_table(header: Sequence[Any], rows: Iterable[Sequence[Any]], left: Colle
 def markdown_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table without a line break at its end, one line per row.
 
-    Bars, line breaks and tags, which tokens may contain, are escaped.
+    Bars, line breaks, tags, images and links, which tokens may contain, are escaped.
     """
     head, *body = (f"| {' | '.join(_cell(value) for value in row)} |" for row in (header, *rows))
     return "\n".join([head, f"|{'---|' * len(header)}", *body])
@@ -61,6 +61,20 @@ def latex_table(header: Sequence[Any], rows: Iterable[Sequence[Any]], columns: s
     return "\n".join([*body, r"\bottomrule", r"\end{tabular}"])
 
 
+# In this order; an image or link in a cell would be fetched by who looks at the table.
+_MARKDOWN = (
+    ("\\", "\\\\"),
+    ("|", "\\|"),
+    ("<", "&lt;"),
+    ("![", "!\\["),
+    ("](", "]\\("),
+    ("][", "]\\["),
+    ("\n", "<br>"),
+)
+
+
 def _cell(value: Any) -> str:
     text = str(value).strip()
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")
+    for plain, written in _MARKDOWN:
+        text = text.replace(plain, written)
+    return text

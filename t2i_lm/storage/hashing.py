@@ -4,9 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from t2i_lm.storage.reading import require_regular
+
 
 def file_sha256(path: Path) -> str:
     """Hash of a file's bytes."""
+    require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

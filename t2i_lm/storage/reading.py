@@ -2,6 +2,8 @@
 
 import errno
 import os
+import pickle
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,18 +13,62 @@ from types import TracebackType
 DEBUG = "T2I_LM_DEBUG"
 # Packages whose ValueErrors are already messages for users.
 OWN = ("t2i_lm.", "callbacks.")
+# In place of torch's message, which advises to load with weights_only=False: that would run the code in the file.
+UNPICKLED = "it holds more than tensors, or is damaged, and is not loaded"
 # Characters of a library's message that are shown.
 LONGEST = 400
 # Faults of code rather than of a file, and a full memory.
 _PASSED = (AssertionError, NameError, MemoryError)
-_MEMORY = ("out of memory", "DefaultCPUAllocator", "OutOfMemoryError")
+_MEMORY = ("out of memory", "OutOfMemoryError")
+
+
+class SpecialFileError(OSError):
+    """A FIFO, device or socket in place of a file: reading it may wait or go on for ever."""
+
+
+_KINDS = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Checks that reading a path ends; a folder, and a path without a file, are left to the reader.
+
+    Raises:
+        SpecialFileError: if it is a FIFO, device or socket.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    for is_kind, name in _KINDS:
+        if is_kind(mode):
+            raise SpecialFileError(f"{name}, not a regular file")
+
+
+def require_regular_files(path: str | os.PathLike[str]) -> None:
+    """`require_regular` of a path and, if it is a folder, of everything below it.
+
+    Raises:
+        ValueError: naming the first that is none.
+    """
+    found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)]
+    for file in (path, *found):
+        try:
+            require_regular(file)
+        except SpecialFileError as error:
+            raise ValueError(f"{os.fspath(file)} is {error}") from error
 
 
 @contextmanager
 def reading(key: str, path: str | Path) -> Iterator[None]:
     """Turns any error inside into a ValueError that names the key and the file.
 
-    Messages of this suite stay as they are. Errors of code, such as a failed assertion, and of memory pass through.
+    Messages of this suite stay as they are. Errors of code, such as a failed assertion, and of memory pass through; that
+    of a file whose sizes do not fit into memory is a MemoryError with its name.
 
     Args:
         key: the config key or option that names the file.
@@ -33,6 +79,8 @@ def reading(key: str, path: str | Path) -> Iterator[None]:
     except Exception as error:
         if (full := _full_disk(error)) is not None:
             raise full from None
+        if "DefaultCPUAllocator" in str(error):  # sizes in the file ask for more memory than there is
+            raise MemoryError(f"{key}: {path} cannot be read: {reason(error)}") from error
         if isinstance(error, _PASSED) or _is_own(error) or any(sign in f"{type(error)} {error}" for sign in _MEMORY):
             raise
         raise ValueError(f"{key}: {path} cannot be read: {reason(error)}{_hint()}") from error
@@ -40,6 +88,8 @@ def reading(key: str, path: str | Path) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """The message of an error in one line, with its type where the message alone says little."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return UNPICKLED
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
     if isinstance(error, OSError) and error.strerror:

@@ -1,5 +1,6 @@
 """Run folders: config, environment, metrics, report, checkpoints and samples of a run."""
 
+import glob
 import json
 import os
 import platform
@@ -11,11 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from t2i_lm.storage.line_digests import check
 from t2i_lm.storage.reading import reading
 from t2i_lm.storage.writing import DiskError
+from t2i_lm.storage.yaml_text import read_yaml
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "datasets", "sentencepiece", "diffusers", "numpy", "t2i_lm")
 CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS, GROUPS = (
@@ -89,9 +89,26 @@ def new_run_folder(root: Path, name: str, scale: str) -> Path:
     raise ValueError(f"run.dir={root}: a hundred runs of {name} started in one second")
 
 
+def require_no_links(folder: Path) -> None:
+    """Checks that no link leads what is written into a run folder out of it; `checkpoints/` may lie on another disk.
+
+    Raises:
+        ValueError: naming the first link and where it leads.
+    """
+    top = [entry for entry in sorted(folder.iterdir()) if entry.name != CHECKPOINTS]
+    below = [entry for part in top if part.is_dir() and not part.is_symlink() for entry in sorted(part.iterdir())]
+    for entry in (*top, *below):
+        if entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{entry} is a link to {entry.readlink()}, and a run writes nothing outside of its folder: delete the "
+                "link, or put the file there"
+            )
+
+
 def run_folders(root: Path, name: str | None = None, scale: str = "") -> list[Path]:
     """Run folders below `root`, optionally of one experiment and one scale, oldest first."""
-    runs = [path.parent for path in root.glob(f"{name or '*'}/*/{CONFIG}") if f"-{scale}" in path.parent.name]
+    of_name = "*" if name is None else glob.escape(name)
+    runs = [path.parent for path in root.glob(f"{of_name}/*/{CONFIG}") if f"-{scale}" in path.parent.name]
     return sorted(runs, key=lambda folder: folder.name)
 
 
@@ -121,7 +138,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}")
     metrics, tip = _metrics(folder / METRICS)
     with reading("run folder", folder / CONFIG):
-        config = dict(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+        config = dict(read_yaml((folder / CONFIG).read_text(encoding="utf-8")))
     report = _json(folder / REPORT)
     if report is not None and report.get(METRICS_DIGEST, tip) != tip:
         raise ValueError(

@@ -146,7 +146,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"text_tokenizer.path: {file} is not JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 

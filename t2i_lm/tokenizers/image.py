@@ -8,7 +8,7 @@ from pathlib import Path
 from t2i_lm.assets import resolve
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.runtime.plugins import IMAGE_TOKENIZER, find_plugin, interface
-from t2i_lm.storage.reading import reading
+from t2i_lm.storage.reading import reading, require_regular_files
 from t2i_lm.tokenizers.base import ImageTokenizer
 from t2i_lm.tokenizers.transformers_vq import TransformersVQ, is_transformers_vq
 from t2i_lm.tokenizers.vq import CONFIG, MoVQGAN, VQTokenizer
@@ -101,6 +101,7 @@ def open_image_tokenizer(
         _require_range(pixel_range is None, pixel_range, path)
         return _from_plugin(str(path), image_size)
     with reading("image_tokenizer.path", file):
+        require_regular_files(file)
         file = _tokenizer_of_pipeline(file)
         known = next(known for known in FORMATS if known.recognizes(file))
     _require_range(pixel_range is None or known.has_range, pixel_range, path)

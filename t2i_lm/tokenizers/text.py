@@ -3,12 +3,13 @@
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.sections import is_plugin
@@ -17,6 +18,7 @@ from t2i_lm.storage import hub
 from t2i_lm.storage.reading import reading
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.bounds import is_panic, require_bounded_charsmap, require_bounded_json
 from t2i_lm.tokenizers.documents import (
     MODEL_CONFIGS,
     TOKENIZER_CONFIG,
@@ -113,6 +115,9 @@ class SentencePieceTokenizer(FileTokenizer):
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise ValueError(f"text_tokenizer.path: {self.path} is not a sentencepiece model") from error
+        proto = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
+        for name in ("normalizer_spec", "denormalizer_spec"):
+            require_bounded_charsmap(self.path, name, getattr(proto, name).precompiled_charsmap)
         self.vocab_size = int(self._pieces.vocab_size())
         end = int(self._pieces.eos_id())
         self.find_documents(Documents(None, end if end >= 0 else None, "sentencepiece", "sentencepiece"))
@@ -166,11 +171,14 @@ class JsonTokenizer(FileTokenizer):
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exceptions
+        except BaseException as error:  # the library raises bare Exceptions, and panics
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             raise ValueError(f"text_tokenizer.path: {self.path} is not a tokenizer.json: {error}") from error
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        require_bounded_json(self.path, content.decode("utf-8"), self._tokenizer.encode)
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         ends = (self.token_id(token) for token in self.DOCUMENT_ENDS)
         end = next((end for end in ends if end is not None), None)
@@ -200,12 +208,24 @@ class JsonTokenizer(FileTokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        return list(self._tokenizer.encode(clean(text), add_special_tokens=False).ids)
+        with self._named_panics():
+            return list(self._tokenizer.encode(clean(text), add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of many texts, in parallel."""
-        batch = self._tokenizer.encode_batch([clean(text) for text in texts], add_special_tokens=False)
+        with self._named_panics():
+            batch = self._tokenizer.encode_batch([clean(text) for text in texts], add_special_tokens=False)
         return [list(encoding.ids) for encoding in batch]
+
+    @contextmanager
+    def _named_panics(self) -> Iterator[None]:
+        """Turns a panic of the library, such as of a regular expression that backtracks for ever, into a ValueError."""
+        try:
+            yield
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise ValueError(f"text_tokenizer.path: {self.path} cannot encode a text: {error}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids."""

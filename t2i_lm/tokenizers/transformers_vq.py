@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.tokenizers.vq import PixelRange, chosen_range
+from t2i_lm.storage.reading import reason, require_regular
+from t2i_lm.tokenizers.vq import PixelRange, chosen_range, require_no_problem
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -37,8 +38,9 @@ KINDS = {
 def is_transformers_vq(folder: Path) -> bool:
     """Whether a folder holds one of `KINDS`."""
     try:
+        require_regular(folder / CONFIG)
         return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type") in KINDS
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -97,12 +99,22 @@ class TransformersVQ:
         self._kind = KINDS[json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_type"]]
         if not (folder / WEIGHTS).is_file():
             raise ValueError(f"image_tokenizer.path: no {WEIGHTS} in {folder}")
+        log = transformers.utils.logging
+        verbosity = log.get_verbosity()
+        log.set_verbosity_error()  # no report of many lines, which errors here sum up
         try:
-            self.model: Any = getattr(transformers, self._kind.model).from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            self.model: Any
+            self.model, found = getattr(transformers, self._kind.model).from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
         except Exception as error:  # safetensors and transformers raise types of their own
-            raise ValueError(f"image_tokenizer.path: {folder} cannot be read by transformers: {error}") from error
+            raise ValueError(
+                f"image_tokenizer.path: {folder} cannot be read by transformers: {reason(error)}"
+            ) from error
+        finally:
+            log.set_verbosity(verbosity)
+        # transformers draws missing tensors at random: ids would differ in every process.
+        require_no_problem(folder, "missing", found["missing_keys"])
         self.model.eval().requires_grad_(False)
         self.pixels = chosen_range(pixel_range, PixelRange()) if pixel_range else stated_range(folder)
         self.image_size, self.low_precision = image_size, False

@@ -6,7 +6,7 @@ Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids,
 import hashlib
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,9 +156,7 @@ class VQTokenizer:
                 folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True, **options
             )
         for problem in ("missing", "unexpected"):
-            if names := sorted(found[f"{problem}_keys"]):
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise ValueError(f"image_tokenizer.path: {folder} has {problem} tensors: {', '.join(names[:3])}{more}")
+            require_no_problem(folder, problem, found[f"{problem}_keys"])
         if vq.config.in_channels != 3 or vq.config.out_channels != 3:
             raise ValueError(
                 f"image_tokenizer.path: {folder} has in_channels={vq.config.in_channels}, out_channels="
@@ -261,6 +259,13 @@ class MoVQGAN(VQTokenizer):
         tokenizer = cls(VQAutoencoder(vq), image_size, file_sha256(path))
         tokenizer.size_name = name
         return tokenizer
+
+
+def require_no_problem(folder: Path, problem: str, tensors: Collection[str]) -> None:
+    """Raises a ValueError that names the `missing` or `unexpected` tensors of a folder, if there are any."""
+    if names := sorted(tensors):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(f"image_tokenizer.path: {folder} has {problem} tensors: {', '.join(names[:3])}{more}")
 
 
 def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:

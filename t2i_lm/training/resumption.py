@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import yaml
 from torch.optim.lr_scheduler import LambdaLR
 
 from callbacks import MetricsFile, find_resumable, read_record
@@ -18,6 +17,7 @@ from t2i_lm.config.load import changed_yaml, flatten, flatten_mapping, load_expe
 from t2i_lm.storage.reading import reading
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, read_environment
+from t2i_lm.storage.yaml_text import read_yaml
 
 # Entry of a checkpoint's record: the values of config.yaml by dotted key.
 VALUES = "config"
@@ -160,7 +160,7 @@ def _found(folder: Path, events: Sequence[tuple[str, str]]) -> str:
 def config_values(config: ExperimentConfig, folder: Path) -> dict[str, Any]:
     """The values of a run's config.yaml by dotted key, with those that `config` changes for this session."""
     with reading("--resume", folder / CONFIG):
-        values = flatten_mapping(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+        values = flatten_mapping(read_yaml((folder / CONFIG).read_text(encoding="utf-8")))
     saved = flatten(load_experiment(folder / CONFIG))
     changed = {key: value for key, value in flatten(config).items() if value != saved[key] and not may_move(key)}
     return values | changed

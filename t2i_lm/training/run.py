@@ -53,6 +53,7 @@ from t2i_lm.storage.run_folder import (
     new_run_folder,
     read_environment,
     read_run,
+    require_no_links,
 )
 from t2i_lm.training.callbacks import training_flop
 from t2i_lm.training.continuity import require_same_files, require_same_start, started_from
@@ -101,6 +102,7 @@ def _run(config: ExperimentConfig, resume: Path | None, allowed: Sequence[str], 
     if resume is not None:
         if is_main:
             require_free(resume / OWNER)
+            require_no_links(resume)
             resumption = find_resumption(resume, allowed)
             require_same_config(config, resumption)
         else:

@@ -1,7 +1,7 @@
 import subprocess
 import sys
 import time
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 
 import pytest
@@ -179,3 +179,19 @@ def test_a_path_to_data_that_is_not_read_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data.path='photos': expected null with data.source=scenes"):
         config.require_paths()
     load_experiment(PRETRAINED, "demo", ["data.path=photos", "data.source=image_folder"]).require_paths()
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/tmp/x", "..", ".", "a//../..", "a\0b"])
+def test_a_name_cannot_leave_the_folder_of_runs(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^name=.*: expected the name of a folder inside run\.dir"):
+        load_experiment(PRETRAINED, "demo", [f"name={name}"])
+    with pytest.raises(ValueError, match=r"^scale=.*: expected the name of a file in scale/"):
+        replace(load_experiment(PRETRAINED, "demo"), scale=f"{name}/x")
+
+
+def test_resolvers_are_off_in_files_and_one_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.yaml").write_text("name: ${oc.env:HOME}\n")
+    assert load_experiment(tmp_path / "x.yaml").name == "${oc.env:HOME}"
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1
+    assert "x.yaml: name=${oc.env:HOME} is used as written" in note

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,53 @@ def test_metadata_that_cannot_be_read_is_refused_in_one_line(
     with pytest.raises(ValueError, match=rf"{name}.*{message}") as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
+
+
+ODD_LINES = {
+    "nested too deeply": b'{"file_name": ' + b"[" * 100_000,
+    "4300 digits": b'{"file_name": "0.png", "caption": "a", "id": ' + b"1" * 5000 + b"}",
+    "expected a JSON object": b"[1, 2]",
+    "no JSON object": b'{"file_name": "0.png", "captio',
+    "no image name": b'{"caption": "a", "id": 3}',
+    "ambiguous image name": b'{"File_name": "0.png", "FILE_NAME": "0.png", "caption": "a"}',
+    "caption list holds an object": b'{"file_name": "2.png", "caption": [{"text": "a"}]}',
+    "caption is NaN": b'{"file_name": "2.png", "caption": NaN}',
+    "caption is a number": b'{"file_name": "2.png", "caption": 7}',
+    "caption is an object": b'{"file_name": "2.png", "caption": {"a red cat": 1}}',
+}
+
+
+@pytest.mark.parametrize("splits", ["", "train/"])
+def test_an_odd_row_is_a_reject_with_a_reason_and_its_line(splits: str, tmp_path: Path) -> None:
+    names = write_images(tmp_path, [f"{splits}0.png", f"{splits}1.png", "val/3.png" if splits else "3.png"])
+    write_images(tmp_path, ["2.png", f"{splits}2.png"])
+    usual = lines([{"file_name": name, "caption": "a"} for name in names]).splitlines()
+    for reason, odd in ODD_LINES.items():
+        odd = odd.replace(b'"2.png"', f'"{splits}2.png"'.encode())
+        (tmp_path / "metadata.jsonl").write_bytes(b"\n".join([usual[0], odd, *usual[1:]]))
+        found = read_all(opened(tmp_path))
+        assert found.count(["a"]) == len(found) - 1
+        (reject,) = (str(error) for error in found if isinstance(error, RejectedPairError))
+        assert re.search(rf"metadata\.jsonl line 2.*{reason}", reject), reject
+
+
+def read_all(source: ImageFolder) -> list[list[str] | RejectedPairError]:
+    """The captions of each image, or why it is rejected."""
+    found: list[list[str] | RejectedPairError] = []
+    for number in range(len(source)):
+        try:
+            found.append(source[number].captions)
+        except RejectedPairError as error:
+            found.append(error)
+    return found
+
+
+def test_a_row_of_a_csv_with_more_cells_is_a_reject(tmp_path: Path) -> None:
+    names = write_images(tmp_path, ["0.png", "1.png", "2.png"])
+    content = table_csv([{"file_name": name, "caption": "a"} for name in names]) + b"3.png,a cat, that sleeps\r\n"
+    (tmp_path / "metadata.csv").write_bytes(content)
+    (reject,) = (str(error) for error in read_all(opened(tmp_path)) if isinstance(error, RejectedPairError))
+    assert re.search(r"metadata\.csv line 5 \(3 cells, but 2 columns.*unreadable row", reject)
 
 
 def test_folders_of_splits_are_read_by_name_and_test_is_left_out(tmp_path: Path) -> None:

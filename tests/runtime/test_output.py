@@ -1,13 +1,16 @@
 """Standard streams that never end a run, and the one line of an error."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from t2i_lm.runtime.command_line import command_parser, exit_code
+from t2i_lm.runtime.output import EscapingOutput
 
 pytestmark = pytest.mark.slow
 
@@ -82,3 +85,17 @@ def test_an_error_without_a_message_has_a_name(capsys: pytest.CaptureFixture[str
 
     assert exit_code(body) == 2
     assert capsys.readouterr().err == "error: MemoryError\n"
+
+
+def test_control_characters_reach_no_stream() -> None:
+    raw = io.BytesIO()
+    stream = EscapingOutput(raw, "utf-8", write_through=True)
+    print("a\x1b]0;owned\x07\x1b[2J\x9b31m\rb\u202ec\tläufe 图片", file=stream)
+    assert raw.getvalue().decode() == "a\\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\rb\\u202ec\tläufe 图片\n"
+
+
+def test_a_bar_may_move_the_cursor() -> None:
+    raw = io.BytesIO()
+    stream = EscapingOutput(raw, "utf-8", write_through=True)
+    Console(file=stream, force_terminal=True, color_system="standard").print("[red]a[/red]")
+    assert b"\x1b[31m" in raw.getvalue()

@@ -1,5 +1,7 @@
 """Fixed-width and Markdown tables."""
 
+import pytest
+
 from t2i_lm.runtime.tables import markdown_table, text_table
 
 
@@ -18,3 +20,12 @@ def test_a_table_without_rows_is_its_header() -> None:
 
 def test_markdown_cells_are_escaped() -> None:
     assert markdown_table(["token"], [["a|b\n<image 3>"]]).splitlines()[-1] == "| a\\|b<br>&lt;image 3> |"
+
+
+def test_markdown_cells_hold_no_image_and_no_link() -> None:
+    for token in ("![x](http://a.org/x.png)", "[x](http://a.org)", "![x][a]", "\\![x](a)", "[![x](a)](b)"):
+        line = markdown_table(["token"], [[token]]).splitlines()[-1]
+        html = pytest.importorskip("markdown").markdown(line)
+        assert "<img" not in html
+        assert "<a" not in html
+        assert token in html.replace("&#33;", "!")

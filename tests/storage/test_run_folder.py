@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from t2i_lm.storage.run_folder import METRICS, environment, new_run_folder, read_run, run_folders
+from t2i_lm.storage.run_folder import (
+    METRICS,
+    environment,
+    new_run_folder,
+    read_run,
+    require_no_links,
+    run_folders,
+)
 from tests.plots.synthetic_runs import read_lines, write_run
 
 
@@ -104,3 +111,24 @@ def test_the_environment_is_json_with_extra_keys() -> None:
 def test_reading_runs_imports_no_torch() -> None:
     code = "import sys, t2i_lm.storage.run_folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["events.log", "report.json", "samples", "tb", "samples/step-00000001.png"])
+def test_a_link_out_of_a_run_folder_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "runs", "t2i_scratch")
+    (folder / "checkpoints").symlink_to(tmp_path)  # on a larger disk
+    (folder / "env.link").symlink_to("env.json")
+    require_no_links(folder)
+    place = folder / name
+    place.parent.mkdir(exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"{name} is a link to .*elsewhere, and a run writes nothing outside"):
+        require_no_links(folder)
+
+
+@pytest.mark.parametrize("name", ["[v2]", "a*", "x?"])
+def test_runs_are_found_by_a_name_with_characters_of_patterns(name: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, name)
+    write_run(tmp_path, "xx")
+    assert run_folders(tmp_path, name) == [folder]

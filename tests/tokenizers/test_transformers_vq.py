@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from t2i_lm.tokenizers.image import describe_pixels, open_image_tokenizer
 from t2i_lm.tokenizers.transformers_vq import TransformersVQ, stated_range
@@ -133,3 +134,12 @@ def test_a_tokenizer_without_a_decoder_is_refused_before_the_run(
         assert main([experiment, *changes, f"data.cache_dir={tmp_path}/cache", "samples.prompts=0"]) == 0
     else:
         assert code == 0
+
+
+@pytest.mark.parametrize("part", ["quantize.embedding", "encoder.conv_in"])
+def test_a_folder_with_missing_tensors_is_refused_by_their_names(folder: Path, part: str) -> None:
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    save_file({name: value for name, value in state.items() if not name.startswith(part)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{folder.name} has missing tensors: {part}"):
+        open_image_tokenizer(folder, 32)
