@@ -3,6 +3,7 @@
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -91,6 +92,7 @@ class Dashboard(Callback):
         hyperparameters: Mapping[str, bool | int | float | str],
         texts: Mapping[str, str],
         draw: Callable[[], Mapping[str, Image.Image]],
+        position: Callable[[int], int],
     ) -> None:
         """Nothing is written before training starts.
 
@@ -99,19 +101,24 @@ class Dashboard(Callback):
             hyperparameters: the run's row in the table of hyperparameters.
             texts: plain text by title.
             draw: figures by title, read from the run's files.
+            position: place on the axis of the run's scalars at an optimizer step.
         """
+        self.position = position
         self.validations, self.hyperparameters, self.texts, self.draw = validations, hyperparameters, texts, draw
         self._session_end: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for writer in _writers(trainer):
+            row: Any = dict(self.hyperparameters)
+            experiment, start, self._session_end = hparams(row, dict.fromkeys(FINAL, 0.0))  # type: ignore[no-untyped-call]
+            if trainer.global_step and len(list(Path(writer.log_dir).glob("events.out.tfevents.*"))) > 1:
+                continue  # of a resumed run, an earlier session wrote them
             writer.add_custom_scalars(layout(self.validations))
             for title, text in self.texts.items():
                 writer.add_text(title, textwrap.indent(text, "    "))  # a block of code in Markdown
-            row: Any = dict(self.hyperparameters)
-            experiment, start, self._session_end = hparams(row, dict.fromkeys(FINAL, 0.0))  # type: ignore[no-untyped-call]
             for summary in (experiment, start):
                 _add(writer, summary)
+            writer.flush()  # a kill must not lose what is written once
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._session_end is not None and trainer.global_step >= trainer.max_steps:
@@ -129,7 +136,8 @@ class Dashboard(Callback):
                 print(f"no figures in TensorBoard: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
                 return
             for title, image in figures.items():
-                writer.add_image(title, np.asarray(image), trainer.global_step, dataformats="HWC")
+                place = self.position(trainer.global_step)
+                writer.add_image(title, np.asarray(image), place, dataformats="HWC")
 
 
 def _writers(trainer: pl.Trainer) -> list[SummaryWriter]:

@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import read_checkpoint
 from t2i_lm.storage.run_folder import REPORT, Run, read_run, run_folders
@@ -72,6 +74,18 @@ def curve(run: Run) -> list[dict[str, Any]]:
 def losses(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Losses of a line of metrics.jsonl by split: of training, or of every validation split; empty for other lines."""
     return {key: entries for key, entries in record.items() if re.fullmatch("train|val(/.*)?", key)}
+
+
+def doubled_points(run: Run) -> set[tuple[str, int]]:
+    """Tags and places on the axis that TensorBoard holds more than once."""
+    events = EventAccumulator(str(run.folder / "tb"), size_guidance=dict.fromkeys(("scalars", "images", "tensors"), 0))
+    events.Reload()
+    tags = events.Tags()
+    assert tags["scalars"]
+    points = Counter((tag, event.step) for tag in tags["scalars"] for event in events.Scalars(tag))
+    points += Counter((tag, event.step) for tag in tags["images"] for event in events.Images(tag))
+    points += Counter((tag, event.step) for tag in tags["tensors"] for event in events.Tensors(tag))
+    return {point for point, count in points.items() if count > 1}
 
 
 def same_losses(one: Run, other: Run, tolerance: float) -> None:

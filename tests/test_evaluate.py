@@ -18,6 +18,7 @@ from PIL import Image
 from t2i_lm.evaluate import main, parser
 from t2i_lm.storage.resumable import ResumableParts
 from t2i_lm.storage.run_folder import ENVIRONMENT, Run
+from t2i_lm.storage.sealed import sealed
 from tests.callbacks.toy_run import finish, free_port, server
 from tests.data.coco_folder import CAPTION, write_coco
 from tests.runs import coco_result, losses
@@ -231,7 +232,7 @@ def test_other_tokenizers_and_other_evaluations_are_refused(
         (changed / name).symlink_to(run / name)
     environment = json.loads((run / ENVIRONMENT).read_text())
     environment["tokenizers"]["image"] = "0" * 64
-    (changed / ENVIRONMENT).write_text(json.dumps(environment))
+    (changed / ENVIRONMENT).write_text(json.dumps(sealed(environment)))
     assert main([*command, "--checkpoint", str(changed), *out]) == 2
     assert "image_tokenizer.path holds another file" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from t2i_lm.generation.images import caption_prompts, generate_codes, numerics, 
 from t2i_lm.models.float8 import use_float8
 from t2i_lm.sample import main, parser
 from t2i_lm.storage.run_folder import ENVIRONMENT, Run
+from t2i_lm.storage.sealed import sealed
 from tests.runs import PROMPT
 
 
@@ -100,7 +101,7 @@ def test_a_run_whose_tokenizer_changed_is_refused(
     for name in ("config.yaml", "checkpoints"):
         (changed / name).symlink_to(run / name)
     environment["tokenizers"]["image"] = "0" * 64
-    (changed / ENVIRONMENT).write_text(json.dumps(environment))
+    (changed / ENVIRONMENT).write_text(json.dumps(sealed(environment)))
     assert main(["--checkpoint", str(changed), PROMPT, "--out", str(tmp_path / "x")]) == 2
     assert "image_tokenizer.path" in capsys.readouterr().err
 

@@ -21,6 +21,7 @@ from tests.runs import (
     SCRATCH,
     checkpoints,
     curve,
+    doubled_points,
     launch,
     losses,
     same_losses,
@@ -210,6 +211,7 @@ def test_killed_runs_resume_bit_for_bit(tiny: list[str], tmp_path: Path) -> None
     for name, tensor in weights(resumed).items():
         assert torch.equal(tensor, weights(unbroken)[name]), name
     assert not list(resumed.folder.glob("**/*.tmp"))
+    assert not doubled_points(resumed)
 
 
 def test_a_finished_run_is_never_overwritten(
@@ -241,6 +243,7 @@ def test_the_time_of_a_run_is_that_of_all_its_sessions(pretrained: Run, tmp_path
     started = time.monotonic()
     assert main([PRETRAINED, "--resume", str(folder)]) == 0
     again = read_run(folder)
+    assert not doubled_points(again)
     assert again.report
     assert pretrained.report
     assert 0 < before < pretrained.report["wall_s"] + 0.05  # rounded

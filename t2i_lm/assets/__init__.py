@@ -5,6 +5,7 @@ from pathlib import Path
 
 from t2i_lm.config.sections import ASSET
 from t2i_lm.storage import hub
+from t2i_lm.storage.cards import CARD, require_intact
 
 PREFIX = ASSET
 
@@ -12,22 +13,35 @@ PREFIX = ASSET
 def resolve(path: str) -> Path:
     """The file of a path: `asset:NAME` is shipped, `hf://...` is fetched, any other is a local path.
 
+    Files that a card.json beside them holds hashes of are verified.
+
     Raises:
-        ValueError: if there is no such asset, naming those that exist, or the hub's file is out of reach.
+        ValueError: if there is no such asset, naming those that exist, the hub's file is out of reach, or a file is
+            damaged.
     """
-    if hub.is_hub(path):
-        return hub.fetch(path)
-    if not path.startswith(PREFIX):
-        return Path(path)
+    if hub.is_hub(path) or not path.startswith(PREFIX):
+        file = hub.fetch(path) if hub.is_hub(path) else Path(path)
+        require_intact(file)
+        return file
     folder = Path(str(files(__name__)))
     name = path.removeprefix(PREFIX)
     asset = folder / name
     if not asset.exists():
         above = folder / name.rpartition("/")[0]
         items = (above if above.is_dir() else folder).iterdir()
-        known = sorted(item.relative_to(folder).as_posix() for item in items if not item.name.startswith("_"))
+        shown = (item for item in items if not item.name.startswith("_") and item.name != CARD)
+        known = sorted(item.relative_to(folder).as_posix() for item in shown)
         raise ValueError(f"{path}: expected one of {', '.join(f'{PREFIX}{name}' for name in known)}")
+    require_intact(asset, _remedy(asset.relative_to(folder)))
     return asset
+
+
+def _remedy(name: Path) -> str:
+    """The command that restores a shipped folder, by the name of it or of its file."""
+    package = Path(__file__).parent
+    if (package.parents[1] / ".git").exists():
+        return f"restore it by `git -C {package} checkout -- {name.parts[0]}`"
+    return "restore it by `pip install --force-reinstall --no-deps t2i_lm`"
 
 
 def find(path: str) -> Path | None:

@@ -20,7 +20,7 @@ from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
 from t2i_lm.config.sections import ASSET, is_plugin
 from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value
 from t2i_lm.storage.hub import is_hub
-from t2i_lm.storage.run_folder import CONFIG, read_environment
+from t2i_lm.storage.run_folder import CONFIG, read_config, read_environment
 from t2i_lm.storage.yaml_text import loader_of, read_yaml, root_node
 
 # Former keys and prefixes of values, still read from files and overrides, with a note on stderr.
@@ -67,8 +67,14 @@ def experiment_names(folder: Path) -> list[str]:
 
 
 def load_run(folder: Path) -> ExperimentConfig:
-    """The experiment of a run folder, its relative paths `located`."""
-    return located(load_experiment(folder / CONFIG), folder)
+    """The experiment of a run folder, its relative paths `located`.
+
+    Raises:
+        ValueError: if its files are damaged.
+    """
+    config = load_experiment(folder / CONFIG)
+    read_config(folder, read_environment(folder))
+    return located(config, folder)
 
 
 def located(config: ExperimentConfig, folder: Path) -> ExperimentConfig:

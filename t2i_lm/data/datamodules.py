@@ -184,15 +184,18 @@ def pack_batch(layout: Layout | ImageLayout, texts: list[IntArray], image_ids_BN
 class TextBatches(Batches):
     """Rows of consecutive text ids."""
 
-    def __init__(self, split: datasets.Dataset) -> None:
-        self.split = split
+    def __init__(self, split: datasets.Dataset, parts: Parts) -> None:
+        """`split` is rows of `parts`."""
+        self.split, self.parts = split, parts
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
+        self.parts.require_unchanged()
         rows = self.split[[index for _, index in draws]]
         ids_BT = torch.from_numpy(np.stack(rows["text_ids"]).astype(np.int64))
+        self.parts.require_unchanged()
         tokens = len(draws) * (ids_BT.shape[1] - 1)
         return {
             "ids_BT": ids_BT,
@@ -362,9 +365,9 @@ class TextDataModule(BatchDataModule):
     def setup(self, stage: str) -> None:
         """Memory-maps the shards and checks their hashes; selects `train_size` and `val_size` rows."""
         data = self.config.data
-        self.train_set = TextBatches(evenly_spaced(self.open(self.folder, "train").dataset(), data.train_size))
-        held_out = self.open(self.folder, "val").dataset()
-        self.val_sets = {"val": TextBatches(evenly_spaced(held_out, data.val_size))}
+        train, held_out = self.open(self.folder, "train"), self.open(self.folder, "val")
+        self.train_set = TextBatches(evenly_spaced(train.dataset(), data.train_size), train)
+        self.val_sets = {"val": TextBatches(evenly_spaced(held_out.dataset(), data.val_size), held_out)}
 
 
 def evenly_spaced(split: datasets.Dataset, size: int | None) -> datasets.Dataset:

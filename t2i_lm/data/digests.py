@@ -47,7 +47,7 @@ def file_digest(path: Path) -> str | None:
 def digests_of_files(
     files: Sequence[str | Path], store: Path, compute: Callable[[Path, Advance], Entry]
 ) -> list[Entry]:
-    """Digests of each file's content; a file of unchanged size and modification time is not read again.
+    """Digests of each file's content; a file of unchanged size and times is not read again.
 
     Args:
         files: images, or files of many samples.
@@ -104,7 +104,7 @@ def _state(file: str) -> list[int] | None:
         found = os.stat(file)
     except (OSError, ValueError):
         return None
-    return [found.st_size, found.st_mtime_ns]
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _read(store: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from t2i_lm.data.datamodules import Batch, Batches, PairBatches, PairDataModule
 from t2i_lm.data.order import CURRENT, Indices, former_permutation, keyed
 from t2i_lm.data.sampler import REPLAYED, Draw
 from t2i_lm.data.shards.cache import FORMAT, Prepared, absolute_path, short_hash, write_once
-from t2i_lm.data.shards.format import write_index
+from t2i_lm.data.shards.format import Parts, write_index
 from t2i_lm.data.shards.tokenize import write_text_split
 from t2i_lm.data.text import read_documents
 from t2i_lm.tokenizers.base import TextTokenizer
@@ -27,9 +27,9 @@ from t2i_lm.tokenizers.layout import Layout
 class ReplayBatches(Batches):
     """Batches of pairs and text windows; all sequences have full length."""
 
-    def __init__(self, pairs: PairBatches, windows: datasets.Dataset, seed: int) -> None:
-        """`windows` are text shards whose rows have the layout's length."""
-        self.pairs, self.windows, self.seed = pairs, windows, seed
+    def __init__(self, pairs: PairBatches, windows: datasets.Dataset, seed: int, parts: Parts) -> None:
+        """`windows` are the rows of `parts`, text shards, and have the layout's length."""
+        self.pairs, self.windows, self.seed, self.parts = pairs, windows, seed, parts
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -53,8 +53,10 @@ class ReplayBatches(Batches):
             pairs_BT = self.pairs.__getitems__([draw for draw in draws if draw[0] != REPLAYED])["ids_BT"]
             ids_BT[~replayed_B, : pairs_BT.shape[1]] = pairs_BT
         if replayed_B.any():
+            self.parts.require_unchanged()
             rows = self.windows[[self._window(number) for epoch, number in draws if epoch == REPLAYED]]
             ids_BT[replayed_B] = torch.from_numpy(np.stack(rows["text_ids"]).astype(np.int64))
+            self.parts.require_unchanged()
         return {
             "ids_BT": ids_BT,
             "samples": len(draws),
@@ -107,4 +109,5 @@ class ReplayDataModule(PairDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         assert isinstance(self.train_set, PairBatches)
-        self.train_set = ReplayBatches(self.train_set, self.open(self.replay, "train").dataset(), self.config.seed)
+        text = self.open(self.replay, "train")
+        self.train_set = ReplayBatches(self.train_set, text.dataset(), self.config.seed, text)

@@ -41,15 +41,18 @@ from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import (
+    ENVIRONMENT_DIGEST,
     METRICS_DIGEST,
     REPORT,
     TOKENS,
     VAL,
     Run,
     metrics_digest,
+    read_environment,
     read_run,
     require_no_links,
 )
+from t2i_lm.storage.sealed import DIGEST, sealed
 
 # Of the primary validation split; those of another split have its name appended.
 GRID, ORIGINALS, RECONSTRUCTIONS = "samples/grid.png", "samples/originals.png", "samples/reconstructions.png"
@@ -87,7 +90,8 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         report["forgetting"] = run.records("forgetting")[-1]["forgetting"]
         with part(report, "completions"):
             write_completions(run)
-    report[METRICS_DIGEST] = metrics_digest(folder)
+    digests = {METRICS_DIGEST: metrics_digest(folder), ENVIRONMENT_DIGEST: read_environment(folder).get(DIGEST)}
+    report = sealed(report | {name: digest for name, digest in digests.items() if digest is not None})
     write_atomic(folder / REPORT, json.dumps(report, indent=2) + "\n")
     with part({}, "summary"):
         print_summary(report, folder)

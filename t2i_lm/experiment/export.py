@@ -37,6 +37,7 @@ from t2i_lm.models.huggingface_folder import load_huggingface, save_huggingface
 from t2i_lm.models.lora import merge_adapters
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.models.transformers_export import FORMAT, require_equivalent, save_transformers
+from t2i_lm.storage.cards import write_card
 from t2i_lm.storage.resumable import atomic_folder, require_new_folder, share, write_atomic
 from t2i_lm.storage.run_folder import find_run, read_run
 from t2i_lm.storage.writing import atomic_file
@@ -108,7 +109,7 @@ def export(run: Path, out: Path, dtype: str, form: str = "native", other: Path |
         assert isinstance(trained, TextExperiment)
         written = load_huggingface(out).eval() if form == "transformers" else _read_back(trained.module.decoder, out)
         card |= other_domain(written, trained.text, documents, config.data.length)
-    write_atomic(out / "card.json", json.dumps(card, indent=2) + "\n")
+    card = write_card(out, card)
     share(*(file for file in out.rglob("*") if file.is_file()))
     return card
 

@@ -11,6 +11,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_run, require_located
 from t2i_lm.config.sections import DistilConfig
 from t2i_lm.experiment.build import Experiment, ImageModel, build, build_model
+from t2i_lm.models.factory import architecture_hashes
 from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.run_folder import CHECKPOINTS, read_environment, read_run
@@ -134,12 +135,23 @@ def _without_training_terms(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _require_same_tokenizers(model: ImageModel, run: Path) -> None:
-    """Checks the tokenizers' hashes against env.json: ids are specific to the tokenizers of training."""
-    trained = read_run(run).environment.get("tokenizers") or {}
+    """Checks the hashes of tokenizers, and of the JSON of architectures, against env.json.
+
+    Ids are specific to the tokenizers of training; a checkpoint's weights fit several architectures.
+    """
+    environment = read_run(run).environment
+    trained = environment.get("tokenizers") or {}
     for name, tokenizer in (("text", model.text), ("image", model.image)):
         sha256 = trained.get(name, tokenizer.sha256)
         if tokenizer.sha256 != sha256:
             raise ValueError(
                 f"{name}_tokenizer.path holds another file (sha256 {tokenizer.sha256[:12]}) than when "
                 f"{run} was trained ({sha256[:12]})"
+            )
+    found = architecture_hashes(model.config)
+    for name, sha256 in (environment.get("configs") or {}).items():
+        if found.get(name, sha256) != sha256:
+            raise ValueError(
+                f"{name}: its config.json is another (sha256 {found[name][:12]}) than when {run} was trained "
+                f"({sha256[:12]})"
             )

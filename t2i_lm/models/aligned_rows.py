@@ -4,13 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.storage.reading import reason
 from t2i_lm.storage.resumable import share
 from t2i_lm.storage.run_folder import run_folders
+from t2i_lm.storage.tensor_files import read_tensors, write_tensors
 from t2i_lm.storage.writing import atomic_file
 
 FILE = "aligned_rows.safetensors"
@@ -23,7 +23,7 @@ def write_aligned_rows(rows_ID: Tensor, path: Path, text_sha256: str, image_sha2
     """Writes image rows (I, D) in float32, with the hashes of both tokenizers."""
     hashes = {"text_tokenizer": text_sha256, "image_tokenizer": image_sha256}
     with atomic_file(path) as own:
-        save_file({TENSOR: rows_ID.detach().float().cpu().contiguous()}, own, {"tokenizers": json.dumps(hashes)})
+        write_tensors(own, {TENSOR: rows_ID.detach().float().cpu()}, {"tokenizers": json.dumps(hashes)})
     share(path)
 
 
@@ -71,11 +71,11 @@ def read_aligned_rows(config: ExperimentConfig, text_sha256: str, image_sha256: 
     """
     path = find_aligned_rows(config)
     try:
-        with safe_open(path, framework="pt") as file:
-            hashes = json.loads((file.metadata() or {}).get("tokenizers", "{}"))
-            rows_ID: Tensor = file.get_tensor(TENSOR)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"aligned_rows: {path} cannot be read: {error}") from error
+        tensors, metadata = read_tensors(path)
+        hashes = dict(json.loads(metadata.get("tokenizers", "{}")))
+        rows_ID = tensors[TENSOR]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"aligned_rows: {path} cannot be read: {reason(error)}") from error
     for name, sha256 in (("text_tokenizer", text_sha256), ("image_tokenizer", image_sha256)):
         if hashes.get(name) != sha256:
             raise ValueError(

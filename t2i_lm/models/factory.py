@@ -22,7 +22,7 @@ from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
 from t2i_lm.runtime.devices import can_compile
 from t2i_lm.runtime.plugins import BACKBONE, find_plugin
 from t2i_lm.runtime.seeds import generator
-from t2i_lm.storage.hashing import weights_sha256
+from t2i_lm.storage.hashing import known_sha256, weights_sha256
 from t2i_lm.storage.reading import require_regular_files
 
 
@@ -218,6 +218,21 @@ def weights_hashes(config: ExperimentConfig) -> dict[str, str] | None:
     base = base_folder(folder)
     below = {} if base is None else {f"base/{name}": value for name, value in weights_sha256(base).items()}
     return weights_sha256(folder) | below
+
+
+def architecture_hashes(config: ExperimentConfig) -> dict[str, str]:
+    """Hashes of the JSON files that state the architectures of backbone and image tokenizer, where there are any."""
+    named = {"backbone": config.backbone.config or config.backbone.path, "image_tokenizer": config.image_tokenizer.path}
+    hashes = {}
+    for name, path in named.items():
+        if path is None or path in PRESETS or is_plugin(path):
+            continue
+        file = resolve(path)
+        if file.is_dir() or path != config.backbone.config:
+            file = (file if file.is_dir() else file.parent) / "config.json"
+        if file.is_file():
+            hashes[name] = known_sha256(file)
+    return hashes
 
 
 def random_backbone(config: ExperimentConfig) -> Backbone:

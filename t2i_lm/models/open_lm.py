@@ -14,6 +14,7 @@ from torch import Tensor
 
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.wrapped_names import unwrapped_state
+from t2i_lm.storage.cards import require_intact
 from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.writing import atomic_file
@@ -73,7 +74,7 @@ def decoder_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> 
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{source} is not a JSON model config: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{source} is not a JSON model config: expected an object, not {str(values)[:40]}")
+            raise ValueError(f"{source} is not a model config: expected a JSON object, found {type(values).__name__}")
     else:
         raise ValueError(f"no model config {str(source)!r}: expected a JSON file or one of {', '.join(PRESETS)}")
     values |= {key: value for key, value in overrides.items() if value is not None}
@@ -86,7 +87,10 @@ def decoder_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> 
             f"{origin}: {sorted(missing)[0]!r} is missing and cannot be inferred from shapes; "
             "the released open_lm-1b needs positional_embedding_type=head_rotary"
         )
-    return DecoderConfig(**values)
+    try:
+        return DecoderConfig(**values)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{origin}: {reason(error)}") from error
 
 
 def open_lm_state_dict(decoder: Decoder) -> dict[str, Tensor]:
@@ -139,9 +143,10 @@ def load_open_lm(path: str | Path, config: str | Path | Mapping[str, Any] | None
         config: open_lm's model JSON (path or dict) or a preset's name; by default `config.json` beside `path`.
 
     Raises:
-        ValueError: if the file cannot be read or does not match the config.
+        ValueError: if the file cannot be read, does not match the config, or a card.json beside it.
     """
     path = Path(path)
+    require_intact(path)
     if path.is_dir():
         path = weights_in(path)
     if not path.is_file():

@@ -8,11 +8,19 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.runtime.lasting_loggers import LastingCSVLogger, LastingTensorBoardLogger
 
 
-def build_logger(config: ExperimentConfig, folder: Path) -> Logger | bool:
-    """The logger of `log.logger`; metrics.jsonl is written in any case."""
+def build_logger(config: ExperimentConfig, folder: Path, purge: int | None = None) -> Logger | bool:
+    """The logger of `log.logger`; metrics.jsonl is written in any case.
+
+    Args:
+        config: the experiment.
+        folder: its run folder.
+        purge: place on the axis (`logged_position`) from which TensorBoard drops what an earlier session wrote.
+    """
     name = config.log.logger
     if name == "tensorboard":
-        return LastingTensorBoardLogger(save_dir=folder, name="", version="tb", default_hp_metric=False)
+        return LastingTensorBoardLogger(
+            save_dir=folder, name="", version="tb", default_hp_metric=False, purge_step=purge
+        )
     if name == "csv":
         return LastingCSVLogger(save_dir=folder, name="", version="csv")
     if name == "wandb":

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from t2i_lm.storage.reading import require_regular
@@ -12,6 +13,17 @@ def file_sha256(path: Path) -> str:
     require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """Hash of a file's bytes, computed once per process while its size, times and inode stay."""
+    status = path.stat()
+    return _sha256_of(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=1024)
+def _sha256_of(path: Path, *state: int) -> str:
+    return file_sha256(path)
 
 
 def folder_sha256(folder: Path, suffixes: Sequence[str]) -> str:
@@ -36,4 +48,4 @@ WEIGHTS = (".safetensors", ".pt", ".bin")
 def weights_sha256(path: Path) -> dict[str, str]:
     """Hash by name of a weights file, or of all weights files in a folder."""
     files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS) if path.is_dir() else [path]
-    return {file.name: file_sha256(file) for file in files}
+    return {file.name: known_sha256(file) for file in files}

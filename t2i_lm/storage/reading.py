@@ -67,8 +67,8 @@ def require_regular_files(path: str | os.PathLike[str]) -> None:
 def reading(key: str, path: str | Path) -> Iterator[None]:
     """Turns any error inside into a ValueError that names the key and the file.
 
-    Messages of this suite stay as they are. Errors of code, such as a failed assertion, and of memory pass through; that
-    of a file whose sizes do not fit into memory is a MemoryError with its name.
+    Messages of this suite stay as they are. Errors of code, such as a failed assertion, and of memory pass through;
+    that of a file whose sizes do not fit into memory is a MemoryError with its name.
 
     Args:
         key: the config key or option that names the file.

@@ -7,15 +7,16 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from t2i_lm.storage.sealed import DIGEST, read_sealed, sealed
+from t2i_lm.storage.tensor_files import read_tensors, write_tensors
 from t2i_lm.storage.writing import atomic_file, writing
 
 IDENTITY = "parts.json"
@@ -45,8 +46,9 @@ class ResumableParts:
         self._stamp = hashlib.sha256(text.encode()).hexdigest()
         file = folder / IDENTITY
         if file.is_file():
-            other = json.loads(file.read_text(encoding="utf-8"))
-            keys = [key for key in {**other, **self.identity} if other.get(key) != self.identity.get(key)]
+            other = read_sealed(file, f"delete {folder} to compute it again")
+            names = ({**other, **self.identity}).keys() - {DIGEST}
+            keys = [key for key in names if other.get(key) != self.identity.get(key)]
             if keys:
                 changes = "; ".join(f"{key}={other.get(key)!r}, now {self.identity.get(key)!r}" for key in sorted(keys))
                 raise ValueError(f"{folder} has parts of a different evaluation ({changes}); use another folder")
@@ -63,26 +65,30 @@ class ResumableParts:
         return self.folder / f"part-{number:05d}.safetensors"
 
     def done(self, number: int) -> bool:
-        """Whether a part is complete and belongs to this job."""
+        """Whether a part is complete and belongs to this job; a damaged one is told, and computed again."""
         if not self.path(number).is_file():
             return False
         try:
-            with safe_open(self.path(number), framework="pt") as file:
-                return (file.metadata() or {}).get("identity") == self._stamp
-        except (SafetensorError, OSError):  # truncated: computed again
+            return read_tensors(self.path(number))[1].get("identity") == self._stamp
+        except ValueError as error:
+            print(f"note: {error}; it is computed again", file=sys.stderr)
             return False
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a finished part."""
-        return load_file(self.path(number))
+        """The tensors of a finished part.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return read_tensors(self.path(number))[0]
 
     def write(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Writes a part atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY).is_file():
-            write_atomic(self.folder / IDENTITY, json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
+            write_atomic(self.folder / IDENTITY, json.dumps(sealed(self.identity), indent=2, sort_keys=True) + "\n")
         with atomic_file(self.path(number)) as own:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, own, {"identity": self._stamp})
+            write_tensors(own, tensors, {"identity": self._stamp})
             with own.open("rb") as file:
                 os.fsync(file.fileno())
 

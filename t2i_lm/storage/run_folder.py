@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from typing import Any
 
 from t2i_lm.storage.line_digests import check
 from t2i_lm.storage.reading import reading
+from t2i_lm.storage.sealed import DIGEST, digest_of, require_digest
 from t2i_lm.storage.writing import DiskError
 from t2i_lm.storage.yaml_text import read_yaml
 
@@ -26,7 +28,8 @@ CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS, GROUPS = (
     "events.log",
     "groups.txt",  # parameters by group, trainable and frozen
 )
-METRICS_DIGEST = "metrics_digest"  # in report.json
+METRICS_DIGEST, ENVIRONMENT_DIGEST = "metrics_digest", "environment_digest"  # in report.json
+CONFIG_DIGEST = "config_digest"  # in env.json
 OWNER = "owner.json"  # while a process writes the folder
 # Validation in metrics.jsonl and report.json: `val`, or `val/SPLIT` for each of several splits, `PRIMARY` the main one.
 VAL, PRIMARY = "val", "iid"
@@ -132,19 +135,55 @@ def read_run(folder: Path) -> Run:
     """Reads a run folder, without an incomplete last line of metrics.jsonl.
 
     Raises:
-        ValueError: if it is not a run folder, or a file in it is damaged.
+        ValueError: if it is not a run folder, or a file in it is damaged: other than the digests say.
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}")
     metrics, tip = _metrics(folder / METRICS)
-    with reading("run folder", folder / CONFIG):
-        config = dict(read_yaml((folder / CONFIG).read_text(encoding="utf-8")))
+    environment = read_environment(folder)
+    config = read_config(folder, environment)
     report = _json(folder / REPORT)
     if report is not None and report.get(METRICS_DIGEST, tip) != tip:
         raise ValueError(
             f"{folder / METRICS} is not the file of which {REPORT} was written: its last lines are missing"
         )
-    return Run(folder, config, read_environment(folder), metrics, report)
+    known = environment.get(DIGEST)
+    if report is not None and report.get(ENVIRONMENT_DIGEST, known) != known:
+        raise ValueError(f"{folder / ENVIRONMENT} is not the file of which {REPORT} was written; restore it")
+    return Run(folder, config, environment, metrics, report)
+
+
+def read_config(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """config.yaml of a run folder, as it is written there.
+
+    Raises:
+        ValueError: if it cannot be read, or env.json was written for other values.
+    """
+    path = folder / CONFIG
+    with reading("run folder", path):
+        config = dict(read_yaml(path.read_text(encoding="utf-8")))
+    entry = environment.get(CONFIG_DIGEST)
+    if entry is not None and config_digest(config, entry["without"])[DIGEST] != entry[DIGEST]:
+        raise ValueError(
+            f"{path} has other values than the run was trained with, by the digest in {ENVIRONMENT}; restore it (only "
+            "paths, and keys that change no result, may differ)"
+        )
+    return config
+
+
+def config_digest(config: Mapping[str, Any], without: Iterable[str]) -> dict[str, Any]:
+    """The entry of env.json for a nested config: a digest of its values but for those of the keys `without`."""
+    left_out = sorted(without)
+    values = {key: value for key, value in _leaves(config) if key not in left_out}
+    return {DIGEST: digest_of(values), "without": left_out}
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, Any]], str]:
@@ -170,6 +209,12 @@ def metrics_digest(folder: Path) -> str:
     return _metrics(folder / METRICS)[1]
 
 
+def logged_position(folder: Path, step: int) -> int:
+    """Place of a run's loggers on their axis, tokens or else samples, at its last line up to an optimizer step."""
+    records = [record for record in _metrics(folder / METRICS)[0] if record.get("step", 0) <= step]
+    return max((int(record.get("tokens_nominal", record.get("samples", 0))) for record in records), default=0)
+
+
 def read_environment(folder: Path) -> dict[str, Any]:
     """env.json of a run folder; empty where there is none."""
     return _json(folder / ENVIRONMENT) or {}
@@ -179,7 +224,9 @@ def _json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with reading("run folder", path):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+    require_digest(content, path, "restore it from a copy")
+    return content
 
 
 def environment(**extra: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from t2i_lm.modules.base import DecoderModule
 from t2i_lm.plots.live import live_figures
 from t2i_lm.runtime.devices import device_name, precision
 from t2i_lm.runtime.rank_watch import RankWatch
-from t2i_lm.storage.run_folder import CHECKPOINTS, FID, METRICS, SAMPLES
+from t2i_lm.storage.run_folder import CHECKPOINTS, FID, METRICS, SAMPLES, logged_position
 from t2i_lm.training.ranks import collective_timeout
 
 # Keys in TensorBoard's table of hyperparameters by column. TensorBoard sorts columns by name and shows the first five.
@@ -121,7 +121,8 @@ def _dashboard(experiment: Experiment, folder: Path) -> Dashboard:
     command = " \\\n    ".join(map(shlex.quote, ["python", *sys.orig_argv[1:]]))
     texts = {"command": command, "config": to_yaml(config)}
     row = {name: "none" if values[key] is None else values[key] for name, key in HYPERPARAMETERS.items()}
-    return Dashboard(experiment.data.validation_splits, row, texts, partial(live_figures, folder))
+    splits, place = experiment.data.validation_splits, partial(logged_position, folder)
+    return Dashboard(splits, row, texts, partial(live_figures, folder), place)
 
 
 def _measurements(

@@ -9,7 +9,7 @@ from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.data.shards.cache import shards_of
 from t2i_lm.experiment.build import Experiment, open_image, open_text
-from t2i_lm.models.factory import weights_hashes
+from t2i_lm.models.factory import architecture_hashes, weights_hashes
 from t2i_lm.runtime.devices import local_rank
 from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.storage.run_folder import ENVIRONMENT, read_environment
@@ -33,6 +33,7 @@ def started_from(experiment: Experiment) -> dict[str, Any]:
     }
     optional = {
         "replay_hash": experiment.replay_hash,
+        "configs": architecture_hashes(config),
         "plugins": plugin_identities(config),
         # An index of older scenes has no version; an image tokenizer has no index.
         SCENES: index.get(SCENES) if index else SCENES_FORMAT if config.data.source == "scenes" else None,
@@ -48,6 +49,7 @@ def require_same_files(config: ExperimentConfig, found_run: Resumption) -> None:
         ValueError: naming each that differs from the run's env.json or checkpoint, and was not allowed to.
     """
     found: dict[str, Any] = {"plugins": plugin_identities(config), "numerics": NUMERICS}
+    found["configs"] = architecture_hashes(config)
     if not is_plugin(config.backbone.path):  # a plug-in's hash is known once it is built
         found["backbone"] = weights_hashes(config)
     if config.task in ("text_to_image", "unconditional", "align"):

@@ -10,7 +10,7 @@ from t2i_lm.storage.run_folder import CONFIG, REPORT, find_run, run_folders
 
 LATEST = "latest"
 # Entries of env.json that are compared on resume.
-HASHES = ("data_hash", "replay_hash", "tokenizers", "backbone", "plugins", "numerics")
+HASHES = ("data_hash", "replay_hash", "tokenizers", "backbone", "configs", "plugins", "numerics")
 
 
 def resumed_run(

@@ -16,7 +16,16 @@ from t2i_lm.config.experiment import ExperimentConfig, is_fixed, may_move
 from t2i_lm.config.load import changed_yaml, flatten, flatten_mapping, load_experiment, nested_yaml
 from t2i_lm.storage.reading import reading
 from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, read_environment
+from t2i_lm.storage.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    CONFIG_DIGEST,
+    ENVIRONMENT,
+    METRICS,
+    config_digest,
+    read_environment,
+)
+from t2i_lm.storage.sealed import sealed
 from t2i_lm.storage.yaml_text import read_yaml
 
 # Entry of a checkpoint's record: the values of config.yaml by dotted key.
@@ -93,6 +102,8 @@ class Resumption:
             if entry not in entries:
                 entries.append(entry)
         content = environment | found | {"changes": entries}
+        if CONFIG_DIGEST in environment:
+            content = sealed(content | {CONFIG_DIGEST: config_entry(folder)})
         write_atomic(folder / ENVIRONMENT, json.dumps(content, indent=2) + "\n")
 
 
@@ -155,6 +166,12 @@ def _found(folder: Path, events: Sequence[tuple[str, str]]) -> str:
     except ValueError as error:
         return f"{found}; {error}"
     return found if reached is None else f"{found}; {METRICS} reaches step {reached}"
+
+
+def config_entry(folder: Path) -> dict[str, Any]:
+    """The entry of env.json for a run's config.yaml: a digest of the values that may not change unseen."""
+    values = read_yaml((folder / CONFIG).read_text(encoding="utf-8"))
+    return config_digest(values, filter(may_move, flatten_mapping(values)))
 
 
 def config_values(config: ExperimentConfig, folder: Path) -> dict[str, Any]:

@@ -44,17 +44,20 @@ from t2i_lm.storage.owner import Ownership, own, require_free
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import (
     CONFIG,
+    CONFIG_DIGEST,
     ENVIRONMENT,
     EVENTS,
     GROUPS,
     METRICS,
     OWNER,
     environment,
+    logged_position,
     new_run_folder,
     read_environment,
     read_run,
     require_no_links,
 )
+from t2i_lm.storage.sealed import sealed
 from t2i_lm.training.callbacks import training_flop
 from t2i_lm.training.continuity import require_same_files, require_same_start, started_from
 from t2i_lm.training.ranks import prepare_last_words, watch_ranks
@@ -62,6 +65,7 @@ from t2i_lm.training.resume import require_unfinished
 from t2i_lm.training.resumption import (
     VALUES,
     Resumption,
+    config_entry,
     config_values,
     find_resumption,
     require_same_config,
@@ -143,7 +147,10 @@ def _train(
         record = {VALUES: config_values(experiment.config, folder), **start}
     checkpoint, allowed = (resumption.checkpoint, resumption.allowed) if resumption else (None, ())
 
-    trainer = build_trainer(experiment, folder, events, checkpoint is not None, record, allowed, watch)
+    purge = None
+    if is_main and resumption is not None:
+        purge = logged_position(folder, resumption.step) + 1 if checkpoint else 0
+    trainer = build_trainer(experiment, folder, events, checkpoint is not None, record, allowed, purge, watch)
     if watch is not None:
         prepare_last_words(watch, folder, events, trainer.callbacks, owner)  # type: ignore[attr-defined]
     try:
@@ -187,7 +194,7 @@ def _open_folder(experiment: Experiment, start: dict[str, Any], folder: Path) ->
     config, module = experiment.config, experiment.module
     save_experiment(config, folder / CONFIG)
     experiment.data.setup("fit")
-    write_atomic(folder / ENVIRONMENT, json.dumps(_environment(experiment, start), indent=2) + "\n")
+    write_atomic(folder / ENVIRONMENT, json.dumps(sealed(_environment(experiment, start, folder)), indent=2) + "\n")
     if isinstance(module, DecoderModule):
         groups = "\n".join([group_table(module.decoder), *overlaps(module.decoder, config.freeze)])
         _print_model(experiment)
@@ -197,7 +204,7 @@ def _open_folder(experiment: Experiment, start: dict[str, Any], folder: Path) ->
     print(f"run folder: {folder}", flush=True)
 
 
-def _environment(experiment: Experiment, start: dict[str, Any]) -> dict[str, object]:
+def _environment(experiment: Experiment, start: dict[str, Any], folder: Path) -> dict[str, object]:
     """Content of env.json: code, versions, hardware, and hashes of everything the run starts from."""
     config = experiment.config
     size = len(experiment.data.train_set)
@@ -213,6 +220,7 @@ def _environment(experiment: Experiment, start: dict[str, Any]) -> dict[str, obj
         parameters=sum(parameter.numel() for parameter in experiment.module.parameters()),
         flop_per_token=training_flop(experiment),
         conventions=conventions(experiment),
+        **{CONFIG_DIGEST: config_entry(folder)},
         **({"data": counts} if (counts := data_counts(experiment)) else {}),
     )
 

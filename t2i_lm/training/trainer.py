@@ -54,6 +54,7 @@ def build_trainer(
     resumed: bool,
     record: dict[str, Any] | None = None,
     allowed: Sequence[str] = (),
+    purge: int | None = None,
     watch: RankWatch | None = None,
 ) -> pl.Trainer:
     """The Trainer of a run with its callbacks. A new run is validated before its first step, a resumed one is not.
@@ -65,6 +66,7 @@ def build_trainer(
         resumed: whether a checkpoint will be loaded.
         record: is written into every checkpoint.
         allowed: keys that may differ from the checkpoint's.
+        purge: as in `build_logger`.
         watch: over the ranks, if there are several.
 
     Raises:
@@ -89,7 +91,7 @@ def build_trainer(
         gradient_clip_val=config.optim.grad_clip,
         val_check_interval=min(trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
-        logger=build_logger(config, folder),
+        logger=build_logger(config, folder, purge),
         callbacks=[*changed, *callbacks_for(experiment, folder, events, record, watch)],
         default_root_dir=folder / CHECKPOINTS,  # where Lightning looks for its own checkpoints of Slurm, and finds none
         plugins=[DurableCheckpointIO(), cluster()],

@@ -66,6 +66,22 @@ def test_captions_of_large_folders_are_read_whole(tmp_path: Path, monkeypatch: p
     assert content_of(str(tmp_path)) != before
 
 
+def test_an_image_that_is_replaced_with_its_size_and_time_is_other_content_where_bytes_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "a.jpg"
+    found = []
+    for limit in (identity.OTHER_BYTES, 1):
+        monkeypatch.setattr(identity, "OTHER_BYTES", limit)
+        for content in (b"one", b"two"):
+            image.write_bytes(content)
+            os.utime(image, ns=(5, 5))
+            found.append(content_of(str(tmp_path)))
+    small, other, large, same = found
+    assert small != other
+    assert large == same  # of more images than are read, their sizes and times count, as the documentation says
+
+
 def test_a_file_is_its_content_whatever_its_name(tmp_path: Path) -> None:
     for name, text in (("a.txt", "one"), ("b.txt", "one"), ("c.txt", "two")):
         (tmp_path / name).write_text(text)

@@ -10,7 +10,8 @@ import torch
 from t2i_lm.config.sections import VQModelConfig
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.experiment.restore import load_trained, newest_checkpoint
-from t2i_lm.storage.run_folder import ENVIRONMENT, Run
+from t2i_lm.storage.run_folder import ENVIRONMENT, REPORT, Run
+from t2i_lm.storage.sealed import sealed
 from t2i_lm.tokenizers.text import train_sentencepiece
 from t2i_lm.tokenizers.vq import PatchedVQ, save_tokenizer
 
@@ -44,8 +45,21 @@ def test_tokenizers_of_another_hash_are_refused(name: str, pretrained: Run, tmp_
     shutil.copytree(pretrained.folder, folder)
     environment = json.loads((folder / ENVIRONMENT).read_text())
     environment["tokenizers"][name] = "0" * 64
-    (folder / ENVIRONMENT).write_text(json.dumps(environment))
+    (folder / ENVIRONMENT).write_text(json.dumps(sealed(environment)))
+    (folder / REPORT).unlink()
     with pytest.raises(ValueError, match=rf"{name}_tokenizer\.path holds another file .* \(000000000000\)"):
+        load_trained(folder)
+
+
+@pytest.mark.parametrize("name", ["backbone", "image_tokenizer"])
+def test_architectures_of_another_hash_are_refused(name: str, pretrained: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(pretrained.folder, folder)
+    environment = json.loads((folder / ENVIRONMENT).read_text())
+    environment["configs"][name] = "0" * 64
+    (folder / ENVIRONMENT).write_text(json.dumps(sealed(environment)))
+    (folder / REPORT).unlink()
+    with pytest.raises(ValueError, match=rf"{name}: its config\.json is another .* \(000000000000\)"):
         load_trained(folder)
 
 

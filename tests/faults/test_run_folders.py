@@ -3,11 +3,9 @@
 T2I_LM_FAULTS is the number of damages of each kind of file, a few by default.
 """
 
-import os
 import random
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +20,8 @@ from t2i_lm.config.experiment import ExperimentConfig, may_move
 from t2i_lm.config.load import flatten, flatten_mapping, load_experiment, save_experiment
 from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, METRICS, read_run
 from t2i_lm.training.resumption import VALUES, find_resumption, require_same_config
+from tests.faults.damage import COUNT, damage
 
-COUNT = int(os.environ.get("T2I_LM_FAULTS", "20"))
 STEPS = (10, 20)
 
 
@@ -49,37 +47,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def flip(content: bytes, draw: random.Random) -> bytes:
-    changed = bytearray(content)
-    changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
-    return bytes(changed)
-
-
-def cut(content: bytes, draw: random.Random) -> bytes:
-    return content[: draw.randrange(len(content))]
-
-
-def zero(content: bytes, draw: random.Random) -> bytes:
-    start = draw.randrange(len(content))
-    length = min(len(content) - start, draw.randint(1, 4096))
-    return content[:start] + bytes(length) + content[start + length :]
-
-
-def double(content: bytes, draw: random.Random) -> bytes:
-    start = draw.randrange(len(content))
-    end = min(len(content), start + draw.randint(1, 200))
-    return content[:end] + content[start:end] + content[end:]
-
-
-DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (flip, cut, zero, double)
-
-
 def damaged(whole: Path, folder: Path, name: str, draw: random.Random) -> bool:
     """Copies the run with one damaged file; whether a byte differs."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
     content = (folder / name).read_bytes()
-    changed = draw.choice(DAMAGES)(content, draw)
+    changed = damage(content, draw)
     (folder / name).write_bytes(changed)
     return changed != content
 

@@ -10,6 +10,7 @@ import pytest
 from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.build import open_text
 from t2i_lm.storage.run_folder import CONFIG, ENVIRONMENT, OWNER, REPORT, Run
+from t2i_lm.storage.sealed import sealed
 from t2i_lm.train import main
 from t2i_lm.training.continuity import require_same_files
 from t2i_lm.training.resume import HASHES
@@ -34,11 +35,13 @@ def change(folder: Path, key: str, value: Any) -> None:
     place.pop(name)
     if value is not None:
         place[name] = value
-    file.write_text(json.dumps(recorded))
+    file.write_text(json.dumps(sealed(recorded)))
 
 
 @pytest.mark.parametrize(
-    "key", ["data_hash", "tokenizers/text", "tokenizers/image", "backbone/model.safetensors"], ids=str
+    "key",
+    ["data_hash", "tokenizers/text", "tokenizers/image", "backbone/model.safetensors", "configs/backbone"],
+    ids=str,
 )
 def test_a_difference_is_refused_by_name_and_nothing_is_written(
     pretrained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str

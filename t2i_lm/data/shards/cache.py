@@ -24,15 +24,17 @@ from t2i_lm.data.shards.format import data_hash, read_index
 from t2i_lm.runtime.devices import global_rank, local_rank
 from t2i_lm.runtime.plugins import SOURCE, find_plugin
 from t2i_lm.runtime.progress import going_on
+from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.owner import OwnedError, own
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import OWNER
+from t2i_lm.storage.sealed import read_sealed, sealed
 from t2i_lm.storage.writing import DiskError
 
 # Increment when the content of shards changes, so that older caches are not reused. Scenes are generated: their format
 # is their version, `SCENES_FORMAT`. Folders had `FORMER_FORMAT` before content was a part of their name.
 FORMAT, FORMER_FORMAT = 3, 2
-KEY = "key.json"
+KEY, SHA256 = "key.json", "sha256"
 # Seconds between checks of what other processes are writing, and until a line says who they are.
 POLL_S, PATIENCE_S = 0.5, 10.0
 
@@ -84,13 +86,34 @@ class Prepared:
         """
         try:
             (self.root if self.suffix else self.folder).mkdir(parents=True, exist_ok=True)
-            file = self.root / f"{self.folder.name}.{KEY}" if self.suffix else self.folder / KEY
-            if self.paths and not file.is_file():
-                places = {key: absolute_path(path) for key, path in self.paths.items()}
-                text = json.dumps({"key": self.key, "paths": places}, indent=2, sort_keys=True)
-                write_atomic(file, text + "\n")
+            if self.paths and not self._key_file.is_file():
+                self._write_key({})
         except OSError as error:
             raise ValueError(f"data.cache_dir: cannot create {DiskError.of(error, self.folder)}") from error
+
+    @property
+    def _key_file(self) -> Path:
+        return self.root / f"{self.folder.name}.{KEY}" if self.suffix else self.folder / KEY
+
+    def _write_key(self, more: dict[str, Any]) -> None:
+        places = {key: absolute_path(path) for key, path in self.paths.items()}
+        content = sealed({"key": self.key, "paths": places, **more})
+        write_atomic(self._key_file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+    def record_file(self) -> None:
+        """Adds the hash of a file that was written to the key beside it."""
+        self._write_key({SHA256: file_sha256(self.folder)})
+
+    def require_recorded_file(self) -> None:
+        """Checks a file against the hash beside it, which older versions did not write.
+
+        Raises:
+            ValueError: if either is damaged.
+        """
+        remedy = f"delete {self.folder} to make it again"
+        known = read_sealed(self._key_file, remedy).get(SHA256) if self._key_file.is_file() else None
+        if known is not None and file_sha256(self.folder) != known:
+            raise ValueError(f"{self.folder} is damaged: its sha256 differs from {self._key_file.name}; {remedy}")
 
     def require_unchanged(self) -> None:
         """Checks that the data is still what it was before it was read.

@@ -38,9 +38,10 @@ class _Batch:
 
 
 class _Part:
-    """The rows of one part."""
+    """The rows of one part, and the verified state of the files that are mapped."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, state: int) -> None:
+        self.state = state
         self._begin, self._batches = [0], list[_Batch]()
         for batch in table.select(["image_ids", "text_ids"]).to_batches():
             images, captions = batch.column("image_ids"), batch.column("text_ids")
@@ -95,9 +96,18 @@ class PairColumns:
         return self._starts[-1]
 
     def open(self, numbers: set[int]) -> None:
-        """Fetches and verifies parts that are not open, several at a time."""
+        """Fetches and verifies parts that are not open, several at a time; opens those anew whose files have changed.
+
+        A file that is cut while it is mapped would end the process by SIGBUS when it is read.
+        """
+        for number in numbers & self._open.keys():
+            if self._has_changed(number):
+                del self._open[number]
         if missing := numbers - self._open.keys():
             self.parts.fetch(missing)
+
+    def _has_changed(self, number: int) -> bool:
+        return self.parts.state(number) not in (self._open[number].state, None)
 
     def captions_by_part(self) -> Offsets:
         """Number of captions of each part: those that the index counts, else counted in all parts."""
@@ -124,14 +134,22 @@ class PairColumns:
         return int(batch.row_starts[place + 1] - batch.row_starts[place])
 
     def caption(self, row: int, number: int) -> IntArray:
-        """Text ids of caption `number` of a row."""
+        """Text ids of caption `number` of a row, copied from the file."""
         batch, place = self._find(row)
         caption = batch.row_starts[place] + number
-        return batch.text_ids[batch.caption_starts[caption] : batch.caption_starts[caption + 1]]
+        return batch.text_ids[batch.caption_starts[caption] : batch.caption_starts[caption + 1]].copy()
 
     def images(self, rows: list[int]) -> IntArray:
-        """Image ids (B, N) of rows."""
-        return np.stack([batch.image_ids_RN[place] for batch, place in map(self._find, rows)])
+        """Image ids (B, N) of rows, read after their captions.
+
+        Raises:
+            PartError: if a file has changed since it was verified.
+        """
+        ids_BN = np.stack([batch.image_ids_RN[place] for batch, place in map(self._find, rows)])
+        for number in {bisect_right(self._starts, row) - 1 for row in rows}:
+            if self._has_changed(number):  # while they were read
+                self.parts.files(number)
+        return ids_BN
 
     def image_rows(self) -> Iterator[IntArray]:
         """Image ids (N,) of every row, in order."""
@@ -148,7 +166,7 @@ class PairColumns:
     def _part(self, number: int) -> _Part:
         part = self._open.get(number)
         if part is None:
-            part = self._open[number] = _Part(self.parts.table(number))
+            part = self._open[number] = _Part(self.parts.table(number), self.parts.verified_state(number))
             while self.parts.is_remote and len(self._open) > MOST_OPEN:  # a mapped file takes disk after its deletion
                 self._open.popitem(last=False)
         elif self.parts.is_remote:

@@ -4,7 +4,9 @@ A folder has `SPLIT/part-00000`, ... and `index.json`, which marks it as complet
 scenes `train`, `val/iid` and `val/compositional`. A part with its `part.json` is written to a temporary folder and
 renamed, so that an interrupted preparation continues after the last complete part.
 Opening a split reads the index and compares sizes of files, whatever their content; a part is opened, and its sha256
-verified, when it is first read. Where the parts lie elsewhere (`remote.py`), it is fetched then.
+verified, when it is first read, and again when its size, modification time or inode has changed since. Where the parts
+lie elsewhere (`remote.py`), it is fetched then. Index and `part.json` hold digests of themselves; the JSON that
+`datasets` writes beside the Arrow files is not read.
 
 Pair shards have columns `id`, `image_ids` (fixed-size list), `text_ids` (all captions, a list of lists) and `meaning`
 (JSON, scenes only); text shards have `text_ids` (length + 1 ids: neighbors overlap by one, so every token is a target
@@ -14,6 +16,7 @@ vocabulary rarely fits uint16.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,12 +35,13 @@ from t2i_lm.data.shards.remote import FETCHES, RemoteFiles
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import PRIMARY, VAL
+from t2i_lm.storage.sealed import opened, read_sealed, sealed
 from t2i_lm.storage.writing import writing
 
 # `prepare` reports its own progress.
 datasets.disable_progress_bars()
 
-PART = "part.json"
+INDEX, PART = "index.json", "part.json"
 # Key of the index: rows, captions and sizes of the files of each part, by split.
 PARTS = "parts"
 # Key of the index of a dataset whose training rows are made while they are read (`made_parts.py`): where they lie.
@@ -113,22 +117,32 @@ def _write_part(
         dataset.save_to_disk(str(work / "data"))
         count = len(dataset)
     shards = {file.name: file_sha256(file) for file in sorted((work / "data").glob("*.arrow"))}
-    entry = {"rows": count, "sha256": shards, **details()}
+    entry = sealed({"rows": count, "sha256": shards, **details()})
     (work / "data" / PART).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
     (work / "data").rename(target)
 
 
 def read_part(target: Path) -> dict[str, Any]:
-    """The `part.json` of a complete part."""
-    entry: dict[str, Any] = json.loads((target / PART).read_text(encoding="utf-8"))
+    """The `part.json` of a complete part.
+
+    Raises:
+        ValueError: if it is damaged or missing.
+    """
+    remedy = f"delete {target} to prepare this part again (python -m t2i_lm.prepare)"
+    try:
+        entry = read_sealed(target / PART, remedy)
+    except OSError as error:
+        raise ValueError(f"{target / PART} cannot be read: {error.strerror}; {remedy}") from error
+    if not isinstance(entry.get("rows"), int) or not isinstance(entry.get("sha256"), dict):
+        raise ValueError(f"{target / PART} is damaged: no rows and sha256; {remedy}")
     return entry
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Writes `index.json` with its `data_hash` and the sizes of parts; this marks the folder as complete."""
+    """Writes `index.json` with its `data_hash`, the sizes of parts and a digest; this marks the folder as complete."""
     parts = {split: part_entries(folder, index, split) for split in index["splits"]}
-    index = index | {"data_hash": data_hash(index), PARTS: parts}
-    write_atomic(folder / "index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    index = sealed(index | {"data_hash": data_hash(index), PARTS: parts})
+    write_atomic(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_card(folder: Path, index: dict[str, Any], origin: str) -> None:
@@ -163,15 +177,27 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """The index of a folder; None if it is incomplete or absent.
 
     Raises:
-        ValueError: if the index is not JSON.
+        ValueError: if the index is damaged.
     """
-    path = folder / "index.json"
+    path = folder / INDEX
     if not path.is_file():
         return None
-    try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged; delete {folder} to prepare it again") from error
+    remedy = "delete it to have it written again (python -m t2i_lm.prepare), or restore it from where it was copied"
+    return checked_index(path.read_bytes(), str(path), remedy)
+
+
+def checked_index(text: bytes, place: str, remedy: str) -> dict[str, Any]:
+    """The index in the text of a file at `place`. Indices of older versions have no digest but a hash of their splits.
+
+    Raises:
+        ValueError: naming place and remedy, if it is damaged.
+    """
+    index = opened(text, place, remedy)
+    splits = index.get("splits")
+    if not isinstance(splits, dict) or not all(isinstance(entry, dict) for entry in splits.values()):
+        raise ValueError(f"{place} is no index of token shards; {remedy}")
+    if index.get("data_hash", found := data_hash(index)) != found:
+        raise ValueError(f"{place} is damaged: its data hash is {found}; {remedy}")
     return index
 
 
@@ -247,10 +273,18 @@ class Parts:
         captions = [entry.get("captions") for entry in entries]
         self.captions: Indices | None = None if None in captions else np.array(captions, dtype=np.int64)
         self._bytes: list[dict[str, int]] = [entry.get("bytes", {}) for entry in entries]
+        if len(entries) != len(self._files) or len(self) != index["splits"][split]["rows"]:
+            raise ValueError(
+                f"{folder / INDEX} is damaged: {len(self):,} rows in {len(entries)} parts of {split}, not "
+                f"{index['splits'][split]['rows']:,} in {len(self._files)}; {self._remedy}"
+            )
         self._remote = RemoteFiles.of(folder)
-        # In memory that workers share, so that one of them verifies a part.
-        self._verified = torch.zeros(len(entries), dtype=torch.uint8)
+        # State of each part's files when they were verified, 0 before; in memory that workers share, so that one of
+        # them verifies a part.
+        self._verified = torch.zeros(len(entries), dtype=torch.int64)
         self._verified.share_memory_()  # type: ignore[no-untyped-call]
+        self._paths: dict[int, tuple[str, ...]] = {}
+        self._mapped: dict[int, list[int] | None] = {}  # inodes of the files of `dataset`
         self._threads: ThreadPoolExecutor | None = None
         self._asked: set[int] = set()
         if not len(self):
@@ -273,12 +307,16 @@ class Parts:
         return self._remote is not None
 
     def table(self, number: int) -> pa.Table:
-        """The rows of a part, memory-mapped.
+        """The rows of a part, memory-mapped: they are those that were verified while its `state` stays.
 
         Raises:
             PartError: if it cannot be fetched, or a file is damaged.
         """
-        return pa.concat_tables([_map(file) for file in self.files(number)])
+        table = pa.concat_tables([_map(file) for file in self.files(number)])
+        if table.num_rows != self.rows[number]:
+            counted = f"{self.rows[number]:,} rows of part {number} of {self.split}, which has {table.num_rows:,}"
+            raise PartError(f"{self.folder / INDEX} is damaged: {counted}; {self._remedy}")
+        return table
 
     def id(self, row: int) -> str:
         """The `id` of a row."""
@@ -286,8 +324,9 @@ class Parts:
         return str(self.table(number)["id"][row - int(self.rows[:number].sum())])
 
     def dataset(self) -> datasets.Dataset:
-        """All parts in numpy format, memory-mapped, after all of them are verified."""
-        files = (file for number in range(len(self._files)) for file in self.files(number))
+        """All parts in numpy format, memory-mapped, after all of them are verified; see `require_unchanged`."""
+        files = [file for number in range(len(self._files)) for file in self.files(number)]
+        self._mapped = {number: self._inodes(number) for number in range(len(self._files))}
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files]).with_format(
             "numpy"
         )
@@ -298,22 +337,80 @@ class Parts:
         Raises:
             PartError: if one cannot be fetched, or is damaged.
         """
-        paths = []
+        paths, verified = [], self._is_verified(number)
+        before = self.state(number)
         for name, sha256 in self._files[number].items():
             place = f"{part_folder(Path(self.split), '', number).as_posix()}/{name}"
             path = part_folder(self.folder, self.split, number) / name
             try:
                 if self._remote is not None:
-                    path = self._remote.fetch(place, sha256, verified=bool(self._verified[number]))
-                elif not self._verified[number] and file_sha256(path) != sha256:
+                    path = self._remote.fetch(place, sha256, verified)
+                elif not verified and file_sha256(path) != sha256:
                     raise self._damaged(path)
             except OSError as error:
                 raise PartError(f"token shard {path} cannot be read: {error.strerror or error}") from error
             except ValueError as error:
                 raise PartError(str(error)) from error
             paths.append(path)
-        self._verified[number] = 1
+        if not verified:
+            # Local files that change while they are hashed are verified again; remote ones are replaced at once.
+            self._verified[number] = (before if self._remote is None else self.state(number)) or 0
         return paths
+
+    def require_unchanged(self) -> None:
+        """Checks that the files of `dataset` are as they were verified: what is mapped can change while it is read.
+
+        It takes a call of the system per file; a file with another size, time or inode is verified again. To be
+        called before rows are read, since a cut file would end the process by SIGBUS, and after.
+
+        Raises:
+            PartError: naming the file that has changed.
+        """
+        for number, inodes in self._mapped.items():
+            if self.state(number) not in (int(self._verified[number]), None):
+                self.files(number)
+            if self._inodes(number) not in (inodes, None):
+                raise PartError(f"token shard {self._paths[number][0]} was replaced under the run; resume it")
+
+    def state(self, number: int) -> int | None:
+        """A hash of size, modification time and inode of a part's files; None if one is gone, whose maps remain.
+
+        Raises:
+            PartError: if the system does not tell.
+        """
+        found = self._status(number)
+        if found is None:
+            return None
+        return hash(tuple((file.st_size, file.st_mtime_ns, file.st_ino) for file in found)) or 1
+
+    def verified_state(self, number: int) -> int:
+        """The `state` in which a part was verified; 0 before."""
+        return int(self._verified[number])
+
+    def _inodes(self, number: int) -> list[int] | None:
+        found = self._status(number)
+        return None if found is None else [file.st_ino for file in found]
+
+    def _status(self, number: int) -> list[os.stat_result] | None:
+        paths = self._paths.get(number)
+        if paths is None:
+            paths = self._paths[number] = tuple(self._places(number))
+        try:
+            return [os.stat(path) for path in paths]
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise PartError(f"token shard {error.filename} cannot be read: {error.strerror}") from error
+
+    def _is_verified(self, number: int) -> bool:
+        state = int(self._verified[number])
+        return state != 0 and self.state(number) == state
+
+    def _places(self, number: int) -> Iterator[str]:
+        """Where the files of a part lie on this machine."""
+        folder = part_folder(self.folder, self.split, number)
+        for name, sha256 in self._files[number].items():
+            yield str(folder / name if self._remote is None else Path(self._remote.folder, sha256))
 
     def fetch(self, numbers: Iterable[int]) -> None:
         """Fetches and verifies several parts at a time.
@@ -341,11 +438,11 @@ class Parts:
 
     def _is_here(self, number: int) -> bool:
         if self._remote is None:
-            return bool(self._verified[number])
+            return self._is_verified(number)
         return all(self._remote.has(sha256) for sha256 in self._files[number].values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_threads": None, "_asked": set()}
+        return vars(self) | {"_threads": None, "_asked": set(), "_paths": {}}
 
     def _require_sizes(self, number: int) -> None:
         for name in self._files[number]:

@@ -1,16 +1,24 @@
 """Validation images that recur in training: counted once, when shards are complete."""
 
 import hashlib
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.data.shards.cache import say
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import PARTS, Parts, part_entries, read_index, validation_splits, validations_in
-from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.data.shards.format import (
+    INDEX,
+    PARTS,
+    Parts,
+    read_index,
+    validation_splits,
+    validations_in,
+    write_index,
+)
+from t2i_lm.storage.sealed import DIGEST
 
 # Key of the index: `images` that recur, and the ids of the `first` with its twin; by split where there are several.
 RECURRING = "recurring"
@@ -47,6 +55,8 @@ def recurring_of(index: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def require_held_out(config: ExperimentConfig, folder: Path) -> None:
     """Checks that validation images do not recur in training; counts them, and parts, where the index does not yet.
 
+    An index of an older version gets its digest here, which is said.
+
     Generated scenes are counted only: different images may have equal ids.
 
     Raises:
@@ -54,16 +64,18 @@ def require_held_out(config: ExperimentConfig, folder: Path) -> None:
     """
     index = read_index(folder)
     assert index is not None
-    if RECURRING not in index or PARTS not in index:
+    if not {RECURRING, PARTS, DIGEST} <= index.keys():
         if RECURRING not in index:
             counted = recurring_images(folder)
             index[RECURRING] = counted.get("val", counted)
-        index[PARTS] = {split: part_entries(folder, index, split) for split in index["splits"]}
+        for split in index["splits"]:
+            Parts(folder, split)  # checks counts and sizes
+        if DIGEST not in index:
+            say(f"{folder / INDEX} is of an older version, without a digest of its own; its counts fit its parts")
         with suppress(OSError):  # a cache that others wrote, and that is only read here
-            file = folder / "index.json"
-            prepared = file.stat().st_mtime_ns
-            write_atomic(file, json.dumps(index, indent=2, sort_keys=True) + "\n")
-            os.utime(file, ns=(prepared, prepared))
+            prepared = (folder / INDEX).stat().st_mtime_ns
+            write_index(folder, index)
+            os.utime(folder / INDEX, ns=(prepared, prepared))
     for split, found in recurring_of(index).items():
         of = index["splits"][split]["rows"]
         if config.data.source != "scenes" and found["images"] > of * config.data.max_recurring_share:

@@ -268,6 +268,7 @@ def _train_text_tokenizer(config: ExperimentConfig) -> Path:
     )
     file = prepared.folder
     if file.is_file():
+        prepared.require_recorded_file()
         say(f"reusing {file}, trained {when(file)}")
         return file
     prepared.say_why_anew()
@@ -276,6 +277,7 @@ def _train_text_tokenizer(config: ExperimentConfig) -> Path:
     prepared.require_unchanged()
     prepared.write_key()
     train_sentencepiece(iter(every[::stride]), settings.vocab_size, file)
+    prepared.record_file()
     return file
 
 

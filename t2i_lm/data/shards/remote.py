@@ -18,6 +18,7 @@ from filelock import FileLock
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.sealed import opened
 from t2i_lm.storage.writing import problem as told
 from t2i_lm.storage.writing import writing
 
@@ -131,12 +132,11 @@ def read_remote_index(url: str) -> dict[str, Any]:
         return content
 
     try:
-        index = json.loads(persistently(attempt, file))
+        text = persistently(attempt, file)
     except RemoteError as error:
         raise ValueError(f"data.path={url}: index.json {error}") from error
-    except ValueError as error:  # of no JSON
-        raise ValueError(f"data.path={url}: index.json cannot be read: {reason(error)}") from error
-    if not isinstance(index, dict) or "splits" not in index:
+    index = opened(text, f"data.path={url}: index.json", "copy it again from where the shards were prepared")
+    if not isinstance(index.get("splits"), dict):
         raise ValueError(f"data.path={url}: index.json is no index of token shards")
     return index
 
@@ -214,20 +214,20 @@ def make_room(folder: str | Path, limit: int) -> None:
 
 
 def touch(path: Path) -> bool:
-    """Marks a file as used; whether it is there."""
+    """Marks a file as used, by the time of access: that of modification tells of damage. Whether it is there."""
     try:
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     except FileNotFoundError:
         return False
     return True
 
 
 def _files(folder: str | Path) -> Iterator[tuple[int, int, str]]:
-    """Time, size and path of the files that are kept."""
+    """Time of last use, size and path of the files that are kept."""
     for entry in os.scandir(folder):
         if not entry.name.endswith((".lock", ".tmp")):
             try:
                 status = entry.stat()
             except FileNotFoundError:  # deleted by another process
                 continue
-            yield status.st_mtime_ns, status.st_size, entry.path
+            yield status.st_atime_ns, status.st_size, entry.path

@@ -71,6 +71,17 @@ def test_changed_text_is_prepared_anew_and_the_old_folder_stays(
     assert prepare(config) == first
 
 
+def test_a_damaged_text_tokenizer_is_named(tmp_path: Path) -> None:
+    config = text_config(tmp_path)
+    write_texts(tmp_path, "aaaa")
+    file = tmp_path / "cache" / trained_tokenizer(config)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"a")] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file} is damaged: its sha256 differs from .*; delete {file} to make it"):
+        trained_tokenizer(config)
+
+
 def test_replayed_text_is_that_of_the_file(tmp_path: Path) -> None:
     text, config = open_text_tokenizer(ASSET), text_config(tmp_path)
     for word in ("aaaa", "zzzz"):

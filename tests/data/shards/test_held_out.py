@@ -1,5 +1,6 @@
 """Validation images that recur in training are counted, stored and refused."""
 
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -73,6 +74,25 @@ def test_they_are_refused_above_the_share_that_a_key_allows(recurring: Path) -> 
     index = read_index(recurring) or {}
     assert index["recurring"] == {"images": 1, "first": ["val 0", "train 4"]}
     assert index["data_hash"] == before == data_hash(index)
+
+
+def test_an_index_of_an_older_version_gets_its_digest_which_is_said_once(
+    recurring: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    require_held_out(ExperimentConfig(), recurring)
+    file, index = recurring / "index.json", read_index(recurring) or {}
+    capsys.readouterr()
+    former = {key: value for key, value in index.items() if key != "digest"}
+    file.write_text(json.dumps(former))
+    for _ in range(2):
+        require_held_out(ExperimentConfig(), recurring)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{file} is of an older version, without a digest of its own" in said
+    assert read_index(recurring) == index
+    former["parts"]["train"][0]["rows"] = 7
+    file.write_text(json.dumps(former))
+    with pytest.raises(ValueError, match=rf"{file} is damaged: 9 rows in 2 parts of train, not 5 in 2"):
+        require_held_out(ExperimentConfig(), recurring)
 
 
 def test_every_validation_split_is_counted(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Parts of a split: opened and verified when they are first read, and never used damaged."""
 
 import json
+import os
 import pickle
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,9 @@ from torch.utils.data import DataLoader
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig, TrainerConfig
 from t2i_lm.data.datamodules import PairBatches, PairDataModule
-from t2i_lm.data.shards.format import PARTS, PartError, Parts, open_split, part_folder, read_index
+from t2i_lm.data.shards.format import PARTS, PartError, Parts, open_split, part_folder, read_index, write_index
+from t2i_lm.storage.sealed import DIGEST
+from t2i_lm.tokenizers.layout import IntArray
 from tests.data.shards.pair_shards import LAYOUT, write_pairs
 
 DATA = DataConfig(length=LAYOUT.length, batch_size=8)
@@ -48,7 +53,8 @@ def test_opening_256_gib_reads_the_index_alone(tmp_path: Path) -> None:
                 file.truncate(2**30)  # sparse
             index["splits"][split]["parts"].append({"data.arrow": "0" * 64})
             index[PARTS][split].append(json.loads(entry) | {"bytes": {"data.arrow": 2**30}})
-    (tmp_path / "index.json").write_text(json.dumps(index))
+        index["splits"][split]["rows"] = sum(part["rows"] for part in index[PARTS][split])
+    write_index(tmp_path, index)
     before, start = bytes_read(), time.perf_counter()
     data = PairDataModule(ExperimentConfig(data=DATA), tmp_path, LAYOUT)
     data.setup("fit")
@@ -96,7 +102,7 @@ def test_missing_and_cut_files_are_named_at_the_start(tmp_path: Path) -> None:
 def test_an_index_of_an_older_version_is_completed_from_the_parts(tmp_path: Path) -> None:
     write_pairs(tmp_path)
     index = read_index(tmp_path) or {}
-    del index[PARTS]
+    del index[PARTS], index[DIGEST]
     (tmp_path / "index.json").write_text(json.dumps(index))
     parts = Parts(tmp_path, "train")
     assert parts.rows.tolist() == [30, 30, 17, 30, 5]
@@ -109,8 +115,80 @@ def test_one_worker_verifies_for_all(tmp_path: Path) -> None:
     train = PairBatches(parts, LAYOUT, "first", 0, 1)
     batches = [[(0, row)] for row in (0, 31, 76)]
     assert len(list(DataLoader(train, batch_sampler=batches, collate_fn=lambda batch: batch, num_workers=2))) == 3
-    assert parts._verified.tolist() == [1, 1, 1, 0, 0]
+    assert parts._verified.bool().tolist() == [1, 1, 1, 0, 0]
     assert pickle.loads(pickle.dumps(train)).part_sizes.tolist() == [30, 30, 17, 30, 5]
+
+
+def cut(file: Path) -> None:
+    """Shortens a file in place; reading a map of it beyond its end would end the process."""
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def zero(file: Path) -> None:
+    with file.open("r+b") as open_file:
+        open_file.write(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("change", [cut, zero])
+def test_a_part_that_changes_while_it_is_mapped_is_named(
+    tmp_path: Path, change: Callable[[Path], None], workers: int
+) -> None:
+    train = PairBatches(Parts(write_pairs(tmp_path), "train"), LAYOUT, "first", 0, 1)
+    batches = ([(0, row), (0, 60)] for row in range(30, 56))
+    loader = iter(DataLoader(train, batch_sampler=list(batches), collate_fn=lambda batch: batch, num_workers=workers))
+    next(loader)
+    change(arrow(tmp_path, "train", 1))
+    with pytest.raises(PartError, match=rf"^token shard {arrow(tmp_path, 'train', 1)} is damaged: its sha256 differs"):
+        list(loader)
+
+
+def test_a_change_during_the_read_of_a_batch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts(write_pairs(tmp_path), "train")
+    train = PairBatches(parts, LAYOUT, "first", 0, 1)
+    caption = train.columns.caption
+
+    def changing(row: int, number: int) -> IntArray:
+        zero(arrow(tmp_path, "train", 0))
+        return caption(row, number)
+
+    train.__getitems__([(0, 1)])
+    monkeypatch.setattr(train.columns, "caption", changing)
+    with pytest.raises(PartError, match=r"part-00000.*is damaged"):
+        train.__getitems__([(0, 1)])
+
+
+def test_a_file_that_was_replaced_by_its_copy_is_mapped_anew(tmp_path: Path) -> None:
+    """Zeroed and restored under another inode between two batches: the old map must not be read."""
+    file = arrow(write_pairs(tmp_path), "train", 0)
+    parts = Parts(tmp_path, "train")
+    train, split = PairBatches(parts, LAYOUT, "first", 0, 1), parts.dataset()
+    before, rows = train.__getitems__([(0, 1)])["ids_BT"], split[:2]["image_ids"].copy()
+    shutil.copyfile(file, tmp_path / "copy")
+    zero(file)
+    assert not (split[:2]["image_ids"] == rows).all()
+    (tmp_path / "copy").replace(file)
+    assert train.__getitems__([(0, 1)])["ids_BT"].equal(before)
+    with pytest.raises(PartError, match=rf"{file} was replaced under the run; resume it"):
+        parts.require_unchanged()
+    file.touch()
+    again = Parts(tmp_path, "train")
+    again.dataset()
+    file.touch()
+    again.require_unchanged()
+    cut(file)
+    with pytest.raises(PartError, match=rf"{file} is damaged"):
+        again.require_unchanged()
+
+
+def test_a_touched_copied_or_deleted_file_is_read_on(tmp_path: Path) -> None:
+    file = arrow(write_pairs(tmp_path), "train", 0)
+    train = PairBatches(Parts(tmp_path, "train"), LAYOUT, "first", 0, 1)
+    before = train.__getitems__([(0, 1)])["ids_BT"]
+    content = file.read_bytes()
+    for change in (file.touch, file.unlink, lambda: file.write_bytes(content)):
+        change()
+        assert train.__getitems__([(0, 1)])["ids_BT"].equal(before)
 
 
 @pytest.mark.parametrize("captions", ["first", "all"])
