@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> None:
         agreement = max(gate("state", ours, theirs, 0.0) for ours, theirs in pairs)
         checkpoint = last[False]
         del last, pairs
-        first, later, written, read_back, quiet, busy, extra = ([] for _ in range(7))
+        first, later, written, read_back, quiet, busy, extra = (list[float]() for _ in range(7))
         for _ in range(options.rounds):
             alone = train(folder / "run", gigabytes, interval, options.device, None)
             quiet.append(alone.seconds)
@@ -105,7 +105,7 @@ def train(folder: Path, gigabytes: float, interval: int, device: str, background
 
     parts = 64
     size = max(1, int(gigabytes * 1e9 / 12 / parts))  # parameters and two moments
-    work = 64 if gigabytes < 0.1 else 1536
+    work = 64 if gigabytes < 0.1 else 768
 
     class Synthetic(pl.LightningModule):
         """Manual steps with a constant gradient."""
@@ -187,7 +187,7 @@ def remove(folder: Path) -> None:
 def reset_peak() -> None:
     """Starts a new peak of this process's memory, where the system can."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return
 

@@ -123,6 +123,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save(trainer)
+        self._staging.release()
         if trainer.is_global_zero:  # also where the last checkpoint is the one that this session started from
             self._remove_old(trainer.global_step)
 
@@ -191,10 +192,10 @@ class RunCheckpoints(Checkpoint):
             return
         flight.main = main
         if rows is not None:
-            index, count = shares.index, shares.count
+            mine, index, count = rows, shares.index, shares.count
 
             def write_rows() -> None:
-                flight.part = write_part(rows, flight.path, index, count)
+                flight.part = write_part(mine, flight.path, index, count)
 
             flight.run(write_rows, background)
 

@@ -125,13 +125,14 @@ class NonFiniteGuard(Callback):
         """The flag of the step with a spike, the spike, and the bound that the loss exceeded, (1,) each."""
         if self.skip_above is None:
             return flag, torch.zeros_like(flag), torch.full_like(flag, math.inf)
-        total, weight, steps = self._average.to(flag.device).split(1)
+        average = self._average.to(flag.device)
+        total, weight, steps = average[:1], average[1:2], average[2:]
         loss = losses_P.mean().reshape(1)
         bound = torch.where(steps >= self.warmup, self.skip_above * total / weight, math.inf)
         spike = ((loss > bound) & (flag == 0)).to(torch.float32)
         flag = flag + spike
         new = torch.cat([total * AVERAGE + loss * (1 - AVERAGE), weight * AVERAGE + 1 - AVERAGE, steps + 1])
-        self._average = torch.where((flag > 0) | ~loss.isfinite(), torch.cat([total, weight, steps]), new)
+        self._average = torch.where((flag > 0) | ~loss.isfinite(), average, new)
         return flag, spike, bound
 
     def on_train_batch_end(

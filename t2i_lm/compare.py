@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from t2i_lm.comparison.comparison import on_their_sets
         from t2i_lm.comparison.plan import chosen_plan
         from t2i_lm.comparison.tables import FORMATS as WRITERS
-        from t2i_lm.storage.resumable import write_atomic
+        from t2i_lm.storage.writing import write_atomic
 
         plan = chosen_plan(options.plan, options.scale, options.where)
         arms = find_arms(plan, options.runs, options.strict)

@@ -102,7 +102,7 @@ class Drawn:
 def test_a_page_that_is_closed_draws_no_further(run: Path) -> None:
     model = load_trained(run)
     drawn = Drawn(model, 0.01)
-    pages = frames(model, PROMPT, Sampling(), 3)
+    pages: Any = frames(model, PROMPT, Sampling(), 3)
     next(pages)
     pages.close()
     stopped = drawn.after(0.2)
@@ -136,6 +136,7 @@ def test_a_tab_that_is_closed_stops_the_server(run: Path) -> None:
     assert later == stopped
 
 
+@pytest.mark.filterwarnings("ignore")  # of gradio, which leaves event loops open
 def test_the_page_generates_from_its_sliders(run: Path) -> None:
     gradio = pytest.importorskip("gradio")
     blocks = page(load_trained(run))

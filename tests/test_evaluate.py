@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,8 +229,8 @@ def test_other_tokenizers_and_other_evaluations_are_refused(
     out = ["--out", str(tmp_path / "out")]
     changed = tmp_path / "run"
     changed.mkdir()
-    for name in ("config.yaml", "checkpoints"):
-        (changed / name).symlink_to(run / name)
+    shutil.copy(run / "config.yaml", changed)
+    (changed / "checkpoints").symlink_to(run / "checkpoints")
     environment = json.loads((run / ENVIRONMENT).read_text())
     environment["tokenizers"]["image"] = "0" * 64
     (changed / ENVIRONMENT).write_text(json.dumps(sealed(environment)))

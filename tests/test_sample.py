@@ -98,8 +98,8 @@ def test_a_run_whose_tokenizer_changed_is_refused(
     environment = json.loads((run / ENVIRONMENT).read_text())
     changed = tmp_path / "run"
     changed.mkdir()
-    for name in ("config.yaml", "checkpoints"):
-        (changed / name).symlink_to(run / name)
+    shutil.copy(run / "config.yaml", changed)
+    (changed / "checkpoints").symlink_to(run / "checkpoints")
     environment["tokenizers"]["image"] = "0" * 64
     (changed / ENVIRONMENT).write_text(json.dumps(sealed(environment)))
     assert main(["--checkpoint", str(changed), PROMPT, "--out", str(tmp_path / "x")]) == 2

@@ -74,8 +74,8 @@ def unprotected(source: str) -> list[int]:
                 visit(item, inside, function)
                 call = item.context_expr
                 inside |= isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in BOUNDARIES
-            for child in node.body:
-                visit(child, inside, function)
+            for statement in node.body:
+                visit(statement, inside, function)
             return
         if isinstance(node, ast.Call) and not inside and writes(node) and not in_memory(node, function):
             found.append(node.lineno)

@@ -43,11 +43,11 @@ def _groups(root: Path) -> Iterator[int]:
 
 def _left(place: Path, limit: str, use: str, statistics: str, droppable: str) -> Iterator[int]:
     try:
-        most, used = (place / limit).read_text().strip(), int((place / use).read_text())
+        most, used = ((place / name).read_text(encoding="ascii").strip() for name in (limit, use))
     except (OSError, ValueError):
         return
     if most != "max":
-        yield int(most) - used + _fields(place / statistics).get(droppable, 0)
+        yield int(most) - int(used) + _fields(place / statistics).get(droppable, 0)
 
 
 def _fields(file: Path) -> dict[str, int]:

@@ -99,14 +99,14 @@ def write_part(rows: list[Tensor], path: Path, index: int, count: int) -> tuple[
     Raises:
         OSError: if the disk is full or not writable.
     """
-    target, found = path.with_name(part_name(path, index, count)), []
+    found: list[tuple[str, str]] = []
 
     def publish(partial: Path, digest: str) -> None:
         found.append((part_name(path, index, count, digest), digest))
         partial.replace(path.with_name(found[0][0]))
         _sync_folder(path.parent)
 
-    _write({"rows": rows}, target, publish)
+    _write({"rows": rows}, path.with_name(part_name(path, index, count)), publish)
     return found[0]
 
 
@@ -177,7 +177,7 @@ def verify(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
 def _hashed(path: Path, stop: Callable[[], bool]) -> str:
     sha256, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):  # type: ignore[attr-defined]
+        while size := file.readinto(block):
             sha256.update(block[:size])
             if stop():
                 raise InterruptedError(f"{path} was not read to its end")

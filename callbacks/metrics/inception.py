@@ -60,7 +60,8 @@ class Inception:
             copy.seek(0)
             self._network = NoTrainInceptionV3(NETWORK, [str(width)], copy, antialias=False)  # type: ignore[arg-type]
         except pickle.UnpicklingError as error:  # torch's message advises to run the code in it
-            raise ValueError(f"{path} holds more than tensors, or is damaged, and is not loaded") from error
+            unread = "it holds more than tensors, or is damaged, and is not loaded"
+            raise ValueError(f"{path} is not torch-fidelity's Inception: {unread}") from error
         except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not torch-fidelity's Inception: {str(error)[:300]}") from error
         self.device = torch.device("cpu")

@@ -25,8 +25,8 @@ from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import image_config, load_initial, load_trained, newest_checkpoint
 from t2i_lm.models.factory import weights_hashes
 from t2i_lm.plots.panels import ARM_STYLES, STYLE, ArmStyle, arm_style, remove_caption, save_figure
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import PROBES, Run, environment, find_run, read_run
+from t2i_lm.storage.writing import atomic_file, problem, write_atomic
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 
 State = Literal["initial", "trained"]
@@ -189,11 +189,11 @@ def _write_record(folder: Path, name: str, figure: Figure, content: dict[str, An
     try:
         folder.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)  # never beside another figure
-        with rc_context(STYLE):
-            figure.savefig(image, dpi=RECORD_DPI)
+        with rc_context(STYLE), atomic_file(image) as own:
+            figure.savefig(own, dpi=RECORD_DPI)
         write_atomic(record, json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n")
     except OSError as error:
-        print(f"note: {folder} cannot be written ({error.strerror}); the report lacks this probe", file=sys.stderr)
+        print(f"note: {problem(error)}; the report lacks this probe", file=sys.stderr)
         return []
     return [record]
 

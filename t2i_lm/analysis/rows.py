@@ -142,10 +142,11 @@ def _sentence(runs: Sequence[ProbedRun], numbers: Mapping[str, Any]) -> str:
         first, last = steps[0][matrix], steps[max(steps)][matrix]
         changes = [
             f"mean norm of {block} rows {first[block]['mean_norm']:.2f} to {last[block]['mean_norm']:.2f}, their mean "
-            f"cosine {first[block]['mean_cosine']:.2f} to {last[block]['mean_cosine']:.2f}"
+            f"cosine {first[block]['mean_cosine']:z.2f} to {last[block]['mean_cosine']:z.2f}"
             for block in PROBED
         ]
         parts.append(f"{one.look.label} ({matrix}, step 0 to {max(steps):,}): {'; '.join(changes)}")
+    parts = [f"{part[0].upper()}{part[1:]}" for part in parts]
     sizes = " and ".join(f"{first[block]['rows']:,} {block}" for block in PROBED)
     return f"{'. '.join(parts)} (all {sizes} rows, one run each)."
 

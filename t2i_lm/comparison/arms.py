@@ -19,6 +19,7 @@ from t2i_lm.comparison.comparability import (
 )
 from t2i_lm.comparison.plan import Plan
 from t2i_lm.config.values import Plain, read_value
+from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 
 SEED = "seed"
@@ -102,7 +103,7 @@ def _finished(plan: Plan, root: Path, arm: str, notes: list[str]) -> list[Run]:
             run = read_run(file.parent)
             values = config_values(run)
         except (ValueError, OSError, yaml.YAMLError) as error:
-            notes.append(f"left out, unreadable: {file.parent}: {str(error).splitlines()[0]}")
+            notes.append(f"left out, unreadable: {file.parent}: {reason(error)}")
             continue
         if meets(plan, run, values):
             if run.report is None:

@@ -21,6 +21,7 @@ from t2i_lm.config.sections import ASSET, is_plugin
 from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value
 from t2i_lm.storage.hub import is_hub
 from t2i_lm.storage.run_folder import CONFIG, read_config, read_environment
+from t2i_lm.storage.writing import write_atomic
 from t2i_lm.storage.yaml_text import loader_of, read_yaml, root_node
 
 # Former keys and prefixes of values, still read from files and overrides, with a note on stderr.
@@ -114,8 +115,6 @@ def is_relative(path: str | None) -> bool:
 
 def save_experiment(config: ExperimentConfig, path: Path) -> None:
     """Writes the resolved experiment as YAML, which `load_experiment(path)` reads back."""
-    from t2i_lm.storage.resumable import write_atomic  # imports torch
-
     write_atomic(path, to_yaml(config))
 
 

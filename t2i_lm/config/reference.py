@@ -11,7 +11,7 @@ from types import ModuleType
 
 from t2i_lm.config import experiment, forgetting, sections
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.writing import write_atomic
 
 PATH = Path("docs/configuration.md")
 HEAD = """# Configuration

@@ -14,8 +14,7 @@ from filelock import FileLock
 from t2i_lm.data.image_files import MAX_FILE_BYTES, open_image
 from t2i_lm.runtime.progress import Advance, progress
 from t2i_lm.storage.reading import require_regular
-from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.storage.writing import DiskError
+from t2i_lm.storage.writing import DiskError, write_atomic
 
 # Increment when digests or the order of samples in a file change.
 FORMAT = 1

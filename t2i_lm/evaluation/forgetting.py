@@ -20,9 +20,8 @@ from t2i_lm.data.text import DOCUMENT_SEPARATOR, SUFFIXES, read_documents, text_
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.probes.questions import Task, read_tasks
 from t2i_lm.runtime.tables import markdown_table
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import Run, find_run
-from t2i_lm.storage.writing import atomic_file
+from t2i_lm.storage.writing import atomic_file, write_atomic
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -39,7 +39,6 @@ from t2i_lm.models.aligned_rows import FILE
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import (
     ENVIRONMENT_DIGEST,
     METRICS_DIGEST,
@@ -53,6 +52,7 @@ from t2i_lm.storage.run_folder import (
     require_no_links,
 )
 from t2i_lm.storage.sealed import DIGEST, sealed
+from t2i_lm.storage.writing import write_atomic
 
 # Of the primary validation split; those of another split have its name appended.
 GRID, ORIGINALS, RECONSTRUCTIONS = "samples/grid.png", "samples/originals.png", "samples/reconstructions.png"

@@ -25,7 +25,7 @@ from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.experiment.build import ImageExperiment
 from t2i_lm.generation.images import ImageArray, caption_layout, decode
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.writing import write_atomic
 from t2i_lm.tokenizers.layout import IMAGE, modality_of_target
 
 # Sequences per pass for caption preference.

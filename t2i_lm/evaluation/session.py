@@ -15,8 +15,8 @@ from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.experiment.restore import image_config, load_trained, newest_checkpoint
 from t2i_lm.runtime.devices import global_rank, world_size
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import require_no_links
+from t2i_lm.storage.writing import write_atomic
 
 
 def evaluate(run: Path, evaluators: Mapping[str, Evaluator], options: argparse.Namespace) -> None:

@@ -38,9 +38,9 @@ from t2i_lm.models.lora import merge_adapters
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.models.transformers_export import FORMAT, require_equivalent, save_transformers
 from t2i_lm.storage.cards import write_card
-from t2i_lm.storage.resumable import atomic_folder, require_new_folder, share, write_atomic
+from t2i_lm.storage.resumable import atomic_folder, require_new_folder, share
 from t2i_lm.storage.run_folder import find_run, read_run
-from t2i_lm.storage.writing import atomic_file
+from t2i_lm.storage.writing import atomic_file, write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
 

@@ -11,7 +11,6 @@ from t2i_lm.storage.reading import reason
 from t2i_lm.storage.resumable import share
 from t2i_lm.storage.run_folder import run_folders
 from t2i_lm.storage.tensor_files import read_tensors, write_tensors
-from t2i_lm.storage.writing import atomic_file
 
 FILE = "aligned_rows.safetensors"
 TENSOR = "image"
@@ -22,8 +21,7 @@ EXPERIMENT = "align"
 def write_aligned_rows(rows_ID: Tensor, path: Path, text_sha256: str, image_sha256: str) -> None:
     """Writes image rows (I, D) in float32, with the hashes of both tokenizers."""
     hashes = {"text_tokenizer": text_sha256, "image_tokenizer": image_sha256}
-    with atomic_file(path) as own:
-        write_tensors(own, {TENSOR: rows_ID.detach().float().cpu()}, {"tokenizers": json.dumps(hashes)})
+    write_tensors(path, {TENSOR: rows_ID.detach().float().cpu()}, {"tokenizers": json.dumps(hashes)})
     share(path)
 
 

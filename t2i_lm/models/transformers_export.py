@@ -21,8 +21,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import ROTARY, ROTARY_BASE, Block, Decoder, DecoderConfig, GemmaGeGLU, RMSNorm, SwiGLU
 from t2i_lm.models.huggingface import HuggingFaceDecoder, require_transformers
 from t2i_lm.models.huggingface_folder import save_huggingface
-from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.storage.writing import writing
+from t2i_lm.storage.writing import write_atomic, writing
 
 # The option that asks for an export, for errors.
 FORMAT = "--format transformers"

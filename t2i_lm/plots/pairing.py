@@ -10,6 +10,7 @@ import yaml
 
 from t2i_lm.comparison.comparability import PAIR_KEYS, config_differences, differences, mismatches, pair_values
 from t2i_lm.plots.groups import Group
+from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import VAL, Run, read_run, run_folders
 
 # Arm -> experiment, `init`, and the make target that trains it.
@@ -170,7 +171,7 @@ def _read(folder: Path) -> Run:
     try:
         run = read_run(folder)
     except (ValueError, OSError, yaml.YAMLError) as error:
-        raise ValueError(f"unreadable: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"unreadable: {reason(error)}") from error
     if not isinstance(run.config, dict):
         raise ValueError("unreadable: config.yaml holds no keys")
     return run

@@ -9,8 +9,8 @@ from t2i_lm.plots.captions import ARM_NAMES, group_caption
 from t2i_lm.plots.groups import FORGETTING
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import latex_table, markdown_table
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import Run
+from t2i_lm.storage.writing import write_atomic
 
 NAME = "table1"
 TITLE = "Table 1. Greedy completions before and after text-to-image training"

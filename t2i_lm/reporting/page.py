@@ -27,8 +27,8 @@ from t2i_lm.reporting.request import (
 )
 from t2i_lm.reporting.sections import build_sections
 from t2i_lm.reporting.setup import scale_words, setup_rows
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import Run, environment
+from t2i_lm.storage.writing import write_atomic
 
 QUESTION = (
     "Does a pre-trained language model help auto-regressive text-to-image generation, "

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from t2i_lm.storage.reading import reason
 from t2i_lm.storage.writing import atomic_file
 
 # Programs that print a page without a window, in the order in which they are tried.
@@ -40,7 +41,7 @@ def write_pdf(page: Path) -> str:
                 [*browser_command(browser, profile), *options], capture_output=True, text=True, timeout=TIMEOUT_S
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            return f"no {file}: {browser} failed: {str(error).splitlines()[0]}"
+            return f"no {file}: {browser} failed: {reason(error)}"
         if not printed.is_file():
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             return f"no {file}: {browser} failed: {last}"

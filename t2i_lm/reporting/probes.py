@@ -10,6 +10,7 @@ from typing import Any
 from t2i_lm.comparison.comparability import config_values
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.images import whole_image
+from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CHECKPOINTS, PROBES, Run
 
 ORDER = ("tokens", "rows", "similarity", "attention", "gradients")
@@ -61,7 +62,7 @@ def find_probes(pool: Sequence[Run], pair: Sequence[Run]) -> tuple[Probes | None
             try:
                 record = _read(file, pool)
             except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-                notes.append(f"left out, unreadable: {file}: {str(error) or type(error).__name__}")
+                notes.append(f"left out, unreadable: {file}: {reason(error)}")
                 continue
             if isinstance(record, str):
                 notes.append(f"left out: {file}: {record}")
@@ -79,7 +80,7 @@ def find_probes(pool: Sequence[Run], pair: Sequence[Run]) -> tuple[Probes | None
         try:
             figures.append(_block(record))
         except OSError as error:
-            notes.append(f"left out, unreadable: {error}")
+            notes.append(f"left out, unreadable: {record.file.with_suffix('.png')}: {reason(error)}")
     sentences = [str(record.content["sentence"]) for record in records]
     return Probes(figures, sentences, _command(records[0]), records[0].runs), notes
 

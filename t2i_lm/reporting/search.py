@@ -12,6 +12,7 @@ from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, config_values, d
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.plan import Plan, Study, setting_folder, setting_words
 from t2i_lm.storage.owner import OwnedError, require_free
+from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, OWNER, Run, read_run
 from t2i_lm.training.study import RUNS as STUDY_RUNS
 from t2i_lm.training.sweep import RUNS as SWEEP_RUNS
@@ -103,7 +104,7 @@ def _finished(folder: Path) -> Run | str | None:
         run = read_run(folder)
         config_values(run)
     except (ValueError, OSError, yaml.YAMLError, TypeError) as error:
-        return f"left out, unreadable: {folder}: {str(error).splitlines()[0]}"
+        return f"left out, unreadable: {folder}: {reason(error)}"
     try:
         require_free(folder / OWNER)
     except OwnedError as error:

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
@@ -78,6 +78,9 @@ class _FileWriter(FileWriter):
 class LastingSummaryWriter(SummaryWriter):
     """TensorBoard's writer with an `EventFile`."""
 
+    file_writer: Any
+    all_writers: Any
+
     def _get_file_writer(self) -> FileWriter:
         if self.file_writer is None:
             self.file_writer = _FileWriter(Path(self.log_dir), self.filename_suffix)
@@ -87,7 +90,8 @@ class LastingSummaryWriter(SummaryWriter):
                 self.file_writer.add_event(Event(step=self.purge_step, file_version=VERSION))
                 self.file_writer.add_event(Event(step=self.purge_step, session_log=session))
                 self.purge_step = None
-        return self.file_writer
+        writer: FileWriter = self.file_writer
+        return writer
 
 
 class LastingTensorBoardLogger(TensorBoardLogger):
@@ -144,7 +148,7 @@ class _CsvWriter(ExperimentWriter):
 def _rows(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    with file.open(newline="") as opened:
+    with file.open(newline="", encoding="utf-8") as opened:
         return list(csv.DictReader(opened))
 
 
@@ -152,7 +156,7 @@ def _append(file: Path, keys: list[str], rows: list[dict[str, Any]], header: boo
     """Appends rows, all or none."""
     size = file.stat().st_size if file.is_file() else 0
     try:
-        with writing(file), file.open("a", newline="") as opened:
+        with writing(file), file.open("a", newline="", encoding="utf-8") as opened:
             writer = csv.DictWriter(opened, keys)
             if header:
                 writer.writeheader()
@@ -171,4 +175,5 @@ class LastingCSVLogger(CSVLogger):
         """The writer."""
         if self._experiment is None:
             self._experiment = _CsvWriter(log_dir=self.log_dir)
+        assert isinstance(self._experiment, ExperimentWriter)
         return self._experiment

@@ -20,7 +20,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import DistError
 
 from t2i_lm.runtime.rank_beats import GRACE_S, PHASES, SHORT, Beat, Ledger, Limits, Verdict
 from t2i_lm.storage.owner import Owner, has_ended
@@ -104,10 +105,10 @@ class RankWatch:
         self._ledger = Ledger(watched, self.world, self.limits, meeting, now, machine, children or {})
         if self.rank == 0 and not _agent_serves(address, port) and port not in _hosted:
             try:
-                _hosted[port] = dist.TCPStore(
+                _hosted[port] = TCPStore(
                     address, port, self.world, is_master=True, wait_for_workers=False, multi_tenant=True
                 )
-            except (dist.DistError, RuntimeError) as error:
+            except (DistError, RuntimeError) as error:
                 raise ValueError(f"MASTER_PORT={port}: ranks cannot meet at {meeting}: {_line(error)}") from error
         if threading.current_thread() is threading.main_thread():
             # Python calls a handler once the main thread is out of a collective; this pipe tells of a signal at once.
@@ -175,6 +176,9 @@ class RankWatch:
         """
         if error is not None and is_peer_gone(error):
             self._cut = True
+            if self._signals is not None:
+                # A launcher that has seen the other rank end sends it at once; this rank ends anyway, after its line.
+                signal.signal(signal.SIGTERM, lambda number, frame: None)
             self._closed.wait(2 * LINGER_S)
         self._leave("" if error is None else _line(error))
 
@@ -204,7 +208,7 @@ class RankWatch:
                 if store is not None:
                     number += 1
                     self._exchange(store, number)
-            except (dist.DistError, RuntimeError, OSError):
+            except (DistError, RuntimeError, OSError):
                 store = None  # rank 0's silence is judged
             if last:
                 return
@@ -212,10 +216,10 @@ class RankWatch:
 
     def _connect(self, address: str, port: int, prefix: str) -> Any:
         if self.rank == 0 and port in _hosted:
-            return dist.PrefixStore(prefix, _hosted[port])
+            return PrefixStore(prefix, _hosted[port])
         with suppress(OSError), socket.create_connection((address, port), timeout=self._interval):
             # Only then, since the store's own attempts print warnings.
-            store = dist.TCPStore(
+            store = TCPStore(
                 address,
                 port,
                 self.world,
@@ -223,7 +227,7 @@ class RankWatch:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=self.limits.rank_s),
             )
-            return dist.PrefixStore(prefix, store)
+            return PrefixStore(prefix, store)
         return None
 
     def _exchange(self, store: Any, number: int) -> None:
@@ -340,7 +344,7 @@ def is_peer_gone(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone, here or in a cause of the error."""
     one: BaseException | None = error
     while one is not None:
-        if isinstance(one, dist.DistError):
+        if isinstance(one, DistError):
             return True
         if isinstance(one, RuntimeError) and any(sign in str(one) for sign in PEER_GONE):
             return True

@@ -67,8 +67,8 @@ def require_regular_files(path: str | os.PathLike[str]) -> None:
 def reading(key: str, path: str | Path) -> Iterator[None]:
     """Turns any error inside into a ValueError that names the key and the file.
 
-    Messages of this suite stay as they are. Errors of code, such as a failed assertion, and of memory pass through;
-    that of a file whose sizes do not fit into memory is a MemoryError with its name.
+    Messages of this suite stay as they are. Errors of code, such as a failed assertion, and of memory pass through; a
+    file whose sizes do not fit into memory is a MemoryError with its name.
 
     Args:
         key: the config key or option that names the file.
@@ -79,7 +79,8 @@ def reading(key: str, path: str | Path) -> Iterator[None]:
     except Exception as error:
         if (full := _full_disk(error)) is not None:
             raise full from None
-        if "DefaultCPUAllocator" in str(error):  # sizes in the file ask for more memory than there is
+        # Sizes in the file ask for more memory than there is.
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
             raise MemoryError(f"{key}: {path} cannot be read: {reason(error)}") from error
         if isinstance(error, _PASSED) or _is_own(error) or any(sign in f"{type(error)} {error}" for sign in _MEMORY):
             raise

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from t2i_lm.storage.sealed import DIGEST, read_sealed, sealed
 from t2i_lm.storage.tensor_files import read_tensors, write_tensors
-from t2i_lm.storage.writing import atomic_file, writing
+from t2i_lm.storage.writing import atomic_file, write_atomic, writing
 
 IDENTITY = "parts.json"
 
@@ -104,16 +104,6 @@ class ResumableParts:
         """Computes a part if it is missing."""
         if not self.done(number):
             self.write(number, make(self.span(number)))
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file atomically: other processes see the old or the new content.
-
-    Raises:
-        OSError: if it cannot be written, naming `path`.
-    """
-    with atomic_file(path) as own:
-        own.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def share(*files: Path) -> None:

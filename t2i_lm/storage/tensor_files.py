@@ -9,13 +9,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from t2i_lm.storage.writing import atomic_file
+
 SHA256 = "sha256"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes tensors, on the CPU, with their sha256 beside the metadata."""
     own = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(own, path, {**metadata, SHA256: tensors_sha256(own)})
+    with atomic_file(path) as temporary:
+        save_file(own, temporary, {**metadata, SHA256: tensors_sha256(own)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -40,5 +43,5 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

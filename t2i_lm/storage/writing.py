@@ -54,6 +54,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
             own.unlink(missing_ok=True)
 
 
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file atomically: other processes see the old or the new content.
+
+    Raises:
+        OSError: if it cannot be written, naming `path`.
+    """
+    with atomic_file(path) as own:
+        own.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 @contextmanager
 def writing(path: Path, own: Path | None = None) -> Iterator[None]:
     """Names `path` in errors of the disk inside, also in those of libraries that have types of their own.

@@ -16,7 +16,7 @@ from t2i_lm.config.sections import is_plugin
 from t2i_lm.runtime.plugins import TEXT_TOKENIZER, find_plugin, interface
 from t2i_lm.storage import hub
 from t2i_lm.storage.reading import reading
-from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.writing import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.bounds import is_panic, require_bounded_charsmap, require_bounded_json
 from t2i_lm.tokenizers.documents import (

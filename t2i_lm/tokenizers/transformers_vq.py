@@ -99,7 +99,7 @@ class TransformersVQ:
         self._kind = KINDS[json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_type"]]
         if not (folder / WEIGHTS).is_file():
             raise ValueError(f"image_tokenizer.path: no {WEIGHTS} in {folder}")
-        log = transformers.utils.logging
+        log: Any = transformers.utils.logging
         verbosity = log.get_verbosity()
         log.set_verbosity_error()  # no report of many lines, which errors here sum up
         try:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from t2i_lm.config.sections import VQModelConfig
 from t2i_lm.storage.hashing import file_sha256, files_sha256
 from t2i_lm.storage.reading import reading, reason
-from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.storage.writing import atomic_file
+from t2i_lm.storage.writing import atomic_file, write_atomic
 from t2i_lm.tokenizers import movqgan
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -15,7 +15,6 @@ from callbacks.checkpoints import checkpoints, require_same_metrics, step_of, wa
 from t2i_lm.config.experiment import ExperimentConfig, is_fixed, may_move
 from t2i_lm.config.load import changed_yaml, flatten, flatten_mapping, load_experiment, nested_yaml
 from t2i_lm.storage.reading import reading
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -26,6 +25,7 @@ from t2i_lm.storage.run_folder import (
     read_environment,
 )
 from t2i_lm.storage.sealed import sealed
+from t2i_lm.storage.writing import write_atomic
 from t2i_lm.storage.yaml_text import read_yaml
 
 # Entry of a checkpoint's record: the values of config.yaml by dotted key.

@@ -41,7 +41,6 @@ from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.runtime.seeds import generator
 from t2i_lm.runtime.slurm import requeue
 from t2i_lm.storage.owner import Ownership, own, require_free
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import (
     CONFIG,
     CONFIG_DIGEST,
@@ -58,6 +57,7 @@ from t2i_lm.storage.run_folder import (
     require_no_links,
 )
 from t2i_lm.storage.sealed import sealed
+from t2i_lm.storage.writing import write_atomic
 from t2i_lm.training.callbacks import training_flop
 from t2i_lm.training.continuity import require_same_files, require_same_start, started_from
 from t2i_lm.training.ranks import prepare_last_words, watch_ranks

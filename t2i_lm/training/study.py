@@ -16,8 +16,8 @@ from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import Run, read_run
+from t2i_lm.storage.writing import write_atomic
 from t2i_lm.training.jobs import Job, find_equal_run, run_jobs
 
 # Folder of a study's runs, in `run.dir`.

@@ -42,8 +42,9 @@ def build_strategy(config: ExperimentConfig, watch: RankWatch | None) -> Strateg
     if trainer.strategy == "ddp" or trainer.devices * trainer.num_nodes > 1:
         # Buffers are constant tables, or counts that the module reduces itself. Broadcasting them in every forward
         # would also hang a validation in which ranks have different numbers of batches.
-        options = {"broadcast_buffers": False}
-        return DDPStrategy(**options) if watch is None else WatchedDDP(watch, **options)
+        if watch is None:
+            return DDPStrategy(broadcast_buffers=False)
+        return WatchedDDP(watch, broadcast_buffers=False)
     return "auto"
 
 

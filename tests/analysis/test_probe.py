@@ -17,7 +17,9 @@ from t2i_lm.analysis.suite import PROBES
 from t2i_lm.probe import NAMES, main
 from t2i_lm.reporting.probes import find_probes
 from t2i_lm.reporting.search import RunSearch
-from t2i_lm.storage.run_folder import ENVIRONMENT, REPORT, Run
+from t2i_lm.storage.run_folder import CONFIG_DIGEST, ENVIRONMENT, ENVIRONMENT_DIGEST, REPORT, Run
+from t2i_lm.storage.sealed import DIGEST, sealed
+from t2i_lm.training.resumption import config_entry
 from tests.runs import EXPERIMENTS, QUICK, train, weights
 
 SMALL = ("--sequences", "6", "--batches", "2")
@@ -156,6 +158,7 @@ def of_another_backbone(folder: Path) -> None:
 def of_another_task(folder: Path) -> None:
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("task: text_to_image", "task: align"))
+    change_environment(folder, **{CONFIG_DIGEST: config_entry(folder)})
 
 
 def without_cache(folder: Path) -> None:
@@ -164,8 +167,11 @@ def without_cache(folder: Path) -> None:
 
 
 def change_environment(folder: Path, **values: Any) -> None:
-    file = folder / ENVIRONMENT
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    """Changes entries as a run with other data would have written them, its report included."""
+    environment = sealed(json.loads((folder / ENVIRONMENT).read_text()) | values)
+    (folder / ENVIRONMENT).write_text(json.dumps(environment))
+    report = json.loads((folder / REPORT).read_text())
+    (folder / REPORT).write_text(json.dumps(sealed(report | {ENVIRONMENT_DIGEST: environment[DIGEST]})))
 
 
 @pytest.mark.parametrize(

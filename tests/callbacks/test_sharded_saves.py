@@ -75,7 +75,7 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(alone: Path, t
         assert run_to_end(Toy(tmp_path, plain=True)) == 0
     elif first == "ddp":
         port = free_port()
-        ranks = [start(Toy(tmp_path, rank=rank, port=port, harm=harm, **two)) for rank in range(2)]  # type: ignore[arg-type]
+        ranks = [start(Toy(tmp_path, rank=rank, port=port, harm=harm, **two)) for rank in range(2)]
         assert finish(*ranks) == [143, 143]
         assert finish(*start_shards(tmp_path)) == [0, 0]
     else:

@@ -159,8 +159,9 @@ def test_missing_metadata_is_named(tmp_path: Path) -> None:
 def test_a_bad_metadata_line_is_named(folder: Path) -> None:
     metadata = folder / "metadata.jsonl"
     metadata.write_text(metadata.read_text() + '\n{"captions": ["x"]}')
-    with pytest.raises(ValueError, match=r"line 41: no file_name or .*; it has captions"):
-        open_source(DataConfig(source="image_folder", path=str(folder)), "train", 16)
+    source = open_source(DataConfig(source="image_folder", path=str(folder)), "train", 16)
+    with pytest.raises(RejectedPairError, match=r"line 41 \(it has captions\): no image name"):
+        source[len(source) - 1]
 
 
 def test_parquet_reads_images_and_captions(folder: Path, tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def replay(folder: Path, seed: int = 3) -> ReplayBatches:
     rows = datasets.Dataset.from_dict({"text_ids": [[number] * LAYOUT.length for number in range(WINDOWS)]})
-    pairs = PairBatches(Parts(folder, "train"), LAYOUT, "first", seed, 8)
-    return ReplayBatches(pairs, rows.with_format("numpy"), seed)
+    parts = Parts(folder, "train")
+    pairs = PairBatches(parts, LAYOUT, "first", seed, 8)
+    return ReplayBatches(pairs, rows.with_format("numpy"), seed, parts)
 
 
 def windows(batches: ReplayBatches, numbers: range) -> list[int]:

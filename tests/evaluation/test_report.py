@@ -107,10 +107,10 @@ def test_a_grid_shows_every_image_with_its_caption() -> None:
         captioned_grid([black] * 5, ["a"] * 4)
 
 
-@pytest.mark.parametrize("name", ["[/x]", "[v2]", "[red]a[/red]", ":smile:", "[link=http://a.org]b"])
+@pytest.mark.parametrize("name", ["[/x]", "[v2]", "[red]a[/red]", ":smile:", "[link=a]b"])
 def test_names_are_no_markup(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / name
-    run.mkdir()
+    run.mkdir(parents=True)
     (run / "report.json").write_text("{}")
     report = {"experiment": name, "scale": "demo", "seed": 0, "steps": 1, "wall_s": 1, "val": {name: 1.0}}
     print_summary(report, run)

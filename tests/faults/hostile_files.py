@@ -75,14 +75,13 @@ def read_source(kind: str) -> Callable[[Path], None]:
         from t2i_lm.data.pairs import RejectedPairError
         from t2i_lm.data.sources import open_source, print_notes
 
-        data = DataConfig(
-            source=kind, path=str(path), cache_dir=str((path if path.is_dir() else path.parent) / "cache")
-        )
+        folder = path if path.is_dir() else path.parent
+        data = DataConfig(source=kind, path=str(path), cache_dir=str(folder / "cache"))
         source = open_source(data, "train", 16)
         print_notes(source)
-        for number in range(len(source)):  # type: ignore[arg-type]
+        for number in range(len(source)):
             try:
-                source[number]  # type: ignore[index]
+                source[number]
             except RejectedPairError as error:
                 print(f"reject: {error}")
 
@@ -240,7 +239,8 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     entry = tarfile.TarInfo(name)
     entry.type = kind
     block = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
-    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    signed = size.to_bytes(12, "big", signed=True)
+    block[124:136] = signed if size < 0 else b"\x80" + signed[1:]
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
@@ -363,7 +363,7 @@ def sentencepiece_model(expansion: int = 0) -> bytes:
     )
     if not expansion:
         return model.getvalue()
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())  # type: ignore[attr-defined]
     proto.normalizer_spec.precompiled_charsmap += b"a" * expansion + b"\0"
     return bytes(proto.SerializeToString())
 

@@ -122,7 +122,9 @@ def test_a_rank_stopped_at_any_instant_is_named(tmp_path: Path, seed: int) -> No
     print(f"rank {rank} named {seconds:.1f} s after it was stopped")
 
 
-@pytest.mark.parametrize(("number", "reason"), [(signal.SIGSTOP, "has not answered for 5 s"), (signal.SIGKILL, "died")])
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGSTOP, "not answered for 5 s"), (signal.SIGKILL, "died, last seen")]
+)
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_a_rank_of_a_launcher_is_named_and_none_is_left(
     tiny: list[str], tmp_path: Path, launcher: str, number: int, reason: str
@@ -138,7 +140,7 @@ def test_a_rank_of_a_launcher_is_named_and_none_is_left(
     os.kill(ranks[-1], number)
     output, _ = process.communicate(timeout=90)
     assert process.returncode != 0
-    assert re.search(rf"error: rank 1 of 2 \(.*, process {ranks[-1]}\) has .*{reason}", f"{output}"), output
+    assert re.search(rf"error: rank 1 of 2 \(.*, process {ranks[-1]}\) has {reason}", output), output
     assert "continue with --resume" in output or "start the run again" in output
     deadline = time.monotonic() + 40  # torchrun itself kills workers that do not end
     while any(map(exists, ranks)) and time.monotonic() < deadline:
@@ -153,7 +155,7 @@ def test_ranks_under_srun_end_with_the_reason_for_which_rank_0_refuses_to_resume
     for file in (folder / "checkpoints").glob("*.sha256"):
         file.unlink()
     port, started = free_port(), time.monotonic()
-    changes = [*tiny, *QUICK, "trainer.strategy=ddp", "trainer.devices=2", "--resume", str(folder)]
+    changes = [*tiny, "trainer.strategy=ddp", "trainer.devices=2", "--resume", str(folder)]
     ranks = [launch_module("t2i_lm.train", PRETRAINED, *changes, **srun(rank, port)) for rank in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 1], outputs

@@ -128,14 +128,15 @@ def write_probe(runs: Mapping[str, Path], name: str, **changed: Any) -> Path:
     first, *others = runs.values()
     folder = first / "probes" / ("+".join(other.name for other in others) or "alone")
     folder.mkdir(parents=True, exist_ok=True)
-    known = {}
+    known: dict[str, dict[str, Any]] = {}
     for label, run in runs.items():
         config = yaml.safe_load((run / "config.yaml").read_text())
         known[label] = {"run": str(run), **{key: config[key] for key in ("name", "init", "seed")}, "step": 300}
         known[label] |= {"checkpoint": "step-00000300.ckpt", "checkpoint_sha256": "1" * 64}
         known[label]["data_hash"] = json.loads((run / "env.json").read_text()).get("data_hash")
     known[label] |= changed
-    content = {"probe": name, "title": name.title(), "sentence": f"{name} found (n = 7).", "varied": []}
+    content: dict[str, Any] = {"probe": name, "title": name.title(), "varied": []}
+    content["sentence"] = f"{name} found (n = 7)."
     content |= {"caption": f"{name.title()}. 7 sequences.", "runs": known, "made_with": {"started": "2026-03-02"}}
     content |= {"settings": {"sequences": 64, "batches": 8}, "numbers": {}}
     Image.new("RGB", (80, 40), "white").save(folder / f"{name}.png")

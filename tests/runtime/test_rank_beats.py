@@ -25,7 +25,7 @@ def ledger(*ranks: int, world: int = 0, children: Mapping[int, "subprocess.Popen
 
 
 def beat(rank: int, number: int = 1, **more: object) -> Beat:
-    return replace(Beat(rank, f"node{rank}", "elsewhere", 100 + rank, None, number), **{"phase": "training", **more})  # type: ignore[arg-type]
+    return replace(Beat(rank, f"node{rank}", "elsewhere", 100 + rank, None, number), **{"phase": "training", **more})
 
 
 def test_beats_and_verdicts_are_read_as_written() -> None:

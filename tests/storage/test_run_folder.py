@@ -129,6 +129,8 @@ def test_a_link_out_of_a_run_folder_is_refused_by_name(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["[v2]", "a*", "x?"])
 def test_runs_are_found_by_a_name_with_characters_of_patterns(name: str, tmp_path: Path) -> None:
-    folder = write_run(tmp_path, name)
-    write_run(tmp_path, "xx")
-    assert run_folders(tmp_path, name) == [folder]
+    folders = {one: tmp_path / one / "20260301-100000-demo" for one in (name, "v", "ab", "xx")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").touch()
+    assert run_folders(tmp_path, name) == [folders[name]]

@@ -19,8 +19,8 @@ from callbacks.files.atomic import write_atomic as write_durable
 from t2i_lm.runtime.command_line import exit_code
 from t2i_lm.storage.owner import own
 from t2i_lm.storage.reading import reading
-from t2i_lm.storage.resumable import atomic_folder, write_atomic
-from t2i_lm.storage.writing import DISK_ERRORS, DiskError, atomic_file, problem, writing
+from t2i_lm.storage.resumable import atomic_folder
+from t2i_lm.storage.writing import DISK_ERRORS, DiskError, atomic_file, problem, write_atomic, writing
 from tests.disks import file_limit
 
 NOISE = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
@@ -114,8 +114,12 @@ def test_a_command_ends_with_one_line_on_a_full_disk(tmp_path: Path, capsys: pyt
     def unnamed() -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def too_large() -> int:
+        write_atomic(tmp_path / "file", "x" * 100)
+        return 0
+
     with file_limit(10):
-        assert exit_code(lambda: write_atomic(tmp_path / "file", "x" * 100) or 0) == 2
+        assert exit_code(too_large) == 2
     assert exit_code(unnamed) == 2
     named, unknown = capsys.readouterr().err.splitlines()
     assert re.fullmatch(rf"error: {tmp_path}/file: File too large \([\d,.]+ MB free\)", named)

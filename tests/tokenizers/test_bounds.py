@@ -43,7 +43,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_tokenizer_that_would_never_end_is_refused(name: str, tmp_path: Path) -> None:
     parts, message = HOSTILE[name]
-    with pytest.raises(ValueError, match=rf"^text_tokenizer\.path: .*tokenizer\.json: {message}"):
+    with pytest.raises(ValueError, match=rf"^text_tokenizer\.path: .*tokenizer\.json: .*{message}"):
         open_text_tokenizer(saved(tmp_path, **parts))
 
 

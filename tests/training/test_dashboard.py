@@ -9,8 +9,10 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from callbacks.dashboard import FINAL, layout
 from t2i_lm.plots.live import live_figures
-from t2i_lm.storage.run_folder import Run
+from t2i_lm.storage.run_folder import Run, read_run
+from t2i_lm.train import main
 from t2i_lm.training.callbacks import HYPERPARAMETERS
+from tests.runs import PRETRAINED, doubled_points, without_newest
 
 
 def events(run: Run) -> EventAccumulator:
@@ -45,6 +47,21 @@ def test_every_chart_of_a_text_to_image_run_has_one_curve_of_it(probed: Run) -> 
                 assert found, title
             else:
                 assert not found, (category, title)
+
+
+def test_a_resumed_run_has_each_point_once(probed: Run, tmp_path: Path) -> None:
+    folder = without_newest(probed, tmp_path)  # which holds the points of later steps too, as after a kill
+    assert main([PRETRAINED, "--resume", str(folder)]) == 0
+    again = read_run(folder)
+    assert not doubled_points(again)
+    before, after = events(probed), events(again)
+    assert before.Tags()["scalars"] == after.Tags()["scalars"]
+    for tag in before.Tags()["scalars"]:
+        if tag.startswith("throughput/"):  # a session begins without one
+            continue
+        assert [point.step for point in before.Scalars(tag)] == [point.step for point in after.Scalars(tag)], tag
+    for tag in before.Tags()["images"]:
+        assert [point.step for point in before.Images(tag)] == [point.step for point in after.Images(tag)], tag
 
 
 def test_figures_5_and_6_draw_runs_of_their_task_alone() -> None:

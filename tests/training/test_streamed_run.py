@@ -10,6 +10,8 @@ from t2i_lm.train import main
 from tests.data.shards.parquet_files import serve, write
 from tests.runs import PRETRAINED, QUICK, SCRATCH, curve, resume_from_middle, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def streamed(tiny: list[str], tmp_path: Path) -> list[str]:

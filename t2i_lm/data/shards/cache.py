@@ -26,10 +26,9 @@ from t2i_lm.runtime.plugins import SOURCE, find_plugin
 from t2i_lm.runtime.progress import going_on
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.owner import OwnedError, own
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import OWNER
 from t2i_lm.storage.sealed import read_sealed, sealed
-from t2i_lm.storage.writing import DiskError
+from t2i_lm.storage.writing import DiskError, write_atomic
 
 # Increment when the content of shards changes, so that older caches are not reused. Scenes are generated: their format
 # is their version, `SCENES_FORMAT`. Folders had `FORMER_FORMAT` before content was a part of their name.

@@ -33,10 +33,9 @@ import torch
 from t2i_lm.data.order import Indices
 from t2i_lm.data.shards.remote import FETCHES, RemoteFiles
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.run_folder import PRIMARY, VAL
 from t2i_lm.storage.sealed import opened, read_sealed, sealed
-from t2i_lm.storage.writing import writing
+from t2i_lm.storage.writing import write_atomic, writing
 
 # `prepare` reports its own progress.
 datasets.disable_progress_bars()

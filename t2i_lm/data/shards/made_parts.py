@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -37,15 +37,16 @@ from t2i_lm.data.shards.format import (
 from t2i_lm.data.shards.held_out import ids_digest
 from t2i_lm.data.shards.rejects import NOTE_AFTER, Rejects
 from t2i_lm.data.shards.remote import RESUMES, RemoteError, make_room, touch
-from t2i_lm.data.shards.row_groups import StoredFile, samples_of
+from t2i_lm.data.shards.row_groups import StoredFile, pixel_digest, read_digests, samples_of
 from t2i_lm.data.shards.tokenize import PairRows
 from t2i_lm.runtime.devices import local_rank, uses_gpu
+from t2i_lm.storage.writing import atomic_file, writing
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
 
 # Threads that make parts ahead of training: they read at the same time, and tokenize one after the other.
-MAKERS = 4
+MAKERS, MAKER = 4, "maker of parts"
 # Bytes of sha256 at the end of a file that is kept, of all before it.
 TRAILER = 32
 # Row groups without a usable row, one after the other, after which a dataset counts as broken.
@@ -80,19 +81,19 @@ class StreamedParts(Parts):
         if not len(self):
             raise ValueError(f"{folder}: no training rows beside those that are held out")
         self._columns, self._base = (stream["columns"][0], stream["columns"][1]), stream["base"]
-        self._held_out = {
-            ids_digest(ids_N)
-            for split in validations_in(index)
-            for ids_N in PairColumns(Parts(folder, split)).image_rows()
-        }
+        # By pixels and by ids: images of other bytes may have equal ids, and on a GPU equal images other ids.
+        self._held_out: set[str | bytes] = set(read_digests(folder))
+        for split in validations_in(index):
+            self._held_out |= {ids_digest(ids_N) for ids_N in PairColumns(Parts(folder, split)).image_rows()}
         device = "cuda" if uses_gpu(config.trainer.accelerator) and config.data.workers == 0 else "cpu"
         self._kept = folder / f"made-{device}"  # ids may differ between devices
         self._kept.mkdir(exist_ok=True)
         self._limit, self._share = int(config.data.remote_cache_gib * 2**30), config.data.max_reject_share
         self._encoder = _Encoder(config, device, index["tokenizers"])
-        self._encoder.open()
+        self._encoder.tokenizers()
         self._made = _Made(self._kept.with_suffix(".jsonl"))
-        self._verified = torch.zeros(len(self.rows), dtype=torch.uint8)
+        self._paths, self._mapped = {}, {}
+        self._verified = torch.zeros(len(self.rows), dtype=torch.int64)
         self._verified.share_memory_()  # type: ignore[no-untyped-call]
         self._ahead: _Ahead | None = None
         if line := self._made.summary():
@@ -116,17 +117,18 @@ class StreamedParts(Parts):
         """
         path = self._path(number)
         try:
-            if self._verified[number] and touch(path):
+            if self._is_verified(number) and touch(path):
                 return [path]
             with FileLock(self._kept / f"{number % 256:02x}.lock"):  # other processes wait for the one that makes it
                 if not (touch(path) and _is_intact(path)):
                     self._make(number, path)
                     make_room(self._kept, self._limit)
+                state = self.state(number)
         except OSError as error:
             raise PartError(f"{path} cannot be written: {error.strerror or error}; {RESUMES}") from error
         except ValueError as error:
             raise PartError(str(error)) from error
-        self._verified[number] = 1
+        self._verified[number] = state or 0
         return [path]
 
     def fetch_later(self, numbers: Iterable[int]) -> None:
@@ -141,6 +143,9 @@ class StreamedParts(Parts):
             self._ahead = None
             if line := self._made.summary():
                 say(line)
+
+    def _places(self, number: int) -> Iterator[str]:
+        yield str(self._path(number))
 
     def _path(self, number: int) -> Path:
         return self._kept / f"{number:07d}.arrow"
@@ -184,12 +189,12 @@ class StreamedParts(Parts):
             samples = list(samples_of(file, group, self._columns, self._base))
         except RemoteError as error:
             raise ValueError(f"{where} {error}; {RESUMES}") from error
-        content = hashlib.sha256()
-        found, rejects, examples = self._encoder.rows([_hashed(read, content) for read in samples], where)
+        content, digests = hashlib.sha256(), dict[str, str]()
+        found, rejects, examples = self._encoder.rows([_hashed(read, content, digests) for read in samples], where)
         names = [file.row_name(group, place) for place in range(len(samples))]
         rows = [found.get(name) for name in names]
         for place, row in enumerate(rows):
-            if row is not None and ids_digest(row["image_ids"]) in self._held_out:
+            if row is not None and {digests[row["id"]], ids_digest(row["image_ids"])} & self._held_out:
                 rows[place] = None
                 rejects[HELD_OUT] += 1
                 examples.setdefault(HELD_OUT, names[place])
@@ -219,13 +224,13 @@ def replaced(size: int, usable: Sequence[int]) -> list[int]:
     return places
 
 
-def _hashed(read: Sample, content: Any) -> Sample:
-    """A sample whose decoded pixels and captions are added to a hash when it is read."""
+def _hashed(read: Sample, content: Any, digests: dict[str, str]) -> Sample:
+    """A sample that is added to a hash when it is read, and the digest of its pixels to `digests` by its id."""
 
     def sample() -> Pair:
         pair = read()
-        content.update(pair.image.tobytes())
-        content.update(json.dumps(pair.captions).encode())
+        digests[pair.id] = pixel_digest(pair.image)
+        content.update(json.dumps([digests[pair.id], pair.captions]).encode())
         return pair
 
     return sample
@@ -237,11 +242,9 @@ def _write(path: Path, table: pa.Table) -> None:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     content = sink.getvalue()
-    own = path.with_suffix(".tmp")
-    with own.open("wb") as file:
+    with atomic_file(path) as own, own.open("wb") as file:
         file.write(content)
         file.write(hashlib.sha256(content).digest())
-    own.replace(path)
 
 
 def _is_intact(path: Path) -> bool:
@@ -259,7 +262,7 @@ class _Encoder:
         self._lock = threading.Lock()
         _ENCODERS.add(self)
 
-    def open(self) -> tuple[TextTokenizer, ImageTokenizer]:
+    def tokenizers(self) -> tuple[TextTokenizer, ImageTokenizer]:
         """The two tokenizers.
 
         Raises:
@@ -283,14 +286,16 @@ class _Encoder:
     @property
     def schema(self) -> pa.Schema:
         """Of the rows of a part."""
-        text, image = self.open()
+        text, image = self.tokenizers()
         return pair_features(text.vocab_size, image.grid[0] * image.grid[1], image.vocab_size).arrow_schema
 
     def rows(self, samples: Iterable[Sample], origin: str) -> tuple[dict[str, Row], Counter[str], dict[str, str]]:
-        """Rows by id, rejects by reason, and the first message of each; one thread of a process at a time."""
+        """Rows by id, rejects by reason, and the first message of each; images are decoded by any number of threads."""
         with self._lock:
-            rows = PairRows(_while_running(samples), *self.open(), _silent, Rejects(1.0, "train", None, origin))
-            return {row["id"]: row for row in rows()}, rows.rejects, rows.examples
+            tokenizers = self.tokenizers()
+        text, image = (cast("Any", _OneAtATime(tokenizer, self._lock)) for tokenizer in tokenizers)
+        rows = PairRows(_while_running(samples), text, image, _silent, Rejects(1.0, "train", None, origin))
+        return {row["id"]: row for row in rows()}, rows.rejects, rows.examples
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_text": None, "_image": None, "_lock": None}
@@ -298,6 +303,24 @@ class _Encoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._lock = threading.Lock()
+
+
+class _OneAtATime:
+    """A tokenizer that one thread uses at a time."""
+
+    def __init__(self, tokenizer: Any, lock: threading.Lock) -> None:
+        self._tokenizer, self._lock = tokenizer, lock
+
+    def encode(self, content: Any) -> Any:
+        with self._lock:
+            return self._tokenizer.encode(content)
+
+    def encode_batch(self, texts: list[str]) -> Any:
+        with self._lock:
+            return self._tokenizer.encode_batch(texts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 _ENCODERS = weakref.WeakSet[_Encoder]()
@@ -353,7 +376,7 @@ class _Made:
             self._read_on()
             if number not in self._contents:
                 entry = {"part": number, "rows": rows, "rejects": rejects, "examples": examples, "content": content}
-                with self._file.open("a", encoding="utf-8") as file:
+                with writing(self._file), self._file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
                 self._read_on()
         if self._contents[number] != content:
@@ -397,7 +420,7 @@ class _Ahead:
         self._stopped = threading.Event()
         for _ in range(MAKERS):
             # No daemons, which the end of the interpreter would freeze inside a kernel.
-            threading.Thread(target=self._work).start()
+            threading.Thread(target=self._work, name=MAKER).start()
 
     def add(self, numbers: Iterable[int]) -> None:
         """Asks for parts that have not been asked for, or have been deleted since."""

@@ -17,10 +17,9 @@ from filelock import FileLock
 
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.reading import reason
-from t2i_lm.storage.resumable import write_atomic
 from t2i_lm.storage.sealed import opened
 from t2i_lm.storage.writing import problem as told
-from t2i_lm.storage.writing import writing
+from t2i_lm.storage.writing import write_atomic, writing
 
 # Names where the shards of a folder lie.
 REMOTE = "remote.json"

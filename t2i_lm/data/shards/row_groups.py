@@ -1,6 +1,7 @@
 """Row groups of Parquet files that lie anywhere: found by their footers, read one at a time by byte ranges."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,16 +12,20 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from t2i_lm.data.pairs import Pair, Sample
 from t2i_lm.data.shards.remote import RemoteError, is_url, open_place, persistently
 from t2i_lm.data.splits import path_split
 from t2i_lm.data.tables import Columns, hub_parts
 from t2i_lm.storage.reading import reason
+from t2i_lm.storage.writing import write_atomic
 
 SUFFIXES = (".parquet", ".pq")
 # Bytes at the end of a file that are read first: they hold most footers.
 TAIL = 2**16
+# Folder of the digests of validation images.
+DIGESTS = "digests"
 # Footers that are read at a time.
 THREADS = 16
 # Of the file systems' descriptions of a file: what changes with its content.
@@ -222,3 +227,20 @@ def _tail(url: str, size: int, length: int) -> bytes:
     if len(content) < length:
         raise OSError(f"{len(content):,} of {length:,} bytes arrived")
     return content
+
+
+def pixel_digest(image: Image.Image) -> str:
+    """Digest of an image's size and pixels."""
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
+
+
+def write_digests(folder: Path, number: int, digests: Sequence[str]) -> None:
+    """Keeps the digests of the images of one validation row group."""
+    (folder / DIGESTS).mkdir(exist_ok=True)
+    write_atomic(folder / DIGESTS / f"{number:05d}.json", json.dumps(sorted(set(digests))))
+
+
+def read_digests(folder: Path) -> Iterator[str]:
+    """The digests of all validation images."""
+    for file in sorted((folder / DIGESTS).glob("*.json")):
+        yield from json.loads(file.read_text(encoding="utf-8"))

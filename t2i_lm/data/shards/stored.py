@@ -12,8 +12,7 @@ from t2i_lm.data.shards.cache import say, short_hash
 from t2i_lm.data.shards.format import PARTS, Parts, data_hash, read_index
 from t2i_lm.data.shards.held_out import RECURRING, require_held_out
 from t2i_lm.data.shards.remote import RemoteFiles, is_url, read_remote_index
-from t2i_lm.storage.resumable import write_atomic
-from t2i_lm.storage.writing import DiskError
+from t2i_lm.storage.writing import DiskError, write_atomic
 
 
 def stored_shards(config: ExperimentConfig, tokenizers: dict[str, str], image_tokens: int) -> Path:

@@ -8,6 +8,7 @@ are prepared as local shards at the start. The parts are in `made_parts.py`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,21 @@ import numpy as np
 import pyarrow as pa
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.data.pairs import Sample
+from t2i_lm.data.pairs import Pair, Sample
 from t2i_lm.data.permutation import Permutation
 from t2i_lm.data.shards.cache import FORMAT, Prepared, absolute_path, say, shards_of, write_once
-from t2i_lm.data.shards.format import (
-    PARTS,
-    STREAM,
-    read_index,
-    write_index,
-)
+from t2i_lm.data.shards.format import PARTS, STREAM, read_index, write_index
 from t2i_lm.data.shards.prepare import prepare_pairs, split_entry, write_pair_split
 from t2i_lm.data.shards.remote import RemoteError, is_url
-from t2i_lm.data.shards.row_groups import PREPARE, StoredFile, StoredSplits, find_splits, samples_of
+from t2i_lm.data.shards.row_groups import (
+    PREPARE,
+    StoredFile,
+    StoredSplits,
+    find_splits,
+    pixel_digest,
+    samples_of,
+    write_digests,
+)
 from t2i_lm.data.splits import HELD_OUT_EVERY
 from t2i_lm.data.tables import Columns
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
@@ -69,7 +73,6 @@ def _streamed(config: ExperimentConfig, text: TextTokenizer, image: ImageTokeniz
     train = [(file, group) for file in range(len(found.train)) for group in range(len(found.train[file].rows))]
     val, held_out, notes = _held_out(found, train, data.val_size, origin)
     base = _base(config)
-    source = _Groups(val, columns, base, data.val_size)
     entry = {
         "rows": sum(found.train[file].rows[group] for file, group in train if (file, group) not in held_out),
         "rejects": {},
@@ -91,20 +94,22 @@ def _streamed(config: ExperimentConfig, text: TextTokenizer, image: ImageTokeniz
     _require_room(config, found, image)
 
     def write(folder: Path) -> None:
-        parts = write_pair_split(config, folder, "val", source, text, image)
-        write_index(
-            folder,
-            {
-                "tokenizers": tokenizers,
-                "source": data.source,
-                "notes": {"train": notes},
-                "splits": {"train": entry, "val": split_entry(parts)},
-                PARTS: {"train": []},
-                STREAM: {"urls": [file.url for file in found.train], "columns": list(columns), "base": base},
-            },
-        )
+        index = {
+            "tokenizers": tokenizers,
+            "source": data.source,
+            "notes": {"train": notes},
+            "splits": {"train": entry, "val": split_entry(parts)},
+            PARTS: {"train": []},
+            STREAM: {"urls": [file.url for file in found.train], "columns": list(columns), "base": base},
+        }
+        write_index(folder, index)
 
-    target = write_once(prepared, write)
+    target = prepared.folder
+    if read_index(target) is None:
+        prepared.write_key()
+        source = _Groups(val, columns, base, data.val_size, target)
+        parts = write_pair_split(config, target, "val", source, text, image)
+        write_once(prepared, write)
     index = read_index(target)
     assert index is not None
     largest = max(max(file.rows, default=0) for file in found.train)
@@ -123,6 +128,7 @@ def _require_streamable(config: ExperimentConfig) -> None:
         f"data.train_size={data.train_size}: expected null": data.train_size is not None,
         "data.captions=all: expected random or first": data.captions == "all",
         f"data.text_ratio={data.text_ratio}: expected null": data.text_ratio is not None,
+        "align.shuffle_pairs=True: expected false": config.align.shuffle_pairs,
         f"image_tokenizer.precision={config.image_tokenizer.precision}: expected float32": (
             config.image_tokenizer.precision != "float32"
         ),
@@ -202,12 +208,13 @@ def _require_room(config: ExperimentConfig, found: StoredSplits, image: ImageTok
 
 @dataclass(frozen=True)
 class _Groups:
-    """Row groups as a streamed source of pairs: each is a shard."""
+    """Row groups as a streamed source of pairs: each is a shard. Digests of their pixels are written to a folder."""
 
     groups: list[tuple[StoredFile, int]]
     columns: tuple[str, str]
-    folder: str
+    base: str
     size: int | None
+    folder: Path
 
     @property
     def shards(self) -> int:
@@ -218,10 +225,19 @@ class _Groups:
         before = sum(file.rows[group] for file, group in self.groups[:number])
         file, group = self.groups[number]
         try:
-            samples = samples_of(file, group, self.columns, self.folder)
+            samples = samples_of(file, group, self.columns, self.base)
         except RemoteError as error:
             raise ValueError(f"{file.url} {error}") from error
-        return islice(samples, None if self.size is None else self.size - before)
+        digests = list[str]()
+        for read in islice(samples, None if self.size is None else self.size - before):
+            yield partial(_noted, read, digests)
+        write_digests(self.folder, number, digests)
+
+
+def _noted(read: Sample, digests: list[str]) -> Pair:
+    pair = read()
+    digests.append(pixel_digest(pair.image))
+    return pair
 
 
 def is_streamed(name: str) -> bool:

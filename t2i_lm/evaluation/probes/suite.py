@@ -31,7 +31,7 @@ from t2i_lm.evaluation.probes.heldout import (
 )
 from t2i_lm.evaluation.probes.questions import Task, answer, read_tasks
 from t2i_lm.models.backbone import Backbone
-from t2i_lm.storage.resumable import write_atomic
+from t2i_lm.storage.writing import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.documents import document_key, document_start
 

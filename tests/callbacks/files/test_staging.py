@@ -45,7 +45,7 @@ def test_the_file_of_a_copy_is_that_of_the_original_to_the_last_byte(tmp_path: P
         copied = staging.copy(original)
         assert saved(copied, tmp_path / "copy") == saved(original, tmp_path / "original")
     assert isinstance(copied["state_dict"], OrderedDict)
-    assert copied["state_dict"]._metadata == original["state_dict"]._metadata
+    assert vars(copied["state_dict"])["_metadata"] == vars(original["state_dict"])["_metadata"]
 
 
 def test_changing_the_original_leaves_the_copy_as_it_was(tmp_path: Path) -> None:

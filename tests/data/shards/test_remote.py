@@ -1,11 +1,13 @@
 """Shards behind a URL: the same batches as in place, on any number of processes and workers, from any position."""
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +195,46 @@ def test_what_cannot_be_trained_on_is_refused_at_the_start(server: Server, folde
     refused(r"no index\.json; expected token shards", path=str(tmp_path))
     local = config_of(str(folder), tmp_path, shuffle_parts=None)
     assert stored_shards(local, TOKENIZERS, 4) == folder
+
+
+class NoCredentialsError(Exception):
+    """As botocore names it."""
+
+
+class Denied(fsspec.AbstractFileSystem):
+    """A place that refuses; counts what it is asked."""
+
+    protocol, asked = "denied", Counter[str]()
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        Denied.asked[path] += 1
+        errors = {"none": NoCredentialsError("Unable to locate credentials"), "gone": FileNotFoundError(path)}
+        raise errors.get(path.split("/")[0]) or PermissionError("Forbidden")
+
+
+def test_a_missing_package_or_credentials_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("denied", Denied, clobber=True)
+    monkeypatch.setattr(remote, "WAIT_S", 9.0)
+    monkeypatch.setitem(remote.LOGINS, "denied", "DENIED_TOKEN")
+    expected = {
+        "s3://bucket/x": "requires s3fs, which is not installed: pip install s3fs",
+        "gs://bucket/x": "requires gcsfs, which is not installed: pip install gcsfs",
+        "denied://none": "access is denied (NoCredentialsError: Unable to locate credentials); "
+        "it requires credentials: DENIED_TOKEN",
+        "denied://key": "access is denied (PermissionError: Forbidden); it requires credentials: DENIED_TOKEN",
+        "denied://gone": "FileNotFoundError: gone/index.json; a private one requires credentials: DENIED_TOKEN",
+    }
+    for url, message in expected.items():
+        if find_spec({"s3": "s3fs", "gs": "gcsfs"}.get(url[:2], "none")):
+            continue
+        with pytest.raises(
+            ValueError, match=f"^{re.escape(f'data.path={url}: index.json cannot be read: {message}')}$"
+        ):
+            remote.read_remote_index(url)
+    assert set(Denied.asked.values()) == {1}  # another try cannot help
+
+
+def test_hf_addresses_are_opened_by_the_hub_client() -> None:
+    files, path = remote.open_place("hf://datasets/ORG/NAME/folder/index.json")
+    assert type(files).__name__ == "HfFileSystem"
+    assert path == "datasets/ORG/NAME/folder/index.json"

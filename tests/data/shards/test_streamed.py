@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from t2i_lm.config.load import load_experiment
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, make_sampler
 from t2i_lm.data.shards import remote
 from t2i_lm.data.shards.format import PartError, Parts, open_split, read_index
-from t2i_lm.data.shards.made_parts import StreamedParts, replaced
+from t2i_lm.data.shards.made_parts import MAKER, MAKERS, StreamedParts, replaced
 from t2i_lm.data.shards.prepare import prepare_pairs
 from t2i_lm.data.shards.streamed import training_shards
 from t2i_lm.experiment.build import open_image, open_text
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import Layout
-from tests.data.shards.parquet_files import GROUP, Server, png, serve, table, write
+from tests.data.shards.parquet_files import GROUP, VAL, Server, png, serve, table, write
 from tests.runs import PRETRAINED
 
 BATCH, STEPS = 8, 16  # two epochs and a half
@@ -192,6 +192,10 @@ def test_rows_that_cannot_be_used_are_replaced_in_the_same_way_everywhere(
     expected = [f"0:{n}" for n in range(31)] + [f"1:{n}" for n in range(20)]
     expected[2:4], expected[9], expected[40] = ["0:0", "0:4"], "0:7", "1:7"
     assert names == expected
+    by_pixels = setting(folder, "three", max_reject_share=0.1).parts()
+    by_pixels._held_out = {digest for digest in by_pixels._held_out if isinstance(digest, str)}
+    assert len(by_pixels._held_out) == VAL
+    assert by_pixels.table(6).equals(runs[0].table(6))  # so it is where equal images have other ids
     runs[0].fetch_later([])
     runs[0].close()
     said = capsys.readouterr().err
@@ -291,6 +295,7 @@ def test_data_that_changes_between_sessions_has_another_hash_and_in_a_session_is
     with pytest.raises(PartError, match=r"train-1\.parquet row group 0 has changed since the run was started"):
         parts.table(5)
     # Content that changes in place, with the same footer, is found when a part is made again.
+    shutil.copy(tmp_path / "kept", file)
     first = folder / "data" / "train-0.parquet"
     content = first.read_bytes()
     first.write_bytes(content.replace(b"a red square 3", b"a big square 3", 1))
@@ -339,6 +344,9 @@ def test_what_cannot_be_streamed_is_refused_at_the_start(
     refused(r"data\.captions=all: expected random or first.*run python -m t2i_lm\.prepare once", captions="all")
     refused(r"data\.text_ratio=0\.1: expected null", text_ratio=0.1)
     refused(r"data\.train_size=5: expected null", train_size=5)
+    shuffled = setting(folder)
+    with pytest.raises(ValueError, match=r"align\.shuffle_pairs=True: expected false with data\.source=hub_stream"):
+        Setting(replace(shuffled.config, align=replace(shuffled.config.align, shuffle_pairs=True))).shards()
     refused(r"data\.path=s3://b/c cannot be read: requires s3fs, which is not installed: pip install s3fs", "s3://b/c")
     refused(r"data\.path=nosuch://b cannot be read: Protocol not known: nosuch", "nosuch://b")
     refused(r"data\.path=file:///nothing/here: no Parquet file among its 0 files", "file:///nothing/here")
@@ -359,22 +367,32 @@ def test_what_cannot_be_streamed_is_refused_at_the_start(
     refused(r"some names say the split and others do not \(train\.parquet, more\.parquet\)", f"file://{named}")
 
 
+def soon(holds: Callable[[], bool]) -> bool:
+    """Whether something comes true within ten seconds."""
+    for _ in range(200):
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def makers() -> int:
+    return sum(thread.name == MAKER for thread in threading.enumerate())
+
+
 def test_threads_that_make_parts_end_with_them(folder: Path, setting: Any) -> None:
-    before = threading.active_count()
+    assert soon(lambda: makers() == 0)
     parts = setting(folder).parts()
     parts.fetch_later(range(8))
-    assert threading.active_count() > before
-    for _ in range(200):
-        if len(list(parts.folder.glob("made-cpu/*.arrow"))) == 8:
-            break
-        time.sleep(0.05)
+    assert makers() == MAKERS
+    made = parts.folder / "made-cpu"
+    assert soon(lambda: len(list(made.glob("*.arrow"))) == 8)
     copy = pickle.loads(pickle.dumps(parts))  # as a spawned worker has it
     assert copy.table(3).equals(parts.table(3))
     copy._path(2).unlink()
     assert copy.table(2).num_rows == 7
     del parts
-    for _ in range(100):
-        if threading.active_count() == before:
-            break
-        time.sleep(0.05)
-    assert threading.active_count() == before
+    assert soon(lambda: makers() == 0)
+    copy.fetch_later([5])
+    copy.close()
+    assert soon(lambda: makers() == 0)
