@@ -17,7 +17,7 @@ from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.fsdp import blocks_of
 from t2i_lm.models.huggingface_folder import base_folder, empty_huggingface, is_huggingface, load_huggingface
 from t2i_lm.models.lora import add_adapters
-from t2i_lm.models.matched_weights import draw_entries, mimic_attention, shuffle_entries
+from t2i_lm.models.matched_weights import draw_entries, draw_mimetic, shuffle_entries
 from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
 from t2i_lm.runtime.devices import can_compile
 from t2i_lm.runtime.plugins import BACKBONE, find_plugin
@@ -262,11 +262,9 @@ def mimetic_backbone(config: ExperimentConfig) -> Backbone:
     Raises:
         ValueError: if the backbone is not open_lm's.
     """
-    pretrained, backbone = pretrained_backbone(config), gaussian_backbone(config)
-    require(
-        isinstance(pretrained, Decoder), "init", config.init, f"another with {config.backbone.path}: only open_lm's"
-    )
-    mimic_attention(pretrained, backbone)
+    backbone = pretrained_backbone(config)
+    require(isinstance(backbone, Decoder), "init", config.init, f"another with {config.backbone.path}: only open_lm's")
+    draw_mimetic(backbone, generator(config.seed, "gaussian"))
     return backbone
 
 

@@ -1,7 +1,7 @@
 """Random weights that share statistics with pre-trained ones: controls of what pre-training gives.
 
 From few statistics to many: mean and standard deviation of each tensor (`draw_entries`), with the structure of
-attention (`mimic_attention`), all values of each tensor in another order (`shuffle_entries`).
+attention (`draw_mimetic`), all values of each tensor in another order (`shuffle_entries`).
 """
 
 import torch
@@ -29,18 +29,19 @@ def draw_entries(model: nn.Module, generator: Generator) -> None:
 
 
 @torch.no_grad()
-def mimic_attention(source: nn.Module, target: nn.Module) -> None:
-    """Gives the random attention weights of `target` the similarities of those of `source`; in place.
+def draw_mimetic(model: nn.Module, generator: Generator) -> None:
+    """As `draw_entries`, but each head's attention matrices keep their similarities; in place.
 
     Pre-trained heads have query and key matrices, and value and output matrices, whose product is near a multiple of
     the identity, which is most of what a closed-form initialization copies from them (Trockman and Kolter, 2023). Here
     the keys of a head are mixed with its queries, and its output with its values, such that each pair of matrices has
-    the cosine similarity of the pre-trained pair; their standard deviations are those of `target`.
+    the cosine similarity of the pre-trained pair; each tensor keeps its standard deviation.
     """
-    found = [[module for module in model.modules() if isinstance(module, Attention)] for model in (source, target)]
-    for trained, drawn in zip(*found, strict=True):
-        query_HKD, key_HKD, value_HKD, out_HKD = matrices_of_heads(drawn)
-        queries_keys_H, values_outs_H = similarities(trained)
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    trained = [similarities(layer) for layer in layers]
+    draw_entries(model, generator)
+    for layer, (queries_keys_H, values_outs_H) in zip(layers, trained, strict=True):
+        query_HKD, key_HKD, value_HKD, out_HKD = matrices_of_heads(layer)
         key_HKD.copy_(_mix(query_HKD, key_HKD, queries_keys_H))
         out_HKD.copy_(_mix(value_HKD, out_HKD, values_outs_H))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from t2i_lm.storage.hashing import known_sha256
 from t2i_lm.storage.sealed import read_sealed, sealed
-from t2i_lm.storage.writing import atomic_file
+from t2i_lm.storage.writing import write_atomic
 
 CARD = "card.json"
 # Entry of a card: sha256 by name, below its folder.
@@ -29,8 +29,7 @@ def write_card(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / CARD)
     hashes = {file.relative_to(folder).as_posix(): known_sha256(file) for file in files}
     card = sealed({**content, FILES: hashes})
-    with atomic_file(folder / CARD) as own:
-        own.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    write_atomic(folder / CARD, json.dumps(card, indent=2) + "\n")
     return card
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from t2i_lm.storage.sealed import DIGEST, read_sealed, sealed
 from t2i_lm.storage.tensor_files import read_tensors, write_tensors
-from t2i_lm.storage.writing import atomic_file, write_atomic, writing
+from t2i_lm.storage.writing import write_atomic, writing
 
 IDENTITY = "parts.json"
 
@@ -87,10 +87,7 @@ class ResumableParts:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY).is_file():
             write_atomic(self.folder / IDENTITY, json.dumps(sealed(self.identity), indent=2, sort_keys=True) + "\n")
-        with atomic_file(self.path(number)) as own:
-            write_tensors(own, tensors, {"identity": self._stamp})
-            with own.open("rb") as file:
-                os.fsync(file.fileno())
+        write_tensors(self.path(number), tensors, {"identity": self._stamp})
 
     def complete(
         self, make: Callable[[range], dict[str, Tensor]], rank: int, world: int, advance: Callable[[int], None]

@@ -1,6 +1,7 @@
 """Safetensors files whose header holds the sha256 of their tensors."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +16,12 @@ SHA256 = "sha256"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes tensors, on the CPU, with their sha256 beside the metadata."""
+    """Writes and syncs tensors, on the CPU, with their sha256 beside the metadata."""
     own = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
         save_file(own, temporary, {**metadata, SHA256: tensors_sha256(own)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

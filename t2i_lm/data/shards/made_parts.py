@@ -150,12 +150,8 @@ class StreamedParts(Parts):
     def _path(self, number: int) -> Path:
         return self._kept / f"{number:07d}.arrow"
 
-    def is_here(self, number: int) -> bool:
-        """Whether a part is kept."""
-        return self._path(number).exists()
-
     def _is_here(self, number: int) -> bool:
-        return self.is_here(number)
+        return self._path(number).exists()
 
     def _make(self, number: int, path: Path) -> None:
         """Writes a part: the ids of its row group, with unusable rows replaced."""
@@ -443,7 +439,7 @@ class _Ahead:
             parts = self._parts()
             if parts is None:
                 return
-            if not parts.is_here(number):
+            if not parts._is_here(number):
                 with suppress(PartError, _StoppedError):
                     parts.files(number)
             self._asked.discard(number)

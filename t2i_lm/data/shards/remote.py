@@ -224,7 +224,7 @@ def touch(path: Path) -> bool:
 def _files(folder: str | Path) -> Iterator[tuple[int, int, str]]:
     """Time of last use, size and path of the files that are kept."""
     for entry in os.scandir(folder):
-        if not entry.name.endswith((".lock", ".tmp")):
+        if not entry.name.endswith(".lock") and ".tmp" not in entry.name:  # whose writer has not ended
             try:
                 status = entry.stat()
             except FileNotFoundError:  # deleted by another process

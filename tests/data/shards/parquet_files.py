@@ -1,13 +1,12 @@
 """Small Parquet files of captioned images, and a server that sends parts of them."""
 
 import io
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from tests.data.http_server import serving
 
 GROUP = 7  # rows of a row group
 TRAIN, VAL = (31, 20), 9  # rows of each training file, and of the validation file
@@ -116,10 +117,6 @@ class Handler(BaseHTTPRequestHandler):
 def serve(folder: Path) -> Iterator[Server]:
     """Serves the files in `data` of a folder."""
     state = Server("")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, state, folder)) as listening:
-        state.url = f"http://127.0.0.1:{listening.server_port}/data"
-        thread = threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
+    with serving(partial(Handler, state, folder)) as url:
+        state.url = f"{url}/data"
         yield state
-        listening.shutdown()
-        thread.join()

@@ -1,12 +1,11 @@
 """Shards behind a URL: the same batches as in place, on any number of processes and workers, from any position."""
 
 import re
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, make_sample
 from t2i_lm.data.shards import remote
 from t2i_lm.data.shards.format import PartError, Parts
 from t2i_lm.data.shards.stored import stored_shards
+from tests.data.http_server import serving
 from tests.data.shards.pair_shards import LAYOUT, TOKENIZERS, write_pairs
 
 STEPS = 21  # two epochs of 112 pairs, and a half
@@ -71,13 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(remote, "WAIT_S", 0.01)
     state = Server("")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, state, directory=str(folder))) as listening:
-        state.url = f"http://127.0.0.1:{listening.server_port}"
-        thread = threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
+    with serving(partial(Handler, state, directory=str(folder))) as url:
+        state.url = url
         yield state
-        listening.shutdown()
-        thread.join()
 
 
 def config_of(path: str, cache: Path, devices: int = 1, **data: Any) -> ExperimentConfig:
