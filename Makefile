@@ -60,8 +60,8 @@ exp-scratch: $(STAMP)  ## the same run from random weights
 figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
 	$(PY) -m t2i_lm.figures --runs $(RUNS) $(ARGS)
 
-test-faults: $(STAMP)  ## kills, signals and damaged files in full numbers (half an hour on two cores)
-	T2I_LM_KILLS=200 T2I_LM_FAULTS=250 T2I_LM_RANKS=10 $(PYTEST) tests/faults tests/callbacks/files tests/callbacks/test_resume.py tests/callbacks/test_sharded_saves.py tests/callbacks/test_background_saves.py
+test-faults: $(STAMP)  ## kills, signals, full disks, damaged files and lost ranks in full numbers (half an hour on two cores)
+	T2I_LM_KILLS=200 T2I_LM_FAULTS=250 T2I_LM_RANKS=10 $(PYTEST) tests/faults tests/callbacks/files tests/callbacks/test_resume.py tests/callbacks/test_sharded_saves.py tests/callbacks/test_background_saves.py tests/storage/test_owner.py
 
 docs: $(STAMP)  ## docs/configuration.md from the docstrings of the config
 	$(PY) -c "from t2i_lm.config.reference import write_reference; write_reference()"

@@ -53,7 +53,7 @@ def runs() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = {
         name: subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--rounds", "1", "--device", "cpu"],
+            [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--rounds", "1", "--device", "cpu", "--no-compile"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,

@@ -110,13 +110,15 @@ def in_process(arguments: list[str], environment: dict[str, str], parts_until_ki
     os._exit(main(arguments))
 
 
+def meeting() -> list[dict[str, str]]:
+    """Environments in which two ranks meet."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    return [{**place, "RANK": str(rank)} for rank in range(2)]
+
+
 def on_two_ranks(arguments: list[str]) -> None:
     """Runs the command as two processes, which must both succeed."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [
-        server.Process(target=in_process, args=(arguments, {**meeting, "RANK": str(rank), "LOCAL_RANK": "0"}, 0))
-        for rank in range(2)
-    ]
+    ranks = [server.Process(target=in_process, args=(arguments, environment, 0)) for environment in meeting()]
     for process in ranks:
         process.start()
     assert finish(*ranks) == [0, 0]

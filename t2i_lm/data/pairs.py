@@ -1,7 +1,7 @@
 """Caption-image pairs: interfaces of their sources, and image decoding."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -94,3 +94,13 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.ui
         box = (left, top, left + side, top + side)
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1)
     return np.asarray(image, dtype=np.uint8)
+
+
+def cropped_images(samples: Iterable[Sample], size: int) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[np.uint8]]]]:
+    """Ids and center squares of the usable samples, in order; `size` in pixels."""
+    for read in samples:
+        try:
+            pair = read()
+            yield pair.id, center_crop(pair.image, size)
+        except RejectedPairError:
+            continue

@@ -1,7 +1,7 @@
 """The images behind rows of prepared token shards, read again from their source, and what Figure 1 shows of them."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.data.pairs import RejectedPairError, Sample, center_crop
+from t2i_lm.data.pairs import cropped_images
 from t2i_lm.data.scenes.scene import render
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.shards.prepare import cut
@@ -56,22 +56,9 @@ def _candidates(
     config: ExperimentConfig, split: str, size: int, wanted: Sequence[str]
 ) -> Iterator[tuple[str, ImageArray]]:
     if config.data.source == "hub_stream" and is_streamed(wanted[0]):
-        return _cropped(images_of(config, wanted), size)
-    return islice(_images(config, split, size), SEARCH * len(wanted))
-
-
-def _images(config: ExperimentConfig, split: str, size: int) -> Iterator[tuple[str, ImageArray]]:
+        return cropped_images(images_of(config, wanted), size)
     parts, _ = cut(open_source(config.data, split, size), None, config.data.part_size)
-    yield from _cropped((read for part in parts for read in part()), size)
-
-
-def _cropped(samples: Iterable[Sample], size: int) -> Iterator[tuple[str, ImageArray]]:
-    for read in samples:
-        try:
-            pair = read()
-            yield pair.id, np.asarray(center_crop(pair.image, size))
-        except RejectedPairError:
-            continue
+    return islice(cropped_images((read for part in parts for read in part()), size), SEARCH * len(wanted))
 
 
 def write_tokens(experiment: ImageExperiment, split: str, file: Path) -> None:

@@ -5,18 +5,26 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.experiment.restore import image_config, load_trained, newest_checkpoint
+from t2i_lm.runtime import progress
 from t2i_lm.runtime.devices import global_rank, world_size
+from t2i_lm.runtime.rank_beats import Limits
+from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.run_folder import require_no_links
 from t2i_lm.storage.writing import write_atomic
+
+# Ranks wait for the slowest, which may have one more part to generate.
+PATIENCE = timedelta(days=2)
 
 
 def evaluate(run: Path, evaluators: Mapping[str, Evaluator], options: argparse.Namespace) -> None:
@@ -46,24 +54,34 @@ def evaluate(run: Path, evaluators: Mapping[str, Evaluator], options: argparse.N
         print(f"measure {checkpoint}, write to {out}")
         print(*(evaluator.describe() for evaluator in evaluators.values()), sep="\n")
         return
-    model = load_trained(run, checkpoint)
-    torch.set_num_threads(model.config.trainer.threads or torch.get_num_threads())
-    context = EvaluationContext(run, checkpoint, sha256, model, out, rank, world)
-    if world > 1:
-        # Ranks wait for the slowest, which may have one more part to generate.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))
-    try:
-        for name, evaluator in evaluators.items():
-            result = evaluator.run(context)
-            if rank == 0 and result is not None:
-                out.mkdir(parents=True, exist_ok=True)
-                content = {**result, "made_with": made_with[name]}
-                write_atomic(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
-                print(out / f"{name}.json")
-        context.wait()
-    finally:
+    with _watch(rank, world, config) if world > 1 else nullcontext():
+        model = load_trained(run, checkpoint)
+        torch.set_num_threads(model.config.trainer.threads or torch.get_num_threads())
+        context = EvaluationContext(run, checkpoint, sha256, model, out, rank, world)
         if world > 1:
-            torch.distributed.destroy_process_group()
+            torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        try:
+            for name, evaluator in evaluators.items():
+                result = evaluator.run(context)
+                if rank == 0 and result is not None:
+                    out.mkdir(parents=True, exist_ok=True)
+                    content = {**result, "made_with": made_with[name]}
+                    write_atomic(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
+                    print(out / f"{name}.json")
+            context.wait()
+        finally:
+            if world > 1:
+                torch.distributed.destroy_process_group()
+
+
+def _watch(rank: int, world: int, config: ExperimentConfig) -> AbstractContextManager[object]:
+    """The watch over the ranks: one that dies or stops ends the evaluation on all of them."""
+    watch = RankWatch(rank, world, Limits(config.trainer.rank_timeout, PATIENCE.total_seconds()))
+    watch.advice = lambda: "The same command continues the evaluation"
+    progress.listeners[:] = [watch.moved]
+    watch.open(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    watch.enter("evaluating")
+    return watch
 
 
 def default_name(options: argparse.Namespace, checkpoint: Path) -> str:

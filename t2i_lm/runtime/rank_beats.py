@@ -26,6 +26,7 @@ PHASES = {
     "validating": "validating after step {step}",
     "saving": "saving step {step}",
     "measuring": "in work after step {step}",
+    "evaluating": "in the evaluation",
 }
 SHORT = ("training", "drawing")
 # Seconds of silence after which a rank counts as stopped where connections to some rank broke, or where a signal asked

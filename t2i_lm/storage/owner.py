@@ -116,7 +116,7 @@ def own(file: Path) -> Ownership:
             descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             if _is_held(file):
-                raise OwnedError(file, _read(file)) from None
+                raise OwnedError(file, _holder(file)) from None
             _remove_stale(file)
             continue
         try:
@@ -135,7 +135,7 @@ def require_free(file: Path) -> None:
         OwnedError: if one does.
     """
     if _is_held(file):
-        raise OwnedError(file, _read(file))
+        raise OwnedError(file, _holder(file))
 
 
 def _read(file: Path) -> Owner | None:
@@ -144,6 +144,15 @@ def _read(file: Path) -> Owner | None:
         return Owner(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _holder(file: Path) -> Owner | None:
+    """The owner of a file that is held; one that has just created it has a second to write who it is."""
+    for _ in range(20):
+        if (found := _read(file)) is not None:
+            return found
+        time.sleep(0.05)
+    return None
 
 
 def has_ended(pid: int, born: str | None) -> bool:

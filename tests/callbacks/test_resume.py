@@ -91,14 +91,18 @@ def test_a_run_killed_in_every_save_of_its_life_still_ends_like_an_unbroken_one(
     assert lines(tmp_path) == lines(unbroken)
 
 
+# Where a signal arrives; `make test-faults` sends it at more steps.
+PLACES = [("step", 13), ("validation", 12), ("validation", 0), ("work after validation", 12)]
+MORE_PLACES = [("step", step) for step in (3, 9, 20)]
+MORE_PLACES += [(where, step) for where in ("validation", "work after validation") for step in (6, 18)]
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)],
     ids=["sigterm", "sigusr1", "ctrl-c"],
 )
-@pytest.mark.parametrize(
-    ("where", "step"), [("step", 13), ("validation", 12), ("validation", 0), ("work after validation", 12)]
-)
+@pytest.mark.parametrize(("where", "step"), PLACES + MORE_PLACES * (len(SEEDS) >= 200))
 def test_a_signalled_run_saves_exits_with_its_code_and_resumes_exactly(
     unbroken: Path, tmp_path: Path, number: int, code: int, where: str, step: int
 ) -> None:

@@ -154,6 +154,13 @@ def points(found: Run) -> dict[str, list[int]]:
     return {tag: [event.step for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
+def resuming(root: Path) -> list[str]:
+    """What continues the newest run of a folder; a run without a checkpoint starts again."""
+    begun = run_folders(root)
+    resumable = begun and list((begun[-1] / "checkpoints").glob("*.ckpt"))
+    return ["--resume", str(begun[-1])] if resumable else []
+
+
 def survives(whole: Run, overrides: list[str], disk: Path, fullness: Fullness, log: Path) -> bool:
     """Runs on a disk that is full for a while, and checks what is left; whether the run went on to its end."""
     root = disk / "runs"
@@ -166,10 +173,7 @@ def survives(whole: Run, overrides: list[str], disk: Path, fullness: Fullness, l
     Ballast(disk).remove()
     if code:
         assert re.search(rf"^error: .*{disk}/\S+: No space left on device \([\d.,]+ MB free\)", printed, re.MULTILINE)
-        begun = run_folders(root)
-        resumable = begun and list((begun[-1] / "checkpoints").glob("*.ckpt"))
-        again = ["--resume", str(begun[-1])] if resumable else []
-        arguments = [PRETRAINED, *again, *overrides, f"run.dir={root}"]
+        arguments = [PRETRAINED, *resuming(root), *overrides, f"run.dir={root}"]
         assert run(arguments, disk, None, log) == 0, log.read_text()
     found = read_run(run_folders(root)[-1])
     assert curve(found) == curve(whole)
@@ -218,7 +222,6 @@ def test_two_ranks_stop_or_go_on_together(
     stays: bool, whole: tuple[Run, int], overrides: list[str], disk: Path, tmp_path: Path
 ) -> None:
     own = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp", "data.batch_size=4"]
-    arguments = [PRETRAINED, *overrides, *own, f"run.dir={disk}/runs"]
     process = launch(PRETRAINED, disk / "runs", *overrides, *own)
     while process.poll() is None and not list((disk / "runs").rglob("metrics.jsonl")):
         time.sleep(0.05)
@@ -232,8 +235,7 @@ def test_two_ranks_stop_or_go_on_together(
     assert process.returncode in ((2, 1) if stays else (0, 1, 2)), printed
     if process.returncode:
         assert re.search(rf"error: .*{disk}/\S+: No space left on device", printed)
-        folder = run_folders(disk / "runs")[-1]
-        again = launch(*arguments[:1], disk / "runs", *arguments[1:-1], "--resume", str(folder))
+        again = launch(PRETRAINED, disk / "runs", *overrides, *own, *resuming(disk / "runs"))
         output, _ = again.communicate(timeout=300)
         assert again.returncode == 0, output
 

@@ -10,13 +10,15 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from t2i_lm.storage.run_folder import Run
 from tests.callbacks.toy_model import Toy
-from tests.callbacks.toy_run import finish, free_port, start
+from tests.callbacks.toy_run import finish, free_port, server, start
 from tests.runs import PRETRAINED, QUICK, launch_module, without_newest
+from tests.test_evaluate import in_process, meeting
 from tests.test_train import wait_for_lines
 from tests.training.test_ranks import RANK_S, errors, in_step, start_ranks
 from tests.training.test_slurm import srun
@@ -162,3 +164,22 @@ def test_ranks_under_srun_end_with_the_reason_for_which_rank_0_refuses_to_resume
     assert "no checkpoint can be verified" in outputs[0]
     assert re.search(r"error: rank 0 of 2 .* failed .*no checkpoint can be verified", outputs[1]), outputs[1]
     assert time.monotonic() - started < 60
+
+
+def with_log(log: Path, *given: Any) -> None:
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    in_process(*given)
+
+
+@pytest.mark.skipif(STOPPED < 10, reason="make test-faults")
+def test_a_killed_rank_ends_the_evaluation_of_the_other(evaluate_command: list[str], tmp_path: Path) -> None:
+    arguments = [*evaluate_command, "--out", str(tmp_path / "out")]
+    ranks = [
+        server.Process(target=with_log, args=(tmp_path / f"log.{rank}", arguments, environment, rank))
+        for rank, environment in enumerate(meeting())
+    ]
+    for process in ranks:
+        process.start()
+    assert finish(*ranks) == [1, -signal.SIGKILL]
+    last = (tmp_path / "log.0").read_text().splitlines()[-1]
+    assert re.fullmatch(r"error: rank 1 of 2 \(.*\) has died, last seen in the evaluation\. The same command .*", last)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,8 @@ from t2i_lm.storage.owner import OwnedError, Owner, own, require_free
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 fork = multiprocessing.get_context("fork")
+# Pairs of processes that begin together: 2, and 20 in `make test-faults`.
+ATTEMPTS = 2 * int(os.environ.get("T2I_LM_RANKS", "1"))
 
 
 def hold(file: Path) -> None:
@@ -166,3 +169,29 @@ def test_of_many_processes_one_at_a_time_succeeds_a_dead_one(tmp_path: Path) -> 
         entry(tmp_path / "owner.json", born="1")
         assert in_parallel(compete, tmp_path / "owner.json", 3) == [0] * 5
         assert not list(tmp_path.iterdir())
+
+
+def try_to_own(file: Path, together: Any, answers: Any, over: Any) -> None:
+    together.wait()
+    try:
+        with own(file):
+            answers.put((os.getpid(), ""))
+            over.wait(30)
+    except OwnedError as error:
+        answers.put((os.getpid(), str(error)))
+
+
+@pytest.mark.parametrize("attempt", range(ATTEMPTS))
+def test_of_two_processes_that_begin_together_one_is_refused_and_names_the_other(tmp_path: Path, attempt: int) -> None:
+    together, answers, over = fork.Barrier(2), fork.Queue(), fork.Event()
+    given = (tmp_path / "owner.json", together, answers, over)
+    processes = [fork.Process(target=try_to_own, args=given) for _ in range(2)]
+    for process in processes:
+        process.start()
+    said = dict(answers.get(timeout=30) for _ in range(2))
+    over.set()
+    for process in processes:
+        process.join()
+    (winner,) = (pid for pid, error in said.items() if not error)
+    (error,) = (error for error in said.values() if error)
+    assert f"is being written by process {winner} on" in error

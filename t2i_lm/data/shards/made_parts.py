@@ -40,7 +40,7 @@ from t2i_lm.data.shards.remote import RESUMES, RemoteError, make_room, touch
 from t2i_lm.data.shards.row_groups import StoredFile, pixel_digest, read_digests, samples_of
 from t2i_lm.data.shards.tokenize import PairRows
 from t2i_lm.runtime.devices import local_rank, uses_gpu
-from t2i_lm.storage.writing import atomic_file, writing
+from t2i_lm.storage.writing import atomic_file, problem, writing
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
@@ -125,7 +125,7 @@ class StreamedParts(Parts):
                     make_room(self._kept, self._limit)
                 state = self.state(number)
         except OSError as error:
-            raise PartError(f"{path} cannot be written: {error.strerror or error}; {RESUMES}") from error
+            raise PartError(f"{problem(error)}; {RESUMES}") from error
         except ValueError as error:
             raise PartError(str(error)) from error
         self._verified[number] = state or 0

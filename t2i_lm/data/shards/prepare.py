@@ -7,6 +7,7 @@ ranks of `torchrun` or several plain processes share it, and a killed process lo
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import datasets
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.control_text import control_documents
-from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, Sample, StreamedSource, center_crop
+from t2i_lm.data.pairs import CaptionedSource, Sample, StreamedSource, cropped_images
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.data.shards.cache import (
     FORMAT,
@@ -291,14 +292,7 @@ def equal_ids(config: ExperimentConfig, image: ImageTokenizer, images: int = 256
     """Share of ids of validation images that bfloat16 encoding leaves equal to float32's, and the number of ids."""
     split = validations_of(config.data)[0]
     parts, _ = cut(open_source(config.data, split, image.image_size), None, images)
-    readable: list[Any] = []
-    for read in parts[0]():
-        try:
-            readable.append(center_crop(read().image, image.image_size))
-        except RejectedPairError:
-            continue
-        if len(readable) == images:
-            break
+    readable = [one for _, one in islice(cropped_images(parts[0](), image.image_size), images)]
     if not readable:
         raise ValueError(f"data.path={config.data.path}: no readable image among the first {images}")
     same = total = 0
