@@ -27,7 +27,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no
 DASHBOARD := \#custom_scalars&_smoothingWeight=0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-quick test-faults docs architectures tensorboard screenshots figures study open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch clean
+.PHONY: help setup check test test-quick test-faults docs architectures tensorboard screenshots figures study open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch rehearsal clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
 
 test-faults: $(STAMP)  ## kills, signals, full disks, damaged files and lost ranks in full numbers (half an hour on two cores)
 	T2I_LM_KILLS=200 T2I_LM_FAULTS=250 T2I_LM_RANKS=10 $(PYTEST) tests/faults tests/callbacks/files tests/callbacks/test_resume.py tests/callbacks/test_sharded_saves.py tests/callbacks/test_background_saves.py tests/storage/test_owner.py
+
+rehearsal: $(STAMP)  ## the paper's run at its exact shapes with small parts, from tars to the report: ARGS="--quick"
+	@$(PY) -m tests.rehearsal $(ARGS)
 
 docs: $(STAMP)  ## docs/configuration.md from the docstrings of the config
 	$(PY) -c "from t2i_lm.config.reference import write_reference; write_reference()"

@@ -62,6 +62,18 @@ def test_unusable_samples_are_counted_by_reason(
     assert text.decode(split[0]["text_ids"][1]) == "a ring."
 
 
+def test_one_of_several_processes_prints_the_result(
+    tiny: list[str],
+    photographs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for rank, lines in ((1, 0), (0, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main([PRETRAINED, *overrides(tiny, photographs, 0.1)]) == 0
+        assert capsys.readouterr().out.count("data hash") == lines
+
+
 def test_too_many_unusable_samples_stop_the_preparation(
     tiny: list[str], photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,16 +68,16 @@ def _note_compilations(watch: RankWatch) -> None:
 
 
 def prepare_last_words(
-    watch: RankWatch, folder: Path, events: EventLog, callbacks: Sequence[Any], owner: Ownership | None
+    watch: RankWatch, run: Path | str, events: EventLog, callbacks: Sequence[Any], owner: Ownership | None
 ) -> None:
     """What a rank does and says when another ends the run: an event, the job's place in the queue, how to go on.
 
     Args:
         watch: of this rank.
-        folder: run folder.
-        events: its log, written by rank 0.
+        run: value of `--resume` with which the run continues.
+        events: the run's log, written by rank 0.
         callbacks: of the run, one of which knows the newest checkpoint.
-        owner: of the folder, on the rank that holds it.
+        owner: of the run folder, on the rank that holds it.
     """
     saver = next(callback for callback in callbacks if isinstance(callback, RunCheckpoints))
 
@@ -85,7 +85,7 @@ def prepare_last_words(
         step = saver.saved_step
         if not step:
             return "No checkpoint was saved yet: start the run again"
-        return f"The newest checkpoint is that of step {step}; continue with --resume {folder}"
+        return f"The newest checkpoint is that of step {step}; continue with --resume {run}"
 
     def last_words(text: str) -> None:
         if watch.rank == 0:

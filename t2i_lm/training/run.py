@@ -61,7 +61,7 @@ from t2i_lm.storage.writing import write_atomic
 from t2i_lm.training.callbacks import training_flop
 from t2i_lm.training.continuity import require_same_files, require_same_start, started_from
 from t2i_lm.training.ranks import prepare_last_words, watch_ranks
-from t2i_lm.training.resume import require_unfinished
+from t2i_lm.training.resume import LATEST, require_unfinished
 from t2i_lm.training.resumption import (
     VALUES,
     Resumption,
@@ -152,7 +152,9 @@ def _train(
         purge = logged_position(folder, resumption.step) + 1 if checkpoint else 0
     trainer = build_trainer(experiment, folder, events, checkpoint is not None, record, allowed, purge, watch)
     if watch is not None:
-        prepare_last_words(watch, folder, events, trainer.callbacks, owner)  # type: ignore[attr-defined]
+        knows_folder = is_main or resumption is not None or FOLDER_VARIABLE in os.environ
+        continued = folder if knows_folder else LATEST
+        prepare_last_words(watch, continued, events, trainer.callbacks, owner)  # type: ignore[attr-defined]
     try:
         with _folder_for_launched_ranks(folder, is_main):
             trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint, weights_only=True)

@@ -23,13 +23,14 @@ from t2i_lm.training.ranks import WatchedDDP, WatchedShards, cluster
 from t2i_lm.training.resumption import ChangedOptimizer
 from t2i_lm.training.sharded_strategy import ShardedStrategy
 
-# Lightning's warnings that do not apply: loading is no bottleneck, the data module resumes exactly, and the module
-# itself adds the targets to a batch.
+# Warnings that do not apply: loading is no bottleneck, the data module resumes exactly, the module itself adds the
+# targets to a batch, and the newer option of DDP synchronizes buffers at the start.
 QUIET = (
     ".*does not have many workers.*",
     ".*resuming from a checkpoint that ended before the epoch ended.*",
     "The number of training batches.*",
     ".*isinstance.treespec, LeafSpec.*",
+    ".*`broadcast_buffers` is deprecated.*",
     "You have overridden .on_before_batch_transfer. in .LightningModule.*",
 )
 

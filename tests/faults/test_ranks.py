@@ -18,10 +18,10 @@ from t2i_lm.storage.run_folder import Run
 from tests.callbacks.toy_model import Toy
 from tests.callbacks.toy_run import finish, free_port, server, start
 from tests.runs import PRETRAINED, QUICK, launch_module, without_newest
+from tests.slurm import task_environment
 from tests.test_evaluate import in_process, meeting
 from tests.test_train import wait_for_lines
 from tests.training.test_ranks import RANK_S, errors, in_step, start_ranks
-from tests.training.test_slurm import srun
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +158,7 @@ def test_ranks_under_srun_end_with_the_reason_for_which_rank_0_refuses_to_resume
         file.unlink()
     port, started = free_port(), time.monotonic()
     changes = [*tiny, "trainer.strategy=ddp", "trainer.devices=2", "--resume", str(folder)]
-    ranks = [launch_module("t2i_lm.train", PRETRAINED, *changes, **srun(rank, port)) for rank in range(2)]
+    ranks = [launch_module("t2i_lm.train", PRETRAINED, *changes, **task_environment(rank, port)) for rank in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 1], outputs
     assert "no checkpoint can be verified" in outputs[0]

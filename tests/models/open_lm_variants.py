@@ -68,7 +68,7 @@ def figures(logits_BTV: Tensor, grad_norms: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _stub_xformers() -> None:
+def stub_xformers() -> None:
     """Stubs xformers, which upstream imports: upstream's torch SwiGLU replaces its SwiGLU, the rest is unused."""
     package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
     ops.SwiGLU = nn.Identity  # type: ignore[attr-defined]
@@ -79,7 +79,7 @@ def _stub_xformers() -> None:
 
 def measure_upstream(checkout: Path | None) -> dict[str, dict[str, Any]]:
     """Every variant's numbers from upstream's code."""
-    _stub_xformers()
+    stub_xformers()
     if checkout is not None:
         sys.path.insert(0, str(checkout))
     from open_lm.attention import torch_attn

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,31 +12,15 @@ from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
 from tests.callbacks.toy_run import free_port
 from tests.runs import PRETRAINED, QUICK, ROOT, curve, launch_module, same_losses, succeed
+from tests.slurm import task_environment
 from tests.test_train import wait_for_lines
-
-
-def srun(rank: int, port: int) -> dict[str, str]:
-    """Environment of task `rank` of two on one node, as far as it is read here."""
-    return {
-        "SLURM_JOB_ID": "4711",
-        "SLURM_JOB_NAME": "t2i",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NNODES": "1",
-        "SLURM_NODELIST": "localhost",
-        "SLURM_NODEID": "0",
-        "SLURM_PROCID": str(rank),
-        "SLURM_LOCALID": str(rank),
-        "MASTER_PORT": str(port),
-    }
 
 
 @pytest.mark.slow
 def test_two_tasks_train_one_run(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     port = free_port()
     changes = [*tiny, *QUICK, f"run.dir={tmp_path}", "trainer.strategy=ddp", "trainer.devices=2"]
-    succeed(*(launch_module("t2i_lm.train", PRETRAINED, *changes, **srun(rank, port)) for rank in range(2)))
+    succeed(*(launch_module("t2i_lm.train", PRETRAINED, *changes, **task_environment(rank, port)) for rank in range(2)))
     (folder,) = run_folders(tmp_path)
     same_losses(read_run(folder), pretrained, 1e-6)
 
@@ -71,9 +56,33 @@ def test_slurms_signal_saves_and_requeues_and_the_job_goes_on(pretrained: Run, t
     assert curve(read_run(metrics.parent)) == curve(pretrained)
 
 
+def test_the_batch_script_requeues_resumes_and_hands_over_its_finished_run(tmp_path: Path) -> None:
+    """With stand-ins: `srun` writes the run's config, and ends as a stopped run does, then as a finished one."""
+    programs = {
+        "srun": "mkdir -p runs/$SLURM_JOB_ID/t2i_scratch/DATE-paper; touch runs/$SLURM_JOB_ID/t2i_scratch/DATE-paper/"
+        'config.yaml; echo "$@" >> calls; [ -e stopped ] || { touch stopped; exit 143; }',
+        "scontrol": 'echo scontrol "$@" >> calls',
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
+    script = ["bash", str(ROOT / "experiments" / "slurm" / "train.sbatch"), "t2i_scratch", "paper", "seed=1"]
+    codes = [subprocess.run(script, cwd=tmp_path, env=environment).returncode for _ in range(2)]
+    assert codes == [143, 0]
+    train = ".venv/bin/python -m t2i_lm.train experiments/t2i_scratch.yaml --scale paper"
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"{train} run.dir=runs/4711 seed=1",
+        "scontrol requeue 4711",
+        f"{train} --resume latest run.dir=runs/4711 seed=1",
+    ]
+    assert [run.name for run in run_folders(tmp_path / "runs", "t2i_scratch")] == ["DATE-paper"]
+    assert not (tmp_path / "runs" / "4711").exists()
+
+
 def test_ranks_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (global_rank(), local_rank(), world_size()) == (0, 0, 1)
-    for key, value in srun(1, 0).items():
+    for key, value in task_environment(1, 0).items():
         monkeypatch.setenv(key, value)
     assert (global_rank(), local_rank(), world_size()) == (1, 1, 2)
     for key, value in {"RANK": "5", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}.items():  # torchrun in a task of srun

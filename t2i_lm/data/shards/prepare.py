@@ -41,7 +41,7 @@ from t2i_lm.data.shards.format import (
 from t2i_lm.data.shards.held_out import require_held_out
 from t2i_lm.data.shards.rejects import Rejects
 from t2i_lm.data.shards.stored import stored_shards
-from t2i_lm.data.shards.tokenize import ENCODE_BATCH, PairRows, stack_images, write_text_split
+from t2i_lm.data.shards.tokenize import PairRows, encode_images, write_text_split
 from t2i_lm.data.sources import open_source
 from t2i_lm.data.splits import validations_of
 from t2i_lm.data.text import paragraphs, read_documents
@@ -295,12 +295,8 @@ def equal_ids(config: ExperimentConfig, image: ImageTokenizer, images: int = 256
     readable = [one for _, one in islice(cropped_images(parts[0](), image.image_size), images)]
     if not readable:
         raise ValueError(f"data.path={config.data.path}: no readable image among the first {images}")
-    same = total = 0
-    for start in range(0, len(readable), ENCODE_BATCH):
-        images_BCHW = stack_images(readable[start : start + ENCODE_BATCH])
-        equal_BN = image.encode(images_BCHW) == image.encode(images_BCHW, low_precision=True)
-        same, total = same + int(equal_BN.sum()), total + equal_BN.numel()
-    return same / total, total
+    float32_BN, bfloat16_BN = (encode_images(image, readable, low_precision) for low_precision in (False, True))
+    return float((float32_BN == bfloat16_BN).mean()), float32_BN.size
 
 
 def _require_equal_ids(config: ExperimentConfig, image: ImageTokenizer) -> None:

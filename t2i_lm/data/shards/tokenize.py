@@ -4,6 +4,7 @@ Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `N` image ids.
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,14 +20,64 @@ from t2i_lm.data.pairs import Pair, RejectedPairError, Sample, center_crop
 from t2i_lm.data.shards.format import part_folder, read_part, text_features, write_part
 from t2i_lm.data.shards.rejects import LOOK_AHEAD, Rejects
 from t2i_lm.data.text import paragraphs
+from t2i_lm.runtime.devices import is_out_of_memory
 from t2i_lm.runtime.progress import Advance
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.documents import document_start
 from t2i_lm.tokenizers.layout import IntArray
 from t2i_lm.tokenizers.text import MAX_CHARACTERS
 
-# Images per call of the encoder.
+# Images per call of the encoder, where its device has the memory.
 ENCODE_BATCH = 64
+
+
+class Encoder:
+    """The encoder of an image tokenizer, whose batches are halved where the device lacks the memory for one.
+
+    Attributes:
+        at_once: images per batch.
+    """
+
+    def __init__(self, image: ImageTokenizer) -> None:
+        self.image, self.at_once = image, ENCODE_BATCH
+
+    def __call__(self, images: list[Any], low_precision: bool = False) -> Tensor:
+        """Ids (B, N) int64, on the CPU, of arrays (H, W, 3).
+
+        Raises:
+            MemoryError: if a single image does not fit.
+        """
+        ids, done = list[Tensor](), 0
+        while done < len(images):
+            batch_BCHW = stack_images(images[done : done + self.at_once])
+            ids_BN = self._encode(batch_BCHW, low_precision)
+            if ids_BN is None:
+                self._halve(len(batch_BCHW))
+            else:
+                ids.append(ids_BN)
+                done += len(batch_BCHW)
+        return torch.cat(ids)
+
+    def _halve(self, tried: int) -> None:
+        size = f"of {self.image.image_size} pixels"
+        if tried == 1:
+            raise MemoryError(f"image_tokenizer.path: out of memory with a single image {size}")
+        self.at_once = tried // 2
+        print(
+            f"note: out of memory with {tried} images {size}; {self.at_once} are encoded at a time",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _encode(self, images_BCHW: Tensor, low_precision: bool) -> Tensor | None:
+        """None if out of memory, of which the error's traceback would hold a part."""
+        precision = {"low_precision": True} if low_precision else {}
+        try:
+            return self.image.encode(images_BCHW, **precision).cpu()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
 
 
 @dataclass
@@ -49,6 +100,9 @@ class PairRows:
     examples: dict[str, str] = field(default_factory=dict)
     caption_tokens: Counter[int] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        self._ids = Encoder(self.image)
+
     def __call__(self) -> Iterator[dict[str, Any]]:
         """One row per usable sample, in order; images are encoded in batches of `ENCODE_BATCH`.
 
@@ -58,11 +112,11 @@ class PairRows:
         refused = False
         batch: list[tuple[Pair, np.ndarray[Any, np.dtype[np.uint8]]]] = []
         for number, read in enumerate(self.samples, start=1):
-            self.advance(1)
             try:
                 pair = read()
                 batch.append((pair, center_crop(pair.image, self.image.image_size)))
             except RejectedPairError as reject:
+                self.advance(1)
                 self.rejects[reject.reason] += 1
                 self.examples.setdefault(reject.reason, str(reject))
                 refused = self.judge.too_many(self.rejects)
@@ -84,7 +138,8 @@ class PairRows:
         return {"rejects": dict(self.rejects), "examples": self.examples, "caption_tokens": lengths}
 
     def _encode(self, batch: list[tuple[Pair, Any]]) -> Iterator[dict[str, Any]]:
-        ids_BN = self.image.encode(stack_images([image for _, image in batch])).cpu().numpy()
+        ids_BN = self._ids([image for _, image in batch]).numpy()
+        self.advance(len(batch))
         width = np.uint16 if self.image.vocab_size <= 2**16 else np.uint32
         for (pair, _), ids_N in zip(batch, ids_BN, strict=True):
             text_ids = self.text.encode_batch(pair.captions)
@@ -100,9 +155,9 @@ def stack_images(images: list[Any]) -> Tensor:
 
 def encode_images(image: ImageTokenizer, images: Iterable[Any], low_precision: bool = False) -> IntArray:
     """Ids (B, N) int64 of arrays (H, W, 3), in batches of `ENCODE_BATCH`."""
-    waiting, ids = iter(images), list[IntArray]()
+    waiting, ids, encoder = iter(images), list[IntArray](), Encoder(image)
     while batch := list(islice(waiting, ENCODE_BATCH)):
-        ids.append(image.encode(stack_images(batch), low_precision).cpu().numpy())
+        ids.append(encoder(batch, low_precision).numpy())
     return np.concatenate(ids) if ids else np.empty((0, 0), dtype=np.int64)
 
 
