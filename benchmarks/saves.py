@@ -1,7 +1,8 @@
 """Stall of training by a checkpoint in the background, against the time in which the same state is written.
 
 A real Trainer with `RunCheckpoints` steps AdamW over a synthetic state between matrix products. Before timing, the
-last file of a run is compared with that of a run that saved synchronously.
+last file of a run is compared with that of a run that saved synchronously. With `--copy-only` nothing is written: the
+stall of a state whose files would take minutes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from benchmarks.rounds import Report, exit_code, gate, parser, spread
 
 EXAMPLE = "python -m benchmarks.saves --gigabytes 2 --threads 2"
 SAVES = 3  # of a run
+TENSORS = 192  # of the state that is only copied
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,6 +28,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser("saves", "What a checkpoint costs training, written in the background.", EXAMPLE)
     arguments.add_argument("--gigabytes", type=float, default=2.0, help="state in float32 (default: %(default)s)")
     arguments.add_argument("--interval", type=int, default=10, help="steps from save to save (default: %(default)s)")
+    arguments.add_argument("--copy-only", action="store_true", help="only the copy that training waits for; no file")
     arguments.add_argument("--folder", type=Path, help="where to write (default: the folder of temporary files)")
     return arguments.parse_args(argv)
 
@@ -33,6 +36,9 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> None:
     """Measures and prints the JSON line."""
     report = Report("saves", options)
+    if options.copy_only:
+        measure_copy(options, report)
+        return
     import torch
 
     gigabytes, interval = (0.004, 2) if options.quick else (options.gigabytes, options.interval)
@@ -77,6 +83,38 @@ def measure(options: argparse.Namespace) -> None:
         cost_percent=spread([100 * (b - q) / SAVES / middle for b, q in zip(busy, quiet, strict=True)]),
         seconds_per_step=spread([seconds / ((SAVES + 1) * interval - 1) for seconds in quiet]),
         extra_memory=spread(extra),
+    )
+
+
+def measure_copy(options: argparse.Namespace, report: Report) -> None:
+    """Measures the copies of a state to the host by `Staging`, of which training waits for each."""
+    import torch
+
+    from callbacks.files.staging import Staging, bytes_of
+
+    gigabytes = 0.004 if options.quick else options.gigabytes
+    size = max(1, int(gigabytes * 1e9 / 4 / TENSORS))
+    generator = torch.Generator(options.device).manual_seed(0)
+    state = [torch.randn(size, generator=generator, device=options.device) for _ in range(TENSORS)]
+    staging, seconds = Staging(), list[float]()
+    for number in range(options.rounds + 1):
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        if number == 0:
+            staging.prepare(state)
+        copy = staging.copy(state)
+        seconds.append(time.perf_counter() - start)
+    agreement = max(gate("copy", ours.to(theirs.device), theirs, 0.0) for ours, theirs in zip(copy, state, strict=True))
+    extra = staging.size / bytes_of(state)
+    del copy
+    staging.release()
+    report.write(
+        gate={"copy": agreement},
+        gigabytes=gigabytes,
+        # In a run the memory is taken in the background, long before the first save.
+        stall_seconds={"with memory to take": spread(seconds[:1]), "later": spread(seconds[1:])},
+        extra_memory=extra,
     )
 
 

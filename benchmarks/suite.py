@@ -67,6 +67,8 @@ GPU = (
     script("head", "--tokens 16128 --precision bf16 --rounds 5", 60),
     script("train_step", "--shape paper --peers transformers --rounds 5", 150),
     script("trainer_overhead", "--shape paper --compile --accumulate 4 --steps 40 --rounds 1", 120, "trainer"),
+    # Weights and moments of 1.5B parameters, whose files would take minutes.
+    script("saves", "--copy-only --gigabytes 18 --rounds 5", 60),
     script("generate", f"{_DRAW} --batch 64", 90, "draw_64"),
     script("generate", f"{_DRAW} --batch 256", 90, "draw_256"),
     script("encode", "--shape movqgan_270m --batch 64 --rounds 3", 90),

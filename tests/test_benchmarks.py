@@ -287,13 +287,21 @@ def test_open_lm_takes_part_in_training_steps_alone() -> None:
 def test_the_gpus_suite_fits_its_eight_minutes_and_every_command_parses() -> None:
     given, _ = suite.options(["--gpu"])
     modules = {
-        f"benchmarks.{module.__name__.split('.')[-1]}": module for module in (train_step, head, generate, encode)
+        f"benchmarks.{module.__name__.split('.')[-1]}": module for module in (train_step, head, generate, encode, saves)
     }
     modules["benchmarks.trainer_overhead"] = trainer_overhead
     for entry in suite.entries(given):
         assert entry.limit < suite.GPU_SECONDS
         if entry.name != "demo":
             modules[entry.command[0]].options(suite.arguments_of(entry, given, [], Path())[3:])
+
+
+def test_the_copy_of_a_checkpoint_is_measured_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert saves.main(["--copy-only", "--quick", "--rounds", "2", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gate"] == {"copy": 0.0}
+    assert set(found["stall_seconds"]) == {"with memory to take", "later"}
+    assert len(list(suite.numbers(found))) == 3  # the table has both, and the memory
 
 
 def test_what_does_not_end_is_stopped_and_the_rest_still_runs(

@@ -52,7 +52,7 @@ def test_images_and_a_grid_are_written_and_do_not_depend_on_their_batch(
 
 def test_rounded_weights_sample_nearly_the_same_codes(run: Path) -> None:
     float32, bfloat16 = load_trained(run), load_trained(run)
-    prepare_generation(bfloat16, bf16=True, compiled=False)
+    prepare_generation(bfloat16, bf16=True, compiled=False, images=8)
     plain = {"compiled": False, "fp8": False}
     assert (numerics(float32), numerics(bfloat16)) == (
         {"weights": "float32"} | plain,

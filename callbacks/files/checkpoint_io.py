@@ -21,7 +21,16 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from callbacks.base.interval_sums import distributed
 from callbacks.files.atomic import PARTIAL_SUFFIX, write_atomic
-from callbacks.files.checkpoint_parts import INFIX, PARTS, part_files, part_name, parts_of, read_checkpoint
+from callbacks.files.checkpoint_parts import (
+    INFIX,
+    PARTS,
+    ShardIndex,
+    needed_parts,
+    part_files,
+    part_name,
+    parts_of,
+    read_checkpoint,
+)
 from callbacks.files.disk import named
 
 SUFFIX, DIGEST_SUFFIX = ".ckpt", ".sha256"
@@ -143,12 +152,13 @@ def digests(path: Path) -> list[str]:
     return [line.split()[0] for line in lines if line.split() and INFIX not in line]
 
 
-def verify(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
+def verify(path: Path, stop: Callable[[], bool] = lambda: False, shard: ShardIndex | None = None) -> str:
     """Checks a checkpoint and its parts against their digests, and returns its own.
 
     Args:
         path: of the checkpoint.
         stop: asked from time to time.
+        shard: whose parts alone are checked; None for all parts.
 
     Raises:
         CorruptCheckpointError: if a file is missing or does not match.
@@ -165,7 +175,7 @@ def verify(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
     if found not in known:
         raise CorruptCheckpointError(f"{path} is damaged: its bytes do not match {digest_of(path).name}")
     if part_files(path) or INFIX in digest_of(path).read_text(encoding="ascii", errors="replace"):
-        for name, digest in parts_of(path):
+        for name, digest in parts_of(path) if shard is None else needed_parts(path, shard):
             part = path.with_name(name)
             if not part.is_file():
                 raise CorruptCheckpointError(f"{path} is incomplete: {name} is missing")
@@ -192,26 +202,27 @@ def forget_cached(path: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def agree(path: Path) -> Path:
+def agree(path: Path, shard: ShardIndex | None = None) -> Path:
     """The checkpoint that rank 0 passed as `path`, verified to be the same bytes on every rank.
 
-    A rank on another machine may not see a new file at once, which is why none chooses by itself.
+    A rank on another machine may not see a new file at once, which is why none chooses by itself. With `shard`, a rank
+    verifies the parts that hold rows of its shard; together the ranks verify all.
 
     Raises:
         CorruptCheckpointError: on every rank, naming the ranks that cannot read it.
     """
     if not distributed():
-        verify(path)
+        verify(path, shard=shard)
         return path
     rank = dist.get_rank()
-    mine = [_found(path) if rank == 0 else None]
+    mine = [_found(path, shard) if rank == 0 else None]
     dist.broadcast_object_list(mine, src=0)
     assert mine[0] is not None
     name, digest, problem = mine[0]
     path = (path if path.is_dir() else path.parent) / name
     if rank > 0 and problem is None:
         await_visible(path)
-        _, found, problem = _found(path)
+        _, found, problem = _found(path, shard)
         if problem is None and found != digest:
             problem = f"{path} is another file than on rank 0"
     problems: list[str | None] = [None] * dist.get_world_size()
@@ -232,10 +243,10 @@ def await_visible(*paths: Path) -> list[Path]:
     return missing
 
 
-def _found(path: Path) -> tuple[str, str, str | None]:
+def _found(path: Path, shard: ShardIndex | None) -> tuple[str, str, str | None]:
     """Name, digest and problem of a checkpoint."""
     try:
-        return path.name, verify(path), None
+        return path.name, verify(path, shard=shard), None
     except (CorruptCheckpointError, OSError) as error:
         return path.name, "", str(error)
 

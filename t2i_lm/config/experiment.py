@@ -234,6 +234,7 @@ class ExperimentConfig(Section):
         for key, plain, word in (
             ("trainer.packing", False, "false"),
             ("trainer.fp8", False, "false"),
+            ("trainer.autotune", False, "false"),
             ("loss.backend", "fused", "fused"),
         ):
             no_language_model = f"{word}, {task} trains no language model"

@@ -307,8 +307,7 @@ class TrainerConfig(Section, prefix="trainer"):
     num_nodes: int = 1
     """Nodes."""
     strategy: str = "auto"
-    """`auto`, `ddp`, `fsdp2` (the model is sharded over all processes) or `hsdp` (sharded within each node, copied
-    between nodes)."""
+    """`auto`, `ddp`, `fsdp2` (sharded over all processes) or `hsdp` (sharded within a node, copied between nodes)."""
     precision: str = "auto"
     """`32-true`, `bf16-mixed`, or `auto`: bf16-mixed where the device computes in bfloat16, else 32-true."""
     accumulate_grad_batches: int = 1
@@ -321,6 +320,8 @@ class TrainerConfig(Section, prefix="trainer"):
     """Linear layers multiply in float8 (extra `fp8`, NVIDIA GPUs from Ada on): curves change and are not comparable."""
     compile: bool = False
     """torch.compile of each block; eager, with a message, where there is no C++ compiler."""
+    autotune: bool = False
+    """Compiled matrix products by the fastest of several kernels, timed as the run starts (minutes); GPUs only."""
     val_check_interval: int = 1000
     """Optimizer steps between validations."""
     checkpoint_interval: int = 1000
@@ -337,8 +338,8 @@ class TrainerConfig(Section, prefix="trainer"):
     def __post_init__(self) -> None:
         self.one_of("strategy", STRATEGIES)
         self.one_of("precision", PRECISIONS)
-        shapes = "false with trainer.compile=true, since every batch would have a shape of its own"
-        self.check(not (self.packing and self.compile), "packing", shapes)
+        self.check(not (self.packing and self.compile), "packing", "false with trainer.compile=true: shapes vary")
+        self.check(self.compile or not self.autotune, "autotune", "false without trainer.compile=true")
         self.at_least(1, "max_steps", "devices", "num_nodes", "accumulate_grad_batches")
         self.at_least(1, "val_check_interval", "checkpoint_interval", "threads")
         self.positive("rank_timeout", "phase_timeout")

@@ -42,7 +42,7 @@ def measure_coco(
             another evaluation, or `--canonical` is given and the card is not that of `COCO FID-30k`.
     """
     model, share, first_rank = context.model, (context.rank, context.world), context.rank == 0
-    prepare_generation(model, bf16=options.bf16, compiled=options.compile)
+    prepare_generation(model, bf16=options.bf16, compiled=options.compile, images=len(prompts))
     cut = count_cut(model, coco, prompts, log=first_rank)
     sampling = chosen_sampling(model, guidance=options.guidance, log=first_rank)
     network = Inception(resolve(options.weights), options.features, options.weights_sha256)

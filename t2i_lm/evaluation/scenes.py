@@ -141,19 +141,27 @@ def caption_preference(experiment: ImageExperiment, texts: Sequence[Any], image_
 
 @torch.no_grad()
 def image_nll(experiment: ImageExperiment, captions: list[str], image_ids_BN: Any) -> Tensor:
-    """Summed nll (B,), in nats, of the image tokens of each image under its caption."""
+    """Summed nll (B,), in nats, of the image tokens of each image under its caption.
+
+    Captions of similar length are computed together, and no position behind the last image token.
+    """
     layout, text = caption_layout(experiment)
-    totals = []
+    decoder, backend = experiment.module.decoder, experiment.module.loss_backend
+    text_ids = [np.array(text.encode(caption), dtype=np.int64) for caption in captions]
+    order = sorted(range(len(captions)), key=lambda number: len(text_ids[number]))
+    nll_B = torch.empty(len(captions), dtype=torch.float64)
     for start in range(0, len(captions), SCORE_BATCH):
-        batch = slice(start, start + SCORE_BATCH)
-        text_ids = [np.array(text.encode(caption), dtype=np.int64) for caption in captions[batch]]
-        ids_BT = layout.pack(text_ids, image_ids_BN[batch]).to(experiment.module.device)
-        target_BT = ids_BT[:, 1:]
-        image_BT = modality_of_target(target_BT, layout.vocab) == IMAGE
-        decoder, backend = experiment.module.decoder, experiment.module.loss_backend
-        nll_N = decoder.loss(ids_BT[:, :-1], target_BT, decoder.target_index(image_BT), backend=backend).nll_N
-        totals.append(nll_N.view(len(text_ids), layout.image_tokens).double().sum(dim=1).cpu())
-    return torch.cat(totals)
+        members = order[start : start + SCORE_BATCH]
+        ids_BT = layout.pack([text_ids[number] for number in members], image_ids_BN[members])
+        image_BT = modality_of_target(ids_BT[:, 1:], layout.vocab) == IMAGE
+        end = int(image_BT.any(dim=0).nonzero().max()) + 1
+        ids_BT, image_BT = (
+            part_BT.to(experiment.module.device) for part_BT in (ids_BT[:, : end + 1], image_BT[:, :end])
+        )
+        index = decoder.target_index(image_BT)
+        nll_N = decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:], index, backend=backend).nll_N
+        nll_B[members] = nll_N.view(len(members), layout.image_tokens).double().sum(dim=1).cpu()
+    return nll_B
 
 
 def scene_of(meaning: dict[str, Any]) -> Scene:

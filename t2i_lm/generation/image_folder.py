@@ -59,7 +59,7 @@ def sample_run(
     out = out or run / "drawn" / time.strftime("%Y%m%d-%H%M%S")
     require_new_folder(out)
     model = load_trained(run)
-    prepare_generation(model, bf16=bf16, compiled=compiled)
+    prepare_generation(model, bf16=bf16, compiled=compiled, images=len(prompts) * each)
     return write_images(model, prompts, each, seed, chosen_sampling(model, **sampling), out)
 
 

@@ -3,6 +3,7 @@
 Shapes: `B` images, `N` image tokens, `H`, `W` pixels.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ ImageArray = np.ndarray[Any, np.dtype[np.uint8]]
 IMAGE_BATCH = 64
 # Images decoded at once.
 DECODE_BATCH = 8
+# Products of a weight and an entry, over all images, from which compilation takes less time on a CPU than it saves.
+CPU_COMPILE_PRODUCTS = 5e11
 # Characters by which a caption is recognized in messages and file names.
 CAPTION_START = 40
 
@@ -66,14 +69,16 @@ def seeds_of(seed: int, count: int) -> list[int]:
     return [seed * 1_000_003 + number for number in range(count)]
 
 
-def prepare_generation(model: ImageModel, bf16: bool, compiled: bool) -> None:
+def prepare_generation(model: ImageModel, bf16: bool, compiled: bool, images: int) -> None:
     """Makes generation faster; where two ids are nearly equally likely, the other may then be sampled.
 
     Args:
         model: changed in place.
         bf16: rounds the decoder's weights to bfloat16, which halves the memory read per token; training in bfloat16
             rounds them so at every step. Positions stay in float32.
-        compiled: compiles the step of one token: some seconds once, which pays off over a few hundred images.
+        compiled: compiles the step of one token; on a CPU only from the number of images from which it takes less time
+            than it saves, with a note on stderr below that.
+        images: how many will be generated in all.
 
     Raises:
         ValueError: if the backbone cannot be compiled.
@@ -81,8 +86,23 @@ def prepare_generation(model: ImageModel, bf16: bool, compiled: bool) -> None:
     decoder = model.decoder
     if bf16:
         round_weights(decoder)
-    if compiled and can_compile("--compile"):
+    if compiled and can_compile("--compile") and _compilation_pays(model, images):
         decoder.compile_steps()
+
+
+def _compilation_pays(model: ImageModel, images: int) -> bool:
+    """Whether compilation takes less time than it saves; by the size of the task alone, so that runs are repeatable."""
+    if model.decoder.output.text.device.type != "cpu":
+        return True
+    weights = sum(parameter.numel() for parameter in model.decoder.parameters())
+    enough = math.ceil(CPU_COMPILE_PRODUCTS / (weights * model.layout.image_tokens))
+    if images < enough:
+        print(
+            f"--compile: nothing is compiled: on a CPU it saves time from about {enough:,} images of this model on, "
+            f"not with {images:,}",
+            file=sys.stderr,
+        )
+    return images >= enough
 
 
 def round_weights(model: nn.Module) -> None:

@@ -332,5 +332,6 @@ def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:
     if config.trainer.activation_checkpointing:
         decoder.enable_activation_checkpointing()
     if config.trainer.compile and can_compile("trainer.compile"):
+        how = {"max_autotune_gemm": True} if config.trainer.autotune else None
         for block in blocks_of(decoder):
-            block.compile()
+            block.compile(options=how)

@@ -15,7 +15,8 @@ from torch import Tensor
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 
-# Minimum batch size below float32: single-row matmuls use another kernel, whose rounding differs.
+# Minimum batch size below float32, where single-row matmuls use another kernel, whose rounding differs, and of compiled
+# code, of which a single row would require another.
 MIN_ROWS = 2
 # Called after each token with (tokens generated, tokens in all, codes so far (B, N), -1 for those still missing).
 Progress = Callable[[int, int, Tensor], None]
@@ -200,9 +201,10 @@ def generate(
 def _batches(decoder: Backbone, prompts: Sequence[Tensor], at_once: int) -> list[list[int]]:
     """Indices of the prompts of each batch: consecutive, and of one length if the cache is not ragged.
 
-    Below float32 a single prompt is repeated up to `MIN_ROWS`.
+    Below float32, and in compiled code, a single prompt is repeated up to `MIN_ROWS`.
     """
-    least = 1 if decoder.output.text.dtype == torch.float32 else MIN_ROWS
+    single = decoder.output.text.dtype == torch.float32 and not decoder.generates_compiled
+    least = 1 if single else MIN_ROWS
     batches: dict[tuple[int, int], list[int]] = {}
     for index, prompt in enumerate(prompts):
         length = 0 if decoder.ragged_cache else len(prompt)

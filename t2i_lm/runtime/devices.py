@@ -37,6 +37,8 @@ def require_device(trainer: TrainerConfig) -> None:
         require(not slow, "trainer.precision", trainer.precision, f"32-true: {name} has no bfloat16 matmuls")
     if trainer.fp8:
         _require_float8(trainer)
+    tunes = uses_gpu(trainer.accelerator)
+    require(tunes or not trainer.autotune, "trainer.autotune", trainer.autotune, "false: this run uses no GPU")
 
 
 def _require_float8(trainer: TrainerConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,11 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from callbacks.files.checkpoint_parts import gathered
+from callbacks.files.checkpoint_io import agree
+from callbacks.files.checkpoint_parts import LocalRows, gathered, read_share, rows_of, shard_of
+from callbacks.files.nested import mapped
 
-FULL, SHARES = StateDictOptions(full_state_dict=True, cpu_offload=True), StateDictOptions()
+SHARES = StateDictOptions()
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -69,13 +73,48 @@ class ShardedStrategy(ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads and verifies the file on every rank, and loads this rank's shards."""
-        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(Path(checkpoint_path), weights_only=True)
+        """Reads, verifies and loads what this rank's shards need, which are in memory twice meanwhile."""
         assert self.model is not None
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=FULL)
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            set_optimizer_state_dict(self.model, optimizer, named(state, self.model, optimizer), options=FULL)
-        return checkpoint
+        parameters = dict(self.model.named_parameters())
+        shard = shard_of(next(value for value in parameters.values() if isinstance(value, DTensor)))
+        path = agree(Path(checkpoint_path), shard)
+        checkpoint = read_share(path, shard)
+        weights = _placed(checkpoint.pop("state_dict"), self.lightning_module_state_dict(), path)
+        set_model_state_dict(self.model, weights, options=SHARES)
+        del weights
+        for optimizer, numbers in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=True):
+            state = named(numbers, self.model, optimizer)
+            for name, entry in state["state"].items():
+                state["state"][name] = _placed(entry, dict.fromkeys(entry, parameters[name]), path)
+            set_optimizer_state_dict(self.model, optimizer, state, options=SHARES)
+        # Not tied to the file, which may be deleted.
+        rest: dict[str, Any] = mapped(checkpoint, lambda value: isinstance(value, Tensor), Tensor.clone)
+        return rest
+
+
+def _placed(values: dict[str, Any], like: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The values, with each tensor distributed as that of the same name in `like`; copies of other tensors.
+
+    Raises:
+        ValueError: if a tensor has another shape.
+    """
+
+    def place(name: str, value: Any) -> Any:
+        other = like.get(name)
+        if not isinstance(other, DTensor) or not (isinstance(value, LocalRows) or getattr(value, "ndim", 0)):
+            return value.clone() if isinstance(value, Tensor) else value
+        if list(value.shape) != list(other.shape):
+            raise ValueError(f"{path}: {name} has shape {list(value.shape)}, the model has {list(other.shape)}")
+        if isinstance(value, Tensor):
+            start, end = rows_of(len(value), shard_of(other))
+            value = LocalRows([value[start:end]], list(value.shape))
+        local = torch.empty_like(other.to_local())
+        value.copy_to(local)
+        return DTensor.from_local(
+            local, other.device_mesh, other.placements, run_check=False, shape=other.shape, stride=other.stride()
+        )
+
+    return {name: place(name, value) for name, value in values.items()}
 
 
 def numbered(state: dict[str, Any]) -> dict[str, Any]:

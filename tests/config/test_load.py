@@ -130,6 +130,11 @@ def test_a_bad_override_names_the_key_and_the_allowed_values(override: str, mess
         (["trainer.packing=true", "trainer.compile=true"], "trainer.packing=True: expected false with trainer.compile"),
         (["trainer.packing=true", "task=align"], "trainer.packing=True: expected false, task=align"),
         (["trainer.fp8=true", "task=align"], "trainer.fp8=True: expected false, task=align"),
+        (["trainer.autotune=true"], "trainer.autotune=True: expected false without trainer.compile=true"),
+        (
+            ["trainer.autotune=true", "trainer.compile=true", "task=align"],
+            "trainer.autotune=True: expected false",
+        ),
         (["loss.backend=liger"], "loss.backend='liger': expected one of fused, torch"),
         (["loss.backend=torch", "task=align"], "loss.backend='torch': expected fused, task=align"),
         (["data.pad_to_multiple_of=0"], "data.pad_to_multiple_of=0: expected at least 1"),

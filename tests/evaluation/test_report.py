@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from t2i_lm.config.load import load_experiment
 from t2i_lm.data.scenes.source import SceneSource
@@ -13,6 +14,7 @@ from t2i_lm.evaluation.scenes import prompt_accuracy
 from t2i_lm.experiment.build import build
 from t2i_lm.generation.grid import MARGIN, PIXELS, captioned_grid
 from t2i_lm.runtime.tables import markdown_table
+from tests.decoders import image_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +67,22 @@ def test_the_summary_shows_every_validation_split(tmp_path: Path, capsys: pytest
         "true caption preferred (chance 0.5), compositional: size 83% +- 2%",
     ):
         assert words in printed
+
+
+def test_the_likelihood_of_an_image_is_that_of_the_whole_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions of several lengths, in batches by length."""
+    monkeypatch.setattr(scene_report, "SCORE_BATCH", 3)
+    model, draw = image_model(), np.random.default_rng(0)
+    layout, decoder = model.layout, model.module.decoder
+    captions = ["a red circle", "a star", "two green squares on a black background", "a blue cross and a star", "a"]
+    image_ids_BN = draw.integers(512, size=(len(captions), layout.image_tokens))
+    found = scene_report.image_nll(model, captions, image_ids_BN)
+    for caption, ids_N, nll in zip(captions, image_ids_BN, found, strict=True):
+        prompt = layout.prompt(np.array(model.text.encode(caption)))
+        ids_1T = torch.from_numpy(np.concatenate([prompt, ids_N + layout.vocab.image_offset]))[None]
+        with torch.no_grad():
+            nll_T = -decoder(ids_1T[:, :-1]).log_softmax(-1)[0].gather(1, ids_1T[0, 1:, None])[:, 0]
+        assert float(nll) == pytest.approx(float(nll_T[len(prompt) - 1 :].double().sum()), rel=1e-6)
 
 
 def test_the_accuracy_ceiling_is_that_of_reconstructions_and_cached(

@@ -151,6 +151,7 @@ def test_one_block_is_compiled_once_for_all_layers_lengths_and_batches(
 
 
 @on_cuda
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # inductor's advice on float32 products
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("members", [EQUAL, RAGGED])
 def test_graphs_generate_the_ids_of_growing_windows(

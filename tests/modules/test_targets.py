@@ -159,6 +159,7 @@ def test_a_run_computes_the_targets_of_every_batch_before_it_is_moved(
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 @pytest.mark.parametrize(("kind", "packing"), WAYS)
 def test_the_host_never_waits_for_a_gpu(kind: str, packing: bool) -> None:
     module, batch = make(kind, packing)

@@ -34,6 +34,11 @@ def test_float8_is_refused_on_a_processor_without_it() -> None:
         require_device(TrainerConfig(accelerator="cpu", fp8=True))
 
 
+def test_autotuning_is_refused_on_a_processor() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.autotune=True: expected false: this run uses no GPU"):
+        require_device(TrainerConfig(accelerator="cpu", compile=True, autotune=True))
+
+
 @needs_gpu
 def test_more_gpus_than_present_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.devices=99"):
