@@ -90,7 +90,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 @pytest.fixture(scope="session")
 def tiny(once: Once) -> list[str]:
     """Overrides that shrink a demo experiment to seconds: real parts, tiny and untrained, in a folder of their own."""
-    from t2i_lm.config.sections import VQModelConfig
+    from t2i_lm.config.image_tokenizer import VQModelConfig
     from t2i_lm.data.scenes.source import SceneSource
     from t2i_lm.models.open_lm import save_open_lm
     from t2i_lm.tokenizers.text import train_sentencepiece

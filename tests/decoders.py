@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.sections import DataConfig, ImageTokenizerConfig, TextTokenizerConfig
+from t2i_lm.config.image_tokenizer import ImageTokenizerConfig
+from t2i_lm.config.sections import DataConfig, TextTokenizerConfig
 from t2i_lm.experiment.build import ImageModel, open_image, open_text
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary

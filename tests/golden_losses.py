@@ -50,9 +50,9 @@ TOKENIZERS = (
 def overrides(name: str, folder: Path) -> list[str]:
     """Overrides that shrink an experiment; `folder` holds the text of those that read one, and all runs."""
     changes = [*COMMON, f"data.cache_dir={folder}/cache"]
-    if name == "image_tokenizer":
+    if name.startswith("image_tokenizer"):
         sizes = ("block_out_channels=[16,16]", "codes=16")
-        return [*changes, *(f"image_tokenizer.model.{size}" for size in sizes)]
+        return [*changes, *TOKENIZERS[:2], *(f"image_tokenizer.model.{size}" for size in sizes)]
     if name == "text_lm":
         model = [f"backbone.config={MODELS}/lm/config.json", f"text_tokenizer.path={MODELS}/text.model"]
         return [*changes, *model, "data.length=32", *(f"data.{key}={folder}/text.txt" for key in ("path", "val_path"))]

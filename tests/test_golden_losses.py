@@ -29,7 +29,7 @@ def tolerance(name: str, step: int) -> float:
     tokenizer's codes flip: 1e-4 in the first ten steps, then up to 3e-2. For comparison, one percent more weight decay
     changes those of t2i_pretrained by 4e-5.
     """
-    if name == "image_tokenizer":
+    if name.startswith("image_tokenizer"):
         return 1e-3 if step < 10 else 0.1
     return 1e-3 if name == "text_lm" else 1e-5
 

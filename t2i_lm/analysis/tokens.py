@@ -15,7 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from t2i_lm.analysis.base import ProbedRun, ProbeResult, Settings
-from t2i_lm.analysis.entropy import (
+from t2i_lm.analysis.looks import MODALITY_LOOKS
+from t2i_lm.data.scenes.cells import code_meaning, scenes_of
+from t2i_lm.data.scenes.oracle import SIDE
+from t2i_lm.data.shards.columns import PairColumns
+from t2i_lm.data.splits import evenly_spaced_indices
+from t2i_lm.experiment.build import open_image, open_text
+from t2i_lm.plots.panels import GREY, captioned_figure, place_legend
+from t2i_lm.tokenizers.entropy import (
     Entropy,
     ZipfFit,
     compressed_bits,
@@ -24,15 +31,11 @@ from t2i_lm.analysis.entropy import (
     order_entropies,
     zipf_fit,
 )
-from t2i_lm.analysis.looks import MODALITY_LOOKS
-from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.splits import evenly_spaced_indices
-from t2i_lm.experiment.build import open_image, open_text
-from t2i_lm.plots.panels import GREY, captioned_figure, place_legend
 from t2i_lm.tokenizers.layout import IntArray
 
 ORDERS = 3
 COMPRESSED = 2**20  # ids at most, from the beginning
+SCENES = 4000  # at most, whose ids are compared with what their cells show
 TITLE = "Statistics of text and image tokens"
 
 
@@ -82,7 +85,8 @@ def probe_tokens(runs: Sequence[ProbedRun], settings: Settings) -> ProbeResult:
     """Of the training split that all runs share, which the first run's shards hold."""
     one = runs[0]
     image = open_image(one.config)
-    columns = PairColumns(one.split("train"))
+    parts = one.split("train")
+    columns = PairColumns(parts)
     chosen = evenly_spaced_indices(len(columns), settings.rows)
     texts = [columns.caption(row, number) for row in chosen for number in range(columns.count(row))]
     images_RHW = columns.images(chosen).reshape(len(chosen), *image.grid)
@@ -92,6 +96,13 @@ def probe_tokens(runs: Sequence[ProbedRun], settings: Settings) -> ProbeResult:
         found = {"text": text, **found}
     numbers: dict[str, Any] = {name: statistics.numbers() for name, statistics in found.items()}
     numbers |= {"rows": len(chosen), "rows_of_split": len(columns), "captions": len(texts), "split": "train"}
+    some = evenly_spaced_indices(len(chosen), SCENES)
+    scenes = None
+    if not parts.is_remote and image.grid == (SIDE, SIDE):
+        rows = parts.dataset().select([chosen[place] for place in some])
+        scenes = scenes_of([str(text) for text in rows["meaning"]])
+    meaning = None if scenes is None else code_meaning(images_RHW[some], scenes)
+    numbers |= {} if meaning is None else {"meaning": meaning}
     counted = " and ".join(f"{int(found[name].counts_K.sum()):,} {name} tokens" for name in found)
     how = (
         f"Training split: {counted} of {len(chosen):,} images. Left: counts by rank, with a line fitted over the ranks "
@@ -100,10 +111,10 @@ def probe_tokens(runs: Sequence[ProbedRun], settings: Settings) -> ProbeResult:
         "Madow); hollow: fewer than 10 observations per distinct context and token, an underestimate. zlib, lzma: "
         "size of the packed ids."
     )
-    return ProbeResult(TITLE, _sentence(found), how, numbers, partial(_draw, found))
+    return ProbeResult(TITLE, _sentence(found, meaning), how, numbers, partial(_draw, found))
 
 
-def _sentence(found: dict[str, TokenStatistics]) -> str:
+def _sentence(found: dict[str, TokenStatistics], meaning: dict[str, dict[str, Any]] | None) -> str:
     parts = []
     for name, one in found.items():
         most = [entropy for key, entropy in one.entropies.items() if key.isdigit() and entropy.well_sampled]
@@ -113,6 +124,9 @@ def _sentence(found: dict[str, TokenStatistics]) -> str:
             f"{name} tokens carry {one.entropies['none'].bits:.2f} bits{given}, {one.compressed['lzma']:.2f} by lzma"
             f"{slope} (n = {int(one.counts_K.sum()):,})"
         )
+    if meaning is not None:
+        shares = ", ".join(f"{name} {meaning[name]['explained']:.0%}" for name in ("ground", "colour", "kind", "size"))
+        parts.append(f"of what its cell shows, an image id alone explains: {shares} of the entropy")
     return _capitalized("; ".join(parts))
 
 

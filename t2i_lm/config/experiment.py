@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from t2i_lm.config.forgetting import NOVELS, ForgettingConfig
+from t2i_lm.config.image_tokenizer import ImageTokenizerConfig
 from t2i_lm.config.sections import (
     CODE,
     SHARDED,
@@ -17,7 +18,6 @@ from t2i_lm.config.sections import (
     DataConfig,
     DistilConfig,
     FidConfig,
-    ImageTokenizerConfig,
     LogConfig,
     LoraConfig,
     LossConfig,
@@ -36,7 +36,7 @@ KEEPS_LANGUAGE = ("text_to_image", "unconditional")
 CONTROLS = ("words_shuffled", "brackets", "digits")  # of data/control_text.py
 LOSS_ROWS = ("all", "image")
 INITS = ("pretrained", "random", "shuffled", "gaussian", "mimetic", "body_only", "embeddings_only", "aligned")
-NEW_ROWS = ("random", "mean", "aligned", "codebook")
+NEW_ROWS = ("random", "mean", "aligned", "codebook", "words")
 # Keys that may select a plug-in.
 PLUGIN_KEYS = ("backbone.path", "text_tokenizer.path", "image_tokenizer.path", "data.source")
 # Keys of files and folders: `~` is the home folder, and a relative path starts where the run was started.
@@ -167,7 +167,8 @@ class ExperimentConfig(Section):
     freeze: list[str] = field(default_factory=list)
     """Groups of FREEZE_GROUPS in models/freeze.py that are frozen, regardless of `tune`."""
     new_rows: str = "random"
-    """Initial image rows, the same in every arm: `random`, `mean`, `aligned` or `codebook`."""
+    """Initial image rows, the same in every arm: `random`, `mean`, `aligned`, `codebook`, or `words` (the text rows of
+    the words of each code, of an image tokenizer that has some)."""
     aligned_rows: str | None = None
     """With `aligned`: the file or run folder of an alignment, or `latest`."""
     loss_rows: str = "all"
@@ -246,6 +247,12 @@ class ExperimentConfig(Section):
         yield image_tokenizer and not data.has_images, "data.source", f"a source of images with {task}"
         yield image_tokenizer and self.tune != "all", "tune", f"all with {task}"
         yield image_tokenizer and bool(self.freeze), "freeze", f"an empty list with {task}"
+        if image_tokenizer and self.image_tokenizer.caption_weight > 0:
+            whole = (
+                f"1, image_tokenizer.caption_weight={self.image_tokenizer.caption_weight:g} compares the whole batch"
+            )
+            yield trainer.accumulate_grad_batches != 1, "trainer.accumulate_grad_batches", whole
+            yield data.captions == "all", "data.captions", f"first or random with {task}, which takes each image once"
         if align:
             rows_alone = f"{task} trains the image rows alone, from random ones"
             yield self.tune != "all", "tune", f"all, {rows_alone}"
@@ -309,6 +316,11 @@ class ExperimentConfig(Section):
         return self.forgetting.interval is not None and possible
 
     @property
+    def reads_rows(self) -> bool:
+        """Whether an image tokenizer is trained by the text rows of a language model."""
+        return self.task == "image_tokenizer" and self.image_tokenizer.reads_rows
+
+    @property
     def image_rows(self) -> str:
         """Initial image rows: `new_rows`, where init=aligned implies aligned."""
         return "aligned" if self.init == "aligned" else self.new_rows
@@ -328,6 +340,8 @@ class ExperimentConfig(Section):
                 f"a path for data.source={self.data.source}",
             ),
             (images, "text_tokenizer.path", f"a path for task={self.task}"),
+            (self.reads_rows, "text_tokenizer.path", "that of the language model whose rows the codes are trained by"),
+            (self.reads_rows, "backbone.path", "the language model whose text rows the codes are trained by"),
             (images, "image_tokenizer.path", f"a path for task={self.task}"),
             (images and self.init != "random", "backbone.path", f"a checkpoint for init={self.init}"),
             (

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 
-from t2i_lm.config import experiment, forgetting, sections
+from t2i_lm.config import experiment, forgetting, image_tokenizer, sections
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.storage.writing import write_atomic
 
@@ -44,7 +44,9 @@ of sections are those of the paper.
 
 def reference() -> str:
     """The text of docs/configuration.md."""
-    documented = _docstrings(sections) | _docstrings(forgetting) | _docstrings(experiment)
+    documented = (
+        _docstrings(sections) | _docstrings(forgetting) | _docstrings(image_tokenizer) | _docstrings(experiment)
+    )
     parts = [HEAD, *_table("Experiment", ExperimentConfig, "", documented)]
     return "\n".join(parts)
 

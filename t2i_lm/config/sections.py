@@ -16,8 +16,6 @@ OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("all", "matrices")
 STRATEGIES = ("auto", "ddp", "fsdp2", "hsdp")
 SHARDED = ("fsdp2", "hsdp")
-ENCODE_PRECISIONS = ("float32", "bfloat16")
-MOVQGAN_SIZES = ("67M", "102M", "270M")
 FID_FEATURES = (64, 192, 768, 2048)
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 LOSS_BACKENDS = ("fused", "torch")
@@ -113,59 +111,6 @@ class TextTokenizerConfig(Section, prefix="text_tokenizer"):
     def __post_init__(self) -> None:
         self.check(self.vocab_size > 259, "vocab_size", "more than 259")
         self.at_least(1, "train_paragraphs")
-
-
-@dataclass(frozen=True)
-class VQModelConfig(Section, prefix="image_tokenizer.model"):
-    """Architecture of a trained image tokenizer: a small diffusers `VQModel` behind a pixel-unshuffle."""
-
-    patch: int = 4
-    """Side of the pixel-unshuffle, in pixels."""
-    block_out_channels: list[int] = field(default_factory=lambda: [64, 128])
-    """Channels of each level; each level after the first halves the resolution."""
-    layers_per_block: int = 1
-    """ResNet layers per level."""
-    latent_channels: int = 8
-    """Channels before quantization."""
-    codes: int = 512
-    """Code vectors, which are the image ids."""
-    code_dim: int = 8
-    """Width of a code vector."""
-
-
-@dataclass(frozen=True)
-class ImageTokenizerConfig(Section, prefix="image_tokenizer"):
-    """The image tokenizer: the weights at `path`, or how task=image_tokenizer trains one."""
-
-    path: str | None = None
-    """A folder that `t2i_lm.export` wrote, of a diffusers `VQModel`, of a pipeline with one, or of a VQ model of
-    `transformers`; a MoVQGAN `.ckpt`; also `asset:image_tokenizer`, `hf://ORG/NAME/FILE` or a plug-in."""
-    expect: str | None = None
-    """Size of a MoVQGAN checkpoint: 67M, 102M or 270M; another is refused. null: any."""
-    size: int = 64
-    """Side of the images in pixels after the center crop, a multiple of 8."""
-    pixel_range: list[float] | None = None
-    """Values of black and of white of a diffusers or `transformers` folder, such as [0, 1]; null: as its files say."""
-    precision: str = "float32"
-    """Precision of encoding: float32, or bfloat16, which is refused where it changes more than 0.1 % of the ids."""
-    model: VQModelConfig = field(default_factory=VQModelConfig)
-    """Architecture of a trained tokenizer."""
-    warmup_fraction: float = 0.4
-    """Share of the steps without quantization, in [0, 1)."""
-    restart_every: int = 100
-    """Steps between replacements of unused codes."""
-    commitment: float = 0.25
-    """Weight of the commitment loss."""
-    edge_weight: float = 0.0
-    """Weight of the loss on image gradients."""
-
-    def __post_init__(self) -> None:
-        self.one_of("expect", MOVQGAN_SIZES)
-        self.one_of("precision", ENCODE_PRECISIONS)
-        self.check(self.size >= 8 and self.size % 8 == 0, "size", "a multiple of 8")
-        ends = [0, 1] if self.pixel_range is None else self.pixel_range
-        self.check(len(ends) == 2 and ends[0] < ends[1], "pixel_range", "null or two increasing values")
-        self.below_one("warmup_fraction")
 
 
 @dataclass(frozen=True)
@@ -419,7 +364,10 @@ class FidConfig(Section, prefix="fid"):
 
 @dataclass(frozen=True)
 class AlignConfig(Section, prefix="align"):
-    """Contrastive alignment of image rows with text rows (Section 3.2); the batch is N = `data.batch_size`."""
+    """Contrastive alignment of image rows with text rows (Section 3.2); the batch is N = `data.batch_size`.
+
+    Temperature and `mask_duplicates` are also those of `image_tokenizer.caption_weight`.
+    """
 
     logit_scale_init: float = 1 / 0.07
     """Initial inverse temperature; the paper names none, this and the largest are CLIP's."""

@@ -37,7 +37,7 @@ class BagBatches(CaptionedIds):
             texts, _ = self.pairs([(epoch, index) for (epoch, _), index in zip(draws, partners.tolist(), strict=True)])
         lengths_B = np.array([len(text) for text in texts])
         tokens = int(lengths_B.sum()) + image_ids_BN.size
-        hashes = [[_hash(text), _hash(image)] for text, image in zip(texts, image_ids_BN, strict=True)]
+        hashes = [[content_hash(text), content_hash(image)] for text, image in zip(texts, image_ids_BN, strict=True)]
         return {
             "image_ids_BN": torch.from_numpy(image_ids_BN.astype(np.int64)),
             "text_ids_L": torch.from_numpy(np.concatenate(texts).astype(np.int64)),
@@ -65,7 +65,8 @@ def _former_partners(size: int, seed: int) -> Indices:
     return partners
 
 
-def _hash(ids: IntArray) -> int:
+def content_hash(ids: IntArray) -> int:
+    """A number of 64 bits that tells ids apart."""
     digest = hashlib.blake2b(ids.astype(np.int64).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.order import CURRENT, FORMER, FormerOrder, Indices, Order, PartsOrder, ShuffledOrder
-from t2i_lm.data.pairs import CaptionedSource, RejectedPairError, center_crop
+from t2i_lm.data.pairs import CaptionedSource, Pair, RejectedPairError, center_crop
 from t2i_lm.data.sampler import REPLAYED, Draw, IndexSampler, choose_caption, drops_caption
 from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.shards.format import STREAM, Parts, read_index, validation_splits
@@ -34,6 +34,7 @@ from t2i_lm.tokenizers.layout import ImageLayout, IntArray, Layout
 
 # `ids_BT` int64, `samples` int, `tokens_nominal` int (positions), `tokens_real` 0-d int64 (pads excluded).
 Batch = dict[str, Any]
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 # Consecutive unreadable images after which a source counts as broken.
 MAX_CONSECUTIVE_REJECTS = 100
 # Batches of remote samples that are fetched before they are read.
@@ -387,13 +388,18 @@ class ImageBatches(Batches):
         return len(self.source)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        images_BCHW = stack_images([self._image(index) for _, index in draws])
-        return {"images_BCHW": images_BCHW, "samples": len(draws)}
+        return self.batch([self.read(index) for _, index in draws])
 
-    def _image(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def batch(self, read: list[tuple[Pair, Pixels]]) -> Batch:
+        """The batch of some pairs and their pixels."""
+        return {"images_BCHW": stack_images([pixels for _, pixels in read]), "samples": len(read)}
+
+    def read(self, index: int) -> tuple[Pair, Pixels]:
+        """A pair, or the next readable one, and its pixels (H, W, 3) uint8."""
         for step in range(MAX_CONSECUTIVE_REJECTS):
             try:
-                return center_crop(self.source[(index + step) % len(self.source)].image, self.image_size)
+                pair = self.source[(index + step) % len(self.source)]
+                return pair, center_crop(pair.image, self.image_size)
             except RejectedPairError as reject:
                 last = reject
         raise ValueError(f"{MAX_CONSECUTIVE_REJECTS} consecutive images cannot be read; the last: {last}")
@@ -410,5 +416,9 @@ class ImageDataModule(BatchDataModule):
         sources = {split: open_sized(self.config.data, split, size) for split in ("train", *self.validation_splits)}
         for source in sources.values():
             print_notes(source)
-        self.train_set = ImageBatches(sources["train"], size)
-        self.val_sets = {split: ImageBatches(sources[split], size) for split in self.validation_splits}
+        self.train_set = self.batches(sources["train"], self.config.data.captions)
+        self.val_sets = {split: self.batches(sources[split], "first") for split in self.validation_splits}
+
+    def batches(self, source: CaptionedSource, captions: str) -> ImageBatches:
+        """The batches of a source; `captions` is which of several ones an image has."""
+        return ImageBatches(source, self.config.image_tokenizer.size)

@@ -14,6 +14,8 @@ from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.alignment import BagDataModule
+from t2i_lm.data.captioned_images import CaptionedImageDataModule
+from t2i_lm.data.code_words import code_words, first_captions
 from t2i_lm.data.datamodules import BatchDataModule, ImageDataModule, PairDataModule, TextDataModule
 from t2i_lm.data.replay import ReplayDataModule, prepare_replay
 from t2i_lm.data.shards.cache import former_scenes
@@ -23,9 +25,10 @@ from t2i_lm.data.shards.streamed import training_shards
 from t2i_lm.models.aligned_rows import read_aligned_rows
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import ImageRowSource, expand_vocabulary
-from t2i_lm.models.factory import build_backbone, choose_trained, prepare_blocks
+from t2i_lm.models.factory import build_backbone, choose_trained, prepare_blocks, pretrained_backbone
 from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.modules.base import DecoderModule
+from t2i_lm.modules.caption_term import CaptionTerm
 from t2i_lm.modules.distillation import DistilledModule
 from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
@@ -41,6 +44,7 @@ from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 from t2i_lm.tokenizers.text import open_text_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ
+from t2i_lm.tokenizers.words import WordVQ, phrase_rows, pieces_of, standardized
 
 Environment = Mapping[str, Any]
 
@@ -109,9 +113,14 @@ class TextExperiment(Experiment):
 
 @dataclass(kw_only=True)
 class ImageTokenizerExperiment(Experiment):
-    """An image tokenizer on images."""
+    """An image tokenizer on images.
+
+    Attributes:
+        text: the tokenizer of the language model whose text rows the codes are trained by; None without one.
+    """
 
     module: ImageTokenizerModule
+    text: TextTokenizer | None = None
 
 
 def open_text(config: ExperimentConfig) -> TextTokenizer:
@@ -189,9 +198,25 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
     rows = config.image_rows
     with reading("aligned_rows", str(config.aligned_rows)):
         aligned = read_aligned_rows(config, text.sha256, image.sha256) if rows == "aligned" else None
-    source = ImageRowSource(image.codebook if rows == "codebook" else None, aligned)
+    pieces = words_of_codes(image, text, config) if rows == "words" else None
+    source = ImageRowSource(image.codebook if rows == "codebook" else None, aligned, pieces)
     vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"), rows, source)
     return decoder, vocab, text, image
+
+
+def words_of_codes(image: ImageTokenizer, text: TextTokenizer, config: ExperimentConfig) -> list[list[int]]:
+    """Text ids of the words of each code of an image tokenizer.
+
+    Raises:
+        ValueError: if its codes have no words.
+    """
+    words = getattr(image, "words", None)
+    if words is None:
+        raise ValueError(
+            f"new_rows=words: the codes of image_tokenizer.path={config.image_tokenizer.path} have no words; expected "
+            "a tokenizer trained with image_tokenizer.words, or the oracle of scenes"
+        )
+    return [pieces_of(text, phrase) if phrase else [] for phrase in words]
 
 
 def require_own_tokenizer(text: TextTokenizer, rows: int) -> None:
@@ -279,10 +304,33 @@ def build_text(config: ExperimentConfig, run: Environment | None) -> TextExperim
 def build_image_tokenizer(config: ExperimentConfig, run: Environment | None) -> ImageTokenizerExperiment:
     """An image tokenizer from random weights on images."""
     former_scenes(config, None, run)
-    with seeded(config.seed):  # diffusers draws from the global stream
-        model = PatchedVQ(config.image_tokenizer.model)
-    module = ImageTokenizerModule(model, config)
-    return ImageTokenizerExperiment(config=config, module=module, data=ImageDataModule(config))
+    settings = config.image_tokenizer
+    if not settings.reads_rows:
+        with seeded(config.seed):  # diffusers draws from the global stream
+            model = PatchedVQ(settings.model)
+        module = ImageTokenizerModule(model, config)
+        return ImageTokenizerExperiment(config=config, module=module, data=ImageDataModule(config))
+    text, rows_VD = open_text(config), _rows_of_words(config)
+    require_own_tokenizer(text, len(rows_VD))
+    with seeded(config.seed):
+        if settings.words is None:
+            model = PatchedVQ(settings.model)
+        else:
+            words = code_words(config, text)
+            model = WordVQ(settings.model, words, phrase_rows(rows_VD, [pieces_of(text, word) for word in words]))
+        captions = None
+        if settings.caption_weight:
+            mean_D = phrase_rows(rows_VD, text.encode_batch(list(first_captions(config)))).mean(dim=0)
+            captions = CaptionTerm(rows_VD, mean_D, settings.model.code_dim, config.align)
+    module = ImageTokenizerModule(model, config, captions)
+    data = ImageDataModule(config) if captions is None else CaptionedImageDataModule(config, text)
+    return ImageTokenizerExperiment(config=config, module=module, data=data, text=text)
+
+
+def _rows_of_words(config: ExperimentConfig) -> torch.Tensor:
+    """The pre-trained text rows (V, D), standardized."""
+    with reading("backbone.path", str(config.backbone.path)):
+        return standardized(pretrained_backbone(config).tok_embeddings.text)
 
 
 def conventions(experiment: Experiment) -> list[str]:

@@ -19,6 +19,7 @@ from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.factory import choose_trained, empty_backbone
 from t2i_lm.models.flops import PEAKS, flop_per_token, formula
 from t2i_lm.models.freeze import group_table, overlaps
+from t2i_lm.modules.caption_term import CaptionTerm
 from t2i_lm.runtime.devices import precision
 from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.runtime.tables import compact
@@ -27,6 +28,7 @@ from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 from t2i_lm.tokenizers.vq import PatchedVQ
+from t2i_lm.tokenizers.words import WordVQ
 
 # GPUs of the cost estimate, with an assumed price in dollars per hour.
 GPUS = {"A100": 2.0, "H100": 3.0}
@@ -58,7 +60,7 @@ def plan(config: ExperimentConfig) -> Plan:
     """
     with torch.device("meta"):
         if config.task == "image_tokenizer":
-            tokenizer = PatchedVQ(config.image_tokenizer.model)
+            tokenizer = _tokenizer_to_train(config)
             return Plan(tokenizer, None, parameter_count(tokenizer))
         key = "backbone.path" if config.backbone.config is None else "backbone.config"
         with reading(key, str(config.value(key))):
@@ -75,6 +77,23 @@ def plan(config: ExperimentConfig) -> Plan:
         layout = ImageLayout(vocab, image_tokens) if unconditional else Layout(vocab, image_tokens, config.data.length)
     choose_trained(decoder, config)
     return Plan(decoder, layout, unexpanded)
+
+
+def _tokenizer_to_train(config: ExperimentConfig) -> nn.Module:
+    """The image tokenizer, with what trains it by the rows of a language model."""
+    settings = config.image_tokenizer
+    if not config.reads_rows:
+        return PatchedVQ(settings.model)
+    with reading("backbone.path", str(config.backbone.path)):
+        rows_VD = empty_backbone(config).tok_embeddings.text.detach()
+    model = PatchedVQ(settings.model)
+    if settings.words is not None:
+        codes = settings.model.codes
+        model = WordVQ(settings.model, [""] * codes, rows_VD.new_empty(codes, rows_VD.shape[1]))
+    parts: list[nn.Module] = [model]
+    if settings.caption_weight:
+        parts.append(CaptionTerm(rows_VD, rows_VD[0], settings.model.code_dim, config.align))
+    return nn.ModuleList(parts)
 
 
 def _rows_to_align(decoder: Backbone, codes: int) -> nn.Module:
@@ -169,7 +188,8 @@ def absent_files(config: ExperimentConfig) -> list[str]:
     """Keys of the files that a run requires and that are not on this machine."""
     images = ("backbone", "text_tokenizer", "image_tokenizer")
     lines = []
-    for section in () if config.task in ("text", "image_tokenizer") else images:
+    of_task = {"text": (), "image_tokenizer": images[:2] if config.reads_rows else ()}
+    for section in of_task.get(config.task, images):
         path = getattr(config, section).path
         if path is None or (not is_plugin(path) and find(path) is None):
             fetch = f" (a run fetches it; or: {hub.parse(path).command})" if path and hub.is_hub(path) else ""

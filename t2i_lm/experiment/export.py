@@ -14,9 +14,12 @@ from rich.progress import track
 
 from callbacks.checkpoints import step_of
 from t2i_lm.config.load import load_run
+from t2i_lm.data.code_words import words_in_captions
 from t2i_lm.data.datamodules import ImageBatches
 from t2i_lm.data.scenes.captions import ATTRIBUTES
+from t2i_lm.data.scenes.cells import code_meaning
 from t2i_lm.data.scenes.checker import check, shares_right
+from t2i_lm.data.scenes.oracle import SIDE
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.shards.tokenize import text_rows
@@ -43,6 +46,7 @@ from t2i_lm.storage.run_folder import find_run, read_run
 from t2i_lm.storage.writing import atomic_file, write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
+from t2i_lm.tokenizers.words import WordVQ
 
 # Openings of the completions on a language model's card.
 OPENINGS = (
@@ -159,8 +163,9 @@ def _write_native(decoder: Backbone, out: Path, dtype: torch.dtype, experiment: 
 
 
 def export_image_tokenizer(experiment: ImageTokenizerExperiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """An image tokenizer; reconstruction numbers of the exported weights."""
-    save_tokenizer(experiment.module.model, out, dtype)
+    """An image tokenizer; numbers of the exported weights."""
+    model = experiment.module.model
+    save_tokenizer(model, out, dtype, model.words if isinstance(model, WordVQ) else None)
     experiment.data.setup("fit")
     images = experiment.data.val_set
     assert isinstance(images, ImageBatches)
@@ -257,16 +262,24 @@ def held_out_sums(decoder: Backbone, split: datasets.Dataset) -> tuple[float, in
 
 
 def tokenizer_numbers(tokenizer: VQTokenizer, images: ImageBatches) -> dict[str, Any]:
-    """PSNR, share of codes in use and, for scenes, what the checker reads from reconstructions of held-out images."""
+    """PSNR and share of codes in use of held-out images; what words say, of a tokenizer whose codes are words.
+
+    For scenes also what the checker reads from reconstructions, and what a code tells of its cell.
+    """
     squares, images_seen = 0.0, 0
     used = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     read_back: list[dict[str, bool | None]] = []
+    parts: list[torch.Tensor] = []
+    captions: list[str] = []
     everything = frozenset(ATTRIBUTES)
     for start in range(0, len(images), SCORE_BATCH):
         indices = range(start, min(start + SCORE_BATCH, len(images)))
         images_BCHW = images.__getitems__([(0, index) for index in indices])["images_BCHW"]
         ids_BN = tokenizer.encode(images_BCHW)
         again_BCHW = tokenizer.decode(ids_BN)
+        parts.append(ids_BN.cpu())
+        if tokenizer.words is not None:
+            captions += [images.read(index)[0].captions[0] for index in indices]
         used += torch.bincount(ids_BN.flatten(), minlength=tokenizer.vocab_size)
         squares += float((images_BCHW.double() - again_BCHW.double()).square().mean(dim=(1, 2, 3)).sum()) / 255**2
         images_seen += len(indices)
@@ -276,10 +289,18 @@ def tokenizer_numbers(tokenizer: VQTokenizer, images: ImageBatches) -> dict[str,
                 assert meaning is not None
                 asked = everything if meaning["family"] == "pair" else everything - {"relation"}
                 read_back.append(check(image, meaning, asked))
+    ids_RN = torch.cat(parts).numpy()
+    meaning: dict[str, Any] = {}
+    if tokenizer.words is not None:
+        meaning["words_in_caption"] = words_in_captions(ids_RN, captions, tokenizer.words)
+    if isinstance(images.source, SceneSource) and tokenizer.grid == (SIDE, SIDE):
+        scenes = [images.source.scene(index) for index in range(len(images))]
+        meaning["meaning"] = code_meaning(ids_RN.reshape(-1, SIDE, SIDE), scenes)
     return {
         "pictures": images_seen,
         "psnr_db": -10 * math.log10(squares / images_seen),
         "codes_used": float((used > 0).double().mean()),
         "parameters": sum(parameter.numel() for parameter in tokenizer.model.parameters()),
         "checker_right": {name: entry["right"] for name, entry in shares_right(read_back).items()},
+        **meaning,
     }

@@ -48,6 +48,35 @@ def contrastive_nll(own_BD: Tensor, others_ND: Tensor, scale: Tensor, first: int
     return F.cross_entropy(logits_BN, target_B, reduction="none")
 
 
+def symmetric_nll(
+    image_BD: Tensor, text_BD: Tensor, scale: Tensor, hashes_B2: Tensor | None, across_ranks: bool = True
+) -> Tensor:
+    """Nll (2, B) in nats of each image's caption and of each caption's image.
+
+    Args:
+        image_BD: normalized bags of images.
+        text_BD: normalized bags of their captions.
+        scale: inverse temperature, 0-d.
+        hashes_B2: of each caption and image; pairs that share one are no negatives of each other. None: all are.
+        across_ranks: whether candidates are the pairs of all ranks, of which each must have as many.
+    """
+    if across_ranks:
+        images_ND, texts_ND = gather(image_BD), gather(text_BD)
+    else:
+        images_ND, texts_ND = image_BD, text_BD
+    first = len(image_BD) * (dist.get_rank() if len(images_ND) > len(image_BD) else 0)
+    same_BN = None
+    if hashes_B2 is not None:
+        hashes_N2 = gather(hashes_B2) if across_ranks else hashes_B2
+        same_BN = (hashes_B2[:, None] == hashes_N2[None]).any(dim=-1)
+    return torch.stack(
+        [
+            contrastive_nll(image_BD, texts_ND, scale, first, same_BN),
+            contrastive_nll(text_BD, images_ND, scale, first, same_BN),
+        ]
+    )
+
+
 class _Gather(torch.autograd.Function):
     """Differentiable all-gather: each rank's loss has gradients for every rank's rows.
 

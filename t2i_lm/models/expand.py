@@ -3,7 +3,7 @@
 Shapes: `I` image codes, `E` code width, `D` width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import fan_in_normal_
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.tokenizers.joint_vocab import SPECIALS, JointVocab
+from t2i_lm.tokenizers.words import phrase_rows
 
 # Share of the random rows that `mean_rows` adds, so that no two rows start equal.
 MEAN_NOISE = 0.01
@@ -25,10 +26,12 @@ class ImageRowSource:
     Attributes:
         codebook_IE: the image tokenizer's code vectors.
         aligned_ID: embedding rows of a contrastive run (Section 3.2).
+        pieces: text ids of the words of each code; a code without words has none.
     """
 
     codebook_IE: Tensor | None = None
     aligned_ID: Tensor | None = None
+    pieces: Sequence[Sequence[int]] | None = None
 
 
 # Changes randomly initialized rows (rows, D) in place: (rows, matrix, whether it is the embedding, source, generator).
@@ -63,12 +66,24 @@ def aligned_rows(rows_ID: Tensor, matrix: TokenRows, embedding: bool, source: Im
         rows_ID.copy_(source.aligned_ID)
 
 
+def word_rows(rows_ID: Tensor, matrix: TokenRows, embedding: bool, source: ImageRowSource, *_: object) -> None:
+    """Mean text row of a code's words, plus `MEAN_NOISE` times its random row; without words, its random row.
+
+    The noise tells codes of equal words apart.
+    """
+    assert source.pieces is not None
+    named_I = torch.tensor([len(pieces) > 0 for pieces in source.pieces], device=rows_ID.device)
+    words_ID = phrase_rows(matrix.text, source.pieces) + MEAN_NOISE * rows_ID
+    rows_ID.copy_(torch.where(named_I[:, None], words_ID, rows_ID))
+
+
 # `new_rows` -> initialization of the image rows. Special rows stay random except under `mean`.
 ROW_RULES: dict[str, RowRule] = {
     "random": random_rows,
     "mean": mean_rows,
     "codebook": codebook_rows,
     "aligned": aligned_rows,
+    "words": word_rows,
 }
 
 
@@ -83,15 +98,15 @@ def expand_vocabulary(
     """Adds rows for `SPECIALS` and `image_size` codes, initialized as open_lm initializes its own.
 
     The random rows depend on the generator alone: decoders expanded with equal generators get identical new rows,
-    regardless of their other weights (`mean` adds the mean of the text rows). Existing rows are unchanged, and a tied
-    decoder stays tied.
+    regardless of their other weights (`mean` and `words` add means of text rows). Existing rows are unchanged, and a
+    tied decoder stays tied.
 
     Args:
         decoder: not yet expanded.
         image_size: image codes I.
         generator: of the random rows.
         new_rows: one of `ROW_RULES`.
-        source: initial values for `codebook` and `aligned`.
+        source: initial values for `codebook`, `aligned` and `words`.
 
     Raises:
         ValueError: if the decoder is already expanded, or the source's rows have another shape.
@@ -104,6 +119,7 @@ def expand_vocabulary(
     aligned_ID = source.aligned_ID
     if aligned_ID is not None and aligned_ID.shape != (image_size, dim):
         raise ValueError(f"aligned rows have shape {tuple(aligned_ID.shape)}, expected {(image_size, dim)}")
+    assert source.pieces is None or len(source.pieces) == image_size
     matrices: list[TokenRows] = [decoder.tok_embeddings, decoder.output]
     untied = matrices[:1] if decoder.config.weight_tying else matrices
     for matrix in untied:

@@ -208,9 +208,9 @@ def pretrained_backbone(config: ExperimentConfig) -> Backbone:
 
 
 def weights_hashes(config: ExperimentConfig) -> dict[str, str] | None:
-    """Hashes by file of the weights that a built experiment started from; None where these were random."""
+    """Hashes by file of the weights that a built experiment started from or reads rows of; None where it uses none."""
     path = config.backbone.path
-    if path is None or config.init == "random":
+    if path is None or (config.init == "random" and not config.reads_rows):
         return None
     if is_plugin(path):
         return {path: _PLUGIN_SHA256[path]}

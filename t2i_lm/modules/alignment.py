@@ -4,11 +4,10 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.models.contrastive import bag_of_words, contrastive_nll, gather
+from t2i_lm.models.contrastive import bag_of_words, symmetric_nll
 from t2i_lm.models.token_rows import Embedding
 from t2i_lm.modules.base import OptimizedModule
 
@@ -47,20 +46,8 @@ class AlignmentModule(OptimizedModule):
         """Negative log-likelihood (2, B) of each image's caption and of each caption's image."""
         with torch.autocast(self.device.type, enabled=False):
             image_BD, text_BD = self.bags(batch)
-            images_ND, texts_ND = gather(image_BD), gather(text_BD)
-            first = len(image_BD) * (dist.get_rank() if len(images_ND) > len(image_BD) else 0)
-            same_BN = self._same(batch["hashes_B2"]) if self.config.align.mask_duplicates else None
-            return torch.stack(
-                [
-                    contrastive_nll(image_BD, texts_ND, self.scale, first, same_BN),
-                    contrastive_nll(text_BD, images_ND, self.scale, first, same_BN),
-                ]
-            )
-
-    @staticmethod
-    def _same(hashes_B2: Tensor) -> Tensor:
-        """Whether two pairs share their caption or their image, (B, N)."""
-        return (hashes_B2[:, None] == gather(hashes_B2)[None]).any(dim=-1)
+            hashes_B2 = batch["hashes_B2"] if self.config.align.mask_duplicates else None
+            return symmetric_nll(image_BD, text_BD, self.scale, hashes_B2)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Mean loss of this rank's pairs; all ranks have equally many, so DDP's average is the global mean."""

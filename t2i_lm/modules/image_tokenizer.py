@@ -10,7 +10,9 @@ from torch import Tensor
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.modules.base import OptimizedModule
+from t2i_lm.modules.caption_term import CaptionTerm
 from t2i_lm.tokenizers.vq import PatchedVQ, to_uint8, to_unit
+from t2i_lm.tokenizers.words import WordVQ
 
 # Number of latest encoder outputs in the buffer for k-means and for re-seeding unused codes.
 RECENT = 32_768
@@ -22,14 +24,17 @@ class ImageTokenizerModule(OptimizedModule):
     For `warmup_fraction` of the steps the decoder's input is continuous latents. Then k-means of recent latents
     initializes the codebook, which avoids collapse, and the rest of the run is quantized with a straight-through
     gradient. Codes unused for `restart_every` steps are re-seeded from recent latents.
+
+    With a `CaptionTerm`, the codes of an image are to tell its caption among those of the batch. Of a `WordVQ`, k-means
+    gives the places of the words instead, and no code is re-seeded: that would untie it from its word.
     """
 
     recent: Tensor
     used: Tensor
 
-    def __init__(self, model: PatchedVQ, config: ExperimentConfig) -> None:
+    def __init__(self, model: PatchedVQ, config: ExperimentConfig, captions: CaptionTerm | None = None) -> None:
         super().__init__(config)
-        self.model = model
+        self.model, self.captions = model, captions
         self.settings = config.image_tokenizer
         self.quantize_from = int(self.settings.warmup_fraction * config.trainer.max_steps)
         # In the checkpoint, so that a resumed run re-seeds from the same latents as an uninterrupted one.
@@ -59,14 +64,34 @@ class ImageTokenizerModule(OptimizedModule):
         edge = edge_loss(output_BCHW, pixels_BCHW)
         loss = l1 + mse + commit + self.settings.edge_weight * edge
         metrics = {"loss": loss, "l1": l1, "mse": mse, "commit": commit, "edge": edge}
+        if self.captions is not None:
+            caption = self.captions.nll(self._bags(latents_BEhw, coded_BEhw, quantized), batch).mean()
+            loss = loss + self.settings.caption_weight * caption
+            metrics |= {"loss": loss, "caption_nll": caption, "logit_scale": self.captions.log_scale.exp()}
         return {
             "loss": loss,
             "metrics": {name: value.detach() for name, value in metrics.items()},
             "samples": len(pixels_BCHW),
         }
 
+    def _bags(self, latents_BEhw: Tensor, coded_BEhw: Tensor, quantized: bool) -> Tensor:
+        """Normalized bags (B, D) of images, of their words where the codes are words and in use."""
+        assert self.captions is not None
+        if quantized and isinstance(self.model, WordVQ):
+            return self.captions.images_of_words(latents_BEhw, self.model)
+        return self.captions.images_of_codes(coded_BEhw)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.captions is not None:
+            self.captions.clamp_scale()
+
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        """Re-seeds unused codes every `restart_every` steps of the quantized phase, except in the run's last tenth."""
+        """Re-seeds unused codes every `restart_every` steps of the quantized phase, except in the run's last tenth.
+
+        Codes that are words keep their words.
+        """
+        if isinstance(self.model, WordVQ):
+            return
         step, last = self.global_step, 0.9 * self.config.trainer.max_steps
         since = step - self.quantize_from
         if since > 0 and since % self.settings.restart_every == 0 and step < last:
@@ -85,7 +110,14 @@ class ImageTokenizerModule(OptimizedModule):
                 self.recent.cpu().double().numpy(), len(centers), minit="++", rng=self.config.seed, missing="warn"
             )
             centers.copy_(torch.from_numpy(means))
-        self.model.codebook.copy_(_from_rank_zero(centers))
+        _from_rank_zero(centers)
+        if isinstance(self.model, WordVQ):
+            alike = None if self.captions is None else self.captions.likeness(centers, self.model.rows_KD)
+            self.model.place_words(centers, alike)
+            for parameter in self.model.word_map.parameters():
+                _from_rank_zero(parameter.data)
+        else:
+            self.model.codebook.copy_(centers)
 
     @torch.no_grad()
     def _restart_unused(self) -> None:
@@ -111,23 +143,33 @@ class ImageTokenizerModule(OptimizedModule):
         """Sums of a validation loader, from 0."""
         if number not in self._val:
             zero = torch.zeros((), dtype=torch.float64, device=self.device)
-            self._val[number] = {name: zero.clone() for name in ("mse", "psnr", "images")}
+            names = ("mse", "psnr", "images", *(() if self.captions is None else ("caption_nll", "captions")))
+            self._val[number] = {name: zero.clone() for name in names}
             self._val[number]["codes"] = torch.zeros_like(self.used)
         return self._val[number]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds one batch to the sums; outputs are quantized and rounded to uint8, as when used."""
         images_BCHW, sums = batch["images_BCHW"], self._sums(dataloader_idx)
-        ids_Bhw = self.model.nearest(self.model.latents(to_unit(images_BCHW)))
+        latents_BEhw = self.model.latents(to_unit(images_BCHW))
+        ids_Bhw = self.model.nearest(latents_BEhw)
         output_BCHW = to_uint8(self.model.pixels(self.model.embed(ids_Bhw)))
         mse_B = (output_BCHW.double() - images_BCHW.double()).square().mean(dim=(1, 2, 3)) / 255**2
         sums["mse"] += mse_B.sum()
         sums["psnr"] += (-10 * torch.log10(mse_B.clamp(min=1e-10))).sum()
         sums["images"] += len(mse_B)
         sums["codes"] += torch.bincount(ids_Bhw.flatten(), minlength=len(self.used))
+        if self.captions is not None and len(images_BCHW) == self.config.micro_batch:  # it depends on their number
+            image_BD = self._bags(latents_BEhw, self.model.embed(ids_Bhw), quantized=True)
+            nll_2B = self.captions.nll(image_BD, batch, across_ranks=False)
+            sums["caption_nll"] += nll_2B.double().sum()
+            sums["captions"] += nll_2B.numel()
 
     def validation_summary(self, dataloader_idx: int = 0) -> dict[str, float]:
-        """PSNR in dB (of the mean error, and averaged over images), share of codes used, code perplexity."""
+        """PSNR in dB (of the mean error, and averaged over images), share of codes used, code perplexity.
+
+        With a caption term also its nll, in full micro-batches and among the images of one.
+        """
         sums = self._sums(dataloader_idx)
         if dist.is_available() and dist.is_initialized():
             for value in sums.values():
@@ -135,7 +177,9 @@ class ImageTokenizerModule(OptimizedModule):
         images, codes = float(sums["images"]), sums["codes"].double()
         share = codes / codes.sum()
         entropy = -(share * share.clamp(min=1e-30).log()).sum()
+        compared = float(sums.get("captions", 0))
         return {
+            **({"caption_nll": float(sums["caption_nll"]) / compared} if compared else {}),
             "psnr": float(-10 * torch.log10(sums["mse"] / images)),
             "psnr_mean": float(sums["psnr"]) / images,
             "codes_used": float((codes > 0).double().mean()),

@@ -36,7 +36,8 @@ class ImageTokenizer(Protocol):
     """Images <-> a row-major grid of ids.
 
     `image_size` is the side of its images in pixels, `grid` the (height, width) of their ids, `decodes` whether it
-    has a decoder, `low_precision` whether it encodes in bfloat16.
+    has a decoder, `low_precision` whether it encodes in bfloat16. A tokenizer may also have `words`, a text for each
+    code that says what it shows, empty where it has none.
     """
 
     image_size: int

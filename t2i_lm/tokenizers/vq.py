@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from t2i_lm.config.sections import VQModelConfig
+from t2i_lm.config.image_tokenizer import VQModelConfig
 from t2i_lm.storage.hashing import file_sha256, files_sha256
 from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.writing import atomic_file, write_atomic
@@ -41,7 +41,7 @@ class VQAutoencoder(nn.Module):
         return int(self.patch * 2 ** (len(self.vq.config.block_out_channels) - 1))
 
     @property
-    def codebook(self) -> nn.Parameter:
+    def codebook(self) -> Tensor:
         """Code vectors (codes, E)."""
         weight = self.vq.quantize.embedding.weight
         assert isinstance(weight, nn.Parameter)
@@ -92,6 +92,10 @@ class PatchedVQ(VQAutoencoder):
         super().__init__(vq, config.patch)
         self.config = config
 
+    def plain_state(self) -> dict[str, Tensor]:
+        """Tensors of an equal `PatchedVQ`, by name: those of the files of a tokenizer."""
+        return dict(self.state_dict())
+
 
 class VQTokenizer:
     """An image tokenizer from a trained autoencoder, in float32.
@@ -100,7 +104,10 @@ class VQTokenizer:
         sha256: of the weights file, and of the pixel range where that is not [-1, 1].
         pixels: values of black and white.
         low_precision: whether to encode in bfloat16.
+        words: of the codes, in order, where they were trained as words; else None.
     """
+
+    words: list[str] | None = None
 
     def __init__(self, model: VQAutoencoder, image_size: int, sha256: str, pixels: "PixelRange | None" = None) -> None:
         self.pixels = pixels or PixelRange()
@@ -125,13 +132,16 @@ class VQTokenizer:
         with reading("image_tokenizer.path", folder / CONFIG):
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             model = PatchedVQ(VQModelConfig(**config["model"]))
+            words = _checked_words(config.get("words"), model.config.codes, folder / CONFIG)
         try:
             model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"image_tokenizer.path: {folder / WEIGHTS} does not match its config: {reason(error)}"
             ) from error
-        return cls(model, image_size, file_sha256(folder / WEIGHTS))
+        tokenizer = cls(model, image_size, file_sha256(folder / WEIGHTS))
+        tokenizer.words = words
+        return tokenizer
 
     @classmethod
     def from_diffusers(cls, folder: Path, image_size: int, pixel_range: Sequence[float] | None = None) -> "VQTokenizer":
@@ -267,16 +277,23 @@ def require_no_problem(folder: Path, problem: str, tensors: Collection[str]) -> 
         raise ValueError(f"image_tokenizer.path: {folder} has {problem} tensors: {', '.join(names[:3])}{more}")
 
 
-def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype) -> None:
-    """Writes weights and config for `VQTokenizer.from_folder`.
+def _checked_words(words: Any, codes: int, file: Path) -> list[str] | None:
+    if words is not None and not (isinstance(words, list) and [type(word) for word in words] == [str] * codes):
+        raise ValueError(f"image_tokenizer.path: {file}: words: expected a list of {codes} texts, one for each code")
+    return words
+
+
+def save_tokenizer(model: PatchedVQ, folder: Path, dtype: torch.dtype, words: Sequence[str] | None = None) -> None:
+    """Writes weights and config for `VQTokenizer.from_folder`, with the words of the codes where they are words.
 
     Rounding weights to bfloat16 may change ids, so a tokenizer is measured as shipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.plain_state().items()}
     with atomic_file(folder / WEIGHTS) as file:
         save_file(state, file)
-    write_atomic(folder / CONFIG, json.dumps({"model": vars(model.config)}, indent=2) + "\n")
+    content = {"model": vars(model.config)} | ({} if words is None else {"words": list(words)})
+    write_atomic(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.data.shards.cache import shards_of
-from t2i_lm.experiment.build import Experiment, open_image, open_text
+from t2i_lm.experiment.build import Experiment, ImageTokenizerExperiment, open_image, open_text
 from t2i_lm.models.factory import architecture_hashes, weights_hashes
 from t2i_lm.runtime.devices import local_rank
 from t2i_lm.runtime.plugins import plugin_identities
@@ -25,9 +25,12 @@ CONTENT = "data_content"
 def started_from(experiment: Experiment) -> dict[str, Any]:
     """Hashes of everything that a run starts from, as env.json records them."""
     config, index = experiment.config, experiment.index
+    tokenizers = index.get("tokenizers")
+    if isinstance(experiment, ImageTokenizerExperiment) and experiment.text is not None:
+        tokenizers = {"text": experiment.text.sha256}
     found = {
         "data_hash": index.get("data_hash"),
-        "tokenizers": index.get("tokenizers"),
+        "tokenizers": tokenizers,
         "backbone": weights_hashes(config),
         "numerics": NUMERICS,
     }

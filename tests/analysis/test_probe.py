@@ -73,6 +73,8 @@ def test_two_runs_have_figures_sentences_and_numbers_with_their_origin(
     tokens = read(tmp_path, "tokens")["numbers"]
     assert tokens["rows"] == tokens["rows_of_split"] == 60
     assert tokens["image"]["tokens"] == 60 * 64
+    assert tokens["meaning"]["ground"]["cells"] + tokens["meaning"]["kind"]["cells"] == 60 * 64
+    assert 0 <= tokens["meaning"]["kind"]["explained"] <= 1
     rows = read(tmp_path, "rows")["numbers"]["pretrained"]["steps"]
     assert list(rows) == ["0", "6", "8"]
     state = weights(pretrained)["decoder.output.image"]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from callbacks.metrics.inception import WIDTHS
-from t2i_lm.config import experiment, sections
+from t2i_lm.config import experiment, image_tokenizer, sections
 from t2i_lm.config.experiment import SCALES
+from t2i_lm.data.code_words import CHOICES
 from t2i_lm.data.sources import SOURCES
 from t2i_lm.experiment.build import TASKS
 from t2i_lm.models.cross_entropy import BACKENDS
@@ -34,7 +35,8 @@ OF_PAIRS = [source for source in sections.SOURCES if source != "text"]
         pytest.param(OF_PAIRS, captions.SOURCES, id="captions of sources"),
         pytest.param(sections.OPTIMIZERS, OPTIMIZERS, id="optimizers"),
         pytest.param(sections.LOSS_BACKENDS, BACKENDS, id="loss backends"),
-        pytest.param(sections.MOVQGAN_SIZES, SIZES.values(), id="MoVQGAN sizes"),
+        pytest.param(image_tokenizer.MOVQGAN_SIZES, SIZES.values(), id="MoVQGAN sizes"),
+        pytest.param(image_tokenizer.CODE_WORDS, CHOICES, id="words of codes"),
         pytest.param(sections.FID_FEATURES, WIDTHS, id="FID features"),
         pytest.param(SCALES, [file.stem for file in OVERLAYS.glob("*.yaml")], id="scales"),
         pytest.param(experiment.PLUGIN_KEYS, KINDS, id="plug-ins"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i_lm.config.sections import VQModelConfig
+from t2i_lm.config.image_tokenizer import VQModelConfig
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.experiment.restore import load_trained, newest_checkpoint
 from t2i_lm.storage.run_folder import ENVIRONMENT, REPORT, Run

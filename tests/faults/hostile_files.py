@@ -31,8 +31,9 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.image_tokenizer import VQModelConfig
 from t2i_lm.config.load import load_experiment
-from t2i_lm.config.sections import BackboneConfig, DataConfig, VQModelConfig
+from t2i_lm.config.sections import BackboneConfig, DataConfig
 from tests.faults.guard import watched
 
 # Seeded damages of each valid file.

@@ -15,8 +15,8 @@ import torch
 
 import t2i_lm.assets
 from t2i_lm.config.experiment import ExperimentConfig, may_move
+from t2i_lm.config.image_tokenizer import VQModelConfig
 from t2i_lm.config.load import flatten, load_run, save_experiment
-from t2i_lm.config.sections import VQModelConfig
 from t2i_lm.data.datamodules import PairBatches
 from t2i_lm.data.shards.format import PART, Parts, read_part
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm

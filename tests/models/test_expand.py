@@ -52,6 +52,7 @@ def test_expanding_twice_is_refused() -> None:
 SOURCE = ImageRowSource(
     codebook_IE=torch.randn(400, 4, generator=torch.Generator().manual_seed(3)) * 5 + 2,
     aligned_ID=torch.randn(400, 32, generator=torch.Generator().manual_seed(4)),
+    pieces=[[], [3, 7], [3, 7], *([code % 50] for code in range(3, 400))],
 )
 
 
@@ -86,6 +87,18 @@ def test_rules_initialize_as_documented() -> None:
         assert torch.equal(rows["output.special"], random["output.special"])
     assert codebook["tok_embeddings.image"].std() == pytest.approx(float(random["tok_embeddings.image"].std()), rel=0.2)
     assert torch.linalg.matrix_rank(codebook["output.image"]) == 4
+
+
+def test_rows_of_words_are_those_of_their_pieces_and_random_ones_without_words() -> None:
+    random, words, text = new_rows("random"), new_rows("words"), tiny()
+    for matrix in ("tok_embeddings", "output"):
+        rows_ID, random_ID = words[f"{matrix}.image"], random[f"{matrix}.image"]
+        text_VD = getattr(text, matrix).text
+        assert torch.equal(rows_ID[0], random_ID[0])
+        mean_2D = text_VD[[3, 7]].mean(dim=0) + MEAN_NOISE * random_ID[1:3]
+        assert torch.allclose(rows_ID[1:3], mean_2D, atol=1e-6)
+        assert torch.allclose(rows_ID[3], text_VD[3] + MEAN_NOISE * random_ID[3], atol=1e-6)
+        assert torch.equal(words[f"{matrix}.special"], random[f"{matrix}.special"])
 
 
 def test_aligned_rows_of_another_shape_are_refused() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2i_lm.config.sections import VQModelConfig
+from t2i_lm.config.image_tokenizer import VQModelConfig
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ, save_tokenizer

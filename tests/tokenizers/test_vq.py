@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vq_model import VQModel
 
-from t2i_lm.config.sections import VQModelConfig
+from t2i_lm.config.image_tokenizer import VQModelConfig
 from t2i_lm.tokenizers.image import describe_pixels, open_image_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer, save_tokenizer, to_uint8, to_unit
 

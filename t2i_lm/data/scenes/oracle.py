@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from t2i_lm.config.sections import require
-from t2i_lm.data.scenes.checker import read_scene
+from t2i_lm.data.scenes.checker import SceneReading, read_scene
 from t2i_lm.data.scenes.scene import BACKGROUNDS, COLOURS, KINDS, SIZE, SIZES, Scene, SceneObject, render
 
 CELL = 8  # side of a cell in pixels
@@ -60,13 +60,21 @@ class SceneOracle:
                 features[_shape_id(number, below, first), columns.index(word)] = 1
         return features
 
+    @property
+    def words(self) -> list[str]:
+        """Words of each code: its ground's color, or size, color and kind of its shape; none for unused codes."""
+        words = [*GROUNDS, *[""] * (CODES - len(GROUNDS))]
+        for (number, (colour, kind, size)), below, first in product(enumerate(SHAPES), (False, True), (False, True)):
+            words[_shape_id(number, below, first)] = f"{size} {colour} {kind}"
+        return words
+
     def to(self, device: torch.device) -> None:
         """No weights to move."""
 
     def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
         """Ids (B, N) int64, row-major, of uint8 images of 64 x 64 pixels."""
         images_BHWC = images_uint8_BCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return torch.from_numpy(np.stack([_ids(image) for image in images_BHWC])).flatten(1)
+        return torch.from_numpy(np.stack([scene_ids(read_scene(image)) for image in images_BHWC])).flatten(1)
 
     def decode(self, ids_BN: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) of ids.
@@ -90,8 +98,8 @@ def _shape_id(number: int, below: bool, first: bool) -> int:
     return len(GROUNDS) + 4 * number + 2 * below + first
 
 
-def _ids(image_HW3: Any) -> Any:
-    reading = read_scene(image_HW3)
+def scene_ids(reading: Scene | SceneReading) -> Any:
+    """Ids (SIDE, SIDE) of a scene, or of what is read from an image."""
     horizon = (reading.horizon or SIZE) // CELL
     ids_hw = np.empty((SIDE, SIDE), dtype=np.int64)
     ids_hw[:horizon] = GROUNDS.index(reading.background)

@@ -4,7 +4,7 @@ from math import ceil
 
 from t2i_lm.data.pairs import Pair
 from t2i_lm.data.scenes.captions import describe
-from t2i_lm.data.scenes.scene import SIZE, render
+from t2i_lm.data.scenes.scene import SIZE, Scene, render
 from t2i_lm.data.scenes.space import SPLITS, draw_scene, largest
 
 
@@ -30,10 +30,14 @@ class SceneSource:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Pair:
+    def scene(self, index: int) -> Scene:
+        """A scene, not rendered."""
         if not 0 <= index < self.count:
             raise IndexError(index)
-        scene = draw_scene(self.seed, self.split, index)
+        return draw_scene(self.seed, self.split, index)
+
+    def __getitem__(self, index: int) -> Pair:
+        scene = self.scene(index)
         style = f"{self.seed}/{self.split}/{index}"
         styles = [style, *(f"{style}/{number}" for number in range(1, self.captions))]
         meaning = scene.meaning() | {"style": style}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.sections import DataConfig, ImageTokenizerConfig
+from t2i_lm.config.image_tokenizer import ImageTokenizerConfig
+from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.datamodules import PairBatches
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.columns import PairColumns

@@ -6,14 +6,14 @@ import zlib
 import numpy as np
 import pytest
 
-from t2i_lm.analysis.entropy import (
+from t2i_lm.analysis.tokens import token_statistics
+from t2i_lm.tokenizers.entropy import (
     compressed_bits,
     conditional_entropy,
     neighbor_entropies,
     order_entropies,
     zipf_fit,
 )
-from t2i_lm.analysis.tokens import token_statistics
 
 CHAIN = np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]])
 
