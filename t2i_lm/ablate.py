@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.models.freeze import FREEZE_GROUPS, TUNE_SETS
+from t2i_lm.models.freeze import EXPERT_GROUPS, FREEZE_GROUPS, TUNE_SETS
 from t2i_lm.plots.groups import FIGURE5
 from t2i_lm.runtime.command_line import add_jobs, add_scale, command_parser, exit_code
 from t2i_lm.training.ablation import DEFAULT, ablated_experiments
@@ -16,7 +16,8 @@ EXAMPLE = f"""example:
   python -m t2i_lm.ablate --tune first_half experiments/uncond_pretrained.yaml --scale demo
   python -m t2i_lm.ablate --all --jobs 2
 
-groups for --freeze (of overlapping groups, the union): {", ".join(FREEZE_GROUPS)}
+groups for --freeze (of overlapping groups, the union): {", ".join(FREEZE_GROUPS)};
+with modality_experts=true also {", ".join(EXPERT_GROUPS)}
 sets for --tune (those of the paper; everything else is frozen): {", ".join(TUNE_SETS)}"""
 
 

@@ -58,7 +58,7 @@ def overrides(name: str, folder: Path) -> list[str]:
         return [*changes, *model, "data.length=32", *(f"data.{key}={folder}/text.txt" for key in ("path", "val_path"))]
     if name == "t2i_aligned":
         changes.append(f"aligned_rows={next((folder / 'align').glob('align/*'))}")
-    if "replay" in name:
+    if "replay" in name or "projection" in name:
         changes.append(f"data.replay_path={folder}/text.txt")
     return [*changes, *TOKENIZERS]
 
@@ -75,7 +75,7 @@ def losses(run: Run) -> list[float]:
 
 def train_all(folder: Path) -> dict[str, list[float]]:
     (folder / "text.txt").write_text("\f".join("\n\n".join(TEXT[start : start + 20]) for start in (0, 20, 40)))
-    names = [name for name in NAMES if find_spec("peft") or name != "remedies/lora"]
+    names = [name for name in NAMES if find_spec("peft") or not name.startswith("remedies/lora")]
     return {
         name: losses(train(f"{EXPERIMENTS}/{name}.yaml", folder / name, *overrides(name, folder))) for name in names
     }

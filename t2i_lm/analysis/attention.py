@@ -41,7 +41,7 @@ def attention_weights(decoder: Backbone, ids_BT: Tensor) -> list[Tensor]:
     Raises:
         NotAvailableError: if the backbone's weights cannot be had.
     """
-    if isinstance(decoder, Decoder):
+    if type(decoder) is Decoder:
         return _recomputed(decoder, ids_BT)
     if isinstance(decoder, HuggingFaceDecoder):
         return _returned(decoder, ids_BT)

@@ -15,6 +15,7 @@ from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.fsdp import blocks_of
+from t2i_lm.models.modality_experts import ExpertDecoder
 from t2i_lm.tokenizers.layout import MODALITIES, modality_of_target
 
 POSITIONS = 4096  # per modality at most, evenly spaced
@@ -45,8 +46,10 @@ def probed_blocks(decoder: Backbone) -> list[nn.Module]:
     """The blocks of a decoder, in order.
 
     Raises:
-        NotAvailableError: if they are not in one list.
+        NotAvailableError: if they are not in one list, or of modality experts.
     """
+    if isinstance(decoder, ExpertDecoder):
+        raise NotAvailableError("the blocks of a model with modality experts sort their positions by modality")
     try:
         return blocks_of(decoder)
     except ValueError as error:

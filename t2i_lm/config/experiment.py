@@ -4,12 +4,14 @@ Standard library only. `load.py` merges YAML files into this frozen dataclass; a
 A wrong value raises a ValueError that names the key, the value and the allowed values.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from t2i_lm.config.forgetting import NOVELS, ForgettingConfig
 from t2i_lm.config.image_tokenizer import ImageTokenizerConfig
+from t2i_lm.config.lora import LoraConfig
 from t2i_lm.config.sections import (
     CODE,
     SHARDED,
@@ -19,7 +21,6 @@ from t2i_lm.config.sections import (
     DistilConfig,
     FidConfig,
     LogConfig,
-    LoraConfig,
     LossConfig,
     OptimConfig,
     RunConfig,
@@ -98,6 +99,7 @@ FIXED = (
     "init",
     "tune",
     "freeze",
+    "modality_experts",
     "new_rows",
     "loss_rows",
     "backbone.",
@@ -165,7 +167,11 @@ class ExperimentConfig(Section):
     tune: str = "all"
     """Trained parameters of Figure 5, one of TUNE_SETS in models/freeze.py."""
     freeze: list[str] = field(default_factory=list)
-    """Groups of FREEZE_GROUPS in models/freeze.py that are frozen, regardless of `tune`."""
+    """Groups of FREEZE_GROUPS in models/freeze.py that are frozen, regardless of `tune`; with modality_experts also
+    `text_expert` or `image_expert`."""
+    modality_experts: bool = False
+    """Image positions have norms, attention projections and feed-forward layers of their own, which start as copies of
+    the language model's; freeze=[text_expert,text_rows] keeps the language model as it is."""
     new_rows: str = "random"
     """Initial image rows, the same in every arm: `random`, `mean`, `aligned`, `codebook`, or `words` (the text rows of
     the words of each code, of an image tokenizer that has some)."""
@@ -280,8 +286,10 @@ class ExperimentConfig(Section):
             ("distil.weight", self.distil.weight > 0),
             ("data.replay_ratio", data.replay_ratio > 0),
             ("lora.rank", self.lora.rank > 0),
+            ("modality_experts", self.modality_experts),
+            ("optim.gradient_projection", optim.gradient_projection),
         ):
-            off = "1" if key.startswith("loss") else "0"
+            off = "1" if key.startswith("loss") else "false" if isinstance(self.value(key), bool) else "0"
             yield used and self.task != "text_to_image", key, f"{off} with {task}, it is for task=text_to_image"
         no_language = self.init not in ("pretrained", "aligned")
         distil = f"0, init={self.init} has no language to distil from"
@@ -292,12 +300,30 @@ class ExperimentConfig(Section):
             f"0 with lora.rank={self.lora.rank}, which leaves all pre-trained weights at their initial values",
         )
 
+        experts = self.modality_experts
+        yield (
+            experts and trainer.fp8,
+            "trainer.fp8",
+            "false with modality_experts=true, of which a batch may use one half alone",
+        )
+        yield (
+            experts and self.lora.image_only,
+            "lora.image_only",
+            "false with modality_experts=true; with freeze=[text_expert] adapters are on the image half alone",
+        )
+        yield (
+            optim.gradient_projection and not data.replay_ratio,
+            "data.replay_ratio",
+            "more than 0 with optim.gradient_projection=true, whose second loss is that of replayed text",
+        )
+
         # Sharded models
         if trainer.strategy in SHARDED:
             yield align or image_tokenizer, "trainer.strategy", f"ddp, {task} is small and not sharded"
             yield optim.name == "muon", "optim.name", f"adamw with {sharded}, muon needs whole matrices"
-            for key in ("forgetting.interval", "fid.interval", "optim.l2_sp", "distil.weight", "lora.rank"):
-                off = "null" if key.endswith("interval") else "0"
+            whole = ("optim.l2_sp", "optim.gradient_projection", "distil.weight", "lora.rank")
+            for key in ("forgetting.interval", "fid.interval", *whole):
+                off = "null" if key.endswith("interval") else "false" if key.endswith("projection") else "0"
                 whole_model = f"{off} with {sharded}, {key} needs the whole model in every process; or use ddp"
                 requested = forgetting if key == "forgetting.interval" else bool(self.value(key))
                 yield requested, key, whole_model
@@ -308,6 +334,11 @@ class ExperimentConfig(Section):
         share = trainer.devices * trainer.num_nodes * trainer.accumulate_grad_batches
         factors = "trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches"
         yield data.batch_size % share != 0, "data.batch_size", f"a multiple of {share} ({factors})"
+        yield (
+            optim.gradient_projection and math.ceil(data.replay_ratio * self.micro_batch) >= self.micro_batch,
+            "optim.gradient_projection",
+            f"false with micro-batches of {self.micro_batch}, which may hold no caption-image pair",
+        )
 
     @property
     def measures_forgetting(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 
-from t2i_lm.config import experiment, forgetting, image_tokenizer, sections
+from t2i_lm.config import experiment, forgetting, image_tokenizer, lora, sections
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.storage.writing import write_atomic
 
@@ -44,9 +44,8 @@ of sections are those of the paper.
 
 def reference() -> str:
     """The text of docs/configuration.md."""
-    documented = (
-        _docstrings(sections) | _docstrings(forgetting) | _docstrings(image_tokenizer) | _docstrings(experiment)
-    )
+    modules = (sections, forgetting, image_tokenizer, lora, experiment)
+    documented = {name: keys for module in modules for name, keys in _docstrings(module).items()}
     parts = [HEAD, *_table("Experiment", ExperimentConfig, "", documented)]
     return "\n".join(parts)
 

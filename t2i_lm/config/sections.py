@@ -229,6 +229,9 @@ class OptimConfig(Section, prefix="optim"):
     """Largest norm of the gradients."""
     l2_sp: float = 0.0
     """Pull of pre-trained weights to their initial values, in place of their decay (L2-SP); 0: none."""
+    gradient_projection: bool = False
+    """Where the gradients of caption-image pairs and of replayed text conflict, projects each onto the normal plane of
+    the other (PCGrad); requires data.replay_ratio."""
 
     def __post_init__(self) -> None:
         self.one_of("name", OPTIMIZERS)
@@ -424,20 +427,6 @@ class DistilConfig(Section, prefix="distil"):
 
     def __post_init__(self) -> None:
         self.at_least(0, "weight")
-
-
-@dataclass(frozen=True)
-class LoraConfig(Section, prefix="lora"):
-    """Low-rank adapters on the linear layers and experts of the blocks, which stay frozen (extra `lora`)."""
-
-    rank: int = 0
-    """Rank of the adapters; 0: none."""
-    alpha: float = 16.0
-    """The adapters' product is scaled by alpha / rank."""
-
-    def __post_init__(self) -> None:
-        self.at_least(0, "rank")
-        self.positive("alpha")
 
 
 @dataclass(frozen=True)

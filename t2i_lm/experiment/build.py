@@ -25,11 +25,18 @@ from t2i_lm.data.shards.streamed import training_shards
 from t2i_lm.models.aligned_rows import read_aligned_rows
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import ImageRowSource, expand_vocabulary
-from t2i_lm.models.factory import build_backbone, choose_trained, prepare_blocks, pretrained_backbone
+from t2i_lm.models.factory import (
+    build_backbone,
+    choose_trained,
+    prepare_blocks,
+    pretrained_backbone,
+    with_experts,
+)
 from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.modules.base import DecoderModule
 from t2i_lm.modules.caption_term import CaptionTerm
 from t2i_lm.modules.distillation import DistilledModule
+from t2i_lm.modules.gradient_projection import ProjectedDistilledModule, ProjectedModule
 from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
@@ -201,7 +208,7 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
     pieces = words_of_codes(image, text, config) if rows == "words" else None
     source = ImageRowSource(image.codebook if rows == "codebook" else None, aligned, pieces)
     vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"), rows, source)
-    return decoder, vocab, text, image
+    return with_experts(decoder, config, vocab), vocab, text, image
 
 
 def words_of_codes(image: ImageTokenizer, text: TextTokenizer, config: ExperimentConfig) -> list[list[int]]:
@@ -243,7 +250,7 @@ def require_own_tokenizer(text: TextTokenizer, rows: int) -> None:
 def build_model(config: ExperimentConfig) -> ImageModel:
     """The expanded decoder as a text-to-image or an unconditional model, without data."""
     decoder, vocab, text, image = build_expanded(config)
-    choose_trained(decoder, config)
+    choose_trained(decoder, config, vocab)
     prepare_blocks(decoder, config)
     if config.loss_rows == "image" and not decoder.config.weight_tying:
         # Unused, and DDP would wait for their gradients.
@@ -256,10 +263,12 @@ def build_model(config: ExperimentConfig) -> ImageModel:
         module: DecoderModule = UnconditionalImageModule(decoder, config, image_layout)
         return ImageModel(config=config, module=module, text=text, image=image, layout=image_layout)
     layout = Layout(vocab, image_tokens, config.data.length)
+    projected = config.optim.gradient_projection
     if config.distil.weight:
-        module = DistilledModule(decoder, config, layout, context_id(text))
+        distilled = ProjectedDistilledModule if projected else DistilledModule
+        module = distilled(decoder, config, layout, context_id(text))
     else:
-        module = TextToImageModule(decoder, config, layout)
+        module = (ProjectedModule if projected else TextToImageModule)(decoder, config, layout)
     return ImageModel(config=config, module=module, text=text, image=image, layout=layout)
 
 

@@ -16,7 +16,7 @@ from t2i_lm.config.load import to_yaml
 from t2i_lm.config.sections import OPENED_BY_PATH, is_plugin
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.factory import choose_trained, empty_backbone
+from t2i_lm.models.factory import choose_trained, empty_backbone, with_experts
 from t2i_lm.models.flops import PEAKS, flop_per_token, formula
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.caption_term import CaptionTerm
@@ -26,6 +26,7 @@ from t2i_lm.runtime.tables import compact
 from t2i_lm.storage import hub
 from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.image import open_image_tokenizer
+from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 from t2i_lm.tokenizers.vq import PatchedVQ
 from t2i_lm.tokenizers.words import WordVQ
@@ -69,13 +70,15 @@ def plan(config: ExperimentConfig) -> Plan:
     layout: Layout | ImageLayout | None = None
     if config.task == "align":
         return Plan(_rows_to_align(decoder, image_ids(config)[0]), None, unexpanded)
+    vocab: JointVocab | None = None
     if config.task in ("text_to_image", "unconditional"):
         codes, grid = image_ids(config)
         vocab = expand_vocabulary(decoder, codes, torch.Generator())
+        decoder = with_experts(decoder, config, vocab)
         unconditional = config.task == "unconditional"
         image_tokens = grid[0] * grid[1]
         layout = ImageLayout(vocab, image_tokens) if unconditional else Layout(vocab, image_tokens, config.data.length)
-    choose_trained(decoder, config)
+    choose_trained(decoder, config, vocab)
     return Plan(decoder, layout, unexpanded)
 
 
@@ -167,7 +170,7 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict
     model, trainer = decoder.config, config.trainer
     tokens = config.micro_batch * length
     total, trainable = parameter_count(decoder), parameter_count(decoder, trainable=True)
-    states = 4 * total + 12 * trainable
+    states = 4 * total + (16 if config.optim.gradient_projection else 12) * trainable  # the second loss's gradient
     # The backward pass needs a block's input, norms, queries, keys, values and feed-forward activations.
     block = tokens * (14 * model.hidden_dim + 6 * 8 * model.hidden_dim / 3)
     checkpointed = block + 2 * tokens * model.hidden_dim * model.n_layers

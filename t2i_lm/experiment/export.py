@@ -86,6 +86,12 @@ def export(run: Path, out: Path, dtype: str, form: str = "native", other: Path |
     if other is not None and config.task != "text":
         raise ValueError(f"--other-text {other}: {run} is a run of task={config.task}; expected a language model's")
     documents = None if other is None else list(read_documents(str(other), "--other-text"))
+    for key, value in (("modality_experts", config.modality_experts), ("lora.image_only", config.lora.image_only)):
+        if value:
+            raise ValueError(
+                f"--format {form}: {run} has {key}=true: its weights depend on the modality of a position, which no "
+                "format states; sample and evaluate it from its run folder"
+            )
     require_new_folder(out)
     if form == "transformers":
         require_transformers(FORMAT)

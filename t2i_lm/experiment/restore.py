@@ -129,8 +129,8 @@ def _without_weights(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _without_training_terms(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with training-only terms (L2-SP, distillation, loss backend) disabled."""
-    optim, loss = replace(config.optim, l2_sp=0.0), replace(config.loss, backend="fused")
+    """The config with training-only terms (L2-SP, gradient projection, distillation, loss backend) disabled."""
+    optim, loss = replace(config.optim, l2_sp=0.0, gradient_projection=False), replace(config.loss, backend="fused")
     return replace(config, distil=DistilConfig(), optim=optim, loss=loss)
 
 

@@ -52,6 +52,10 @@ class Backbone(nn.Module):
         """Index of the N positions in the mask, for `hidden_at`; synchronizes if the mask is on a GPU."""
         return TargetIndex.from_mask(mask_BT)
 
+    def with_inputs(self, index: TargetIndex, ids_BT: Tensor) -> TargetIndex:
+        """The index with what `hidden_at` is to know of its ids; synchronizes if these are on a GPU."""
+        return index
+
     def hidden_at(self, ids_BT: Tensor, index: TargetIndex) -> Tensor:
         """Final normalized hidden states (N, D) of N positions."""
         return index.select(self.hidden(ids_BT))

@@ -8,7 +8,7 @@ Shapes: `B` batch, `T` tokens, `D` width, `H` heads, `K` head dim, `F` feed-forw
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.cache import Columns, KVCache, Prompts, Window
-from t2i_lm.models.packing import Packed, TargetIndex
+from t2i_lm.models.packing import ModalitySplit, Packed, TargetIndex
 from t2i_lm.models.token_rows import Embedding, Output
 
 POSITIONS = ("rotary", "llama_rotary", "head_rotary", "none")
@@ -223,6 +223,19 @@ def attend_packed(q_1HNK: Tensor, k_1HNK: Tensor, v_1HNK: Tensor, packed: Packed
     return packed.unpad(out_BHTK)
 
 
+def attend_with(store: Store, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
+    """Causal attention to the given keys and those of the store, which takes them; heads joined (B, T, D)."""
+    B, H, T, K = q_BHTK.shape
+    if isinstance(store, Packed):
+        out_BHTK = attend_packed(q_BHTK, k_BHTK, v_BHTK, store)
+    else:
+        mask = None
+        if store is not None:
+            k_BHTK, v_BHTK, mask = store.extend(k_BHTK, v_BHTK)
+        out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal=T > 1, mask=mask)
+    return out_BHTK.transpose(1, 2).reshape(B, T, H * K)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with a fused query-key-value projection."""
 
@@ -250,16 +263,7 @@ class Attention(nn.Module):
         return q_BHTK, k_BHTK, v_BHTK
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, store: Store) -> Tensor:
-        B, T, D = x_BTD.shape
-        q_BHTK, k_BHTK, v_BHTK = self.project(x_BTD, rotary)
-        if isinstance(store, Packed):
-            out_BHTK = attend_packed(q_BHTK, k_BHTK, v_BHTK, store)
-        else:
-            mask = None
-            if store is not None:
-                k_BHTK, v_BHTK, mask = store.extend(k_BHTK, v_BHTK)
-            out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, causal=T > 1, mask=mask)
-        return self.out_proj(out_BHTK.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
+        return self.out_proj(attend_with(store, *self.project(x_BTD, rotary)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -356,25 +360,39 @@ class Decoder(Backbone):
         return TargetIndex.from_mask(mask_BT, self._packing)
 
     def hidden_at(self, ids_BT: Tensor, index: TargetIndex) -> Tensor:
+        if index.packed is index.split is None:
+            return super().hidden_at(ids_BT, index)
         packed, rotary = index.packed, self.rotary(ids_BT.shape[1])
         if packed is None:
-            return super().hidden_at(ids_BT, index)
+            return index.select(self._hidden(ids_BT, rotary, None, index.split))
         if rotary is not None:
             rotary = rotary[0][packed.position_N], rotary[1][packed.position_N]
-        return self._hidden(packed.pack(ids_BT), rotary, packed)[0].index_select(0, packed.target_M)
+        x_1ND = self._hidden(packed.pack(ids_BT), rotary, packed, index.split)
+        return x_1ND[0].index_select(0, packed.target_M)
 
-    def _hidden(self, ids_BT: Tensor, rotary: Rotary, store: KVCache | Packed | None) -> Tensor:
+    def _hidden(
+        self, ids_BT: Tensor, rotary: Rotary, store: KVCache | Packed | None, split: ModalitySplit | None = None
+    ) -> Tensor:
+        """Final normalized hidden states; a dense decoder has no use for `split`."""
         x_BTD = self.post_embed_norm(self.tok_embeddings(ids_BT))
-        if isinstance(store, KVCache):
-            for block, prompts in zip(self.layers, store.prompts(), strict=True):
-                x_BTD = block.forward(x_BTD, rotary, prompts)  # bypasses `torch.compile`, whose graphs are for training
-            return self.norm(x_BTD)  # type: ignore[no-any-return]
+        return self.norm(self._through_blocks(x_BTD, rotary, store))  # type: ignore[no-any-return]
+
+    def _through_blocks(
+        self, x_BTD: Tensor, rotary: Rotary, store: KVCache | Window | Packed | None, *more: ModalitySplit
+    ) -> Tensor:
+        """States after all blocks, which get the further arguments too."""
+        if isinstance(store, KVCache | Window):
+            columns = store.prompts() if isinstance(store, KVCache) else store.layers
+            for block, own in zip(self.layers, columns, strict=True):
+                # Bypasses `torch.compile`, whose graphs are for training.
+                x_BTD = block.forward(x_BTD, rotary, own, *more)
+            return x_BTD
         for block in self.layers:
             if self._checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, rotary, store, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, rotary, store, *more, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, rotary, store)
-        return self.norm(x_BTD)  # type: ignore[no-any-return]
+                x_BTD = block(x_BTD, rotary, store, *more)
+        return x_BTD
 
     def next_hidden(self, ids_B: Tensor, cache: KVCache, image_rows_only: bool = False) -> Tensor:
         window = cache.next_window()
@@ -384,7 +402,8 @@ class Decoder(Backbone):
         return cache.graphs.run(key, lambda own_B: self._step(own_B, window, image_rows_only), ids_B)
 
     def _step(self, ids_B: Tensor, window: Window, image_rows_only: bool) -> Tensor:
-        x_B1D = self.post_embed_norm(self.tok_embeddings(ids_B[:, None], image_rows_only))
+        post_embed_norm, blocks, norm = self._step_modules(image_rows_only)
+        x_B1D = post_embed_norm(self.tok_embeddings(ids_B[:, None], image_rows_only))
         rotary: Rotary = None
         if self.config.positional_embedding_type in ROTARY:
             cos_B11K = self.get_buffer("rotary_cos")[window.position_B][:, None, None]
@@ -392,10 +411,14 @@ class Decoder(Backbone):
         step = self._compiled_block or Block.forward
         if self._compiled_block is not None:
             _vary(x_B1D, rotary, window.layers[0])  # the first layer's call compiles
-        for block, columns in zip(self.layers, window.layers, strict=True):
+        for block, columns in zip(blocks, window.layers, strict=True):
             assert isinstance(block, Block)
             x_B1D = step(block, x_B1D, rotary, columns)
-        return self.norm(x_B1D)[:, 0]  # type: ignore[no-any-return]
+        return norm(x_B1D)[:, 0]  # type: ignore[no-any-return]
+
+    def _step_modules(self, image_rows_only: bool) -> tuple[nn.Module, Iterable[nn.Module], nn.Module]:
+        """Norm of the embedding, blocks and final norm of one more position."""
+        return self.post_embed_norm, self.layers, self.norm
 
     def compile_steps(self) -> None:
         """Compiles the blocks of `next_hidden`: some seconds at the first images, then less time per token.

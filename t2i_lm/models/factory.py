@@ -16,14 +16,17 @@ from t2i_lm.models.float8 import float8_layers
 from t2i_lm.models.freeze import freeze, tune_only
 from t2i_lm.models.fsdp import blocks_of
 from t2i_lm.models.huggingface_folder import base_folder, empty_huggingface, is_huggingface, load_huggingface
+from t2i_lm.models.image_adapters import restrict_adapters
 from t2i_lm.models.lora import add_adapters
 from t2i_lm.models.matched_weights import draw_entries, draw_mimetic, shuffle_entries
+from t2i_lm.models.modality_experts import add_modality_experts
 from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
 from t2i_lm.runtime.devices import can_compile
 from t2i_lm.runtime.plugins import BACKBONE, find_plugin
 from t2i_lm.runtime.seeds import generator
 from t2i_lm.storage.hashing import known_sha256, weights_sha256
 from t2i_lm.storage.reading import require_regular_files
+from t2i_lm.tokenizers.joint_vocab import JointVocab
 
 
 @torch.no_grad()
@@ -55,6 +58,8 @@ def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig
     return replace(known, seq_len=max(known.seq_len, backbone.seq_len or 0, length))
 
 
+# The first token of an image, which is computed as one.
+IMAGE_START = "<image>"
 # Weights in formats of other programs.
 UNREADABLE = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".mlmodel", ".nemo")
 
@@ -310,13 +315,28 @@ def _with_positions(backbone: Backbone, config: ExperimentConfig) -> Backbone:
     return backbone
 
 
-def choose_trained(decoder: Backbone, config: ExperimentConfig) -> None:
-    """Freezes all parameters outside `tune` and all in `freeze`, and adds adapters; before a strategy wraps it."""
+def with_experts(decoder: Backbone, config: ExperimentConfig, vocab: JointVocab) -> Backbone:
+    """The expanded decoder, or with `modality_experts` the one that takes over its tensors.
+
+    Raises:
+        ValueError: if the backbone cannot have modality experts.
+    """
+    return add_modality_experts(decoder, vocab.special(IMAGE_START)) if config.modality_experts else decoder
+
+
+def choose_trained(decoder: Backbone, config: ExperimentConfig, vocab: JointVocab | None = None) -> None:
+    """Freezes all parameters outside `tune` and all in `freeze`, and adds adapters; before a strategy wraps it.
+
+    `vocab` is that of an expanded decoder.
+    """
     tune_only(decoder, config.tune)
     if config.freeze:
         freeze(decoder, config.freeze)
     if config.lora.rank:
         add_adapters(decoder, config.lora.rank, config.lora.alpha, generator(config.seed, "adapters"))
+        if config.lora.image_only:
+            assert vocab is not None
+            restrict_adapters(decoder, vocab.special(IMAGE_START))
 
 
 def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:

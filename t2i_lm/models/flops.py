@@ -2,11 +2,13 @@
 
 By the convention of PaLM and nanoGPT: 6 N + 12 L D T operations per token, with N the parameters of matrix products
 (output rows included, embedding excluded), L layers, D width, T positions. Recomputed blocks are not counted, and
-frozen parts count as trained, so that arms and settings compare. Of routed experts, those count that a token uses.
+frozen parts count as trained, so that arms and settings compare. Of routed experts, those count that a token uses, and
+of modality experts one.
 """
 
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.experts import expert_weights
+from t2i_lm.models.modality_experts import idle_parameters
 
 # Dense bfloat16 operations per second, by a part of the driver's name of the device; the first match counts.
 PEAKS = {
@@ -21,7 +23,7 @@ PEAKS = {
 
 def product_parameters(decoder: Backbone) -> int:
     """N: all parameters except an untied embedding and the experts that a token does not use."""
-    total = sum(parameter.numel() for parameter in decoder.parameters())
+    total = sum(parameter.numel() for parameter in decoder.parameters()) - idle_parameters(decoder)
     total -= sum(weights.inactive for weights in expert_weights(decoder))
     return total if decoder.config.weight_tying else total - decoder.tok_embeddings.matrix().numel()
 
@@ -50,6 +52,8 @@ def formula(decoder: Backbone, length: int, device_name: str | None) -> str:
 
 def _experts(decoder: Backbone) -> str:
     """How the experts of a mixture were counted."""
+    if idle_parameters(decoder):
+        return " (N counts one of two modality experts)"
     weights = expert_weights(decoder)
     if not weights:
         return ""

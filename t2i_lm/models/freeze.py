@@ -31,6 +31,13 @@ FREEZE_GROUPS: "dict[str, Callable[[Place], bool]]" = {
     "position": lambda place: place.kind == "position",  # rotary positions, open_lm's too, have no parameters
 }
 
+# The halves of a model with modality experts (`modality_experts.py`), token rows excluded; others have none.
+EXPERT_GROUPS: "dict[str, Callable[[Place], bool]]" = {
+    "text_expert": lambda place: place.expert == "text",
+    "image_expert": lambda place: place.expert == "image",
+}
+ALL_GROUPS = FREEZE_GROUPS | EXPERT_GROUPS
+
 # Groups that each of the paper's sets tunes, all else frozen. Set (2) names positions too, which have no parameters.
 TUNE_SETS: dict[str, tuple[str, ...]] = {
     "embed": ("embedding", "output"),
@@ -57,8 +64,8 @@ def group_members(model: "Backbone", group: str) -> "dict[str, nn.Parameter]":
     Raises:
         ValueError: on an unknown group, listing the groups, or naming a parameter that may or may not belong to it.
     """
-    if group not in FREEZE_GROUPS:
-        raise ValueError(f"freeze={group!r}: expected one of {', '.join(FREEZE_GROUPS)}")
+    if group not in ALL_GROUPS:
+        raise ValueError(f"freeze={group!r}: expected one of {', '.join(ALL_GROUPS)}")
     places = _places(model)
     if doubtful := _doubtful(places, group):
         more = f" and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
@@ -77,7 +84,7 @@ def _places(model: "Backbone") -> "list[Place]":
 
 
 def _members(places: "list[Place]", group: str) -> "dict[str, nn.Parameter]":
-    return {place.name: place.parameter for place in places if FREEZE_GROUPS[group](place)}
+    return {place.name: place.parameter for place in places if ALL_GROUPS[group](place)}
 
 
 def _doubtful(places: "list[Place]", group: str) -> list[str]:
@@ -93,7 +100,8 @@ def _doubtful(places: "list[Place]", group: str) -> list[str]:
 def _known_members(model: "Backbone", group: str) -> "dict[str, nn.Parameter]":
     members = group_members(model, group)
     if not members and group != "position":
-        raise ValueError(f"group {group}: matches no parameter of this backbone")
+        needed = "; it requires modality_experts=true" if group in EXPERT_GROUPS else ""
+        raise ValueError(f"group {group}: matches no parameter of this backbone{needed}")
     return members
 
 
@@ -142,7 +150,8 @@ def tune_only(model: "Backbone", tuned: str) -> None:
 def group_sizes(model: "Backbone") -> list[GroupSize]:
     """Sizes of all groups, which overlap (a norm is also in a half), and `all` last."""
     places = _places(model)
-    members = {group: list(_members(places, group).values()) for group in FREEZE_GROUPS}
+    members = {group: list(_members(places, group).values()) for group in ALL_GROUPS}
+    members = {group: found for group, found in members.items() if found or group in FREEZE_GROUPS}
     members["all"] = list(model.parameters())
     return [
         GroupSize(

@@ -1,6 +1,6 @@
-"""Indices of the target positions, and packed batches.
+"""Indices of the target positions, packed batches, and positions sorted by modality.
 
-Both are computed on the host before the batch is moved: boolean-mask indexing on a GPU would force a synchronization
+All are computed on the host before the batch is moved: boolean-mask indexing on a GPU would force a synchronization
 every step.
 
 Shapes: `B` sequences, `T` positions of the padded batch, `N` packed tokens, `M` target positions; `1` before `N` where
@@ -66,6 +66,44 @@ class Packed(NamedTuple):
         return x_XHK.index_select(0, self.index_N).transpose(0, 1)[None]
 
 
+class ModalitySplit(NamedTuple):
+    """The tokens of a batch sorted by modality: those of text, then those of images, each in their order.
+
+    A named tuple, as `TargetIndex` is.
+
+    Attributes:
+        shape: B and T of the batch; 1 and N of a packed one.
+        text: number of text tokens.
+        order_N: of each sorted token, its index in the flattened batch.
+        place_N: of each token of the flattened batch, its index among the sorted ones.
+    """
+
+    shape: tuple[int, int]
+    text: int
+    order_N: Tensor
+    place_N: Tensor
+
+    @classmethod
+    def from_ids(cls, ids_BT: Tensor, first_image: int) -> "ModalitySplit":
+        """Splits at the id `first_image`; synchronizes if the ids are on a GPU."""
+        is_image_N = ids_BT.flatten() >= first_image
+        order_N = is_image_N.int().argsort(stable=True)
+        B, T = ids_BT.shape
+        return cls((B, T), B * T - int(is_image_N.sum()), order_N, order_N.argsort())
+
+    def sort(self, x_BT: Tensor) -> Tensor:
+        """The sorted values (1, N, ...) of a (B, T, ...) tensor."""
+        return x_BT.flatten(0, 1).index_select(0, self.order_N)[None]
+
+    def unsort(self, x_1N: Tensor) -> Tensor:
+        """The values (B, T, ...) of sorted ones."""
+        return x_1N[0].index_select(0, self.place_N).unflatten(0, self.shape)
+
+    def halves(self, x_1N: Tensor) -> tuple[Tensor, Tensor]:
+        """The sorted values of text and of images, as views."""
+        return x_1N[:, : self.text], x_1N[:, self.text :]
+
+
 class TargetIndex(NamedTuple):
     """Indices of the target positions of a batch.
 
@@ -74,10 +112,12 @@ class TargetIndex(NamedTuple):
     Attributes:
         index_M: of each target position in the flattened batch, ascending, int64.
         packed: the tokens to compute, if the model packs.
+        split: the tokens to compute by modality, if the model has modality experts.
     """
 
     index_M: Tensor
     packed: Packed | None = None
+    split: ModalitySplit | None = None
 
     @classmethod
     def from_mask(cls, mask_BT: Tensor, pack: bool = False) -> "TargetIndex":

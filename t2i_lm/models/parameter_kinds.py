@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.modality_experts import expert_of
 from t2i_lm.models.token_rows import TokenRows
 
 KINDS = ("embedding", "output", "norm", "attention", "ffn", "position")
@@ -46,6 +47,7 @@ class Place:
         kind: one of `KINDS`; None where the structure does not decide it.
         layer, layers: index of its block in their list and their number; None outside the blocks.
         candidates: groups that may or may not contain it.
+        expert: half of a model with modality experts, `text` or `image`; None for token rows and in other models.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Place:
     layer: int | None = None
     layers: int | None = None
     candidates: frozenset[str] = frozenset()
+    expert: str | None = None
 
     @property
     def half(self) -> int | None:
@@ -92,7 +95,7 @@ class _Walk:
                 kind, candidates = self._kind(module, name, parameter, region)
                 if layer is not None and layers is None:
                     candidates |= {"first_half", "second_half"}
-                yield Place(full, parameter, kind, layer, layers, candidates)
+                yield Place(full, parameter, kind, layer, layers, candidates, expert_of(self.backbone, full))
         for name, child in module._modules.items():
             if child is None:
                 continue

@@ -148,7 +148,7 @@ class DecoderModule(OptimizedModule):
     def find_targets(self, ids_BT: Tensor) -> Targets:
         """The counted targets of a batch. Synchronizes with the GPU if `ids_BT` is on one."""
         class_BT, valid_BT = self.classify(ids_BT[:, 1:])
-        indices = self.decoder.target_index(valid_BT)
+        indices = self.decoder.with_inputs(self.decoder.target_index(valid_BT), ids_BT[:, :-1])
         return Targets(indices, indices.select(class_BT))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from t2i_lm.plots.tradeoff import (
     probe_table,
     remedy_group,
     scratch_run,
+    strengths,
     tradeoff_table,
 )
 from t2i_lm.storage.run_folder import Run, read_run
@@ -230,15 +231,18 @@ def figure_remedies(request: Request) -> RenderedFigure:
     """Remedies: increase of held-out text loss against held-out image loss."""
     group = remedy_group(request.root)
     arms = find_group(request.root, group)
-    points = [point_of(arm, run) for arm, run in arms.items()]
+    runs = strengths(request.root, arms)
+    points = [point_of(arm, run, strength) for (arm, strength), run in runs.items()]
     random = scratch_run(request.root, arms["pretrained"])
     scratch = None if random is None else image_loss(random)
     title = "Remedies against forgetting: increase of text loss against image loss"
     how = (
         "Horizontal: final held-out text loss minus that before training, softmax over the text rows; bars: standard "
-        "error of the paired differences of rows. Vertical: final held-out image loss. One run each."
+        "error of the paired differences of rows. Vertical: final held-out image loss. Lines join the strengths of one "
+        "remedy; the first and the last are written beside their points. One run each."
     )
-    compared = arms if random is None else {**arms, "scratch": random}
+    compared = {f"{arm} {strength}".strip(): run for (arm, strength), run in runs.items()}
+    compared |= {} if random is None else {"scratch": random}
     request.check(compared, group.varied)
     caption = f"{title}. {group_caption(compared, varied=group.varied, how=how)}"
     return RenderedFigure(title, draw_tradeoff(points, caption, scratch), caption, tradeoff_table(points, scratch))

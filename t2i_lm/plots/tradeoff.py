@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from t2i_lm.comparison.comparability import ORDER, mismatches
+from t2i_lm.comparison.comparability import ORDER, config_values, differences, mismatches
 from t2i_lm.plots.groups import Group
 from t2i_lm.plots.pairing import newest_first
 from t2i_lm.plots.panels import GREY, captioned_figure
@@ -19,10 +21,17 @@ PREFIX = "remedy_"
 COMMAND = "python -m t2i_lm.remedies --text HELDOUT --replay TEXT"
 UNTOUCHED = "pretrained"
 # What a remedy may change; replayed text also changes the order of the data.
-VARIED = ("freeze", "tune", "loss.text_weight", "distil.", "lora.", "optim.l2_sp", "data.replay_", ORDER)
-# Okabe and Ito's palette, as in the other figures.
-COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5C99", "#8C8C00")
+VARIED = (
+    *("freeze", "tune", "modality_experts", "loss.text_weight", "loss.replay_weight", "distil.", "lora."),
+    *("optim.l2_sp", "optim.gradient_projection", "data.replay_", ORDER),
+)
+# Okabe and Ito's palette, as in the other figures, and for more arms Tol's muted one.
+COLORS = (
+    *("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5C99", "#8C8C00"),
+    *("#882255", "#44AA99", "#332288", "#AA4499", "#661100", "#6699CC"),
+)
 MARKERS = "sDv^P*X<>"
+HEIGHT = 4.8  # of the axes, inches
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,10 @@ class Point:
         image: loss of image tokens.
         step: step of the image loss.
         split: validation split of the image loss; empty where there is one validation set.
+        strength: of the remedy, where there are runs at several.
+        texts: names of the held-out texts: one, or two of different domains.
+        second_increase, second_increase_se: of the second text.
+        pairs: caption-image pairs trained on; replayed text is none.
     """
 
     arm: str
@@ -44,11 +57,21 @@ class Point:
     image: float
     step: int
     split: str = ""
+    strength: str = ""
+    texts: tuple[str, ...] = ("text",)
+    second_increase: float = math.nan
+    second_increase_se: float = math.nan
+    pairs: int = 0
 
     @property
     def label(self) -> str:
-        """The arm in words."""
+        """The arm in words, without its strength."""
         return "pre-trained, untouched" if self.arm == UNTOUCHED else self.arm.replace("_", " ")
+
+    @property
+    def on_second_text(self) -> "Point":
+        """The point with the second text's increase."""
+        return replace(self, text_increase=self.second_increase, text_increase_se=self.second_increase_se)
 
 
 def remedy_group(root: Path) -> Group:
@@ -58,7 +81,40 @@ def remedy_group(root: Path) -> Group:
     return Group({UNTOUCHED: "t2i_pretrained", **remedies}, COMMAND, records="forgetting", varied=VARIED)
 
 
-def point_of(arm: str, run: Run) -> Point:
+def strengths(root: Path, arms: Mapping[str, Run]) -> dict[tuple[str, str], Run]:
+    """The runs of a group's arms by arm and strength: of a remedy, the newest finished run of every strength.
+
+    These agree with the arm's own run in all that a remedy does not change. Strengths are the values of the keys in
+    which they differ, in order; empty where there is one run.
+    """
+    found: dict[tuple[str, str], Run] = {}
+    for arm, newest in arms.items():
+        settings: dict[tuple[Any, ...], Run] = {}
+        candidates = [] if arm == UNTOUCHED else newest_first(root, newest.name, "forgetting")
+        for run in (newest, *candidates):
+            comparable = not mismatches(newest, run) and not differences((newest, run), VARIED)
+            if run is newest or (run.report and comparable):
+                settings.setdefault(tuple(_varied_values(run).items()), run)
+        keys = [key for key in _varied_values(newest) if len({dict(values)[key] for values in settings}) > 1]
+        ordered = sorted(settings.items(), key=lambda item: [dict(item[0])[key] for key in keys])
+        firsts = {dict(values)[keys[0]] for values, _ in ordered} if keys else set()
+        shown = keys[:1] if len(firsts) == len(ordered) else keys
+        for values, run in ordered:
+            found[arm, ", ".join(f"{dict(values)[key]:g}" for key in shown)] = run
+    return found
+
+
+def _varied_values(run: Run) -> dict[str, float]:
+    """The strengths of a run's remedy: the numbers among what a remedy may change."""
+    values = config_values(run)
+    return {key: float(value) for key, value in values.items() if key.startswith(VARIED) and _is_number(value)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def point_of(arm: str, run: Run, strength: str = "") -> Point:
     """The point of a run's last validation and last forgetting measurement.
 
     Raises:
@@ -68,8 +124,23 @@ def point_of(arm: str, run: Run) -> Point:
     entry = lines[-1]["forgetting"]["text"].get("text_rows", {}) if lines else {}
     if "change" not in entry or not validations:
         raise ValueError(f"{run.folder} has no change of held-out text loss or no validation; to make it: {COMMAND}")
-    split = next(iter(run.validation_splits), "")
-    return Point(arm, entry["change"], entry["change_se"], image_loss(run), validations[-1]["step"], split)
+    split, step, config = next(iter(run.validation_splits), ""), int(validations[-1]["step"]), config_values(run)
+    measured = lines[-1]["forgetting"]
+    second = measured.get("second_text", {}).get("text_rows", {})
+    texts = [key for key, there in (("text", True), ("second_text", "change" in second)) if there]
+    return Point(
+        arm,
+        entry["change"],
+        entry["change_se"],
+        image_loss(run),
+        step,
+        split,
+        strength,
+        tuple(str(measured[key].get("name", key.replace("_", " "))) for key in texts),
+        second.get("change", math.nan),
+        second.get("change_se", math.nan),
+        round(step * config["data.batch_size"] * (1 - config["data.replay_ratio"])),
+    )
 
 
 def scratch_run(root: Path, partner: Run) -> Run | None:
@@ -93,81 +164,108 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def tradeoff_table(points: Sequence[Point], scratch: float | None) -> str:
-    """Every arm's increase of text loss, its image loss, and the distance of that from the untouched arm's."""
+    """Every arm's increase of text losses, its image loss, and the distance of that from the untouched arm's.
+
+    The front is that of the first text.
+    """
     base = next(point for point in points if point.arm == UNTOUCHED)
-    best = pareto_front(points)
+    best, both = pareto_front(points), has_second_text(points)
     rows = [
         (
-            point.label,
+            f"{point.label} {point.strength}".strip(),
             f"{point.text_increase:.4f}",
             f"{point.text_increase_se:.4f}",
+            *((f"{point.second_increase:.4f}", f"{point.second_increase_se:.4f}") if both else ()),
             f"{point.image:.4f}",
             f"{point.image - base.image:+z.4f}",
             "*" if point in best else "",
+            f"{point.pairs:,}",
             f"{point.step:,}",
         )
         for point in points
     ]
+    blank = ("",) * (4 if both else 2)
     if scratch is not None:
-        rows.append(("random initialization", "", "", f"{scratch:.4f}", f"{scratch - base.image:+z.4f}", "", ""))
+        losses = f"{scratch:.4f}", f"{scratch - base.image:+z.4f}"
+        rows.append(("random initialization", *blank, *losses, "", f"{base.pairs:,}", ""))
     validation = f"{base.split} image validation".strip()
-    header = ("nll (nats/token)", "text increase", "+-", validation, "- untouched", "front", "step")
+    increases = [part for name in base.texts[: 1 + both] for part in (f"{name} increase", "+-")]
+    header = ("nll (nats/token)", *increases, validation, "- untouched", "front", "pairs", "step")
     return text_table(header, rows)
 
 
-def draw_tradeoff(points: Sequence[Point], caption: str, scratch: float | None) -> Figure:
-    """Scatter of image loss (y) by increase of text loss (x, with standard errors): down and left is better.
+def has_second_text(points: Sequence[Point]) -> bool:
+    """Whether all points have a second held-out text, and the same two."""
+    return {len(point.texts) for point in points} == {2} and len({point.texts for point in points}) == 1
 
-    Points carry a gid of the form `tradeoff/ARM`.
+
+def draw_tradeoff(points: Sequence[Point], caption: str, scratch: float | None) -> Figure:
+    """Image loss (y) by increase of text loss (x, with standard errors): down and left is better.
+
+    One panel per held-out text. The points of a remedy are joined in the order of its strength, and carry a gid of the
+    form `tradeoff/ARM`, those of the second text `tradeoff/second/ARM`.
 
     Args:
-        points: one per arm.
+        points: one per arm and strength.
         caption: text under the axes.
         scratch: image loss from random weights, plotted as a horizontal line.
     """
-    with captioned_figure(caption) as figure:
-        axes = figure.subplots()
-        best = pareto_front(points)
-        axes.plot(
-            [point.text_increase for point in best],
-            [point.image for point in best],
-            color=GREY,
-            linewidth=1.1,
-            drawstyle="steps-post",  # between two points of the front only their corner is known to be reachable
-            gid="tradeoff/front",
-            zorder=1.5,
-            label="Pareto front",
-        )
-        if scratch is not None:
-            axes.axhline(
-                scratch,
-                color=GREY,
-                linestyle="--",
-                linewidth=1.1,
-                gid="tradeoff/scratch",
-                label="random initialization",
-            )
-        for number, point in enumerate(points):
-            untouched = point.arm == UNTOUCHED
-            axes.errorbar(
-                [point.text_increase],
-                [point.image],
-                xerr=[point.text_increase_se],
-                color="#0072B2" if untouched else COLORS[number % len(COLORS)],
-                marker="o" if untouched else MARKERS[number % len(MARKERS)],
-                markersize=8,
-                linestyle="none",
-                gid=f"tradeoff/{point.arm}",
-                label=point.label,
-                zorder=4,
-            )
-        axes.margins(0.12)
-        axes.set_xlabel("increase of held-out text loss by training (nats/token, text rows)")
+    with captioned_figure(caption, HEIGHT) as figure:
+        both = has_second_text(points)
+        panels = figure.subplots(1, 1 + both, sharey=True, squeeze=False)[0]
+        _draw_panel(panels[0], points, scratch, "tradeoff")
+        if both:
+            _draw_panel(panels[1], [point.on_second_text for point in points], scratch, "tradeoff/second")
+        for axes, name in zip(panels, points[0].texts, strict=False):
+            of_text = f" of {name}" if both else ""
+            axes.set_xlabel(f"increase of held-out text loss{of_text}\n(nats/token, text rows)")
         split = f", {points[0].split}" if points[0].split else ""
-        axes.set_ylabel(f"held-out image loss{split} (nats/token)")
-        axes.set_title("down: lower image loss; left: less forgetting", loc="left", fontsize=9, fontweight="normal")
-        figure.legend(loc="outside upper center", ncols=4)
+        panels[0].set_ylabel(f"held-out image loss{split} (nats/token)")
+        panels[0].set_title(
+            "down: lower image loss; left: less forgetting", loc="left", fontsize=9, fontweight="normal"
+        )
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4)
     return figure
+
+
+def _draw_panel(axes: Axes, points: Sequence[Point], scratch: float | None, gid: str) -> None:
+    """The front, the remedies as curves, and the loss from random weights."""
+    best = pareto_front(points)
+    axes.plot(
+        [point.text_increase for point in best],
+        [point.image for point in best],
+        color=GREY,
+        linewidth=1.1,
+        drawstyle="steps-post",  # between two points of the front only their corner is known to be reachable
+        gid=f"{gid}/front",
+        zorder=1.5,
+        label="Pareto front",
+    )
+    if scratch is not None:
+        axes.axhline(
+            scratch, color=GREY, linestyle="--", linewidth=1.1, gid=f"{gid}/scratch", label="random initialization"
+        )
+    for number, arm in enumerate(dict.fromkeys(point.arm for point in points)):
+        own = [point for point in points if point.arm == arm]
+        color = "#0072B2" if arm == UNTOUCHED else COLORS[number % len(COLORS)]
+        axes.errorbar(
+            [point.text_increase for point in own],
+            [point.image for point in own],
+            xerr=[point.text_increase_se for point in own],
+            color=color,
+            marker="o" if arm == UNTOUCHED else MARKERS[number % len(MARKERS)],
+            markersize=8 if len(own) == 1 else 5,
+            linestyle="-" if len(own) > 1 else "none",
+            linewidth=1.0,
+            gid=f"{gid}/{arm}",
+            label=own[0].label,
+            zorder=4,
+        )
+        for point in (own[0], own[-1]) if len(own) > 1 else ():
+            place = (point.text_increase, point.image)
+            axes.annotate(point.strength, place, (5, 4), textcoords="offset points", fontsize=7, color=color)
+    axes.margins(0.12)
 
 
 def probe_table(arms: Mapping[str, Run]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
-from t2i_lm.models.freeze import FREEZE_GROUPS, TUNE_SETS
+from t2i_lm.models.freeze import ALL_GROUPS, TUNE_SETS
 
 DEFAULT = "experiments/uncond_pretrained.yaml"
 
@@ -37,8 +37,8 @@ def ablated_experiments(
     if freeze:
         groups = list(dict.fromkeys(freeze))
         for group in groups:
-            if group not in FREEZE_GROUPS:
-                raise ValueError(f"--freeze {group}: expected one of {', '.join(FREEZE_GROUPS)}")
+            if group not in ALL_GROUPS:
+                raise ValueError(f"--freeze {group}: expected one of {', '.join(ALL_GROUPS)}")
         changes, suffix = [f"freeze=[{','.join(groups)}]", "tune=all"], f"freeze_{'_'.join(groups)}"
     elif tune is not None:
         if tune not in TUNE_SETS:

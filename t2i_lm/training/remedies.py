@@ -1,18 +1,58 @@
-"""Arms of `python -m t2i_lm.remedies`: the pre-trained arm without a remedy, then with each remedy."""
+"""Runs of `python -m t2i_lm.remedies`: the pre-trained arm without a remedy, then with each, at its strengths."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.load import load_experiment
+from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.config.sections import require
 from t2i_lm.runtime.command_line import NO_SAMPLES
+from t2i_lm.storage.yaml_text import read_yaml
+from t2i_lm.training.jobs import Job
 
 BASE = Path("experiments/t2i_pretrained.yaml")
 FOLDER = "remedies"  # beside the base experiment
 
 
-def remedy_experiments(
+def read_strengths(path: Path) -> dict[str, list[list[str]]]:
+    """The strengths of a plan, as `key=value` strings of each run of a remedy, by its name.
+
+    The file has one key, `strengths`: for each remedy, a list of values by config key. Lists of several keys have equal
+    lengths and are taken together.
+
+    Raises:
+        ValueError: naming the file and the key.
+    """
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"--plan {path}: no such file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--plan {path} is not YAML: {error}") from error
+    try:
+        require(isinstance(content, dict) and list(content) == ["strengths"], "plan", content, "one key, strengths")
+        remedies: Any = content["strengths"]
+        require(isinstance(remedies, dict) and bool(remedies), "strengths", remedies, "keys and values by remedy")
+        return {str(name): _settings(f"strengths.{name}", keys) for name, keys in remedies.items()}
+    except ValueError as error:
+        raise ValueError(f"--plan {path}: {error}") from error
+
+
+def _settings(name: str, keys: Any) -> list[list[str]]:
+    require(isinstance(keys, dict) and bool(keys), name, keys, "lists of values by config key")
+    for key, values in keys.items():
+        numbers = isinstance(values, list) and values and all(isinstance(value, int | float) for value in values)
+        require(bool(numbers), f"{name}.{key}", values, "a list of numbers")
+    require(len({len(values) for values in keys.values()}) == 1, name, keys, "lists of equal lengths")
+    rows = zip(*keys.values(), strict=True)
+    return [[f"{key}={value}" for key, value in zip(keys, row, strict=True)] for row in rows]
+
+
+def remedy_jobs(
     text: str,
     replay: str | None,
     tasks: str | None,
@@ -20,8 +60,9 @@ def remedy_experiments(
     scale: str,
     overrides: Sequence[str],
     base: Path = BASE,
-) -> list[ExperimentConfig]:
-    """The arms to train, the one without a remedy first. Prints which are left out, and why.
+    strengths: Mapping[str, Sequence[Sequence[str]]] | None = None,
+) -> list[Job]:
+    """The runs to train, the one without a remedy first. Prints which remedies are left out, and why.
 
     Args:
         text: held-out text that forgetting is measured on.
@@ -31,33 +72,41 @@ def remedy_experiments(
         scale: name of the overlay.
         overrides: `key=value` strings for every arm.
         base: the experiment without a remedy.
+        strengths: as of `read_strengths`; a remedy that it lacks has the values of its file.
 
     Raises:
-        ValueError: on an unknown remedy, key or value, or a missing path.
+        ValueError: on an unknown remedy, key or value, equal strengths, or a missing path.
     """
+    strengths = strengths or {}
     files = {file.stem: file for file in sorted((base.parent / FOLDER).glob("*.yaml"))}
     if not files:
         raise ValueError(f"no remedies in {base.parent / FOLDER}")
     if replay is not None and Path(replay).resolve() == Path(text).resolve():
         raise ValueError(f"--replay {replay}: this is the text that --text measures on; give another one")
-    for name in only:
-        if name not in files:
-            raise ValueError(f"--only {name}: expected one of {', '.join(files)}")
+    for option, names in (("--only", only), ("--plan: strengths of", strengths)):
+        for name in names:
+            if name not in files:
+                raise ValueError(f"{option} {name}: expected one of {', '.join(files)}")
     shared = [*NO_SAMPLES, f"forgetting.text={text}"]
     shared += [f"forgetting.tasks={tasks}"] if tasks else []
     shared += [f"data.replay_path={replay}"] if replay else []
     # By default, forgetting is measured whenever the run is validated.
     default = load_experiment(base, scale, [*shared, *overrides])
     shared.append(f"forgetting.interval={default.forgetting.interval or default.trainer.val_check_interval}")
-    configs = []
+    jobs: list[Job] = []
+    seen: list[dict[str, object]] = []
     for file in [base, *(file for name, file in files.items() if not only or name in only)]:
-        config = load_experiment(file, scale, [*shared, *overrides])
-        if lacking := _lacking(config):
-            print(f"left out: {config.name} requires {lacking}")
-            continue
-        config.require_paths()
-        configs.append(config)
-    return configs
+        for settings in strengths.get(file.stem, [[]]):
+            config = load_experiment(file, scale, [*shared, *settings, *overrides])
+            if lacking := _lacking(config):
+                print(f"left out: {config.name} requires {lacking}")
+                break
+            config.require_paths()
+            if (values := flatten(config)) in seen:
+                raise ValueError(f"{' '.join(settings)}: two strengths of {config.name} are the same")
+            seen.append(values)
+            jobs.append(Job(config, label=" ".join(settings)))
+    return jobs
 
 
 def _lacking(config: ExperimentConfig) -> str | None:

@@ -103,7 +103,7 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rate=1", "optim has betas, decay, final_lr_ratio, grad_clip, l2_sp, lr"),
+        ("optim.learning_rate=1", "optim has betas, decay, final_lr_ratio, grad_clip, gradient_projection, l2_sp"),
         ("lr=1", "did you mean 'optim.lr'"),
         ("data.batchsize=3", "did you mean 'data.batch_size'"),
         ("qqqq.q=3", r"unknown key 'qqqq.q'$"),
@@ -143,6 +143,33 @@ def test_a_bad_override_names_the_key_and_the_allowed_values(override: str, mess
 def test_unsupported_speed_options_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_experiment(PRETRAINED, "demo", overrides)
+
+
+REPLAYED = "data.replay_ratio=0.25 optim.gradient_projection=true"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("modality_experts=true task=unconditional", "modality_experts=True: expected false with task=unconditional"),
+        ("modality_experts=true trainer.fp8=true", "trainer.fp8=True: expected false with modality_experts=true"),
+        ("modality_experts=true lora.rank=2 lora.image_only=true", "lora.image_only=True: .*the image half alone"),
+        ("lora.image_only=true", "lora.image_only=True: expected false with lora.rank=0"),
+        (
+            "optim.gradient_projection=true",
+            "data.replay_ratio=0.0: expected more than 0 with optim.gradient",
+        ),
+        (f"{REPLAYED} trainer.strategy=fsdp2", "optim.gradient_projection=True: expected false with .*fsdp2"),
+        (f"{REPLAYED} trainer.accumulate_grad_batches=16", "optim.gradient_projection=True: .*micro-batches of 1"),
+        (
+            "optim.gradient_projection=true task=unconditional",
+            "optim.gradient_projection=True: expected false with",
+        ),
+    ],
+)
+def test_remedies_that_cannot_be_right_are_refused(overrides: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_experiment(PRETRAINED, "demo", overrides.split())
 
 
 def test_an_unknown_scale_names_the_known_ones() -> None:

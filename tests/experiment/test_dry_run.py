@@ -33,6 +33,18 @@ def test_frozen_parts_are_counted() -> None:
     assert describe(load_experiment(PRETRAINED, "paper", ["freeze=[ffn]"])) != text
 
 
+def test_modality_experts_have_twice_the_parameters_at_equal_compute() -> None:
+    dense, experts = (
+        describe(load_experiment(file, "paper"))
+        for file in (PRETRAINED, EXPERIMENTS / "remedies/modality_experts.yaml")
+    )
+    assert "parameters: 2,740,359,168 (1,439,895,552 before expansion), 1,300,463,616 trainable" in experts
+    for text in (dense, experts):
+        assert "8.901e+09 FLOP/token = 6 N + 12 L D T with N=1,370,179,584" in text
+    assert "image_expert     1,233,326,080   1,233,326,080    45.0%" in experts
+    assert "image_expert" not in dense
+
+
 def test_shards_hold_whole_gradients_while_micro_batches_add_up() -> None:
     needs = []
     for parts in (1, 4):

@@ -132,6 +132,21 @@ def test_position_free_runs_are_refused_before_anything_is_built(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("form", ["native", "transformers"])
+@pytest.mark.parametrize("key", ["modality_experts", "lora.image_only"])
+def test_weights_that_depend_on_the_modality_are_refused(
+    form: str, key: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = tmp_path / "run"
+    changed.mkdir()
+    leaf = key.rpartition(".")[2]
+    config = (run / "config.yaml").read_text().replace(f"{leaf}: false", f"{leaf}: true").replace("rank: 0", "rank: 2")
+    (changed / "config.yaml").write_text(config)
+    assert main([str(changed), "--out", str(tmp_path / "out"), "--format", form]) == 2
+    assert f"--format {form}: {changed} has {key}=true" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_runs_without_an_export_are_named(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

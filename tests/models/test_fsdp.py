@@ -14,6 +14,7 @@ import t2i_lm.models.padded_rows as padded_rows
 from t2i_lm.config.sections import OptimConfig
 from t2i_lm.models.freeze import FREEZE_GROUPS, freeze, group_members
 from t2i_lm.models.fsdp import blocks_of, shard
+from t2i_lm.models.modality_experts import add_modality_experts
 from t2i_lm.modules.optim import adamw
 from tests.models.test_freeze import expanded
 
@@ -50,10 +51,25 @@ def worker(rank: int, port: int, folder: str) -> None:
         changed[group] = {
             name: not torch.equal(whole(value), before[name]) for name, value in decoder.named_parameters()
         }
+    with_experts(rank)
     if rank == 0:
         torch.save(changed, Path(folder) / "changed.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def with_experts(rank: int) -> None:
+    """Modality experts: the loss of the whole model, also on a rank whose batch is text alone."""
+    ids_BT = torch.arange(24).view(2, 12) * (3 if rank else 1)
+    decoder = add_modality_experts(expanded(), first_image=54)
+    freeze(decoder, ["text_expert"])
+    expected = decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:]).total.item()
+    shard(decoder, init_device_mesh("cpu", (2,)))
+    loss = decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:]).total
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    text = group_members(decoder, "text_expert").keys()
+    assert {name for name, value in decoder.named_parameters() if value.grad is None} == text
 
 
 @pytest.mark.slow

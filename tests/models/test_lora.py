@@ -1,5 +1,6 @@
 """LoRA (extra `lora`): trainable parameters, zero initialization, merging into plain files."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from t2i_lm.experiment.restore import load_trained
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.freeze import freeze, group_table
+from t2i_lm.models.generate import generate
 from t2i_lm.models.huggingface import HuggingFaceDecoder
+from t2i_lm.models.image_adapters import is_restricted, restrict_adapters
 from t2i_lm.models.lora import add_adapters, coverage, merge_adapters
 from t2i_lm.models.open_lm import decoder_config, load_open_lm
 from t2i_lm.storage.run_folder import find_run
+from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.train import main
 
 peft = pytest.importorskip("peft")
@@ -161,3 +165,73 @@ def test_a_state_from_before_experts_had_adapters_is_read() -> None:
     lacking = {name: value for name, value in earlier.state_dict().items() if ".lora_" not in name}
     with pytest.raises(RuntimeError, match="lora_A"):
         now.load_state_dict(lacking)
+
+
+START, CODES = 54, torch.arange(57, 65)  # of the eight image codes behind 50 text rows and seven special ones
+
+
+def restricted(model: Any, rank: int = 2) -> Any:
+    """With adapters away from zero, on image positions alone."""
+    add_adapters(model, rank, 4.0, torch.Generator().manual_seed(3))
+    restrict_adapters(model, START)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
+    return model.eval()
+
+
+def test_adapters_on_images_leave_text_equal_to_the_bit() -> None:
+    decoder, plain, everywhere = restricted(make_decoder()), make_decoder().eval(), make_decoder()
+    text_BT, mixed_BT = torch.arange(10)[None], torch.cat([torch.arange(6), torch.tensor([START]), CODES])[None]
+    add_adapters(everywhere, 2, 4.0, torch.Generator())
+    everywhere.load_state_dict(decoder.state_dict())
+    with torch.no_grad():
+        assert torch.equal(decoder(text_BT), plain(text_BT))
+        assert torch.equal(decoder(mixed_BT)[:, :6], plain(mixed_BT)[:, :6])
+        assert not torch.allclose(decoder(mixed_BT)[:, 6:], plain(mixed_BT)[:, 6:], atol=1e-3)
+        assert torch.equal(decoder(CODES[None]), everywhere(CODES[None]))
+        assert not torch.equal(decoder(mixed_BT), everywhere(mixed_BT))
+    assert is_restricted(decoder)
+    assert not is_restricted(everywhere)
+
+
+def test_adapters_on_images_hold_in_packed_cached_and_recomputed_passes_and_in_copies() -> None:
+    decoder, plain = restricted(make_decoder()), restricted(make_decoder())
+    prompt = torch.cat([torch.arange(6), torch.tensor([START])])
+    codes_N = generate(decoder, JointVocab(50, 8), [prompt], 4)[0]
+    with torch.no_grad():
+        logits = plain(torch.cat([prompt, codes_N + 57])[None, :-1])[0, -4:, 57:]
+    assert torch.equal(logits.argmax(-1), codes_N)
+    ids_BT = torch.stack([torch.cat([prompt, CODES]), torch.arange(15)])
+    mask_BT = torch.ones(2, 14, dtype=torch.bool)
+    mask_BT[1, 5:] = False
+    expected = plain.loss(ids_BT[:, :-1], ids_BT[:, 1:], plain.target_index(mask_BT)).total
+    expected.backward()
+    copied = copy.deepcopy(decoder)
+    copied(torch.zeros(1, 3, dtype=torch.int64))  # has a gate of its own
+    decoder.enable_packing()
+    decoder.enable_activation_checkpointing()
+    found = decoder.train().loss(ids_BT[:, :-1], ids_BT[:, 1:], decoder.target_index(mask_BT)).total
+    copied(torch.zeros(1, 3, dtype=torch.int64))
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for (name, mine), other in zip(decoder.named_parameters(), plain.parameters(), strict=True):
+        if mine.grad is not None:
+            assert torch.allclose(mine.grad, other.grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_adapters_on_images_of_models_of_transformers(kind: str) -> None:
+    backbone, plain = restricted(backbone_of(kind)), backbone_of(kind)
+    text_BT, images_BT = torch.arange(20).view(2, 10), 60 + 7 + torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(backbone(text_BT), plain(text_BT))
+        assert not torch.allclose(backbone(images_BT), plain(images_BT), atol=1e-3)
+
+
+def test_adapters_on_images_are_refused_for_routed_experts() -> None:
+    backbone = backbone_of("Mixtral")
+    add_adapters(backbone, 2, 4.0, torch.Generator())
+    with pytest.raises(ValueError, match=r"lora\.image_only=True: expected false, body.*experts holds routed experts"):
+        restrict_adapters(backbone, START)

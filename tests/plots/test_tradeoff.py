@@ -2,18 +2,20 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from t2i_lm import remedies
 from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.config.values import key_types
 from t2i_lm.evaluation.forgetting import write_completions
 from t2i_lm.figures import main as figures
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.tradeoff import Point, pareto_front
 from t2i_lm.storage.run_folder import read_run
-from t2i_lm.training.remedies import remedy_experiments
+from t2i_lm.training.remedies import read_strengths, remedy_jobs
 from tests.plots.synthetic_runs import read_lines, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +36,7 @@ def runs(tmp_path: Path) -> Path:
 
 def test_points_are_the_logged_numbers(runs: Path) -> None:
     drawing = FIGURES["remedies"](Request(runs))
-    (axes,) = drawing.figure.axes
+    axes, second = drawing.figure.axes
     lines = {str(line.get_gid()): line for line in axes.get_lines()}
     containers = {str(part.get_label()): part for part in axes.containers}
     assert set(containers) == {"pre-trained, untouched", "l2 sp", "replay"}
@@ -42,10 +44,39 @@ def test_points_are_the_logged_numbers(runs: Path) -> None:
         image = read_lines(next((runs / name).iterdir()), "val")[-1]["val"]["image"]["nll"]
         line = containers[label][0]
         assert (float(line.get_xdata()[0]), float(line.get_ydata()[0])) == (change, image)
+        other = next(part for part in second.containers if part.get_label() == label)[0]
+        assert (float(other.get_xdata()[0]), float(other.get_ydata()[0])) == (change, image)
     scratch = read_lines(next((runs / "t2i_scratch").iterdir()), "val")[-1]["val"]["image"]["nll"]
     assert set(lines["tradeoff/scratch"].get_ydata()) == {scratch}
     assert "random initialization" in drawing.table
     assert "image validation" in drawing.table
+    assert drawing.table.splitlines()[0].split()[2:7] == ["novels", "increase", "+-", "nonfiction", "increase"]
+
+
+def test_strengths_of_a_remedy_are_joined_in_their_order(runs: Path) -> None:
+    """The newest run of each; an unfinished one, and one of another rate, are not drawn."""
+    untouched = next((runs / "remedy_l2_sp").iterdir())
+    shutil.rmtree(untouched)
+    for hour, (strength, forgotten) in enumerate(((10.0, 0.5), (1.0, 1.2), (3.0, 9.0), (3.0, 0.8))):
+        config = {"optim.l2_sp": strength}
+        write_run(runs, "remedy_l2_sp", f"20260302-{hour:02}0000", forgotten=forgotten, config=config)
+    for stamp, more in (("20260301-010000", {"optim.lr": 0.1}), ("20260301-020000", {})):
+        config = {"optim.l2_sp": 30.0, **more}
+        write_run(runs, "remedy_l2_sp", stamp, forgotten=7.0, config=config, finished=bool(more))
+    ratio = {"data.replay_ratio": 0.5, "loss.replay_weight": 0.0}
+    write_run(runs, "remedy_replay", "20260301-120000", forgotten=0.1, config=ratio)
+    drawing = FIGURES["remedies"](Request(runs))
+    curves = {str(part.get_label()): part[0] for part in drawing.figure.axes[0].containers}
+    assert list(curves["l2 sp"].get_xdata()) == [1.2, 0.8, 0.5]
+    assert list(curves["replay"].get_xdata()) == [0.25, 0.1]
+    assert curves["l2 sp"].get_linestyle() == "-"
+    assert curves["pre-trained, untouched"].get_linestyle() == "None"
+    written = [text.get_text() for text in drawing.figure.axes[0].texts]
+    assert [text for text in written if text] == ["1", "10", "0", "0.5"]
+    rows = {line.split("  ")[0]: line.split() for line in drawing.table.splitlines()}
+    assert rows["l2 sp 3"][3] == "0.8000"
+    assert rows["replay 0.5"][-2:] == ["4,800", "300"]  # half of 300 batches of 32
+    assert rows["replay 0"][-2:] == ["9,600", "300"]
 
 
 def test_no_point_beats_one_of_the_pareto_front() -> None:
@@ -143,7 +174,8 @@ def test_table_1_has_both_ways_of_decoding(runs: Path) -> None:
 @pytest.mark.parametrize("path", REMEDIES, ids=lambda path: path.stem)
 def test_a_remedy_is_the_untouched_arm_with_one_thing_changed(path: Path) -> None:
     for scale, needs in (("demo", []), ("flickr8k", ["data.path=x"]), ("paper", ["data.path=x"])):
-        mine, base = (flatten(load_experiment(file, scale, needs)) for file in (path, BASE))
+        beside = path.with_name("lora.yaml") if path.stem == "lora_image" else BASE
+        mine, base = (flatten(load_experiment(file, scale, needs)) for file in (path, beside))
         assert mine["name"] == f"remedy_{path.stem}"
         changed = {key for key in mine if mine[key] != base[key]} - {"name"}
         assert 1 <= len(changed) <= 2
@@ -184,9 +216,48 @@ def test_one_command_trains_missing_runs_and_draws(
 
 
 def test_no_images_are_generated_unless_requested() -> None:
-    plain, requested = (
-        remedy_experiments("x", None, None, [], "demo", more, BASE) for more in ([], ["samples.prompts=64"])
-    )
-    assert {config.samples.prompts for config in plain} == {0}
-    assert {config.samples.interval for config in plain} == {None}
-    assert {config.samples.prompts for config in requested} == {64}
+    plain, requested = (remedy_jobs("x", None, None, [], "demo", more, BASE) for more in ([], ["samples.prompts=64"]))
+    assert {job.config.samples.prompts for job in plain} == {0}
+    assert {job.config.samples.interval for job in plain} == {None}
+    assert {job.config.samples.prompts for job in requested} == {64}
+
+
+def test_a_plan_trains_a_remedy_at_every_strength() -> None:
+    strengths = read_strengths(ROOT / "experiments" / "plans" / "remedies.yaml")
+    keys = {setting.partition("=")[0] for runs in strengths.values() for settings in runs for setting in settings}
+    assert keys <= key_types().keys()
+    runs = [len(strengths.get(path.stem, [[]])) for path in REMEDIES]
+    assert 1 + sum(runs) == 37  # as the plan says
+    jobs = remedy_jobs("x", "y", None, ["distil", "lora_image", "caption_mask"], "demo", [], BASE, strengths)
+    assert [job.name for job in jobs] == [
+        "t2i_pretrained",
+        "remedy_caption_mask",
+        *(f"remedy_distil distil.weight={weight}" for weight in (0.1, 0.3, 1.0, 3.0)),
+        *(f"remedy_lora_image lora.rank={rank} lora.alpha={2.0 * rank}" for rank in (4, 16, 64)),
+    ]
+    assert [job.config.distil.weight for job in jobs[2:6]] == [0.1, 0.3, 1.0, 3.0]
+    with pytest.raises(ValueError, match=r"two strengths of remedy_distil are the same"):
+        remedy_jobs("x", None, None, ["distil"], "demo", [], BASE, {"distil": [["distil.weight=1"]] * 2})
+    with pytest.raises(ValueError, match=r"--plan: strengths of l2: expected one of caption_mask"):
+        remedy_jobs("x", "y", None, [], "demo", [], BASE, {"l2": [["optim.l2_sp=1"]]})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("strengths: {l2_sp: {optim.l2_sp: 3}}", r"strengths\.l2_sp\.optim\.l2_sp=3: expected a list of numbers"),
+        ("strengths: {l2_sp: {optim.l2_sp: []}}", r"strengths\.l2_sp\.optim\.l2_sp=\[\]: expected a list of numbers"),
+        ("strengths: {l2_sp: {optim.l2_sp: [a]}}", "expected a list of numbers"),
+        ("strengths: {lora: {lora.rank: [1, 2], lora.alpha: [1]}}", "strengths.lora=.*lists of equal lengths"),
+        ("strengths: {lora: [1]}", "strengths.lora=.*lists of values by config key"),
+        ("strengths: []", "strengths=.*keys and values by remedy"),
+        ("arms: {}", "one key, strengths"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_plan_is_refused_by_file_and_key(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"(?s)--plan .*plan\.yaml.*{message}"):
+        read_strengths(tmp_path / "plan.yaml")
+    with pytest.raises(ValueError, match="no such file"):
+        read_strengths(tmp_path / "absent.yaml")

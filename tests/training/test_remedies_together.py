@@ -17,11 +17,17 @@ pytestmark = pytest.mark.slow
 # All remedies that can be combined: adapters leave L2-SP nothing to pull.
 TOGETHER = ["loss.text_weight=0.5", "loss.image_weight=2.0", "distil.weight=0.7", "data.replay_ratio=0.25"]
 COMBINATIONS = {
-    "weights": [*TOGETHER, "optim.l2_sp=1.0", "freeze=[norm,text_rows]"],
-    "adapters": [*TOGETHER, "lora.rank=2", "freeze=[text_rows]"],
+    "weights": [
+        *TOGETHER,
+        "optim.l2_sp=1.0",
+        "optim.gradient_projection=true",
+        "modality_experts=true",
+        "freeze=[norm,text_rows]",
+    ],
+    "adapters": [*TOGETHER, "lora.rank=2", "lora.image_only=true", "freeze=[text_rows]"],
 }
 # The language model's own trainable weights under each.
-TRAINABLE = {"weights": r"layers\.\d+\.(attention|feed_forward)\.", "adapters": r"\.lora_"}
+TRAINABLE = {"weights": r"layers\.\d+\.(image\.)?(attention|feed_forward)\.", "adapters": r"\.lora_"}
 
 
 @pytest.fixture(scope="module", params=COMBINATIONS)

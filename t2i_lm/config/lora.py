@@ -1,0 +1,23 @@
+"""The section `lora` of an experiment. Standard library only."""
+
+from dataclasses import dataclass
+
+from t2i_lm.config.sections import Section
+
+
+@dataclass(frozen=True)
+class LoraConfig(Section, prefix="lora"):
+    """Low-rank adapters on the linear layers and experts of the blocks, which stay frozen (extra `lora`)."""
+
+    rank: int = 0
+    """Rank of the adapters; 0: none."""
+    alpha: float = 16.0
+    """The adapters' product is scaled by alpha / rank."""
+    image_only: bool = False
+    """Adapters apply to image positions alone (`<image>` and all that follows it): logits of plain text stay equal to
+    the bit."""
+
+    def __post_init__(self) -> None:
+        self.at_least(0, "rank")
+        self.positive("alpha")
+        self.check(self.rank > 0 or not self.image_only, "image_only", "false with lora.rank=0, without adapters")
