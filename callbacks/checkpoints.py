@@ -1,7 +1,7 @@
 """Checkpoint schedule and retention, and the checkpoint to resume from."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,9 @@ SAVE = "RunCheckpoints.save"
 
 
 class RunCheckpoints(Checkpoint):
-    """Saves every `every_n_steps` optimizer steps, at the end and after an error; keeps the newest `keep`.
+    """Saves every `every_n_steps` optimizer steps, at `keep_steps`, at the end and after an error.
+
+    Keeps the newest `keep` and, whatever is newer, those of `keep_steps`.
 
     A step's checkpoint is saved when the next batch starts: only then are that step's validation and its lines in
     metrics.jsonl complete, so that a resumed run neither repeats nor misses any. A checkpoint saved inside a validation
@@ -60,16 +62,19 @@ class RunCheckpoints(Checkpoint):
         metrics: MetricsFile | None = None,
         events: EventLog | None = None,
         background: bool = True,
+        keep_steps: Collection[int] = (),
     ) -> None:
         """`metrics` is truncated on resume to its size at the checkpoint; `background=False` lets training wait.
 
         Raises:
-            ValueError: if `every_n_steps` or `keep` is less than 1.
+            ValueError: if `every_n_steps`, `keep` or one of `keep_steps` is less than 1.
         """
-        for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
+        least = min(keep_steps, default=1)
+        for name, value in (("every_n_steps", every_n_steps), ("keep", keep), ("keep_steps", least)):
             if value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
         self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep
+        self.keep_steps = frozenset(keep_steps)
         self.metrics, self.events, self.background = metrics, events, background
         self._staging = Staging()
         self._flight: SaveInFlight | None = None
@@ -106,7 +111,7 @@ class RunCheckpoints(Checkpoint):
         if batch_idx % trainer.accumulate_grad_batches:
             return
         self._settle(trainer, wait=False)
-        if step and step % self.every_n_steps == 0:
+        if step and (step % self.every_n_steps == 0 or step in self.keep_steps):
             self._save(trainer, required=False, background=self.background)
         elif step > self._first_step and not self._prepared:
             self._prepare(trainer, pl_module)
@@ -242,7 +247,9 @@ class RunCheckpoints(Checkpoint):
                 self._consistent = False  # so that `on_exception` does not try again
                 raise failure
             if trainer.is_global_zero:
-                self._log("save-failed", f"{failure}; training continues")
+                step = self._flight_step
+                lost = f"; step {step}, which was to be kept, has no checkpoint" if step in self.keep_steps else ""
+                self._log("save-failed", f"{failure}; training continues{lost}")
 
     def _of_all(self, mine: Any) -> list[Any]:
         """A value of each rank."""
@@ -255,7 +262,9 @@ class RunCheckpoints(Checkpoint):
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the memory of the copies early, where there will be some: now the optimizer has its state."""
         self._prepared = True
-        following = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
+        step = trainer.global_step
+        scheduled = (step // self.every_n_steps + 1) * self.every_n_steps
+        following = min([scheduled, *(kept for kept in self.keep_steps if kept > step)])
         if not self.background or 0 < trainer.max_steps <= following:
             return
         states = [list(optimizer.state.values()) for optimizer in trainer.optimizers]
@@ -294,13 +303,14 @@ class RunCheckpoints(Checkpoint):
     def _remove_old(self, step: int) -> None:
         """Deletes what the checkpoint of `step` makes superfluous.
 
-        All but the newest `keep` checkpoints, later ones from before a resume, files of killed saves, and lines that
-        were set aside.
+        All but the newest `keep` checkpoints and those of `keep_steps`, later ones from before a resume, which the run
+        makes again, files of killed saves, and lines that were set aside.
         """
         complete = [path for path in checkpoints(self.folder) if digest_of(path).is_file()]
-        newest = [path for path in complete if step_of(path) <= step][-self.keep :]
+        past = [path for path in complete if step_of(path) <= step]
+        kept = {*past[-self.keep :], *(path for path in past if step_of(path) in self.keep_steps)}
         for path in complete:
-            if path not in newest:
+            if path not in kept:
                 self._remove(path, DurableCheckpointIO().remove_checkpoint)
         others = [*leftovers(self.folder), self.folder / NOT_STARTED]
         for path in [*others, self.metrics.replaced] if self.metrics else others:

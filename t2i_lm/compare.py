@@ -4,12 +4,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2i_lm.runtime.command_line import command_parser, exit_code
+
+if TYPE_CHECKING:
+    from t2i_lm.comparison.plan import Plan
 
 EXAMPLE = """example:
   python -m t2i_lm.compare
   python -m t2i_lm.compare --plan experiments/plans/pretraining.yaml optim.lr=3e-3
+  python -m t2i_lm.compare --over optim.lr
   python -m t2i_lm.compare --format latex --out gap.tex
 
 finished runs below --runs that meet the plan are paired by seed; python -m t2i_lm.sweep seed=0,1,2,3,4 makes them. The
@@ -33,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_false",
         help="name differences in the order of the data instead of refusing them",
     )
+    arguments.add_argument(
+        "--over", action="append", metavar="KEY", help="compare at every value of a key that runs have; may be repeated"
+    )
     arguments.add_argument("where", nargs="*", metavar="key=value", help="what runs must have, beside the plan's")
     return arguments
 
@@ -47,13 +55,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         from t2i_lm.comparison.comparison import on_their_sets
         from t2i_lm.comparison.plan import chosen_plan
         from t2i_lm.comparison.tables import FORMATS as WRITERS
-        from t2i_lm.storage.writing import write_atomic
 
         plan = chosen_plan(options.plan, options.scale, options.where)
+        if options.over:
+            return over(plan)
         arms = find_arms(plan, options.runs, options.strict)
         if options.plan is None:
             plan, arms = on_their_sets(plan, arms)
-        table = WRITERS[options.format](plan, arms, compare(plan, arms))
+        return write(WRITERS[options.format](plan, arms, compare(plan, arms)))
+
+    def over(plan: "Plan") -> int:
+        """The comparison at every value, each arm's best one, and the arms at their best."""
+        from t2i_lm.comparison.grid import at_best, find_grid, grid_json, grid_text
+        from t2i_lm.comparison.tables import text
+
+        if options.format == "latex":
+            raise ValueError("--format latex: expected text or json with --over")
+        grid = find_grid(plan, options.over, options.runs, options.strict)
+        if options.format == "json":
+            return write(grid_json(grid))
+        best = [f"{one.name}\n{text(one.plan, one.arms, one.results)}" for one in at_best(grid) if one.arms is not None]
+        return write("\n\n".join([grid_text(grid), *best]))
+
+    def write(table: str) -> int:
+        from t2i_lm.storage.writing import write_atomic
+
         if options.out is None:
             print(table)
         else:

@@ -23,6 +23,7 @@ NAMES = (
     "6",
     "inits",
     "forgetting",
+    "gap",
     "relearning",
     "remedies",
 )  # keys of plots.catalogue.FIGURES

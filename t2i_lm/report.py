@@ -35,21 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
 
     def body() -> int:
-        from t2i_lm.comparison.plan import chosen_study
+        from t2i_lm.comparison.study_plan import chosen_study
         from t2i_lm.reporting.page import write_report
         from t2i_lm.reporting.pdf import write_pdf
         from t2i_lm.reporting.request import ReportRequest
         from t2i_lm.reporting.search import RunSearch
+        from t2i_lm.training.study import experiments_of
+        from t2i_lm.training.study_results import results_of
 
         if not options.runs.is_dir():
             raise ValueError(f"--runs {options.runs}: no such folder")
         plan = options.plan or (PLAN if PLAN.is_file() else None)
         study = chosen_study(plan, options.scale)
         search = RunSearch(options.runs)
-        comparisons = search.comparisons(study, options.strict)
-        beside = plan is not None and (plan.parent / "base.yaml").is_file()
-        experiments = plan.parent if plan is not None and beside else PLAN.parent
-        request = ReportRequest(comparisons, search.figure_pool(), search, plan, experiments, options.strict)
+        results = results_of(study, search.comparisons(study, options.strict))
+        beside = experiments_of(plan) if plan is not None else PLAN.parent
+        experiments = beside if (beside / "base.yaml").is_file() else PLAN.parent
+        pool = search.figure_pool()
+        request = ReportRequest(results.answer_first, pool, search, plan, experiments, options.strict, results)
         write_report(request, options.out)
         print(options.out)
         if options.pdf:

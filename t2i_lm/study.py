@@ -11,9 +11,13 @@ EXAMPLE = """example:
   python -m t2i_lm.study experiments/study.yaml --dry-run
   python -m t2i_lm.study experiments/study.yaml --jobs 2
   python -m t2i_lm.study experiments/study.yaml --seeds 1 trainer.max_steps=400
+  python -m t2i_lm.study experiments/plans/learning_rates.yaml --dry-run
 
 finished runs of the same config are not trained again and interrupted ones resume, so the command can be stopped and
 repeated. Runs: RUN.DIR/study. Tables of the comparisons (text and JSON), figures and report.html: --out."""
+
+
+OUT = "figures/PLAN"  # PLAN: name of the plan file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,8 +28,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("plan", type=Path, help="plan YAML, for example experiments/study.yaml")
     arguments.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds of the plan")
     add_jobs(arguments)
-    add_figures(arguments)
-    arguments.set_defaults(out=Path("figures/study"))
+    add_figures(arguments, OUT)
     arguments.add_argument(
         "--no-strict",
         dest="strict",
@@ -41,47 +44,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(argv)
 
     def body() -> int:
-        from t2i_lm.comparison.plan import first_seeds, read_study
+        from t2i_lm.comparison.study_plan import first_seeds, read_study
+        from t2i_lm.training.cost import estimate
         from t2i_lm.training.study import (
             compare_arms,
-            estimate,
-            figure_runs,
+            experiments_of,
+            missing_paths,
             progress_of,
             progress_table,
-            shown_runs,
             study_runs,
             train,
-            write_comparisons,
         )
+        from t2i_lm.training.study_results import results_of, write_results
 
         study = first_seeds(read_study(options.plan), options.seeds)
-        runs = study_runs(study, options.plan.parent, options.overrides)
+        experiments = experiments_of(options.plan)
+        out = Path(OUT).with_name(options.plan.stem) if options.out == Path(OUT) else options.out
+        runs = study_runs(study, experiments, options.overrides)
         states = progress_of(runs)
         print(progress_table(runs, states), "", estimate(runs, states, options.jobs), sep="\n", flush=True)
         if options.dry_run:
-            return 0
+            missing = missing_paths(runs, states)
+            print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
+            return 2 if missing else 0
         code = train(runs, options.jobs)
         if code > 128:  # stopped by a signal
             return code
-        from t2i_lm.plots.catalogue import Request, write_figures
-        from t2i_lm.reporting.page import write_report
-        from t2i_lm.reporting.request import ReportRequest
-        from t2i_lm.reporting.search import Pool, RunSearch
+        results = results_of(study, compare_arms(study, runs, options.strict))
+        failed = write_results(results, out)
+        from t2i_lm.reporting.study_page import write_page
 
-        comparisons = compare_arms(study, runs, options.strict)
-        failed = write_comparisons(comparisons, options.out)
-        root, page = figure_runs(runs), options.out / "report.html"
-        try:
-            write_figures(Request(root, strict=options.strict), options.out)
-        except ValueError as error:  # the page says what is missing
-            print(f"figures: {error}", file=sys.stderr)
-            failed = 2
-        finished, notes = shown_runs(runs)
-        pool = Pool(tuple(finished), tuple(notes))
-        search = RunSearch(root)
-        write_report(ReportRequest(comparisons, pool, search, options.plan, options.plan.parent, options.strict), page)
-        print(page)
-        return code or failed
+        return code or write_page(study, runs, results, options.plan, experiments, out, options.strict) or failed
 
     return exit_code(body)
 

@@ -254,6 +254,7 @@ def language_model(once: Once) -> Path:
             "data.length=32",
             "data.batch_size=8",
             "trainer.max_steps=30",
+            "trainer.keep_steps=[10]",
             "optim.warmup_steps=3",
             "log.interval=5",
             "log.logger=csv",

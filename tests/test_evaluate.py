@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from t2i_lm.evaluate import main, parser
+from t2i_lm.evaluation.base import FINISHED
 from t2i_lm.storage.resumable import ResumableParts
 from t2i_lm.storage.run_folder import ENVIRONMENT, Run
-from t2i_lm.storage.sealed import sealed
+from t2i_lm.storage.sealed import DIGEST, sealed
 from tests.callbacks.toy_run import finish, free_port, server
 from tests.data.coco_folder import CAPTION, write_coco
 from tests.runs import coco_result, losses
@@ -138,7 +139,7 @@ def test_an_interrupted_evaluation_gives_the_result_of_an_unbroken_one(
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
     resumed = coco_result(tmp_path / "out")
     for part in (resumed, unbroken):
-        part["environment"] = None
+        part |= dict.fromkeys(("environment", FINISHED, DIGEST))  # which say when
     assert resumed == unbroken
 
 
@@ -248,7 +249,7 @@ def test_other_tokenizers_and_other_evaluations_are_refused(
         in capsys.readouterr().err
     )
     content = coco_result(tmp_path / "out")
-    del content["made_with"]  # as earlier versions wrote it: its card has the same values
+    del content["made_with"], content[DIGEST]  # as earlier versions wrote it: its card has the same values
     (tmp_path / "out" / "coco.json").write_text(json.dumps(content))
     assert main([*command, *few, "--seed", "1"]) == 2
     assert "coco.json holds a result of other settings (seed=0, now 1)" in capsys.readouterr().err

@@ -29,6 +29,7 @@ LAYERS = (
 )
 COMMANDS = (
     "ablate",
+    "collect",
     "compare",
     "demo",
     "evaluate",

@@ -1,14 +1,21 @@
 """A study: its runs, their state and cost; one trained, compared, drawn and continued."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from t2i_lm.comparison.plan import read_study
+from t2i_lm.comparison.plan import setting_words
+from t2i_lm.comparison.study_plan import first_seeds, read_study
+from t2i_lm.config.load import load_experiment
+from t2i_lm.config.sections import RunConfig
 from t2i_lm.storage.run_folder import run_folders
 from t2i_lm.study import main
-from t2i_lm.training.study import estimate, progress_of, progress_table, study_runs
+from t2i_lm.training.cost import estimate
+from t2i_lm.training.jobs import Job
+from t2i_lm.training.study import StudyRun, compare_arms, progress_of, progress_table, study_runs
+from tests.study_folders import finish
 
 EXPERIMENTS = Path("experiments")
 PLAN = """
@@ -36,7 +43,7 @@ def plan(tmp_path: Path) -> Path:
 
 def test_a_study_has_each_run_once_seed_by_seed_in_the_folder_of_its_setting(plan: Path) -> None:
     runs = study_runs(read_study(plan), plan.parent, ["run.dir=here"])
-    seen = [(run.seed, run.arm, run.uses, run.job.config.run.dir) for run in runs]
+    seen = [(run.seed, run.job.config.name, run.uses, run.job.config.run.dir) for run in runs]
     assert seen == [
         (3, "t2i_pretrained", ("pretraining", "again"), "here/study"),
         (3, "t2i_scratch", ("pretraining",), "here/study"),
@@ -56,6 +63,125 @@ def test_a_value_of_a_setting_wins_over_one_for_every_run(plan: Path) -> None:
     runs = study_runs(read_study(plan), plan.parent, ["optim.lr=2e-3"])
     assert {run.job.config.optim.lr for run in runs if "slower" in run.uses} == {1e-4}
     assert {run.job.config.optim.lr for run in runs if "pretraining" in run.uses} == {2e-3}
+
+
+def configs(plan: Path, content: str, *overrides: str) -> list[StudyRun]:
+    plan.write_text(content)
+    return study_runs(read_study(plan), plan.parent, overrides)
+
+
+def test_arms_have_settings_of_their_own_and_a_shared_config_is_one_run(plan: Path) -> None:
+    arms = "{t2i_pretrained: {optim.lr: 1e-3}, low: {experiment: t2i_scratch, optim.lr: 1e-4}, t2i_scratch: {}}"
+    runs = configs(plan, f"seeds: [0]\ncomparisons: {{one: {{arms: {arms}}}, two: {{}}}}", "run.dir=here")
+    seen = {(run.job.config.name, run.job.config.optim.lr): (run.uses, run.job.config.run.dir) for run in runs}
+    assert seen == {
+        ("t2i_pretrained", 1e-3): (("one_t2i_pretrained",), "here/study/optim.lr=1e-3"),
+        ("t2i_scratch", 1e-4): (("one_low",), "here/study/optim.lr=1e-4"),
+        ("t2i_scratch", 3e-3): (("one_t2i_pretrained", "one_low", "two"), "here/study"),
+        ("t2i_pretrained", 3e-3): (("two",), "here/study"),
+    }
+    shown = {run.job.config.optim.lr for run in runs if any(role.shown for role in run.roles.values())}
+    assert shown == {1e-3, 3e-3}, "an arm of another name than its experiment's is in no figure"
+    table = progress_table(runs, progress_of(runs))
+    assert "one  low             optim.lr=1e-4  missing" in table
+
+
+def test_points_of_a_grid_have_no_samples_unless_another_comparison_shows_the_run(plan: Path, tmp_path: Path) -> None:
+    grid = "grid: {over: {optim.lr: [1e-3, 3e-3]}}"
+    for order in (f"{{plain: {{}}, {grid}}}", f"{{{grid}, plain: {{}}}}"):
+        runs = configs(plan, f"seeds: [0]\ncomparisons: {order}", f"run.dir={tmp_path}")
+        sampled = {(run.job.config.optim.lr, run.job.config.samples.prompts > 0) for run in runs}
+        assert (len(runs), sampled) == (4, {(1e-3, False), (3e-3, True)})
+    finish([run for run in runs if "plain" in run.uses], lambda _: 1.0)
+    alone = configs(plan, f"seeds: [0]\ncomparisons: {{{grid}}}", f"run.dir={tmp_path}")
+    assert [str(state) for state in progress_of(alone)] == ["missing", "missing", "finished", "finished"]
+
+
+def test_a_grid_over_steps_takes_warm_up_and_intervals_along(plan: Path) -> None:
+    over = "over: {trainer.max_steps: [400, 1600, 6400]}"
+    runs = configs(plan, f"seeds: [0]\ncomparisons: {{one: {{{over}}}}}", "run.dir=here")
+    seen = {
+        config.trainer.max_steps: (config.optim.warmup_steps, config.trainer.val_check_interval, config.log.interval)
+        for config in (run.job.config for run in runs)
+    }
+    assert seen == {400: (10, 100, 2), 1600: (40, 400, 10), 6400: (160, 1600, 40)}
+    folders = {run.job.config.run.dir for run in runs}
+    assert folders == {"here/study", "here/study/trainer.max_steps=400", "here/study/trainer.max_steps=6400"}
+    fixed = configs(plan, f"seeds: [0]\ncomparisons: {{one: {{{over}, where: {{optim.warmup_steps: 7}}}}}}")
+    assert {run.job.config.optim.warmup_steps for run in fixed} == {7}
+
+
+def test_runs_of_an_equal_config_stand_for_each_other_whatever_plan_made_them(plan: Path, tmp_path: Path) -> None:
+    where = f"run.dir={tmp_path}"
+    made = configs(plan, "seeds: [0]\ncomparisons: {one: {where: {optim.lr: 1e-3, data.batch_size: 8}}}", where)
+    finish(made, lambda _: 1.0)
+    content = "seeds: [0]\ncomparisons: {two: {over: {data.batch_size: [8, 16]}, where: {optim.lr: 0.001}}}"
+    runs = configs(plan, content, where)
+    assert [str(state) for state in progress_of(runs)] == ["finished", "finished", "missing", "missing"]
+    two = compare_arms(read_study(plan), runs)[0]
+    assert two.arms is not None
+    assert "2 of 4 runs to train, 3,200 steps; about 0:05:20, by 2 finished runs" in estimate(
+        runs, progress_of(runs), 1
+    )
+    for file in tmp_path.rglob("env.json"):  # runs of code that computes other numbers stand for none
+        file.write_text(json.dumps({**json.loads(file.read_text()), "numerics": 99}))
+    assert {str(state) for state in progress_of(runs)} == {"missing"}
+
+
+def test_the_cost_is_that_of_each_setting_else_of_alike_runs_elsewhere(plan: Path, tmp_path: Path) -> None:
+    content = "seeds: [0, 1]\ncomparisons: {one: {arms: {t2i_pretrained: {data.batch_size: 32}, t2i_scratch: {}}}}"
+    where = f"run.dir={tmp_path}"
+    runs = configs(plan, content, where)
+    assert estimate(runs, progress_of(runs), 1).endswith("their time is estimated once a run is finished")
+    (other,) = [run for run in configs(plan, "comparisons: {one: {}}", "run.dir=x") if run.uses == ("one",)][:1]
+    config = replace(other.job.config, run=RunConfig(str(tmp_path)))
+    finish([StudyRun({}, 0, Job(config))], lambda _: 1.0)
+    words = estimate(runs, progress_of(runs), 1)
+    assert "; about 0:10:40, by 1 finished runs of the same scale and size outside of the study, the newest " in words
+    finish(runs[:2], lambda _: 1.0)
+    for run, seconds in zip(runs[:2], (3200, 160), strict=True):
+        report = next(Path(run.job.config.run.dir).glob(f"{run.job.config.name}/*/report.json"))
+        report.write_text(json.dumps({**json.loads(report.read_text()), "wall_s": seconds}))
+    assert "2 of 4 runs to train, 3,200 steps; about 0:56:00, by 2 finished runs" in estimate(
+        runs, progress_of(runs), 1
+    )
+
+
+def test_a_missing_path_is_named_before_anything_is_trained(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan.write_text(
+        "seeds: [0, 1]\ncomparisons: {one: {arms: {dose: {experiment: t2i_pretrained, backbone.path: no/where}, "
+        "t2i_scratch: {}}}}"
+    )
+    words = "missing path: backbone.path=no/where, of 2 runs to train"
+    assert main([str(plan), "--dry-run", f"run.dir={tmp_path}"]) == 2
+    output = capsys.readouterr()
+    assert "4 of 4 runs to train" in output.out
+    assert words in output.err
+    assert main([str(plan), f"run.dir={tmp_path}"]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("file", sorted((EXPERIMENTS / "plans").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_plan_names_its_question_endpoint_margin_and_cost(file: Path) -> None:
+    text = file.read_text()
+    assert "?" in text.splitlines()[0]
+    if file.stem == "pretraining":  # of `compare`
+        return
+    study = read_study(file)
+    assert "# Cost: " in text
+    assert "primary: " in text
+    assert "margin: " in text
+    seen = set()
+    for need in first_seeds(study, 1).needed():
+        for arm in need.arms:
+            kind = (arm.experiment, *need.where, *arm.own)  # the values of a key are of one type
+            if kind not in seen:
+                seen.add(kind)
+                words = setting_words({**need.where, **arm.own})
+                load_experiment(EXPERIMENTS / f"{arm.experiment}.yaml", need.scale, words)
 
 
 def test_the_shipped_study_is_complete() -> None:

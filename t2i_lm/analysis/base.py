@@ -26,6 +26,7 @@ from t2i_lm.experiment.restore import image_config, load_initial, load_trained, 
 from t2i_lm.models.factory import weights_hashes
 from t2i_lm.plots.panels import ARM_STYLES, STYLE, ArmStyle, arm_style, remove_caption, save_figure
 from t2i_lm.storage.run_folder import PROBES, Run, environment, find_run, read_run
+from t2i_lm.storage.sealed import sealed
 from t2i_lm.storage.writing import atomic_file, problem, write_atomic
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 
@@ -158,18 +159,20 @@ class ProbeResult:
         caption = self.caption(runs)
         figure = self.draw(caption)
         paths = save_figure(figure, folder / name, self.title, caption)
-        content = finite(
-            {
-                "probe": name,
-                "title": self.title,
-                "sentence": self.sentence,
-                "caption": caption,
-                "runs": {one.label: provenance(one) for one in runs},
-                "settings": vars(settings),
-                "varied": list(varied),
-                "made_with": environment(),
-                "numbers": self.numbers,
-            }
+        content = sealed(
+            finite(
+                {
+                    "probe": name,
+                    "title": self.title,
+                    "sentence": self.sentence,
+                    "caption": caption,
+                    "runs": {one.label: provenance(one) for one in runs},
+                    "settings": vars(settings),
+                    "varied": list(varied),
+                    "made_with": environment(),
+                    "numbers": self.numbers,
+                }
+            )
         )
         target = folder / f"{name}.json"
         write_atomic(target, json.dumps(content, indent=2, allow_nan=False) + "\n")

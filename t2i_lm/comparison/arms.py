@@ -1,7 +1,7 @@
 """Search for the runs of two arms, paired by seed; what cannot be compared is refused, what is left out is named."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from t2i_lm.comparison.comparability import (
     config_values,
     differences,
     environment_value,
+    following,
     revisions,
 )
-from t2i_lm.comparison.plan import Plan
+from t2i_lm.comparison.plan import Plan, setting_words
 from t2i_lm.config.values import Plain, read_value
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
@@ -52,7 +53,7 @@ class Arms:
 def find_arms(plan: Plan, root: Path, strict: bool = True) -> Arms:
     """The finished runs of a plan's arms below `root`, those of sweeps in it included; as `pair_arms`."""
     notes: list[str] = []
-    found = {arm: _finished(plan, root, arm, notes) for arm in plan.arms}
+    found = {arm: _finished(plan, root, arm, notes) for arm in plan.parsed}
     return pair_arms(plan, found, notes, root, strict)
 
 
@@ -74,11 +75,11 @@ def pair_arms(
     """
     everything = [run for runs in found.values() for run in runs]
     varied = (SEED, ORDER, *plan.varied)
-    # The arms start from other weights by design; the runs of one arm do not.
-    _require_one_setting(everything, (*varied, ENVIRONMENT["backbone"]))
+    # The arms start from other weights by design, and have keys of their own; the runs of one arm do not.
+    _require_one_setting(everything, (*varied, ENVIRONMENT["backbone"]), plan.own_keys)
     for runs in found.values():
-        _require_one_setting(runs, varied)
-    first, second = (_by_seed(found[arm]) for arm in plan.arms)
+        _require_one_setting(runs, varied, one_arm=True)
+    first, second = (_by_seed(found[arm]) for arm in plan.parsed)
     arms = Arms(first, second, ())
     if not arms.seeds:
         raise ValueError(_nothing_to_pair(plan, root, found, notes))
@@ -89,7 +90,8 @@ def pair_arms(
         (
             *notes,
             *_absent(plan, first, second),
-            *_order(arms, strict),
+            *_by_design(plan, arms),
+            *([] if ORDER in following(plan.own_keys) else _order(arms, strict)),
             *([f"code revisions: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
         ),
     )
@@ -97,15 +99,31 @@ def pair_arms(
 
 def _finished(plan: Plan, root: Path, arm: str, notes: list[str]) -> list[Run]:
     """Finished runs of an arm that meet the plan, oldest first; adds a note for every other run of it."""
+    return finished_runs(
+        root, plan.parsed[arm].experiment, notes, lambda run: meets(plan, arm, run, config_values(run))
+    )
+
+
+def finished_runs(
+    root: Path, experiment: str, notes: list[str], wanted: Callable[[Run], bool] = lambda _: True
+) -> list[Run]:
+    """Finished runs of an experiment below a folder, oldest first.
+
+    Args:
+        root: the folder.
+        experiment: its name.
+        notes: a line is added for every run that is unreadable, or wanted and unfinished.
+        wanted: which runs to return.
+    """
     runs = []
-    for file in sorted(root.rglob(f"{arm}/*/{CONFIG}"), key=lambda path: path.parent.name):
+    for file in sorted(root.rglob(f"{experiment}/*/{CONFIG}"), key=lambda path: path.parent.name):
         try:
             run = read_run(file.parent)
-            values = config_values(run)
+            config_values(run)
         except (ValueError, OSError, yaml.YAMLError) as error:
             notes.append(f"left out, unreadable: {file.parent}: {reason(error)}")
             continue
-        if meets(plan, run, values):
+        if wanted(run):
             if run.report is None:
                 notes.append(unfinished(run))
             else:
@@ -113,18 +131,19 @@ def _finished(plan: Plan, root: Path, arm: str, notes: list[str]) -> list[Run]:
     return runs
 
 
-def meets(plan: Plan, run: Run, values: Mapping[str, Any]) -> bool:
-    """Whether a run has the scale, a seed and the values of a plan.
+def meets(plan: Plan, arm: str, run: Run, values: Mapping[str, Any]) -> bool:
+    """Whether a run has the scale, a seed and the values of an arm of a plan.
 
     Args:
         plan: what is compared.
+        arm: name of the arm.
         run: the run.
         values: its `config_values`.
 
     Raises:
         ValueError: if `where` names neither a config key nor an entry of env.json.
     """
-    chosen = all(_has(run, values, *item) for item in plan.where.items())
+    chosen = all(_has(run, values, *item) for item in plan.required(arm).items())
     return bool(values["scale"] == plan.scale and chosen and (not plan.seeds or values[SEED] in plan.seeds))
 
 
@@ -152,8 +171,10 @@ def _by_seed(runs: Sequence[Run]) -> dict[int, list[Run]]:
     return result
 
 
-def _require_one_setting(runs: Sequence[Run], varied: tuple[str, ...]) -> None:
-    if differing := differences(runs, varied):
+def _require_one_setting(
+    runs: Sequence[Run], varied: tuple[str, ...], own: Collection[str] = (), one_arm: bool = False
+) -> None:
+    if differing := differences(runs, varied, own, one_arm):
         names = {name: path for path, name in ENVIRONMENT.items()}
         words, choices = [], []
         for key, values in differing.items():
@@ -170,8 +191,21 @@ def _absent(plan: Plan, first: Mapping[int, Any], second: Mapping[int, Any]) -> 
     return [
         f"MISSING: seed {seed} of {arm}"
         for seed in sorted({*plan.seeds, *first, *second})
-        for arm, runs in zip(plan.arms, (first, second), strict=True)
+        for arm, runs in zip(plan.parsed, (first, second), strict=True)
         if seed not in runs
+    ]
+
+
+def _by_design(plan: Plan, arms: Arms) -> list[str]:
+    """A line for every other entry in which the arms differ because of keys of their own."""
+    one, two = (next(iter(arm.values()))[0] for arm in (arms.first, arms.second))
+    differing = differences([one, two])
+    entries = sorted(following(plan.own_keys) & differing.keys())
+    return [
+        f"by design: {entry}: "
+        + ", ".join(f"{arm} {str(value)[:40]}" for arm, value in zip(plan.parsed, differing[entry], strict=True))
+        for entry in entries
+        if entry != ORDER
     ]
 
 
@@ -190,12 +224,18 @@ def _order(arms: Arms, strict: bool) -> list[str]:
 def _nothing_to_pair(plan: Plan, root: Path, found: Mapping[str, Sequence[Run]], notes: Sequence[str]) -> str:
     counts = ", ".join(f"{len(runs)} of {arm}" for arm, runs in found.items())
     chosen = "".join(f", {key}={value}" for key, value in plan.where.items())
+    chosen += "".join(f", {arm.name} {' '.join(setting_words(arm.own))}" for arm in plan.parsed.values() if arm.own)
     seeds = ",".join(map(str, plan.seeds or (0, 1, 2)))
-    arms = " ".join(f"--arm {arm}" for arm in plan.arms)
-    keys = "".join(f" {key}={value}" for key, value in plan.where.items() if key not in ENVIRONMENT)
+    settings: dict[tuple[str, ...], list[str]] = {}
+    for name, arm in plan.parsed.items():
+        words = setting_words({key: value for key, value in plan.required(name).items() if key not in ENVIRONMENT})
+        settings.setdefault(tuple(words), []).append(f"--arm {arm.experiment}")
     lines = [
         f"no seed has a finished run of both arms in {root} (scale {plan.scale}{chosen}): {counts}",
         *notes,
-        f"to make them: python -m t2i_lm.sweep seed={seeds}{keys} {arms} --scale {plan.scale}",
+        *(
+            f"to make them: python -m t2i_lm.sweep {' '.join([f'seed={seeds}', *words, *options])} --scale {plan.scale}"
+            for words, options in settings.items()
+        ),
     ]
     return "\n".join(lines)

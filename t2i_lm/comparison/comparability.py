@@ -1,6 +1,6 @@
 """Comparability of runs: the keys that must agree, and the differences that a figure or table has to name."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -25,6 +25,16 @@ ENVIRONMENT = {
     "plugins": "plug-ins",
     "stream_hash": ORDER,
     "precision": "precision",
+    "numerics": "numerics",  # version of what the code computes
+}
+# Entries that follow from keys of an arm's own, by the beginning of the key.
+CONTENT = ("source", "path", "val_path", "train_size", "val_size", "seed", "hold_out_pairs", "captions", "text_ratio")
+FOLLOWING = {
+    "backbone.": ("backbone weights",),
+    **{f"data.{name}": ("data hash", ORDER) for name in CONTENT},
+    **{f"data.{name}": (ORDER,) for name in ("batch_size", "caption_dropout", "replay_", "shuffle_parts")},
+    "image_tokenizer.": ("image tokenizer", "data hash", ORDER),
+    "text_tokenizer.": ("text tokenizer", "data hash", ORDER),
 }
 
 
@@ -49,7 +59,9 @@ def config_differences(one: Run, two: Run) -> dict[str, tuple[Any, Any]]:
     return {key: (values[0], values[1]) for key, values in _config_differences((one, two)).items()}
 
 
-def differences(runs: Sequence[Run], varied: tuple[str, ...] = ()) -> dict[str, tuple[Any, ...]]:
+def differences(
+    runs: Sequence[Run], varied: tuple[str, ...] = (), own: Collection[str] = (), one_arm: bool = False
+) -> dict[str, tuple[Any, ...]]:
     """The value of each run by key, for all keys in which runs differ beyond the arm; empty if they are comparable.
 
     Keys are those of the config, without neutral ones and paths that are hashed, and the names in ENVIRONMENT. An entry
@@ -58,13 +70,21 @@ def differences(runs: Sequence[Run], varied: tuple[str, ...] = ()) -> dict[str, 
     Args:
         runs: the runs to compare.
         varied: keys, or their beginnings, in which runs differ by design.
+        own: config keys of which arms have values of their own, with what follows from them.
+        one_arm: whether the runs are of one arm, which has one `init`.
     """
-    differing = {key: values for key, values in _config_differences(runs).items() if key not in HASHED}
+    differing = {key: values for key, values in _config_differences(runs, one_arm).items() if key not in HASHED}
     for path, name in ENVIRONMENT.items():
         values = tuple(environment_value(run, path) for run in runs)
         if len({str(value) for value in values if value is not None}) > 1:
             differing[name] = tuple("unknown" if value is None else value for value in values)
-    return {key: values for key, values in differing.items() if not key.startswith(varied)}
+    allowed = {*own, *following(own)}
+    return {key: values for key, values in differing.items() if not key.startswith(varied) and key not in allowed}
+
+
+def following(own: Collection[str]) -> set[str]:
+    """The entries of ENVIRONMENT in which arms differ because of keys of their own."""
+    return {entry for key in own for start, entries in FOLLOWING.items() if key.startswith(start) for entry in entries}
 
 
 def revisions(runs: Iterable[Run]) -> list[str]:
@@ -96,14 +116,15 @@ def _defaults() -> dict[str, Any]:
     return flatten_mapping(asdict(ExperimentConfig()))
 
 
-def _config_differences(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
+def _config_differences(runs: Sequence[Run], one_arm: bool = False) -> dict[str, tuple[Any, ...]]:
+    exempt = ARM_KEYS[:1] if one_arm else ARM_KEYS
     configs = [config_values(run) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     values = {key: tuple(config.get(key) for config in configs) for key in keys}
     return {
         key: each
         for key, each in values.items()
-        if any(value != each[0] for value in each) and key not in ARM_KEYS and not is_neutral(key)
+        if any(value != each[0] for value in each) and key not in exempt and not is_neutral(key)
     }
 
 

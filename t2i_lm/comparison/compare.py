@@ -40,6 +40,7 @@ class Result:
             None without such runs.
         needed_difference: pairs for 80 % power to find a true difference of the size of the mean.
         needed_equivalence: pairs for 80 % power to show equivalence if there is no difference.
+        missing: seeds of the plan of which an arm has no run; with any, the verdict is UNDECIDED.
         verdict: DIFFERENCE, EQUIVALENT, SMALL (both) or UNDECIDED.
     """
 
@@ -52,6 +53,7 @@ class Result:
     rounding_sd: float | None
     needed_difference: int | None
     needed_equivalence: int | None
+    missing: int
     verdict: str
 
 
@@ -65,7 +67,8 @@ def compare(plan: Plan, arms: Arms) -> list[Result]:
         _result(plan, arms, Endpoint(name), number == 0) for number, name in enumerate((plan.primary, *plan.secondary))
     ]
     results = [results[0], *_corrected(results[1:])]
-    return [replace(one, verdict=_verdict(one.statistics, plan.alpha)) for one in results]
+    # A look at a part of the planned seeds is no test at level alpha.
+    return [one if one.missing else replace(one, verdict=_verdict(one.statistics, plan.alpha)) for one in results]
 
 
 def _result(plan: Plan, arms: Arms, endpoint: Endpoint, primary: bool) -> Result:
@@ -96,6 +99,7 @@ def _result(plan: Plan, arms: Arms, endpoint: Endpoint, primary: bool) -> Result
         rounding_sd=None if endpoint.of_pair else _rounding_sd(endpoint, [*arms.first.values(), *arms.second.values()]),
         needed_difference=None if sd is None else pairs_for_difference(statistics.mean, sd, plan.alpha),
         needed_equivalence=None if sd is None or margin is None else pairs_for_equivalence(margin, sd, plan.alpha),
+        missing=len({*plan.seeds} - {*arms.seeds}),
         verdict=UNDECIDED,
     )
 

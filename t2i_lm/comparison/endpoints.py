@@ -43,6 +43,11 @@ class Endpoint:
         """Unit of its values; may be empty."""
         return "tokens" if self.of_pair else UNITS.get(self.name.rpartition(".")[2], "")
 
+    @property
+    def is_loss(self) -> bool:
+        """Whether lower is better."""
+        return self.name.rpartition(".")[2] in UNITS and not self.of_pair
+
     def value(self, run: Run) -> float:
         """The value of a finished run.
 

@@ -1,6 +1,7 @@
 """Plan of a comparison: arms, primary endpoint and margin, written down before the runs are made."""
 
 import difflib
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +16,7 @@ from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.config.experiment import is_file_name
 from t2i_lm.config.load import literal
 from t2i_lm.config.sections import require
+from t2i_lm.config.values import key_types
 from t2i_lm.storage.run_folder import PRIMARY, VAL
 from t2i_lm.storage.yaml_text import read_yaml
 
@@ -52,23 +54,89 @@ class Margin:
         return f"{100 * self.size:g} %" if self.relative else f"{self.size:g}"
 
 
+LONGEST = 200  # bytes of a folder's name that is used as it is; file systems take 255
+# Keys that no arm and no grid sets: a plan has its own words for them, or they change nothing computed.
+RESERVED = ("seed", "scale", "name", "run.dir")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: an experiment, with values of config keys that are the arm's own.
+
+    Attributes:
+        name: in the plan, its tables and files.
+        experiment: name of the experiment.
+        own: values by dotted key.
+    """
+
+    name: str
+    experiment: str
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_arms(given: Any, key: str = "arms") -> dict[str, Arm]:
+    """Arms by name.
+
+    Args:
+        given: names of experiments; or a mapping from names to an experiment, or to values of config keys with the
+            experiment under `experiment` (default: the name).
+        key: where it is from, for messages.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if isinstance(given, list):
+        require(all(isinstance(name, str) for name in given), key, given, "names of experiments")
+        require(len(set(given)) == len(given), key, given, "each arm once")
+        return {name: Arm(name, name) for name in given}
+    require(isinstance(given, Mapping), key, given, "names of experiments, or settings by arm")
+    arms = {}
+    for name, content in given.items():
+        require(isinstance(name, str) and is_file_name(name), key, name, "a name without / for each arm")
+        known = content is None or isinstance(content, str | Mapping)
+        require(known, f"{key}.{name}", content, "an experiment, or values of config keys")
+        own = {"experiment": content} if isinstance(content, str) else dict(content or {})
+        experiment = own.pop("experiment", name)
+        require(isinstance(experiment, str), f"{key}.{name}.experiment", experiment, "the name of an experiment")
+        require_settable(own, f"{key}.{name}")
+        arms[name] = Arm(name, experiment, own)
+    contents = [repr((arm.experiment, sorted(arm.own.items(), key=str))) for arm in arms.values()]
+    require(len(set(contents)) == len(contents), key, list(arms), "arms that differ in experiment or setting")
+    return arms
+
+
+def require_settable(values: Mapping[Any, Any], where: str) -> None:
+    """Checks that values of config keys name keys that a plan may set.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, value in values.items():
+        known = isinstance(key, str) and key in key_types()
+        near = difflib.get_close_matches(str(key), list(key_types()), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        require(known, f"{where}.{key}", value, f"a config key, such as optim.lr{hint}")
+        require(key not in RESERVED, f"{where}.{key}", value, f"another key than {', '.join(RESERVED)}")
+        require(not isinstance(value, Mapping), f"{where}.{key}", value, "a value of a dotted key")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a comparison tests.
 
     Attributes:
-        arms: names of two experiments; a difference is the first minus the second.
+        arms: two experiments as in `parse_arms`; a difference is the first minus the second.
         scale: overlay of the runs.
         primary: the endpoint (`endpoints.py`) whose verdict counts, at level `alpha` without correction.
         margin: largest difference of the primary endpoint that counts as none: in its unit, or `1%` of the second arm.
         secondary: further endpoints, corrected for their number (Holm).
-        seeds: seeds that both arms should have; missing ones are named. Empty: those that are there.
-        where: values of config keys that runs must have, by dotted key.
-        varied: keys, or their beginnings, in which the arms differ by design, beside `name` and `init`.
+        seeds: seeds that both arms require for a verdict; missing ones are named. Empty: those that are there.
+        where: values of config keys that runs of both arms must have, by dotted key.
+        varied: keys, or their beginnings, in which the arms differ by design, beside `name`, `init` and their own.
         alpha: level of the tests.
     """
 
-    arms: list[str] = field(default_factory=lambda: ["t2i_pretrained", "t2i_scratch"])
+    arms: Any = field(default_factory=lambda: ["t2i_pretrained", "t2i_scratch"])
     scale: str = "demo"
     primary: str = "val/iid.image.nll"
     margin: str = "1%"
@@ -85,56 +153,33 @@ class Plan:
         return replace(self, primary=_on_one_set(self.primary), secondary=kept)
 
     def __post_init__(self) -> None:
-        pair = len(self.arms) == 2 and self.arms[0] != self.arms[1]
-        require(pair, "arms", self.arms, "the names of two experiments")
+        require(len(parse_arms(self.arms)) == 2, "arms", self.arms, "the names of two experiments")
         require(0 < self.alpha < 0.5, "alpha", self.alpha, "a value in (0, 0.5)")
         Margin.parse(self.margin)
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "each seed once")
         names = [Endpoint(name).name for name in (self.primary, *self.secondary)]
         require(len(set(names)) == len(names), "secondary", self.secondary, "each endpoint once, and not the primary")
+        for arm in self.parsed.values():
+            for key in arm.own:
+                require(key not in self.where, f"arms.{arm.name}.{key}", arm.own[key], "no key of where, for both arms")
+
+    @property
+    def parsed(self) -> dict[str, Arm]:
+        """Both arms by name."""
+        return parse_arms(self.arms)
+
+    @property
+    def own_keys(self) -> frozenset[str]:
+        """Config keys of which an arm has a value of its own."""
+        return frozenset(key for arm in self.parsed.values() for key in arm.own)
+
+    def required(self, arm: str) -> dict[str, Any]:
+        """The values that runs of an arm must have, by dotted key."""
+        return {**self.where, **self.parsed[arm].own}
 
 
 def _on_one_set(endpoint: str) -> str:
     return endpoint.replace(f"{VAL}/{PRIMARY}.", f"{VAL}.")
-
-
-@dataclass(frozen=True)
-class Study:
-    """Comparisons and further runs, trained and evaluated by one command.
-
-    Attributes:
-        scale, seeds, primary, margin, secondary, alpha: of every comparison that does not set its own (see `Plan`).
-        comparisons: keys of a `Plan` by name; its runs are trained with the values of `where`.
-        runs: further experiments by name of the group, for figures: `arms`, `seeds` and `where`.
-    """
-
-    scale: str = "demo"
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    primary: str = "val/iid.image.nll"
-    margin: str = "1%"
-    secondary: list[str] = field(default_factory=lambda: list(SECONDARY))
-    alpha: float = 0.05
-    comparisons: dict[str, Any] = field(default_factory=dict)
-    runs: dict[str, Any] = field(default_factory=dict)
-
-    def plans(self) -> dict[str, Plan]:
-        """The plan of every comparison."""
-        shared = {name: getattr(self, name) for name in ("scale", "seeds", "primary", "margin", "secondary", "alpha")}
-        return {name: _typed(Plan, shared | own, f"comparisons.{name}.") for name, own in self.comparisons.items()}
-
-    def groups(self) -> "dict[str, RunGroup]":
-        """The further runs."""
-        shared = {"seeds": self.seeds[:1]}
-        return {name: _typed(RunGroup, shared | own, f"runs.{name}.") for name, own in self.runs.items()}
-
-
-@dataclass(frozen=True)
-class RunGroup:
-    """Experiments that are trained and not compared: names, seeds, and values of config keys."""
-
-    arms: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    where: dict[str, Any] = field(default_factory=dict)
 
 
 def read_plan(path: Path) -> Plan:
@@ -143,49 +188,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         ValueError: naming the file and the key.
     """
-    return _read(Plan, path)
-
-
-def read_study(path: Path) -> Study:
-    """A study from a YAML file, its plans and groups checked.
-
-    Raises:
-        ValueError: naming the file and the key.
-    """
-    study = _read(Study, path)
-    try:
-        require(bool(study.comparisons or study.runs), "comparisons", study.comparisons, "at least one comparison")
-        require(bool(study.seeds), "seeds", study.seeds, "at least one seed")
-        for name, own in {**study.comparisons, **study.runs}.items():
-            require(is_file_name(str(name)), "name", name, "a name without /, of which files are named")
-            require(isinstance(own, dict), name, own, "keys and values")
-        study.plans()
-        study.groups()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return study
-
-
-def chosen_study(path: Path | None, scale: str | None) -> Study:
-    """The study of a file, or one of the default comparison alone, with the command line's scale.
-
-    Raises:
-        ValueError: naming the file and the key.
-    """
-    study = Study(seeds=[], comparisons={"pretraining": {}}) if path is None else read_study(path)
-    return study if scale is None else replace(study, scale=scale)
-
-
-def first_seeds(study: Study, count: int | None) -> Study:
-    """A study with the first seeds of its plan alone.
-
-    Raises:
-        ValueError: if there are not as many.
-    """
-    if count is None:
-        return study
-    require(1 <= count <= len(study.seeds), "--seeds", count, f"1 to {len(study.seeds)}, the seeds of the plan")
-    return replace(study, seeds=study.seeds[:count])
+    return read_schema(Plan, path)
 
 
 def setting_folder(words: Sequence[str]) -> str:
@@ -194,18 +197,32 @@ def setting_folder(words: Sequence[str]) -> str:
     Args:
         words: `key=value` strings.
     """
-    return re.sub(r"[^\w.=-]", "_", " ".join(words))
+    name = re.sub(r"[^\w.=-]", "_", " ".join(words))
+    if len(name.encode()) <= LONGEST:
+        return name
+    return f"{name[: LONGEST // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def setting_words(where: Mapping[str, Any]) -> list[str]:
-    """The values of a plan's `where` as `key=value` strings."""
-    return [f"{key}={'null' if value is None else value}" for key, value in where.items()]
+    """Values by config key as `key=value` strings."""
+    return [f"{key}={_word(value)}" for key, value in where.items()]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 Schema = TypeVar("Schema")
 
 
-def _read(schema: type[Schema], path: Path) -> Schema:
+def read_schema(schema: type[Schema], path: Path) -> Schema:
+    """An instance of a dataclass from a YAML file.
+
+    Raises:
+        ValueError: naming the file and the key.
+    """
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -215,12 +232,12 @@ def _read(schema: type[Schema], path: Path) -> Schema:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, found {type(content).__name__}")
     try:
-        return _typed(schema, content)
+        return typed(schema, content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _typed(schema: type[Schema], content: dict[str, Any], prefix: str = "") -> Schema:
+def typed(schema: type[Schema], content: dict[str, Any], prefix: str = "") -> Schema:
     """An instance of a dataclass, its keys and the types of its values checked."""
     known = [key.name for key in fields(schema)]  # type: ignore[arg-type]
     for key in content:
@@ -228,13 +245,16 @@ def _typed(schema: type[Schema], content: dict[str, Any], prefix: str = "") -> S
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
             raise ValueError(f"unknown key {prefix}{key!r}{hint}")
+    # OmegaConf merges no mapping into the list of a default.
+    free = {key.name: content[key.name] for key in fields(schema) if key.type is Any and key.name in content}  # type: ignore[arg-type]
+    content = {key: value for key, value in content.items() if key not in free}
     try:
         result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(literal(content))))
     except OmegaConfBaseException as error:
         named = getattr(error, "full_key", None)
         raise ValueError(f"{prefix}{named}={content.get(str(named))!r}: {str(error).splitlines()[0]}") from error
     assert isinstance(result, schema)
-    return result
+    return replace(result, **free)  # type: ignore[type-var]
 
 
 def chosen_plan(path: Path | None, scale: str | None, where: Sequence[str]) -> Plan:

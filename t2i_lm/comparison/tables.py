@@ -8,14 +8,14 @@ from typing import Any
 from t2i_lm.comparison.arms import Arms
 from t2i_lm.comparison.comparability import revisions
 from t2i_lm.comparison.compare import DIFFERENCE, SMALL, UNDECIDED, Result
-from t2i_lm.comparison.plan import Plan
+from t2i_lm.comparison.plan import Plan, setting_words
 from t2i_lm.comparison.statistics import BOOTSTRAP_MIN, POWER
 from t2i_lm.runtime.tables import compact, text_table
 
 
 def text(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
     """Two tables, differences and sizes of the samples, and notes below them."""
-    first, second = plan.arms
+    first, second = plan.parsed
     level = f"{100 * (1 - plan.alpha):g} %"
     header = ("endpoint", first, second, "difference", f"{level} t-interval", "bootstrap", "p", "margin", "TOST p", "")
     tested = [
@@ -60,13 +60,15 @@ def text(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
 
 def sentence(plan: Plan, result: Result) -> str:
     """The verdict of a result in words."""
-    first, second = plan.arms
+    first, second = plan.parsed
     if result.verdict in (DIFFERENCE, SMALL):
         lower = first if (result.statistics.mean < 0) != result.endpoint.of_pair else second
         words = f"{lower} saves tokens" if result.endpoint.of_pair else f"{lower} is lower"
         return f"{words}, by less than the margin" if result.verdict == SMALL else words
     if result.statistics.n < 2:
         return f"{UNDECIDED}, one pair"
+    if result.missing:
+        return f"{UNDECIDED}, {_missing(result)}"
     if result.statistics.t_interval is None:
         return f"{UNDECIDED}, equal in every pair: copies?"
     return result.verdict
@@ -103,7 +105,7 @@ def as_json(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
 
 def latex(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
     """A `tabular` in the style of booktabs, under a comment with the setting."""
-    first, second = plan.arms
+    first, second = plan.parsed
     level = rf"{100 * (1 - plan.alpha):g}\,\%"
     header = ("endpoint", first, second, "difference", f"{level} interval", "$p$", "TOST $p$", "verdict")
     rows = [
@@ -141,6 +143,7 @@ def setting(plan: Plan, arms: Arms) -> str:
     """Seeds, scale, values of `where` and data of a comparison, in a line."""
     seeds = ", ".join(map(str, arms.seeds))
     chosen = "".join(f", {key}={value}" for key, value in plan.where.items())
+    chosen += "".join(f", {arm.name} {' '.join(setting_words(arm.own))}" for arm in plan.parsed.values() if arm.own)
     return (
         f"{len(arms.seeds)} seeds ({seeds}), scale {plan.scale}{chosen}, "
         f"data hash {arms.runs[0].environment.get('data_hash')}"
@@ -156,7 +159,9 @@ def notes(plan: Plan, arms: Arms, results: Sequence[Result]) -> list[str]:
     if len(arms.seeds) < BOOTSTRAP_MIN:
         notes.append(f"bootstrap: requires {BOOTSTRAP_MIN} seeds")
     primary = results[0]
-    if primary.verdict == UNDECIDED:
+    if primary.missing and primary.statistics.n > 1:
+        notes.append(f"no verdict: {_missing(primary)}, and a part of the planned seeds is no test at this level")
+    elif primary.verdict == UNDECIDED:
         needed = " or ".join(
             f"{pairs:,} to {what}"
             for pairs, what in (
@@ -168,6 +173,10 @@ def notes(plan: Plan, arms: Arms, results: Sequence[Result]) -> list[str]:
         enough = f"; pairs for {100 * POWER:g} % power: {needed}" if needed else ""
         notes.append(f"n = {primary.statistics.n} is too small for a verdict on {plan.primary}{enough}")
     return [*notes, *arms.notes]
+
+
+def _missing(result: Result) -> str:
+    return f"{result.missing} of {result.missing + result.statistics.n} seeds missing"
 
 
 def _name(result: Result) -> str:

@@ -70,6 +70,7 @@ RESUMABLE = (
     "trainer.rank_timeout",
     "trainer.phase_timeout",
     "trainer.checkpoint_interval",
+    "trainer.keep_steps",
     "data.workers",
     "data.remote_cache_gib",
     "log.logger",
@@ -321,8 +322,10 @@ class ExperimentConfig(Section):
         if trainer.strategy in SHARDED:
             yield align or image_tokenizer, "trainer.strategy", f"ddp, {task} is small and not sharded"
             yield optim.name == "muon", "optim.name", f"adamw with {sharded}, muon needs whole matrices"
-            whole = ("optim.l2_sp", "optim.gradient_projection", "distil.weight", "lora.rank")
-            for key in ("forgetting.interval", "fid.interval", *whole):
+            for key in (
+                *("forgetting.interval", "fid.interval"),
+                *("optim.l2_sp", "optim.gradient_projection", "distil.weight", "lora.rank"),
+            ):
                 off = "null" if key.endswith("interval") else "false" if key.endswith("projection") else "0"
                 whole_model = f"{off} with {sharded}, {key} needs the whole model in every process; or use ddp"
                 requested = forgetting if key == "forgetting.interval" else bool(self.value(key))
@@ -331,6 +334,8 @@ class ExperimentConfig(Section):
         # Steps and batches
         steps = f"less than trainer.max_steps={trainer.max_steps}"
         yield optim.warmup_steps >= trainer.max_steps, "optim.warmup_steps", steps
+        outside = any(not 1 <= step <= trainer.max_steps for step in trainer.keep_steps)
+        yield outside, "trainer.keep_steps", f"steps from 1 to trainer.max_steps={trainer.max_steps}"
         share = trainer.devices * trainer.num_nodes * trainer.accumulate_grad_batches
         factors = "trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches"
         yield data.batch_size % share != 0, "data.batch_size", f"a multiple of {share} ({factors})"

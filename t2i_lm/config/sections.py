@@ -274,6 +274,8 @@ class TrainerConfig(Section, prefix="trainer"):
     """Optimizer steps between validations."""
     checkpoint_interval: int = 1000
     """Optimizer steps between checkpoints."""
+    keep_steps: list[int] = field(default_factory=list)
+    """Steps whose checkpoints are saved and kept, such as [200, 400], beside the newest two."""
     threads: int | None = None
     """CPU threads per process; null: torch's default."""
     skip_loss_above: float | None = None

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.storage.sealed import read_sealed
 
 if TYPE_CHECKING:
     from t2i_lm.experiment.build import ImageModel
+
+# Entry of a result: when it was written. Files of earlier versions have none.
+FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -80,3 +84,13 @@ class Evaluator(ABC):
     @abstractmethod
     def run(self, context: EvaluationContext) -> dict[str, Any] | None:
         """Measures, called on every rank; rank 0 returns the result as JSON can hold it."""
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """The result of an evaluator, OUT/NAME.json, verified by its digest, which those of earlier versions lack.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+        OSError: if it cannot be opened.
+    """
+    return read_sealed(file, "restore it from a copy, or delete it and measure again")

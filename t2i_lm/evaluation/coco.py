@@ -1,7 +1,6 @@
 """`evaluate --coco`: zero-shot FID, KID and CLIP score on COCO's val2014, with the image tokenizer's floor."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from t2i_lm.assets import PREFIX as ASSET
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import FID_FEATURES
 from t2i_lm.data.coco import choose_prompts, prompts_sha256, read_coco
-from t2i_lm.evaluation.base import EvaluationContext, Evaluator
+from t2i_lm.evaluation.base import EvaluationContext, Evaluator, read_result
 from t2i_lm.evaluation.protocol_card import HEADLINE, PROMPT_SEED
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.hub import is_hub, require_model
@@ -95,7 +94,7 @@ class CocoEvaluator(Evaluator):
         result = measure_coco(context, self.options, self.coco, self.prompts)
         file = context.out / "coco.json"
         if result is not None and file.is_file():
-            _keep_earlier(json.loads(file.read_text(encoding="utf-8")), result, file)
+            _keep_earlier(read_result(file), result, file)
         return result
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.evaluation.base import EvaluationContext, Evaluator
+from t2i_lm.evaluation.base import FINISHED, EvaluationContext, Evaluator, read_result
 from t2i_lm.experiment.restore import image_config, load_trained, newest_checkpoint
 from t2i_lm.runtime import progress
 from t2i_lm.runtime.devices import global_rank, world_size
@@ -21,6 +22,7 @@ from t2i_lm.runtime.rank_beats import Limits
 from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.run_folder import require_no_links
+from t2i_lm.storage.sealed import sealed
 from t2i_lm.storage.writing import write_atomic
 
 # Ranks wait for the slowest, which may have one more part to generate.
@@ -65,7 +67,8 @@ def evaluate(run: Path, evaluators: Mapping[str, Evaluator], options: argparse.N
                 result = evaluator.run(context)
                 if rank == 0 and result is not None:
                     out.mkdir(parents=True, exist_ok=True)
-                    content = {**result, "made_with": made_with[name]}
+                    finished = time.strftime("%Y-%m-%dT%H:%M:%S")
+                    content = sealed({**result, "made_with": made_with[name], FINISHED: finished})
                     write_atomic(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
                     print(out / f"{name}.json")
             context.wait()
@@ -95,12 +98,12 @@ def _require_replaceable(file: Path, settings: dict[str, Any]) -> None:
     """Refuses to overwrite a result produced with different settings.
 
     Raises:
-        ValueError: naming the settings that differ.
+        ValueError: naming the settings that differ, or the file if it is damaged.
     """
     if not file.is_file():
         return
+    content = read_result(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         # COCO results of earlier versions have these settings in their card.
         earlier = content.get("made_with") or {**content, **content["card"]}
         differing = [key for key, value in settings.items() if earlier.get(key) != value]

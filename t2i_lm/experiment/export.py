@@ -30,7 +30,7 @@ from t2i_lm.experiment.build import (
     ImageTokenizerExperiment,
     TextExperiment,
 )
-from t2i_lm.experiment.restore import load_trained, load_trained_experiment, newest_checkpoint
+from t2i_lm.experiment.restore import checkpoint_of_step, load_trained, load_trained_experiment, newest_checkpoint
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.factory import decoder_architecture, huggingface_folder
@@ -42,7 +42,7 @@ from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.models.transformers_export import FORMAT, require_equivalent, save_transformers
 from t2i_lm.storage.cards import write_card
 from t2i_lm.storage.resumable import atomic_folder, require_new_folder, share
-from t2i_lm.storage.run_folder import find_run, read_run
+from t2i_lm.storage.run_folder import Run, find_run, read_run, require_checkpoints
 from t2i_lm.storage.writing import atomic_file, write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
@@ -65,8 +65,10 @@ COMPLETION_TOKENS = 40
 SCORE_BATCH = 32
 
 
-def export(run: Path, out: Path, dtype: str, form: str = "native", other: Path | None = None) -> dict[str, Any]:
-    """Exports the newest checkpoint of a run and returns the card, which also lies in `out`.
+def export(
+    run: Path, out: Path, dtype: str, form: str = "native", other: Path | None = None, step: int | None = None
+) -> dict[str, Any]:
+    """Exports a checkpoint of a run and returns the card, which also lies in `out`.
 
     Args:
         run: a run folder, or a folder of runs, whose newest is used.
@@ -74,11 +76,13 @@ def export(run: Path, out: Path, dtype: str, form: str = "native", other: Path |
         dtype: of the written weights.
         form: one of `FORMATS`.
         other: with a language model: held-out text of another domain, measured as well.
+        step: of the checkpoint; None for the newest one.
 
     Raises:
-        ValueError: if there is no run or no whole checkpoint, or the run has no export in this format.
+        ValueError: if there is no run or no whole checkpoint (of the step), or the run has no export in this format.
     """
     run = find_run(run)
+    require_checkpoints(run)
     config = load_run(run)
     exporters = FORMATS[form]
     if config.task not in exporters:
@@ -97,19 +101,21 @@ def export(run: Path, out: Path, dtype: str, form: str = "native", other: Path |
         require_transformers(FORMAT)
         if huggingface_folder(config) is None:
             require_equivalent(decoder_architecture(config, config.data.length))
-    checkpoint = newest_checkpoint(run)
+    checkpoint = newest_checkpoint(run) if step is None else checkpoint_of_step(run, step)
     trained: ImageModel | Experiment
     if config.task in ("text_to_image", "unconditional"):  # needs no data
         trained = load_trained(run, checkpoint)
         trained.module.cpu()
     else:
         trained = load_trained_experiment(run, checkpoint)
-    environment = read_run(run).environment
+    found = read_run(run)
+    environment = found.environment
     card: dict[str, Any] = {
         "experiment": config.name,
         "task": config.task,
         "seed": config.seed,
         "steps": step_of(checkpoint),
+        "tokens": tokens_after(found, step_of(checkpoint)),
         "data_hash": environment.get("data_hash"),
         "git": environment.get("git"),
         "dtype": dtype,
@@ -122,6 +128,12 @@ def export(run: Path, out: Path, dtype: str, form: str = "native", other: Path |
     card = write_card(out, card)
     share(*(file for file in out.rglob("*") if file.is_file()))
     return card
+
+
+def tokens_after(run: Run, step: int) -> int | None:
+    """Positions that a run has trained on after a step, equally many in each; None for an image tokenizer."""
+    lines = [line for line in run.metrics if line["step"] and "tokens_nominal" in line]
+    return int(lines[-1]["tokens_nominal"]) * step // int(lines[-1]["step"]) if lines else None
 
 
 def export_decoder(model: ImageModel, out: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -296,17 +308,17 @@ def tokenizer_numbers(tokenizer: VQTokenizer, images: ImageBatches) -> dict[str,
                 asked = everything if meaning["family"] == "pair" else everything - {"relation"}
                 read_back.append(check(image, meaning, asked))
     ids_RN = torch.cat(parts).numpy()
-    meaning: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     if tokenizer.words is not None:
-        meaning["words_in_caption"] = words_in_captions(ids_RN, captions, tokenizer.words)
+        told["words_in_caption"] = words_in_captions(ids_RN, captions, tokenizer.words)
     if isinstance(images.source, SceneSource) and tokenizer.grid == (SIDE, SIDE):
         scenes = [images.source.scene(index) for index in range(len(images))]
-        meaning["meaning"] = code_meaning(ids_RN.reshape(-1, SIDE, SIDE), scenes)
+        told["meaning"] = code_meaning(ids_RN.reshape(-1, SIDE, SIDE), scenes)
     return {
         "pictures": images_seen,
         "psnr_db": -10 * math.log10(squares / images_seen),
         "codes_used": float((used > 0).double().mean()),
         "parameters": sum(parameter.numel() for parameter in tokenizer.model.parameters()),
         "checker_right": {name: entry["right"] for name, entry in shares_right(read_back).items()},
-        **meaning,
+        **told,
     }

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from callbacks import find_resumable, read_checkpoint
+from callbacks import CorruptCheckpointError, find_resumable, read_checkpoint
+from callbacks.checkpoints import checkpoint_path, checkpoints, step_of
+from callbacks.files.checkpoint_io import verify
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_run, require_located
 from t2i_lm.config.sections import DistilConfig
@@ -14,7 +16,7 @@ from t2i_lm.experiment.build import Experiment, ImageModel, build, build_model
 from t2i_lm.models.factory import architecture_hashes
 from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.storage.reading import reading, reason
-from t2i_lm.storage.run_folder import CHECKPOINTS, read_environment, read_run
+from t2i_lm.storage.run_folder import CHECKPOINTS, read_environment, read_run, require_checkpoints
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -23,6 +25,7 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         ValueError: if there is none.
     """
+    require_checkpoints(run)
     notes: list[str] = []
     checkpoint = find_resumable(run / CHECKPOINTS, lambda _, text: notes.append(text))
     if notes and checkpoint is not None:
@@ -33,6 +36,27 @@ def newest_checkpoint(run: Path) -> Path:
     if checkpoint is None:
         raise ValueError(f"{run} has no intact checkpoint in {CHECKPOINTS}/")
     return checkpoint
+
+
+def checkpoint_of_step(run: Path, step: int) -> Path:
+    """The checkpoint of a run after an optimizer step.
+
+    Raises:
+        ValueError: if there is none, naming the steps that have one, or if it is damaged.
+    """
+    require_checkpoints(run)
+    path = checkpoint_path(run / CHECKPOINTS, step)
+    if not path.is_file():
+        steps = ", ".join(f"{step_of(other):,}" for other in checkpoints(run / CHECKPOINTS)) or "none"
+        raise ValueError(
+            f"--step {step}: {run} has no checkpoint of this step; of steps: {steps} (a run keeps the newest two, and "
+            "those of trainer.keep_steps)"
+        )
+    try:
+        verify(path)
+    except (CorruptCheckpointError, OSError) as error:
+        raise ValueError(f"--step {step}: {error}") from error
+    return path
 
 
 def load_trained(run: Path, checkpoint: Path | None = None) -> ImageModel:
@@ -108,8 +132,9 @@ def image_config(run: Path) -> ExperimentConfig:
     """The config of a run that trains an image model.
 
     Raises:
-        ValueError: if it cannot be read or trains another model.
+        ValueError: if it cannot be read, trains another model, or the folder holds collected results.
     """
+    require_checkpoints(run)
     config = load_run(run)
     if config.task not in ("text_to_image", "unconditional"):
         raise ValueError(f"{run} is a run of task={config.task}; expected text_to_image or unconditional")

@@ -1,5 +1,6 @@
 """Grids of images above their captions."""
 
+import io
 import json
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from t2i_lm.storage.writing import atomic_file
 PIXELS = 192  # side of an image in the grid
 TEXT_LINES, LINE_HEIGHT, CHARACTERS, MARGIN = 4, 14, 31, 8
 CAPTIONS = "captions"  # key of a PNG's text
+DESCRIPTION = 0x010E  # EXIF tag of a WebP's
 
 
 def captioned_grid(
@@ -68,14 +70,16 @@ class GridCell:
 
 
 def grid_cells(file: Path) -> list[GridCell]:
-    """The cells of a PNG of `captioned_grid`, row by row, without empty ones; empty for another image.
+    """The cells of a PNG of `captioned_grid` or a WebP of `first_rows`, row by row; empty for another image.
+
+    Empty cells are left out.
 
     Raises:
         OSError: if the file cannot be read.
     """
     with open_image(file) as opened:
         grid = read_rgb(opened)
-        captions = _captions(opened.info.get(CAPTIONS))
+        captions = _captions(opened.info.get(CAPTIONS) or opened.getexif().get(DESCRIPTION))
     width, height = PIXELS + 2 * MARGIN, PIXELS + TEXT_LINES * LINE_HEIGHT + 2 * MARGIN
     if grid.width % width or grid.height % height:
         return []
@@ -91,6 +95,30 @@ def grid_cells(file: Path) -> list[GridCell]:
         below = cell.crop((MARGIN, MARGIN + PIXELS, width, height))
         cells.append(GridCell(image, None if captions is None else captions[number], below))
     return cells
+
+
+def first_rows(file: Path, rows: int, quality: int) -> bytes | None:
+    """The first rows of a PNG of `captioned_grid` as WebP with its captions; None for another image.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    cells = grid_cells(file)
+    if not cells:
+        return None
+    with open_image(file) as opened:
+        grid = read_rgb(opened)
+    height = PIXELS + TEXT_LINES * LINE_HEIGHT + 2 * MARGIN
+    columns = grid.width // (PIXELS + 2 * MARGIN)
+    captions = [cell.caption for cell in cells[: rows * columns]]
+    exif = Image.Exif()
+    if None not in captions:
+        exif[DESCRIPTION] = json.dumps(captions)
+    content = io.BytesIO()
+    grid.crop((0, 0, grid.width, min(grid.height, rows * height))).save(
+        content, format="webp", quality=quality, method=6, exif=exif
+    )
+    return content.getvalue()
 
 
 def _captions(text: str | None) -> list[str] | None:

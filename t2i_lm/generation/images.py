@@ -26,8 +26,10 @@ ImageArray = np.ndarray[Any, np.dtype[np.uint8]]
 IMAGE_BATCH = 64
 # Images decoded at once.
 DECODE_BATCH = 8
-# Products of a weight and an entry, over all images, from which compilation takes less time on a CPU than it saves.
-CPU_COMPILE_PRODUCTS = 5e11
+# Products of a weight and an entry, over all images, from which compilation takes less time on a CPU than it saves:
+# about 2,100 of the demo's images. It costs 2 CPU seconds with torch's caches of the same model, 10 with those of the
+# machine, 26 without, and saves 7 ms of the demo's image (benchmarks/RESULTS.md).
+CPU_COMPILE_PRODUCTS = 1e12
 # Characters by which a caption is recognized in messages and file names.
 CAPTION_START = 40
 

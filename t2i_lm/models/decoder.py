@@ -360,7 +360,7 @@ class Decoder(Backbone):
         return TargetIndex.from_mask(mask_BT, self._packing)
 
     def hidden_at(self, ids_BT: Tensor, index: TargetIndex) -> Tensor:
-        if index.packed is index.split is None:
+        if index.packed is None and index.split is None:
             return super().hidden_at(ids_BT, index)
         packed, rotary = index.packed, self.rotary(ids_BT.shape[1])
         if packed is None:

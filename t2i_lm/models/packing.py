@@ -97,7 +97,7 @@ class ModalitySplit(NamedTuple):
 
     def unsort(self, x_1N: Tensor) -> Tensor:
         """The values (B, T, ...) of sorted ones."""
-        return x_1N[0].index_select(0, self.place_N).unflatten(0, self.shape)
+        return x_1N[0].index_select(0, self.place_N).view(*self.shape, *x_1N.shape[2:])
 
     def halves(self, x_1N: Tensor) -> tuple[Tensor, Tensor]:
         """The sorted values of text and of images, as views."""

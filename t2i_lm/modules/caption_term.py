@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from t2i_lm.config.sections import AlignConfig
 from t2i_lm.models.contrastive import symmetric_nll
-from t2i_lm.tokenizers.words import WordVQ
 
 
 class CaptionTerm(nn.Module):
@@ -24,8 +23,8 @@ class CaptionTerm(nn.Module):
 
     Both are taken relative to the mean caption, without which the words that all captions have would drown the others.
 
-    With codes that are words, a cell counts as the text row of its word: an image is told by words like those of its
-    caption. Backward it is the softmax over all words, by distance in units of that between neighboring codes.
+    With codes that are words, the head is to give each code the row of its word (`mismatch`). So an image is told by
+    words like those of its caption, and a word comes to lie where latents of what it says are.
 
     Attributes:
         head: width of a code -> width of a text row.
@@ -52,7 +51,7 @@ class CaptionTerm(nn.Module):
         """Nll (2, B) in nats of each image's caption and of each caption's image.
 
         Args:
-            image_BD: from `images_of_codes` or `images_of_words`.
+            image_BD: from `images_of_codes`.
             batch: of `CaptionedImages`.
             across_ranks: whether candidates are the pairs of all ranks.
         """
@@ -68,26 +67,13 @@ class CaptionTerm(nn.Module):
             cells_BND = self.head(codes_BEhw.float().flatten(2).transpose(1, 2))
             return F.normalize(cells_BND.mean(dim=1), dim=-1)  # the head's bias is a mean of its own
 
-    def images_of_words(self, latents_BEhw: Tensor, model: WordVQ) -> Tensor:
-        """Normalized bags (B, D) of the words nearest to latents."""
-        with torch.autocast(latents_BEhw.device.type, enabled=False):
-            codes_KE = model.codebook
-            flat_LE = latents_BEhw.float().permute(0, 2, 3, 1).flatten(0, 2)
-            distance_LK = codes_KE.square().sum(dim=1) - 2 * flat_LE @ codes_KE.T  # as `VQAutoencoder.nearest`
-            soft_LK = torch.softmax(-distance_LK / spacing(codes_KE.detach()), dim=1)
-            hard_LK = F.one_hot(distance_LK.argmin(dim=1), len(codes_KE)).to(soft_LK.dtype)
-            chosen_LK = hard_LK + soft_LK - soft_LK.detach()
-            bag_BK = chosen_LK.unflatten(0, (len(latents_BEhw), -1)).mean(dim=1)
-            return F.normalize(bag_BK @ model.rows_KD - self.mean_D, dim=-1)
+    def mismatch(self, codes_KE: Tensor, words_KD: Tensor) -> Tensor:
+        """Mean over codes of 1 - cosine between what the head makes of a code and the row of its word, 0-d."""
+        with torch.autocast(codes_KE.device.type, enabled=False):
+            return 1 - F.cosine_similarity(self.head(codes_KE), words_KD - self.mean_D, dim=-1).mean()
 
     @torch.no_grad()
     def likeness(self, centers_KE: Tensor, words_KD: Tensor) -> Tensor:
         """Cosine (K, K) of what the head makes of centers of latents (rows) to words (columns)."""
         with torch.autocast(centers_KE.device.type, enabled=False):
             return F.normalize(self.head(centers_KE), dim=-1) @ F.normalize(words_KD - self.mean_D, dim=-1).T
-
-
-def spacing(codes_KE: Tensor) -> Tensor:
-    """Mean squared distance of a code from its nearest other one, 0-d; positive."""
-    distance_KK = torch.cdist(codes_KE, codes_KE).square()
-    return distance_KK.fill_diagonal_(float("inf")).amin(dim=1).mean().clamp(min=1e-12)

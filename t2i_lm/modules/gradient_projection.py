@@ -40,7 +40,7 @@ class GradientProjection:
     def add(self, loss: Tensor) -> None:
         """Adds the gradient of a micro-batch's second loss; no hooks of DDP run, so that nothing is reduced."""
         found = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True)
-        self._second = list(found) if self._second is None else torch._foreach_add(self._second, found)
+        self._second = list(found if self._second is None else torch._foreach_add(self._second, found))
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -124,7 +124,7 @@ class ProjectedModule(TextToImageModule):
 
     def scalars(self) -> dict[str, Any]:
         """Cosine of both gradients at the last step, beside the base module's."""
-        own = getattr(super(), "scalars", dict)()
+        own: dict[str, Any] = getattr(super(), "scalars", dict)()
         cosine = self.projection.cosine
         return own if cosine is None else {**own, "gradient_cosine": float(cosine)}
 

@@ -65,21 +65,19 @@ class ImageTokenizerModule(OptimizedModule):
         loss = l1 + mse + commit + self.settings.edge_weight * edge
         metrics = {"loss": loss, "l1": l1, "mse": mse, "commit": commit, "edge": edge}
         if self.captions is not None:
-            caption = self.captions.nll(self._bags(latents_BEhw, coded_BEhw, quantized), batch).mean()
+            caption = self.captions.nll(self.captions.images_of_codes(coded_BEhw), batch).mean()
             loss = loss + self.settings.caption_weight * caption
-            metrics |= {"loss": loss, "caption_nll": caption, "logit_scale": self.captions.log_scale.exp()}
+            metrics |= {"caption_nll": caption, "logit_scale": self.captions.log_scale.exp()}
+            if isinstance(self.model, WordVQ):
+                mismatch = self.captions.mismatch(self.model.codebook, self.model.rows_KD)
+                loss = loss + self.settings.caption_weight * mismatch
+                metrics["mismatch"] = mismatch
+            metrics["loss"] = loss
         return {
             "loss": loss,
             "metrics": {name: value.detach() for name, value in metrics.items()},
             "samples": len(pixels_BCHW),
         }
-
-    def _bags(self, latents_BEhw: Tensor, coded_BEhw: Tensor, quantized: bool) -> Tensor:
-        """Normalized bags (B, D) of images, of their words where the codes are words and in use."""
-        assert self.captions is not None
-        if quantized and isinstance(self.model, WordVQ):
-            return self.captions.images_of_words(latents_BEhw, self.model)
-        return self.captions.images_of_codes(coded_BEhw)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.captions is not None:
@@ -160,7 +158,7 @@ class ImageTokenizerModule(OptimizedModule):
         sums["images"] += len(mse_B)
         sums["codes"] += torch.bincount(ids_Bhw.flatten(), minlength=len(self.used))
         if self.captions is not None and len(images_BCHW) == self.config.micro_batch:  # it depends on their number
-            image_BD = self._bags(latents_BEhw, self.model.embed(ids_Bhw), quantized=True)
+            image_BD = self.captions.images_of_codes(self.model.embed(ids_Bhw))
             nll_2B = self.captions.nll(image_BD, batch, across_ranks=False)
             sums["caption_nll"] += nll_2B.double().sum()
             sums["captions"] += nll_2B.numel()

@@ -9,11 +9,15 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from t2i_lm.comparison.comparability import require_comparable
+from t2i_lm.comparison.arms import SEED
+from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, require_comparable
+from t2i_lm.comparison.gap import find_gap_curve, gap_json, gap_text
+from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
 from t2i_lm.plots.curves import floor_nll, progress, scalar_series, series
 from t2i_lm.plots.figure1 import draw_figure1, figure1_table, image_tokenizer_sentence, newest_run, tokenized_images
 from t2i_lm.plots.forgetting import HOW, retention_panels, retention_table
+from t2i_lm.plots.gap import TITLE, draw_gap, gap_caption
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group, arm_of
 from t2i_lm.plots.pairing import RunPair, find_group, find_pair
 from t2i_lm.plots.panels import Panel, arm_style, draw_panels, save_figure
@@ -31,6 +35,7 @@ from t2i_lm.plots.tradeoff import (
     tradeoff_table,
 )
 from t2i_lm.storage.run_folder import Run, read_run
+from t2i_lm.storage.writing import write_atomic
 
 # What the floor of a modality's loss is.
 FLOORS = {"text": "the captions' entropy", "image": "the images' entropy"}
@@ -43,12 +48,14 @@ class Request:
 
     Attributes:
         strict: whether runs that differ in more than what a figure compares are refused; else its caption names them.
+        varied: config keys in which the arms of any figure differ by design, such as each arm's own learning rate.
     """
 
     root: Path = Path("runs")
     pretrained: Path | None = None
     scratch: Path | None = None
     strict: bool = False
+    varied: tuple[str, ...] = ()
 
     def check(self, arms: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
         """Refuses incomparable runs if `strict`.
@@ -57,7 +64,7 @@ class Request:
             IncomparableError: naming the keys in which they differ.
         """
         if self.strict:
-            require_comparable(arms, varied)
+            require_comparable(arms, (*varied, *self.varied))
 
     @cached_property
     def pair(self) -> RunPair:
@@ -77,10 +84,15 @@ class RenderedFigure:
     figure: Figure
     caption: str
     table: str
+    content: str = ""  # the numbers as JSON, of figures that have more than curves
 
     def save(self, stem: Path) -> list[Path]:
-        """Writes STEM.png and STEM.pdf and returns their paths."""
-        return save_figure(self.figure, stem, self.title, self.caption)
+        """Writes STEM.png and STEM.pdf, and STEM.json where there are numbers, and returns their paths."""
+        paths = save_figure(self.figure, stem, self.title, self.caption)
+        if self.content:
+            paths.append(stem.with_name(f"{stem.name}.json"))
+            write_atomic(paths[-1], f"{self.content}\n")
+        return paths
 
 
 @dataclass(frozen=True)
@@ -136,8 +148,9 @@ class GroupFigure:
 
     def __call__(self, request: Request) -> RenderedFigure:
         """Renders the figure from the runs of a request."""
-        arms = find_group(request.root, self.group)
-        request.check(arms, self.group.varied)
+        group = replace(self.group, varied=(*self.group.varied, *request.varied))
+        arms = find_group(request.root, group)
+        request.check(arms, group.varied)
         reference, *others = arms
         order = (*others, reference)  # the reference on top
         panels = [
@@ -149,7 +162,7 @@ class GroupFigure:
             )
             for modality, title in self.panels.items()
         ]
-        return _render_group(self.title, self.group, arms, panels, loss_table(arms, "image"), self.labels)
+        return _render_group(self.title, group, arms, panels, loss_table(arms, "image"), self.labels)
 
 
 def _with_floor(panel: Panel, runs: Iterable[Run], modality: str, unit: str) -> Panel:
@@ -248,6 +261,14 @@ def figure_remedies(request: Request) -> RenderedFigure:
     return RenderedFigure(title, draw_tradeoff(points, caption, scratch), caption, tradeoff_table(points, scratch))
 
 
+def figure_gap(request: Request) -> RenderedFigure:
+    """Gap of the arms' image loss against training tokens, every length runs of their own, with fits of its decay."""
+    curve = find_gap_curve(request.root)
+    request.check(curve.runs, (SEED, ORDER, STEPS, *IN_STEPS, ENVIRONMENT["backbone"]))
+    caption = gap_caption(curve)
+    return RenderedFigure(TITLE, draw_gap(curve, caption), caption, gap_text(curve), gap_json(curve))
+
+
 def _render_group(
     title: str,
     group: Group,
@@ -291,6 +312,7 @@ FIGURES: dict[str, Callable[[Request], RenderedFigure]] = {
         unit="ppl",
     ),
     "forgetting": figure_forgetting,
+    "gap": figure_gap,
     "relearning": figure_relearning,
     "remedies": figure_remedies,
 }

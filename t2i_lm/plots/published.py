@@ -1,7 +1,6 @@
 """Figure 2: zero-shot COCO FID of published systems by release date, and of our own runs."""
 
 import csv
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from t2i_lm.evaluation.base import read_result
 from t2i_lm.evaluation.protocol_card import CANONICAL, HEADLINE
 from t2i_lm.plots.panels import captioned_figure
 from t2i_lm.runtime.tables import text_table
@@ -75,8 +75,8 @@ def own_systems(folders: Iterable[Path]) -> list[System]:
     """
     systems = []
     for path in sorted(path for folder in folders for path in folder.glob("evaluations/*/coco.json")):
+        result = read_result(path)
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
             experiment, differs = path.parents[3].name, result["differs"]
             systems.append(
                 System(

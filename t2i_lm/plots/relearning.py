@@ -1,9 +1,9 @@
 """Relearning curves of both arms and their controls, from the results of `evaluate --relearn`."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from t2i_lm.evaluation.base import FINISHED, read_result
 from t2i_lm.plots.curves import Series
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import text_table
@@ -59,10 +59,11 @@ def _newest(run: Run) -> dict[str, Any]:
     """The newest result of the last checkpoint.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or one is damaged.
     """
     files = sorted(run.folder.glob("evaluations/*/relearn.json"), key=lambda file: file.stat().st_mtime)
-    results: list[dict[str, Any]] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    # Copies have other times than their originals.
+    results = sorted(map(read_result, files), key=lambda result: result.get(FINISHED, ""))
     digests = sorted((run.folder / CHECKPOINTS).glob("*.ckpt.sha256"))
     last = digests[-1].read_text(encoding="ascii", errors="replace") if digests else None
     own = [one for one in results if last is None or one["made_with"].get("checkpoint_sha256", "") in last]

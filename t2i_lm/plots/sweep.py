@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from t2i_lm.comparison.best import best_value, common_value
 from t2i_lm.comparison.comparability import ORDER
 from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.groups import FIGURE5, INITS
@@ -97,24 +98,33 @@ def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
                         "*" if value == best and len(values) > 1 and key != SEED else "",
                     )
                 )
-        summary = _over_seeds(arms, first) if key == SEED else [*_at_best(arms, first), *at_edges(key, arms)]
+        summary = (
+            _over_seeds(arms, first) if key == SEED else [*_at_best(arms, first), *best_lines(key, outcomes, modality)]
+        )
         tables.append("\n".join([text_table(header, rows), *summary]))
     return "\n\n".join(tables)
 
 
 def at_edges(key: str, arms: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     """A warning for each arm whose best value is the smallest or the largest one, beyond which a better one may lie."""
-    lines = []
-    for arm, values in arms.items():
-        try:
-            numbers = {value: float(value) for value in values}
-        except ValueError:  # words have no order
-            continue
-        best = best_of(values)
-        edges = {min(numbers, key=numbers.__getitem__): "smallest", max(numbers, key=numbers.__getitem__): "largest"}
-        if len(numbers) > 1 and best in edges:
-            lines.append(f"EDGE OF THE GRID: {arm}'s best {key}, {best}, is the {edges[best]}; a better one may follow")
-    return lines
+    found = [
+        best_value(arm, key, {value: dict(enumerate(nlls)) for value, nlls in values.items()})
+        for arm, values in arms.items()
+    ]
+    return [best.warning for best in found if best.warning]
+
+
+def best_lines(key: str, outcomes: Sequence[Outcome], modality: str) -> list[str]:
+    """Each arm's best value, whether it is interior to the grid, and the distance of the next one; then warnings."""
+    arms: dict[str, dict[str, dict[int, float]]] = {}
+    for outcome in outcomes:
+        nll = outcome.nll(modality)
+        if nll is not None:
+            arms.setdefault(outcome.arm, {}).setdefault(outcome.value, {})[outcome.run.config[SEED]] = nll
+    found = [best_value(arm, key, values) for arm, values in arms.items() if len(values) > 1]
+    common = common_value(arms) if len(arms) > 1 else None
+    last = [f"best common {key}: {common}, by the mean loss of the arms"] if common is not None else []
+    return [*(best.sentence for best in found), *last, *(best.warning for best in found if best.warning)]
 
 
 def _at_best(arms: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> list[str]:

@@ -153,6 +153,15 @@ CLAIMS: dict[str, Claim] = {
         tradeoff.COMMAND,
         ("remedies",),
     ),
+    "budget": Claim(
+        "Gap against training tokens",
+        '"across the entire 100B token training regimen, the loss of the pre-trained model aligns closely with that of '
+        'the randomly initialized one"; shorter budgets are points on those curves, not runs of their own.',
+        "Section 2.2",
+        "python -m t2i_lm.study experiments/plans/data_budget.yaml",
+        ("gap",),
+        PAIR,
+    ),
     "probes": Claim(
         "Probes: tokens, rows, states, attention and gradients",
         'The explanation given for Figures 4 to 6, from losses alone: "image tokens possess significantly different '

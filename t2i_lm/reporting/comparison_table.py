@@ -58,7 +58,7 @@ def comparison_table(comparison: Comparison) -> ComparisonTable:
     """The table of a comparison that has results."""
     plan, arms = comparison.plan, comparison.arms
     assert arms is not None
-    first, second = map(arm_label, plan.arms)
+    first, second = map(arm_label, plan.parsed)
     of_loss = _limit([one for one in comparison.results if one.endpoint.unit == "nats/token"])
     rows = []
     for one in comparison.results:

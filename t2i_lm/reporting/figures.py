@@ -56,11 +56,13 @@ class RecordingRequest(Request):
     def check(self, arms: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
         """Records the runs, then checks them as every figure does."""
         self.arms.update({arm: replace(run, folder=self.folders[run.folder]) for arm, run in arms.items()})
-        self.differing.update(differences(list(arms.values()), varied))
+        self.differing.update(differences(list(arms.values()), varied, self.varied))
         super().check(arms, varied)
 
 
-def draw_figures(runs: Sequence[Run], root: Path, strict: bool, pair: tuple[Run, Run] | None) -> list[FigureBlock]:
+def draw_figures(
+    runs: Sequence[Run], root: Path, strict: bool, pair: tuple[Run, Run] | None, varied: tuple[str, ...] = ()
+) -> list[FigureBlock]:
     """Every figure of the catalogue.
 
     Args:
@@ -68,24 +70,25 @@ def draw_figures(runs: Sequence[Run], root: Path, strict: bool, pair: tuple[Run,
         root: their folder, for messages.
         strict: whether incomparable runs are refused.
         pair: the runs of Figures 3 and 4, from pre-trained and from random weights; None to search.
+        varied: config keys in which arms differ by design.
 
     Raises:
         IncomparableError: if `strict`, naming the figure and the keys.
     """
     # The pair first: it may lie beside the runs of the other figures, in the folder of a sweep.
-    with _view([*(pair or ()), *runs]) as (view, folders):
+    with view([*(pair or ()), *runs]) as (top, folders):
         views = {folder: link for link, folder in folders.items()}
         one, two = (None, None) if pair is None else (views[run.folder] for run in pair)
-        names = {**{str(link): str(folder) for link, folder in folders.items()}, str(view): str(root)}
+        names = {**{str(link): str(folder) for link, folder in folders.items()}, str(top): str(root)}
         blocks = []
         for name, render in FIGURES.items():
-            request = RecordingRequest(view, one, two, strict=strict, folders=folders)
+            request = RecordingRequest(top, one, two, strict=strict, varied=varied, folders=folders)
             try:
                 rendered = render(request)
             except IncomparableError as error:
-                raise IncomparableError(f"figure {name}: {_named(str(error), names)}") from error
+                raise IncomparableError(f"figure {name}: {named(str(error), names)}") from error
             except ValueError as error:
-                blocks.append(FigureBlock(name, problem=_named(str(error), names)))
+                blocks.append(FigureBlock(name, problem=named(str(error), names)))
                 continue
             remove_caption(rendered.figure)
             blocks.append(
@@ -103,20 +106,20 @@ def draw_figures(runs: Sequence[Run], root: Path, strict: bool, pair: tuple[Run,
 
 
 @contextmanager
-def _view(runs: Sequence[Run]) -> Iterator[tuple[Path, dict[Path, Path]]]:
+def view(runs: Sequence[Run]) -> Iterator[tuple[Path, dict[Path, Path]]]:
     """A folder of links to finished runs, where figures search: a run still being written is not among them."""
     with tempfile.TemporaryDirectory(prefix="t2i_lm-report-") as name:
-        view, folders = Path(name), dict[Path, Path]()
+        top, folders = Path(name), dict[Path, Path]()
         for run in runs:
-            link = view / run.folder.parent.name / run.folder.name
+            link = top / run.folder.parent.name / run.folder.name
             if link not in folders:
                 link.parent.mkdir(exist_ok=True)
                 link.symlink_to(run.folder.resolve(), target_is_directory=True)
                 folders[link] = run.folder
-        yield view, folders
+        yield top, folders
 
 
-def _named(message: str, names: Mapping[str, str]) -> str:
+def named(message: str, names: Mapping[str, str]) -> str:
     """A message with the runs' own folders."""
     for link, folder in names.items():
         message = message.replace(link, folder)

@@ -46,14 +46,15 @@ def verdict_heading(comparison: Comparison) -> str:
     result = comparison.results[0]
     what = endpoint_label(result.endpoint.name)
     if result.verdict == DIFFERENCE:
-        first, second = comparison.plan.arms
+        first, second = comparison.plan.parsed
         lower = first if result.statistics.mean < 0 else second
         return f"A difference: the {what} is lower from {_from(lower)}."
     if result.verdict == EQUIVALENT:
         return f"Equivalent: the {what} differs by less than the margin."
     if result.verdict == SMALL:
         return f"A difference below the margin: the {what} differs, but by less than matters."
-    return "Undecided: n too small."
+    missing = result.missing and result.statistics.n > 1
+    return "Undecided: seeds of the plan are missing." if missing else "Undecided: n too small."
 
 
 def _from(experiment: str) -> str:
@@ -63,7 +64,7 @@ def _from(experiment: str) -> str:
 
 def result_sentence(comparison: Comparison, result: Result) -> str:
     """A result with its interval, number of pairs, margin and verdict."""
-    first, second = map(arm_label, comparison.plan.arms)
+    first, second = map(arm_label, comparison.plan.parsed)
     statistics, unit = result.statistics, result.endpoint.unit
     words = f"{endpoint_label(result.endpoint.name)}: "
     if result.means is not None:

@@ -60,7 +60,7 @@ def render(request: ReportRequest) -> str:
             raise IncomparableError(f"{comparison.name}: {comparison.problem}") from comparison.problem
     primary = request.comparisons[0] if request.comparisons else None
     arms = first_pair(primary)
-    blocks = draw_figures(request.pool.runs, request.root, request.strict, _named_pair(arms))
+    blocks = draw_figures(request.pool.runs, request.root, request.strict, _named_pair(arms), request.varied)
     sections = build_sections(request, blocks, arms)
     general = [note for note in request.pool.notes if not any(note in section.notes for section in sections)]
     loader = Environment(

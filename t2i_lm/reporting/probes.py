@@ -1,6 +1,5 @@
 """Probes for the page: the records of `python -m t2i_lm.probe` in the folders of finished runs."""
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.images import whole_image
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CHECKPOINTS, PROBES, Run
+from t2i_lm.storage.sealed import read_sealed
 
 ORDER = ("tokens", "rows", "similarity", "attention", "gradients")
 SIZES = ("sequences", "batches")  # options of the command that are among a record's settings
@@ -80,14 +80,14 @@ def find_probes(pool: Sequence[Run], pair: Sequence[Run]) -> tuple[Probes | None
         try:
             figures.append(_block(record))
         except OSError as error:
-            notes.append(f"left out, unreadable: {record.file.with_suffix('.png')}: {reason(error)}")
+            notes.append(f"left out, unreadable: {_figure(record.file)}: {reason(error)}")
     sentences = [str(record.content["sentence"]) for record in records]
     return Probes(figures, sentences, _command(records[0]), records[0].runs), notes
 
 
 def _read(file: Path, pool: Sequence[Run]) -> ProbeRecord | str:
     """A record with its runs, or the reason why it is not theirs any more."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_sealed(file, "restore it from a copy, or probe again")
     runs = {}
     for label, known in content["runs"].items():
         candidates = [run for run in pool if run.folder.parts[-2:] == Path(known["run"]).parts[-2:]]
@@ -132,9 +132,15 @@ def _block(record: ProbeRecord) -> FigureBlock:
         title=content["title"],
         caption=content["caption"].removeprefix(content["title"]).removeprefix(".").strip()
         + f" All numbers: {record.file}.",
-        image=whole_image(record.file.with_suffix(".png")),
+        image=whole_image(_figure(record.file)),
         arms=record.runs,
     )
+
+
+def _figure(file: Path) -> Path:
+    """The figure beside a record: a PNG, or the smaller WebP of collected results."""
+    smaller = file.with_suffix(".webp")
+    return smaller if smaller.is_file() else file.with_suffix(".png")
 
 
 def _command(record: ProbeRecord) -> str:

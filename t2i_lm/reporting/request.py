@@ -12,6 +12,7 @@ from t2i_lm.reporting.findings import arm_label
 from t2i_lm.reporting.provenance import RunFacts, run_facts
 from t2i_lm.reporting.search import Pool, RunSearch
 from t2i_lm.storage.run_folder import Run
+from t2i_lm.training.study_results import Results
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ReportRequest:
         plan: the plan file; None for the default plan.
         experiments: folder of experiments, for commands.
         strict: whether incomparable runs are refused; else they are named.
+        results: grids and curves of the comparisons; None for none.
+        varied: config keys in which the arms of figures differ by design.
     """
 
     comparisons: Sequence[Comparison]
@@ -33,6 +36,8 @@ class ReportRequest:
     plan: Path | None
     experiments: Path
     strict: bool
+    results: Results | None = None
+    varied: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
@@ -47,14 +52,14 @@ def first_pair(comparison: Comparison | None) -> dict[str, Run]:
     seed = comparison.arms.seeds[0]
     return {
         name: runs[seed][-1]
-        for name, runs in zip(comparison.plan.arms, (comparison.arms.first, comparison.arms.second), strict=True)
+        for name, runs in zip(comparison.plan.parsed, (comparison.arms.first, comparison.arms.second), strict=True)
     }
 
 
 def by_seed(comparison: Comparison) -> dict[str, Run]:
     """Every run of a comparison by arm and seed, in words."""
     assert comparison.arms is not None
-    pairs = zip(comparison.plan.arms, (comparison.arms.first, comparison.arms.second), strict=True)
+    pairs = zip(comparison.plan.parsed, (comparison.arms.first, comparison.arms.second), strict=True)
     return {
         f"{arm_label(name)}, seed {seed}" + (f" ({number + 1})" if number else ""): run
         for name, runs in pairs

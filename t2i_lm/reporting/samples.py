@@ -12,6 +12,7 @@ from t2i_lm.storage.run_folder import SAMPLES, Run
 
 SHOWN = 8  # captions of a grid
 GRID, REFERENCES = "grid", ("originals", "reconstructions")
+SUFFIXES = (".png", ".webp")
 # Validation splits in words, by their name in a grid's file and in a report; `familiar` is that of earlier versions.
 CAPTIONS = {**SPLITS, "familiar": SPLITS["iid"]}
 HELD_OUT = "held-out captions"
@@ -43,13 +44,14 @@ def sample_blocks(arms: Mapping[str, Run]) -> tuple[list[SampleBlock], list[str]
         arms: run by arm.
     """
     notes: list[str] = []
-    names = {file.name for run in arms.values() for file in (run.folder / SAMPLES).glob(f"{GRID}*.png")}
+    grids = (file for run in arms.values() for file in (run.folder / SAMPLES).glob(f"{GRID}*"))
+    names = {file.stem for file in grids if file.suffix in SUFFIXES}
     blocks = [_block(name, arms, notes) for name in sorted(names)]
     return [block for block in blocks if block is not None], notes
 
 
 def _block(name: str, arms: Mapping[str, Run], notes: list[str]) -> SampleBlock | None:
-    rest = name.removeprefix(GRID).removesuffix(".png")
+    rest = name.removeprefix(GRID)
     columns, whole = dict[str, list[CaptionedImage]](), dict[str, PageImage]()
     for heading, file in _files(name, rest, arms):
         try:
@@ -78,14 +80,20 @@ def _block(name: str, arms: Mapping[str, Run], notes: list[str]) -> SampleBlock 
 def _files(name: str, rest: str, arms: Mapping[str, Run]) -> list[tuple[str, Path]]:
     """Heading and file of each column: what the first run has of the captions' own images, then each arm's samples."""
     folder = next(iter(arms.values())).folder / SAMPLES
-    references = {kind: folder / f"{kind}{rest}.png" for kind in REFERENCES}
+    references = {kind: _image(folder, f"{kind}{rest}") for kind in REFERENCES}
     there = {kind: file for kind, file in references.items() if file.is_file()}
     headings = {"originals": "original", "reconstructions": "reconstruction"}
     if "reconstructions" not in there:  # earlier versions reconstruct the originals in their file
         headings["originals"] = "reconstruction"
     found = [(headings[kind], file) for kind, file in there.items()]
-    own = [(arm_label(arm), run.folder / SAMPLES / name) for arm, run in arms.items()]
+    own = [(arm_label(arm), _image(run.folder / SAMPLES, name)) for arm, run in arms.items()]
     return found + [(label, file) for label, file in own if file.is_file()]
+
+
+def _image(folder: Path, stem: str) -> Path:
+    """The image of a name: a run's PNG, or the smaller WebP of collected results."""
+    files = [folder / f"{stem}{suffix}" for suffix in SUFFIXES]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def score_rows(arms: Mapping[str, Run]) -> list[tuple[str, ...]]:

@@ -3,14 +3,17 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from t2i_lm.comparison.arms import SEED, Arms, meets, pair_arms, unfinished
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, config_values, differences
 from t2i_lm.comparison.comparison import Comparison, make_comparison
-from t2i_lm.comparison.plan import Plan, Study, setting_folder, setting_words
+from t2i_lm.comparison.plan import Plan, setting_folder, setting_words
+from t2i_lm.comparison.study_plan import Study
 from t2i_lm.storage.owner import OwnedError, require_free
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, OWNER, Run, read_run
@@ -70,32 +73,40 @@ class RunSearch:
             study: the plan.
             strict: whether runs of more than one setting are refused; else those of one are compared, the others named.
         """
-        plans = study.plans()
-        values = [one.where for one in plans.values()] + [one.where for one in study.groups().values()]
-        settings = {setting_folder(setting_words(where)) for where in values}
-        return [
-            make_comparison(name, plan, partial(self._arms, plan, settings, strict)) for name, plan in plans.items()
-        ]
+        return [make_comparison(name, plan, partial(self._arms, plan, strict)) for name, plan in study.plans().items()]
 
     @cached_property
     def _folders(self) -> list[Path]:
         return [file.parent for file in self.root.rglob(CONFIG) if file.parent.parent != self.root]
 
-    def _arms(self, plan: Plan, settings: set[str], strict: bool) -> Arms:
-        """The runs of a plan, without those of another comparison's setting."""
-        other = settings - {setting_folder(setting_words(plan.where)), ""}
-        pool = self.pool(
-            folder
-            for folder in self._folders
-            if folder.parent.name in plan.arms and not {*folder.relative_to(self.root).parts} & other
-        )
-        found = {
-            arm: [run for run in pool.runs if run.folder.parent.name == arm and meets(plan, run, config_values(run))]
-            for arm in plan.arms
-        }
-        notes = [*pool.notes]
-        found = _one_setting(plan, found, notes, self.root, strict)
-        return pair_arms(plan, found, notes, self.root, strict)
+    def _arms(self, plan: Plan, strict: bool) -> Arms:
+        """The runs of a plan, without those of another setting of a study."""
+        notes: dict[str, None] = {}
+        found: dict[str, list[Run]] = {}
+        for name, arm in plan.parsed.items():
+            settings = _setting_folders(plan.required(name))
+            pool = self.pool(
+                folder
+                for folder in self._folders
+                if folder.parent.name == arm.experiment and self._setting(folder) in settings
+            )
+            found[name] = [run for run in pool.runs if meets(plan, name, run, config_values(run))]
+            notes |= dict.fromkeys(pool.notes)
+        own_notes = [*notes]
+        found = _one_setting(plan, found, own_notes, self.root, strict)
+        return pair_arms(plan, found, own_notes, self.root, strict)
+
+    def _setting(self, folder: Path) -> str:
+        """The folder of a study's setting that a run lies in; empty for one outside of a study or without a setting."""
+        above = folder.parents[1]
+        return above.name if above != self.root and above.parent.name == STUDY_RUNS and "=" in above.name else ""
+
+
+def _setting_folders(values: Mapping[str, Any]) -> set[str]:
+    """Names of the folders that a study's runs with these values may lie in: values that are defaults name none."""
+    words = setting_words(values)
+    several = (some for count in range(len(words) + 1) for some in combinations(words, count))
+    return {setting_folder(some) for some in several}
 
 
 def _finished(folder: Path) -> Run | str | None:
@@ -149,9 +160,9 @@ def _agrees(plan: Plan, setting: Mapping[str, Sequence[Run]], arm: str, run: Run
     """Whether a run is of a setting: equal to a run of its own arm, or to one of the other arm but for the weights."""
     varied = (SEED, ORDER, *plan.varied)
     if own := setting[arm]:
-        return not differences([own[0], run], varied)
+        return not differences([own[0], run], varied, one_arm=True)
     other = next(runs[0] for runs in setting.values() if runs)
-    return not differences([other, run], (*varied, ENVIRONMENT["backbone"]))
+    return not differences([other, run], (*varied, ENVIRONMENT["backbone"]), plan.own_keys)
 
 
 def _rank(setting: Mapping[str, Sequence[Run]], root: Path) -> tuple[bool, int, int, str]:

@@ -3,9 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from matplotlib.figure import Figure
+
 from t2i_lm.comparison.comparability import IncomparableError, mismatches, pair_values
 from t2i_lm.comparison.comparison import Comparison
+from t2i_lm.comparison.decay import decay_sentences
+from t2i_lm.comparison.gap import gap_text
+from t2i_lm.comparison.grid import grid_table
 from t2i_lm.comparison.tables import notes as table_notes
+from t2i_lm.plots.panels import remove_caption
 from t2i_lm.reporting.claims import CLAIMS, Claim, claim_of_figure
 from t2i_lm.reporting.comparison_table import ComparisonTable, comparison_table
 from t2i_lm.reporting.figures import FigureBlock
@@ -20,6 +26,7 @@ from t2i_lm.reporting.findings import (
     result_sentence,
     start_sentence,
 )
+from t2i_lm.reporting.images import figure_image
 from t2i_lm.reporting.probes import find_probes, probe_command
 from t2i_lm.reporting.provenance import RunFacts
 from t2i_lm.reporting.request import (
@@ -35,6 +42,7 @@ from t2i_lm.reporting.request import (
 from t2i_lm.reporting.samples import SampleBlock, sample_blocks, score_rows
 from t2i_lm.reporting.sweeps import find_sweeps
 from t2i_lm.storage.run_folder import SAMPLES, Run
+from t2i_lm.training.study_results import Results, figures_of
 
 
 @dataclass
@@ -89,6 +97,7 @@ def build_sections(request: ReportRequest, blocks: Sequence[FigureBlock], arms: 
         if key == "table1":
             _add_completions(request, section, blocks)
     _add_sweeps(request, sections)
+    _add_grids(request, sections)
     _add_comparisons(request, sections)
     for section in sections.values():
         section.notes = list(dict.fromkeys(section.notes))
@@ -97,11 +106,15 @@ def build_sections(request: ReportRequest, blocks: Sequence[FigureBlock], arms: 
     return list(sections.values())
 
 
+def _experiments(comparison: Comparison) -> set[str]:
+    return {arm.experiment for arm in comparison.plan.parsed.values()}
+
+
 def _found(block: FigureBlock, request: ReportRequest) -> list[str]:
     """Sentences on a figure."""
     primary = request.comparisons[0] if request.comparisons else None
     shown = {run.name for run in block.arms.values()}
-    if primary is not None and (primary.arms is None or shown != set(primary.plan.arms)):
+    if primary is not None and (primary.arms is None or shown != _experiments(primary)):
         primary = None
     if block.name == "2":
         return own_fid_sentences(request.pool.runs)
@@ -145,7 +158,7 @@ def _add_samples(request: ReportRequest, section: Section, arms: Mapping[str, Ru
     """The samples of the compared runs, or of the newest run that has any."""
     sampled = {name: run for name, run in arms.items() if (run.folder / SAMPLES).is_dir()}
     if not sampled:
-        newest = [run for run in request.pool.runs if any((run.folder / SAMPLES).glob("grid*.png"))][-1:]
+        newest = [run for run in request.pool.runs if any((run.folder / SAMPLES).glob("grid*"))][-1:]
         sampled = {run.folder.parent.name: run for run in newest}
     if not sampled:
         return
@@ -201,9 +214,47 @@ def _add_completions(request: ReportRequest, section: Section, blocks: Sequence[
         section.missing = missing_runs(block.problem, section.claim.command)
 
 
+def _add_grids(request: ReportRequest, sections: dict[str, Section]) -> None:
+    """The comparisons over a grid, each in a section of its own with the gap against training tokens."""
+    results = request.results
+    for grid in results.grids if results else ():
+        title = f"{grid.name.replace('_', ' ')}: by {' and '.join(grid.family.keys) or 'arm'}"
+        command = compare_command(request, grid.comparisons[0])
+        section = Section(f"grid-{grid.name}", Claim(f"{title[0].upper()}{title[1:]}", "", "", command))
+        try:
+            table = grid_table(grid)
+        except ValueError as error:
+            if request.strict:
+                raise
+            section.missing = str(error), command
+            sections[section.key] = section
+            continue
+        section.found, section.notes = list(table.lines), list(table.notes)
+        made = [one for one in grid.comparisons if one.arms is not None]
+        if made:
+            section.header, section.rows, section.command = table.header, list(table.rows), command
+            runs = {f"{one.name}, {label}": run for one in made for label, run in by_seed(one).items()}
+            section.runs = facts(request, runs)
+        curves = tuple(curve for curve in results.curves if curve.family == grid.name) if results else ()
+        section.found += [line for curve in curves for line in decay_sentences(curve.decay, curve.plan.alpha)]
+        tables = {f"{curve.name}_gap": gap_text(curve) for curve in curves}
+        for name, heading, figure, caption in figures_of(Results((), (grid,), curves)):
+            section.figures.append(_block(name, heading, figure, caption, tables.get(name, "")))
+        sections[section.key] = section
+
+
+def _block(name: str, title: str, figure: Figure, caption: str, table: str) -> FigureBlock:
+    remove_caption(figure)
+    own = caption.removeprefix(title).lstrip(".: ")
+    return FigureBlock(name, title, own, table, figure_image(figure))
+
+
 def _add_comparisons(request: ReportRequest, sections: dict[str, Section]) -> None:
     """The comparisons beside the first one, each in the section of its subject."""
+    points = {one.name for grid in (request.results.grids if request.results else ()) for one in grid.comparisons}
     for comparison in request.comparisons[1:]:
+        if comparison.name in points:  # a row of its grid's table
+            continue
         section = _section_of(request, comparison, sections)
         if comparison.arms is None:
             reason, command = missing_runs(str(comparison.problem), section.claim.command)
@@ -233,7 +284,7 @@ def _section_of(request: ReportRequest, comparison: Comparison, sections: dict[s
     """The section of a comparison's subject, or a new one."""
     if any(key.startswith("backbone.") for key in comparison.plan.where):
         return sections["positions"]
-    if all(name.startswith("uncond_") for name in comparison.plan.arms):
+    if all(name.startswith("uncond_") for name in _experiments(comparison)):
         return sections["figure5"]
     claim = Claim(f"Comparison: {comparison.name}", "", "", compare_command(request, comparison))
     key = f"comparison-{len(sections)}"

@@ -1,4 +1,4 @@
-"""Check of the digests of lines in metrics.jsonl, as `callbacks.files.line_digests` writes them; without Lightning.
+"""Digests of lines in metrics.jsonl, as `callbacks.files.line_digests` writes and checks them; without Lightning.
 
 A line is a JSON object whose last field is its digest, 16 hexadecimal digits of sha256(digest before, line without it).
 Lines of older versions have none; they may only come first, and the first digest after them covers them too.
@@ -8,6 +8,12 @@ import hashlib
 import re
 
 _FIELD = re.compile(rb', "digest": "([0-9a-f]{16})"\}$')
+
+
+def signed(tip: str, body: bytes) -> tuple[bytes, str]:
+    """A line with its digest, and that digest, after a line with the digest `tip`."""
+    digest = _digest(tip, body)
+    return body[:-1] + f', "digest": "{digest}"}}'.encode(), digest
 
 
 def check(tip: str, has_digests: bool, line: bytes) -> tuple[bytes, str, bool]:

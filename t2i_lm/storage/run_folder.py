@@ -1,11 +1,13 @@
 """Run folders: config, environment, metrics, report, checkpoints and samples of a run."""
 
 import glob
+import gzip
 import json
 import os
 import platform
 import subprocess
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +30,9 @@ CONFIG, ENVIRONMENT, METRICS, REPORT, EVENTS, GROUPS = (
     "events.log",
     "groups.txt",  # parameters by group, trainable and frozen
 )
+# In place of metrics.jsonl in collected results (`comparison/collect.py`). Its first line says that it is thinned.
+THINNED, THINNED_ENTRY = "metrics.jsonl.gz", "thinned"
+LARGEST_THINNED = 2**26  # bytes that are unpacked
 METRICS_DIGEST, ENVIRONMENT_DIGEST = "metrics_digest", "environment_digest"  # in report.json
 CONFIG_DIGEST = "config_digest"  # in env.json
 OWNER = "owner.json"  # while a process writes the folder
@@ -39,7 +44,7 @@ TOKENS = f"{SAMPLES}/tokens.npz"  # images with their ids and reconstructions, f
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder."""
+    """The content of a run folder, or of collected results, whose training lines are thinned."""
 
     folder: Path
     config: dict[str, Any]
@@ -131,6 +136,33 @@ def find_run(path: Path) -> Path:
     return runs[-1]
 
 
+def is_collected(folder: Path) -> bool:
+    """Whether a folder holds collected results: what figures and tables read, without checkpoints."""
+    return (folder / THINNED).is_file()
+
+
+def require_checkpoints(folder: Path) -> None:
+    """Checks that a run folder is that of a training.
+
+    Raises:
+        ValueError: if it holds collected results.
+    """
+    if is_collected(folder):
+        raise ValueError(
+            f"{folder} holds collected results, thinned and without checkpoints: they can be drawn, compared and "
+            "reported; all else requires the run itself"
+        )
+
+
+def thinned_from(folder: Path) -> dict[str, Any]:
+    """What collected results say of the run that they are from: numbers of lines, digests of its files.
+
+    Raises:
+        ValueError: if they are damaged.
+    """
+    return _thinned_lines(folder / THINNED)[0]
+
+
 def read_run(folder: Path) -> Run:
     """Reads a run folder, without an incomplete last line of metrics.jsonl.
 
@@ -139,13 +171,13 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}")
-    metrics, tip = _metrics(folder / METRICS)
+    metrics, tip = _metrics(folder)
     environment = read_environment(folder)
     config = read_config(folder, environment)
     report = _json(folder / REPORT)
     if report is not None and report.get(METRICS_DIGEST, tip) != tip:
         raise ValueError(
-            f"{folder / METRICS} is not the file of which {REPORT} was written: its last lines are missing"
+            f"{_metrics_file(folder)} is not the file of which {REPORT} was written: its last lines are missing"
         )
     known = environment.get(DIGEST)
     if report is not None and report.get(ENVIRONMENT_DIGEST, known) != known:
@@ -161,7 +193,7 @@ def read_config(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
     """
     path = folder / CONFIG
     with reading("run folder", path):
-        config = dict(read_yaml(path.read_text(encoding="utf-8")))
+        config = _mapping(read_yaml(path.read_text(encoding="utf-8")))
     entry = environment.get(CONFIG_DIGEST)
     if entry is not None and config_digest(config, entry["without"])[DIGEST] != entry[DIGEST]:
         raise ValueError(
@@ -186,9 +218,37 @@ def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _metrics(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The records of metrics.jsonl without their digests, and the digest of the last."""
-    *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+def _metrics_file(folder: Path) -> Path:
+    return folder / (THINNED if is_collected(folder) else METRICS)
+
+
+def _metrics(folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """The records of a folder without their digests, and the digest of the last."""
+    path = _metrics_file(folder)
+    if path.name == THINNED:
+        _, records, tip = _thinned_lines(path)
+        return records, tip
+    return _records(path, path.read_bytes() if path.is_file() else b"")
+
+
+def _thinned_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """What the first line of thinned metrics says, and the other records and last digest as in `_metrics`."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read(LARGEST_THINNED + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}; restore it, or collect the run again") from error
+    if len(content) > LARGEST_THINNED:
+        raise ValueError(f"{path} is damaged: it holds more than {LARGEST_THINNED:,} bytes")
+    records, tip = _records(path, content)
+    head = records[0].get(THINNED_ENTRY) if records else None
+    if not isinstance(head, dict):
+        raise ValueError(f"{path} is damaged: its first line is not the one of thinned metrics")
+    return head, records[1:], tip
+
+
+def _records(path: Path, content: bytes) -> tuple[list[dict[str, Any]], str]:
+    *lines, rest = content.split(b"\n")
     records, tip, has_digests = [], "", False
     for number, line in enumerate(lines, start=1):
         try:
@@ -206,12 +266,12 @@ def _metrics(path: Path) -> tuple[list[dict[str, Any]], str]:
 
 def metrics_digest(folder: Path) -> str:
     """Digest of a run's metrics.jsonl up to its last line."""
-    return _metrics(folder / METRICS)[1]
+    return _metrics(folder)[1]
 
 
 def logged_position(folder: Path, step: int) -> int:
     """Place of a run's loggers on their axis, tokens or else samples, at its last line up to an optimizer step."""
-    records = [record for record in _metrics(folder / METRICS)[0] if record.get("step", 0) <= step]
+    records = [record for record in _metrics(folder)[0] if record.get("step", 0) <= step]
     return max((int(record.get("tokens_nominal", record.get("samples", 0))) for record in records), default=0)
 
 
@@ -224,8 +284,15 @@ def _json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with reading("run folder", path):
-        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        content = _mapping(json.loads(path.read_text(encoding="utf-8")))
     require_digest(content, path, "restore it from a copy")
+    return content
+
+
+def _mapping(content: Any) -> dict[str, Any]:
+    """The content of a file of keys and values; other content is an error of `reading`."""
+    if not isinstance(content, dict):
+        raise TypeError("it holds no keys and values")
     return content
 
 

@@ -71,10 +71,10 @@ class WordVQ(PatchedVQ):
 
     @torch.no_grad()
     def place_words(self, centers_KE: Tensor, alike_KK: Tensor | None = None) -> None:
-        """Sets the map so that the codes lie near the centers, each near another one.
+        """Sets the map by least squares so that the codes lie near the centers, each near another one.
 
-        Assignment of words to centers and least squares take turns. The first assignment is that of greatest
-        similarity; without similarities, the principal components of the words match those of the centers.
+        With similarities, the assignment of words to centers is that of the greatest sum of them. Without, it begins
+        with the principal components of words and centers, and takes turns with the map.
 
         Args:
             centers_KE: centers of latents.
@@ -86,7 +86,7 @@ class WordVQ(PatchedVQ):
             cost_KK = torch.cdist(centers_KE, _matched_components(rows_KD, centers_KE)).square()
         else:
             cost_KK = -alike_KK.detach().cpu().double()
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS if alike_KK is None else 1):
             _, word_K = linear_sum_assignment(cost_KK.numpy())
             solution_FE = torch.linalg.lstsq(wide_KF[torch.from_numpy(word_K)], centers_KE, driver="gelsd").solution
             cost_KK = torch.cdist(centers_KE, wide_KF @ solution_FE).square()
@@ -112,4 +112,5 @@ def _matched_components(rows_KD: Tensor, centers_KE: Tensor) -> Tensor:
     mean_E = centers_KE.mean(dim=0)
     _, deviation_E, axes_EE = torch.linalg.svd(centers_KE - mean_E, full_matrices=False)
     width = min(u_KR.shape[1], len(deviation_E))
-    return mean_E + u_KR[:, :width] * deviation_E[:width] @ axes_EE[:width]
+    codes_KE: Tensor = mean_E + u_KR[:, :width] * deviation_E[:width] @ axes_EE[:width]
+    return codes_KE

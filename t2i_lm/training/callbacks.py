@@ -86,7 +86,8 @@ def callbacks_for(
     if has_split_loss:
         perplexity = EMASplitPerplexity(interval, config.log.ema, metrics, [throughput], splits, prefix)
     meter = perplexity or RunScalars(interval, metrics, splits)
-    saver = RunCheckpoints(folder / CHECKPOINTS, config.trainer.checkpoint_interval, metrics=meter.file, events=events)
+    every, kept = config.trainer.checkpoint_interval, config.trainer.keep_steps
+    saver = RunCheckpoints(folder / CHECKPOINTS, every, metrics=meter.file, events=events, keep_steps=kept)
     preemption = Preemption(saver, None if watch is None else collective_timeout(watch.limits))
     return [
         # First, as the next in the list may wait for other ranks.

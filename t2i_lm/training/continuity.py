@@ -13,11 +13,9 @@ from t2i_lm.models.factory import architecture_hashes, weights_hashes
 from t2i_lm.runtime.devices import local_rank
 from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.storage.run_folder import ENVIRONMENT, read_environment
-from t2i_lm.training.resume import HASHES
+from t2i_lm.training.resume import HASHES, NUMERICS
 from t2i_lm.training.resumption import Change, Resumption
 
-# Version of what the code computes, raised when the same config and seed train to other numbers.
-NUMERICS = 1
 # What env.json records of a tokenizer's images.
 CONTENT = "data_content"
 

@@ -15,13 +15,15 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from t2i_lm.comparison.portable import portable_config
 from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import require
 from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
 from t2i_lm.runtime.command_line import exit_code
 from t2i_lm.runtime.slurm import requeue
-from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, REPORT, read_environment, run_folders
+from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, REPORT, is_collected, read_environment, run_folders
+from t2i_lm.training.resume import NUMERICS
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -75,19 +77,33 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
     return remaining
 
 
-def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
+def find_equal_run(
+    config: ExperimentConfig, folders: Sequence[Path] | None = None, apart: tuple[str, ...] = ()
+) -> tuple[Path | None, bool]:
     """The newest run folder of an equal config to resume, and whether it is finished; finished ones first.
 
-    Runs on an older version of generated scenes are not equal.
+    Collected results of a finished run count as it. Runs on an older version of generated scenes, or of code that
+    computes other numbers, are not equal.
+
+    Args:
+        config: with today's default of every key.
+        folders: run folders to look among, oldest first; None for those of the experiment in `run.dir`.
+        apart: beginnings of keys that may differ.
     """
+    if folders is None:
+        folders = run_folders(Path(config.run.dir), config.name)
+    results = [folder for folder in folders if is_collected(folder) and _equal_results(config, folder, apart)]
+    if results:
+        return results[-1], True
     if config.aligned_rows is not None:  # the others need no torch
         from t2i_lm.models.aligned_rows import resolve_aligned_rows
 
         config = resolve_aligned_rows(config)  # as in a run's config.yaml
-    computed = _computed(config)
+    computed = _without(_computed(config), apart)
     equal = []
-    for folder in run_folders(Path(config.run.dir), config.name):
-        if _computed_in(folder / CONFIG) == computed and _same_scenes(config, folder):
+    for folder in folders:
+        found = _computed_in(folder / CONFIG)
+        if found is not None and _without(found, apart) == computed and _same_code(config, folder):
             equal.append(folder)
     finished = [folder for folder in equal if (folder / REPORT).is_file()]
     if finished:
@@ -97,10 +113,25 @@ def find_equal_run(config: ExperimentConfig) -> tuple[Path | None, bool]:
     return (saved[-1] if saved else None), False
 
 
-def _same_scenes(config: ExperimentConfig, folder: Path) -> bool:
-    """Whether a run has no generated scenes of another version than this code's."""
+def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...]) -> bool:
+    """Whether collected results are of a run of an equal config; their paths are shorter, and `latest` is resolved."""
+    own, theirs = portable_config(_computed(config), [Path.cwd()]), _computed_in(folder / CONFIG)
+    if theirs is None or not (folder / REPORT).is_file():
+        return False
+    if config.aligned_rows == "latest":
+        own["aligned_rows"] = theirs["aligned_rows"]
+    return _without(own, apart) == _without(theirs, apart) and _same_code(config, folder)
+
+
+def _without(values: dict[str, object], apart: tuple[str, ...]) -> dict[str, object]:
+    return {key: value for key, value in values.items() if not key.startswith(apart)} if apart else values
+
+
+def _same_code(config: ExperimentConfig, folder: Path) -> bool:
+    """Whether a run has generated scenes and numerics of this code's versions."""
     recorded = read_environment(folder)  # empty in a run that ended before it wrote one
-    return config.data.source != "scenes" or not recorded or scenes_version(recorded) == SCENES_FORMAT
+    scenes = config.data.source != "scenes" or not recorded or scenes_version(recorded) == SCENES_FORMAT
+    return scenes and recorded.get("numerics", NUMERICS) == NUMERICS
 
 
 @cache

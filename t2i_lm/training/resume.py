@@ -6,8 +6,10 @@ from pathlib import Path
 from t2i_lm.config.experiment import RESUMABLE, ExperimentConfig, is_fixed
 from t2i_lm.config.load import flatten, load_experiment, located
 from t2i_lm.config.values import key_types
-from t2i_lm.storage.run_folder import CONFIG, REPORT, find_run, run_folders
+from t2i_lm.storage.run_folder import CONFIG, REPORT, find_run, require_checkpoints, run_folders
 
+# Version of what the code computes, raised when the same config and seed train to other numbers.
+NUMERICS = 1
 LATEST = "latest"
 # Entries of env.json that are compared on resume.
 HASHES = ("data_hash", "replay_hash", "tokenizers", "backbone", "configs", "plugins", "numerics")
@@ -34,6 +36,7 @@ def resumed_run(
         folder = _latest_unfinished(load_experiment(experiment, scale, overrides), scale)
     else:
         folder = find_run(Path(resume))
+        require_checkpoints(folder)
         require_unfinished(folder)
     saved = flatten(load_experiment(folder / CONFIG))
     name = load_experiment(experiment, scale).name

@@ -101,8 +101,10 @@ def _placed(values: dict[str, Any], like: dict[str, Any], path: Path) -> dict[st
 
     def place(name: str, value: Any) -> Any:
         other = like.get(name)
-        if not isinstance(other, DTensor) or not (isinstance(value, LocalRows) or getattr(value, "ndim", 0)):
-            return value.clone() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor) and (value.ndim == 0 or not isinstance(other, DTensor)):
+            return value.clone()
+        if not isinstance(value, LocalRows | Tensor) or not isinstance(other, DTensor):
+            return value
         if list(value.shape) != list(other.shape):
             raise ValueError(f"{path}: {name} has shape {list(value.shape)}, the model has {list(other.shape)}")
         if isinstance(value, Tensor):

@@ -1,37 +1,69 @@
-"""Runs of `python -m t2i_lm.study`: the arms, seeds and settings of a plan; which exist, and what the rest costs."""
+"""Runs of `python -m t2i_lm.study`: the arms, seeds and settings of a plan; which exist, and what they answer."""
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from t2i_lm.comparison.arms import Arms, pair_arms, unfinished
 from t2i_lm.comparison.comparison import Comparison, make_comparison
-from t2i_lm.comparison.plan import Plan, Study, setting_folder, setting_words
-from t2i_lm.comparison.tables import as_json, text
+from t2i_lm.comparison.plan import Arm, Plan, setting_folder, setting_words
+from t2i_lm.comparison.study_plan import STEPS, Needed, Study
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
-from t2i_lm.config.sections import RunConfig
+from t2i_lm.config.sections import ASSET, OPENED_BY_PATH, RunConfig, is_plugin
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.run_folder import Run, read_run
-from t2i_lm.storage.writing import write_atomic
+from t2i_lm.storage.hub import is_hub
+from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 from t2i_lm.training.jobs import Job, find_equal_run, run_jobs
+from t2i_lm.training.sweep import in_proportion
 
 # Folder of a study's runs, in `run.dir`.
 RUNS = "study"
+SAMPLES = "samples."
+# Keys of files and folders that a run reads.
+READ = (
+    "backbone.path",
+    "text_tokenizer.path",
+    "image_tokenizer.path",
+    "data.path",
+    "data.val_path",
+    "data.replay_path",
+    "forgetting.text",
+    "forgetting.second_text",
+)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a run is in a comparison or group.
+
+    Attributes:
+        group: name of the comparison over its whole grid, or of the group.
+        arm: with the values of its own.
+        point: values of the grid's keys in words; empty without a grid.
+        shown: whether figures show it: an experiment by its own name, without another setting for all arms.
+    """
+
+    group: str
+    arm: Arm
+    point: str
+    shown: bool
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study: the comparisons and groups that need it, its arm and seed, and the job that trains it."""
+    """One run of a study: its role by comparison or group that needs it, its seed, and the job that trains it."""
 
-    uses: tuple[str, ...]
-    arm: str
+    roles: Mapping[str, Role]
     seed: int
     job: Job
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Names of the comparisons and groups that need it."""
+        return tuple(self.roles)
 
 
 @dataclass(frozen=True)
@@ -45,10 +77,19 @@ class Progress:
         return "finished" if self.finished else "interrupted" if self.folder else "missing"
 
 
+def experiments_of(plan: Path) -> Path:
+    """The folder of experiments of a plan file: its own, or the one above, as of experiments/plans."""
+    return next(
+        (folder for folder in (plan.parent, plan.resolve().parent.parent) if (folder / "base.yaml").is_file()),
+        plan.parent,
+    )
+
+
 def study_runs(study: Study, experiments: Path, overrides: Sequence[str] = ()) -> list[StudyRun]:
     """The runs of a study, each once, seed by seed, so that an interrupted study has complete pairs.
 
-    The first seed generates samples as its experiments say, the others none.
+    The first seed generates samples as its experiments say, other seeds and the points of a grid none. Where a grid is
+    over `trainer.max_steps`, the keys in IN_STEPS follow in proportion.
 
     Args:
         study: the plan.
@@ -56,83 +97,136 @@ def study_runs(study: Study, experiments: Path, overrides: Sequence[str] = ()) -
         overrides: `key=value` strings of every run; a setting's own values win.
 
     Raises:
-        ValueError: on an unknown experiment, key or value, or a missing path.
+        ValueError: on an unknown experiment, key or value, or a path that is not set.
     """
-    needed = [(name, plan.arms, plan.seeds, plan.scale, plan.where) for name, plan in study.plans().items()]
-    needed += [(name, one.arms, one.seeds, study.scale, one.where) for name, one in study.groups().items()]
+    needed = study.needed()
     runs: dict[str, StudyRun] = {}
-    for seed in dict.fromkeys(seed for _, _, seeds, _, _ in needed for seed in seeds):
-        for name, arms, seeds, scale, where in needed:
-            for arm in arms if seed in seeds else ():
-                words = setting_words(where)
-                quiet = () if seed == study.seeds[0] else NO_SAMPLES
-                config = _load(experiments, arm, scale, [*quiet, *overrides, *words, f"seed={seed}"])
-                config = _place(config, words)
-                key = repr(flatten(config))
-                uses = (*runs[key].uses, name) if key in runs else (name,)
-                runs[key] = StudyRun(uses, arm, seed, Job(config, label=" ".join([*words, f"seed={seed}"])))
+    for seed in dict.fromkeys(seed for one in needed for seed in one.seeds):
+        for one in needed:
+            for arm in one.arms if seed in one.seeds else ():
+                quiet = NO_SAMPLES if one.point or seed != study.seeds[0] else ()
+                config, words = _configure(experiments, arm, one, [*quiet, *overrides])
+                config = replace(config, seed=seed)
+                if config.aligned_rows is None:  # else a run of this study makes the file
+                    config.require_paths()
+                key = repr({name: value for name, value in flatten(config).items() if not name.startswith(SAMPLES)})
+                before = runs[key].roles if key in runs else {}
+                plain = arm.name == arm.experiment and all(word.partition("=")[0] in arm.own for word in words)
+                role = Role(one.group, arm, " ".join(setting_words(one.point)), plain)
+                job = Job(config, label=" ".join([*words, f"seed={seed}"]))
+                # A run with samples serves where none are needed, too.
+                kept = runs[key].job if key in runs and quiet else job
+                runs[key] = StudyRun({**before, one.use: role}, seed, kept)
     return list(runs.values())
 
 
-def _load(experiments: Path, arm: str, scale: str, words: Sequence[str]) -> ExperimentConfig:
-    file = experiments / f"{arm}.yaml"
+def _configure(
+    experiments: Path, arm: Arm, needed: Needed, overrides: Sequence[str]
+) -> tuple[ExperimentConfig, list[str]]:
+    """The config of a run in the folder of its setting, and the values by which it differs from its experiment's.
+
+    Raises:
+        ValueError: on an unknown experiment, key or value.
+    """
+    file = experiments / f"{arm.experiment}.yaml"
     if not file.is_file():
         names = experiment_names(experiments)
-        raise ValueError(f"arms: no experiment {arm}; expected one of {', '.join(names)}")
-    return load_experiment(file, scale, words)
+        raise ValueError(f"arms: no experiment {arm.experiment}; expected one of {', '.join(names)}")
+    plain = _load(file, needed.scale, *overrides)
+    own = {**needed.where, **arm.own}
+    follows = []
+    if STEPS in needed.point:
+        steps = _load(file, needed.scale, *overrides, *setting_words({STEPS: own[STEPS]})).trainer.max_steps
+        follows = [
+            word for word in in_proportion(plain, steps / plain.trainer.max_steps) if word.partition("=")[0] not in own
+        ]
+    config = _load(file, needed.scale, *overrides, *follows, *setting_words(own))
+    before, after = flatten(plain), flatten(config)
+    words = setting_words({key: value for key, value in own.items() if after[key] != before[key]})
+    return replace(config, run=RunConfig(str(Path(config.run.dir) / RUNS / setting_folder(words)))), words
 
 
-def _place(config: ExperimentConfig, setting: Sequence[str]) -> ExperimentConfig:
-    """The config with the run directory of its setting: runs of another setting never serve a figure."""
-    folder = Path(config.run.dir) / RUNS / setting_folder(setting)
-    config = replace(config, run=RunConfig(str(folder)))
-    if config.aligned_rows is None:  # else a run of this study makes the file
-        config.require_paths()
-    return config
+@cache
+def _load(file: Path, scale: str, *overrides: str) -> ExperimentConfig:
+    return load_experiment(file, scale, overrides)
+
+
+def missing_paths(runs: Sequence[StudyRun], states: Sequence[Progress]) -> list[str]:
+    """A line for each file or folder that a run to train reads, and that is not there."""
+    counts: dict[str, int] = {}
+    for run, state in zip(runs, states, strict=True):
+        config = run.job.config
+        keys = [key for key in READ if key != "data.path" or config.data.source in OPENED_BY_PATH]
+        for key in keys if not state.finished else []:
+            path = config.value(key)
+            if path is not None and not _exists(path):
+                counts[f"{key}={path}"] = counts.get(f"{key}={path}", 0) + 1
+    return [f"missing path: {word}, of {count} run{'s' * (count > 1)} to train" for word, count in counts.items()]
+
+
+def _exists(path: str) -> bool:
+    elsewhere = path.startswith(ASSET) or is_plugin(path) or is_hub(path) or "://" in path
+    return elsewhere or Path(path).exists()
 
 
 def progress_of(runs: Sequence[StudyRun]) -> list[Progress]:
-    """The state of each run."""
-    return [Progress(*_find(run.job.config)) for run in runs]
+    """The state of each run; a run of an equal config in the folder of another setting stands for it."""
+    folders: dict[Path, list[Path]] = {}
+    states = []
+    for run in runs:
+        root = _root(run)
+        if root not in folders:
+            folders[root] = sorted((file.parent for file in root.rglob(CONFIG)), key=lambda folder: folder.name)
+        states.append(Progress(*_find(run.job.config, folders[root])))
+    return states
 
 
-def _find(config: ExperimentConfig) -> tuple[Path | None, bool]:
+def _root(run: StudyRun) -> Path:
+    """The folder of a study's runs, that of every setting included."""
+    folder = Path(run.job.config.run.dir)
+    return folder if folder.name == RUNS else folder.parent
+
+
+def _find(config: ExperimentConfig, folders: Sequence[Path]) -> tuple[Path | None, bool]:
     try:
-        return find_equal_run(config)
+        of_name = [folder for folder in folders if folder.parent.name == Path(config.name).name]
+        found = find_equal_run(config, of_name)
+        if config.samples.prompts == 0 and not found[1]:  # a finished run with samples serves, too
+            other = find_equal_run(config, of_name, (SAMPLES,))
+            return other if other[1] else found
+        return found
     except ValueError:  # aligned rows that a run of this study has yet to make
         return None, False
 
 
 def progress_table(runs: Sequence[StudyRun], states: Sequence[Progress]) -> str:
-    """A line for each arm of each comparison, a column for each seed."""
+    """A line for each arm of each comparison at each point of its grid, a column for each seed."""
     seeds = sorted({run.seed for run in runs})
-    cells: dict[tuple[str, str], dict[int, str]] = {}
+    cells: dict[tuple[str, str, str], dict[int, str]] = {}
     for run, state in zip(runs, states, strict=True):
-        for use in run.uses:
-            cells.setdefault((use, run.arm), {})[run.seed] = str(state)
-    header = ("", "arm", *(f"seed {seed}" for seed in seeds))
-    rows = [(*names, *(by_seed.get(seed, "") for seed in seeds)) for names, by_seed in cells.items()]
+        for role in run.roles.values():
+            own = " ".join(setting_words(role.arm.own))
+            setting = " ".join(filter(None, [role.point, own]))
+            cells.setdefault((role.group, role.arm.name, setting), {})[run.seed] = str(state)
+    groups = list(dict.fromkeys(group for group, _, _ in cells))
+    cells = dict(sorted(cells.items(), key=lambda cell: groups.index(cell[0][0])))
+    settings = any(setting for _, _, setting in cells)
+    header = ("", "arm", *(["setting"] if settings else []), *(f"seed {seed}" for seed in seeds))
+    rows = [
+        (name, arm, *([setting] if settings else []), *(by_seed.get(seed, "") for seed in seeds))
+        for (name, arm, setting), by_seed in cells.items()
+    ]
     return text_table(header, rows, left=range(len(header)))
 
 
-def estimate(runs: Sequence[StudyRun], states: Sequence[Progress], jobs: int) -> str:
-    """Number, tokens and expected time of the runs that are not finished, by the time of finished ones."""
-    left = [run.job.config for run, state in zip(runs, states, strict=True) if not state.finished]
-    if not left:
-        return f"all {len(runs)} runs are finished"
-    done = [state.folder for state in states if state.finished and state.folder is not None]
-    times = [report["wall_s"] / report["steps"] for report in (read_run(folder).report for folder in done) if report]
-    steps = sum(config.trainer.max_steps for config in left)
-    words = f"{len(left)} of {len(runs)} runs to train, {steps:,} steps"
-    if not times:
-        return f"{words}; their time is estimated once a run is finished"
-    seconds = sum(times) / len(times) * steps  # runs in parallel share the processor: measured times include that
-    parallel = f" with --jobs {jobs}" if jobs > 1 else ""
-    return f"{words}; about {timedelta(seconds=round(seconds / jobs))}{parallel}, by {len(times)} finished runs"
-
-
 def train(runs: Sequence[StudyRun], jobs: int) -> int:
-    """Trains the runs that are not finished, those that start from aligned rows last; returns the exit code."""
+    """Trains the runs that are not finished, those that start from aligned rows last; returns the exit code.
+
+    Raises:
+        ValueError: before anything is trained, naming every path that a run reads and that is not there.
+    """
+    if missing := missing_paths(runs, progress_of(runs)):
+        raise ValueError("\n".join(missing))
     code = 0
     for aligned in (False, True):  # aligned rows are made by runs before
         phase = [run for run in runs if (run.job.config.aligned_rows is not None) == aligned]
@@ -149,16 +243,25 @@ def train(runs: Sequence[StudyRun], jobs: int) -> int:
     return code
 
 
-def figure_runs(runs: Sequence[StudyRun]) -> Path:
-    """Folder of the runs that the figures show: those without a setting of their own."""
-    return min((Path(run.job.config.run.dir) for run in runs), key=lambda folder: len(folder.parts))
+def figure_root(runs: Sequence[StudyRun]) -> Path:
+    """The folder of a study's runs."""
+    return _root(runs[0])
 
 
 def shown_runs(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:
-    """The finished runs that the figures show, oldest first, and notes on those that are not finished."""
-    folder = figure_runs(runs)
-    states = progress_of([run for run in runs if Path(run.job.config.run.dir) == folder])
-    started = [(read_run(state.folder), state.finished) for state in states if state.folder is not None]
+    """The finished runs that the figures show, oldest first, and notes on those that are not finished.
+
+    Those of experiments without a setting for all arms; a study without any shows its first setting.
+    """
+    chosen = [run for run in runs if any(role.shown for role in run.roles.values())]
+    if not chosen:
+        chosen = [run for run in runs if runs[0].uses[0] in run.roles]
+    return _read(chosen)
+
+
+def _read(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:
+    """Finished runs, oldest first, and notes on those that are not finished."""
+    started = [(read_run(state.folder), state.finished) for state in progress_of(runs) if state.folder is not None]
     finished = sorted((run for run, done in started if done), key=lambda run: run.folder.name)
     return finished, [unfinished(run) for run, done in started if not done]
 
@@ -171,39 +274,19 @@ def compare_arms(study: Study, runs: Sequence[StudyRun], strict: bool = True) ->
         runs: its runs.
         strict: whether another order of the data between the arms is refused.
     """
-    return [
-        make_comparison(name, plan, partial(_arms, name, plan, runs, strict)) for name, plan in study.plans().items()
-    ]
+    read: dict[Path, Run] = {}
+    states = [(run, state) for run, state in zip(runs, progress_of(runs), strict=True) if state.folder is not None]
 
+    def arms_of(name: str, plan: Plan) -> Arms:
+        found: dict[str, list[Run]] = {arm: [] for arm in plan.parsed}
+        notes = []
+        for run, state in states:
+            if name in run.roles and state.folder is not None:
+                content = read.setdefault(state.folder, read.get(state.folder) or read_run(state.folder))
+                if state.finished:
+                    found[run.roles[name].arm.name].append(content)
+                else:
+                    notes.append(unfinished(content))
+        return pair_arms(plan, found, notes, _root(runs[0]), strict)
 
-def write_comparisons(comparisons: Sequence[Comparison], out: Path) -> int:
-    """Prints the table of every comparison and writes it as OUT/NAME.txt and NAME.json.
-
-    Returns:
-        0, or 2 if a comparison cannot be made, after naming the reason on stderr.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    code = 0
-    for one in comparisons:
-        if one.arms is None:
-            print(f"{one.name}: {one.problem}", file=sys.stderr)
-            code = 2
-            continue
-        table = text(one.plan, one.arms, one.results)
-        write_atomic(out / f"{one.name}.txt", f"{table}\n")
-        write_atomic(out / f"{one.name}.json", f"{as_json(one.plan, one.arms, one.results)}\n")
-        print(f"== {one.name}", table, "", sep="\n", flush=True)
-    return code
-
-
-def _arms(name: str, plan: Plan, runs: Sequence[StudyRun], strict: bool) -> Arms:
-    """The finished runs of a comparison."""
-    own = [run for run in runs if name in run.uses]
-    found: dict[str, list[Run]] = {arm: [] for arm in plan.arms}
-    notes = []
-    for run, state in zip(own, progress_of(own), strict=True):
-        if state.folder is not None and state.finished:
-            found[run.arm].append(read_run(state.folder))
-        elif state.folder is not None:
-            notes.append(unfinished(read_run(state.folder)))
-    return pair_arms(plan, found, notes, Path(own[0].job.config.run.dir), strict)
+    return [make_comparison(name, plan, partial(arms_of, name, plan)) for name, plan in study.plans().items()]

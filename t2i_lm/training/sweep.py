@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import RunConfig
@@ -21,16 +22,7 @@ TASKS = ("text_to_image", "unconditional", "text")
 
 # Arm, values of the swept keys, values of other keys (`seed`).
 SweepPoint = tuple[str, ...]
-BATCH_SIZE, STEPS = "data.batch_size", "trainer.max_steps"
-# What a run of other steps changes with them, so that a batch size is compared at equal tokens.
-IN_STEPS = (
-    "optim.warmup_steps",
-    "trainer.val_check_interval",
-    "trainer.checkpoint_interval",
-    "log.interval",
-    "samples.interval",
-    "forgetting.interval",
-)
+BATCH_SIZE = "data.batch_size"
 
 
 def split_keys(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[str]], list[str]]:
@@ -109,9 +101,14 @@ def _at_equal_tokens(given: ExperimentConfig, unswept: ExperimentConfig) -> list
             f"{BATCH_SIZE}={size}: {samples:,} samples, those of {unswept.trainer.max_steps:,} steps of "
             f"{unswept.data.batch_size}, are no multiple of it; --equal steps compares at equal steps"
         )
-    values = flatten(given)
-    scaled = {key: max(1, round(values[key] * unswept.data.batch_size / size)) for key in IN_STEPS if values[key]}
-    return [f"{key}={value}" for key, value in {STEPS: samples // size, **scaled}.items()]
+    return [f"{STEPS}={samples // size}", *in_proportion(given, unswept.data.batch_size / size)]
+
+
+def in_proportion(config: ExperimentConfig, ratio: float) -> list[str]:
+    """Overrides of the keys in steps, beside the steps themselves, for a run of `ratio` times as many steps."""
+    values = flatten(config)
+    scaled = {key: max(1, round(values[key] * ratio)) for key in IN_STEPS if values[key]}
+    return [f"{key}={value}" for key, value in scaled.items()]
 
 
 def finished_runs(jobs: Mapping[SweepPoint, Job]) -> dict[SweepPoint, Run]:

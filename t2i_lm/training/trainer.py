@@ -43,7 +43,7 @@ def build_strategy(config: ExperimentConfig, watch: RankWatch | None) -> Strateg
     if trainer.strategy == "ddp" or trainer.devices * trainer.num_nodes > 1:
         # Buffers are constant tables, or counts that the module reduces itself. Broadcasting them in every forward
         # would also hang a validation in which ranks have different numbers of batches.
-        # An image tokenizer has no codebook at first, and later maybe no head of its caption term.
+        # An image tokenizer does not use its codebook at first.
         unused = config.task == "image_tokenizer"
         if watch is None:
             return DDPStrategy(broadcast_buffers=False, find_unused_parameters=unused)

@@ -44,6 +44,38 @@ def test_the_newest_are_kept_with_their_digests_and_nothing_else(tmp_path: Path)
     assert len(list((tmp_path / CHECKPOINTS).iterdir())) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
+@pytest.mark.parametrize("background", [True, False])
+def test_chosen_steps_are_saved_and_kept_also_over_a_resume(background: bool, tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"keep_steps": (3, 5, 9, 16), "background": background}
+    toy = Toy(tmp_path, steps=12, **chosen)
+    fit(toy)
+    assert saved_steps(toy) == [3, 5, 9, 10, 12]
+    for path in checkpoints(tmp_path / CHECKPOINTS):
+        verify(path)
+    for step in (9, 10, 12):  # as after damage: the run goes on from step 5, and makes step 9 again
+        digest_of(checkpoint_path(tmp_path / CHECKPOINTS, step)).write_text("0" * 64)
+    fit(Toy(tmp_path, steps=8, **chosen), resume=find_resumable(tmp_path / CHECKPOINTS))
+    assert saved_steps(toy) == [3, 5, 8]
+    fit(Toy(tmp_path, steps=17, **chosen), resume=find_resumable(tmp_path / CHECKPOINTS))
+    assert saved_steps(toy) == [3, 5, 9, 16, 17]
+
+
+def test_a_chosen_step_that_could_not_be_saved_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(path: Path, *_: Any) -> None:
+        if step_of(path) == 3:
+            raise CorruptCheckpointError("bad sectors")
+        verify(path)
+
+    monkeypatch.setattr(callbacks.checkpoints, "verify", damaged)
+    fit(Toy(tmp_path, steps=6, keep_steps=(3,)))
+    assert "training continues; step 3, which was to be kept, has no checkpoint" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="keep_steps=0: expected at least 1"):
+        RunCheckpoints(tmp_path, 5, keep_steps=[4, 0])
+
+
 def test_a_start_removes_the_files_of_a_killed_save(tmp_path: Path) -> None:
     folder = tmp_path / CHECKPOINTS
     folder.mkdir()

@@ -34,6 +34,8 @@ class Toy:
     batch_size: int = 8  # global
     accumulate: int = 2
     save_every: int = 5
+    keep_steps: tuple[int, ...] = ()
+    background: bool = True
     val_every: int = 6
     interval: int = 4
     rank: int = 0

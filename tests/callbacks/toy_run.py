@@ -121,7 +121,14 @@ def build(toy: Toy, watch: RankWatch | None = None) -> tuple[pl.Trainer, ToyModu
     throughput = Throughput()
     meter = EMASplitPerplexity(toy.interval, 0.9, toy.folder / METRICS, [throughput], toy.validations)
     assert meter.file is not None
-    saver = RunCheckpoints(toy.folder / CHECKPOINTS, toy.save_every, metrics=meter.file, events=events)
+    saver = RunCheckpoints(
+        toy.folder / CHECKPOINTS,
+        toy.save_every,
+        metrics=meter.file,
+        events=events,
+        background=toy.background,
+        keep_steps=toy.keep_steps,
+    )
     preemption = Preemption(saver)
     trainer = pl.Trainer(
         max_steps=toy.steps,

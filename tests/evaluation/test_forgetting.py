@@ -10,6 +10,7 @@ from t2i_lm.evaluate import main as evaluate
 from t2i_lm.evaluation.forgetting import BASELINE, forgetting_report
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.storage.run_folder import Run
+from t2i_lm.storage.sealed import sealed
 from t2i_lm.train import main
 from tests.evaluation.tiny_tasks import TEXT, write_tasks
 from tests.runs import PRETRAINED, curve, resume_from_middle, weights
@@ -118,9 +119,13 @@ def test_evaluate_overwrites_no_result_of_other_settings(
     assert (out / "forgetting.json").read_bytes() == first
     unknown = json.loads(first)
     del unknown["made_with"]
-    (out / "forgetting.json").write_text(json.dumps(unknown))
+    (out / "forgetting.json").write_text(json.dumps(sealed(unknown)))
     assert evaluate([*command, str(book)]) == 2
     assert "does not name its settings" in capsys.readouterr().err
+    (out / "forgetting.json").write_bytes(first.replace(b'"nll": ', b'"nll": 1', 1))
+    assert evaluate([*command, str(book)]) == 2
+    said = f"{out / 'forgetting.json'} is damaged: its digest differs from its entries; restore it from a copy, or"
+    assert said in capsys.readouterr().err
 
 
 def test_evaluate_refuses_wrong_inputs_before_loading_a_model(

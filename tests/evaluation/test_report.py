@@ -14,6 +14,7 @@ from t2i_lm.evaluation.scenes import prompt_accuracy
 from t2i_lm.experiment.build import build
 from t2i_lm.generation.grid import MARGIN, PIXELS, captioned_grid
 from t2i_lm.runtime.tables import markdown_table
+from t2i_lm.tokenizers.layout import Layout
 from tests.decoders import image_model
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,7 @@ def test_the_likelihood_of_an_image_is_that_of_the_whole_sequence(monkeypatch: p
     monkeypatch.setattr(scene_report, "SCORE_BATCH", 3)
     model, draw = image_model(), np.random.default_rng(0)
     layout, decoder = model.layout, model.module.decoder
+    assert isinstance(layout, Layout)
     captions = ["a red circle", "a star", "two green squares on a black background", "a blue cross and a star", "a"]
     image_ids_BN = draw.integers(512, size=(len(captions), layout.image_tokens))
     found = scene_report.image_nll(model, captions, image_ids_BN)

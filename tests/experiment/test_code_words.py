@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from t2i_lm.config.load import load_experiment
+from t2i_lm.data.scenes.oracle import SceneOracle
 from t2i_lm.experiment.build import ImageTokenizerExperiment, build, build_expanded
 from t2i_lm.experiment.export import export_image_tokenizer
 from t2i_lm.models.expand import MEAN_NOISE
 from t2i_lm.tokenizers.image import open_image_tokenizer
-from t2i_lm.tokenizers.vq import to_unit
+from t2i_lm.tokenizers.vq import VQTokenizer, to_unit
 from t2i_lm.tokenizers.words import WordVQ, phrase_rows, pieces_of
 from t2i_lm.training.continuity import started_from
 from tests.runs import EXPERIMENTS, PRETRAINED
@@ -56,6 +57,7 @@ def test_a_tokenizer_is_exported_with_what_its_codes_mean(name: str, tiny: list[
     assert 0 <= card["words_in_caption"]["right"] <= 1
     decoder, _, text, image = build_expanded(start_from_words)
     random = build_expanded(replace(start_from_words, new_rows="random"))[0]
+    assert isinstance(image, VQTokenizer)
     assert image.words == model.words
     rows = phrase_rows(decoder.output.text, [pieces_of(text, word) for word in model.words])
     assert decoder.output.image is not None
@@ -66,6 +68,7 @@ def test_a_tokenizer_is_exported_with_what_its_codes_mean(name: str, tiny: list[
 def test_the_oracle_names_its_codes(tiny: list[str]) -> None:
     oracle = ["image_tokenizer.path=code:t2i_lm.data.scenes.oracle:open_oracle", "allow_code=true", "new_rows=words"]
     decoder, _, text, image = build_expanded(load_experiment(Path(PRETRAINED), "demo", [*tiny, *oracle]))
+    assert isinstance(image, SceneOracle)
     words = image.words
     assert words[:2] == ["white", "grey"]
     assert words[8] == "small red circle"

@@ -110,6 +110,22 @@ def test_a_language_model_has_the_same_numbers_in_both_formats(language_model: P
     assert card["other_domain_bits_per_byte"] != card["held_out_bits_per_byte"]
 
 
+def test_an_earlier_checkpoint_is_exported_with_its_tokens(
+    language_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cards = {}
+    for name, words in (("newest", ()), ("earlier", ("--step", "10"))):
+        assert main([str(language_model), "--out", str(tmp_path / name), *words]) == 0
+        cards[name] = json.loads((tmp_path / name / "card.json").read_text())
+    assert [(card["steps"], card["tokens"]) for card in cards.values()] == [(30, 30 * 8 * 32), (10, 10 * 8 * 32)]
+    assert cards["earlier"]["held_out_nll"] > cards["newest"]["held_out_nll"]
+    capsys.readouterr()
+    assert main([str(language_model), "--out", str(tmp_path / "out"), "--step", "20"]) == 2
+    assert "--step 20: " in (said := capsys.readouterr().err)
+    assert "has no checkpoint of this step; of steps: 10, 30 (a run keeps" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_text_of_another_domain_requires_a_language_model(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,7 +96,7 @@ def read_text(path: Path) -> None:
 
 
 def read_plan(path: Path) -> None:
-    from t2i_lm.comparison.plan import read_study
+    from t2i_lm.comparison.study_plan import read_study
 
     read_study(path)
 

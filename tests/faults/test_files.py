@@ -14,15 +14,17 @@ import pytest
 import torch
 
 import t2i_lm.assets
+from t2i_lm.comparison.collect import collect
 from t2i_lm.config.experiment import ExperimentConfig, may_move
 from t2i_lm.config.image_tokenizer import VQModelConfig
 from t2i_lm.config.load import flatten, load_run, save_experiment
 from t2i_lm.data.datamodules import PairBatches
 from t2i_lm.data.shards.format import PART, Parts, read_part
+from t2i_lm.evaluation.base import read_result
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.storage.cards import CARD, write_card
 from t2i_lm.storage.resumable import ResumableParts
-from t2i_lm.storage.run_folder import CONFIG, CONFIG_DIGEST, ENVIRONMENT, REPORT, read_run
+from t2i_lm.storage.run_folder import CONFIG, CONFIG_DIGEST, ENVIRONMENT, REPORT, THINNED, read_run, run_folders
 from t2i_lm.storage.sealed import DIGEST, sealed
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
@@ -31,6 +33,7 @@ from t2i_lm.training.resumption import config_entry
 from tests.data.shards.pair_shards import LAYOUT, write_pairs
 from tests.decoders import tiny_decoder
 from tests.faults.damage import COUNT, damage
+from tests.plots.synthetic_runs import write_run
 
 # Damages of each file: fewer in the suite than of a run's folder.
 FEW = COUNT if COUNT > 20 else 4
@@ -202,6 +205,29 @@ def test_files_of_a_run_that_is_drawn_or_sampled(name: str, tmp_path: Path) -> N
         return entries, {key: value for key, value in config.items() if not may_move(key)}
 
     assert inject(tmp_path / name, read, 5)["named"] >= FEW // 4
+
+
+def test_results_of_an_evaluation_and_of_a_probe(tmp_path: Path) -> None:
+    file = tmp_path / "relearn.json"
+    result = {"nll": {"run": {"nll": [9.25, 7.125], "se": [0.25, 0.5]}}, "made_with": {"seed": 0}}
+    file.write_text(json.dumps(sealed(result), indent=2))
+    assert inject(file, lambda: used(read_result(file), *result), 7)["named"] >= FEW // 4
+
+
+@pytest.mark.parametrize("name", [CONFIG, ENVIRONMENT, REPORT, THINNED])
+def test_collected_results(name: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "runs", "t2i_pretrained")
+    environment = json.loads((folder / ENVIRONMENT).read_text()) | {CONFIG_DIGEST: config_entry(folder)}
+    (folder / ENVIRONMENT).write_text(json.dumps(sealed(environment)))
+    collect(tmp_path / "runs", (), tmp_path / "out")
+    (copy,) = run_folders(tmp_path / "out")
+
+    def read() -> Any:
+        run, config = read_run(copy), flatten(load_run(copy))
+        entries = used(run.environment, *environment), used(run.report, "val", "steps"), run.metrics
+        return entries, {key: value for key, value in config.items() if not may_move(key)}
+
+    assert inject(copy / name, read, 8)["named"] >= FEW // 4
 
 
 def test_parts_of_an_evaluation_are_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

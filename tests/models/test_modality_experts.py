@@ -184,7 +184,11 @@ def test_compiled_steps_are_those_of_the_image_half(monkeypatch: pytest.MonkeyPa
     compiled: list[object] = []
 
     def compile_step(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda block, *more: (compiled.append(block), step(block, *more))[1]
+        def run(block: object, *more: object) -> Tensor:
+            compiled.append(block)
+            return step(block, *more)
+
+        return run
 
     monkeypatch.setattr(torch, "compile", compile_step)
     decoder.compile_steps()

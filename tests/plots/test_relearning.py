@@ -1,10 +1,15 @@
 """The figure of relearning: both arms and the controls, measured in one way."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from t2i_lm.plots.catalogue import FIGURES, Request
+from t2i_lm.plots.pairing import RunPair
+from t2i_lm.plots.relearning import relearning_curves
+from t2i_lm.storage.run_folder import read_run
+from t2i_lm.storage.sealed import sealed
 from tests.plots.synthetic_runs import RELEARNING_STEPS, write_relearning, write_run
 
 
@@ -39,6 +44,25 @@ def test_a_result_of_another_checkpoint_is_not_that_of_the_run(tmp_path: Path) -
     for step, digest in ((200, "1"), (300, "2")):
         (runs[1] / "checkpoints" / f"step-00000{step}.ckpt.sha256").write_text(digest * 64)
     with pytest.raises(ValueError, match=r"t2i_scratch.* was measured of other checkpoints than its last one: python"):
+        FIGURES["relearning"](Request(tmp_path))
+
+
+def test_the_newest_result_is_drawn_whatever_the_times_of_its_file(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, name) for name in ("t2i_pretrained", "t2i_scratch")]
+    for run in runs:
+        write_relearning(run, 9.0)
+    folder = runs[0] / "evaluations"
+    result = json.loads((folder / "last" / "relearn.json").read_text())
+    for name, start, finished in (("b", 5.0, "2026-03-02T10:00:00"), ("a", 6.0, "2026-03-02T09:00:00")):
+        (folder / name).mkdir()
+        result["nll"]["run"]["nll"][0] = start
+        (folder / name / "relearn.json").write_text(json.dumps(sealed({**result, "finished": finished})))
+    assert relearning_curves(RunPair(*map(read_run, runs)))[1]["pretrained"][0] == 5.0
+    text = (folder / "b" / "relearn.json").read_text()
+    (folder / "b" / "relearn.json").write_text(text.replace("5.0", "4.0", 1))
+    with pytest.raises(
+        ValueError, match=r"b/relearn\.json is damaged: its digest differs from its entries; restore it"
+    ):
         FIGURES["relearning"](Request(tmp_path))
 
 

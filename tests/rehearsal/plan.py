@@ -135,17 +135,17 @@ class Rehearsal:
         return run_folders(self.runs, "t2i_pretrained")[-1]
 
     def stages(self) -> list[Stage]:
-        """In order, with their seconds on two CPU cores."""
+        """In order, with their seconds on two busy CPU cores (docs/rehearsal.md)."""
         return [
-            Stage("parts", 30, self.make_parts),
-            Stage("dry run", 10, self.dry_run),
-            Stage("prepare", 60, self.prepare),
-            Stage("train", 240, self.train),
-            Stage("resume", 240, self.resume),
-            Stage("Slurm job", 400, self.slurm),
-            Stage("sample", 30, self.sample),
-            Stage("evaluate", 120, self.evaluate),
-            Stage("export", 15, self.export),
+            Stage("parts", 70, self.make_parts),
+            Stage("dry run", 45, self.dry_run),
+            Stage("prepare", 210, self.prepare),
+            Stage("train", 270, self.train),
+            Stage("resume", 310, self.resume),
+            Stage("Slurm job", 1090, self.slurm),
+            Stage("sample", 75, self.sample),
+            Stage("evaluate", 300, self.evaluate),
+            Stage("export", 50, self.export),
             Stage("figures", 15, self.figures),
             Stage("report", 15, self.report),
         ]

@@ -157,7 +157,7 @@ class Stage:
 
     Attributes:
         name: also the name of its log.
-        seconds: duration on two CPU cores with made-up parts, for the time that is left.
+        seconds: duration on two busy CPU cores with made-up parts, for the time that is left.
         run: runs its commands and says what was checked.
     """
 

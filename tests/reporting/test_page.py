@@ -314,6 +314,27 @@ def test_unfinished_runs_and_those_being_written_are_named_and_not_mixed(tmp_pat
     )
 
 
+def test_a_comparison_over_a_grid_is_one_section_with_its_best_values(tmp_path: Path, page: Command) -> None:
+    root = tmp_path / "runs"
+    for number, rate in enumerate((0.001, 0.002, 0.004)):
+        for seed in range(2):
+            folder = root / "study" / (f"optim.lr={rate}" if rate != 0.002 else "")
+            vary(write_pair(folder, seed, day=2 * number + seed + 1, config={"optim.lr": rate})[1], 0.01 * seed)
+    write_pair(root / "study" / "data.length=64", config={"data.length": 64})  # the setting of another plan
+    (tmp_path / "study.yaml").write_text(
+        "seeds: [0, 1]\nprimary: val.image.nll\nsecondary: []\n"
+        "comparisons: {rates: {over: {optim.lr: [0.001, 0.002, 0.004]}}}\n"
+    )
+    code, found, _ = page(root, "--strict")
+    assert code == 0
+    section = found.one("section", id="grid-rates")
+    assert "best optim.lr 0.00" in section.text
+    assert section.text.count("no interval") + section.text.count("95 % interval") >= 2
+    (table,) = [table for table in section.all("table") if table.attributes["class"] == "plain"]
+    assert len(table.all("tr")) == 4
+    assert not found.all("table", data_comparison="rates_optim.lr=0.004")
+
+
 def test_several_code_revisions_are_named(tmp_path: Path, page: Command) -> None:
     first, _ = write_pair(tmp_path / "runs")
     environment = json.loads((first / "env.json").read_text())

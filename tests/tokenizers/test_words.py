@@ -9,7 +9,7 @@ import torch
 from t2i_lm.config.image_tokenizer import VQModelConfig
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
-from t2i_lm.tokenizers.vq import save_tokenizer
+from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
 from t2i_lm.tokenizers.words import WordVQ, phrase_rows, pieces_of, standardized
 
 CONFIG = VQModelConfig(block_out_channels=[16, 16], codes=32)
@@ -80,6 +80,7 @@ def test_words_survive_the_state_and_the_files_of_a_tokenizer(tmp_path: Path) ->
     assert other.words == WORDS
     save_tokenizer(model, tmp_path, torch.float32, model.words)
     tokenizer = open_image_tokenizer(tmp_path, 64)
+    assert isinstance(tokenizer, VQTokenizer)
     assert tokenizer.words == WORDS
     images_BCHW = (seeded(2, 3, 64, 64) * 60 + 128).clamp(0, 255).to(torch.uint8)
     with torch.no_grad():

@@ -31,6 +31,7 @@ from t2i_lm.evaluation.probes.heldout import (
 )
 from t2i_lm.evaluation.probes.questions import Task, answer, read_tasks
 from t2i_lm.models.backbone import Backbone
+from t2i_lm.storage.sealed import read_sealed, sealed
 from t2i_lm.storage.writing import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.documents import document_key, document_start
@@ -201,8 +202,11 @@ class Probes:
             return {}, None
         identity = self._identity()
         if not self.baseline.is_file():
-            write_atomic(self.baseline, json.dumps({"identity": identity, "values": values}) + "\n")
-        before = json.loads(self.baseline.read_text(encoding="utf-8"))
+            write_atomic(self.baseline, json.dumps(sealed({"identity": identity, "values": values})) + "\n")
+        try:
+            before = read_sealed(self.baseline, "restore it from a copy")
+        except ValueError as error:
+            return {}, f"no change for any value: {error}"
         name = self.baseline.name
         if "identity" not in before:  # written by an earlier version
             return {}, f"no change for any value: {name} has no hashes of its rows and questions"

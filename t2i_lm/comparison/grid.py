@@ -1,0 +1,385 @@
+"""Results of a comparison over its grid: a table of the points, each arm's best value, and the arms at their best."""
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from t2i_lm.comparison.arms import SEED, Arms, find_arms, finished_runs, meets, pair_arms
+from t2i_lm.comparison.best import Best, best_value, common_value
+from t2i_lm.comparison.comparability import ORDER, IncomparableError, config_values, differences
+from t2i_lm.comparison.comparison import Comparison, make_comparison
+from t2i_lm.comparison.endpoints import Endpoint
+from t2i_lm.comparison.plan import Plan, require_settable, setting_folder, setting_words
+from t2i_lm.comparison.statistics import holm, paired_statistics
+from t2i_lm.comparison.study_plan import IN_STEPS, STEPS, Family, Member
+from t2i_lm.comparison.tables import interval_text, p_text, sentence, value_text
+from t2i_lm.runtime.tables import text_table
+from t2i_lm.storage.run_folder import Run
+
+# Keys that are tuned: an arm's best value of them is looked for, under every value of the other keys of a grid.
+TUNED = ("optim.",)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A family of comparisons with its results, in the order of its members."""
+
+    family: Family
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def name(self) -> str:
+        """That of the comparison in the study."""
+        return self.family.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Headings of what tells the points apart: the arm, where several are compared with the last, and the keys."""
+        several = len({next(iter(member.plan.parsed)) for member in self.family.members}) > 1
+        return (*(["arm"] if several else []), *self.family.keys)
+
+    @property
+    def tuned(self) -> str | None:
+        """The key of which each arm has a best value; None without one, or for an endpoint that is no loss."""
+        keys = [key for key in self.family.keys if key.startswith(TUNED)]
+        return keys[0] if len(keys) == 1 and Endpoint(self.family.members[0].plan.primary).is_loss else None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The best values of a tuned key under one condition, the values of the grid's other keys.
+
+    Attributes:
+        condition: those values; empty without other keys.
+        best: of each arm.
+        common: the value that is best for all arms together; None without one.
+        missing: why there is no best value: points without every seed of the plan.
+    """
+
+    condition: Mapping[str, Any]
+    best: tuple[Best, ...]
+    common: str | None
+    missing: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """Sentences."""
+        under = " ".join(setting_words(self.condition))
+        start = f"{under}: " if under else ""
+        if self.missing:
+            return [f"{start}no best value: {'; '.join(self.missing)}"]
+        lines = [f"{start}{one.sentence}" for one in self.best]
+        if self.common is not None:
+            lines.append(f"{start}best common {self.best[0].key}: {self.common}, by the mean loss of the arms")
+        return lines
+
+
+def grids(families: Sequence[Family], comparisons: Sequence[Comparison]) -> list[Grid]:
+    """The families of several comparisons, with their results."""
+    by_name = {one.name: one for one in comparisons}
+    return [
+        Grid(family, tuple(by_name[member.name] for member in family.members))
+        for family in families
+        if len(family.members) > 1
+    ]
+
+
+def require_one_version(comparisons: Sequence[Comparison], keys: Collection[str]) -> None:
+    """Checks that the runs of each arm differ in nothing but the grid's keys, what follows from them, and the seed.
+
+    Raises:
+        IncomparableError: naming what differs, such as the data hash.
+    """
+    arms: dict[str, list[Run]] = {}
+    for one in comparisons:
+        if one.arms is not None:
+            for name, by_seed in zip(one.plan.parsed, (one.arms.first, one.arms.second), strict=True):
+                arms.setdefault(name, []).extend(run for runs in by_seed.values() for run in runs)
+    varied = (SEED, ORDER, *(key for one in comparisons for key in one.plan.varied))
+    own = {*keys, *(IN_STEPS if STEPS in keys else ())}
+    for name, runs in arms.items():
+        if differing := differences(runs, varied, own, one_arm=True):
+            counts = {key: Counter(map(str, values)).items() for key, values in differing.items()}
+            words = "; ".join(
+                f"{key}: " + ", ".join(f"{value} ({count} runs)" for value, count in several)
+                for key, several in counts.items()
+            )
+            raise IncomparableError(f"the runs of {name} differ in more than {' and '.join(keys)}: {words}")
+
+
+def find_grid(plan: Plan, keys: Sequence[str], root: Path, strict: bool = True) -> Grid:
+    """The comparison of a plan at every value of one or more keys that finished runs of both arms have.
+
+    Raises:
+        ValueError: on an unknown key, or without runs of several values.
+    """
+    require_settable(dict.fromkeys(keys), "--over")
+    values: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, arm in plan.parsed.items():
+        for run in finished_runs(root, arm.experiment, []):
+            config = config_values(run)
+            if meets(plan, name, run, config):
+                point = {key: config[key] for key in keys}
+                values.setdefault(repr(point), {})[name] = point
+    points = sorted((next(iter(arms.values())) for arms in values.values() if len(arms) == 2), key=_order)
+    if len(points) < 2:
+        arms = " and ".join(plan.parsed)
+        raise ValueError(f"--over {' '.join(keys)}: {len(points)} values of which {arms} have finished runs in {root}")
+    members = []
+    for point in points:
+        own = replace(plan, where={**plan.where, **point})
+        members.append(Member(" ".join(setting_words(point)), own, point))
+    family = Family("over " + " and ".join(keys), tuple(keys), tuple(members))
+    made = [make_comparison(one.name, one.plan, partial(find_arms, one.plan, root, strict)) for one in members]
+    return Grid(family, tuple(made))
+
+
+def _order(point: Mapping[str, Any]) -> list[tuple[bool, float, str]]:
+    """Numbers by size, then words."""
+    numbers = [value if isinstance(value, int | float) else None for value in point.values()]
+    words = map(str, point.values())
+    return [(number is None, float(number or 0), word) for number, word in zip(numbers, words, strict=True)]
+
+
+def tune(grid: Grid) -> list[Tuned]:
+    """The best values of a grid's tuned key; empty without one."""
+    key = grid.tuned
+    if key is None:
+        return []
+    points: dict[str, list[tuple[Any, Comparison]]] = {}
+    conditions: dict[str, dict[str, Any]] = {}
+    for member, comparison in zip(grid.family.members, grid.comparisons, strict=True):
+        condition = {name: value for name, value in member.point.items() if name != key}
+        points.setdefault(repr(condition), []).append((member.point[key], comparison))
+        conditions[repr(condition)] = condition
+    return [_tuned(key, conditions[name], several) for name, several in points.items()]
+
+
+def _tuned(key: str, condition: Mapping[str, Any], points: Sequence[tuple[Any, Comparison]]) -> Tuned:
+    missing = []
+    losses: dict[str, dict[str, dict[int, float]]] = {}
+    for value, comparison in points:
+        absent = {*comparison.plan.seeds} - {*(comparison.arms.seeds if comparison.arms else ())}
+        if comparison.arms is None or absent:
+            seeds = f"seeds {', '.join(map(str, sorted(absent)))}" if absent else "runs"
+            missing.append(f"MISSING at {key}={value}: {seeds}")
+            continue
+        endpoint = comparison.results[0].endpoint
+        for arm, by_seed in zip(comparison.plan.parsed, (comparison.arms.first, comparison.arms.second), strict=True):
+            losses.setdefault(arm, {})[str(value)] = {seed: endpoint.value(runs[-1]) for seed, runs in by_seed.items()}
+    if missing:
+        return Tuned(condition, (), None, tuple(missing))
+    best = tuple(best_value(arm, key, by_value) for arm, by_value in losses.items())
+    return Tuned(condition, best, common_value(losses))
+
+
+def at_best(grid: Grid) -> list[Comparison]:
+    """Each arm compared with the last, both at their own best value, under every condition.
+
+    Where both have the same best value, that point of the grid is this comparison.
+    """
+    key, found = grid.tuned, []
+    for tuned in tune(grid) if key is not None else []:
+        assert key is not None
+        best = {one.arm: one for one in tuned.best}
+        final = [*_plan(grid).parsed][1]  # the last arm, with which each is compared
+        for other in [name for name in best if name != final]:
+            points = {
+                str(member.point[key]): comparison
+                for member, comparison in zip(grid.family.members, grid.comparisons, strict=True)
+                if next(iter(member.plan.parsed)) == other and tuned.condition.items() <= member.point.items()
+            }
+            last = best[final]
+            if best[other].value != last.value:
+                labels = [other] if "arm" in grid.labels else []
+                words = [grid.name, "each at its best", *labels, *setting_words(tuned.condition)]
+                found.append(_at_best(setting_folder(words), key, (best[other], last), points))
+    return found
+
+
+def _at_best(name: str, key: str, best: tuple[Best, Best], points: Mapping[str, Comparison]) -> Comparison:
+    plan = next(iter(points.values())).plan
+    where = {name: value for name, value in plan.where.items() if name != key}
+    runs: dict[str, list[Run]] = {}
+    forms = {}
+    for number, one in enumerate(best):
+        chosen = points[one.value]
+        assert chosen.arms is not None
+        arm = plan.parsed[one.arm]
+        forms[one.arm] = {"experiment": arm.experiment, **arm.own, key: chosen.plan.where[key]}
+        by_seed = (chosen.arms.first, chosen.arms.second)[number]
+        runs[one.arm] = [run for seed in sorted(by_seed) for run in by_seed[seed]]
+    own_plan: Plan = replace(plan, arms=forms, where=where)
+    edges = [one.warning for one in best if one.edge]
+
+    def find() -> Arms:
+        some = next(iter(runs.values()))[0]
+        return pair_arms(own_plan, runs, edges, some.folder.parent.parent)
+
+    return make_comparison(name, own_plan, find)
+
+
+def contrasts(grid: Grid) -> list[str]:
+    """How the difference changes over a grid of one key that is not tuned: each point minus the first, by seed."""
+    if len(grid.family.keys) != 1 or grid.tuned is not None or STEPS in grid.family.keys:
+        return []
+    lines = []
+    firsts: dict[str, tuple[str, Comparison]] = {}
+    for labels, one, _ in _points(grid):
+        arm = next(iter(one.plan.parsed))
+        if one.arms is None or one.results[0].missing:
+            continue
+        name, first = firsts.setdefault(arm, (labels[-1], one))
+        if first is one:
+            continue
+        mine, other = (each.results[0].differences for each in (one, first))
+        shared = sorted(mine.keys() & other.keys())
+        if not shared:
+            continue
+        statistics = paired_statistics([mine[seed] - other[seed] for seed in shared], alpha=one.plan.alpha)
+        interval = interval_text(one.results[0], statistics.t_interval) or "no interval"
+        prefix = f"{arm}: " if "arm" in grid.labels else ""
+        lines.append(
+            f"{prefix}difference at {labels[-1]} minus that at {name}: "
+            f"{value_text(one.results[0], statistics.mean, signed=True)}, {100 * (1 - one.plan.alpha):g} % t-interval "
+            f"{interval}, n = {statistics.n}, p {p_text(statistics.p_difference) or 'none'}"
+        )
+    return lines
+
+
+@dataclass(frozen=True)
+class GridTable:
+    """A row per point with the primary endpoint, the best values in words, and what is left out."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    lines: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def grid_table(grid: Grid) -> GridTable:
+    """The table of a grid.
+
+    Raises:
+        IncomparableError: if the points differ in more than the grid's keys.
+    """
+    require_one_version(grid.comparisons, grid.family.keys)
+    interval = f"{100 * (1 - _plan(grid).alpha):g} % t-interval"
+    last = [*_plan(grid).parsed][-1]
+    first = "arm's mean" if "arm" in grid.labels else next(iter(_plan(grid).parsed))
+    rows, notes = [], []
+    for labels, comparison, corrected in _points(grid):
+        if comparison.arms is None:
+            reason = str(comparison.problem).splitlines()[0]
+            rows.append((*labels, *[""] * 7, "MISSING" if "no seed" in reason else "REFUSED"))
+            notes.append(f"{comparison.name}: {reason}")
+            continue
+        one = comparison.results[0]
+        rows.append(
+            (
+                *labels,
+                *(value_text(one, mean) for mean in one.means or ()),
+                *([] if one.means else ["", ""]),
+                value_text(one, one.statistics.mean, signed=True),
+                interval_text(one, one.statistics.t_interval),
+                str(one.statistics.n),
+                p_text(one.statistics.p_difference),
+                p_text(corrected),
+                sentence(comparison.plan, one),
+            )
+        )
+        notes += [f"{comparison.name}: {note}" for note in comparison.arms.notes if not note.startswith("code rev")]
+    names = f"{_plan(grid).primary} by {' and '.join(grid.labels)}"
+    corrected_for = f"p (Holm): corrected for the {len(rows)} rows; the verdict is of each comparison alone"
+    return GridTable(
+        title=f"{grid.name}: {names}, each arm minus {last}, paired by seed",
+        header=(*grid.labels, first, last, "difference", interval, "n", "p", "p (Holm)", "verdict"),
+        rows=tuple(rows),
+        lines=(*(line for tuned in tune(grid) for line in tuned.lines), *contrasts(grid)),
+        notes=(corrected_for, *notes),
+    )
+
+
+def grid_text(grid: Grid) -> str:
+    """The table of a grid as text; raises as `grid_table`."""
+    table = grid_table(grid)
+    left = (*range(len(grid.labels)), len(table.header) - 1)
+    return "\n".join([table.title, "", text_table(table.header, table.rows, left=left), "", *table.lines, *table.notes])
+
+
+def labeled(grid: Grid) -> dict[str, Comparison]:
+    """The comparisons of a grid by the words that tell the points apart."""
+    return {" ".join(labels): one for labels, one, _ in _points(grid)}
+
+
+def grid_json(grid: Grid) -> str:
+    """The same as JSON."""
+    content = {
+        "comparison": grid.name,
+        "endpoint": _plan(grid).primary,
+        "keys": grid.family.keys,
+        "points": [
+            {
+                "values": member.point,
+                "name": comparison.name,
+                "problem": None if comparison.problem is None else str(comparison.problem),
+                **_numbers(comparison, corrected),
+            }
+            for member, (_, comparison, corrected) in zip(grid.family.members, _points(grid), strict=True)
+        ],
+        "best": [
+            {
+                "condition": tuned.condition,
+                "common": tuned.common,
+                "missing": tuned.missing,
+                "arms": [{**asdict(one), "sentence": one.sentence} for one in tuned.best],
+            }
+            for tuned in tune(grid)
+        ],
+    }
+    return json.dumps(content, indent=2)
+
+
+def _numbers(comparison: Comparison, corrected: float | None) -> dict[str, Any]:
+    if comparison.arms is None:
+        return {}
+    one = comparison.results[0]
+    return {
+        "means": one.means,
+        "differences": one.differences,
+        "mean": one.statistics.mean,
+        "t_interval": one.statistics.t_interval,
+        "n": one.statistics.n,
+        "p_difference": one.statistics.p_difference,
+        "p_holm": corrected,
+        "verdict": one.verdict,
+        "missing_seeds": one.missing,
+    }
+
+
+def _plan(grid: Grid) -> Plan:
+    return grid.family.members[0].plan
+
+
+def _points(grid: Grid) -> list[tuple[tuple[str, ...], Comparison, float | None]]:
+    """Labels, comparison and corrected p-value of every point."""
+    p_values = {
+        number: one.results[0].statistics.p_difference
+        for number, one in enumerate(grid.comparisons)
+        if one.results and one.results[0].statistics.p_difference is not None
+    }
+    corrected = dict(zip(p_values, holm([value for value in p_values.values() if value is not None]), strict=True))
+    several = "arm" in grid.labels[:1]
+    return [
+        (
+            (*([next(iter(one.plan.parsed))] if several else []), *map(str, member.point.values())),
+            one,
+            corrected.get(number),
+        )
+        for number, (member, one) in enumerate(zip(grid.family.members, grid.comparisons, strict=True))
+    ]

@@ -1,0 +1,251 @@
+"""Plan of a study: comparisons and further runs, each over a grid of settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from t2i_lm.comparison.plan import (
+    SECONDARY,
+    Arm,
+    Plan,
+    parse_arms,
+    read_schema,
+    require_settable,
+    setting_folder,
+    setting_words,
+    typed,
+)
+from t2i_lm.config.experiment import is_file_name
+from t2i_lm.config.sections import require
+
+STEPS = "trainer.max_steps"
+# What a run of other steps changes with them.
+IN_STEPS = (
+    "optim.warmup_steps",
+    "trainer.val_check_interval",
+    "trainer.checkpoint_interval",
+    "log.interval",
+    "samples.interval",
+    "forgetting.interval",
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One comparison of two arms, at one point of a grid.
+
+    Attributes:
+        name: of its tables and files, unique in the study.
+        plan: what is compared, `point` among its `where`.
+        point: values of the grid's keys; empty without a grid.
+    """
+
+    name: str
+    plan: Plan
+    point: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A comparison of a study: each arm minus the last one, at every point of its grid.
+
+    Attributes:
+        name: in the study.
+        keys: of the grid; empty without one.
+        members: point by point.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Experiments that are trained and not compared.
+
+    Attributes:
+        arms: as in `parse_arms`.
+        seeds: seeds of each arm.
+        where: values of config keys.
+        over: several values of one or more config keys; every combination is trained.
+    """
+
+    arms: Any = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    where: dict[str, Any] = field(default_factory=dict)
+    over: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Runs of one setting: what needs them, their arms and seeds, `where` with the values of `point` included.
+
+    `use` is the name of a comparison at one point, `group` over the whole grid; both are equal for a group of runs.
+    """
+
+    use: str
+    group: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    scale: str
+    where: Mapping[str, Any]
+    point: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Comparisons and further runs, trained and evaluated by one command.
+
+    Attributes:
+        scale, seeds, primary, margin, secondary, alpha: of every comparison that does not set its own (see `Plan`).
+        comparisons: keys of a `Plan` by name; its runs are trained with the values of `where`. With more than two arms
+            each is compared with the last one; with `over`, at every combination of values.
+        runs: further experiments by name of the group, for figures: keys of a `RunGroup`.
+    """
+
+    scale: str = "demo"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    primary: str = "val/iid.image.nll"
+    margin: str = "1%"
+    secondary: list[str] = field(default_factory=lambda: list(SECONDARY))
+    alpha: float = 0.05
+    comparisons: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, Any] = field(default_factory=dict)
+
+    def families(self) -> list[Family]:
+        """Every comparison with its grid.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        shared = {name: getattr(self, name) for name in ("scale", "seeds", "primary", "margin", "secondary", "alpha")}
+        return [_family(str(name), shared | own) for name, own in self.comparisons.items()]
+
+    def plans(self) -> dict[str, Plan]:
+        """The plan of every comparison of two arms at one point, by its name."""
+        return {member.name: member.plan for family in self.families() for member in family.members}
+
+    def groups(self) -> dict[str, RunGroup]:
+        """The further runs."""
+        shared = {"seeds": self.seeds[:1]}
+        return {name: typed(RunGroup, shared | own, f"runs.{name}.") for name, own in self.runs.items()}
+
+    def needed(self) -> list[Needed]:
+        """The runs of every comparison and group.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        found = []
+        for family in self.families():
+            for member in family.members:
+                plan = member.plan
+                arms, seeds = tuple(plan.parsed.values()), tuple(plan.seeds)
+                found.append(Needed(member.name, family.name, arms, seeds, plan.scale, plan.where, member.point))
+        for name, group in self.groups().items():
+            key = f"runs.{name}."
+            arms = tuple(parse_arms(group.arms, f"{key}arms").values())
+            for point in _points(group.over, group.where, arms, key):
+                where = {**group.where, **point}
+                found.append(Needed(name, name, arms, tuple(group.seeds), self.scale, where, point))
+        return found
+
+
+def _family(name: str, content: dict[str, Any]) -> Family:
+    key = f"comparisons.{name}."
+    over = content.get("over") or {}
+    plain = {word: value for word, value in content.items() if word != "over"}
+    arms = parse_arms(plain.get("arms", Plan().arms), f"{key}arms")
+    require(len(arms) >= 2, f"{key}arms", list(arms), "two arms, or several of which each is compared with the last")
+    *others, last = arms
+    forms = plain.get("arms", Plan().arms)
+    pairs = {
+        other: [other, last] if isinstance(forms, list) else {other: forms[other], last: forms[last]}
+        for other in others
+    }
+    where = plain.get("where") or {}
+    require(isinstance(where, Mapping), f"{key}where", where, "values by config key")
+    members = []
+    for point in _points(over, where, tuple(arms.values()), key):
+        for other in others:
+            words = [name, *([other] if len(others) > 1 else []), *setting_words(point)]
+            plan = typed(Plan, {**plain, "arms": pairs[other], "where": {**where, **point}}, key)
+            members.append(Member(setting_folder(words), plan, point))
+    names = [member.name for member in members]
+    require(len(set(names)) == len(names), f"{key}over", over, "each value once")
+    return Family(name, tuple(over), tuple(members))
+
+
+def _points(over: Any, where: Mapping[str, Any], arms: tuple[Arm, ...], key: str) -> list[dict[str, Any]]:
+    """Every combination of a grid's values; one empty one without a grid."""
+    require(isinstance(over, Mapping), f"{key}over", over, "lists of values by config key")
+    require_settable(dict.fromkeys(over), f"{key}over")
+    own = {name for arm in arms for name in arm.own}
+    for name, values in over.items():
+        several = isinstance(values, list) and len(values) > 0
+        require(
+            several and len({str(one) for one in values}) == len(values),
+            f"{key}over.{name}",
+            values,
+            "a list of values, each once",
+        )
+        require(
+            name not in where and name not in own,
+            f"{key}over.{name}",
+            values,
+            "a key that neither where nor an arm sets",
+        )
+    return [dict(zip(over, values, strict=True)) for values in product(*over.values())]
+
+
+def read_study(path: Path) -> Study:
+    """A study from a YAML file, its comparisons and groups checked.
+
+    Raises:
+        ValueError: naming the file and the key.
+    """
+    study = read_schema(Study, path)
+    try:
+        require(bool(study.comparisons or study.runs), "comparisons", study.comparisons, "at least one comparison")
+        require(bool(study.seeds), "seeds", study.seeds, "at least one seed")
+        for name, own in {**study.comparisons, **study.runs}.items():
+            require(is_file_name(str(name)), "name", name, "a name without /, of which files are named")
+            require(isinstance(own, dict), name, own, "keys and values")
+        study.needed()
+        names = [member.name for family in study.families() for member in family.members]
+        for name in names:
+            require(names.count(name) == 1 and name not in study.runs, "name", name, "each name once")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return study
+
+
+def chosen_study(path: Path | None, scale: str | None) -> Study:
+    """The study of a file, or one of the default comparison alone, with the command line's scale.
+
+    Raises:
+        ValueError: naming the file and the key.
+    """
+    study = Study(seeds=[], comparisons={"pretraining": {}}) if path is None else read_study(path)
+    return study if scale is None else replace(study, scale=scale)
+
+
+def first_seeds(study: Study, count: int | None) -> Study:
+    """A study with the first seeds of its plan alone, also where a comparison or group lists its own.
+
+    Raises:
+        ValueError: if there are not as many.
+    """
+    if count is None:
+        return study
+    require(1 <= count <= len(study.seeds), "--seeds", count, f"1 to {len(study.seeds)}, the seeds of the plan")
+
+    def shorter(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: {**own, "seeds": own["seeds"][:count]} if own.get("seeds") else own for name, own in entries.items()
+        }
+
+    return replace(study, seeds=study.seeds[:count], comparisons=shorter(study.comparisons), runs=shorter(study.runs))

@@ -1,0 +1,128 @@
+"""Figures of a difference between two arms: against training tokens with fits of its decay, and over a grid."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from t2i_lm.comparison.decay import CONSTANT, PARAMETERS, decay_sentences
+from t2i_lm.comparison.gap import GapCurve
+from t2i_lm.comparison.grid import Grid, labeled, tune
+from t2i_lm.comparison.plan import Margin
+from t2i_lm.comparison.statistics import PairedStatistics
+from t2i_lm.comparison.tables import setting
+from t2i_lm.plots.groups import arm_of
+from t2i_lm.plots.panels import ARM_STYLES, GREY, arm_style, captioned_figure
+
+TITLE = "Gap against training tokens"
+COLOR = ARM_STYLES["pretrained"].color
+FIT_COLORS = {"zero": ARM_STYLES["scratch"].color, CONSTANT: ARM_STYLES["tune_ffn"].color}
+
+
+def gap_caption(curve: GapCurve) -> str:
+    """What the figure shows, the setting, the fits in words and what is left out."""
+    first, second = curve.plan.parsed
+    ns = sorted({length.statistics.n for length in curve.lengths})
+    n = f"{ns[0]}" if len(ns) == 1 else f"{ns[0]} to {ns[-1]}"
+    last = curve.lengths[-1].comparison
+    assert last.arms is not None
+    where = setting(last.plan, last.arms).partition(", ")[2]
+    level = f"{100 * (1 - curve.plan.alpha):g} %"
+    lines = [
+        f"{TITLE}: {curve.plan.primary} of {first} minus {second}, each length a run of its own with its own schedule, "
+        f"n = {n} seeds a length. Points: mean and {level} t-interval; crosses: seeds; band: margin "
+        f"{curve.plan.margin}. Longest: {where}.",
+        *(f"{line[0].upper()}{line[1:]}." for line in decay_sentences(curve.decay, curve.plan.alpha)),
+        *(f"{note}." for note in curve.notes if note.startswith(("left out", "NOT CONTROLLED"))),
+    ]
+    return " ".join(lines)
+
+
+def draw_gap(curve: GapCurve, caption: str) -> Figure:
+    """The gap by tokens on a logarithmic axis; lines of fits carry a gid of the form `fit/KIND`."""
+    tokens = [length.tokens for length in curve.lengths]
+    with captioned_figure(caption) as figure:
+        axes = figure.subplots()
+        _zero(axes, tokens, [Margin.parse(curve.plan.margin).absolute(one.second) for one in curve.lengths])
+        for length in curve.lengths:
+            _point(axes, length.tokens, length.statistics, list(length.differences.values()))
+        grid = np.geomspace(tokens[0], tokens[-1], 200)
+        for kind, fit in curve.decay.fits.items():
+            form = "a t$^{-b}$" + (" + c" if len(PARAMETERS[kind]) == 3 else "")
+            preferred = ", preferred by AICc" if kind == curve.decay.chosen else ""
+            label = f"fit to {'a ' * (kind == CONSTANT)}{kind}, {form}{preferred}"
+            dashes = "--" if fit.problem else "-"
+            axes.plot(
+                grid, fit(grid.tolist()), color=FIT_COLORS[kind], linestyle=dashes, label=label, gid=f"fit/{kind}"
+            )
+        axes.set_xscale("log")
+        axes.set_xticks(tokens, [f"{length.steps:,}" for length in curve.lengths])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(f"training steps ({tokens[-1] / curve.lengths[-1].steps:,.0f} tokens each, pads included)")
+        first, second = (arm_style(arm_of(name)).label for name in curve.plan.parsed)
+        unit = curve.lengths[0].comparison.results[0].endpoint.unit
+        axes.set_ylabel(f"{first}\nminus {second}" + (f" ({unit})" if unit else ""))
+        if curve.decay.fits:
+            figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def _zero(axes: Axes, places: Sequence[float], margins: Sequence[float]) -> None:
+    axes.axhline(0, color=GREY, linewidth=0.9, zorder=1)
+    low = [-one for one in margins]
+    axes.fill_between(list(places), low, list(margins), color=GREY, alpha=0.12, linewidth=0, zorder=0, gid="margin")
+
+
+def _point(axes: Axes, place: float, statistics: PairedStatistics, differences: Sequence[float]) -> None:
+    """The mean with its interval, and the seeds."""
+    interval = statistics.t_interval
+    error = None if interval is None else [[statistics.mean - interval[0]], [interval[1] - statistics.mean]]
+    seeds = {"linestyle": "none", "marker": "x", "markersize": 4, "alpha": 0.7, "color": COLOR, "zorder": 2}
+    axes.plot([place] * len(differences), list(differences), **seeds)  # type: ignore[arg-type]
+    look = {"color": COLOR, "marker": "o", "markersize": 6, "capsize": 3, "zorder": 4}
+    axes.errorbar([place], [statistics.mean], yerr=error, gid="mean", **look)  # type: ignore[arg-type]
+
+
+def grid_caption(grid: Grid) -> str:
+    """What the figure of a grid shows."""
+    made = [one for one in grid.comparisons if one.arms is not None]
+    plan, arms = made[0].plan, made[0].arms
+    assert arms is not None
+    level = f"{100 * (1 - plan.alpha):g} %"
+    absent = [name for name, one in labeled(grid).items() if one.arms is None]
+    ns = sorted({one.results[0].statistics.n for one in made})
+    n = f"{ns[0]}" if len(ns) == 1 else f"{ns[0]} to {ns[-1]}"
+    lines = [
+        f"{grid.name}: {plan.primary}, each arm minus {[*plan.parsed][-1]}, paired by seed, n = {n} seeds. Points: "
+        f"mean and {level} t-interval; crosses: seeds; band: margin {plan.margin}. Scale {plan.scale}, data hash "
+        f"{arms.runs[0].environment.get('data_hash')}.",
+        *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
+        *(f"{line[0].upper()}{line[1:]}." for tuned in tune(grid) for line in tuned.lines),
+    ]
+    return " ".join(lines)
+
+
+def draw_grid(grid: Grid, caption: str) -> Figure:
+    """A row for every point that has results: the difference of its arms with its interval."""
+    shown = {name: one for name, one in labeled(grid).items() if one.arms is not None}
+    with captioned_figure(caption, max(2.0, 0.8 + 0.34 * len(shown))) as figure:
+        axes = figure.subplots()
+        axes.axvline(0, color=GREY, linewidth=0.9, zorder=1)
+        for row, one in enumerate(shown.values()):
+            result = one.results[0]
+            if result.margin is not None:
+                span = {"color": GREY, "alpha": 0.12, "linewidth": 0, "zorder": 0}
+                axes.barh([row], [2 * result.margin], left=[-result.margin], height=1.0, **span)  # type: ignore[arg-type]
+            seeds = {"linestyle": "none", "marker": "x", "markersize": 4, "alpha": 0.7, "color": COLOR, "zorder": 2}
+            axes.plot(list(result.differences.values()), [row] * result.statistics.n, **seeds)  # type: ignore[arg-type]
+            mean, interval = result.statistics.mean, result.statistics.t_interval
+            error = None if interval is None else [[mean - interval[0]], [interval[1] - mean]]
+            look = {"color": COLOR, "marker": "o", "markersize": 6, "capsize": 3, "zorder": 4}
+            axes.errorbar([mean], [row], xerr=error, gid="mean", **look)  # type: ignore[arg-type]
+        axes.set_yticks(range(len(shown)), list(shown))
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set_ylabel(" ".join(grid.labels))
+        endpoint = next(iter(shown.values())).results[0].endpoint
+        axes.set_xlabel(f"difference of {endpoint.name}" + (f" ({endpoint.unit})" if endpoint.unit else ""))
+    return figure

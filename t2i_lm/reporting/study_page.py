@@ -1,0 +1,49 @@
+"""Figures and report of a study, from its own runs alone."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from t2i_lm.comparison.study_plan import Study
+from t2i_lm.plots.catalogue import Request, write_figures
+from t2i_lm.reporting.figures import named, view
+from t2i_lm.reporting.page import write_report
+from t2i_lm.reporting.request import ReportRequest
+from t2i_lm.reporting.search import Pool, RunSearch
+from t2i_lm.training.study import StudyRun, figure_root, shown_runs
+from t2i_lm.training.study_results import Results
+
+
+def write_page(
+    study: Study, runs: Sequence[StudyRun], results: Results, plan: Path, experiments: Path, out: Path, strict: bool
+) -> int:
+    """Writes the figures of a study's runs and report.html, and prints their paths.
+
+    Args:
+        study: the plan.
+        runs: its runs.
+        results: its comparisons.
+        plan: the plan file.
+        experiments: folder of experiments, for commands.
+        out: folder to write.
+        strict: whether incomparable runs are refused.
+
+    Returns:
+        0, or 2 if no figure can be drawn, after naming the reason on stderr; the page says what is missing.
+    """
+    finished, notes = shown_runs(runs)
+    root, code = figure_root(runs), 0
+    own = tuple(sorted({key for one in study.needed() for arm in one.arms for key in arm.own}))
+    with view(finished) as (folder, links):
+        names = {**{str(link): str(run) for link, run in links.items()}, str(folder): str(root)}
+        try:
+            write_figures(Request(folder, strict=strict, varied=own), out)
+        except ValueError as error:
+            print(f"figures: {named(str(error), names)}", file=sys.stderr)
+            code = 2
+    pool = Pool(tuple(finished), tuple(notes))
+    request = ReportRequest(results.answer_first, pool, RunSearch(root), plan, experiments, strict, results, own)
+    page = out / "report.html"
+    write_report(request, page)
+    print(page)
+    return code

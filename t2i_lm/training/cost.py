@@ -1,0 +1,101 @@
+"""Expected time of a study's runs, by the time per step of finished ones."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from t2i_lm.assets import PREFIX
+from t2i_lm.comparison.comparability import config_values
+from t2i_lm.config.load import flatten
+from t2i_lm.storage.run_folder import CONFIG, REPORT, Run, read_run
+from t2i_lm.training.study import Progress, StudyRun
+
+# Runs with equal values of these, and backbones of equal size, take about as long per step.
+ALIKE = ("scale", "task", "data.batch_size", "data.length", "image_tokenizer.size")
+SIZE = ("hidden_dim", "n_layers", "n_heads", "vocab_size")  # of a backbone's config.json
+
+
+def estimate(runs: Sequence[StudyRun], states: Sequence[Progress], jobs: int) -> str:
+    """Number, steps and expected time of the runs that are not finished.
+
+    The time per step of a run is that of the study's finished runs: of its experiment and setting, else of alike ones,
+    else of all. Before any is finished, it is that of alike runs elsewhere below `run.dir`. Runs in parallel share the
+    processor, which measured times include.
+    """
+    left = [flatten(run.job.config) for run, state in zip(runs, states, strict=True) if not state.finished]
+    if not left:
+        return f"all {len(runs)} runs are finished"
+    steps = sum(values["trainer.max_steps"] for values in left)
+    words = f"{len(left)} of {len(runs)} runs to train, {steps:,} steps"
+    folders = [state.folder for state in states if state.finished and state.folder is not None]
+    done = _times(read_run(folder) for folder in folders)
+    if done:
+        source = f"{len(done)} finished runs"
+    else:
+        done = _alike_elsewhere(Path(runs[0].job.config.run.dir), {_kind(values) for values in left})
+        newest = max((folder for folder, _, _ in done), key=lambda folder: folder.name, default=None)
+        source = f"{len(done)} finished runs of the same scale and size outside of the study, the newest {newest}"
+    if not done:
+        return f"{words}; their time is estimated once a run is finished"
+    everything = [seconds for _, _, seconds in done]
+    total = 0.0
+    for values in left:
+        own = [seconds for _, other, seconds in done if _setting(other) == _setting(values)]
+        alike = [seconds for _, other, seconds in done if _kind(other) == _kind(values)]
+        total += fmean(own or alike or everything) * values["trainer.max_steps"]
+    parallel = f" with --jobs {jobs}" if jobs > 1 else ""
+    return f"{words}; about {timedelta(seconds=round(total / jobs))}{parallel}, by {source}"
+
+
+# Folder, config values and seconds per step of a finished run.
+Timed = tuple[Path, Mapping[str, Any], float]
+
+
+def _times(runs: Any) -> list[Timed]:
+    return [
+        (run.folder, config_values(run), run.report["wall_s"] / run.report["steps"])
+        for run in runs
+        if run.report is not None and run.report.get("wall_s") and run.report.get("steps")
+    ]
+
+
+def _alike_elsewhere(study: Path, kinds: set[str]) -> list[Timed]:
+    """Finished runs of given kinds below `run.dir`, outside of the study."""
+    top = next((folder.parent for folder in (study, *study.parents) if folder.name == "study"), study)
+    found: list[Run] = []
+    for file in sorted(top.rglob(CONFIG)):
+        try:
+            if (file.parent / REPORT).is_file():
+                run = read_run(file.parent)
+                if _kind(config_values(run)) in kinds:
+                    found.append(run)
+        except (ValueError, OSError, yaml.YAMLError, KeyError, TypeError):  # damaged: named where it is used
+            continue
+    return _times(found)
+
+
+def _setting(values: Mapping[str, Any]) -> str:
+    """Everything that decides the time per step of a run's arm, and whatever else it has, beside seed and length."""
+    left_out = ("seed", "run.dir", "trainer.max_steps", "trainer.threads", "samples.", "log.", "data.cache_dir")
+    return repr(sorted((key, str(value)) for key, value in values.items() if not key.startswith(left_out)))
+
+
+def _kind(values: Mapping[str, Any]) -> str:
+    return repr([*(values[key] for key in ALIKE), _size(str(values["backbone.path"]), str(values["backbone.config"]))])
+
+
+@cache
+def _size(path: str, config: str) -> str:
+    """What identifies the size of a backbone: numbers of its config.json, else its path and the name of its config."""
+    folder = Path(__file__).parents[1] / "assets" / path.removeprefix(PREFIX) if path.startswith(PREFIX) else Path(path)
+    try:
+        numbers = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return repr([numbers[name] for name in SIZE])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path} {config}"

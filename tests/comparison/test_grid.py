@@ -1,0 +1,281 @@
+"""Comparisons over a grid: tables, best values, arms at their best, contrasts, the gap by tokens."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t2i_lm import compare as command
+from t2i_lm import figures
+from t2i_lm.comparison.arms import Arms, pair_arms
+from t2i_lm.comparison.best import best_value, common_value
+from t2i_lm.comparison.comparability import IncomparableError
+from t2i_lm.comparison.comparison import make_comparison
+from t2i_lm.comparison.gap import find_gap_curve
+from t2i_lm.comparison.grid import grid_json, grid_table, grid_text, tune
+from t2i_lm.comparison.plan import Arm, Plan
+from t2i_lm.comparison.study_plan import Study
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.storage.run_folder import Run
+from t2i_lm.training.study_results import Results, figures_of, results_of, write_results
+from tests.comparison.test_compare import set_environment
+from tests.plots.synthetic_runs import write_run
+
+RATES = [7.5e-4, 1.5e-3, 3e-3, 6e-3]
+BEST = {"t2i_pretrained": 1.5e-3, "t2i_scratch": 6e-3}
+KNOWN = {"data_hash": "0" * 16, "stream_hash": "b" * 64, "numerics": 1}
+
+
+def loss(name: str, values: dict[str, Any]) -> float:
+    """Lowest at 1.5e-3 pre-trained and at 6e-3 or above from random weights; a gap that decays with steps."""
+    gap = 0.02 + 0.1 * (values.get("trainer.max_steps", 1600) / 1600) ** -0.6
+    distance = math.log(values.get("optim.lr", 3e-3) / BEST[name]) ** 2
+    return 1.5 + 0.05 * distance - gap * (name == "t2i_pretrained")
+
+
+def run_of(arm: Arm, seed: int, values: dict[str, Any]) -> Run:
+    """A finished run in memory."""
+    steps = values.get("trainer.max_steps", 1600)
+    name = arm.experiment
+    config = asdict(ExperimentConfig(name=name, seed=seed, init="random" if "scratch" in name else "pretrained"))
+    for key, value in {"trainer.max_steps": steps, **values}.items():
+        section, _, leaf = key.partition(".")
+        config[section][leaf] = value
+    final = loss(name, values) + random.Random(f"{name} {seed} {values}").gauss(0, 0.002)
+    metrics = []
+    for step in (0, steps // 2, steps):
+        entry = {"nll": final + 3 * (1 - step / steps)}
+        val = {"image": entry, "text": entry}
+        tokens = {"tokens_nominal": step * 1792, "tokens_real": step * 1500}
+        metrics.append({"step": step, **tokens, "val/iid": val, "val/compositional": val})
+    return Run(Path("runs", name, f"{seed} {values}"), config, KNOWN, metrics, {"steps": steps})
+
+
+Skip = Callable[[str, int, dict[str, Any]], bool]
+
+
+def made(
+    comparison: dict[str, Any],
+    skip: Skip = lambda *_: False,
+    environment: Callable[[dict[str, Any]], Any] = lambda _: {},
+) -> Results:
+    """The results of a comparison over a grid, of three seeds, without some runs.
+
+    Args:
+        comparison: its keys in a study.
+        skip: whether to leave out the run of an experiment, seed and values.
+        environment: entries of env.json by a run's values.
+    """
+    study = Study(seeds=[0, 1, 2], secondary=["tokens_saved.image"], comparisons={"one": comparison})
+
+    def find(plan: Plan) -> Arms:
+        found: dict[str, list[Run]] = {}
+        for name, arm in plan.parsed.items():
+            values = plan.required(name)
+            runs = [run_of(arm, seed, values) for seed in plan.seeds if not skip(arm.experiment, seed, values)]
+            found[name] = [
+                Run(run.folder, run.config, {**KNOWN, **environment(values)}, run.metrics, run.report) for run in runs
+            ]
+        return pair_arms(plan, found, (), Path("runs"))
+
+    comparisons = [make_comparison(name, plan, partial(find, plan)) for name, plan in study.plans().items()]
+    return results_of(study, comparisons)
+
+
+def test_the_best_rate_of_each_arm_is_said_to_be_interior_or_at_the_edge() -> None:
+    results = made({"over": {"optim.lr": RATES}})
+    (grid,) = results.grids
+    (tuned,) = tune(grid)
+    assert [(one.value, one.edge, one.interior) for one in tuned.best] == [
+        ("0.0015", "", True),
+        ("0.006", "largest", False),
+    ]
+    text = grid_text(grid)
+    assert "t2i_pretrained: best optim.lr 0.0015, interior to the grid; " in text
+    assert "t2i_scratch: best optim.lr 0.006, at the EDGE of the grid, its largest value; " in text
+    assert "95 % interval" in text
+    assert "best common optim.lr: 0.003" in text
+    assert len(grid_table(grid).rows) == 4
+    content = json.loads(grid_json(grid))
+    assert [point["values"]["optim.lr"] for point in content["points"]] == RATES
+    assert content["best"][0]["common"] == "0.003"
+
+
+def test_the_arms_are_compared_each_at_its_best() -> None:
+    results = made({"over": {"optim.lr": RATES}})
+    one = results.comparisons[-1]
+    assert one.name == "one_each_at_its_best"
+    assert one.plan.arms["t2i_scratch"] == {"experiment": "t2i_scratch", "optim.lr": 6e-3}
+    assert one.arms is not None
+    assert [note for note in one.arms.notes if note.startswith("EDGE OF THE GRID: t2i_scratch's")]
+    assert one.results[0].statistics.mean == pytest.approx(-0.12, abs=0.01)
+    assert results.answer_first[0] is one
+    assert [name for name, *_ in figures_of(results)] == ["one", "one_losses"]
+
+
+def test_each_of_several_arms_is_compared_at_its_best_with_the_last() -> None:
+    wide = {"experiment": "t2i_pretrained", "optim.weight_decay": 0.2}
+    arms = {"wide": wide, "t2i_pretrained": {}, "t2i_scratch": {}}
+    results = made({"arms": arms, "over": {"optim.lr": RATES}})
+    names = [one.name for one in results.comparisons if "best" in one.name]
+    assert names == ["one_each_at_its_best_wide", "one_each_at_its_best_t2i_pretrained"]
+    assert all(one.arms is not None for one in results.comparisons)
+
+
+def test_no_best_value_is_named_while_a_planned_seed_is_missing() -> None:
+    results = made({"over": {"optim.lr": RATES}}, lambda *run: run == ("t2i_scratch", 2, {"optim.lr": 1.5e-3}))
+    assert "no best value: MISSING at optim.lr=0.0015: seeds 2" in grid_text(results.grids[0])
+    assert [one.name for one in results.comparisons if "best" in one.name] == []
+    assert "undecided, 1 of 3 seeds missing" in grid_text(results.grids[0])
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [({"data_hash": "f" * 16}, "data hash"), ({"numerics": 9}, "numerics")],
+    ids=["data", "numerics"],
+)
+def test_points_of_other_data_or_numerics_are_refused(entry: dict[str, Any], named: str) -> None:
+    results = made(
+        {"over": {"optim.lr": RATES[:2]}}, environment=lambda values: entry if RATES[0] in values.values() else {}
+    )
+    assert all(one.arms is not None for one in results.comparisons[:2])
+    with pytest.raises(IncomparableError, match=f"t2i_pretrained differ in more than optim.lr: {named}"):
+        grid_table(results.grids[0])
+    steps = {"over": {"trainer.max_steps": [200, 400, 800]}}
+    curves = made(steps, environment=lambda values: entry if 200 in values.values() else {})
+    assert not curves.curves
+    assert named in curves.problems[0]
+
+
+def test_contrasts_between_points_are_paired_by_seed() -> None:
+    results = made({"over": {"data.batch_size": [8, 16]}, "where": {"trainer.max_steps": 400}})
+    (line,) = grid_table(results.grids[0]).lines
+    assert line.startswith("difference at 16 minus that at 8: ")
+    assert "n = 3" in line
+
+
+def test_several_arms_are_rows_against_the_last() -> None:
+    arms = {"slow": {"experiment": "t2i_pretrained", "optim.lr": 1e-3}, "t2i_pretrained": {}, "t2i_scratch": {}}
+    results = made({"arms": arms})
+    table = grid_table(results.grids[0])
+    assert [row[0] for row in table.rows] == ["slow", "t2i_pretrained"]
+    assert table.title.endswith("each arm minus t2i_scratch, paired by seed")
+
+
+def test_the_gap_by_tokens_has_its_fits_figure_and_numbers(tmp_path: Path) -> None:
+    steps = [200, 400, 800, 1600, 3200, 6400]
+    results = made({"over": {"trainer.max_steps": steps}})
+    (curve,) = results.curves
+    assert [(one.steps, one.tokens) for one in curve.lengths] == [(number, number * 1792) for number in steps]
+    assert curve.decay.fits["zero"].parameters["b"].value == pytest.approx(0.45, abs=0.1)
+    assert results.answer_first[0].name == "one_trainer.max_steps=6400"
+    assert write_results(results, tmp_path) == 0
+    names = {f"one{part}" for part in (".txt", ".json", ".png", "_gap.txt", "_gap.png", "_trainer.max_steps=200.txt")}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    written = json.loads((tmp_path / "one_gap.json").read_text())
+    assert [one["tokens_saved"] > 0 for one in written["lengths"]] == [True] * 6
+    assert "fit to a constant, a t^-b + c" in (tmp_path / "one_gap.txt").read_text()
+
+
+def test_lengths_of_several_comparisons_are_one_curve() -> None:
+    over = {"seeds": [0], "over": {"trainer.max_steps": [1600, 3200]}}
+    study = Study(
+        seeds=[0], secondary=[], comparisons={"short": {"over": {"trainer.max_steps": [400, 800]}}, "long": over}
+    )
+    comparisons = [
+        make_comparison(
+            name,
+            plan,
+            lambda plan=plan: pair_arms(
+                plan, {arm: [run_of(plan.parsed[arm], 0, plan.where)] for arm in plan.parsed}, (), Path()
+            ),
+        )
+        for name, plan in study.plans().items()
+    ]
+    (curve,) = results_of(study, comparisons).curves
+    assert (curve.name, [one.steps for one in curve.lengths]) == ("short", [400, 800, 1600, 3200])
+
+
+def test_the_gap_is_redrawn_from_run_folders_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [100, 200, 300, 400]
+    for number in steps:
+        for name in BEST:
+            folder = write_run(
+                tmp_path / "study" / f"trainer.max_steps={number}",
+                name,
+                config={"trainer.max_steps": number, "trainer.val_check_interval": number // 2, "log.interval": 25},
+                splits=("iid", "compositional"),
+            )
+            if number == 100:  # one length on other data is another setting
+                set_environment(folder, data_hash="f" * 16)
+    curve = find_gap_curve(tmp_path)
+    assert [one.steps for one in curve.lengths] == steps[1:]
+    assert "left out, of other settings: 2 runs" in curve.notes
+    assert figures.main(["--figure", "gap", "--runs", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+    redrawn = json.loads((tmp_path / "figures" / "figure_gap.json").read_text())
+    assert [one["mean"] for one in redrawn["lengths"]] == [one.statistics.mean for one in curve.lengths]
+    assert "no fit to zero: 3 lengths, 5 required" in capsys.readouterr().out
+    assert figures.main(["--figure", "gap", "--runs", str(tmp_path / "figures")]) == 2
+    assert "experiments/plans/data_budget.yaml" in capsys.readouterr().err
+
+
+def test_a_length_without_every_seed_is_left_out_and_named() -> None:
+    results = made(
+        {"over": {"trainer.max_steps": [200, 400, 800, 1600]}},
+        lambda *run: run == ("t2i_scratch", 1, {"trainer.max_steps": 400}),
+    )
+    (curve,) = results.curves
+    assert [one.steps for one in curve.lengths] == [200, 800, 1600]
+    assert "left out, one_trainer.max_steps=400: MISSING seeds 1" in curve.notes
+    assert curve.decay.refusals[0] == "no fit to zero: 3 lengths, 5 required (parameters + 2)"
+
+
+def test_compare_over_a_key_finds_the_values_and_the_best(tmp_path: Path, capsys: Any) -> None:
+    for number, rate in enumerate((0.001, 0.002, 0.004)):
+        for name in BEST:
+            for seed in range(2):
+                config = {"optim.lr": rate, "seed": seed}
+                write_run(
+                    tmp_path, name, f"2026011{number}-09300{seed}", config=config, splits=("iid", "compositional")
+                )
+    assert command.main(["--over", "optim.lr", "--runs", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "t2i_pretrained: best optim.lr 0.00" in output
+    assert "p (Holm): corrected for the 3 rows" in output
+    assert command.main(["--over", "optim.lr", "--runs", str(tmp_path), "optim.lr=2e-3"]) == 2
+    assert "--over optim.lr: 1 values" in capsys.readouterr().err
+    assert command.main(["--over", "optim.rl", "--runs", str(tmp_path)]) == 2
+    assert "did you mean 'optim.lr'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "edge", "interior"),
+    [
+        ({"1": 3.0, "2": 1.0, "3": 2.0}, "", True),
+        ({"1": 1.0, "2": 2.0, "3": 3.0}, "smallest", False),
+        ({"10": 1.0, "9": 2.0}, "largest", False),
+        ({"a": 1.0, "b": 2.0, "c": 3.0}, "", False),
+        ({"1": 1.0}, "", False),
+    ],
+)
+def test_an_edge_is_the_smallest_or_largest_number(values: dict[str, float], edge: str, interior: bool) -> None:
+    best = best_value("arm", "key", {value: {0: nll} for value, nll in values.items()})
+    assert (best.edge, best.interior) == (edge, interior)
+    assert bool(best.warning) == bool(edge)
+
+
+def test_the_distance_of_the_next_value_is_paired_by_seed() -> None:
+    losses = {"1": {0: 1.0, 1: 2.0, 2: 3.0}, "2": {0: 1.1, 1: 2.1, 2: 3.3}, "3": {0: 9.0}}
+    best = best_value("arm", "key", losses)
+    assert (best.value, best.next, best.n) == ("1", "2", 3)
+    assert best.behind is not None
+    assert best.behind.mean == pytest.approx(0.5 / 3)
+    assert best.sentence.endswith("n = 3, not told apart")
+    assert common_value({"one": losses, "two": {"2": {0: 1.0}, "3": {0: 0.5}}}) == "2"
+    assert common_value({"one": losses, "two": {"4": {0: 1.0}}}) is None
