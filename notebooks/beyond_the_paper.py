@@ -14,8 +14,9 @@
 # %% [markdown]
 # # Beyond the paper
 #
-# Initializations between pre-trained and random, forgetting and relearning of text, and remedies. Each cell shows a
-# figure, prints its table and writes it as PNG and PDF; if runs are missing, it prints the command that makes them.
+# Initializations between pre-trained and random, the data budget, forgetting and relearning of text, and remedies. Each
+# cell shows a figure, prints its table and writes it as PNG and PDF; if runs are missing, it prints the command that
+# makes them.
 # `python -m t2i_lm.sweep` writes the figure of a sweep itself. Open this file with jupytext, or run it as a script.
 
 # %%
@@ -35,6 +36,13 @@ request, folder = Request(project / "runs"), project / "figures"
 
 # %%
 show("inits", request, folder)
+
+# %% [markdown]
+# **Data budget.** The gap between the arms against training tokens, each length a run of its own, with fits to zero and
+# to a constant. The runs come from `python -m t2i_lm.study experiments/plans/data_budget.yaml`.
+
+# %%
+show("gap", request, folder)
 
 # %% [markdown]
 # **Forgetting.** Held-out text, measured before, during and after text-to-image training: over the text rows alone, and

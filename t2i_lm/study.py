@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = train(runs, options.jobs)
         if code > 128:  # stopped by a signal
             return code
-        results = results_of(study, compare_arms(study, runs, options.strict))
+        results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
         failed = write_results(results, out)
         from t2i_lm.reporting.study_page import write_page
 

@@ -1,7 +1,7 @@
-"""`python -m tests.collectives FILE ...`: `t2i_lm.train ...` that counts reductions per backward pass into FILE."""
+"""Counts the reductions of gradients in every backward pass of a run."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,14 @@ from lightning.pytorch.strategies import Strategy
 from torch.distributed.tensor.debug import CommDebugMode
 
 from t2i_lm.runtime.devices import global_rank
-from t2i_lm.train import main
 
 # Operations that bring gradients together; all-gathers bring weights.
 REDUCTIONS = ("reduce_scatter", "allreduce")
 
 
-def count_reductions(counts: list[int]) -> None:
-    """Makes every backward pass append its number of reductions."""
+def count_reductions(file: Path, train: Callable[[], int]) -> int:
+    """Trains, and writes the number of reductions of each backward pass of rank 0 into a file; the exit code."""
+    counts: list[int] = []
     backward = Strategy.backward
 
     def counted(self: Strategy, *arguments: Any, **named: Any) -> Any:
@@ -27,12 +27,7 @@ def count_reductions(counts: list[int]) -> None:
         return loss
 
     Strategy.backward = counted  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    counts: list[int] = []
-    count_reductions(counts)
-    code = main(sys.argv[2:])
+    code = train()
     if global_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(counts))
-    sys.exit(code)
+        file.write_text(json.dumps(counts))
+    return code

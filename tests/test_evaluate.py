@@ -26,7 +26,7 @@ from tests.data.coco_folder import CAPTION, write_coco
 from tests.runs import coco_result, losses
 
 # More images than features, so that covariances have full rank; of the network's last layer: FID_PICTURES=2500.
-IMAGES = int(os.environ.get("FID_PICTURES", "100"))
+IMAGES = int(os.environ.get("FID_PICTURES", "72"))
 WIDTH = 64 if IMAGES < 2049 else 2048
 
 

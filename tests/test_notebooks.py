@@ -16,7 +16,7 @@ from tests.plots.synthetic_runs import write_relearning, write_run, write_tokens
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 ALLOWED = {"t2i_lm.plots.catalogue"}
-PRINTED = ("PSNR", "gap %", "validation", "source", "after steps")  # of the tables
+PRINTED = ("PSNR", "gap %", "validation", "source", "after steps", "tokens saved")  # of the tables
 
 
 @pytest.fixture
@@ -32,6 +32,9 @@ def project(tmp_path: Path) -> Path:
     write_run(tmp_path / "runs", "t2i_body_only", "20260301-140000")
     write_run(tmp_path / "runs", "align", "20260301-150000")
     write_run(tmp_path / "runs", "align_shuffled", "20260301-160000")
+    for number, steps in enumerate((100, 200)):  # with the pair above, a curve of three lengths
+        for arm in ("t2i_pretrained", "t2i_scratch"):
+            write_run(tmp_path / "runs", arm, f"20260201-1{number}0000", config={"trainer.max_steps": steps})
     (tmp_path / "notebooks").mkdir()
     return tmp_path
 

@@ -14,6 +14,7 @@ from t2i_lm.storage.run_folder import run_folders
 from t2i_lm.study import main
 from t2i_lm.training.cost import estimate
 from t2i_lm.training.jobs import Job
+from t2i_lm.training.remedies import read_strengths
 from t2i_lm.training.study import StudyRun, compare_arms, progress_of, progress_table, study_runs
 from tests.study_folders import finish
 
@@ -109,6 +110,12 @@ def test_a_grid_over_steps_takes_warm_up_and_intervals_along(plan: Path) -> None
     assert folders == {"here/study", "here/study/trainer.max_steps=400", "here/study/trainer.max_steps=6400"}
     fixed = configs(plan, f"seeds: [0]\ncomparisons: {{one: {{{over}, where: {{optim.warmup_steps: 7}}}}}}")
     assert {run.job.config.optim.warmup_steps for run in fixed} == {7}
+    short = configs(plan, "seeds: [0]\ncomparisons: {one: {over: {trainer.max_steps: [20, 40, 80]}}}")
+    assert {(run.job.config.trainer.max_steps, run.job.config.optim.warmup_steps) for run in short} == {
+        (20, 1),
+        (40, 1),
+        (80, 2),
+    }, "less than the experiment's warm-up"
 
 
 def test_runs_of_an_equal_config_stand_for_each_other_whatever_plan_made_them(plan: Path, tmp_path: Path) -> None:
@@ -162,6 +169,11 @@ def test_a_missing_path_is_named_before_anything_is_trained(
     assert main([str(plan), f"run.dir={tmp_path}"]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
+    own = "{other: {experiment: t2i_scratch, backbone.path: null, backbone.config: %s}, t2i_scratch: {}}"
+    for name, code in (("no/where.json", 2), ("demo_7m", 0)):
+        plan.write_text(f"seeds: [0]\ncomparisons: {{one: {{arms: {own % name}}}}}")
+        assert main([str(plan), "--dry-run", f"run.dir={tmp_path}"]) == code
+        assert ("missing path: backbone.config=no/where.json" in capsys.readouterr().err) == bool(code)
 
 
 @pytest.mark.parametrize("file", sorted((EXPERIMENTS / "plans").glob("*.yaml")), ids=lambda file: file.stem)
@@ -170,8 +182,11 @@ def test_every_shipped_plan_names_its_question_endpoint_margin_and_cost(file: Pa
     assert "?" in text.splitlines()[0]
     if file.stem == "pretraining":  # of `compare`
         return
-    study = read_study(file)
     assert "# Cost: " in text
+    if file.stem == "remedies":  # of `remedies`
+        assert read_strengths(file)
+        return
+    study = read_study(file)
     assert "primary: " in text
     assert "margin: " in text
     seen = set()
@@ -196,7 +211,22 @@ def test_the_shipped_study_is_complete() -> None:
     [
         ("comparisons: {one: {arms: [t2i_pretrained, t2i_scrach]}}", "no experiment t2i_scrach; expected one of"),
         ("comparisons: {one: {arm: [a, b]}}", "unknown key comparisons.one.'arm'; did you mean 'arms'"),
-        ("comparisons: {one: 3}", "one=3: expected keys and values"),
+        ("comparisons: {one: 3}", "comparisons.one=3: expected keys and values"),
+        ("comparisons: {one: null}\nruns: {one: {arms: [t2i_scratch]}}", "comparisons.one=None: expected keys and"),
+        ("comparisons: {one: {}}\nruns: {one: {arms: [t2i_scratch]}}", "a name that comparisons and runs do not share"),
+        ("comparisons: {one: {seeds: []}}", "comparisons.one.seeds=[]: expected at least one seed"),
+        ("runs: {one: {arms: []}}", "runs.one.arms=[]: expected at least one experiment"),
+        ("runs: {one: {arms: [t2i_scratch], seeds: []}}", "runs.one.seeds=[]: expected at least one seed"),
+        ("comparisons:\n  one: {}\n  one: {}", "is not YAML: line 3: the key 'one' occurs twice"),
+        ("comparisons: {one: {over: {optim.lr: [3e-3, 0.003]}}}", "comparisons.one.over.optim.lr=['3e-3', 0.003]: "),
+        (
+            "comparisons: {one: {arms: {a: {experiment: b, optim.lr: 3e-3}, c: {experiment: b, optim.lr: 0.003}}}}",
+            "comparisons.one.arms.c={'experiment': 'b', 'optim.lr': 0.003}: expected another",
+        ),
+        (
+            "comparisons: {one: {arms: {a: {experiment: t2i_scratch, optim.lr: 3e-3}, t2i_scratch: {}}}}",
+            "one: the arms a and t2i_scratch have equal configs",
+        ),
         ("runs: {one: {arms: [t2i_scratch], where: {optim.rl: 1}}}", "unknown key 'optim.rl'"),
         ("seeds: [0]", "comparisons={}: expected at least one comparison"),
         ("seeds: zero\ncomparisons: {one: {}}", "seeds"),

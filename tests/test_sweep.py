@@ -149,12 +149,12 @@ def test_a_batch_size_is_swept_at_equal_tokens_unless_asked_otherwise() -> None:
 
 
 def test_a_best_value_at_the_edge_of_the_grid_is_told_in_table_and_caption(runs: Path) -> None:
-    warned = {"0.001": [1.0], "0.003": [2.0], "0.009": [3.0]}
+    warned = {"0.001": {0: 1.0}, "0.003": {0: 2.0}, "0.009": {0: 3.0}}
     (line,) = at_edges("optim.lr", {"pretrained": warned})
     assert line.startswith("EDGE OF THE GRID: pretrained's best optim.lr, 0.001, is the smallest;")
-    assert not at_edges("optim.lr", {"pretrained": {"0.001": [2.0], "0.003": [1.0], "0.009": [3.0]}})
-    assert not at_edges("optim.lr", {"pretrained": {"0.001": [2.0]}})
-    assert not at_edges("optim.name", {"pretrained": {"adamw": [2.0], "muon": [1.0]}})
+    assert not at_edges("optim.lr", {"pretrained": {"0.001": {0: 2.0}, "0.003": {0: 1.0}, "0.009": {0: 3.0}}})
+    assert not at_edges("optim.lr", {"pretrained": {"0.001": {0: 2.0}}})
+    assert not at_edges("optim.name", {"pretrained": {"adamw": {0: 2.0}, "muon": {0: 1.0}}})
     made = outcomes(runs)  # losses do not depend on the value here: the first one, 0.003, is the best
     assert "EDGE OF THE GRID" not in sweep_table("optim.lr", made) + sweep_caption("optim.lr", made)
     made = [one for one in made if one.value != "0.001"]

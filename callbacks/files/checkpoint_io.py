@@ -205,8 +205,8 @@ def forget_cached(path: Path) -> None:
 def agree(path: Path, shard: ShardIndex | None = None) -> Path:
     """The checkpoint that rank 0 passed as `path`, verified to be the same bytes on every rank.
 
-    A rank on another machine may not see a new file at once, which is why none chooses by itself. With `shard`, a rank
-    verifies the parts that hold rows of its shard; together the ranks verify all.
+    A rank on another machine may not see a new file at once, which is why none chooses by itself. Rank 0 verifies
+    the whole checkpoint (in `find_resumable`); with `shard`, the others read and verify only the parts with their rows.
 
     Raises:
         CorruptCheckpointError: on every rank, naming the ranks that cannot read it.

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from t2i_lm.analysis.base import HELD_OUT, ProbedRun, ProbeResult, Settings, State
+from t2i_lm.analysis.base import HELD_OUT, NotAvailableError, ProbedRun, ProbeResult, Settings, State
 from t2i_lm.analysis.cka import Estimate, grouped_cka
 from t2i_lm.analysis.looks import grey_key, run_keys
 from t2i_lm.analysis.states import Positions, groups_of, layer_states, positions_of, require_same_sequences
 from t2i_lm.models.backbone import Backbone
+from t2i_lm.models.image_adapters import is_restricted
 from t2i_lm.models.lora import merge_adapters
 from t2i_lm.models.parameter_kinds import parameter_places
 from t2i_lm.plots.panels import GREY, captioned_figure, place_legend
@@ -36,7 +37,11 @@ def weight_distances(initial: Backbone, trained: Backbone) -> dict[str, dict[str
 
     Returns:
         For each place `distance` (NaN where W0 is 0) and `parameters`. Adapters are merged into both models.
+
+    Raises:
+        NotAvailableError: if adapters apply to image positions alone, so that no one matrix has both.
     """
+    _require_mergeable(trained)
     for model in (initial, trained):
         merge_adapters(model)
     sums: dict[str, list[float]] = {}
@@ -57,6 +62,11 @@ def weight_distances(initial: Backbone, trained: Backbone) -> dict[str, dict[str
         name: {"distance": math.sqrt(moved / norm) if norm else math.nan, "parameters": int(count)}
         for name, (moved, norm, count) in sums.items()
     }
+
+
+def _require_mergeable(model: Backbone) -> None:
+    if is_restricted(model):
+        raise NotAvailableError("adapters that apply to image positions alone (lora.image_only) cannot be merged")
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ def probe_similarity(runs: Sequence[ProbedRun], settings: Settings) -> ProbeResu
     with progress("hidden states", 2 * len(runs) * settings.sequences, unit="sequences") as advance:
         for one in runs:
             models = {state: one.model(state) for state in STATES}
+            _require_mergeable(models["trained"].decoder)
             ids_ST = one.sequences(models["initial"].layout, settings.sequences, *HELD_OUT)
             given.append(ids_ST)
             places = positions_of(ids_ST, models["initial"])

@@ -24,6 +24,7 @@ from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 
 SEED = "seed"
+REVISIONS = "code revisions"  # start of the note on several
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def pair_arms(
             *_absent(plan, first, second),
             *_by_design(plan, arms),
             *([] if ORDER in following(plan.own_keys) else _order(arms, strict)),
-            *([f"code revisions: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
+            *([f"{REVISIONS}: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
         ),
     )
 

@@ -1,13 +1,15 @@
 """Best value of a swept key by arm: whether it lies inside the grid, and how far the next value is behind."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TypeVar
 
 from t2i_lm.comparison.statistics import PairedStatistics, paired_statistics
 
 # Losses of an arm by value of the key and seed.
 Losses = Mapping[str, Mapping[int, float]]
+Point = TypeVar("Point", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Best:
         key: the swept key.
         value: the best value, as written.
         mean: of the loss at it, over `n` seeds.
-        n: number of seeds.
+        n: number of seeds that all values have; others do not count.
+        left_out: number of the other seeds.
         edge: `smallest` or `largest` where the best value bounds the grid, beyond which a better one may lie; else
             empty. Values that are no numbers have no order and no edge.
         interior: whether smaller and larger values were tried, and are worse.
@@ -32,6 +35,7 @@ class Best:
     value: str
     mean: float
     n: int
+    left_out: int
     edge: str
     interior: bool
     next: str | None
@@ -56,7 +60,8 @@ class Best:
             if self.interior
             else "of values without order"
         )
-        words = f"{self.arm}: best {self.key} {self.value}, {where}; {self.mean:.4f} (n = {self.n})"
+        others = f" seeds of all values, {self.left_out} others left out" if self.left_out else ""
+        words = f"{self.arm}: best {self.key} {self.value}, {where}; {self.mean:.4f} (n = {self.n}{others})"
         if self.next is None or self.behind is None:
             return words
         words += f"; next {self.next}, {self.behind.mean:+.4f}"
@@ -67,15 +72,33 @@ class Best:
         return f"{words}, 95 % interval {interval[0]:+.4f} to {interval[1]:+.4f}, n = {self.behind.n}{apart}"
 
 
-def best_value(arm: str, key: str, losses: Losses) -> Best:
-    """The best value of an arm.
+def shared_seeds(losses: Mapping[Point, Mapping[int, float]]) -> list[int]:
+    """The seeds that all values have: a mean over other seeds is no better for a seed that is easier."""
+    return sorted(set.intersection(*({*by_seed} for by_seed in losses.values()))) if losses else []
+
+
+def seed_means(losses: Mapping[Point, Mapping[int, float]]) -> dict[Point, float]:
+    """The mean loss of each value over the seeds that all of them have; empty if they share none."""
+    seeds = shared_seeds(losses)
+    return {value: fmean(by_seed[seed] for seed in seeds) for value, by_seed in losses.items()} if seeds else {}
+
+
+def no_best(arm: str, key: str) -> str:
+    """Why an arm has no best value where `best_value` is None."""
+    return f"{arm}: no best {key}, its values share no seed"
+
+
+def best_value(arm: str, key: str, losses: Losses) -> Best | None:
+    """The best value of an arm over the seeds that all values have; None if they share none.
 
     Args:
         arm: its name.
         key: the swept key.
         losses: by value and seed, at least one.
     """
-    means = {value: fmean(by_seed.values()) for value, by_seed in losses.items()}
+    means, seeds = seed_means(losses), shared_seeds(losses)
+    if not means:
+        return None
     value, *others = sorted(means, key=means.__getitem__)
     numbers = _numbers(list(means))
     edge = ""
@@ -83,20 +106,22 @@ def best_value(arm: str, key: str, losses: Losses) -> Best:
         edge = {min(numbers.values()): "smallest", max(numbers.values()): "largest"}.get(numbers[value], "")
     behind = None
     if others:
-        shared = sorted(losses[value].keys() & losses[others[0]].keys())
-        gaps = [losses[others[0]][seed] - losses[value][seed] for seed in shared]
-        behind = paired_statistics(gaps) if gaps else None
+        behind = paired_statistics([losses[others[0]][seed] - losses[value][seed] for seed in seeds])
     interior = numbers is not None and len(numbers) > 2 and not edge
-    return Best(
-        arm, key, value, means[value], len(losses[value]), edge, interior, others[0] if others else None, behind
-    )
+    left_out = len({seed for by_seed in losses.values() for seed in by_seed}) - len(seeds)
+    after = others[0] if others else None
+    return Best(arm, key, value, means[value], len(seeds), left_out, edge, interior, after, behind)
 
 
 def common_value(by_arm: Mapping[str, Losses]) -> str | None:
-    """The value with the lowest mean loss over all arms, each counted once; None if no value is of every arm."""
+    """The value with the lowest mean loss over all arms, each counted once and over the seeds that its values share.
+
+    None if no value is of every arm, or an arm's values share no seed.
+    """
     first, *others = by_arm.values()
     shared = [value for value in first if all(value in losses for losses in others)]
-    means = {value: fmean(fmean(losses[value].values()) for losses in by_arm.values()) for value in shared}
+    of_arms = [seed_means({value: losses[value] for value in shared}) for losses in by_arm.values()]
+    means = {value: fmean(one[value] for one in of_arms) for value in shared} if all(of_arms) else {}
     return min(means, key=means.__getitem__) if means else None
 
 

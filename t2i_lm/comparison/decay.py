@@ -1,8 +1,9 @@
 """Fits of a gap that decays with training tokens: to zero, a t^-b, or to a constant, a t^-b + c.
 
-Least squares over all runs, each length a run of its own; AICc over the lengths chooses. Intervals are over seeds: the
-fit's linear response to each seed's differences gives a value of every parameter per seed, whose mean is the fit (the
-cluster-robust "sandwich"), and these values have the t-interval and the studentized bootstrap of `statistics.py`.
+Least squares over all runs, each length a run of its own; AICc over eight lengths or more chooses. Intervals are over
+seeds, where every length has all of them: the fit's linear response to each seed's differences gives a value of every
+parameter per seed, whose mean is the fit (the cluster-robust "sandwich"), and these values have the t-interval and the
+studentized bootstrap of `statistics.py`.
 """
 
 import math
@@ -20,6 +21,8 @@ ZERO, CONSTANT = "zero", "constant"
 PARAMETERS = {ZERO: ("a", "b"), CONSTANT: ("a", "b", "c")}
 # Least number of lengths beyond the parameters, the variance among them: AICc requires it.
 SPARE = 2
+# Least number of lengths of a choice between the fits: with fewer, the penalty of AICc decides.
+CHOICE = 8
 # Difference of AICc below which two fits are not told apart (Burnham and Anderson, 2002).
 TOLD_APART = 2.0
 EXPONENTS = (1e-3, 6.0)
@@ -70,7 +73,7 @@ class Decay:
 
     Attributes:
         fits: by kind.
-        chosen: the kind with the lower AICc; None where it is not told apart or there are not both.
+        chosen: the kind with the lower AICc; None where it is not told apart, both are not sound, or lengths are few.
         refusals: a sentence for each fit that was not made.
     """
 
@@ -95,10 +98,10 @@ def fit_decay(points: Mapping[float, Mapping[int, float]], alpha: float = 0.05) 
             )
             continue
         fits[kind] = _fit(kind, points, alpha)
-    sound = {kind: fit for kind, fit in fits.items() if not fit.problem}
-    chosen = min(sound, key=lambda kind: sound[kind].aicc, default=None) if len(fits) == 2 else None
-    if len(sound) == 2 and abs(fits[ZERO].aicc - fits[CONSTANT].aicc) < TOLD_APART:
-        chosen = None
+    chosen = None
+    both = [fit for fit in fits.values() if not fit.problem]
+    if len(both) == 2 and len(points) >= CHOICE and abs(both[0].aicc - both[1].aicc) >= TOLD_APART:
+        chosen = min(fits, key=lambda kind: fits[kind].aicc)
     return Decay(fits, chosen, tuple(refusals))
 
 
@@ -113,10 +116,20 @@ def decay_sentences(decay: Decay, alpha: float = 0.05) -> list[str]:
             f"fit to {_target(kind)}, {form}, t in units of {fit.scale:,.0f} tokens: {values}; AICc {fit.aicc:.1f}; "
             f"{fit.lengths} lengths, n = {f'{fit.least} to ' * (fit.least < fit.n)}{fit.n} seeds each{doubt}"
         )
-    if decay.chosen is not None:
+    fits = list(decay.fits.values())
+    if any(fit.least < fit.n for fit in fits):
+        lines.append("no intervals: they require every seed at every length")
+    sound = [fit for fit in fits if not fit.problem]
+    if fits and not sound:
+        lines.append("no sound fit")
+    elif len(fits) == 2 and len(sound) == 1:
+        lines.append(f"only the fit to {_target(sound[0].kind)} is sound")
+    elif decay.chosen is not None:
         lines.append(f"AICc prefers the fit to {_target(decay.chosen)}, within these lengths")
-    elif len(decay.fits) == 2:
-        lines.append("AICc does not tell the two fits apart")
+    elif len(fits) == 2 and fits[0].lengths < CHOICE:
+        lines.append(f"undecided between the fits, {fits[0].lengths} lengths ({CHOICE} required for a choice)")
+    elif len(fits) == 2:
+        lines.append("undecided between the fits: AICc does not tell them apart")
     return lines
 
 
@@ -145,8 +158,9 @@ def _fit(kind: str, points: Mapping[float, Mapping[int, float]], alpha: float) -
     values = _least_squares(kind, t, gaps)
     residuals = gaps - _curve(t, *values)
     per_seed = _per_seed(values, t, residuals, [row[1] for row in rows], seeds)
+    balanced = len(seeds) > 1 and all(len(by_seed) == len(seeds) for by_seed in points.values())
     statistics: list[PairedStatistics | None] = [
-        paired_statistics(per_seed[:, number].tolist(), alpha=alpha) if len(seeds) > 1 else None
+        paired_statistics(per_seed[:, number].tolist(), alpha=alpha) if balanced else None
         for number in range(len(values))
     ]
     parameters = {

@@ -10,15 +10,17 @@ Names:
                                           of the primary split
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from t2i_lm.comparison.comparability import IncomparableError
 from t2i_lm.storage.run_folder import VAL, Run
 
-REPORT, TOKENS_SAVED = "report", "tokens_saved"
+REPORT, TOKENS_SAVED, FORGETTING = "report", "tokens_saved", "forgetting"
 # Units of what a name ends with; other endpoints have none.
 UNITS = {"nll": "nats/token", "bits_per_byte": "bits per byte"}
 
@@ -65,6 +67,40 @@ class Endpoint:
         if isinstance(tree, bool) or not isinstance(tree, int | float) or not np.isfinite(tree):
             raise ValueError(f"endpoint {self.name}: {run.folder} has {tree!r} there, expected a finite number")
         return float(tree)
+
+    def require_one_text(self, runs: Sequence[Run]) -> None:
+        """Checks that forgetting was measured on equal rows of one text, or on equally many questions.
+
+        Raises:
+            IncomparableError: naming what each was measured on.
+        """
+        if not self.name.startswith(f"{FORGETTING}."):
+            return
+        found = [self._measured_on(run) for run in runs]
+        if len({str((run.environment.get("tokenizers") or {}).get("text")) for run in runs}) > 1:
+            found = [{"name": one.get("name")} for one in found]  # the others depend on the tokenizer
+        if all("unigram loss" in one for one in found):
+            found = [{key: value for key, value in one.items() if key != "name"} for one in found]
+        for key in dict.fromkeys(key for one in found for key in one):
+            counts = Counter(str(one[key]) for one in found if one.get(key) is not None)
+            if len(counts) > 1:
+                words = ", ".join(f"{value} ({count} runs)" for value, count in counts.items())
+                raise IncomparableError(
+                    f"endpoint {self.name}: forgetting was not measured on the same text: {key} {words}"
+                )
+
+    def _measured_on(self, run: Run) -> dict[str, Any]:
+        """What tells apart the texts, or questions, of a run's last measurement; an older run may lack some."""
+        path = self.name.split(".")[1:]
+        entry: Any = _last(run, FORGETTING)
+        for name in path[: 2 if path[0] == "tasks" else 1]:
+            entry = entry.get(name) if isinstance(entry, dict) else None
+        if not isinstance(entry, dict):
+            return {}
+        unigram = entry.get("floors", {}).get("unigram", {}).get("nll")
+        known = {key: entry.get(key) for key in ("rows", "targets", "questions", "name")}
+        known["unigram loss"] = None if unigram is None else f"{unigram:.5f}"
+        return {key: value for key, value in known.items() if value is not None}
 
     def difference(self, first: Run, second: Run) -> float:
         """The first run's value minus the second's; of `tokens_saved`, the tokens that the first one saves."""

@@ -76,7 +76,7 @@ class GapCurve:
     @property
     def runs(self) -> dict[str, Run]:
         """Every run by arm, steps and seed."""
-        found = {}
+        found: dict[str, Run] = {}
         for length in self.lengths:
             assert length.comparison.arms is not None
             both = (length.comparison.arms.first, length.comparison.arms.second)
@@ -103,9 +103,9 @@ def gap_curves(families: Sequence[Family], comparisons: Sequence[Comparison]) ->
                 names.setdefault(key, (family.name, setting_folder([family.name, *arm, *setting_words(others)])))
     curves, problems = [], []
     for key, lengths in settings.items():
-        family, name = names[key]
+        comparison, name = names[key]
         try:
-            curves += [replace(gap_curve(name, lengths), family=family)] if len(lengths) >= LENGTHS else []
+            curves += [replace(gap_curve(name, lengths), family=comparison)] if len(lengths) >= LENGTHS else []
         except ValueError as error:
             problems.append(f"{name}: gap against training tokens: {error}")
     return curves, problems

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.arms import SEED, Arms, find_arms, finished_runs, meets, pair_arms
-from t2i_lm.comparison.best import Best, best_value, common_value
-from t2i_lm.comparison.comparability import ORDER, IncomparableError, config_values, differences
+from t2i_lm.comparison.arms import REVISIONS, SEED, Arms, find_arms, finished_runs, meets, pair_arms
+from t2i_lm.comparison.best import Best, best_value, common_value, no_best
+from t2i_lm.comparison.comparability import ORDER, IncomparableError, config_values, differences, revisions
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.plan import Plan, require_settable, setting_folder, setting_words
@@ -22,14 +22,23 @@ from t2i_lm.storage.run_folder import Run
 
 # Keys that are tuned: an arm's best value of them is looked for, under every value of the other keys of a grid.
 TUNED = ("optim.",)
+# What to know of a comparison at best values.
+OPTIMISTIC = "each arm's best value was chosen on the same seeds and validation data: the p-value at it is optimistic"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A family of comparisons with its results, in the order of its members."""
+    """A family of comparisons with its results, in the order of its members.
+
+    Attributes:
+        family: the comparisons.
+        comparisons: with results.
+        strict: whether another order of the data between the arms is refused.
+    """
 
     family: Family
     comparisons: tuple[Comparison, ...]
+    strict: bool = True
 
     @property
     def name(self) -> str:
@@ -78,21 +87,29 @@ class Tuned:
         return lines
 
 
-def grids(families: Sequence[Family], comparisons: Sequence[Comparison]) -> list[Grid]:
-    """The families of several comparisons, with their results."""
+def grids(
+    families: Sequence[Family], comparisons: Sequence[Comparison], strict: bool = True
+) -> tuple[list[Grid], list[str]]:
+    """The families of several comparisons, with their results; and why others are refused (`require_one_version`)."""
     by_name = {one.name: one for one in comparisons}
-    return [
-        Grid(family, tuple(by_name[member.name] for member in family.members))
-        for family in families
-        if len(family.members) > 1
-    ]
+    found, problems = [], []
+    for family in families:
+        points = tuple(by_name[member.name] for member in family.members)
+        if len(points) > 1:
+            try:
+                require_one_version(points, family.keys)
+            except IncomparableError as error:
+                problems.append(f"{family.name}: {error}")
+            else:
+                found.append(Grid(family, points, strict))
+    return found, problems
 
 
 def require_one_version(comparisons: Sequence[Comparison], keys: Collection[str]) -> None:
     """Checks that the runs of each arm differ in nothing but the grid's keys, what follows from them, and the seed.
 
     Raises:
-        IncomparableError: naming what differs, such as the data hash.
+        IncomparableError: naming what differs, such as the data hash, or the text of the primary endpoint.
     """
     arms: dict[str, list[Run]] = {}
     for one in comparisons:
@@ -100,6 +117,9 @@ def require_one_version(comparisons: Sequence[Comparison], keys: Collection[str]
             for name, by_seed in zip(one.plan.parsed, (one.arms.first, one.arms.second), strict=True):
                 arms.setdefault(name, []).extend(run for runs in by_seed.values() for run in runs)
     varied = (SEED, ORDER, *(key for one in comparisons for key in one.plan.varied))
+    everything = [run for runs in arms.values() for run in runs]
+    if everything:
+        Endpoint(comparisons[0].plan.primary).require_one_text(everything)
     own = {*keys, *(IN_STEPS if STEPS in keys else ())}
     for name, runs in arms.items():
         if differing := differences(runs, varied, own, one_arm=True):
@@ -116,6 +136,7 @@ def find_grid(plan: Plan, keys: Sequence[str], root: Path, strict: bool = True) 
 
     Raises:
         ValueError: on an unknown key, or without runs of several values.
+        IncomparableError: if the points differ in more than the keys.
     """
     require_settable(dict.fromkeys(keys), "--over")
     values: dict[str, dict[str, dict[str, Any]]] = {}
@@ -135,7 +156,8 @@ def find_grid(plan: Plan, keys: Sequence[str], root: Path, strict: bool = True) 
         members.append(Member(" ".join(setting_words(point)), own, point))
     family = Family("over " + " and ".join(keys), tuple(keys), tuple(members))
     made = [make_comparison(one.name, one.plan, partial(find_arms, one.plan, root, strict)) for one in members]
-    return Grid(family, tuple(made))
+    require_one_version(made, keys)
+    return Grid(family, tuple(made), strict)
 
 
 def _order(point: Mapping[str, Any]) -> list[tuple[bool, float, str]]:
@@ -173,18 +195,45 @@ def _tuned(key: str, condition: Mapping[str, Any], points: Sequence[tuple[Any, C
             losses.setdefault(arm, {})[str(value)] = {seed: endpoint.value(runs[-1]) for seed, runs in by_seed.items()}
     if missing:
         return Tuned(condition, (), None, tuple(missing))
-    best = tuple(best_value(arm, key, by_value) for arm, by_value in losses.items())
-    return Tuned(condition, best, common_value(losses))
+    best = {arm: best_value(arm, key, by_value) for arm, by_value in losses.items()}
+    missing = [no_best(arm, key) for arm, one in best.items() if one is None]
+    found = () if missing else tuple(one for one in best.values() if one is not None)
+    return Tuned(condition, found, common_value(losses) if found else None, tuple(missing))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """An arm and the last one, each with its best value under a condition, and the points of both by value."""
+
+    name: str
+    best: tuple[Best, Best]
+    points: Mapping[str, Comparison]
+
+    @property
+    def point(self) -> Comparison | None:
+        """The point of the grid at which both are at their best; None if they have other best values."""
+        first, last = self.best
+        return self.points[first.value] if first.value == last.value else None
 
 
 def at_best(grid: Grid) -> list[Comparison]:
     """Each arm compared with the last, both at their own best value, under every condition.
 
-    Where both have the same best value, that point of the grid is this comparison.
+    Where both have the same best value, that point of the grid is this comparison, and no other is made.
     """
-    key, found = grid.tuned, []
-    for tuned in tune(grid) if key is not None else []:
-        assert key is not None
+    return [_at_best(pair, grid) for pair in _pairs(grid) if pair.point is None]
+
+
+def names_at_best(grid: Grid) -> list[str]:
+    """The names of the comparisons of arms at their best, points of the grid among them, condition by condition."""
+    return [pair.name if pair.point is None else pair.point.name for pair in _pairs(grid)]
+
+
+def _pairs(grid: Grid) -> list[_Pair]:
+    key, found = grid.tuned, list[_Pair]()
+    if key is None:
+        return found
+    for tuned in tune(grid):
         best = {one.arm: one for one in tuned.best}
         final = [*_plan(grid).parsed][1]  # the last arm, with which each is compared
         for other in [name for name in best if name != final]:
@@ -193,20 +242,20 @@ def at_best(grid: Grid) -> list[Comparison]:
                 for member, comparison in zip(grid.family.members, grid.comparisons, strict=True)
                 if next(iter(member.plan.parsed)) == other and tuned.condition.items() <= member.point.items()
             }
-            last = best[final]
-            if best[other].value != last.value:
-                labels = [other] if "arm" in grid.labels else []
-                words = [grid.name, "each at its best", *labels, *setting_words(tuned.condition)]
-                found.append(_at_best(setting_folder(words), key, (best[other], last), points))
+            labels = [other] if "arm" in grid.labels else []
+            words = [grid.name, "each at its best", *labels, *setting_words(tuned.condition)]
+            found.append(_Pair(setting_folder(words), (best[other], best[final]), points))
     return found
 
 
-def _at_best(name: str, key: str, best: tuple[Best, Best], points: Mapping[str, Comparison]) -> Comparison:
+def _at_best(pair: _Pair, grid: Grid) -> Comparison:
+    points, key = pair.points, grid.tuned
+    assert key is not None
     plan = next(iter(points.values())).plan
     where = {name: value for name, value in plan.where.items() if name != key}
     runs: dict[str, list[Run]] = {}
     forms = {}
-    for number, one in enumerate(best):
+    for number, one in enumerate(pair.best):
         chosen = points[one.value]
         assert chosen.arms is not None
         arm = plan.parsed[one.arm]
@@ -214,13 +263,13 @@ def _at_best(name: str, key: str, best: tuple[Best, Best], points: Mapping[str, 
         by_seed = (chosen.arms.first, chosen.arms.second)[number]
         runs[one.arm] = [run for seed in sorted(by_seed) for run in by_seed[seed]]
     own_plan: Plan = replace(plan, arms=forms, where=where)
-    edges = [one.warning for one in best if one.edge]
+    told = [OPTIMISTIC, *(one.warning for one in pair.best if one.edge)]
 
     def find() -> Arms:
         some = next(iter(runs.values()))[0]
-        return pair_arms(own_plan, runs, edges, some.folder.parent.parent)
+        return pair_arms(own_plan, runs, told, some.folder.parent.parent, grid.strict)
 
-    return make_comparison(name, own_plan, find)
+    return make_comparison(pair.name, own_plan, find)
 
 
 def contrasts(grid: Grid) -> list[str]:
@@ -263,12 +312,7 @@ class GridTable:
 
 
 def grid_table(grid: Grid) -> GridTable:
-    """The table of a grid.
-
-    Raises:
-        IncomparableError: if the points differ in more than the grid's keys.
-    """
-    require_one_version(grid.comparisons, grid.family.keys)
+    """The table of a grid."""
     interval = f"{100 * (1 - _plan(grid).alpha):g} % t-interval"
     last = [*_plan(grid).parsed][-1]
     first = "arm's mean" if "arm" in grid.labels else next(iter(_plan(grid).parsed))
@@ -293,20 +337,27 @@ def grid_table(grid: Grid) -> GridTable:
                 sentence(comparison.plan, one),
             )
         )
-        notes += [f"{comparison.name}: {note}" for note in comparison.arms.notes if not note.startswith("code rev")]
+        notes += [f"{comparison.name}: {note}" for note in comparison.arms.notes if not note.startswith(REVISIONS)]
     names = f"{_plan(grid).primary} by {' and '.join(grid.labels)}"
-    corrected_for = f"p (Holm): corrected for the {len(rows)} rows; the verdict is of each comparison alone"
+    tuned = tune(grid)
+    known = revisions(run for one in grid.comparisons if one.arms is not None for run in one.arms.runs)
+    general = [
+        f"p (Holm): corrected for {sum(bool(row[-2]) for row in rows)} p-values, those of points with every planned "
+        "seed; the verdict is of each comparison alone",
+        *([OPTIMISTIC] if any(one.best for one in tuned) else []),
+        *([f"{REVISIONS}: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
+    ]
     return GridTable(
         title=f"{grid.name}: {names}, each arm minus {last}, paired by seed",
         header=(*grid.labels, first, last, "difference", interval, "n", "p", "p (Holm)", "verdict"),
         rows=tuple(rows),
-        lines=(*(line for tuned in tune(grid) for line in tuned.lines), *contrasts(grid)),
-        notes=(corrected_for, *notes),
+        lines=(*(line for one in tuned for line in one.lines), *contrasts(grid)),
+        notes=(*general, *notes),
     )
 
 
 def grid_text(grid: Grid) -> str:
-    """The table of a grid as text; raises as `grid_table`."""
+    """The table of a grid as text."""
     table = grid_table(grid)
     left = (*range(len(grid.labels)), len(table.header) - 1)
     return "\n".join([table.title, "", text_table(table.header, table.rows, left=left), "", *table.lines, *table.notes])
@@ -341,6 +392,11 @@ def grid_json(grid: Grid) -> str:
             }
             for tuned in tune(grid)
         ],
+        "at_best": [
+            {"name": one.name, "notes": one.arms.notes if one.arms is not None else [], **_numbers(one, None)}
+            for one in at_best(grid)
+        ],
+        "notes": grid_table(grid).notes,
     }
     return json.dumps(content, indent=2)
 
@@ -367,11 +423,11 @@ def _plan(grid: Grid) -> Plan:
 
 
 def _points(grid: Grid) -> list[tuple[tuple[str, ...], Comparison, float | None]]:
-    """Labels, comparison and corrected p-value of every point."""
+    """Labels, comparison and corrected p-value of every point; points that lack seeds are no tests."""
     p_values = {
         number: one.results[0].statistics.p_difference
         for number, one in enumerate(grid.comparisons)
-        if one.results and one.results[0].statistics.p_difference is not None
+        if one.results and not one.results[0].missing and one.results[0].statistics.p_difference is not None
     }
     corrected = dict(zip(p_values, holm([value for value in p_values.values() if value is not None]), strict=True))
     several = "arm" in grid.labels[:1]

@@ -16,9 +16,9 @@ from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.config.experiment import is_file_name
 from t2i_lm.config.load import literal
 from t2i_lm.config.sections import require
-from t2i_lm.config.values import key_types
+from t2i_lm.config.values import Plain, key_types, read_value
 from t2i_lm.storage.run_folder import PRIMARY, VAL
-from t2i_lm.storage.yaml_text import read_yaml
+from t2i_lm.storage.yaml_text import problem_of, read_yaml
 
 # Default secondary endpoints.
 SECONDARY = ("val/compositional.image.nll", "val/iid.text.nll", "val/iid.all.nll", "tokens_saved.image")
@@ -100,9 +100,21 @@ def parse_arms(given: Any, key: str = "arms") -> dict[str, Arm]:
         require(isinstance(experiment, str), f"{key}.{name}.experiment", experiment, "the name of an experiment")
         require_settable(own, f"{key}.{name}")
         arms[name] = Arm(name, experiment, own)
-    contents = [repr((arm.experiment, sorted(arm.own.items(), key=str))) for arm in arms.values()]
-    require(len(set(contents)) == len(contents), key, list(arms), "arms that differ in experiment or setting")
+    contents: dict[str, str] = {}
+    for name, arm in arms.items():
+        content = repr((arm.experiment, sorted((key, of_type(key, value)) for key, value in arm.own.items())))
+        other = contents.setdefault(content, name)
+        require(other == name, f"{key}.{name}", given[name], f"another experiment or setting than of {other}")
     return arms
+
+
+def of_type(key: str, value: Any) -> str:
+    """A value of a config key as its type reads it, in words: YAML takes 3e-3 for text.
+
+    Raises:
+        ValueError: naming the key and what is allowed.
+    """
+    return repr(read_value(key, Plain(value) if isinstance(value, str) else value))
 
 
 def require_settable(values: Mapping[Any, Any], where: str) -> None:
@@ -217,18 +229,29 @@ def _word(value: Any) -> str:
 Schema = TypeVar("Schema")
 
 
+def read_plan_file(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        return read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"no plan file {path}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {problem_of(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+
+
 def read_schema(schema: type[Schema], path: Path) -> Schema:
     """An instance of a dataclass from a YAML file.
 
     Raises:
         ValueError: naming the file and the key.
     """
-    try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"no plan file {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    content = read_plan_file(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, found {type(content).__name__}")
     try:

@@ -10,6 +10,7 @@ from t2i_lm.comparison.plan import (
     SECONDARY,
     Arm,
     Plan,
+    of_type,
     parse_arms,
     read_schema,
     require_settable,
@@ -186,12 +187,8 @@ def _points(over: Any, where: Mapping[str, Any], arms: tuple[Arm, ...], key: str
     own = {name for arm in arms for name in arm.own}
     for name, values in over.items():
         several = isinstance(values, list) and len(values) > 0
-        require(
-            several and len({str(one) for one in values}) == len(values),
-            f"{key}over.{name}",
-            values,
-            "a list of values, each once",
-        )
+        once = several and len({of_type(name, one) for one in values}) == len(values)
+        require(once, f"{key}over.{name}", values, "a list of values, each once")
         require(
             name not in where and name not in own,
             f"{key}over.{name}",
@@ -211,10 +208,16 @@ def read_study(path: Path) -> Study:
     try:
         require(bool(study.comparisons or study.runs), "comparisons", study.comparisons, "at least one comparison")
         require(bool(study.seeds), "seeds", study.seeds, "at least one seed")
-        for name, own in {**study.comparisons, **study.runs}.items():
-            require(is_file_name(str(name)), "name", name, "a name without /, of which files are named")
-            require(isinstance(own, dict), name, own, "keys and values")
-        study.needed()
+        for section in ("comparisons", "runs"):
+            for name, own in getattr(study, section).items():
+                require(is_file_name(str(name)), "name", name, "a name without /, of which files are named")
+                require(isinstance(own, dict), f"{section}.{name}", own, "keys and values")
+                both = name in study.comparisons and name in study.runs
+                require(not both, f"{section}.{name}", own, "a name that comparisons and runs do not share")
+        for need in study.needed():
+            section = "comparisons" if need.group in study.comparisons else "runs"
+            require(bool(need.seeds), f"{section}.{need.group}.seeds", list(need.seeds), "at least one seed")
+            require(bool(need.arms), f"{section}.{need.group}.arms", list(need.arms), "at least one experiment")
         names = [member.name for family in study.families() for member in family.members]
         for name in names:
             require(names.count(name) == 1 and name not in study.runs, "name", name, "each name once")

@@ -101,6 +101,8 @@ FIXED = (
     "tune",
     "freeze",
     "modality_experts",
+    "image_tokenizer.words",
+    "image_tokenizer.caption_weight",
     "new_rows",
     "loss_rows",
     "backbone.",
@@ -174,8 +176,8 @@ class ExperimentConfig(Section):
     """Image positions have norms, attention projections and feed-forward layers of their own, which start as copies of
     the language model's; freeze=[text_expert,text_rows] keeps the language model as it is."""
     new_rows: str = "random"
-    """Initial image rows, the same in every arm: `random`, `mean`, `aligned`, `codebook`, or `words` (the text rows of
-    the words of each code, of an image tokenizer that has some)."""
+    """Initial image rows, by the same rule in every arm: `random`, `mean`, `aligned`, `codebook`, or `words` (text rows
+    of each code's words, of an image tokenizer that has some). `mean` and `words` use the arm's own text rows."""
     aligned_rows: str | None = None
     """With `aligned`: the file or run folder of an alignment, or `latest`."""
     loss_rows: str = "all"
@@ -254,12 +256,15 @@ class ExperimentConfig(Section):
         yield image_tokenizer and not data.has_images, "data.source", f"a source of images with {task}"
         yield image_tokenizer and self.tune != "all", "tune", f"all with {task}"
         yield image_tokenizer and bool(self.freeze), "freeze", f"an empty list with {task}"
+        too_few = data.val_size is not None and data.val_size < data.batch_size
+        in_batches = f"on whole batches of data.batch_size={data.batch_size}, since the loss depends on their size"
         if image_tokenizer and self.image_tokenizer.caption_weight > 0:
             whole = (
                 f"1, image_tokenizer.caption_weight={self.image_tokenizer.caption_weight:g} compares the whole batch"
             )
             yield trainer.accumulate_grad_batches != 1, "trainer.accumulate_grad_batches", whole
             yield data.captions == "all", "data.captions", f"first or random with {task}, which takes each image once"
+            yield too_few, "data.val_size", f"null or at least a batch: captions are compared {in_batches}"
         if align:
             rows_alone = f"{task} trains the image rows alone, from random ones"
             yield self.tune != "all", "tune", f"all, {rows_alone}"
@@ -268,12 +273,7 @@ class ExperimentConfig(Section):
             yield self.init == "aligned", "init", f"another than aligned, {rows_alone}"
             whole = f"1, {task} takes its negatives from the whole batch"
             yield trainer.accumulate_grad_batches != 1, "trainer.accumulate_grad_batches", whole
-            yield (
-                data.val_size is not None and data.val_size < data.batch_size,
-                "data.val_size",
-                f"null or at least a batch: {task} validates on whole batches of data.batch_size={data.batch_size}, "
-                "since the loss depends on their size",
-            )
+            yield too_few, "data.val_size", f"null or at least a batch: {task} validates {in_batches}"
 
         # Initial weights
         aligned_twice = self.init == "aligned" and self.new_rows not in ("random", "aligned")

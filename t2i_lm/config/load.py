@@ -22,7 +22,7 @@ from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value
 from t2i_lm.storage.hub import is_hub
 from t2i_lm.storage.run_folder import CONFIG, read_config, read_environment
 from t2i_lm.storage.writing import write_atomic
-from t2i_lm.storage.yaml_text import loader_of, read_yaml, root_node
+from t2i_lm.storage.yaml_text import loader_of, problem_of, read_yaml, root_node
 
 # Former keys and prefixes of values, still read from files and overrides, with a note on stderr.
 MOVED_KEYS = {"data.trim": "data.pad_to_multiple_of", "align.neighbours": "align.neighbors"}
@@ -262,7 +262,9 @@ def _listed(key: str, text: str) -> list[Any]:
     try:
         values = _yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{key}={text}: expected a list, such as [a, 'b, with a comma']: {_line(error)}") from error
+        raise ValueError(
+            f"{key}={text}: expected a list, such as [a, 'b, with a comma']: {problem_of(error)}"
+        ) from error
     assert isinstance(values, list)
     return values
 
@@ -273,7 +275,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = _yaml(path.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {_line(error)}") from error
+        raise ValueError(f"{path} is not YAML: {problem_of(error)}") from error
     except (UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
@@ -306,13 +308,6 @@ def _content(loader: yaml.SafeLoader, node: Any) -> Any:
             raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
     loader.flatten_mapping(node)  # `<<: *anchor`
     return {str(key.value): _content(loader, value) for key, value in node.value}
-
-
-def _line(error: yaml.YAMLError) -> str:
-    """The problem and its line."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    where = f"line {mark.line + 1}: " if mark else ""
-    return where + (problem or " ".join(str(error).split()))
 
 
 def _typed(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ class LoraConfig(Section, prefix="lora"):
     alpha: float = 16.0
     """The adapters' product is scaled by alpha / rank."""
     image_only: bool = False
-    """Adapters apply to image positions alone (`<image>` and all that follows it): logits of plain text stay equal to
-    the bit."""
+    """Adapters apply to ids from `<image>` on (`<image>`, `</image>`, `<pad>`, image codes); logits of plain text over
+    the text rows are unchanged to the bit."""
 
     def __post_init__(self) -> None:
         self.at_least(0, "rank")

@@ -51,14 +51,26 @@ CHOICES: dict[str, Callable[[ExperimentConfig, TextTokenizer], list[str]]] = {
 
 
 def words_in_captions(ids_RN: IntArray, captions: Sequence[str], words: Sequence[str]) -> dict[str, float]:
-    """Share of cells whose word is one of the image's caption; `chance`: of the next image's caption."""
+    """Share of cells whose word is one of the image's caption; `chance`: of the next image's, if there are several."""
     said = [set(WORD.findall(caption.lower())) for caption in captions]
     found = {"right": 0, "chance": 0}
     for number, ids_N in enumerate(ids_RN):
         shown = [words[code] for code in ids_N]
         found["right"] += sum(word in said[number] for word in shown)
         found["chance"] += sum(word in said[(number + 1) % len(said)] for word in shown)
+    if len(said) == 1:
+        del found["chance"]
     return {name: count / ids_RN.size for name, count in found.items()}
+
+
+def distinct_words(words: Sequence[str], text: TextTokenizer) -> list[str]:
+    """The words without those of no pieces, of an unknown one, or of the pieces of an earlier word: one row each."""
+    by_pieces: dict[tuple[int, ...], str] = {}
+    for word in words:
+        pieces = pieces_of(text, word)
+        if pieces and text.decode(pieces).strip().lower() == word:
+            by_pieces.setdefault(tuple(sorted(pieces)), word)
+    return list(by_pieces.values())
 
 
 def code_words(config: ExperimentConfig, text: TextTokenizer) -> list[str]:
@@ -69,7 +81,7 @@ def code_words(config: ExperimentConfig, text: TextTokenizer) -> list[str]:
     """
     settings = config.image_tokenizer
     assert settings.words is not None
-    words, codes = CHOICES[settings.words](config, text), settings.model.codes
+    words, codes = distinct_words(CHOICES[settings.words](config, text), text), settings.model.codes
     if len(words) < codes:
         raise ValueError(
             f"image_tokenizer.model.codes={codes}: image_tokenizer.words={settings.words} gives only {len(words)} "

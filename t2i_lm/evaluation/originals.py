@@ -11,12 +11,11 @@ import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.pairs import cropped_images
-from t2i_lm.data.scenes.scene import render
+from t2i_lm.data.scenes.scene import render, scene_of
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.shards.prepare import cut
 from t2i_lm.data.shards.streamed import images_of, is_streamed
 from t2i_lm.data.sources import open_source
-from t2i_lm.evaluation.scenes import scene_of
 from t2i_lm.experiment.build import ImageExperiment
 from t2i_lm.generation.images import ImageArray, decode
 from t2i_lm.storage.writing import atomic_file

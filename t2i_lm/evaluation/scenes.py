@@ -19,7 +19,7 @@ from t2i_lm.data.scenes import scene as scene_code
 from t2i_lm.data.scenes import space as space_code
 from t2i_lm.data.scenes.captions import ATTRIBUTES, altered, caption_nats, describe, picture_nats
 from t2i_lm.data.scenes.checker import check, share_error, shares_right
-from t2i_lm.data.scenes.scene import Scene, scene_from_meaning
+from t2i_lm.data.scenes.scene import scene_of
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.experiment.build import ImageExperiment
@@ -159,11 +159,7 @@ def image_nll(experiment: ImageExperiment, captions: list[str], image_ids_BN: An
             part_BT.to(experiment.module.device) for part_BT in (ids_BT[:, : end + 1], image_BT[:, :end])
         )
         index = decoder.target_index(image_BT)
-        nll_N = decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:], index, backend=backend).nll_N
+        with torch.compiler.set_stance("force_eager"):  # blocks would be compiled again for the length of each batch
+            nll_N = decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:], index, backend=backend).nll_N
         nll_B[members] = nll_N.view(len(members), layout.image_tokens).double().sum(dim=1).cpu()
     return nll_B
-
-
-def scene_of(meaning: dict[str, Any]) -> Scene:
-    """The scene of a row's meaning, which also holds the style of its caption."""
-    return scene_from_meaning({key: value for key, value in meaning.items() if key != "style"})

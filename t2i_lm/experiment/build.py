@@ -215,13 +215,18 @@ def words_of_codes(image: ImageTokenizer, text: TextTokenizer, config: Experimen
     """Text ids of the words of each code of an image tokenizer.
 
     Raises:
-        ValueError: if its codes have no words.
+        ValueError: if its codes have no words, or other than one text each.
     """
     words = getattr(image, "words", None)
     if words is None:
         raise ValueError(
             f"new_rows=words: the codes of image_tokenizer.path={config.image_tokenizer.path} have no words; expected "
             "a tokenizer trained with image_tokenizer.words, or the oracle of scenes"
+        )
+    if len(words) != image.vocab_size:
+        raise ValueError(
+            f"new_rows=words: image_tokenizer.path={config.image_tokenizer.path} has words for {len(words)} codes; "
+            f"expected {image.vocab_size}, one for each (empty for a code without words)"
         )
     return [pieces_of(text, phrase) if phrase else [] for phrase in words]
 
@@ -334,6 +339,33 @@ def build_image_tokenizer(config: ExperimentConfig, run: Environment | None) -> 
     module = ImageTokenizerModule(model, config, captions)
     data = ImageDataModule(config) if captions is None else CaptionedImageDataModule(config, text)
     return ImageTokenizerExperiment(config=config, module=module, data=data, text=text)
+
+
+def trained_image_tokenizer(
+    config: ExperimentConfig, run: Environment, state: Mapping[str, torch.Tensor]
+) -> ImageTokenizerExperiment:
+    """An image tokenizer with the weights of a checkpoint, without what trains it by captions.
+
+    The rows of its words are in the checkpoint, so that the language model is not required.
+
+    Args:
+        config: its experiment.
+        run: its env.json.
+        state: `state_dict` of the checkpoint.
+
+    Raises:
+        RuntimeError: if the state does not fit the config.
+    """
+    former_scenes(config, None, run)
+    settings, rows_KD = config.image_tokenizer, state.get("model.rows_KD")
+    with seeded(config.seed):
+        if settings.words is None or rows_KD is None:
+            model = PatchedVQ(settings.model)
+        else:
+            model = WordVQ(settings.model, [""] * settings.model.codes, rows_KD)
+    module = ImageTokenizerModule(model, config)
+    module.load_state_dict({name: value for name, value in state.items() if not name.startswith("captions.")})
+    return ImageTokenizerExperiment(config=config, module=module, data=ImageDataModule(config))
 
 
 def _rows_of_words(config: ExperimentConfig) -> torch.Tensor:

@@ -170,7 +170,10 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict
     model, trainer = decoder.config, config.trainer
     tokens = config.micro_batch * length
     total, trainable = parameter_count(decoder), parameter_count(decoder, trainable=True)
-    states = 4 * total + (16 if config.optim.gradient_projection else 12) * trainable  # the second loss's gradient
+    gradients = 1
+    if config.optim.gradient_projection:  # the second loss's, and while it is added to or reduced another one
+        gradients += 2 if trainer.accumulate_grad_batches * trainer.devices * trainer.num_nodes > 1 else 1
+    states = 4 * total + (8 + 4 * gradients) * trainable
     # The backward pass needs a block's input, norms, queries, keys, values and feed-forward activations.
     block = tokens * (14 * model.hidden_dim + 6 * 8 * model.hidden_dim / 3)
     checkpointed = block + 2 * tokens * model.hidden_dim * model.n_layers

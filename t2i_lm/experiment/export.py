@@ -22,7 +22,7 @@ from t2i_lm.data.scenes.checker import check, shares_right
 from t2i_lm.data.scenes.oracle import SIDE
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.format import open_split
-from t2i_lm.data.shards.tokenize import text_rows
+from t2i_lm.data.shards.tokenize import stack_images, text_rows
 from t2i_lm.data.text import read_documents
 from t2i_lm.experiment.build import (
     Experiment,
@@ -292,18 +292,19 @@ def tokenizer_numbers(tokenizer: VQTokenizer, images: ImageBatches) -> dict[str,
     everything = frozenset(ATTRIBUTES)
     for start in range(0, len(images), SCORE_BATCH):
         indices = range(start, min(start + SCORE_BATCH, len(images)))
-        images_BCHW = images.__getitems__([(0, index) for index in indices])["images_BCHW"]
+        read = [images.read(index) for index in indices]
+        images_BCHW = stack_images([pixels for _, pixels in read])
         ids_BN = tokenizer.encode(images_BCHW)
         again_BCHW = tokenizer.decode(ids_BN)
         parts.append(ids_BN.cpu())
         if tokenizer.words is not None:
-            captions += [images.read(index)[0].captions[0] for index in indices]
+            captions += [pair.captions[0] for pair, _ in read]
         used += torch.bincount(ids_BN.flatten(), minlength=tokenizer.vocab_size)
         squares += float((images_BCHW.double() - again_BCHW.double()).square().mean(dim=(1, 2, 3)).sum()) / 255**2
         images_seen += len(indices)
         if isinstance(images.source, SceneSource):
-            for index, image in zip(indices, again_BCHW.permute(0, 2, 3, 1).numpy(), strict=True):
-                meaning = images.source[index].meaning
+            for (pair, _), image in zip(read, again_BCHW.permute(0, 2, 3, 1).numpy(), strict=True):
+                meaning = pair.meaning
                 assert meaning is not None
                 asked = everything if meaning["family"] == "pair" else everything - {"relation"}
                 read_back.append(check(image, meaning, asked))

@@ -1,6 +1,8 @@
 """The model of a run folder, trained or initial, without its data, for sampling and evaluation."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from callbacks.files.checkpoint_io import verify
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_run, require_located
 from t2i_lm.config.sections import DistilConfig
-from t2i_lm.experiment.build import Experiment, ImageModel, build, build_model
+from t2i_lm.experiment.build import Environment, Experiment, ImageModel, build, build_model, trained_image_tokenizer
 from t2i_lm.models.factory import architecture_hashes
 from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.storage.reading import reading, reason
@@ -83,8 +85,10 @@ def load_trained_experiment(run: Path, checkpoint: Path) -> Experiment:
     Raises:
         ValueError: if its files are gone, or its data is not that of training.
     """
-    config = _found(load_run(run), run)
-    environment = read_environment(run)
+    config, environment = load_run(run), read_environment(run)
+    if config.task == "image_tokenizer":
+        return _trained_image_tokenizer(config, environment, checkpoint)
+    config = _found(config, run)
     experiment = build(_without_weights(config), environment)
     trained_on = environment.get("data_hash")
     if trained_on is not None and experiment.index.get("data_hash") != trained_on:
@@ -98,11 +102,30 @@ def load_trained_experiment(run: Path, checkpoint: Path) -> Experiment:
     return experiment
 
 
+def _trained_image_tokenizer(config: ExperimentConfig, environment: Environment, checkpoint: Path) -> Experiment:
+    config.require_paths()
+    with _fitting(checkpoint):
+        experiment = trained_image_tokenizer(config, environment, _state(checkpoint))
+    experiment.module.eval()
+    return experiment
+
+
 def _load_weights(module: torch.nn.Module, checkpoint: Path) -> None:
+    with _fitting(checkpoint):
+        module.load_state_dict(_state(checkpoint))
+
+
+def _state(checkpoint: Path) -> dict[str, torch.Tensor]:
     with reading("checkpoint", checkpoint):
-        state = read_checkpoint(checkpoint, only="state_dict")["state_dict"]
+        state: dict[str, torch.Tensor] = read_checkpoint(checkpoint, only="state_dict")["state_dict"]
+    return state
+
+
+@contextmanager
+def _fitting(checkpoint: Path) -> Iterator[None]:
+    """Names a checkpoint whose tensors are not those of the model."""
     try:
-        module.load_state_dict(state)
+        yield
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit the run's config.yaml: {reason(error)}") from error
 
@@ -154,9 +177,14 @@ def _without_weights(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _without_training_terms(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with training-only terms (L2-SP, gradient projection, distillation, loss backend) disabled."""
+    """The config without what serves training alone.
+
+    These are L2-SP, gradient projection, distillation, the loss backend, and compilation, which would be repeated for
+    each of the many shapes of an evaluation.
+    """
     optim, loss = replace(config.optim, l2_sp=0.0, gradient_projection=False), replace(config.loss, backend="fused")
-    return replace(config, distil=DistilConfig(), optim=optim, loss=loss)
+    trainer = replace(config.trainer, compile=False, autotune=False)
+    return replace(config, distil=DistilConfig(), optim=optim, loss=loss, trainer=trainer)
 
 
 def _require_same_tokenizers(model: ImageModel, run: Path) -> None:

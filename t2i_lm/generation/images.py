@@ -78,8 +78,8 @@ def prepare_generation(model: ImageModel, bf16: bool, compiled: bool, images: in
         model: changed in place.
         bf16: rounds the decoder's weights to bfloat16, which halves the memory read per token; training in bfloat16
             rounds them so at every step. Positions stay in float32.
-        compiled: compiles the step of one token; on a CPU only from the number of images from which it takes less time
-            than it saves, with a note on stderr below that.
+        compiled: compiles the step of one token; on a CPU only if there are enough images that this saves time, with a
+            note on stderr otherwise.
         images: how many will be generated in all.
 
     Raises:

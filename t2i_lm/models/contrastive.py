@@ -7,27 +7,36 @@ Shapes: `B` pairs on this rank, `N` pairs of the global batch, `L` ids of all ba
 `I` image codes, `K` neighbors.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from t2i_lm.config.sections import AlignConfig
+from t2i_lm.tokenizers.words import bag_means
 
 # Image rows per product.
 CHUNK = 1024
 
 
 def bag_of_words(rows_VD: Tensor, ids_L: Tensor, starts_B: Tensor) -> Tensor:
-    """Mean row of each bag, l2-normalized (B, D); an empty bag is zero.
+    """`bag_means`, l2-normalized (B, D); an empty bag is zero."""
+    return F.normalize(bag_means(rows_VD, ids_L, starts_B), dim=-1)
 
-    Args:
-        rows_VD: embedding rows.
-        ids_L: the concatenated ids of all bags.
-        starts_B: offset of each bag.
-    """
-    return F.normalize(F.embedding_bag(ids_L, rows_VD, starts_B, mode="mean"), dim=-1)
+
+def initial_log_scale(config: AlignConfig) -> nn.Parameter:
+    """The logarithm of the inverse temperature of the cosines, a 0-d parameter."""
+    return nn.Parameter(torch.tensor(math.log(config.logit_scale_init)))
+
+
+@torch.no_grad()
+def clamp_log_scale(log_scale: nn.Parameter, config: AlignConfig) -> None:
+    """Bounds the parameter itself, as CLIP does, after a step: clamping in the forward pass would stop its gradient."""
+    log_scale.clamp_(max=math.log(config.logit_scale_max))
 
 
 def contrastive_nll(own_BD: Tensor, others_ND: Tensor, scale: Tensor, first: int, same_BN: Tensor | None) -> Tensor:
@@ -48,27 +57,22 @@ def contrastive_nll(own_BD: Tensor, others_ND: Tensor, scale: Tensor, first: int
     return F.cross_entropy(logits_BN, target_B, reduction="none")
 
 
-def symmetric_nll(
-    image_BD: Tensor, text_BD: Tensor, scale: Tensor, hashes_B2: Tensor | None, across_ranks: bool = True
-) -> Tensor:
-    """Nll (2, B) in nats of each image's caption and of each caption's image.
+def symmetric_nll(image_BD: Tensor, text_BD: Tensor, scale: Tensor, hashes_B2: Tensor | None) -> Tensor:
+    """Nll (2, B) in nats of each image's caption and of each caption's image, among the pairs of all ranks.
+
+    Every rank must have as many pairs.
 
     Args:
         image_BD: normalized bags of images.
         text_BD: normalized bags of their captions.
         scale: inverse temperature, 0-d.
         hashes_B2: of each caption and image; pairs that share one are no negatives of each other. None: all are.
-        across_ranks: whether candidates are the pairs of all ranks, of which each must have as many.
     """
-    if across_ranks:
-        images_ND, texts_ND = gather(image_BD), gather(text_BD)
-    else:
-        images_ND, texts_ND = image_BD, text_BD
+    images_ND, texts_ND = gather(image_BD), gather(text_BD)
     first = len(image_BD) * (dist.get_rank() if len(images_ND) > len(image_BD) else 0)
     same_BN = None
     if hashes_B2 is not None:
-        hashes_N2 = gather(hashes_B2) if across_ranks else hashes_B2
-        same_BN = (hashes_B2[:, None] == hashes_N2[None]).any(dim=-1)
+        same_BN = (hashes_B2[:, None] == gather(hashes_B2)[None]).any(dim=-1)
     return torch.stack(
         [
             contrastive_nll(image_BD, texts_ND, scale, first, same_BN),

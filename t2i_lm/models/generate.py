@@ -15,8 +15,7 @@ from torch import Tensor
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 
-# Minimum batch size below float32, where single-row matmuls use another kernel, whose rounding differs, and of compiled
-# code, of which a single row would require another.
+# Single rows take another kernel (below float32) or another graph (compiled), so a batch has at least two.
 MIN_ROWS = 2
 # Called after each token with (tokens generated, tokens in all, codes so far (B, N), -1 for those still missing).
 Progress = Callable[[int, int, Tensor], None]

@@ -57,7 +57,8 @@ class ExpertDecoder(Decoder):
     """A decoder with modality experts.
 
     Attributes:
-        first_image: the first id of the image half: `<image>`, after which only images and pads follow.
+        first_image: the first id of the image half, which has ids from `<image>` on (`<image>`, `</image>`, `<pad>`,
+            image codes).
         image_norm, image_post_embed_norm: the image half of the norms outside the blocks.
     """
 

@@ -1,13 +1,12 @@
 """Contrastive alignment of image rows with the text rows of a language model (Section 3.2, Figure 6)."""
 
-import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.models.contrastive import bag_of_words, symmetric_nll
+from t2i_lm.models.contrastive import bag_of_words, clamp_log_scale, initial_log_scale, symmetric_nll
 from t2i_lm.models.token_rows import Embedding
 from t2i_lm.modules.base import OptimizedModule
 
@@ -27,7 +26,7 @@ class AlignmentModule(OptimizedModule):
         embedding.text.requires_grad_(False)
         embedding.special = None  # bags hold no boundary tokens
         self.embedding = embedding
-        self.log_scale = nn.Parameter(torch.tensor(math.log(config.align.logit_scale_init)))
+        self.log_scale = initial_log_scale(config.align)
 
     @property
     def scale(self) -> Tensor:
@@ -59,9 +58,7 @@ class AlignmentModule(OptimizedModule):
         return self._report(batch, self.nll(batch))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Clamps the parameter itself: clamping in the forward pass would leave it without gradient."""
-        with torch.no_grad():
-            self.log_scale.clamp_(max=math.log(self.config.align.logit_scale_max))
+        clamp_log_scale(self.log_scale, self.config.align)
 
     def scalars(self) -> dict[str, float]:
         """The logit scale, logged beside the loss (Figure 6, right panel)."""

@@ -3,28 +3,23 @@
 Shapes: `B` images, `E` code width, `h`, `w` the grid of ids, `K` codes, `V` text rows, `D` their width.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i_lm.config.sections import AlignConfig
-from t2i_lm.models.contrastive import symmetric_nll
+from t2i_lm.models.contrastive import initial_log_scale, symmetric_nll
+from t2i_lm.tokenizers.words import bag_means
 
 
 class CaptionTerm(nn.Module):
     """CLIP's symmetric loss between bags of codes and bags of words.
 
-    A caption is the mean of its frozen text rows, as in `AlignmentModule`, so that what a code predicts is words as the
-    language model has them: a trained text encoder could move toward whatever the codes say, and even a linear map
-    could give any word the place of another one. An image is the mean of what `head` makes of each of its codes,
-    wherever it stands, so that only the choice of codes tells images apart.
+    A caption is the mean of its text rows, as in `AlignmentModule`; an image is the mean over its cells of `head` of a
+    code, whatever the position. Captions are taken relative to the mean caption. Text rows stay frozen and unmapped;
+    otherwise the text side could adapt to arbitrary codes.
 
-    Both are taken relative to the mean caption, without which the words that all captions have would drown the others.
-
-    With codes that are words, the head is to give each code the row of its word (`mismatch`). So an image is told by
-    words like those of its caption, and a word comes to lie where latents of what it says are.
+    With codes that are words, the head is trained to give each code the row of its word (`mismatch`).
 
     Attributes:
         head: width of a code -> width of a text row.
@@ -40,26 +35,20 @@ class CaptionTerm(nn.Module):
         self.register_buffer("mean_D", mean_D.clone())
         self.register_buffer("rows_VD", rows_VD, persistent=False)  # those of backbone.path, whose hash a run records
         self.head = nn.Sequential(nn.Linear(code_dim, width), nn.GELU(), nn.Linear(width, width))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale_init)))
+        self.log_scale = initial_log_scale(config)
 
-    @torch.no_grad()
-    def clamp_scale(self) -> None:
-        """Bounds the inverse temperature, as CLIP does; after a step, so that its gradient stays."""
-        self.log_scale.clamp_(max=math.log(self.settings.logit_scale_max))
-
-    def nll(self, image_BD: Tensor, batch: dict[str, Tensor], across_ranks: bool = True) -> Tensor:
+    def nll(self, image_BD: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Nll (2, B) in nats of each image's caption and of each caption's image.
 
         Args:
             image_BD: from `images_of_codes`.
             batch: of `CaptionedImages`.
-            across_ranks: whether candidates are the pairs of all ranks.
         """
         with torch.autocast(image_BD.device.type, enabled=False):
-            bags_BD = F.embedding_bag(batch["text_ids_L"], self.rows_VD, batch["text_starts_B"], mode="mean")
+            bags_BD = bag_means(self.rows_VD, batch["text_ids_L"], batch["text_starts_B"])
             text_BD = F.normalize(bags_BD - self.mean_D, dim=-1)
             hashes_B2 = batch["hashes_B2"] if self.settings.mask_duplicates else None
-            return symmetric_nll(image_BD, text_BD, self.log_scale.exp(), hashes_B2, across_ranks)
+            return symmetric_nll(image_BD, text_BD, self.log_scale.exp(), hashes_B2)
 
     def images_of_codes(self, codes_BEhw: Tensor) -> Tensor:
         """Normalized bags (B, D) of codes, or of latents."""

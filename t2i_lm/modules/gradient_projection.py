@@ -5,8 +5,9 @@ divergence of its own text). Where the inner product of their gradients over all
 is projected onto the normal plane of the other; their sum is the step's gradient. Without a conflict this is the
 gradient of plain replay.
 
-Cost: two smaller forward and backward passes in place of one, on the same sequences; memory for one more gradient; over
-several processes a second reduction, which does not overlap with the backward pass.
+Cost: two smaller forward and backward passes in place of one, on the same sequences; memory for one more gradient, or
+two with several micro-batches or processes; over several processes a second reduction, which does not overlap with the
+backward pass.
 
 Shapes: `B` sequences, `T` positions.
 """
@@ -40,7 +41,10 @@ class GradientProjection:
     def add(self, loss: Tensor) -> None:
         """Adds the gradient of a micro-batch's second loss; no hooks of DDP run, so that nothing is reduced."""
         found = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True)
-        self._second = list(found if self._second is None else torch._foreach_add(self._second, found))
+        if self._second is None:
+            self._second = list(found)
+        else:
+            torch._foreach_add_(self._second, found)
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -52,9 +56,12 @@ class GradientProjection:
         second = self._second or [torch.zeros_like(parameter) for parameter in self._parameters]
         self._second = None
         if dist.is_available() and dist.is_initialized():
-            for gradient in second:
-                dist.all_reduce(gradient)
-            torch._foreach_div_(second, dist.get_world_size())
+            whole = torch.cat([gradient.flatten() for gradient in second])
+            second.clear()  # one copy less in memory during the reduction
+            dist.all_reduce(whole)
+            whole.div_(dist.get_world_size())
+            parts = torch.split(whole, [parameter.numel() for parameter in self._parameters])
+            second = [part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)]
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -94,7 +101,6 @@ class ProjectedModule(TextToImageModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Loss of the pairs of a micro-batch, plus the value of the text's, whose gradient is kept apart."""
-        batch = batch if "text" in batch else self.on_before_batch_transfer(batch, 0)
         text = {**batch, **batch["text"]}
         if not len(text["ids_BT"]):
             return super().training_step(batch, batch_idx)

@@ -9,6 +9,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.models.contrastive import clamp_log_scale
 from t2i_lm.modules.base import OptimizedModule
 from t2i_lm.modules.caption_term import CaptionTerm
 from t2i_lm.tokenizers.vq import PatchedVQ, to_uint8, to_unit
@@ -81,7 +82,7 @@ class ImageTokenizerModule(OptimizedModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.captions is not None:
-            self.captions.clamp_scale()
+            clamp_log_scale(self.captions.log_scale, self.config.align)
 
     def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         """Re-seeds unused codes every `restart_every` steps of the quantized phase, except in the run's last tenth.
@@ -157,16 +158,15 @@ class ImageTokenizerModule(OptimizedModule):
         sums["psnr"] += (-10 * torch.log10(mse_B.clamp(min=1e-10))).sum()
         sums["images"] += len(mse_B)
         sums["codes"] += torch.bincount(ids_Bhw.flatten(), minlength=len(self.used))
-        if self.captions is not None and len(images_BCHW) == self.config.micro_batch:  # it depends on their number
-            image_BD = self.captions.images_of_codes(self.model.embed(ids_Bhw))
-            nll_2B = self.captions.nll(image_BD, batch, across_ranks=False)
+        if self.captions is not None and batch["is_compared"]:
+            nll_2B = self.captions.nll(self.captions.images_of_codes(self.model.embed(ids_Bhw)), batch)
             sums["caption_nll"] += nll_2B.double().sum()
             sums["captions"] += nll_2B.numel()
 
     def validation_summary(self, dataloader_idx: int = 0) -> dict[str, float]:
         """PSNR in dB (of the mean error, and averaged over images), share of codes used, code perplexity.
 
-        With a caption term also its nll, in full micro-batches and among the images of one.
+        With a caption term also its nll among `data.batch_size` images, without those that fill no batch.
         """
         sums = self._sums(dataloader_idx)
         if dist.is_available() and dist.is_initialized():

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from t2i_lm.comparison.best import best_value, common_value
+from t2i_lm.comparison.best import Losses, best_value, common_value, no_best, seed_means
 from t2i_lm.comparison.comparability import ORDER
 from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.groups import FIGURE5, INITS
@@ -50,13 +50,15 @@ class Outcome:
         return float(sum(part["nll_sum"] for part in sums) / sum(part["count"] for part in sums))
 
 
-def losses(outcomes: Sequence[Outcome], modality: str, training: bool = False) -> dict[str, dict[str, list[float]]]:
-    """Held-out or training losses by arm and value, one per seed."""
-    result: dict[str, dict[str, list[float]]] = {}
+def losses(
+    outcomes: Sequence[Outcome], modality: str, training: bool = False
+) -> dict[str, dict[str, dict[int, float]]]:
+    """Held-out or training losses by arm, value and seed."""
+    result: dict[str, dict[str, dict[int, float]]] = {}
     for outcome in outcomes:
         nll = outcome.training_nll(modality) if training else outcome.nll(modality)
         if nll is not None:
-            result.setdefault(outcome.arm, {}).setdefault(outcome.value, []).append(nll)
+            result.setdefault(outcome.arm, {}).setdefault(outcome.value, {})[outcome.run.config[SEED]] = nll
     return result
 
 
@@ -65,9 +67,16 @@ def held_out(outcomes: Sequence[Outcome]) -> str:
     return " ".join([*outcomes[0].run.validation_splits[:1], "held-out"])
 
 
-def best_of(values: Mapping[str, Sequence[float]]) -> str:
-    """The value with the lowest mean loss."""
-    return min(values, key=lambda value: fmean(values[value]))
+def best_of(values: Losses) -> str | None:
+    """The value with the lowest mean loss over the seeds that all values have; None if they share none."""
+    means = seed_means(values)
+    return min(means, key=means.__getitem__) if means else None
+
+
+def distance(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:
+    """The mean of a loss minus another one, over the seeds of both; None without any."""
+    gaps = [nll - other[seed] for seed, nll in one.items() if seed in other]
+    return fmean(gaps) if gaps else None
 
 
 def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
@@ -85,16 +94,17 @@ def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
         rows = []
         for arm, values in arms.items():
             best = best_of(values)
-            for value, nlls in values.items():
-                base, late = arms[first].get(value), training.get(arm, {}).get(value)
+            for value, by_seed in values.items():
+                nlls, late = list(by_seed.values()), training.get(arm, {}).get(value)
+                apart = None if arm == first else distance(by_seed, arms[first].get(value, {}))
                 rows.append(
                     (
                         arm,
                         value,
                         f"{fmean(nlls):.4f}",
                         f"{min(nlls):.4f}-{max(nlls):.4f}" if len(nlls) > 1 else "",
-                        "" if base is None or arm == first else f"{fmean(nlls) - fmean(base):+.4f}",
-                        "" if late is None else f"{fmean(late):.4f}",
+                        "" if apart is None else f"{apart:+.4f}",
+                        "" if late is None else f"{fmean(late.values()):.4f}",
                         "*" if value == best and len(values) > 1 and key != SEED else "",
                     )
                 )
@@ -105,46 +115,44 @@ def sweep_table(key: str, outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(tables)
 
 
-def at_edges(key: str, arms: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+def at_edges(key: str, arms: Mapping[str, Losses]) -> list[str]:
     """A warning for each arm whose best value is the smallest or the largest one, beyond which a better one may lie."""
-    found = [
-        best_value(arm, key, {value: dict(enumerate(nlls)) for value, nlls in values.items()})
-        for arm, values in arms.items()
-    ]
-    return [best.warning for best in found if best.warning]
+    found = [best_value(arm, key, values) for arm, values in arms.items()]
+    return [best.warning for best in found if best is not None and best.warning]
 
 
 def best_lines(key: str, outcomes: Sequence[Outcome], modality: str) -> list[str]:
     """Each arm's best value, whether it is interior to the grid, and the distance of the next one; then warnings."""
-    arms: dict[str, dict[str, dict[int, float]]] = {}
-    for outcome in outcomes:
-        nll = outcome.nll(modality)
-        if nll is not None:
-            arms.setdefault(outcome.arm, {}).setdefault(outcome.value, {})[outcome.run.config[SEED]] = nll
-    found = [best_value(arm, key, values) for arm, values in arms.items() if len(values) > 1]
+    arms = losses(outcomes, modality)
+    found = {arm: best_value(arm, key, values) for arm, values in arms.items() if len(values) > 1}
     common = common_value(arms) if len(arms) > 1 else None
     last = [f"best common {key}: {common}, by the mean loss of the arms"] if common is not None else []
-    return [*(best.sentence for best in found), *last, *(best.warning for best in found if best.warning)]
+    sentences = [no_best(arm, key) if best is None else best.sentence for arm, best in found.items()]
+    return [*sentences, *last, *at_edges(key, {arm: arms[arm] for arm in found})]
 
 
-def _at_best(arms: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> list[str]:
-    """Each arm's distance from the first arm, both at their best values."""
+def _at_best(arms: Mapping[str, Losses], first: str) -> list[str]:
+    """Each arm's distance from the first arm, both at their best values, over the seeds of both."""
     lines = []
-    base = fmean(arms[first][best_of(arms[first])])
-    for arm in list(arms)[1:]:
-        own = fmean(arms[arm][best_of(arms[arm])])
-        percent = 100 * (own - base) / own
-        difference = f"{own - base:+.4f} nats/token, {percent:+.1f} % of {arm}'s"
+    best = best_of(arms[first])
+    for arm, values in list(arms.items())[1:]:
+        own = best_of(values)
+        apart = None if best is None or own is None else distance(values[own], arms[first][best])
+        if apart is None or best is None or own is None:
+            continue
+        percent = 100 * apart / fmean(nll for seed, nll in values[own].items() if seed in arms[first][best])
+        difference = f"{apart:+.4f} nats/token, {percent:+.1f} % of {arm}'s"
         lines.append(f"{arm} - {first}, each at its best (*): {difference}")
     return lines
 
 
-def _over_seeds(arms: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> list[str]:
+def _over_seeds(arms: Mapping[str, Losses], first: str) -> list[str]:
     """Means and standard deviations over seeds: of each arm, and of its distance from the first arm at equal seeds."""
     lines = []
     for arm, values in arms.items():
-        lines.append(f"{arm}: {_mean([fmean(nlls) for nlls in values.values()])}")
-        gaps = [fmean(nlls) - fmean(arms[first][seed]) for seed, nlls in values.items() if seed in arms[first]]
+        lines.append(f"{arm}: {_mean([fmean(nlls.values()) for nlls in values.values()])}")
+        apart = [distance(nlls, arms[first].get(seed, {})) for seed, nlls in values.items()]
+        gaps = [one for one in apart if one is not None]
         if gaps and arm != first:
             lines.append(f"{arm} - {first}, at equal seeds: {_mean(gaps, '+')}")
     return lines
@@ -202,19 +210,19 @@ def _draw_arm(
     axes: Axes,
     key: str,
     arm: str,
-    values: Mapping[str, Sequence[float]],
-    training: Mapping[str, Sequence[float]],
+    values: Losses,
+    training: Losses,
     places: Mapping[str, float],
     gid: str,
 ) -> None:
     look, unordered = arm_style(arm), key == SEED
-    pale = sorted((places[value], fmean(nlls)) for value, nlls in training.items())
+    pale = sorted((places[value], fmean(nlls.values())) for value, nlls in training.items())
     faint = {"linestyle": "none" if unordered else "-", "marker": look.marker, "markersize": 4, "alpha": 0.4}
     axes.plot(*zip(*pale, strict=True), color=look.color, **faint)  # type: ignore[arg-type]
-    means = {value: fmean(nlls) for value, nlls in sorted(values.items(), key=lambda item: places[item[0]])}
+    means = {value: fmean(nlls.values()) for value, nlls in sorted(values.items(), key=lambda item: places[item[0]])}
     line = [places[value] for value in means]
-    below = [mean - min(values[value]) for value, mean in means.items()]
-    above = [max(values[value]) - mean for value, mean in means.items()]
+    below = [mean - min(values[value].values()) for value, mean in means.items()]
+    above = [max(values[value].values()) - mean for value, mean in means.items()]
     axes.errorbar(
         line,
         list(means.values()),
@@ -225,8 +233,8 @@ def _draw_arm(
         label=look.label,
         gid=gid,
     )
-    if len(means) > 1 and not unordered:
-        best = best_of(values)
+    best = best_of(values)
+    if best is not None and len(means) > 1 and not unordered:
         ring = {"marker": "o", "markersize": 15, "fillstyle": "none", "linestyle": "none", "color": look.color}
         axes.plot([places[best]], [means[best]], gid=f"{gid}/best", **ring)  # type: ignore[arg-type]
 

@@ -1,19 +1,22 @@
 """Sweeps of two config keys: a map of held-out losses per arm, and of the difference of the arms."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from t2i_lm.comparison.best import seed_means
 from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.panels import arm_style, captioned_figure
 from t2i_lm.plots.sweep import (
     MODALITIES,
+    SEED,
     Outcome,
     at_edges,
+    distance,
     draw_sweep,
     held_out,
     present,
@@ -23,8 +26,9 @@ from t2i_lm.plots.sweep import (
 )
 from t2i_lm.runtime.tables import text_table
 
-# Mean held-out loss by the values of both keys.
-Grid = Mapping[tuple[str, str], float]
+Place = tuple[str, str]
+# Held-out loss by the values of both keys, and by seed.
+Grid = Mapping[Place, Mapping[int, float]]
 
 
 def caption_of(keys: Sequence[str], outcomes: Sequence[Outcome]) -> str:
@@ -50,7 +54,7 @@ def tables_of(keys: Sequence[str], outcomes: Sequence[Outcome]) -> str:
         by_arm = grids(outcomes, modality)
         for arm, grid in by_arm.items():
             rows, columns = _values(grid)
-            best = min(grid, key=grid.__getitem__)
+            best = _best(grid)
             cells = [[_cell(grid, (row, column), best) for column in columns] for row in rows]
             header = (f"{arm}, {modality} nll: {keys[0]}, by {keys[1]}", *columns)
             tables.append(text_table(header, [(row, *line) for row, line in zip(rows, cells, strict=True)]))
@@ -64,17 +68,21 @@ def draw(keys: Sequence[str], outcomes: Sequence[Outcome], caption: str) -> Figu
         return draw_sweep(keys[0], outcomes, caption)
     by_arm = grids(outcomes, present(outcomes)[0])
     first, *others = by_arm
-    maps = {arm_style(arm).label: (grid, "viridis_r") for arm, grid in by_arm.items()}
+    maps = {arm_style(arm).label: (_means(grid), _best(grid)) for arm, grid in by_arm.items()}
+    signed = set()
     for other in others:
-        shared = {place: by_arm[other][place] - nll for place, nll in by_arm[first].items() if place in by_arm[other]}
+        apart = {place: distance(nlls, by_arm[first].get(place, {})) for place, nlls in by_arm[other].items()}
+        shared = {place: one for place, one in apart.items() if one is not None}
         if shared:
-            maps[f"{arm_style(other).label}\n- {arm_style(first).label}"] = shared, "RdBu"
-    rows, columns = _values({place: 0.0 for grid in by_arm.values() for place in grid})
+            title = f"{arm_style(other).label}\n- {arm_style(first).label}"
+            maps[title] = shared, None
+            signed.add(title)
+    rows, columns = _values({place for grid in by_arm.values() for place in grid})
     with captioned_figure(caption) as figure:
-        for axes, (title, (grid, colors)) in zip(
+        for axes, (title, (means, best)) in zip(
             figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True
         ):
-            _draw_map(axes, grid, rows, columns, colors)
+            _draw_map(axes, means, rows, columns, best, title in signed)
             axes.set_title(title)
             axes.set_xlabel(keys[1])
         figure.axes[0].set_ylabel(keys[0])
@@ -82,14 +90,24 @@ def draw(keys: Sequence[str], outcomes: Sequence[Outcome], caption: str) -> Figu
 
 
 def grids(outcomes: Sequence[Outcome], modality: str) -> dict[str, Grid]:
-    """The mean held-out loss by arm and values of both keys."""
-    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    """The held-out losses by arm, values of both keys and seed."""
+    found: dict[str, dict[Place, dict[int, float]]] = {}
     for outcome in outcomes:
         nll = outcome.nll(modality)
         if nll is not None:
             row, column = outcome.values
-            found.setdefault(outcome.arm, {}).setdefault((row, column), []).append(nll)
-    return {arm: {place: fmean(nlls) for place, nlls in places.items()} for arm, places in found.items()}
+            found.setdefault(outcome.arm, {}).setdefault((row, column), {})[outcome.run.config[SEED]] = nll
+    return {**found}
+
+
+def _means(grid: Grid) -> dict[Place, float]:
+    return {place: fmean(nlls.values()) for place, nlls in grid.items()}
+
+
+def _best(grid: Grid) -> Place | None:
+    """The place of the lowest loss over the seeds that all have; None if they share none."""
+    means = seed_means(grid)
+    return min(means, key=means.__getitem__) if means else None
 
 
 def seed_words(outcomes: Sequence[Outcome]) -> str:
@@ -105,13 +123,15 @@ def _edges(keys: Sequence[str], by_arm: Mapping[str, Grid]) -> list[str]:
     for number, key in enumerate(keys):
         along = {}
         for arm, grid in by_arm.items():
-            best = min(grid, key=grid.__getitem__)
-            along[arm] = {place[number]: [nll] for place, nll in grid.items() if place[1 - number] == best[1 - number]}
+            best = _best(grid)
+            if best is not None:
+                other = best[1 - number]
+                along[arm] = {place[number]: nlls for place, nlls in grid.items() if place[1 - number] == other}
         lines += at_edges(key, along)
     return lines
 
 
-def _values(grid: Grid) -> tuple[list[str], list[str]]:
+def _values(grid: Collection[Place]) -> tuple[list[str], list[str]]:
     """The values of both keys, numbers in order."""
 
     def ordered(values: Sequence[str]) -> list[str]:
@@ -123,17 +143,23 @@ def _values(grid: Grid) -> tuple[list[str], list[str]]:
     return ordered([row for row, _ in grid]), ordered([column for _, column in grid])
 
 
-def _cell(grid: Grid, place: tuple[str, str], best: tuple[str, str]) -> str:
-    return "" if place not in grid else f"{grid[place]:.4f}{' *' if place == best else ''}"
+def _cell(grid: Grid, place: Place, best: Place | None) -> str:
+    return "" if place not in grid else f"{fmean(grid[place].values()):.4f}{' *' if place == best else ''}"
 
 
-def _draw_map(axes: Axes, grid: Grid, rows: Sequence[str], columns: Sequence[str], colors: str) -> None:
+def _draw_map(
+    axes: Axes,
+    grid: Mapping[Place, float],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    best: Place | None,
+    signed: bool,
+) -> None:
     losses = np.array([[grid.get((row, column), np.nan) for column in columns] for row in rows])
-    signed = colors == "RdBu"
+    colors = "RdBu" if signed else "viridis_r"
     most = float(np.nanmax(np.abs(losses))) or 1.0
     limits = {"vmin": -most, "vmax": most} if signed else {}
     image = axes.imshow(losses, cmap=colors, aspect="auto", origin="lower", **limits)  # type: ignore[arg-type]
-    best = None if signed else min(grid, key=grid.__getitem__)
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
             if (row, column) in grid:

@@ -62,7 +62,8 @@ def render(request: ReportRequest) -> str:
     arms = first_pair(primary)
     blocks = draw_figures(request.pool.runs, request.root, request.strict, _named_pair(arms), request.varied)
     sections = build_sections(request, blocks, arms)
-    general = [note for note in request.pool.notes if not any(note in section.notes for section in sections)]
+    general = [*(request.results.problems if request.results else ())]
+    general += [note for note in request.pool.notes if not any(note in section.notes for section in sections)]
     loader = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

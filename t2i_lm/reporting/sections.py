@@ -217,18 +217,13 @@ def _add_completions(request: ReportRequest, section: Section, blocks: Sequence[
 def _add_grids(request: ReportRequest, sections: dict[str, Section]) -> None:
     """The comparisons over a grid, each in a section of its own with the gap against training tokens."""
     results = request.results
+    if results and results.refused and request.strict:
+        raise IncomparableError(results.refused[0])
     for grid in results.grids if results else ():
         title = f"{grid.name.replace('_', ' ')}: by {' and '.join(grid.family.keys) or 'arm'}"
         command = compare_command(request, grid.comparisons[0])
         section = Section(f"grid-{grid.name}", Claim(f"{title[0].upper()}{title[1:]}", "", "", command))
-        try:
-            table = grid_table(grid)
-        except ValueError as error:
-            if request.strict:
-                raise
-            section.missing = str(error), command
-            sections[section.key] = section
-            continue
+        table = grid_table(grid)
         section.found, section.notes = list(table.lines), list(table.notes)
         made = [one for one in grid.comparisons if one.arms is not None]
         if made:

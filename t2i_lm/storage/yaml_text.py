@@ -12,16 +12,27 @@ def read_yaml(text: str) -> Any:
     """The content of a YAML text, of plain types.
 
     Raises:
-        yaml.YAMLError: if it is not YAML, over `MAX_CHARACTERS` or, with its aliases written out, over `MAX_VALUES`.
+        yaml.YAMLError: if it is not YAML, has a key twice, is over `MAX_CHARACTERS` or, with its aliases written
+            out, over `MAX_VALUES`.
     """
     loader = loader_of(text)
     try:
         node = root_node(loader)
-        return None if node is None else loader.construct_document(node)
+        if node is None:
+            return None
+        _require_unique_keys(node, set())
+        return loader.construct_document(node)
     except RecursionError as error:
         raise yaml.YAMLError("nested too deeply") from error
     finally:
         loader.dispose()
+
+
+def problem_of(error: yaml.YAMLError) -> str:
+    """The problem and its line, in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"line {mark.line + 1}: " if mark else ""
+    return where + (problem or " ".join(str(error).split()))
 
 
 def loader_of(text: str) -> yaml.SafeLoader:
@@ -45,6 +56,21 @@ def root_node(loader: yaml.SafeLoader) -> Any:
     if values > MAX_VALUES:
         raise yaml.YAMLError(f"over {MAX_VALUES:,} values, with aliases written out")
     return node
+
+
+def _require_unique_keys(node: Any, seen: set[int]) -> None:
+    if isinstance(node, yaml.ScalarNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, item) for item in node.value]
+    names: set[str] = set()
+    for key, value in pairs:
+        if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+            if key.value in names:
+                problem = f"the key {key.value!r} occurs twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            names.add(key.value)
+        _require_unique_keys(value, seen)
 
 
 def _values(node: Any, known: dict[int, int]) -> int:

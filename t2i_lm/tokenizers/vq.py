@@ -101,7 +101,7 @@ class VQTokenizer:
     """An image tokenizer from a trained autoencoder, in float32.
 
     Attributes:
-        sha256: of the weights file, and of the pixel range where that is not [-1, 1].
+        sha256: of the weights file, with the words of the codes, and the pixel range where that is not [-1, 1].
         pixels: values of black and white.
         low_precision: whether to encode in bfloat16.
         words: of the codes, in order, where they were trained as words; else None.
@@ -139,7 +139,10 @@ class VQTokenizer:
             raise ValueError(
                 f"image_tokenizer.path: {folder / WEIGHTS} does not match its config: {reason(error)}"
             ) from error
-        tokenizer = cls(model, image_size, file_sha256(folder / WEIGHTS))
+        sha256 = file_sha256(folder / WEIGHTS)
+        if words is not None:
+            sha256 = hashlib.sha256(json.dumps([sha256, words]).encode()).hexdigest()
+        tokenizer = cls(model, image_size, sha256)
         tokenizer.words = words
         return tokenizer
 

@@ -3,7 +3,7 @@
 After SPAE (Yu et al., 2023), whose codes are words of a language model too. There the embedding is fixed and the
 encoder approaches it; here a linear map of it is trained, so that a codebook may be narrower than the language model.
 
-Shapes: `V` text rows, `D` their width, `K` codes, `E` code width.
+Shapes: `V` text rows, `D` their width, `K` codes, words or bags, `L` ids of all bags, `E` code width.
 """
 
 import json
@@ -35,6 +35,17 @@ def phrase_rows(rows_VD: Tensor, pieces: Sequence[Sequence[int]]) -> Tensor:
     lengths = [len(one) for one in pieces]
     starts_K = torch.tensor([0, *lengths[:-1]], device=rows_VD.device).cumsum(dim=0)
     ids_L = torch.tensor([piece for one in pieces for piece in one], dtype=torch.int64, device=rows_VD.device)
+    return bag_means(rows_VD, ids_L, starts_K)
+
+
+def bag_means(rows_VD: Tensor, ids_L: Tensor, starts_K: Tensor) -> Tensor:
+    """Mean row (K, D) of each bag of ids, zeros for an empty one.
+
+    Args:
+        rows_VD: embedding rows.
+        ids_L: the concatenated ids of all bags.
+        starts_K: offset of each bag.
+    """
     return F.embedding_bag(ids_L, rows_VD, starts_K, mode="mean")
 
 
@@ -73,8 +84,8 @@ class WordVQ(PatchedVQ):
     def place_words(self, centers_KE: Tensor, alike_KK: Tensor | None = None) -> None:
         """Sets the map by least squares so that the codes lie near the centers, each near another one.
 
-        With similarities, the assignment of words to centers is that of the greatest sum of them. Without, it begins
-        with the principal components of words and centers, and takes turns with the map.
+        With similarities, words are assigned to centers so that their sum is greatest. Without, the assignment starts
+        from the principal components of words and centers, and alternates with fitting the map.
 
         Args:
             centers_KE: centers of latents.

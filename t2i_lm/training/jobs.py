@@ -15,16 +15,20 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from t2i_lm.assets import find
 from t2i_lm.comparison.portable import portable_config
 from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
-from t2i_lm.config.sections import require
+from t2i_lm.config.sections import is_plugin, require
 from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
 from t2i_lm.runtime.command_line import exit_code
 from t2i_lm.runtime.slurm import requeue
+from t2i_lm.storage.hashing import known_sha256
+from t2i_lm.storage.hub import is_hub
 from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, REPORT, is_collected, read_environment, run_folders
 from t2i_lm.training.resume import NUMERICS
 
+LARGEST_HASHED = 64 * 2**20  # bytes of weights that are hashed to find equal results
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -103,7 +107,8 @@ def find_equal_run(
     equal = []
     for folder in folders:
         found = _computed_in(folder / CONFIG)
-        if found is not None and _without(found, apart) == computed and _same_code(config, folder):
+        same = found is not None and _without(found, apart) == computed and _same_code(config, folder)
+        if same and not _lacks_steps(config, folder):
             equal.append(folder)
     finished = [folder for folder in equal if (folder / REPORT).is_file()]
     if finished:
@@ -113,6 +118,17 @@ def find_equal_run(
     return (saved[-1] if saved else None), False
 
 
+def _lacks_steps(config: ExperimentConfig, folder: Path) -> bool:
+    """Whether a run has passed a step of `trainer.keep_steps` and has no checkpoint of it."""
+    if not config.trainer.keep_steps:
+        return False
+    from callbacks.checkpoints import checkpoints, step_of
+
+    steps = {step_of(path) for path in checkpoints(folder / CHECKPOINTS)}
+    reached = config.trainer.max_steps if (folder / REPORT).is_file() else max(steps, default=0)
+    return any(step <= reached and step not in steps for step in config.trainer.keep_steps)
+
+
 def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...]) -> bool:
     """Whether collected results are of a run of an equal config; their paths are shorter, and `latest` is resolved."""
     own, theirs = portable_config(_computed(config), [Path.cwd()]), _computed_in(folder / CONFIG)
@@ -120,7 +136,21 @@ def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...
         return False
     if config.aligned_rows == "latest":
         own["aligned_rows"] = theirs["aligned_rows"]
-    return _without(own, apart) == _without(theirs, apart) and _same_code(config, folder)
+    same = _without(own, apart) == _without(theirs, apart) and _same_code(config, folder)
+    return same and _same_weights(config, folder)
+
+
+def _same_weights(config: ExperimentConfig, folder: Path) -> bool:
+    """Whether the backbone's weights are those that results record, where both are known and small enough to hash."""
+    recorded, path = read_environment(folder).get("backbone"), config.backbone.path
+    if not isinstance(recorded, dict) or path is None or is_plugin(path) or is_hub(path):
+        return True
+    file = find(path)
+    names = [] if file is None else [name for name in recorded if (file / name if file.is_dir() else file).is_file()]
+    files = {name: file / name if file.is_dir() else file for name in names} if file is not None else {}
+    return all(
+        known_sha256(one) == recorded[name] for name, one in files.items() if one.stat().st_size <= LARGEST_HASHED
+    )
 
 
 def _without(values: dict[str, object], apart: tuple[str, ...]) -> dict[str, object]:

@@ -5,13 +5,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from t2i_lm.comparison.plan import read_plan_file
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import require
 from t2i_lm.runtime.command_line import NO_SAMPLES
-from t2i_lm.storage.yaml_text import read_yaml
 from t2i_lm.training.jobs import Job
 
 BASE = Path("experiments/t2i_pretrained.yaml")
@@ -27,12 +25,7 @@ def read_strengths(path: Path) -> dict[str, list[list[str]]]:
     Raises:
         ValueError: naming the file and the key.
     """
-    try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"--plan {path}: no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--plan {path} is not YAML: {error}") from error
+    content = read_plan_file(path)
     try:
         require(isinstance(content, dict) and list(content) == ["strengths"], "plan", content, "one key, strengths")
         remedies: Any = content["strengths"]

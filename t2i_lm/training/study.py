@@ -12,6 +12,7 @@ from t2i_lm.comparison.study_plan import STEPS, Needed, Study
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import ASSET, OPENED_BY_PATH, RunConfig, is_plugin
+from t2i_lm.config.values import Plain, read_value
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.hub import is_hub
@@ -25,6 +26,7 @@ SAMPLES = "samples."
 # Keys of files and folders that a run reads.
 READ = (
     "backbone.path",
+    "backbone.config",
     "text_tokenizer.path",
     "image_tokenizer.path",
     "data.path",
@@ -101,6 +103,7 @@ def study_runs(study: Study, experiments: Path, overrides: Sequence[str] = ()) -
     """
     needed = study.needed()
     runs: dict[str, StudyRun] = {}
+    of_arms: dict[tuple[str, int, str], str] = {}
     for seed in dict.fromkeys(seed for one in needed for seed in one.seeds):
         for one in needed:
             for arm in one.arms if seed in one.seeds else ():
@@ -110,6 +113,10 @@ def study_runs(study: Study, experiments: Path, overrides: Sequence[str] = ()) -
                 if config.aligned_rows is None:  # else a run of this study makes the file
                     config.require_paths()
                 key = repr({name: value for name, value in flatten(config).items() if not name.startswith(SAMPLES)})
+                values = {name: value for name, value in flatten(config).items() if name not in ("name", "run.dir")}
+                other = of_arms.setdefault((one.use, seed, repr((values, one.point))), arm.name)
+                if other != arm.name:
+                    raise ValueError(f"{one.use}: the arms {other} and {arm.name} have equal configs; expected another")
                 before = runs[key].roles if key in runs else {}
                 plain = arm.name == arm.experiment and all(word.partition("=")[0] in arm.own for word in words)
                 role = Role(one.group, arm, " ".join(setting_words(one.point)), plain)
@@ -136,7 +143,8 @@ def _configure(
     own = {**needed.where, **arm.own}
     follows = []
     if STEPS in needed.point:
-        steps = _load(file, needed.scale, *overrides, *setting_words({STEPS: own[STEPS]})).trainer.max_steps
+        steps = own[STEPS]  # not loaded alone: few steps are less than the warm-up before it follows
+        steps = read_value(STEPS, Plain(steps) if isinstance(steps, str) else steps)
         follows = [
             word for word in in_proportion(plain, steps / plain.trainer.max_steps) if word.partition("=")[0] not in own
         ]
@@ -159,7 +167,7 @@ def missing_paths(runs: Sequence[StudyRun], states: Sequence[Progress]) -> list[
         keys = [key for key in READ if key != "data.path" or config.data.source in OPENED_BY_PATH]
         for key in keys if not state.finished else []:
             path = config.value(key)
-            if path is not None and not _exists(path):
+            if path is not None and not (_exists(path) or (key == "backbone.config" and _is_preset(path))):
                 counts[f"{key}={path}"] = counts.get(f"{key}={path}", 0) + 1
     return [f"missing path: {word}, of {count} run{'s' * (count > 1)} to train" for word, count in counts.items()]
 
@@ -167,6 +175,12 @@ def missing_paths(runs: Sequence[StudyRun], states: Sequence[Progress]) -> list[
 def _exists(path: str) -> bool:
     elsewhere = path.startswith(ASSET) or is_plugin(path) or is_hub(path) or "://" in path
     return elsewhere or Path(path).exists()
+
+
+def _is_preset(name: str) -> bool:
+    from t2i_lm.models.open_lm import PRESETS  # imports torch
+
+    return name in PRESETS
 
 
 def progress_of(runs: Sequence[StudyRun]) -> list[Progress]:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.gap import GapCurve, gap_curves, gap_json, gap_text
-from t2i_lm.comparison.grid import Grid, at_best, grid_json, grid_text, grids
+from t2i_lm.comparison.grid import Grid, at_best, grid_json, grid_text, grids, names_at_best
 from t2i_lm.comparison.study_plan import STEPS, Study
 from t2i_lm.comparison.tables import as_json, text
 from t2i_lm.plots.gap import TITLE, draw_gap, draw_grid, gap_caption, grid_caption
@@ -28,37 +28,47 @@ class Results:
         comparisons: of two arms each; those of arms at their best values among them.
         grids: those with several points.
         curves: of the gap, where lengths vary.
-        problems: why a curve could not be made.
+        problems: why a grid or a curve could not be made.
+        refused: those of grids, whose points are of several versions.
     """
 
     comparisons: tuple[Comparison, ...]
     grids: tuple[Grid, ...] = ()
     curves: tuple[GapCurve, ...] = ()
     problems: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     @property
     def answer_first(self) -> "tuple[Comparison, ...]":
         """The comparisons, first the one that answers the plan's question.
 
-        That is the first one; of a grid over a tuned key the arms at their best, of one over steps the longest.
+        That is the first one; of a grid over a tuned key the arms at their best, which may be a point of the grid; of
+        one over steps the longest.
         """
         grid = self.grids[0] if self.grids and self.comparisons[0] in self.grids[0].comparisons else None
         if grid is None:
             return self.comparisons
-        best = [one for one in self.comparisons if one.name.startswith(f"{grid.name}_each_at_its_best")]
+        by_name = {one.name: one for one in self.comparisons}
+        best = [by_name[name] for name in names_at_best(grid)]
         made = [one for one in grid.comparisons if one.arms is not None]
         by_length = sorted(made, key=lambda one: float(one.plan.where.get(STEPS, 0)))
         first = (best or (by_length[-1:] if STEPS in grid.family.keys else made[:1]))[:1]
         return (*first, *(one for one in self.comparisons if one not in first))
 
 
-def results_of(study: Study, comparisons: Sequence[Comparison]) -> Results:
-    """The results of a study's comparisons, with those that follow from its grids."""
+def results_of(study: Study, comparisons: Sequence[Comparison], strict: bool = True) -> Results:
+    """The results of a study's comparisons, with those that follow from its grids.
+
+    Args:
+        study: the plan.
+        comparisons: its comparisons.
+        strict: whether another order of the data between the arms is refused.
+    """
     families = study.families()
-    found = grids(families, comparisons)
+    found, refused = grids(families, comparisons, strict)
     best = [one for grid in found for one in at_best(grid)]
     curves, problems = gap_curves(families, comparisons)
-    return Results((*comparisons, *best), tuple(found), tuple(curves), tuple(problems))
+    return Results((*comparisons, *best), tuple(found), tuple(curves), (*refused, *problems), tuple(refused))
 
 
 def write_results(results: Results, out: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from t2i_lm import compare as command
-from t2i_lm.comparison.arms import find_arms
+from t2i_lm.comparison.arms import Arms, find_arms
 from t2i_lm.comparison.comparability import IncomparableError
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, UNDECIDED, compare
 from t2i_lm.comparison.endpoints import Endpoint, tokens_saved
@@ -198,6 +198,30 @@ def test_an_endpoint_that_a_run_lacks_names_what_it_has(name: str, words: str, t
     run = read_run(write_run(tmp_path, ARMS[0]))
     with pytest.raises(ValueError, match=rf"endpoint .*{words}"):
         Endpoint(name).value(run)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"targets": 9}, "targets 512 .1 runs., 9"),
+        ({"floors": {"unigram": {"nll": 6.6}}}, "unigram loss 6.50000 .1 runs"),
+    ],
+)
+def test_forgetting_of_other_texts_is_refused(changed: dict[str, Any], named: str, tmp_path: Path) -> None:
+    one, other = (read_run(write_run(tmp_path, arm, forgotten=0.5)) for arm in ARMS)
+    endpoint = Endpoint("forgetting.text.text_rows.nll")
+    endpoint.require_one_text([one, other])
+    record = other.records("forgetting")[-1]["forgetting"]["text"]
+    record["name"] = "moved"  # the same text by its numbers
+    endpoint.require_one_text([one, other])
+    record |= changed
+    with pytest.raises(IncomparableError, match=f"endpoint forgetting.text.* {named}"):
+        endpoint.require_one_text([one, other])
+    plan = Plan(primary=endpoint.name, secondary=[])
+    with pytest.raises(IncomparableError, match=named):
+        compare(plan, Arms({0: [one]}, {0: [other]}, ()))
+    Endpoint("val.image.nll").require_one_text([one, other])
+    Endpoint("forgetting.second_text.text_rows.nll").require_one_text([one, other])
 
 
 def test_tokens_saved_are_those_that_the_worse_run_needs_more() -> None:

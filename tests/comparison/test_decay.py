@@ -76,17 +76,29 @@ def test_one_seed_has_no_interval_and_says_so() -> None:
     assert "n = 1 seeds" in "\n".join(decay_sentences(decay))
 
 
-def test_lengths_with_fewer_seeds_count_and_are_named() -> None:
+def test_lengths_with_fewer_seeds_count_and_leave_the_fits_without_intervals() -> None:
     points = draw(0)
     for tokens in TOKENS[-2:]:
         points[tokens] = {0: points[tokens][0]}
     fit = fit_decay(points).fits[CONSTANT]
     assert (fit.n, fit.least) == (3, 1)
-    assert fit.parameters["c"].t_interval is not None
-    assert "n = 1 to 3 seeds each" in "\n".join(decay_sentences(fit_decay(points)))
+    assert {one.t_interval for one in fit.parameters.values()} == {None}
+    words = "\n".join(decay_sentences(fit_decay(points)))
+    assert "n = 1 to 3 seeds each" in words
+    assert "no intervals: they require every seed at every length" in words
+
+
+def test_few_lengths_decide_nothing_between_the_fits() -> None:
+    decays = [fit_decay(dict(list(draw(number, c=0.0).items())[:6])) for number in range(5)]
+    assert {decay.chosen for decay in decays} == {None}
+    assert decay_sentences(decays[0])[-1] == "undecided between the fits, 6 lengths (8 required for a choice)"
 
 
 def test_a_gap_that_does_not_decay_is_not_sound() -> None:
     points = {tokens: dict.fromkeys(range(3), 0.1 * (number + 1)) for number, tokens in enumerate(TOKENS)}
-    assert "the exponent is at its bound" in fit_decay(points).fits[ZERO].problem
-    assert fit_decay(points).chosen != ZERO
+    decay = fit_decay(points)
+    assert "the exponent is at its bound" in decay.fits[ZERO].problem
+    assert decay.chosen is None, "a choice requires two sound fits"
+    sound = [kind for kind, fit in decay.fits.items() if not fit.problem]
+    last = "only the fit to a constant is sound" if sound else "no sound fit"
+    assert decay_sentences(decay)[-1] == last

@@ -10,11 +10,12 @@ import torch
 
 from t2i_lm.config.load import load_experiment
 from t2i_lm.data.scenes.oracle import SceneOracle
-from t2i_lm.experiment.build import ImageTokenizerExperiment, build, build_expanded
+from t2i_lm.data.splits import SCENE_VALIDATIONS
+from t2i_lm.experiment.build import ImageTokenizerExperiment, build, build_expanded, trained_image_tokenizer
 from t2i_lm.experiment.export import export_image_tokenizer
 from t2i_lm.models.expand import MEAN_NOISE
 from t2i_lm.tokenizers.image import open_image_tokenizer
-from t2i_lm.tokenizers.vq import VQTokenizer, to_unit
+from t2i_lm.tokenizers.vq import PatchedVQ, VQTokenizer, to_unit
 from t2i_lm.tokenizers.words import WordVQ, phrase_rows, pieces_of
 from t2i_lm.training.continuity import started_from
 from tests.runs import EXPERIMENTS, PRETRAINED
@@ -35,6 +36,7 @@ def test_a_tokenizer_is_exported_with_what_its_codes_mean(name: str, tiny: list[
     assert start["tokenizers"].keys() == {"text"}
     assert any(file.endswith("model.safetensors") for file in start["backbone"])
     card = export_image_tokenizer(experiment, tmp_path, torch.float32)
+    assert experiment.data.validation_splits == SCENE_VALIDATIONS  # no image of either in training
     assert card["pictures"] == 20
     assert card["meaning"]["colour"]["bits"] > 1
     tokenizer, model = open_image_tokenizer(tmp_path, 64), experiment.module.model
@@ -59,10 +61,30 @@ def test_a_tokenizer_is_exported_with_what_its_codes_mean(name: str, tiny: list[
     random = build_expanded(replace(start_from_words, new_rows="random"))[0]
     assert isinstance(image, VQTokenizer)
     assert image.words == model.words
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace(f'"{model.words[0]}"', '"other"'))
+    assert open_image_tokenizer(tmp_path, 64).sha256 != image.sha256
     rows = phrase_rows(decoder.output.text, [pieces_of(text, word) for word in model.words])
     assert decoder.output.image is not None
     assert random.output.image is not None
     assert torch.allclose(decoder.output.image, rows + MEAN_NOISE * random.output.image, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["aligned", "words"])
+def test_a_checkpoint_is_restored_without_the_language_model(name: str, tiny: list[str]) -> None:
+    config = load_experiment(EXPERIMENTS / f"image_tokenizer_{name}.yaml", "demo", [*tiny, *SMALL])
+    experiment = build(config)
+    backbone = replace(config.backbone, path="gone")
+    text_tokenizer = replace(config.text_tokenizer, path="gone")
+    gone = replace(config, backbone=backbone, text_tokenizer=text_tokenizer)
+    restored = trained_image_tokenizer(gone, {}, experiment.module.state_dict()).module.model
+    expected = experiment.module.model
+    assert isinstance(expected, PatchedVQ)
+    found = restored.plain_state()
+    assert all(torch.equal(found[key], value) for key, value in expected.plain_state().items())
+    if isinstance(expected, WordVQ):
+        assert isinstance(restored, WordVQ)
+        assert restored.words == expected.words
 
 
 def test_the_oracle_names_its_codes(tiny: list[str]) -> None:
@@ -76,6 +98,14 @@ def test_the_oracle_names_its_codes(tiny: list[str]) -> None:
     assert decoder.tok_embeddings.image is not None
     row_D = decoder.tok_embeddings.text[pieces_of(text, "white")].mean(dim=0)
     assert torch.nn.functional.cosine_similarity(decoder.tok_embeddings.image[0], row_D, dim=0) > 0.99
+
+
+def test_each_code_has_a_text_of_its_own(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = ["image_tokenizer.path=code:t2i_lm.data.scenes.oracle:open_oracle", "allow_code=true", "new_rows=words"]
+    config = load_experiment(Path(PRETRAINED), "demo", [*tiny, *oracle])
+    monkeypatch.setattr(SceneOracle, "words", ["white", "grey"])
+    with pytest.raises(ValueError, match=r"^new_rows=words: image_tokenizer\.path=code:.* 2 codes; expected 512"):
+        build_expanded(config)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from t2i_lm.analysis.base import NotAvailableError
+from t2i_lm.analysis.similarity import weight_distances
 from t2i_lm.experiment.export import export
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.models.decoder import Decoder
@@ -194,6 +196,20 @@ def test_adapters_on_images_leave_text_equal_to_the_bit() -> None:
         assert not torch.equal(decoder(mixed_BT), everywhere(mixed_BT))
     assert is_restricted(decoder)
     assert not is_restricted(everywhere)
+
+
+def test_their_weights_are_not_compared_with_those_of_another_model() -> None:
+    with pytest.raises(NotAvailableError, match=r"lora\.image_only"):
+        weight_distances(make_decoder(), restricted(make_decoder()))
+
+
+def test_adapters_on_images_require_a_cache() -> None:
+    config = transformers.OpenAIGPTConfig(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    backbone = HuggingFaceDecoder(transformers.AutoModelForCausalLM.from_config(config))
+    expand_vocabulary(backbone, 8, torch.Generator().manual_seed(2))
+    with pytest.raises(ValueError, match=r"^lora\.image_only=True: expected false, a layer .* 3\) positions for 1 ids"):
+        restricted(backbone)
+    restricted(backbone_of("GPT2"))
 
 
 def test_adapters_on_images_hold_in_packed_cached_and_recomputed_passes_and_in_copies() -> None:

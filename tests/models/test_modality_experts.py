@@ -14,6 +14,7 @@ from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.flops import flop_per_token, formula
 from t2i_lm.models.freeze import freeze, group_members, group_sizes
+from t2i_lm.models.fsdp import blocks_of
 from t2i_lm.models.generate import Sampling, continue_text, generate
 from t2i_lm.models.modality_experts import ExpertDecoder, add_modality_experts
 from t2i_lm.models.packing import ModalitySplit
@@ -219,3 +220,20 @@ def test_other_backbones_are_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match="modality_experts=True: expected false, OtherDecoder is not open_lm's"):
         add_modality_experts(OtherDecoder(), 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_compute_packed_batches_as_uncompiled_ones_do() -> None:
+    """With and without images; the backend "eager" runs the traced graphs as they are."""
+    torch.compiler.reset()
+    decoder, plain, ids_BT = split(untied=True), split(untied=True), batch()
+    decoder.enable_packing()
+    plain.enable_packing()
+    blocks_of(decoder)[0].compile(backend="eager")
+    for part_BT in (ids_BT, ids_BT[3:]):
+        total, _, found = gradients(TextToImageModule(decoder, CONFIG, LAYOUT), part_BT)
+        expected_total, _, expected = gradients(TextToImageModule(plain, CONFIG, LAYOUT), part_BT)
+        assert total.item() == pytest.approx(expected_total.item(), rel=1e-6)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5), name

@@ -71,12 +71,12 @@ def step(module: TextToImageModule, micro_batches: list[dict[str, Any]]) -> list
 
     def closure() -> None:
         for one in micro_batches:
-            made = module.training_step(one, 0)
+            made = module.training_step(module.on_before_batch_transfer(one, 0), 0)
             outputs.append(made)
             (made["loss"] / len(micro_batches)).backward()
 
     class Probe(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        def step(self, closure: Any = None) -> Any:
             return closure()
 
     module.optimizer_step(0, 0, Probe(module.parameters(), 0.1), closure)

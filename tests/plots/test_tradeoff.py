@@ -257,7 +257,7 @@ def test_a_plan_trains_a_remedy_at_every_strength() -> None:
 )
 def test_a_wrong_plan_is_refused_by_file_and_key(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(text)
-    with pytest.raises(ValueError, match=rf"(?s)--plan .*plan\.yaml.*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)plan\.yaml.*{message}"):
         read_strengths(tmp_path / "plan.yaml")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="no plan file"):
         read_strengths(tmp_path / "absent.yaml")

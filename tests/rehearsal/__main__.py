@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = arguments.add_argument
-    add("--quick", action="store_true", help="10 steps and tiny parts")
+    add("--quick", action="store_true", help="12 steps and tiny parts")
     add("--out", type=Path, default=Path("runs/rehearsal"), help="folder (default: %(default)s)")
     add("--processes", type=int, help="default: one per GPU, or two on the CPU")
     add("--coco", type=Path, help="folder of COCO's val2014")

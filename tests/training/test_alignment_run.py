@@ -20,7 +20,8 @@ from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
-from tests.runs import EXPERIMENTS, launch, losses, succeed
+from tests.runs import EXPERIMENTS, losses
+from tests.two_ranks import train_on_two_ranks
 
 SMALL = ["data.batch_size=16", "optim.warmup_steps=1"]
 
@@ -68,8 +69,7 @@ def test_only_image_rows_and_temperature_are_trained(aligned: Run, tiny: list[st
 
 @pytest.mark.slow
 def test_two_ranks_gather_their_negatives(aligned: Run, tiny: list[str], tmp_path: Path) -> None:
-    succeed(launch(experiment("align"), tmp_path, *tiny, *SMALL, "trainer.strategy=ddp", "trainer.devices=2"))
-    two = read_run(run_folders(tmp_path)[0])
+    two = train_on_two_ranks(experiment("align"), tmp_path, *tiny, *SMALL, "trainer.strategy=ddp")
     for ours, theirs in zip(two.metrics, aligned.metrics, strict=True):
         for key, entries in losses(ours).items():
             assert entries["all"]["nll"] == pytest.approx(theirs[key]["all"]["nll"], rel=1e-6)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from callbacks.checkpoints import mark_not_started
+from callbacks.checkpoints import checkpoint_path, mark_not_started
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment, save_experiment
 from t2i_lm.config.sections import RunConfig
@@ -55,6 +55,23 @@ def test_a_run_stands_for_jobs_that_compute_and_report_the_same(tmp_path: Path) 
         replace(config, trainer=replace(config.trainer, packing=True)),
     ):
         assert find_equal_run(other) == (None, False)
+
+
+def test_a_run_without_the_checkpoints_to_keep_stands_for_no_job(tmp_path: Path) -> None:
+    run = tmp_path / "experiment" / "20260101-000000-demo"
+    (run / CHECKPOINTS).mkdir(parents=True)
+    plain = ExperimentConfig(run=RunConfig(str(tmp_path)))
+    config = replace(plain, trainer=replace(plain.trainer, keep_steps=[3]))
+    save_experiment(plain, run / CONFIG)
+    checkpoint_path(run / CHECKPOINTS, 2).touch()
+    assert find_equal_run(config) == (run, False)  # step 3 is still to come
+    checkpoint_path(run / CHECKPOINTS, 4).touch()
+    assert find_equal_run(config) == (None, False)
+    (run / REPORT).write_text("{}")
+    assert find_equal_run(config) == (None, False)
+    assert find_equal_run(plain) == (run, True)
+    checkpoint_path(run / CHECKPOINTS, 3).touch()
+    assert find_equal_run(config) == (run, True)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import torch
 
 from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.build import build_model
-from t2i_lm.storage.run_folder import Run, read_run, run_folders
-from tests.runs import PRETRAINED, QUICK, curve, launch, losses, resume_from_middle, succeed, train, weights
+from t2i_lm.storage.run_folder import Run
+from tests.runs import PRETRAINED, QUICK, curve, losses, resume_from_middle, train, weights
+from tests.two_ranks import train_on_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -78,9 +79,7 @@ def test_remedies_resume_bit_for_bit(remedied: Run, tmp_path: Path) -> None:
 def test_remedies_on_two_processes_equal_one(
     remedied: Run, tiny: list[str], probing: list[str], remedies: list[str], tmp_path: Path
 ) -> None:
-    more = ["trainer.strategy=ddp", "trainer.devices=2"]
-    succeed(launch(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies, *more))
-    two = read_run(run_folders(tmp_path)[0])
+    two = train_on_two_ranks(PRETRAINED, tmp_path, *tiny, *QUICK, *probing, *remedies, "trainer.strategy=ddp")
     assert len(two.metrics) == len(remedied.metrics)
     for ours, theirs in zip(two.metrics, remedied.metrics, strict=True):
         if "forgetting" in ours:

@@ -1,6 +1,7 @@
 """Sharded runs on two CPU processes: the losses and the checkpoints of an unsharded run, in either direction."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,20 +10,19 @@ import torch
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
 from tests.callbacks.toy_run import free_port
+from tests.collectives import count_reductions
 from tests.marks import needs_torchs
-from tests.runs import PRETRAINED, QUICK, launch, launch_module, same_losses, succeed, weights, without_newest
+from tests.runs import PRETRAINED, QUICK, launch_module, same_losses, succeed, weights, without_newest
+from tests.two_ranks import train_on_two_ranks
 
 pytestmark = pytest.mark.slow
-
-TWO = ("trainer.devices=2", *QUICK)
 
 
 @pytest.fixture(scope="module")
 def two(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("two")
     # Packed, too: neither changes a loss.
-    succeed(launch(PRETRAINED, root, *tiny, *TWO, "trainer.strategy=fsdp2", "trainer.packing=true"))
-    return read_run(run_folders(root)[0])
+    return train_on_two_ranks(PRETRAINED, root, *tiny, *QUICK, "trainer.strategy=fsdp2", "trainer.packing=true")
 
 
 def test_two_shards_equal_one_process(pretrained: Run, two: Run) -> None:
@@ -34,8 +34,8 @@ def test_two_shards_equal_one_process(pretrained: Run, two: Run) -> None:
 
 @needs_torchs
 def test_torchs_own_loss_trains_the_same_in_shards(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
-    succeed(launch(PRETRAINED, tmp_path, *tiny, *TWO, "trainer.strategy=fsdp2", "loss.backend=torch"))
-    same_losses(read_run(run_folders(tmp_path)[0]), pretrained, 1e-6)
+    own = ["trainer.strategy=fsdp2", "loss.backend=torch"]
+    same_losses(train_on_two_ranks(PRETRAINED, tmp_path, *tiny, *QUICK, *own), pretrained, 1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -43,9 +43,9 @@ def test_micro_batches_of_a_step_are_reduced_together(
     pretrained: Run, tiny: list[str], tmp_path: Path, strategy: str
 ) -> None:
     file, root = tmp_path / "reductions.json", tmp_path / "runs"
-    changes = [*TWO, f"trainer.strategy={strategy}", "trainer.accumulate_grad_batches=4", f"run.dir={root}"]
-    succeed(launch_module("tests.collectives", str(file), PRETRAINED, *tiny, *changes))
-    same_losses(read_run(run_folders(root)[0]), pretrained, 1e-6)
+    changes = [*QUICK, f"trainer.strategy={strategy}", "trainer.accumulate_grad_batches=4"]
+    run = train_on_two_ranks(PRETRAINED, root, *tiny, *changes, around=partial(count_reductions, file))
+    same_losses(run, pretrained, 1e-6)
     counts = json.loads(file.read_text())
     assert [count > 0 for count in counts] == [False, False, False, True] * 8
 
@@ -64,9 +64,8 @@ def test_two_nodes_that_hold_copies_equal_one_process(pretrained: Run, tiny: lis
 
 def test_shards_go_on_from_a_whole_runs_checkpoint(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     folder = without_newest(pretrained, tmp_path)
-    changes = ["trainer.devices=2", "trainer.strategy=hsdp", f"data.cache_dir={tiny[3].split('=')[1]}"]
-    succeed(launch_module("t2i_lm.train", PRETRAINED, "--resume", str(folder), *changes))
-    same_losses(read_run(folder), pretrained, 1e-6)
+    changes = ["--resume", str(folder), "trainer.strategy=hsdp", f"data.cache_dir={tiny[3].split('=')[1]}"]
+    same_losses(train_on_two_ranks(PRETRAINED, tmp_path, *changes), pretrained, 1e-6)
 
 
 def test_a_whole_run_goes_on_from_shards(two: Run, tmp_path: Path) -> None:

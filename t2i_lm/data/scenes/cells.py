@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t2i_lm.data.scenes.oracle import GROUNDS, SHAPES, SIDE, scene_ids
-from t2i_lm.data.scenes.scene import COLOURS, KINDS, SIZES, Scene, scene_from_meaning
+from t2i_lm.data.scenes.scene import COLOURS, KINDS, SIZES, Scene, scene_of
 from t2i_lm.tokenizers.entropy import conditional_entropy
 from t2i_lm.tokenizers.layout import IntArray
 
@@ -19,7 +19,7 @@ from t2i_lm.tokenizers.layout import IntArray
 def scenes_of(meanings: Sequence[str]) -> list[Scene] | None:
     """Scenes from the column `meaning` of shards; None of other data, and of the first version of the scenes."""
     try:
-        return [scene_from_meaning(json.loads(text)) for text in meanings]
+        return [scene_of(json.loads(text)) for text in meanings]
     except ValueError:
         return None
 
@@ -51,7 +51,7 @@ def code_meaning(ids_RHW: IntArray, scenes: Sequence[Scene]) -> dict[str, dict[s
         Of each attribute: `bits`, its entropy; `explained`, the share of it that ids explain (mutual information over
         entropy, each with the Miller-Madow correction); `guessed`, the share of cells of every second image whose
         value is the most frequent one of their id in the other images, and `chance`, of the most frequent value of all;
-        `cells` that have the attribute.
+        `cells` that have the attribute. One image has neither `guessed` nor `chance`.
     """
     assert ids_RHW.shape == (len(scenes), SIDE, SIDE)
     named = [cell_names(scene) for scene in scenes]
@@ -67,7 +67,7 @@ def code_meaning(ids_RHW: IntArray, scenes: Sequence[Scene]) -> dict[str, dict[s
         found[attribute] = {
             "bits": bits,
             "explained": 1 - left / bits if bits else 0.0,
-            **_guesses(values_N, ids_N, fitted_N),
+            **({} if fitted_R.all() else _guesses(values_N, ids_N, fitted_N)),
             "cells": len(values_N),
         }
     return found

@@ -98,6 +98,15 @@ def scene_from_meaning(meaning: dict[str, Any]) -> Scene:
     return Scene(**(meaning | {"objects": tuple(SceneObject(**item) for item in meaning["objects"])}))
 
 
+def scene_of(meaning: dict[str, Any]) -> Scene:
+    """The scene of a row's meaning, which also holds the style of its caption.
+
+    Raises:
+        ValueError: on a scene of the first version of the data.
+    """
+    return scene_from_meaning({key: value for key, value in meaning.items() if key != "style"})
+
+
 def outline(kind: str, x: float, y: float, width: float) -> list[tuple[float, float]]:
     """Polygon of a kind, centered at (x, y); circles and rings are drawn as ellipses instead."""
     r = width / 2

@@ -49,12 +49,17 @@ def test_the_oracle_explains_all_and_equal_ids_nothing() -> None:
     assert half["kind"]["cells"] + half["ground"]["cells"] == IDS_RHW.size
 
 
+def test_one_image_has_no_share_of_guesses() -> None:
+    found = code_meaning(IDS_RHW[:1], SCENES[:1])["ground"]
+    assert found.keys() == {"bits", "explained", "cells"}
+
+
 def cell_names_of(attribute: str) -> np.ndarray:
     return np.stack([cell_names(scene)[attribute] for scene in SCENES])
 
 
 def test_scenes_are_read_from_shards_where_they_have_some() -> None:
-    texts = [json.dumps(scene.meaning()) for scene in SCENES[:3]]
+    texts = [json.dumps(SOURCE[index].meaning) for index in range(3)]  # as in shards, with the style of the caption
     assert scenes_of(texts) == SCENES[:3]
     assert scenes_of(["", ""]) is None
     former = json.loads(texts[0])
