@@ -21,9 +21,10 @@ from t2i_lm.evaluation.base import FINISHED
 from t2i_lm.storage.resumable import ResumableParts
 from t2i_lm.storage.run_folder import ENVIRONMENT, Run
 from t2i_lm.storage.sealed import DIGEST, sealed
-from tests.callbacks.toy_run import finish, free_port, server
+from tests.callbacks.toy_run import finish, server
 from tests.data.coco_folder import CAPTION, write_coco
 from tests.runs import coco_result, losses
+from tests.two_ranks import environments
 
 # More images than features, so that covariances have full rank; of the network's last layer: FID_PICTURES=2500.
 IMAGES = int(os.environ.get("FID_PICTURES", "72"))
@@ -111,15 +112,9 @@ def in_process(arguments: list[str], environment: dict[str, str], parts_until_ki
     os._exit(main(arguments))
 
 
-def meeting() -> list[dict[str, str]]:
-    """Environments in which two ranks meet."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    return [{**place, "RANK": str(rank)} for rank in range(2)]
-
-
 def on_two_ranks(arguments: list[str]) -> None:
     """Runs the command as two processes, which must both succeed."""
-    ranks = [server.Process(target=in_process, args=(arguments, environment, 0)) for environment in meeting()]
+    ranks = [server.Process(target=in_process, args=(arguments, environment, 0)) for environment in environments()]
     for process in ranks:
         process.start()
     assert finish(*ranks) == [0, 0]

@@ -12,6 +12,13 @@ from t2i_lm.train import main
 from tests.callbacks.toy_run import finish, free_port, server
 
 
+def environments() -> list[dict[str, str]]:
+    """Those in which torchrun's two ranks meet."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "tests"}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
 def train_on_two_ranks(
     experiment: str, root: Path, *overrides: str, around: Callable[[Callable[[], int]], int] | None = None
 ) -> Run:
@@ -27,14 +34,10 @@ def train_on_two_ranks(
     arguments = [experiment, *overrides, "trainer.devices=2"]
     if "--resume" not in overrides:
         arguments.append(f"run.dir={root}")
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "tests"}
-    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
     logs = [root / f"rank-{rank}.log" for rank in range(2)]
     processes = [
-        server.Process(
-            target=_train, args=(arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log, around)
-        )
-        for rank, log in enumerate(logs)
+        server.Process(target=_train, args=(arguments, environment, log, around))
+        for environment, log in zip(environments(), logs, strict=True)
     ]
     for process in processes:
         process.start()

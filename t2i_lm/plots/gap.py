@@ -1,6 +1,6 @@
 """Figures of a difference between two arms: against training tokens with fits of its decay, and over a grid."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,8 +23,7 @@ FIT_COLORS = {"zero": ARM_STYLES["scratch"].color, CONSTANT: ARM_STYLES["tune_ff
 def gap_caption(curve: GapCurve) -> str:
     """What the figure shows, the setting, the fits in words and what is left out."""
     first, second = curve.plan.parsed
-    ns = sorted({length.statistics.n for length in curve.lengths})
-    n = f"{ns[0]}" if len(ns) == 1 else f"{ns[0]} to {ns[-1]}"
+    n = _span(length.statistics.n for length in curve.lengths)
     last = curve.lengths[-1].comparison
     assert last.arms is not None
     where = setting(last.plan, last.arms).partition(", ")[2]
@@ -37,6 +36,12 @@ def gap_caption(curve: GapCurve) -> str:
         *(f"{note}." for note in curve.notes if note.startswith(("left out", "NOT CONTROLLED"))),
     ]
     return " ".join(lines)
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """The smallest and the largest number, or the only one."""
+    ordered = sorted({*numbers})
+    return f"{ordered[0]}" if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
 
 
 def draw_gap(curve: GapCurve, caption: str) -> Figure:
@@ -91,8 +96,7 @@ def grid_caption(grid: Grid) -> str:
     assert arms is not None
     level = f"{100 * (1 - plan.alpha):g} %"
     absent = [name for name, one in labeled(grid).items() if one.arms is None]
-    ns = sorted({one.results[0].statistics.n for one in made})
-    n = f"{ns[0]}" if len(ns) == 1 else f"{ns[0]} to {ns[-1]}"
+    n = _span(one.results[0].statistics.n for one in made)
     lines = [
         f"{grid.name}: {plan.primary}, each arm minus {[*plan.parsed][-1]}, paired by seed, n = {n} seeds. Points: "
         f"mean and {level} t-interval; crosses: seeds; band: margin {plan.margin}. Scale {plan.scale}, data hash "

@@ -176,10 +176,10 @@ def test_no_file_holds_a_path_of_the_machine(pretrained: Run, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("/home/ada/work/runs/align/x/rows", "runs/align/x/rows"),
+        ("/home/ada/project/runs/align/x/rows", "runs/align/x/rows"),
         ("/home/ada/data set/a", "a"),
         ("code:m:f:/home/ada/x/y", "code:m:f:y"),
-        ("OSError: /home/ada/work/runs/x: disk full, see /srv/log/a.txt", "OSError: runs/x: disk full, see a.txt"),
+        ("OSError: /home/ada/project/runs/x: disk full, see /srv/log/a.txt", "OSError: runs/x: disk full, see a.txt"),
         ("file:///srv/ada/shards", "shards"),
         ("hf://org/name/file", "hf://org/name/file"),
         ("https://example.org/a/b", "https://example.org/a/b"),
@@ -188,7 +188,7 @@ def test_no_file_holds_a_path_of_the_machine(pretrained: Run, tmp_path: Path) ->
     ],
 )
 def test_paths_become_relative_or_names(value: str, expected: str) -> None:
-    starts = [Path("/home/ada/work"), Path("/")]
+    starts = [Path("/home/ada/project"), Path("/")]
     assert portable({"a": [value]}, starts) == {"a": [expected]}
     assert portable({value: 1.5}, starts) == {expected: 1.5}
     assert portable({"completions": {"x": value}}, starts) == {"completions": {"x": value}}

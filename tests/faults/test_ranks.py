@@ -19,9 +19,10 @@ from tests.callbacks.toy_model import Toy
 from tests.callbacks.toy_run import finish, free_port, server, start
 from tests.runs import PRETRAINED, QUICK, launch_module, without_newest
 from tests.slurm import task_environment
-from tests.test_evaluate import in_process, meeting
+from tests.test_evaluate import in_process
 from tests.test_train import wait_for_lines
 from tests.training.test_ranks import RANK_S, errors, in_step, start_ranks
+from tests.two_ranks import environments
 
 pytestmark = pytest.mark.slow
 
@@ -188,7 +189,7 @@ def test_a_killed_rank_ends_the_evaluation_of_the_other(evaluate_command: list[s
     arguments = [*evaluate_command, "--out", str(tmp_path / "out")]
     ranks = [
         server.Process(target=with_log, args=(tmp_path / f"log.{rank}", arguments, environment, rank))
-        for rank, environment in enumerate(meeting())
+        for rank, environment in enumerate(environments())
     ]
     for process in ranks:
         process.start()
