@@ -11,10 +11,11 @@ EXAMPLE = """example:
   python -m t2i_lm.study experiments/study.yaml --dry-run
   python -m t2i_lm.study experiments/study.yaml --jobs 2
   python -m t2i_lm.study experiments/study.yaml --seeds 1 trainer.max_steps=400
-  python -m t2i_lm.study experiments/plans/learning_rates.yaml --dry-run
+  python -m t2i_lm.study experiments/plans/learning_rates.yaml --results docs/results --dry-run
 
 finished runs of the same config are not trained again and interrupted ones resume, so the command can be stopped and
-repeated. Runs: RUN.DIR/study. Tables of the comparisons (text and JSON), figures and report.html: --out."""
+repeated; with --results, runs whose results were collected there are finished, too. Runs: RUN.DIR/study. Tables of the
+comparisons (text and JSON), figures and report.html: --out."""
 
 
 OUT = "figures/PLAN"  # PLAN: name of the plan file
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("plan", type=Path, help="plan YAML, for example experiments/study.yaml")
     arguments.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds of the plan")
     add_jobs(arguments)
+    arguments.add_argument("--results", type=Path, metavar="DIR", help="collected results whose runs are not trained")
     add_figures(arguments, OUT)
     arguments.add_argument(
         "--no-strict",
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = first_seeds(read_study(options.plan), options.seeds)
         experiments = experiments_of(options.plan)
         out = Path(OUT).with_name(options.plan.stem) if options.out == Path(OUT) else options.out
-        runs = study_runs(study, experiments, options.overrides)
+        runs = study_runs(study, experiments, options.overrides, options.results)
         states = progress_of(runs)
         print(progress_table(runs, states), "", estimate(runs, states, options.jobs), sep="\n", flush=True)
         if options.dry_run:

@@ -3,8 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, add_strict, command_parser, exit_code
+from t2i_lm.training.equal_runs import require_no_results
 from t2i_lm.training.jobs import run_jobs, unfinished
 from t2i_lm.training.sweep import ARMS, finished_runs, sweep_jobs
 
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(*(f"== {job.name}" for job in remaining), sep="\n")
             return 0
+        require_no_results({Path(job.config.run.dir) for job in remaining})
         code = run_jobs(remaining, options.jobs, keep_going=True)
         if code > 128:  # stopped by a signal
             return code

@@ -22,11 +22,12 @@ PRINTED = ("PSNR", "gap %", "validation", "source", "after steps", "tokens saved
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with the runs of every figure."""
-    pretrained = write_run(tmp_path / "runs", "t2i_pretrained", "20260301-100000", forgotten=1.5)
+    warm_up = {"optim.warmup_steps": 15}  # of 300 steps
+    pretrained = write_run(tmp_path / "runs", "t2i_pretrained", "20260301-100000", config=warm_up, forgotten=1.5)
     write_relearning(pretrained, 12.3)
     write_tokens(pretrained)
     write_run(tmp_path / "runs", "remedy_replay", "20260301-170000", forgotten=0.2)
-    write_relearning(write_run(tmp_path / "runs", "t2i_scratch", "20260301-110000"), 13.9)
+    write_relearning(write_run(tmp_path / "runs", "t2i_scratch", "20260301-110000", config=warm_up), 13.9)
     write_run(tmp_path / "runs", "uncond_pretrained", "20260301-120000")
     write_run(tmp_path / "runs", "uncond_scratch", "20260301-130000")
     write_run(tmp_path / "runs", "t2i_body_only", "20260301-140000")
@@ -34,7 +35,8 @@ def project(tmp_path: Path) -> Path:
     write_run(tmp_path / "runs", "align_shuffled", "20260301-160000")
     for number, steps in enumerate((100, 200)):  # with the pair above, a curve of three lengths
         for arm in ("t2i_pretrained", "t2i_scratch"):
-            write_run(tmp_path / "runs", arm, f"20260201-1{number}0000", config={"trainer.max_steps": steps})
+            shorter = {"trainer.max_steps": steps, "optim.warmup_steps": steps // 20}
+            write_run(tmp_path / "runs", arm, f"20260201-1{number}0000", config=shorter)
     (tmp_path / "notebooks").mkdir()
     return tmp_path
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from t2i_lm.collect import main as collect
 from t2i_lm.comparison.plan import setting_words
 from t2i_lm.comparison.study_plan import first_seeds, read_study
 from t2i_lm.config.load import load_experiment
@@ -133,6 +134,28 @@ def test_runs_of_an_equal_config_stand_for_each_other_whatever_plan_made_them(pl
     for file in tmp_path.rglob("env.json"):  # runs of code that computes other numbers stand for none
         file.write_text(json.dumps({**json.loads(file.read_text()), "numerics": 99}))
     assert {str(state) for state in progress_of(runs)} == {"missing"}
+
+
+def test_collected_results_are_finished_runs_and_nothing_is_trained_among_them(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = configs(plan, "seeds: [0]\ncomparisons: {one: {}}", f"run.dir={tmp_path}/runs")
+    finish(made[:1], lambda _: 1.0)
+    results = tmp_path / "results"
+    assert collect(["--runs", str(tmp_path / "runs"), "--out", str(results)]) == 0
+    elsewhere = [f"run.dir={tmp_path}/new"]
+    assert {str(state) for state in progress_of(study_runs(read_study(plan), plan.parent, elsewhere))} == {"missing"}
+    runs = study_runs(read_study(plan), plan.parent, elsewhere, results)
+    assert [str(state) for state in progress_of(runs)] == ["finished", "missing"]
+    finish(runs[1:], lambda _: 1.0)
+    both = compare_arms(read_study(plan), runs)[0].arms
+    assert both is not None
+    assert [run.folder.is_relative_to(results) for run in both.runs] == [True, False]
+    capsys.readouterr()
+    assert main([str(plan), f"run.dir={results}"]) == 2
+    assert f"error: {results / 'study'} holds collected results" in capsys.readouterr().err
+    assert main([str(plan), "--results", str(tmp_path / "nowhere")]) == 2
+    assert f"error: --results {tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
 
 
 def test_the_cost_is_that_of_each_setting_else_of_alike_runs_elsewhere(plan: Path, tmp_path: Path) -> None:

@@ -193,6 +193,7 @@ def _setting(run: Run, values: Mapping[str, Any]) -> str:
     """Everything in which runs of a curve agree, whatever their arm, seed and length."""
     free = (*ARM_KEYS, SEED, STEPS, *IN_STEPS, *HASHED)
     config = {key: value for key, value in values.items() if key not in free and not is_neutral(key)}
+    config["share of warm-up"] = round(values["optim.warmup_steps"] / values[STEPS], 2)
     shared = [path for path, name in ENVIRONMENT.items() if name not in (ORDER, ENVIRONMENT["backbone"])]
     return repr((sorted(config.items(), key=str), [environment_value(run, path) for path in shared]))
 

@@ -10,25 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from t2i_lm.assets import find
-from t2i_lm.comparison.portable import portable_config
-from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
-from t2i_lm.config.load import flatten, load_experiment
-from t2i_lm.config.sections import is_plugin, require
-from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import require
 from t2i_lm.runtime.command_line import exit_code
 from t2i_lm.runtime.slurm import requeue
-from t2i_lm.storage.hashing import known_sha256
-from t2i_lm.storage.hub import is_hub
-from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, REPORT, is_collected, read_environment, run_folders
-from t2i_lm.training.resume import NUMERICS
+from t2i_lm.training.equal_runs import find_equal_run
 
-LARGEST_HASHED = 64 * 2**20  # bytes of weights that are hashed to find equal results
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -79,102 +70,6 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
         else:
             remaining.append(replace(job, folder=folder))
     return remaining
-
-
-def find_equal_run(
-    config: ExperimentConfig, folders: Sequence[Path] | None = None, apart: tuple[str, ...] = ()
-) -> tuple[Path | None, bool]:
-    """The newest run folder of an equal config to resume, and whether it is finished; finished ones first.
-
-    Collected results of a finished run count as it. Runs on an older version of generated scenes, or of code that
-    computes other numbers, are not equal.
-
-    Args:
-        config: with today's default of every key.
-        folders: run folders to look among, oldest first; None for those of the experiment in `run.dir`.
-        apart: beginnings of keys that may differ.
-    """
-    if folders is None:
-        folders = run_folders(Path(config.run.dir), config.name)
-    results = [folder for folder in folders if is_collected(folder) and _equal_results(config, folder, apart)]
-    if results:
-        return results[-1], True
-    if config.aligned_rows is not None:  # the others need no torch
-        from t2i_lm.models.aligned_rows import resolve_aligned_rows
-
-        config = resolve_aligned_rows(config)  # as in a run's config.yaml
-    computed = _without(_computed(config), apart)
-    equal = []
-    for folder in folders:
-        found = _computed_in(folder / CONFIG)
-        same = found is not None and _without(found, apart) == computed and _same_code(config, folder)
-        if same and not _lacks_steps(config, folder):
-            equal.append(folder)
-    finished = [folder for folder in equal if (folder / REPORT).is_file()]
-    if finished:
-        return finished[-1], True
-    # A run that was killed before its first checkpoint has nothing to resume from.
-    saved = [folder for folder in equal if any((folder / CHECKPOINTS).glob("*"))]
-    return (saved[-1] if saved else None), False
-
-
-def _lacks_steps(config: ExperimentConfig, folder: Path) -> bool:
-    """Whether a run has passed a step of `trainer.keep_steps` and has no checkpoint of it."""
-    if not config.trainer.keep_steps:
-        return False
-    from callbacks.checkpoints import checkpoints, step_of
-
-    steps = {step_of(path) for path in checkpoints(folder / CHECKPOINTS)}
-    reached = config.trainer.max_steps if (folder / REPORT).is_file() else max(steps, default=0)
-    return any(step <= reached and step not in steps for step in config.trainer.keep_steps)
-
-
-def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...]) -> bool:
-    """Whether collected results are of a run of an equal config; their paths are shorter, and `latest` is resolved."""
-    own, theirs = portable_config(_computed(config), [Path.cwd()]), _computed_in(folder / CONFIG)
-    if theirs is None or not (folder / REPORT).is_file():
-        return False
-    if config.aligned_rows == "latest":
-        own["aligned_rows"] = theirs["aligned_rows"]
-    same = _without(own, apart) == _without(theirs, apart) and _same_code(config, folder)
-    return same and _same_weights(config, folder)
-
-
-def _same_weights(config: ExperimentConfig, folder: Path) -> bool:
-    """Whether the backbone's weights are those that results record, where both are known and small enough to hash."""
-    recorded, path = read_environment(folder).get("backbone"), config.backbone.path
-    if not isinstance(recorded, dict) or path is None or is_plugin(path) or is_hub(path):
-        return True
-    file = find(path)
-    names = [] if file is None else [name for name in recorded if (file / name if file.is_dir() else file).is_file()]
-    files = {name: file / name if file.is_dir() else file for name in names} if file is not None else {}
-    return all(
-        known_sha256(one) == recorded[name] for name, one in files.items() if one.stat().st_size <= LARGEST_HASHED
-    )
-
-
-def _without(values: dict[str, object], apart: tuple[str, ...]) -> dict[str, object]:
-    return {key: value for key, value in values.items() if not key.startswith(apart)} if apart else values
-
-
-def _same_code(config: ExperimentConfig, folder: Path) -> bool:
-    """Whether a run has generated scenes and numerics of this code's versions."""
-    recorded = read_environment(folder)  # empty in a run that ended before it wrote one
-    scenes = config.data.source != "scenes" or not recorded or scenes_version(recorded) == SCENES_FORMAT
-    return scenes and recorded.get("numerics", NUMERICS) == NUMERICS
-
-
-@cache
-def _computed_in(file: Path) -> dict[str, object] | None:
-    """`_computed` of a run's config.yaml, cached since the file never changes; None for unknown keys or values."""
-    try:
-        return _computed(load_experiment(file))
-    except ValueError:
-        return None
-
-
-def _computed(config: ExperimentConfig) -> dict[str, object]:
-    return {key: value for key, value in flatten(config).items() if not is_neutral(key) or is_reported(key)}
 
 
 def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -> int:

@@ -17,7 +17,8 @@ from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.hub import is_hub
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
-from t2i_lm.training.jobs import Job, find_equal_run, run_jobs
+from t2i_lm.training.equal_runs import find_equal_run, require_no_results
+from t2i_lm.training.jobs import Job, run_jobs
 from t2i_lm.training.sweep import in_proportion
 
 # Folder of a study's runs, in `run.dir`.
@@ -56,11 +57,19 @@ class Role:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study: its role by comparison or group that needs it, its seed, and the job that trains it."""
+    """One run of a study.
+
+    Attributes:
+        roles: by the comparison or group that needs it.
+        seed: its seed.
+        job: what trains it.
+        results: folder of collected results, of which a finished run stands for it; None for none.
+    """
 
     roles: Mapping[str, Role]
     seed: int
     job: Job
+    results: Path | None = None
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -87,7 +96,9 @@ def experiments_of(plan: Path) -> Path:
     )
 
 
-def study_runs(study: Study, experiments: Path, overrides: Sequence[str] = ()) -> list[StudyRun]:
+def study_runs(
+    study: Study, experiments: Path, overrides: Sequence[str] = (), results: Path | None = None
+) -> list[StudyRun]:
     """The runs of a study, each once, seed by seed, so that an interrupted study has complete pairs.
 
     The first seed generates samples as its experiments say, other seeds and the points of a grid none. Where a grid is
@@ -97,10 +108,13 @@ def study_runs(study: Study, experiments: Path, overrides: Sequence[str] = ()) -
         study: the plan.
         experiments: folder of experiment files.
         overrides: `key=value` strings of every run; a setting's own values win.
+        results: folder of collected results, whose runs are not trained again.
 
     Raises:
-        ValueError: on an unknown experiment, key or value, or a path that is not set.
+        ValueError: on an unknown experiment, key or value, a path that is not set, or results that do not exist.
     """
+    if results is not None and not results.is_dir():
+        raise ValueError(f"--results {results}: no such folder")
     needed = study.needed()
     runs: dict[str, StudyRun] = {}
     of_arms: dict[tuple[str, int, str], str] = {}
@@ -123,7 +137,7 @@ def study_runs(study: Study, experiments: Path, overrides: Sequence[str] = ()) -
                 job = Job(config, label=" ".join([*words, f"seed={seed}"]))
                 # A run with samples serves where none are needed, too.
                 kept = runs[key].job if key in runs and quiet else job
-                runs[key] = StudyRun({**before, one.use: role}, seed, kept)
+                runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS)
     return list(runs.values())
 
 
@@ -188,10 +202,11 @@ def progress_of(runs: Sequence[StudyRun]) -> list[Progress]:
     folders: dict[Path, list[Path]] = {}
     states = []
     for run in runs:
-        root = _root(run)
-        if root not in folders:
-            folders[root] = sorted((file.parent for file in root.rglob(CONFIG)), key=lambda folder: folder.name)
-        states.append(Progress(*_find(run.job.config, folders[root])))
+        roots = [root for root in (run.results, _root(run)) if root is not None]
+        for root in roots:
+            if root not in folders:
+                folders[root] = sorted((file.parent for file in root.rglob(CONFIG)), key=lambda folder: folder.name)
+        states.append(Progress(*_find(run.job.config, [folder for root in roots for folder in folders[root]])))
     return states
 
 
@@ -237,10 +252,13 @@ def train(runs: Sequence[StudyRun], jobs: int) -> int:
     """Trains the runs that are not finished, those that start from aligned rows last; returns the exit code.
 
     Raises:
-        ValueError: before anything is trained, naming every path that a run reads and that is not there.
+        ValueError: before anything is trained, naming every path that a run reads and that is not there, or a folder of
+            collected results that runs would be trained in.
     """
-    if missing := missing_paths(runs, progress_of(runs)):
+    states = progress_of(runs)
+    if missing := missing_paths(runs, states):
         raise ValueError("\n".join(missing))
+    require_no_results({_root(run) for run, state in zip(runs, states, strict=True) if not state.finished})
     code = 0
     for aligned in (False, True):  # aligned rows are made by runs before
         phase = [run for run in runs if (run.job.config.aligned_rows is not None) == aligned]
@@ -258,8 +276,9 @@ def train(runs: Sequence[StudyRun], jobs: int) -> int:
 
 
 def figure_root(runs: Sequence[StudyRun]) -> Path:
-    """The folder of a study's runs."""
-    return _root(runs[0])
+    """The folder of a study's runs; of collected ones where there is no other."""
+    root, results = _root(runs[0]), runs[0].results
+    return results if results is not None and not root.is_dir() else root
 
 
 def shown_runs(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:

@@ -12,7 +12,8 @@ from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.storage.run_folder import Run, read_run
-from t2i_lm.training.jobs import Job, find_equal_run
+from t2i_lm.training.equal_runs import find_equal_run
+from t2i_lm.training.jobs import Job
 
 FOLDER = Path("experiments")
 ARMS = ("t2i_pretrained", "t2i_scratch")

@@ -18,9 +18,7 @@ from t2i_lm.comparison.comparability import differences
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.portable import portable
 from t2i_lm.comparison.thinning import LATE, TOLERANCE, kept_places, thinned_records
-from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment, save_experiment
-from t2i_lm.config.sections import BackboneConfig
 from t2i_lm.data.scenes.version import SCENES_FORMAT
 from t2i_lm.evaluate import main as evaluate
 from t2i_lm.export import main as export
@@ -30,11 +28,10 @@ from t2i_lm.plots.sweep import LAST, Outcome
 from t2i_lm.reporting.probes import find_probes
 from t2i_lm.reporting.samples import sample_blocks
 from t2i_lm.sample import main as sample
-from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.run_folder import CONFIG, CONFIG_DIGEST, ENVIRONMENT, REPORT, Run, read_run, run_folders
 from t2i_lm.storage.sealed import sealed
 from t2i_lm.train import main as train
-from t2i_lm.training.jobs import _same_weights, find_equal_run
+from t2i_lm.training.equal_runs import find_equal_run
 from t2i_lm.training.resumption import config_entry
 from tests.comparison.test_compare import set_environment
 from tests.plots.synthetic_runs import write_probe, write_relearning, write_run, write_tokens
@@ -312,21 +309,6 @@ def test_a_study_takes_collected_results_for_finished_runs(tmp_path: Path) -> No
         else:
             with pytest.raises(ValueError, match="no finished run of align"):
                 find_equal_run(other)
-
-
-@pytest.mark.parametrize(("sha256", "same"), [(None, True), ("0" * 64, False)])
-def test_results_from_other_weights_at_the_same_path_stand_for_no_run(
-    sha256: str | None, same: bool, tmp_path: Path
-) -> None:
-    weights = tmp_path / "lm" / "model.safetensors"
-    weights.parent.mkdir()
-    weights.write_bytes(b"weights")
-    config = ExperimentConfig(backbone=BackboneConfig(path=str(weights.parent)))
-    folder = tmp_path / "results"
-    folder.mkdir()
-    recorded = {"backbone": {weights.name: sha256 or file_sha256(weights)}}
-    (folder / "env.json").write_text(json.dumps(recorded))
-    assert _same_weights(config, folder) == same
 
 
 def test_images_of_the_report_are_smaller_and_shown(

@@ -1,6 +1,5 @@
 """Several runs: equal in parallel and in sequence, failures by name, and a signal that stops all of them."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -11,13 +10,10 @@ from typing import Any
 
 import pytest
 
-from callbacks.checkpoints import checkpoint_path, mark_not_started
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.load import load_experiment, save_experiment
-from t2i_lm.config.sections import RunConfig
-from t2i_lm.data.scenes.version import SCENES_FORMAT
-from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, read_run, run_folders
-from t2i_lm.training.jobs import Job, find_equal_run, run_jobs
+from t2i_lm.config.load import load_experiment
+from t2i_lm.storage.run_folder import REPORT, read_run, run_folders
+from t2i_lm.training.jobs import Job, run_jobs
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -32,73 +28,6 @@ def arms(root: Path, *overrides: str) -> list[ExperimentConfig]:
 def losses(root: Path) -> list[tuple[str, Any]]:
     runs = sorted(run_folders(root), key=lambda folder: folder.parent.name)
     return [(run.parent.name, [record["val"] for record in read_run(run).validations()]) for run in runs]
-
-
-def test_a_run_stands_for_jobs_that_compute_and_report_the_same(tmp_path: Path) -> None:
-    run = tmp_path / "experiment" / "20260101-000000-demo"
-    run.mkdir(parents=True)
-    config = ExperimentConfig(run=RunConfig(str(tmp_path)))
-    save_experiment(config, run / CONFIG)
-    (run / REPORT).write_text("{}")
-    for equal in (
-        config,
-        replace(config, data=replace(config.data, workers=3, cache_dir="elsewhere")),
-        replace(config, trainer=replace(config.trainer, threads=7, checkpoint_interval=5)),
-    ):
-        assert find_equal_run(equal) == (run, True)
-    for other in (
-        replace(config, seed=1),
-        replace(config, init="shuffled"),
-        replace(config, samples=replace(config.samples, prompts=7)),
-        replace(config, forgetting=replace(config.forgetting, interval=5, text="heldout.txt")),
-        replace(config, fid=replace(config.fid, prompts=7)),
-        replace(config, trainer=replace(config.trainer, packing=True)),
-    ):
-        assert find_equal_run(other) == (None, False)
-
-
-def test_a_run_without_the_checkpoints_to_keep_stands_for_no_job(tmp_path: Path) -> None:
-    run = tmp_path / "experiment" / "20260101-000000-demo"
-    (run / CHECKPOINTS).mkdir(parents=True)
-    plain = ExperimentConfig(run=RunConfig(str(tmp_path)))
-    config = replace(plain, trainer=replace(plain.trainer, keep_steps=[3]))
-    save_experiment(plain, run / CONFIG)
-    checkpoint_path(run / CHECKPOINTS, 2).touch()
-    assert find_equal_run(config) == (run, False)  # step 3 is still to come
-    checkpoint_path(run / CHECKPOINTS, 4).touch()
-    assert find_equal_run(config) == (None, False)
-    (run / REPORT).write_text("{}")
-    assert find_equal_run(config) == (None, False)
-    assert find_equal_run(plain) == (run, True)
-    checkpoint_path(run / CHECKPOINTS, 3).touch()
-    assert find_equal_run(config) == (run, True)
-
-
-@pytest.mark.parametrize(
-    ("recorded", "equal"), [({"scenes": SCENES_FORMAT}, True), ({"threads": 1}, False), ({}, True)]
-)
-def test_a_run_on_former_scenes_stands_for_no_job(recorded: dict[str, int], equal: bool, tmp_path: Path) -> None:
-    run = tmp_path / "experiment" / "20260101-000000-demo"
-    run.mkdir(parents=True)
-    config = ExperimentConfig(run=RunConfig(str(tmp_path)))
-    save_experiment(config, run / CONFIG)
-    (run / ENVIRONMENT).write_text(json.dumps(recorded))
-    mark_not_started(run / CHECKPOINTS)
-    assert find_equal_run(config) == (run if equal else None, False)
-
-
-def test_a_run_from_the_latest_alignment_is_found_again(tmp_path: Path) -> None:
-    file = tmp_path / "align" / "20260101-000000-demo" / "aligned_rows.safetensors"
-    run = tmp_path / "experiment" / "20260102-000000-demo"
-    for folder in (file.parent, run):
-        folder.mkdir(parents=True)
-    file.touch()
-    config = ExperimentConfig(init="aligned", aligned_rows="latest", run=RunConfig(str(tmp_path)))
-    save_experiment(config, file.parent / CONFIG)
-    save_experiment(replace(config, aligned_rows=str(file)), run / CONFIG)
-    assert find_equal_run(config) == (None, False), "killed before its first checkpoint: a new run takes its place"
-    mark_not_started(run / CHECKPOINTS)
-    assert find_equal_run(config) == (run, False)
 
 
 @pytest.mark.slow

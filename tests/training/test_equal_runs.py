@@ -1,0 +1,138 @@
+"""Runs that stand for a job: of an equal config, of the code, weights and tokenizers of today."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from callbacks.checkpoints import checkpoint_path, mark_not_started
+from t2i_lm.assets import find
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import load_experiment, save_experiment
+from t2i_lm.config.sections import RunConfig
+from t2i_lm.data.scenes.version import SCENES_FORMAT
+from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, THINNED
+from t2i_lm.training.equal_runs import find_equal_run
+from tests.runs import EXPERIMENTS
+
+
+def test_a_run_stands_for_jobs_that_compute_and_report_the_same(tmp_path: Path) -> None:
+    run = tmp_path / "experiment" / "20260101-000000-demo"
+    run.mkdir(parents=True)
+    config = ExperimentConfig(run=RunConfig(str(tmp_path)))
+    save_experiment(config, run / CONFIG)
+    (run / REPORT).write_text("{}")
+    for equal in (
+        config,
+        replace(config, data=replace(config.data, workers=3, cache_dir="elsewhere")),
+        replace(config, trainer=replace(config.trainer, threads=7, checkpoint_interval=5)),
+    ):
+        assert find_equal_run(equal) == (run, True)
+    for other in (
+        replace(config, seed=1),
+        replace(config, init="shuffled"),
+        replace(config, samples=replace(config.samples, prompts=7)),
+        replace(config, forgetting=replace(config.forgetting, interval=5, text="heldout.txt")),
+        replace(config, fid=replace(config.fid, prompts=7)),
+        replace(config, trainer=replace(config.trainer, packing=True)),
+    ):
+        assert find_equal_run(other) == (None, False)
+
+
+def test_a_run_without_the_checkpoints_to_keep_stands_for_no_job(tmp_path: Path) -> None:
+    run = tmp_path / "experiment" / "20260101-000000-demo"
+    (run / CHECKPOINTS).mkdir(parents=True)
+    plain = ExperimentConfig(run=RunConfig(str(tmp_path)))
+    config = replace(plain, trainer=replace(plain.trainer, keep_steps=[3]))
+    save_experiment(plain, run / CONFIG)
+    checkpoint_path(run / CHECKPOINTS, 2).touch()
+    assert find_equal_run(config) == (run, False)  # step 3 is still to come
+    checkpoint_path(run / CHECKPOINTS, 4).touch()
+    assert find_equal_run(config) == (None, False)
+    (run / REPORT).write_text("{}")
+    assert find_equal_run(config) == (None, False)
+    assert find_equal_run(plain) == (run, True)
+    checkpoint_path(run / CHECKPOINTS, 3).touch()
+    assert find_equal_run(config) == (run, True)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "equal"), [({"scenes": SCENES_FORMAT}, True), ({"threads": 1}, False), ({}, True)]
+)
+def test_a_run_on_former_scenes_stands_for_no_job(recorded: dict[str, int], equal: bool, tmp_path: Path) -> None:
+    run = tmp_path / "experiment" / "20260101-000000-demo"
+    run.mkdir(parents=True)
+    config = ExperimentConfig(run=RunConfig(str(tmp_path)))
+    save_experiment(config, run / CONFIG)
+    (run / ENVIRONMENT).write_text(json.dumps(recorded))
+    mark_not_started(run / CHECKPOINTS)
+    assert find_equal_run(config) == (run if equal else None, False)
+
+
+def test_a_run_from_the_latest_alignment_is_found_again(tmp_path: Path) -> None:
+    file = tmp_path / "align" / "20260101-000000-demo" / "aligned_rows.safetensors"
+    run = tmp_path / "experiment" / "20260102-000000-demo"
+    for folder in (file.parent, run):
+        folder.mkdir(parents=True)
+    file.touch()
+    config = ExperimentConfig(init="aligned", aligned_rows="latest", run=RunConfig(str(tmp_path)))
+    save_experiment(config, file.parent / CONFIG)
+    save_experiment(replace(config, aligned_rows=str(file)), run / CONFIG)
+    assert find_equal_run(config) == (None, False), "killed before its first checkpoint: a new run takes its place"
+    mark_not_started(run / CHECKPOINTS)
+    assert find_equal_run(config) == (run, False)
+
+
+def asset(name: str) -> Path:
+    file = find(f"asset:{name}")
+    assert file is not None
+    return file
+
+
+RECORDED = {
+    "backbone": {"model.safetensors": file_sha256(asset("lm_rotary/model.safetensors"))},
+    "tokenizers": {
+        "text": file_sha256(asset("lm_rotary/text_tokenizer.model")),
+        "image": file_sha256(asset("image_tokenizer/model.safetensors")),
+    },
+}
+
+
+@pytest.mark.parametrize("state", [REPORT, CHECKPOINTS, THINNED])
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ({}, True),
+        ({"backbone": {"model.safetensors": "0" * 64}}, False),
+        ({"tokenizers": {**RECORDED["tokenizers"], "text": "0" * 64}}, False),
+        ({"tokenizers": {**RECORDED["tokenizers"], "image": "0" * 64}}, False),
+        ({"backbone": None, "tokenizers": None}, True),  # not recorded
+    ],
+)
+def test_a_run_on_other_files_of_the_same_path_stands_for_no_job(
+    state: str, changed: dict[str, object], same: bool, tmp_path: Path
+) -> None:
+    config = load_experiment(EXPERIMENTS / "t2i_pretrained.yaml", "demo", [f"run.dir={tmp_path}"])
+    run = tmp_path / config.name / "20260101-000000-demo"
+    run.mkdir(parents=True)
+    save_experiment(config, run / CONFIG)
+    (run / ENVIRONMENT).write_text(json.dumps({"scenes": SCENES_FORMAT, **RECORDED, **changed}))
+    if state == CHECKPOINTS:
+        mark_not_started(run / CHECKPOINTS)
+    else:
+        (run / REPORT).write_text("{}")
+        (run / state).touch()
+    assert find_equal_run(config) == ((run, state != CHECKPOINTS) if same else (None, False))
+
+
+def test_a_run_whose_files_are_gone_still_stands_for_its_jobs(tmp_path: Path) -> None:
+    paths = [f"backbone.path={tmp_path}/lm", f"image_tokenizer.path={tmp_path}/vq", f"run.dir={tmp_path}"]
+    config = load_experiment(EXPERIMENTS / "t2i_pretrained.yaml", "demo", paths)
+    run = tmp_path / config.name / "20260101-000000-demo"
+    run.mkdir(parents=True)
+    save_experiment(config, run / CONFIG)
+    (run / ENVIRONMENT).write_text(json.dumps({"scenes": SCENES_FORMAT, **RECORDED}))
+    (run / REPORT).write_text("{}")
+    assert find_equal_run(config) == (run, True)
