@@ -2,8 +2,11 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from shutil import which
+from typing import Any
 
 import torch
 
@@ -126,6 +129,20 @@ def multiplies_bfloat16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions of float32 in float32: cuDNN's default, TF32 with 10 bits, gives other image ids than a CPU."""
+    cudnn: Any = torch.backends.cudnn
+    tf32 = cudnn.conv.fp32_precision == "tf32"
+    if tf32:
+        cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if tf32:
+            cudnn.allow_tf32 = True
 
 
 def can_compile(key: str) -> bool:

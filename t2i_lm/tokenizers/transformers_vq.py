@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2i_lm.runtime.devices import exact_convolutions
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.reading import reason, require_regular
 from t2i_lm.tokenizers.vq import PixelRange, chosen_range, require_no_problem
@@ -146,6 +147,7 @@ class TransformersVQ:
         self.model.to(device)
 
     @torch.no_grad()
+    @exact_convolutions()
     def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
         pixels_BCHW = self.pixels.to_model(images_uint8_BCHW.to(self.model.device))
         sizes = {"image_sizes": [pixels_BCHW.shape[2:]] * len(pixels_BCHW)} if self._is_emu3 else {}
@@ -155,6 +157,7 @@ class TransformersVQ:
         return ids.reshape(len(pixels_BCHW), -1).long()
 
     @torch.no_grad()
+    @exact_convolutions()
     def decode(self, ids_BN: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) of ids.
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_lm.config.image_tokenizer import VQModelConfig
+from t2i_lm.runtime.devices import exact_convolutions
 from t2i_lm.storage.hashing import file_sha256, files_sha256
 from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.writing import atomic_file, write_atomic
@@ -200,6 +201,7 @@ class VQTokenizer:
         self.model.to(device)
 
     @torch.no_grad()
+    @exact_convolutions()
     def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
         """Ids (B, N) int64, row-major, of uint8 images whose sides are multiples of the downsampling.
 
@@ -211,6 +213,7 @@ class VQTokenizer:
         return self.model.nearest(latents_BEhw.float()).flatten(1)
 
     @torch.no_grad()
+    @exact_convolutions()
     def decode(self, ids_BN: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) of ids.
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -61,6 +62,23 @@ def test_nearest_is_the_euclidean_nearest(folder: Path) -> None:
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
     expected = torch.cdist(flat.double(), model.codebook.double()).argmin(dim=1)
     assert torch.equal(model.nearest(latents).flatten(), expected)
+
+
+@pytest.mark.parametrize("chosen", ["tf32", "ieee"])
+def test_convolutions_of_float32_are_not_rounded_to_tf32(folder: Path, chosen: str) -> None:
+    tokenizer, seen, cudnn = VQTokenizer.from_folder(folder, 16), list[str](), cast(Any, torch.backends.cudnn)
+    for layer in tokenizer.model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_pre_hook(lambda *_: seen.append(cudnn.conv.fp32_precision))
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = chosen
+    try:
+        tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)))
+        assert cudnn.conv.fp32_precision == chosen
+    finally:
+        cudnn.conv.fp32_precision = before
+    assert len(seen) > 2
+    assert "tf32" not in seen
 
 
 def test_pixels_survive_the_round_trip_through_floats() -> None:
