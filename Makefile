@@ -93,7 +93,7 @@ open-lm: $(STAMP)  ## install mlfoundations/open_lm, which tests then compare wi
 OPEN_LM ?=
 
 # One process each with a time limit; after a failure the others still run. ARGS="--only NAME" runs one.
-bench: $(STAMP)  ## side by side with peers, JSON lines and a table (minutes of an idle machine; OPEN_LM=CHECKOUT adds open_lm)
+bench: $(STAMP)  ## side by side with peers, JSON lines and a table (half an hour of an idle machine; OPEN_LM=CHECKOUT adds open_lm)
 	@$(PY) -m benchmarks.suite $(if $(OPEN_LM),--open-lm "$(OPEN_LM)") $(ARGS)
 
 bench-gpu: $(STAMP)  ## the same at the paper's shape on one GPU of 80 GB, within eight minutes

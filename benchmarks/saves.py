@@ -20,6 +20,7 @@ from benchmarks.rounds import Report, exit_code, gate, parser, spread
 
 EXAMPLE = "python -m benchmarks.saves --gigabytes 2 --threads 2"
 SAVES = 3  # of a run
+GATE_INTERVAL = 5  # steps from save to save where nothing is timed
 TENSORS = 192  # of the state that is only copied
 
 
@@ -27,7 +28,9 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the arguments."""
     arguments = parser("saves", "What a checkpoint costs training, written in the background.", EXAMPLE)
     arguments.add_argument("--gigabytes", type=float, default=2.0, help="state in float32 (default: %(default)s)")
-    arguments.add_argument("--interval", type=int, default=10, help="steps from save to save (default: %(default)s)")
+    arguments.add_argument(
+        "--interval", type=int, default=80, help="steps from save to save, longer than a write (default: %(default)s)"
+    )
     arguments.add_argument("--copy-only", action="store_true", help="only the copy that training waits for; no file")
     arguments.add_argument("--folder", type=Path, help="where to write (default: the folder of temporary files)")
     return arguments.parse_args(argv)
@@ -46,7 +49,7 @@ def measure(options: argparse.Namespace) -> None:
         folder = Path(place)
         last = {}
         for background in (True, False):
-            train(folder / "run", gigabytes, interval, options.device, background)
+            train(folder / "run", gigabytes, min(interval, GATE_INTERVAL), options.device, background)
             last[background] = torch.load(
                 newest(folder / "run"), map_location="cpu", weights_only=True, mmap=background
             )

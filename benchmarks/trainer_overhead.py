@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 import tempfile
 import time
@@ -146,10 +147,12 @@ def measure(options: argparse.Namespace) -> None:
 
     from benchmarks.peers import SHAPES, build_decoder
     from benchmarks.shards import experiment, open_alone, write_random_shards
+    from t2i_lm.config.load import save_experiment
     from t2i_lm.data.datamodules import PairDataModule
     from t2i_lm.models.factory import prepare_blocks
     from t2i_lm.models.flops import flop_per_token
     from t2i_lm.modules.text_to_image import TextToImageModule
+    from t2i_lm.storage.run_folder import CONFIG, ENVIRONMENT
     from t2i_lm.tokenizers.layout import Layout
     from t2i_lm.training.callbacks import peak
 
@@ -199,6 +202,8 @@ def measure(options: argparse.Namespace) -> None:
             runs += 1
             folder = Path(place) / f"run-{runs}"
             folder.mkdir()
+            save_experiment(config, folder / CONFIG)  # a validation's figures are drawn from both
+            (folder / ENVIRONMENT).write_text(json.dumps({"data_hash": "random"}), encoding="utf-8")
             return repeat(train_by_trainer, folder)
 
         def by_hand() -> Trained:

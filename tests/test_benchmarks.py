@@ -84,6 +84,7 @@ def test_the_last_line_is_the_result(name: str, runs: dict[str, "subprocess.Pope
     line = json.loads(out.splitlines()[-1])
     assert set(SHARED + SCRIPTS[name]) <= set(line)
     assert line["benchmark"] == name
+    assert "no figures" not in err
     assert line["settings"]["quick"]
     assert list(numbers(line["gate"]))
     assert all(value > 0 for field in SCRIPTS[name][:1] if field == "times_ours" for value in numbers(line[field]))
