@@ -9,6 +9,9 @@ from tests.golden_losses import FILE, NAMES, STEPS, train_all
 
 GOLDEN = json.loads(FILE.read_text())
 pytestmark = pytest.mark.slow
+# Minor versions of torch draw other numbers for one seed: trunc_normal_ of 2.11 is not that of 2.15.
+WRITTEN, HERE = (version.split("+")[0].rpartition(".")[0] for version in (GOLDEN["torch"], torch.__version__))
+of_torch = pytest.mark.skipif(HERE != WRITTEN, reason=f"written with torch {WRITTEN}, whose random numbers differ")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,7 @@ def tolerance(name: str, step: int) -> float:
     return 1e-3 if name == "text_lm" else 1e-5
 
 
+@of_torch
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_the_golden_ones(name: str, found: dict[str, list[float]]) -> None:
     if name not in found:

@@ -39,6 +39,7 @@ def test_an_old_run_is_read(old: Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning")  # by a newer one
 def test_an_old_run_is_resumed_with_its_own_losses(old: Run) -> None:
     (old.folder / REPORT).unlink()
     assert train([PRETRAINED, "--resume", str(old.folder)]) == 0

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 # Shared experts, which every token uses, are stacked too.
-_EXPERTS_CLASS = re.compile(r"(?<!Shared)Experts$")
+_EXPERTS_CLASS = re.compile(r"(?<!Shared)(Experts|NaiveMoe)$")  # the latter up to transformers 5.12
 # What routers and configs call the number of experts per token.
 _PER_TOKEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 

@@ -140,7 +140,7 @@ class SentencePieceTokenizer(FileTokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of piece ids."""
-        return str(self._pieces.decode(list(ids)))
+        return str(self._pieces.decode([int(number) for number in ids]))  # sentencepiece 0.2.0 knows no numpy
 
 
 class JsonTokenizer(FileTokenizer):

@@ -64,10 +64,17 @@ def test_the_best_temperature_is_that_of_a_grid(
         assert scores[name].best_nll_R == pytest.approx(direct[..., 0].mean(dim=1).tolist(), abs=1e-4)
 
 
+def predictable(decoder: Decoder, ids_RT: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Half of the targets are the likeliest text pieces after the true beginning."""
+    with torch.no_grad():
+        ids_RT[:, 1::2] = decoder(ids_RT[:, :-1])[:, ::2, :vocab_size].argmax(dim=-1)
+    return ids_RT
+
+
 def test_a_temperature_that_is_fitted_on_some_targets_is_evaluated_on_all(
     decoder: Decoder, text: SentencePieceTokenizer, book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids_RT = heldout_text(str(book), text, 5, 32).ids_RT
+    ids_RT = predictable(decoder, heldout_text(str(book), text, 5, 32).ids_RT, text.vocab_size)
     whole = text_scores(decoder, ids_RT)["text_rows"]
     monkeypatch.setattr("t2i_lm.evaluation.probes.temperature.FITTED", 40)
     some = text_scores(decoder, ids_RT)["text_rows"]
@@ -77,11 +84,8 @@ def test_a_temperature_that_is_fitted_on_some_targets_is_evaluated_on_all(
 
 
 def test_top_1_accuracy_is_counted_by_row(decoder: Decoder, text: SentencePieceTokenizer, book: Path) -> None:
-    ids_RT = heldout_text(str(book), text, 3, 32).ids_RT
+    ids_RT = predictable(decoder, heldout_text(str(book), text, 3, 32).ids_RT, text.vocab_size)
     with torch.no_grad():
-        logits_RTV = decoder(ids_RT[:, :-1])
-        # targets that the model predicts: the likeliest text piece after the true beginning, in half of the places
-        ids_RT[:, 1::2] = logits_RTV[:, ::2, : text.vocab_size].argmax(dim=-1)
         logits_RTV = decoder(ids_RT[:, :-1])
     scores = text_scores(decoder, ids_RT)
     for name, size in (("all_rows", logits_RTV.shape[-1]), ("text_rows", text.vocab_size)):
