@@ -1,6 +1,6 @@
 """Runs that stand for a job: finished or interrupted ones of an equal config, of the files and the code of today."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ def find_equal_run(
     equal = []
     for folder in folders:
         found = _computed_in(folder / CONFIG)
-        same = found is not None and _without(found, apart) == computed and _same_code(config, folder)
-        if same and not _lacks_steps(config, folder) and _same_files(config, folder):
+        same = found is not None and _without(found, apart) == computed
+        if same and not _lacks_steps(config, folder) and _same_start(config, folder):
             equal.append(folder)
     finished = [folder for folder in equal if (folder / REPORT).is_file()]
     if finished:
@@ -83,13 +83,18 @@ def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...
         return False
     if config.aligned_rows == "latest":
         own["aligned_rows"] = theirs["aligned_rows"]
-    same = _without(own, apart) == _without(theirs, apart) and _same_code(config, folder)
-    return same and _same_files(config, folder)
+    return _without(own, apart) == _without(theirs, apart) and _same_start(config, folder)
 
 
-def _same_files(config: ExperimentConfig, folder: Path) -> bool:
+def _same_start(config: ExperimentConfig, folder: Path) -> bool:
+    """Whether a run has generated scenes and numerics of this code's versions, and today's backbone and tokenizers."""
+    recorded = read_environment(folder)  # empty in a run that ended before it wrote one
+    scenes = config.data.source != "scenes" or not recorded or scenes_version(recorded) == SCENES_FORMAT
+    return scenes and recorded.get("numerics", NUMERICS) == NUMERICS and _same_files(config, recorded)
+
+
+def _same_files(config: ExperimentConfig, recorded: Mapping[str, Any]) -> bool:
     """Whether backbone and tokenizers are those that env.json records; one that is not recorded or not at hand is."""
-    recorded = read_environment(folder)
     tokenizers = recorded.get("tokenizers") or {}
     text, image = config.text_tokenizer, config.image_tokenizer
     pixels = None if image.pixel_range is None else tuple(image.pixel_range)
@@ -128,13 +133,6 @@ def _image_sha256(path: str, size: int, expect: str | None, pixel_range: tuple[f
 
 def _without(values: dict[str, object], apart: tuple[str, ...]) -> dict[str, object]:
     return {key: value for key, value in values.items() if not key.startswith(apart)} if apart else values
-
-
-def _same_code(config: ExperimentConfig, folder: Path) -> bool:
-    """Whether a run has generated scenes and numerics of this code's versions."""
-    recorded = read_environment(folder)  # empty in a run that ended before it wrote one
-    scenes = config.data.source != "scenes" or not recorded or scenes_version(recorded) == SCENES_FORMAT
-    return scenes and recorded.get("numerics", NUMERICS) == NUMERICS
 
 
 @cache

@@ -9,7 +9,7 @@ from t2i_lm.comparison.arms import Arms, pair_arms, unfinished
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.plan import Arm, Plan, setting_folder, setting_words
 from t2i_lm.comparison.study_plan import STEPS, Needed, Study
-from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import ASSET, OPENED_BY_PATH, RunConfig, is_plugin
 from t2i_lm.config.values import Plain, read_value
@@ -24,18 +24,9 @@ from t2i_lm.training.sweep import in_proportion
 # Folder of a study's runs, in `run.dir`.
 RUNS = "study"
 SAMPLES = "samples."
-# Keys of files and folders that a run reads.
-READ = (
-    "backbone.path",
-    "backbone.config",
-    "text_tokenizer.path",
-    "image_tokenizer.path",
-    "data.path",
-    "data.val_path",
-    "data.replay_path",
-    "forgetting.text",
-    "forgetting.second_text",
-)
+# Keys of files and folders that a run writes, that a run of the study makes, or that evaluations check themselves.
+NOT_READ = ("run.dir", "data.cache_dir", "aligned_rows", "fid.coco", "fid.weights", "forgetting.tasks")
+READ = tuple(key for key in PATH_KEYS if key not in NOT_READ)
 
 
 @dataclass(frozen=True)
