@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from t2i_lm.assets import PREFIX
+from t2i_lm.assets import find
 from t2i_lm.comparison.comparability import config_values
 from t2i_lm.config.load import flatten
 from t2i_lm.storage.run_folder import CONFIG, REPORT, Run, read_run
@@ -93,8 +93,8 @@ def _kind(values: Mapping[str, Any]) -> str:
 @cache
 def _size(path: str, config: str) -> str:
     """What identifies the size of a backbone: numbers of its config.json, else its path and the name of its config."""
-    folder = Path(__file__).parents[1] / "assets" / path.removeprefix(PREFIX) if path.startswith(PREFIX) else Path(path)
     try:
+        folder = find(path) or Path(path)
         numbers = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return repr([numbers[name] for name in SIZE])
     except (OSError, ValueError, KeyError, TypeError):
