@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def over(plan: "Plan") -> int:
         """The comparison at every value, each arm's best one, and the arms at their best."""
-        from t2i_lm.comparison.grid import at_best, find_grid, grid_json, grid_text
+        from t2i_lm.comparison.grid import at_best, find_grid
+        from t2i_lm.comparison.grid_tables import grid_json, grid_text
         from t2i_lm.comparison.tables import text
 
         if options.format == "latex":

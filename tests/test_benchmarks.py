@@ -1,12 +1,14 @@
 """The benchmarks run, print one line of JSON, and time nothing that differs. No time is asserted."""
 
+import importlib
 import json
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from benchmarks import (
     trainer_overhead,
 )
 from t2i_lm.config.sections import DataConfig
+from tests.callbacks.toy_run import finish, server
 from tests.test_layers import MODULES, imports
 
 ROOT = Path(__file__).parents[1]
@@ -47,25 +50,28 @@ SCRIPTS = {
 SHARED = ("benchmark", "date", "machine", "versions", "threads", "load", "noisy", "settings", "gate")
 
 
+Started = Mapping[str, tuple[BaseProcess, Path]]
+
+
 @pytest.fixture(scope="module")
-def runs() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
-    """All scripts at once: most of their time is importing."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--rounds", "1", "--device", "cpu", "--no-compile"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in SCRIPTS
-    }
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    """All scripts at once: one waits where another computes."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    started = {name: (server.Process(target=run_script, args=(name, folder)), folder / name) for name in SCRIPTS}
+    for process, _ in started.values():
+        process.start()
     yield started
-    for process in started.values():
+    for process, _ in started.values():
         process.kill()
-        process.communicate()
+        process.join()
+
+
+def run_script(name: str, folder: Path) -> None:
+    for stream, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}.{ending}", os.O_WRONLY | os.O_CREAT), stream)
+    torch.set_num_threads(1)
+    script = importlib.import_module(f"benchmarks.{name}")
+    sys.exit(script.main(["--quick", "--rounds", "1", "--device", "cpu", "--no-compile"]))
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -78,9 +84,11 @@ def numbers(value: Any) -> Iterator[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_last_line_is_the_result(name: str, runs: dict[str, "subprocess.Popen[str]"]) -> None:
-    out, err = runs[name].communicate()
-    assert runs[name].returncode == 0, err
+def test_the_last_line_is_the_result(name: str, runs: Started) -> None:
+    process, stem = runs[name]
+    codes = finish(process, timeout=300)
+    out, err = (stem.with_suffix(ending).read_text() for ending in (".out", ".err"))
+    assert codes == [0], err
     line = json.loads(out.splitlines()[-1])
     assert set(SHARED + SCRIPTS[name]) <= set(line)
     assert line["benchmark"] == name

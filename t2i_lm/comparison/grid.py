@@ -1,23 +1,21 @@
-"""Results of a comparison over its grid: a table of the points, each arm's best value, and the arms at their best."""
+"""Results of a comparison over its grid: each arm's best value, the arms at their best, and contrasts."""
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.arms import REVISIONS, SEED, Arms, find_arms, finished_runs, meets, pair_arms
+from t2i_lm.comparison.arms import SEED, Arms, find_arms, finished_runs, meets, pair_arms
 from t2i_lm.comparison.best import Best, best_value, common_value, no_best
-from t2i_lm.comparison.comparability import ORDER, IncomparableError, config_values, differences, revisions
+from t2i_lm.comparison.comparability import ORDER, IncomparableError, config_values, differences
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.plan import Plan, require_settable, setting_folder, setting_words
 from t2i_lm.comparison.statistics import holm, paired_statistics
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS, Family, Member
-from t2i_lm.comparison.tables import interval_text, p_text, sentence, value_text
-from t2i_lm.runtime.tables import text_table
+from t2i_lm.comparison.tables import interval_text, p_text, value_text
 from t2i_lm.storage.run_folder import Run
 
 # Keys that are tuned: an arm's best value of them is looked for, under every value of the other keys of a grid.
@@ -52,10 +50,15 @@ class Grid:
         return (*(["arm"] if several else []), *self.family.keys)
 
     @property
+    def plan(self) -> Plan:
+        """That of the first point; those of the others differ in the values of the keys alone."""
+        return self.family.members[0].plan
+
+    @property
     def tuned(self) -> str | None:
         """The key of which each arm has a best value; None without one, or for an endpoint that is no loss."""
         keys = [key for key in self.family.keys if key.startswith(TUNED)]
-        return keys[0] if len(keys) == 1 and Endpoint(self.family.members[0].plan.primary).is_loss else None
+        return keys[0] if len(keys) == 1 and Endpoint(self.plan.primary).is_loss else None
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ def _pairs(grid: Grid) -> list[_Pair]:
         return found
     for tuned in tune(grid):
         best = {one.arm: one for one in tuned.best}
-        final = [*_plan(grid).parsed][1]  # the last arm, with which each is compared
+        final = [*grid.plan.parsed][1]  # the last arm, with which each is compared
         for other in [name for name in best if name != final]:
             points = {
                 str(member.point[key]): comparison
@@ -278,7 +281,7 @@ def contrasts(grid: Grid) -> list[str]:
         return []
     lines = []
     firsts: dict[str, tuple[str, Comparison]] = {}
-    for labels, one, _ in _points(grid):
+    for labels, one, _ in labeled_points(grid):
         arm = next(iter(one.plan.parsed))
         if one.arms is None or one.results[0].missing:
             continue
@@ -300,129 +303,7 @@ def contrasts(grid: Grid) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True)
-class GridTable:
-    """A row per point with the primary endpoint, the best values in words, and what is left out."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    lines: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-def grid_table(grid: Grid) -> GridTable:
-    """The table of a grid."""
-    interval = f"{100 * (1 - _plan(grid).alpha):g} % t-interval"
-    last = [*_plan(grid).parsed][-1]
-    first = "arm's mean" if "arm" in grid.labels else next(iter(_plan(grid).parsed))
-    rows, notes = [], []
-    for labels, comparison, corrected in _points(grid):
-        if comparison.arms is None:
-            reason = str(comparison.problem).splitlines()[0]
-            rows.append((*labels, *[""] * 7, "MISSING" if "no seed" in reason else "REFUSED"))
-            notes.append(f"{comparison.name}: {reason}")
-            continue
-        one = comparison.results[0]
-        rows.append(
-            (
-                *labels,
-                *(value_text(one, mean) for mean in one.means or ()),
-                *([] if one.means else ["", ""]),
-                value_text(one, one.statistics.mean, signed=True),
-                interval_text(one, one.statistics.t_interval),
-                str(one.statistics.n),
-                p_text(one.statistics.p_difference),
-                p_text(corrected),
-                sentence(comparison.plan, one),
-            )
-        )
-        notes += [f"{comparison.name}: {note}" for note in comparison.arms.notes if not note.startswith(REVISIONS)]
-    names = f"{_plan(grid).primary} by {' and '.join(grid.labels)}"
-    tuned = tune(grid)
-    known = revisions(run for one in grid.comparisons if one.arms is not None for run in one.arms.runs)
-    general = [
-        f"p (Holm): corrected for {sum(bool(row[-2]) for row in rows)} p-values, those of points with every planned "
-        "seed; the verdict is of each comparison alone",
-        *([OPTIMISTIC] if any(one.best for one in tuned) else []),
-        *([f"{REVISIONS}: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
-    ]
-    return GridTable(
-        title=f"{grid.name}: {names}, each arm minus {last}, paired by seed",
-        header=(*grid.labels, first, last, "difference", interval, "n", "p", "p (Holm)", "verdict"),
-        rows=tuple(rows),
-        lines=(*(line for one in tuned for line in one.lines), *contrasts(grid)),
-        notes=(*general, *notes),
-    )
-
-
-def grid_text(grid: Grid) -> str:
-    """The table of a grid as text."""
-    table = grid_table(grid)
-    left = (*range(len(grid.labels)), len(table.header) - 1)
-    return "\n".join([table.title, "", text_table(table.header, table.rows, left=left), "", *table.lines, *table.notes])
-
-
-def labeled(grid: Grid) -> dict[str, Comparison]:
-    """The comparisons of a grid by the words that tell the points apart."""
-    return {" ".join(labels): one for labels, one, _ in _points(grid)}
-
-
-def grid_json(grid: Grid) -> str:
-    """The same as JSON."""
-    content = {
-        "comparison": grid.name,
-        "endpoint": _plan(grid).primary,
-        "keys": grid.family.keys,
-        "points": [
-            {
-                "values": member.point,
-                "name": comparison.name,
-                "problem": None if comparison.problem is None else str(comparison.problem),
-                **_numbers(comparison, corrected),
-            }
-            for member, (_, comparison, corrected) in zip(grid.family.members, _points(grid), strict=True)
-        ],
-        "best": [
-            {
-                "condition": tuned.condition,
-                "common": tuned.common,
-                "missing": tuned.missing,
-                "arms": [{**asdict(one), "sentence": one.sentence} for one in tuned.best],
-            }
-            for tuned in tune(grid)
-        ],
-        "at_best": [
-            {"name": one.name, "notes": one.arms.notes if one.arms is not None else [], **_numbers(one, None)}
-            for one in at_best(grid)
-        ],
-        "notes": grid_table(grid).notes,
-    }
-    return json.dumps(content, indent=2)
-
-
-def _numbers(comparison: Comparison, corrected: float | None) -> dict[str, Any]:
-    if comparison.arms is None:
-        return {}
-    one = comparison.results[0]
-    return {
-        "means": one.means,
-        "differences": one.differences,
-        "mean": one.statistics.mean,
-        "t_interval": one.statistics.t_interval,
-        "n": one.statistics.n,
-        "p_difference": one.statistics.p_difference,
-        "p_holm": corrected,
-        "verdict": one.verdict,
-        "missing_seeds": one.missing,
-    }
-
-
-def _plan(grid: Grid) -> Plan:
-    return grid.family.members[0].plan
-
-
-def _points(grid: Grid) -> list[tuple[tuple[str, ...], Comparison, float | None]]:
+def labeled_points(grid: Grid) -> list[tuple[tuple[str, ...], Comparison, float | None]]:
     """Labels, comparison and corrected p-value of every point; points that lack seeds are no tests."""
     p_values = {
         number: one.results[0].statistics.p_difference
@@ -439,3 +320,8 @@ def _points(grid: Grid) -> list[tuple[tuple[str, ...], Comparison, float | None]
         )
         for number, (member, one) in enumerate(zip(grid.family.members, grid.comparisons, strict=True))
     ]
+
+
+def labeled(grid: Grid) -> dict[str, Comparison]:
+    """The comparisons of a grid by the words that tell the points apart."""
+    return {" ".join(labels): one for labels, one, _ in labeled_points(grid)}

@@ -1,4 +1,4 @@
-"""Identity of data: a digest of the content at a path, by which prepared data is found again.
+"""Identity of data: a digest of the content at a path, by which prepared data and finished runs are found again.
 
 It covers name and size of every file and, where that is cheap, its bytes; else its modification time. Images elsewhere
 that tables name count too. Where the data lies is no part of it.
@@ -7,13 +7,17 @@ that tables name count too. Where the data lies is no part of it.
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from t2i_lm.assets import find
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.reading import require_regular
 
+# Keys of data in a config.
+DATA_KEYS = ("data.path", "data.val_path", "data.replay_path", "forgetting.text", "forgetting.second_text")
 # Files that hold captions or text are hashed whole before others: at most so many bytes and files of each kind.
 CAPTIONED = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz")
 CAPTIONED_BYTES, OTHER_BYTES, FILES = 2**30, 2**26, 2000
@@ -23,13 +27,31 @@ _PATH_COLUMN = re.compile(r"(^|[._])(image|jpg|jpeg|png|webp|img|path|file|filep
 _IMAGE_NAME = re.compile(rb"""[^"',;\t\r\n]+\.(?:jpe?g|png|webp|bmp|gif|tiff?)(?=["',;\t\r\n]|$)""", re.IGNORECASE)
 
 
-def content_of(path: str, apart: Sequence[str | Path] = (), hub: bool = False) -> str | None:
+def data_contents(config: ExperimentConfig, content: Callable[..., str | None] | None = None) -> dict[str, str]:
+    """What identifies the data on this machine that a config names, by key: of each, `local_content` or `content`."""
+    apart = (config.data.cache_dir, config.run.dir)
+    paths = {key: path for key in DATA_KEYS if (path := config.value(key)) is not None}
+    found = {key: (content or local_content)(path, apart) for key, path in paths.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def local_content(path: str, apart: tuple[str, ...]) -> str | None:
+    """`content_of` a path on this machine, else None. A copy is equal: times of files do not count.
+
+    In a large folder, images that were replaced by others of equal name and size are therefore not noticed.
+    """
+    place = find(path)
+    return None if place is None else content_of(str(place), apart, times=False)
+
+
+def content_of(path: str, apart: Sequence[str | Path] = (), hub: bool = False, times: bool = True) -> str | None:
     """What identifies the data at a path.
 
     Args:
         path: file, folder, or with `hub` also `NAME[:SPLIT]` of a Hugging Face dataset.
         apart: folders inside it that hold other things, such as caches and runs. Hidden files are left out, too.
         hub: whether a name that is no file or folder is a dataset's.
+        times: whether files that are not hashed are identified by their modification times, too.
 
     Returns:
         A digest of the file or folder; the commit of a dataset. None if it is unknown without the network, or if there
@@ -58,7 +80,7 @@ def content_of(path: str, apart: Sequence[str | Path] = (), hub: bool = False) -
             status = files[name].stat()
             budget[0], budget[1] = budget[0] - status.st_size, budget[1] - 1
             whole = min(budget) >= 0
-            mark = file_sha256(files[name]) if whole else f"modified {status.st_mtime_ns}"
+            mark = file_sha256(files[name]) if whole else f"modified {status.st_mtime_ns}" if times else ""
             entry = [status.st_size, mark]
         except OSError:  # a link to nothing, or unreadable: so it will be for the reader
             entry = ["unreadable"]

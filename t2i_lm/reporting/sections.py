@@ -9,7 +9,7 @@ from t2i_lm.comparison.comparability import IncomparableError, mismatches, pair_
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.decay import decay_sentences
 from t2i_lm.comparison.gap import gap_text
-from t2i_lm.comparison.grid import grid_table
+from t2i_lm.comparison.grid_tables import grid_table
 from t2i_lm.comparison.tables import notes as table_notes
 from t2i_lm.plots.panels import remove_caption
 from t2i_lm.reporting.claims import CLAIMS, Claim, claim_of_figure

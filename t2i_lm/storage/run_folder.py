@@ -35,6 +35,7 @@ THINNED, THINNED_ENTRY = "metrics.jsonl.gz", "thinned"
 LARGEST_THINNED = 2**26  # bytes that are unpacked
 METRICS_DIGEST, ENVIRONMENT_DIGEST = "metrics_digest", "environment_digest"  # in report.json
 CONFIG_DIGEST = "config_digest"  # in env.json
+CONTENTS = "contents"  # in env.json: what identifies the data that a run read, by key
 OWNER = "owner.json"  # while a process writes the folder
 # Validation in metrics.jsonl and report.json: `val`, or `val/SPLIT` for each of several splits, `PRIMARY` the main one.
 VAL, PRIMARY = "val", "iid"

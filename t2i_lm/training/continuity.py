@@ -6,18 +6,15 @@ from typing import Any
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import is_plugin
+from t2i_lm.data.identity import data_contents
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
-from t2i_lm.data.shards.cache import shards_of
 from t2i_lm.experiment.build import Experiment, ImageTokenizerExperiment, open_image, open_text
 from t2i_lm.models.factory import architecture_hashes, weights_hashes
 from t2i_lm.runtime.devices import local_rank
 from t2i_lm.runtime.plugins import plugin_identities
-from t2i_lm.storage.run_folder import ENVIRONMENT, read_environment
+from t2i_lm.storage.run_folder import CONTENTS, ENVIRONMENT, read_environment
 from t2i_lm.training.resume import HASHES, NUMERICS
 from t2i_lm.training.resumption import Change, Resumption
-
-# What env.json records of a tokenizer's images.
-CONTENT = "data_content"
 
 
 def started_from(experiment: Experiment) -> dict[str, Any]:
@@ -38,7 +35,7 @@ def started_from(experiment: Experiment) -> dict[str, Any]:
         "plugins": plugin_identities(config),
         # An index of older scenes has no version; an image tokenizer has no index.
         SCENES: index.get(SCENES) if index else SCENES_FORMAT if config.data.source == "scenes" else None,
-        CONTENT: shards_of(config, {}).contents if config.task == "image_tokenizer" else None,
+        CONTENTS: data_contents(config),
     }
     return found | {name: value for name, value in optional.items() if value}
 
@@ -73,8 +70,9 @@ def require_same_start(experiment: Experiment, found: Mapping[str, Any], found_r
     run = found_run.folder
     found_run.changes += _compare(found, found_run)
     recorded = read_environment(run)
-    if recorded.get(CONTENT, found.get(CONTENT)) != found.get(CONTENT):  # no hash: a copy has other modification times
-        print(f"note: data.path={experiment.config.data.path} has changed since {run} was started", file=sys.stderr)
+    for key, content in (recorded.get(CONTENTS) or {}).items():
+        if found.get(CONTENTS, {}).get(key, content) != content:
+            print(f"note: {key}={experiment.config.value(key)} has changed since {run} was started", file=sys.stderr)
     unknown = [name for name, value in found.items() if value and name not in recorded]
     if unknown:
         print(f"note: {run / ENVIRONMENT} does not record {', '.join(unknown)}: not compared", file=sys.stderr)

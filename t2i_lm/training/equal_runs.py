@@ -10,8 +10,18 @@ from t2i_lm.comparison.portable import portable_config
 from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import is_plugin
+from t2i_lm.data.identity import data_contents, local_content
 from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
-from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, REPORT, THINNED, is_collected, read_environment, run_folders
+from t2i_lm.storage.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    CONTENTS,
+    REPORT,
+    THINNED,
+    is_collected,
+    read_environment,
+    run_folders,
+)
 from t2i_lm.training.resume import NUMERICS
 
 
@@ -21,7 +31,7 @@ def find_equal_run(
     """The newest run folder of an equal config to resume, and whether it is finished; finished ones first.
 
     Collected results of a finished run count as it. Not equal are runs of an older version of generated scenes, of code
-    that computes other numbers, and of a backbone or tokenizer with other content at the same path.
+    that computes other numbers, and of data, a backbone or a tokenizer with other content at the same path.
 
     Args:
         config: with today's default of every key.
@@ -87,10 +97,18 @@ def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...
 
 
 def _same_start(config: ExperimentConfig, folder: Path) -> bool:
-    """Whether a run has generated scenes and numerics of this code's versions, and today's backbone and tokenizers."""
+    """Whether a run has scenes and numerics of this code's versions, and today's data, backbone and tokenizers."""
     recorded = read_environment(folder)  # empty in a run that ended before it wrote one
     scenes = config.data.source != "scenes" or not recorded or scenes_version(recorded) == SCENES_FORMAT
-    return scenes and recorded.get("numerics", NUMERICS) == NUMERICS and _same_files(config, recorded)
+    numerics = recorded.get("numerics", NUMERICS) == NUMERICS
+    return scenes and numerics and _same_data(config, recorded) and _same_files(config, recorded)
+
+
+def _same_data(config: ExperimentConfig, recorded: Mapping[str, Any]) -> bool:
+    """Whether data is what env.json records; what is not recorded or not at hand is."""
+    then = recorded.get(CONTENTS) or {}
+    now = data_contents(config, _content) if then else {}
+    return all(now.get(key, content) == content for key, content in then.items())
 
 
 def _same_files(config: ExperimentConfig, recorded: Mapping[str, Any]) -> bool:
@@ -104,6 +122,9 @@ def _same_files(config: ExperimentConfig, recorded: Mapping[str, Any]) -> bool:
         (tokenizers.get("image"), image.path, lambda path: _image_sha256(path, image.size, image.expect, pixels)),
     ]
     return all(then is None or not _at_hand(path) or then == now(str(path)) for then, path, now in parts)
+
+
+_content = cache(local_content)
 
 
 def _at_hand(path: str | None) -> bool:

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.gap import GapCurve, gap_curves, gap_json, gap_text
-from t2i_lm.comparison.grid import Grid, at_best, grid_json, grid_text, grids, names_at_best
+from t2i_lm.comparison.grid import Grid, at_best, grids, names_at_best
+from t2i_lm.comparison.grid_tables import grid_json, grid_text
 from t2i_lm.comparison.study_plan import STEPS, Study
 from t2i_lm.comparison.tables import as_json, text
 from t2i_lm.plots.gap import TITLE, draw_gap, draw_grid, gap_caption, grid_caption

@@ -17,7 +17,8 @@ from t2i_lm.comparison.arms import Arms, pair_arms
 from t2i_lm.comparison.best import best_value, common_value
 from t2i_lm.comparison.comparison import make_comparison
 from t2i_lm.comparison.gap import find_gap_curve
-from t2i_lm.comparison.grid import OPTIMISTIC, at_best, grid_json, grid_table, grid_text, names_at_best, tune
+from t2i_lm.comparison.grid import OPTIMISTIC, at_best, names_at_best, tune
+from t2i_lm.comparison.grid_tables import grid_json, grid_table, grid_text
 from t2i_lm.comparison.plan import Arm, Plan
 from t2i_lm.comparison.study_plan import Study
 from t2i_lm.comparison.tables import as_json, text

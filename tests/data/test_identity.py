@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2i_lm.data import identity
-from t2i_lm.data.identity import content_of
+from t2i_lm.data.identity import content_of, local_content
 
 NAMES = st.sampled_from(["metadata.jsonl", "a.jpg", "b.png", "sub/c.jpg", "sub/d.txt", "e.tar", "f.parquet"])
 FOLDERS = st.dictionaries(NAMES, st.binary(max_size=6), min_size=1)
@@ -52,6 +52,20 @@ def test_of_large_folders_a_new_modification_time_is_another_content(
         name = data.draw(st.sampled_from(sorted(files)))
         os.utime(folder / name, ns=(1, 1))
         assert content_of(str(folder)) != before
+
+
+def test_a_copy_without_its_times_is_equal_content_where_times_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "OTHER_BYTES", -1)
+    (tmp_path / "a.jpg").write_text("large")
+    before = local_content(str(tmp_path), ())
+    assert before is not None
+    os.utime(tmp_path / "a.jpg", ns=(1, 1))
+    assert local_content(str(tmp_path), ()) == before
+    (tmp_path / "a.jpg").write_text("larger")
+    assert local_content(str(tmp_path), ()) != before
+    assert local_content(str(tmp_path / "nothing"), ()) is None
 
 
 def test_captions_of_large_folders_are_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

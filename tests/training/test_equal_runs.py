@@ -1,6 +1,7 @@
 """Runs that stand for a job: of an equal config, of the code, weights and tokenizers of today."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment, save_experiment
 from t2i_lm.config.sections import RunConfig
+from t2i_lm.data.identity import data_contents
 from t2i_lm.data.scenes.version import SCENES_FORMAT
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, THINNED
+from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, CONTENTS, ENVIRONMENT, REPORT, THINNED
+from t2i_lm.training import equal_runs
 from t2i_lm.training.equal_runs import find_equal_run
 from tests.runs import EXPERIMENTS
 
@@ -125,6 +128,34 @@ def test_a_run_on_other_files_of_the_same_path_stands_for_no_job(
         (run / REPORT).write_text("{}")
         (run / state).touch()
     assert find_equal_run(config) == ((run, state != CHECKPOINTS) if same else (None, False))
+
+
+@pytest.mark.parametrize(
+    ("key", "file"),
+    [("data.path", "photos/metadata.jsonl"), ("data.replay_path", "books.txt"), ("forgetting.text", "novels.txt.gz")],
+)
+def test_a_run_on_data_that_has_changed_stands_for_no_job(key: str, file: str, tmp_path: Path) -> None:
+    data = tmp_path / "data" / file
+    data.parent.mkdir(parents=True)
+    data.write_text("a cat")
+    source = "image_folder" if key == "data.path" else "scenes"
+    values = [f"{key}={data.parent if key == 'data.path' else data}", f"data.source={source}", f"run.dir={tmp_path}"]
+    ratio = ["data.replay_ratio=0.5"] if key == "data.replay_path" else []
+    config = load_experiment(EXPERIMENTS / "t2i_scratch.yaml", "demo", [*values, *ratio])
+    run = tmp_path / config.name / "20260101-000000-demo"
+    run.mkdir(parents=True)
+    save_experiment(config, run / CONFIG)
+    (run / ENVIRONMENT).write_text(json.dumps({"scenes": SCENES_FORMAT, CONTENTS: data_contents(config)}))
+    (run / REPORT).write_text("{}")
+    os.utime(data, ns=(5, 5))  # as a copy has
+    equal_runs._content.cache_clear()  # as in another command
+    assert find_equal_run(config) == (run, True)
+    data.write_text("a dog")
+    equal_runs._content.cache_clear()
+    assert find_equal_run(config) == (None, False)
+    data.unlink()
+    equal_runs._content.cache_clear()
+    assert find_equal_run(config) == ((None, False) if key == "data.path" else (run, True))  # an empty folder is left
 
 
 def test_a_run_whose_files_are_gone_still_stands_for_its_jobs(tmp_path: Path) -> None:
