@@ -20,9 +20,9 @@ EXPORT = rm -rf $(RUNS)/assets/export && $(PY) -m t2i_lm.export $(RUNS)/assets/$
   $(3) && \
   cp $(RUNS)/assets/export/* t2i_lm/assets/$(2)/
 
-# Three processes, also on two cores: tests of several ranks wait. They share the files of tests, in the order that
+# Four processes, also on two cores: tests of several ranks wait. They share the files of tests, in the order that
 # tests/conftest.py gives them.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # TensorBoard's page with the charts of the figures, without its smoothing.
 DASHBOARD := \#custom_scalars&_smoothingWeight=0
