@@ -20,15 +20,15 @@ EXPORT = rm -rf $(RUNS)/assets/export && $(PY) -m t2i_lm.export $(RUNS)/assets/$
   $(3) && \
   cp $(RUNS)/assets/export/* t2i_lm/assets/$(2)/
 
-# Four processes, also on two cores: tests of several ranks wait. They share the files of tests, in the order that
+# Three processes, also on two cores: tests of several ranks wait. They share the files of tests, in the order that
 # tests/conftest.py gives them.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # TensorBoard's page with the charts of the figures, without its smoothing.
 DASHBOARD := \#custom_scalars&_smoothingWeight=0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-quick test-faults docs architectures tensorboard screenshots figures study open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch rehearsal clean
+.PHONY: help setup check test all-tests test-quick test-faults docs architectures tensorboard screenshots figures study open-lm bench bench-gpu demo-assets exp-pretrained exp-scratch rehearsal clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,7 +46,10 @@ check: $(STAMP)  ## format, lint, types and spelling
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
 
-test: check  ## check, then all tests
+test: $(STAMP)  ## check and, beside it, all tests
+	@$(MAKE) --no-print-directory --jobs 2 check all-tests
+
+all-tests: $(STAMP)
 	$(PYTEST)
 
 test-quick: $(STAMP)  ## the tests that train nothing (about a minute)
