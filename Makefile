@@ -49,7 +49,7 @@ check: $(STAMP)  ## format, lint, types and spelling
 test: $(STAMP)  ## check and, beside it, all tests
 	@$(MAKE) --no-print-directory --jobs 2 check all-tests
 
-all-tests: $(STAMP)
+all-tests: $(STAMP)  ## all tests, without check
 	$(PYTEST)
 
 test-quick: $(STAMP)  ## the tests that train nothing (about a minute)
