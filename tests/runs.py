@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -46,14 +45,6 @@ def launch_module(module: str, *arguments: str, **environment: str) -> "subproce
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def processor_seconds(*arguments: str) -> tuple[float, "subprocess.CompletedProcess[str]"]:
-    """Processor time of a Python process, which other processes do not lengthen, and what it printed."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
 
 
 def succeed(*processes: "subprocess.Popen[str]") -> None:

@@ -258,9 +258,9 @@ def test_a_dry_run_describes_and_writes_nothing(
     command: list[str], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(run.rglob("*"))
-    started = time.process_time()
+    started = time.monotonic()
     assert main([*command, "--dry-run"]) == 0
-    assert time.process_time() - started < 1
+    assert time.monotonic() - started < 1
     said = capsys.readouterr().out
     assert "generate images of 10 captions of val2014" in said
     assert f"measure {run / 'checkpoints' / 'step-00000008.ckpt'}, write to {run / 'evaluations'}" in said

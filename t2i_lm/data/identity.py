@@ -7,7 +7,7 @@ that tables name count too. Where the data lies is no part of it.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,6 @@ _PATH_COLUMN = re.compile(r"(^|[._])(image|jpg|jpeg|png|webp|img|path|file|filep
 _IMAGE_NAME = re.compile(rb"""[^"',;\t\r\n]+\.(?:jpe?g|png|webp|bmp|gif|tiff?)(?=["',;\t\r\n]|$)""", re.IGNORECASE)
 
 
-def data_contents(config: ExperimentConfig, content: Callable[..., str | None] | None = None) -> dict[str, str]:
-    """What identifies the data on this machine that a config names, by key: of each, `local_content` or `content`."""
-    apart = (config.data.cache_dir, config.run.dir)
-    paths = {key: path for key in DATA_KEYS if (path := config.value(key)) is not None}
-    found = {key: (content or local_content)(path, apart) for key, path in paths.items()}
-    return {key: value for key, value in found.items() if value is not None}
-
-
 def local_content(path: str, apart: tuple[str, ...]) -> str | None:
     """`content_of` a path on this machine, else None. A copy is equal: times of files do not count.
 
@@ -42,6 +34,21 @@ def local_content(path: str, apart: tuple[str, ...]) -> str | None:
     """
     place = find(path)
     return None if place is None else content_of(str(place), apart, times=False)
+
+
+def data_contents(
+    config: ExperimentConfig, content: Callable[[str, tuple[str, ...]], str | None] = local_content
+) -> dict[str, str]:
+    """What identifies the data on this machine that a config names, by key."""
+    apart = (config.data.cache_dir, config.run.dir)
+    paths = {key: path for key in DATA_KEYS if (path := config.value(key)) is not None}
+    found = {key: content(path, apart) for key, path in paths.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Keys of data with other content than before; data that is not at hand now is none of them."""
+    return [key for key, content in then.items() if now.get(key, content) != content]
 
 
 def content_of(path: str, apart: Sequence[str | Path] = (), hub: bool = False, times: bool = True) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import is_plugin
-from t2i_lm.data.identity import data_contents
+from t2i_lm.data.identity import changed_data, data_contents
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.experiment.build import Experiment, ImageTokenizerExperiment, open_image, open_text
 from t2i_lm.models.factory import architecture_hashes, weights_hashes
@@ -70,9 +70,8 @@ def require_same_start(experiment: Experiment, found: Mapping[str, Any], found_r
     run = found_run.folder
     found_run.changes += _compare(found, found_run)
     recorded = read_environment(run)
-    for key, content in (recorded.get(CONTENTS) or {}).items():
-        if found.get(CONTENTS, {}).get(key, content) != content:
-            print(f"note: {key}={experiment.config.value(key)} has changed since {run} was started", file=sys.stderr)
+    for key in changed_data(recorded.get(CONTENTS) or {}, found.get(CONTENTS) or {}):
+        print(f"note: {key}={experiment.config.value(key)} has changed since {run} was started", file=sys.stderr)
     unknown = [name for name, value in found.items() if value and name not in recorded]
     if unknown:
         print(f"note: {run / ENVIRONMENT} does not record {', '.join(unknown)}: not compared", file=sys.stderr)

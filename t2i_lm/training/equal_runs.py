@@ -10,7 +10,7 @@ from t2i_lm.comparison.portable import portable_config
 from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import is_plugin
-from t2i_lm.data.identity import data_contents, local_content
+from t2i_lm.data.identity import changed_data, data_contents, local_content
 from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
 from t2i_lm.storage.run_folder import (
     CHECKPOINTS,
@@ -107,8 +107,7 @@ def _same_start(config: ExperimentConfig, folder: Path) -> bool:
 def _same_data(config: ExperimentConfig, recorded: Mapping[str, Any]) -> bool:
     """Whether data is what env.json records; what is not recorded or not at hand is."""
     then = recorded.get(CONTENTS) or {}
-    now = data_contents(config, _content) if then else {}
-    return all(now.get(key, content) == content for key, content in then.items())
+    return not (then and changed_data(then, data_contents(config, _content)))
 
 
 def _same_files(config: ExperimentConfig, recorded: Mapping[str, Any]) -> bool:

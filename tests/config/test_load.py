@@ -1,3 +1,6 @@
+import subprocess
+import sys
+import time
 from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 
@@ -5,8 +8,8 @@ import pytest
 
 from t2i_lm.config.forgetting import NONFICTION, NOVELS
 from t2i_lm.config.load import flatten, load_experiment, save_experiment
-from tests.runs import ROOT, processor_seconds
 
+ROOT = Path(__file__).parents[2]
 OTHERS = ("base", "study")
 EXPERIMENTS = sorted(file for file in (ROOT / "experiments").glob("*.yaml") if file.stem not in OTHERS)
 PRETRAINED, SCRATCH = (ROOT / "experiments" / f"t2i_{arm}.yaml" for arm in ("pretrained", "scratch"))
@@ -180,13 +183,23 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
         load_experiment(tmp_path / "x.yaml")
 
 
+def _seconds(*arguments: str) -> tuple[float, subprocess.CompletedProcess[str]]:
+    best, done = float("inf"), None
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+        best = min(best, time.perf_counter() - start)
+    assert done is not None
+    return best, done
+
+
 def test_help_is_fast_and_a_misspelt_key_fails_fast() -> None:
-    # The bars are 0.5 s and 1 s; a slow machine gets some slack.
-    seconds, done = processor_seconds("-m", "t2i_lm.train", "--help")
+    # The bars are 0.5 s and 1 s on a quiet machine; a busy one gets some slack.
+    seconds, done = _seconds("-m", "t2i_lm.train", "--help")
     assert done.returncode == 0
     assert "example" in done.stdout
     assert seconds < 1.0
-    seconds, done = processor_seconds("-m", "t2i_lm.train", str(PRETRAINED), "optim.lrr=1")
+    seconds, done = _seconds("-m", "t2i_lm.train", str(PRETRAINED), "optim.lrr=1")
     assert done.returncode == 2
     assert "optim.lr" in done.stderr
     assert "Traceback" not in done.stderr
