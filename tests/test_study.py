@@ -100,22 +100,22 @@ def test_points_of_a_grid_have_no_samples_unless_another_comparison_shows_the_ru
 
 
 def test_a_grid_over_steps_takes_warm_up_and_intervals_along(plan: Path) -> None:
-    over = "over: {trainer.max_steps: [400, 1600, 6400]}"
+    over = "over: {trainer.max_steps: [300, 1200, 4800]}"
     runs = configs(plan, f"seeds: [0]\ncomparisons: {{one: {{{over}}}}}", "run.dir=here")
     seen = {
         config.trainer.max_steps: (config.optim.warmup_steps, config.trainer.val_check_interval, config.log.interval)
         for config in (run.job.config for run in runs)
     }
-    assert seen == {400: (10, 100, 2), 1600: (40, 400, 10), 6400: (160, 1600, 40)}
+    assert seen == {300: (10, 100, 2), 1200: (40, 400, 10), 4800: (160, 1600, 40)}
     folders = {run.job.config.run.dir for run in runs}
-    assert folders == {"here/study", "here/study/trainer.max_steps=400", "here/study/trainer.max_steps=6400"}
+    assert folders == {"here/study", "here/study/trainer.max_steps=300", "here/study/trainer.max_steps=4800"}
     fixed = configs(plan, f"seeds: [0]\ncomparisons: {{one: {{{over}, where: {{optim.warmup_steps: 7}}}}}}")
     assert {run.job.config.optim.warmup_steps for run in fixed} == {7}
     short = configs(plan, "seeds: [0]\ncomparisons: {one: {over: {trainer.max_steps: [20, 40, 80]}}}")
     assert {(run.job.config.trainer.max_steps, run.job.config.optim.warmup_steps) for run in short} == {
         (20, 1),
         (40, 1),
-        (80, 2),
+        (80, 3),
     }, "less than the experiment's warm-up"
 
 
@@ -128,7 +128,7 @@ def test_runs_of_an_equal_config_stand_for_each_other_whatever_plan_made_them(pl
     assert [str(state) for state in progress_of(runs)] == ["finished", "finished", "missing", "missing"]
     two = compare_arms(read_study(plan), runs)[0]
     assert two.arms is not None
-    assert "2 of 4 runs to train, 3,200 steps; about 0:05:20, by 2 finished runs" in estimate(
+    assert "2 of 4 runs to train, 2,400 steps; about 0:04:00, by 2 finished runs" in estimate(
         runs, progress_of(runs), 1
     )
     for file in tmp_path.rglob("env.json"):  # runs of code that computes other numbers stand for none
@@ -167,12 +167,12 @@ def test_the_cost_is_that_of_each_setting_else_of_alike_runs_elsewhere(plan: Pat
     config = replace(other.job.config, run=RunConfig(str(tmp_path)))
     finish([StudyRun({}, 0, Job(config))], lambda _: 1.0)
     words = estimate(runs, progress_of(runs), 1)
-    assert "; about 0:10:40, by 1 finished runs of the same scale and size outside of the study, the newest " in words
+    assert "; about 0:08:00, by 1 finished runs of the same scale and size outside of the study, the newest " in words
     finish(runs[:2], lambda _: 1.0)
     for run, seconds in zip(runs[:2], (3200, 160), strict=True):
         report = next(Path(run.job.config.run.dir).glob(f"{run.job.config.name}/*/report.json"))
         report.write_text(json.dumps({**json.loads(report.read_text()), "wall_s": seconds}))
-    assert "2 of 4 runs to train, 3,200 steps; about 0:56:00, by 2 finished runs" in estimate(
+    assert "2 of 4 runs to train, 2,400 steps; about 0:56:00, by 2 finished runs" in estimate(
         runs, progress_of(runs), 1
     )
 

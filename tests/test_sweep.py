@@ -33,7 +33,7 @@ def test_keys_with_several_values_are_distinguished_from_lists_and_single_values
             ["optim.lr=1e-3,2e-3", "data.batch_size=8,16", "data.length=96,112"],
             "optim.lr, data.batch_size, data.length have several values: expected one or two",
         ),
-        (["data.batch_size=7,16"], "data.batch_size=7: 25,600 samples"),
+        (["data.batch_size=7,16"], "data.batch_size=7: 19,200 samples"),
         (["optim.lrr=1e-3,2e-3"], "did you mean 'optim.lr'"),
         (["optim.lr=1e-3,fast"], "optim.lr"),
         (["optim.lr=1e-3,0.001"], "two of the values are the same"),
@@ -137,13 +137,13 @@ def test_a_batch_size_is_swept_at_equal_tokens_unless_asked_otherwise() -> None:
     words = ["data.batch_size=8,32", "optim.lr=1e-3,3e-3"]
     _, jobs = sweep_jobs(words, ARMS, "demo")
     configs = [job.config for job in jobs.values()]
-    assert {config.trainer.max_steps * config.data.batch_size for config in configs} == {25_600}
+    assert {config.trainer.max_steps * config.data.batch_size for config in configs} == {19_200}
     assert {(config.data.batch_size, config.log.interval, config.optim.warmup_steps) for config in configs} == {
         (8, 20, 80),
         (32, 5, 20),
     }
     _, jobs = sweep_jobs(words, ARMS, "demo", equal_tokens=False)
-    assert {job.config.trainer.max_steps for job in jobs.values()} == {1600}
+    assert {job.config.trainer.max_steps for job in jobs.values()} == {1200}
     _, jobs = sweep_jobs(["data.batch_size=8,32", "trainer.max_steps=100,200"], ARMS, "demo")
     assert {job.config.trainer.max_steps for job in jobs.values()} == {100, 200}
 
