@@ -72,17 +72,21 @@ def test_tokenizers_and_backbone_are_compared_before_any_preparation(pretrained:
         require_same_files(changed, find_resumption(folder))
 
 
-def test_what_an_older_run_did_not_record_is_noted(
-    pretrained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_an_older_run_did_not_record_and_texts_that_have_changed_are_noted(
+    probed: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "t2i_pretrained" / pretrained.folder.name
-    shutil.copytree(pretrained.folder, folder)
+    folder = tmp_path / "t2i_pretrained" / probed.folder.name
+    shutil.copytree(probed.folder, folder)
     (folder / REPORT).unlink()
     for key in ("backbone", "data_hash"):
         assert key in HASHES
         change(folder, key, None)
+    change(folder, "contents/forgetting.text", "content of another text")
     assert main([PRETRAINED, "--resume", str(folder)]) == 0
-    assert f"note: {folder / ENVIRONMENT} does not record data_hash, backbone: not compared" in capsys.readouterr().err
+    notes = capsys.readouterr().err
+    assert f"note: {folder / ENVIRONMENT} does not record data_hash, backbone: not compared" in notes
+    text = probed.config["forgetting"]["text"]
+    assert f"note: forgetting.text={text} has changed since {folder} was started" in notes
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
