@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.reading import reading, require_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,13 +68,15 @@ def read_coco(path: Path) -> Coco:
         raise ValueError(f"--coco {path}: {folder} holds no .jpg")
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-        files = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
+        files = {int(image["id"]): image["file_name"] for image in content["images"]}
+        if other := [name for name in files.values() if not isinstance(name, str)]:
+            raise TypeError(f"file_name {other[0]} is of type {type(other[0]).__name__}, not a string")
         captions: dict[int, list[tuple[int, str]]] = {}
         for row in content["annotations"]:
             if not isinstance(row["caption"], str):
                 raise TypeError(f"caption {row['id']} is of type {type(row['caption']).__name__}, not a string")
             captions.setdefault(int(row["image_id"]), []).append((int(row["id"]), row["caption"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file} is not a COCO caption file: {type(error).__name__} {error}") from error
     return Coco(path, images, captions, files, file_sha256(file))
 
@@ -148,10 +151,13 @@ def read_images(coco: Coco, names: Sequence[str]) -> "tuple[list[Image.Image], l
 
     images, digests = [], []
     for name in names:
-        content = (coco.path / IMAGES / name).read_bytes()
+        file = coco.path / IMAGES / name
+        with reading("COCO", file):
+            require_regular(file)
+            content = file.read_bytes()
         digests.append(hashlib.sha256(content).digest())
         try:
             images.append(decode_image(io.BytesIO(content), name))
         except RejectedPairError as error:
-            raise ValueError(f"{coco.path / IMAGES / name}: {error.reason}") from error
+            raise ValueError(f"{file}: {error.reason}") from error
     return images, digests
