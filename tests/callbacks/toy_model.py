@@ -193,6 +193,9 @@ class ToyModule(pl.LightningModule):
         harm, step = self.toy.harm, self.trainer.global_step
         self.toy.sleep_here(where, step)
         if harm.get("signal_in") == where and step == harm["at_step"] and self.toy.rank in harm.get("ranks", [0]):
+            deadline = time.monotonic() + 20
+            while "slow_write" in harm and not list(self.toy.folder.rglob("*.tmp")) and time.monotonic() < deadline:
+                time.sleep(0.001)  # a busy machine may not have begun the write
             os.kill(os.getpid(), harm["signal"])
             if "again_after" in harm:
                 time.sleep(harm["again_after"])
