@@ -72,6 +72,15 @@ def configs(plan: Path, content: str, *overrides: str) -> list[StudyRun]:
     return study_runs(read_study(plan), plan.parent, overrides)
 
 
+def test_seeds_are_trained_one_after_the_other_and_comparisons_of_fewer_seeds_last(plan: Path) -> None:
+    runs = configs(plan, "seeds: [0, 1]\ncomparisons: {few: {seeds: [0], where: {optim.lr: 1e-4}}, all: {}}")
+    assert [(run.uses, run.seed) for run in runs] == [
+        *[(("all",), seed) for seed in (0, 0, 1, 1)],
+        (("few",), 0),
+        (("few",), 0),
+    ]
+
+
 def test_arms_have_settings_of_their_own_and_a_shared_config_is_one_run(plan: Path) -> None:
     arms = "{t2i_pretrained: {optim.lr: 1e-3}, low: {experiment: t2i_scratch, optim.lr: 1e-4}, t2i_scratch: {}}"
     runs = configs(plan, f"seeds: [0]\ncomparisons: {{one: {{arms: {arms}}}, two: {{}}}}", "run.dir=here")

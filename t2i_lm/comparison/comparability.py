@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "tokenizers.text": "text tokenizer",
     "tokenizers.image": "image tokenizer",
     "backbone": "backbone weights",
+    "configs.backbone": "backbone config",
     "plugins": "plug-ins",
     "stream_hash": ORDER,
     "precision": "precision",
@@ -30,7 +31,7 @@ ENVIRONMENT = {
 # Entries that follow from keys of an arm's own, by the beginning of the key.
 CONTENT = ("source", "path", "val_path", "train_size", "val_size", "seed", "hold_out_pairs", "captions", "text_ratio")
 FOLLOWING = {
-    "backbone.": ("backbone weights",),
+    "backbone.": ("backbone weights", "backbone config"),
     **{f"data.{name}": ("data hash", ORDER) for name in CONTENT},
     **{f"data.{name}": (ORDER,) for name in ("batch_size", "caption_dropout", "replay_", "shuffle_parts")},
     "image_tokenizer.": ("image tokenizer", "data hash", ORDER),

@@ -61,7 +61,7 @@ def compare(plan: Plan, arms: Arms) -> list[Result]:
     """The results of a plan's endpoints, the primary one first.
 
     Raises:
-        ValueError: if a run lacks an endpoint, naming what it has; if runs measured forgetting on other texts.
+        ValueError: if a run lacks an endpoint, naming what it has; if they were not measured alike.
     """
     results = [
         _result(plan, arms, Endpoint(name), number == 0) for number, name in enumerate((plan.primary, *plan.secondary))
@@ -73,7 +73,8 @@ def compare(plan: Plan, arms: Arms) -> list[Result]:
 
 def _result(plan: Plan, arms: Arms, endpoint: Endpoint, primary: bool) -> Result:
     first, second = ({seed: arm[seed] for seed in arms.seeds} for arm in (arms.first, arms.second))
-    endpoint.require_one_text([run for arm in (first, second) for runs in arm.values() for run in runs])
+    runs = [run for arm in (first, second) for runs in arm.values() for run in runs]
+    endpoint.require_one_measurement(runs, (*plan.varied, *plan.own_keys))
     means = None
     margin = None
     if endpoint.of_pair:

@@ -17,10 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from t2i_lm.comparison.comparability import IncomparableError
+from t2i_lm.comparison.comparability import IncomparableError, config_values
 from t2i_lm.storage.run_folder import VAL, Run
 
 REPORT, TOKENS_SAVED, FORGETTING = "report", "tokens_saved", "forgetting"
+# Config keys that measures of the report depend on, by their part of it.
+SAMPLING = ("temperature", "top_k", "top_p", "guidance", "prompts")
+SETTINGS = {
+    "samples": tuple(f"samples.{name}" for name in SAMPLING),
+    "preference": ("samples.preference_scenes",),
+}
 # Units of what a name ends with; other endpoints have none.
 UNITS = {"nll": "nats/token", "bits_per_byte": "bits per byte"}
 
@@ -68,12 +74,21 @@ class Endpoint:
             raise ValueError(f"endpoint {self.name}: {run.folder} has {tree!r} there, expected a finite number")
         return float(tree)
 
-    def require_one_text(self, runs: Sequence[Run]) -> None:
-        """Checks that forgetting was measured on equal rows of one text, or on equally many questions.
+    def require_one_measurement(self, runs: Sequence[Run], varied: tuple[str, ...] = ()) -> None:
+        """Checks that the runs were measured alike.
+
+        Forgetting: on equal rows of one text, or on equally many questions. Samples and caption preference of the
+        report: with equal settings.
+
+        Args:
+            runs: the runs to compare.
+            varied: config keys in which runs differ by design.
 
         Raises:
-            IncomparableError: naming what each was measured on.
+            IncomparableError: naming what each was measured on, or with.
         """
+        if self.name.startswith(f"{REPORT}."):
+            self._require_one_setting(runs, varied)
         if not self.name.startswith(f"{FORGETTING}."):
             return
         found = [self._measured_on(run) for run in runs]
@@ -88,6 +103,16 @@ class Endpoint:
                 raise IncomparableError(
                     f"endpoint {self.name}: forgetting was not measured on the same text: {key} {words}"
                 )
+
+    def _require_one_setting(self, runs: Sequence[Run], varied: tuple[str, ...]) -> None:
+        kind = next((part for part in self.name.split(".") if part in SETTINGS), None)
+        if kind is None:
+            return
+        for key in (name for name in SETTINGS[kind] if name not in varied):
+            counts = Counter(config_values(run).get(key) for run in runs)
+            if len(counts) > 1:
+                words = ", ".join(f"{value} ({count} runs)" for value, count in counts.items())
+                raise IncomparableError(f"endpoint {self.name}: the runs were not measured alike: {key} {words}")
 
     def _measured_on(self, run: Run) -> dict[str, Any]:
         """What tells apart the texts, or questions, of a run's last measurement; an older run may lack some."""

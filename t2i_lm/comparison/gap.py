@@ -96,7 +96,8 @@ def gap_curves(families: Sequence[Family], comparisons: Sequence[Comparison]) ->
             if STEPS in member.point:
                 plan = member.plan
                 rest = {key: value for key, value in plan.where.items() if key != STEPS}
-                key = repr((plan.arms, sorted(rest.items(), key=str), plan.scale, plan.primary))
+                # Intervals require every seed at every length: longer lengths of fewer seeds have a curve of their own.
+                key = repr((plan.arms, sorted(rest.items(), key=str), plan.scale, plan.primary, plan.seeds))
                 settings.setdefault(key, []).append(by_name[member.name])
                 arm = [next(iter(plan.parsed))] if several else []
                 others = {name: value for name, value in member.point.items() if name != STEPS}

@@ -1,4 +1,4 @@
-"""Results of a comparison over its grid: each arm's best value, the arms at their best, and contrasts."""
+"""Results of a comparison over its grid: each arm's best value, and the arms at their best."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -13,9 +13,8 @@ from t2i_lm.comparison.comparability import ORDER, IncomparableError, config_val
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.plan import Plan, require_settable, setting_folder, setting_words
-from t2i_lm.comparison.statistics import holm, paired_statistics
+from t2i_lm.comparison.statistics import holm
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS, Family, Member
-from t2i_lm.comparison.tables import interval_text, p_text, value_text
 from t2i_lm.storage.run_folder import Run
 
 # Keys that are tuned: an arm's best value of them is looked for, under every value of the other keys of a grid.
@@ -122,7 +121,7 @@ def require_one_version(comparisons: Sequence[Comparison], keys: Collection[str]
     varied = (SEED, ORDER, *(key for one in comparisons for key in one.plan.varied))
     everything = [run for runs in arms.values() for run in runs]
     if everything:
-        Endpoint(comparisons[0].plan.primary).require_one_text(everything)
+        Endpoint(comparisons[0].plan.primary).require_one_measurement(everything, (*varied, *keys))
     own = {*keys, *(IN_STEPS if STEPS in keys else ())}
     for name, runs in arms.items():
         if differing := differences(runs, varied, own, one_arm=True):
@@ -273,34 +272,6 @@ def _at_best(pair: _Pair, grid: Grid) -> Comparison:
         return pair_arms(own_plan, runs, told, some.folder.parent.parent, grid.strict)
 
     return make_comparison(pair.name, own_plan, find)
-
-
-def contrasts(grid: Grid) -> list[str]:
-    """How the difference changes over a grid of one key that is not tuned: each point minus the first, by seed."""
-    if len(grid.family.keys) != 1 or grid.tuned is not None or STEPS in grid.family.keys:
-        return []
-    lines = []
-    firsts: dict[str, tuple[str, Comparison]] = {}
-    for labels, one, _ in labeled_points(grid):
-        arm = next(iter(one.plan.parsed))
-        if one.arms is None or one.results[0].missing:
-            continue
-        name, first = firsts.setdefault(arm, (labels[-1], one))
-        if first is one:
-            continue
-        mine, other = (each.results[0].differences for each in (one, first))
-        shared = sorted(mine.keys() & other.keys())
-        if not shared:
-            continue
-        statistics = paired_statistics([mine[seed] - other[seed] for seed in shared], alpha=one.plan.alpha)
-        interval = interval_text(one.results[0], statistics.t_interval) or "no interval"
-        prefix = f"{arm}: " if "arm" in grid.labels else ""
-        lines.append(
-            f"{prefix}difference at {labels[-1]} minus that at {name}: "
-            f"{value_text(one.results[0], statistics.mean, signed=True)}, {100 * (1 - one.plan.alpha):g} % t-interval "
-            f"{interval}, n = {statistics.n}, p {p_text(statistics.p_difference) or 'none'}"
-        )
-    return lines
 
 
 def labeled_points(grid: Grid) -> list[tuple[tuple[str, ...], Comparison, float | None]]:

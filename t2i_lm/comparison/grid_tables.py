@@ -7,7 +7,8 @@ from typing import Any
 from t2i_lm.comparison.arms import REVISIONS
 from t2i_lm.comparison.comparability import revisions
 from t2i_lm.comparison.comparison import Comparison
-from t2i_lm.comparison.grid import OPTIMISTIC, Grid, at_best, contrasts, labeled_points, tune
+from t2i_lm.comparison.contrasts import contrasts
+from t2i_lm.comparison.grid import OPTIMISTIC, Grid, at_best, labeled_points, tune
 from t2i_lm.comparison.tables import interval_text, p_text, sentence, value_text
 from t2i_lm.runtime.tables import text_table
 

@@ -44,6 +44,11 @@ class PairedStatistics:
     p_difference: float | None
     p_equivalence: float | None
 
+    @property
+    def equal(self) -> bool:
+        """Whether several pairs have one difference, as those of copied runs do."""
+        return self.sd is not None and self.t_interval is None
+
 
 def paired_statistics(
     differences: Sequence[float], margin: float | None = None, alpha: float = 0.05, seed: int = 0

@@ -161,6 +161,8 @@ def notes(plan: Plan, arms: Arms, results: Sequence[Result]) -> list[str]:
     primary = results[0]
     if primary.missing and primary.statistics.n > 1:
         notes.append(f"no verdict: {_missing(primary)}, and a part of the planned seeds is no test at this level")
+    elif primary.statistics.equal:
+        notes.append(f"no verdict: {plan.primary} is equal in all {primary.statistics.n} pairs: copies?")
     elif primary.verdict == UNDECIDED:
         needed = " or ".join(
             f"{pairs:,} to {what}"

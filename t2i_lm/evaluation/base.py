@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.storage.run_folder import CHECKPOINTS
 from t2i_lm.storage.sealed import read_sealed
 
 if TYPE_CHECKING:
@@ -84,6 +85,17 @@ class Evaluator(ABC):
     @abstractmethod
     def run(self, context: EvaluationContext) -> dict[str, Any] | None:
         """Measures, called on every rank; rank 0 returns the result as JSON can hold it."""
+
+
+def of_last_checkpoint(run: Path, checkpoint_sha256: str) -> bool:
+    """Whether a result is of a run's last checkpoint; also where none is left to compare with.
+
+    Args:
+        run: the run folder.
+        checkpoint_sha256: of the weights that were measured.
+    """
+    digests = sorted((run / CHECKPOINTS).glob("*.ckpt.sha256"))
+    return not digests or checkpoint_sha256 in digests[-1].read_text(encoding="ascii", errors="replace")
 
 
 def read_result(file: Path) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def text_to_image_report(experiment: ImageExperiment, folder: Path, report: dict
             report["truncated_captions"] = truncated_share(experiment)
     if experiment.config.data.source == "scenes":
         with part(report, "text_floor"):
-            report["text_floor_nll"] = text_floor(experiment.index)
+            report["text_floor_nll"] = text_floor(experiment.index, experiment.config.data.hold_out_pairs)
         with part(report, "image_floor"):
             report["image_floor_nll"] = image_floor(experiment.layout.image_tokens)
     first, *others = experiment.data.validation_splits

@@ -21,7 +21,9 @@ from t2i_lm.data.scenes.captions import ATTRIBUTES, altered, caption_nats, descr
 from t2i_lm.data.scenes.checker import check, share_error, shares_right
 from t2i_lm.data.scenes.scene import scene_of
 from t2i_lm.data.scenes.source import SceneSource
+from t2i_lm.data.scenes.space import SPLITS
 from t2i_lm.data.shards.tokenize import encode_images
+from t2i_lm.data.sources import SCENE_SPLITS
 from t2i_lm.experiment.build import ImageExperiment
 from t2i_lm.generation.images import ImageArray, caption_layout, decode
 from t2i_lm.storage.hashing import file_sha256
@@ -36,7 +38,7 @@ CEILING_SCENES = 1000
 CEILING_CODE = (scene_code, space_code, caption_code, checker)
 
 
-def text_floor(index: dict[str, Any]) -> float:
+def text_floor(index: dict[str, Any], hold_out_pairs: bool = True) -> float:
     """Lower bound of the text loss on new training scenes, in nats per text token: exact for whole captions.
 
     The entropy of a caption over the mean length of the training captions. No bound on compositional scenes, which the
@@ -44,9 +46,11 @@ def text_floor(index: dict[str, Any]) -> float:
 
     Args:
         index: of the prepared shards.
+        hold_out_pairs: `data.hold_out_pairs` of the run.
     """
     lengths: dict[str, int] = index["splits"]["train"]["caption_tokens"]
-    return caption_nats() * sum(lengths.values()) / sum(int(length) * count for length, count in lengths.items())
+    nats = caption_nats(SPLITS[SCENE_SPLITS[hold_out_pairs, "train"]].space)
+    return nats * sum(lengths.values()) / sum(int(length) * count for length, count in lengths.items())
 
 
 def image_floor(image_tokens: int) -> float:

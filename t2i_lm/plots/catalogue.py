@@ -16,7 +16,7 @@ from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
 from t2i_lm.plots.curves import floor_nll, progress, scalar_series, series
 from t2i_lm.plots.figure1 import draw_figure1, figure1_table, image_tokenizer_sentence, newest_run, tokenized_images
-from t2i_lm.plots.forgetting import HOW, retention_panels, retention_table
+from t2i_lm.plots.forgetting import HOW, TEXTS, require_same_texts, retention_panels, retention_table
 from t2i_lm.plots.gap import TITLE, draw_gap, gap_caption
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group, arm_of
 from t2i_lm.plots.pairing import RunPair, find_group, find_pair
@@ -26,6 +26,7 @@ from t2i_lm.plots.relearning import relearning_curves, relearning_series, relear
 from t2i_lm.plots.table1 import CompletionsTable, completions_table
 from t2i_lm.plots.tradeoff import (
     draw_tradeoff,
+    has_second_text,
     image_loss,
     point_of,
     probe_table,
@@ -219,6 +220,7 @@ def figure_forgetting(request: Request) -> RenderedFigure:
     """Forgetting: held-out text perplexity by tokens seen, over the text rows and over all rows (Table 1 as curves)."""
     arms = find_group(request.root, FORGETTING)
     request.check(arms, FORGETTING.varied)
+    require_same_texts(arms.values())
     title = "Perplexity of held-out text in text-to-image training"
     caption = f"{title}. {group_caption(arms, varied=FORGETTING.varied, how=HOW)}"
     table = "\n\n".join([loss_table(arms, "image"), retention_table(arms), probe_table(arms)])
@@ -246,6 +248,7 @@ def figure_remedies(request: Request) -> RenderedFigure:
     arms = find_group(request.root, group)
     runs = strengths(request.root, arms)
     points = [point_of(arm, run, strength) for (arm, strength), run in runs.items()]
+    require_same_texts(runs.values(), TEXTS[: 1 + has_second_text(points)])
     random = scratch_run(request.root, arms["pretrained"])
     scratch = None if random is None else image_loss(random)
     title = "Remedies against forgetting: increase of text loss against image loss"

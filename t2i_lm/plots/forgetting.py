@@ -1,9 +1,10 @@
 """What runs retain of language: panels and a table of held-out text beside its floors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.plots.curves import text_series
 from t2i_lm.plots.panels import Panel
 from t2i_lm.runtime.tables import text_table
@@ -17,6 +18,18 @@ HOW = (
     "Dotted: a uniform guess among the text rows; the text's own frequencies of pieces, each row predicted from the "
     "others (unigram); the architecture with random weights."
 )
+
+
+def require_same_texts(runs: Iterable[Run], keys: Sequence[str] = TEXTS) -> None:
+    """Checks that the runs that measured a held-out text measured the same one.
+
+    Raises:
+        IncomparableError: naming the texts.
+    """
+    measured = [(run, records[-1]["forgetting"]) for run in runs if (records := run.records("forgetting"))]
+    for key in keys:
+        with_text = [run for run, record in measured if record.get(key)]
+        Endpoint(f"forgetting.{key}.text_rows.nll").require_one_measurement(with_text)
 
 
 def retention_panels(arms: Mapping[str, Run]) -> list[Panel]:

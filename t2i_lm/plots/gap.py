@@ -26,7 +26,7 @@ def gap_caption(curve: GapCurve) -> str:
     n = _span(length.statistics.n for length in curve.lengths)
     last = curve.lengths[-1].comparison
     assert last.arms is not None
-    where = setting(last.plan, last.arms).partition(", ")[2]
+    where = setting(last.plan, last.arms).partition("), ")[2]
     level = f"{100 * (1 - curve.plan.alpha):g} %"
     lines = [
         f"{TITLE}: {curve.plan.primary} of {first} minus {second}, each length a run of its own with its own schedule, "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from t2i_lm.evaluation.base import read_result
+from t2i_lm.evaluation.base import of_last_checkpoint, read_result
 from t2i_lm.evaluation.protocol_card import CANONICAL, HEADLINE
 from t2i_lm.plots.panels import captioned_figure
 from t2i_lm.runtime.tables import text_table
@@ -77,10 +77,12 @@ def own_systems(folders: Iterable[Path]) -> list[System]:
     for path in sorted(path for folder in folders for path in folder.glob("evaluations/*/coco.json")):
         result = read_result(path)
         try:
-            experiment, differs = path.parents[3].name, result["differs"]
+            experiment, differs, folder = path.parents[3].name, result["differs"], path.parents[2]
+            last = of_last_checkpoint(folder, result.get("checkpoint_sha256", ""))
+            earlier = "" if last else f" ({Path(result['checkpoint']).stem}, an earlier checkpoint)"
             systems.append(
                 System(
-                    name=f"{experiment}: {result['title']}",
+                    name=f"{experiment}{earlier}: {result['title']}",
                     released=date.fromisoformat(result["environment"]["finished"][:10]),
                     family="this suite",
                     fid=result["fid"],

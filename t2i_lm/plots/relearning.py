@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from t2i_lm.evaluation.base import FINISHED, read_result
+from t2i_lm.evaluation.base import FINISHED, of_last_checkpoint, read_result
 from t2i_lm.plots.curves import Series
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.run_folder import CHECKPOINTS, Run
+from t2i_lm.storage.run_folder import Run
 
 # Curves of a result (`evaluation/relearning.py`) by the arm that they are drawn as.
 CONTROLS = {"language_model": "language model", "random_weights": "random weights"}
@@ -64,9 +64,7 @@ def _newest(run: Run) -> dict[str, Any]:
     files = sorted(run.folder.glob("evaluations/*/relearn.json"), key=lambda file: file.stat().st_mtime)
     # Copies have other times than their originals.
     results = sorted(map(read_result, files), key=lambda result: result.get(FINISHED, ""))
-    digests = sorted((run.folder / CHECKPOINTS).glob("*.ckpt.sha256"))
-    last = digests[-1].read_text(encoding="ascii", errors="replace") if digests else None
-    own = [one for one in results if last is None or one["made_with"].get("checkpoint_sha256", "") in last]
+    own = [one for one in results if of_last_checkpoint(run.folder, one["made_with"].get("checkpoint_sha256", ""))]
     if not own:
         problem = "was measured of other checkpoints than its last one" if results else "was not measured"
         raise ValueError(f"relearning of {run.folder} {problem}: {COMMAND.format(run.folder)}")

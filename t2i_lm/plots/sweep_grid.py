@@ -111,8 +111,9 @@ def _best(grid: Grid) -> Place | None:
 
 
 def seed_words(outcomes: Sequence[Outcome]) -> str:
-    """How many runs each mean is of: 3 seeds, or 1 to 3 seeds where some are missing."""
-    counts = Counter((one.arm, *one.values) for one in outcomes)
+    """How many seeds each mean is of: 3 seeds, or 1 to 3 seeds where some are missing."""
+    distinct = {((one.arm, *one.values), one.run.config[SEED]) for one in outcomes}
+    counts = Counter(place for place, _ in distinct)
     least, most = min(counts.values()), max(counts.values())
     return f"{least} to {most} seeds" if least < most else f"{most} seed{'s' * (most > 1)}"
 

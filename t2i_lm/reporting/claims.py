@@ -164,9 +164,9 @@ CLAIMS: dict[str, Claim] = {
     ),
     "probes": Claim(
         "Probes: tokens, rows, states, attention and gradients",
-        'The explanation given for Figures 4 to 6, from losses alone: "image tokens possess significantly different '
-        'semantics compared to text tokens", and "the text tokens in the image-text datasets are too simple compared '
-        'to normal language model pre-training data".',
+        'The explanation given for Figures 4 to 6, from losses and the nearest text tokens of image rows: "image '
+        'tokens possess significantly different semantics compared to text tokens", and "the text tokens in the '
+        'image-text datasets are too simple compared to normal language model pre-training data".',
         "Abstract",
         "python -m t2i_lm.probe runs/t2i_pretrained runs/t2i_scratch",
     ),

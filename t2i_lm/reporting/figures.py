@@ -85,10 +85,11 @@ def draw_figures(
             request = RecordingRequest(top, one, two, strict=strict, varied=varied, folders=folders)
             try:
                 rendered = render(request)
-            except IncomparableError as error:
-                raise IncomparableError(f"figure {name}: {named(str(error), names)}") from error
             except ValueError as error:
-                blocks.append(FigureBlock(name, problem=named(str(error), names)))
+                problem = named(str(error), names)
+                if strict and isinstance(error, IncomparableError):
+                    raise IncomparableError(f"figure {name}: {problem}") from error
+                blocks.append(FigureBlock(name, problem=problem))
                 continue
             remove_caption(rendered.figure)
             blocks.append(

@@ -53,6 +53,8 @@ def verdict_heading(comparison: Comparison) -> str:
         return f"Equivalent: the {what} differs by less than the margin."
     if result.verdict == SMALL:
         return f"A difference below the margin: the {what} differs, but by less than matters."
+    if result.statistics.equal:
+        return "Undecided: every pair is equal; the runs may be copies."
     missing = result.missing and result.statistics.n > 1
     return "Undecided: seeds of the plan are missing." if missing else "Undecided: n too small."
 
@@ -206,7 +208,9 @@ def forgetting_sentences(arms: Mapping[str, Run]) -> list[str]:
         if len(texts) < 2 or "nll" not in texts[1]:
             continue
         before, after = texts
-        words = f"{arm_label(arm)[0].upper()}{arm_label(arm)[1:]}: {before['nll']:.4f} before, {after['nll']:.4f} after"
+        label, name = arm_label(arm), lines[-1]["forgetting"]["text"].get("name")
+        words = f"{label[0].upper()}{label[1:]}{f', {name}' if name else ''}: {before['nll']:.4f} before, "
+        words += f"{after['nll']:.4f} after"
         if "change" in after:
             words += f"; change {after['change']:+.4f} ± {after.get('change_se', math.nan):.4f}"
         sentences.append(f"{words}.")

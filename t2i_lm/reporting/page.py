@@ -15,7 +15,7 @@ from t2i_lm.comparison.tables import sentence
 from t2i_lm.reporting.claims import CLAIMS
 from t2i_lm.reporting.comparison_table import comparison_table
 from t2i_lm.reporting.figures import FigureBlock, draw_figures
-from t2i_lm.reporting.findings import forgetting_sentences, result_sentence, verdict_heading
+from t2i_lm.reporting.findings import arm_label, forgetting_sentences, result_sentence, verdict_heading
 from t2i_lm.reporting.request import (
     ReportRequest,
     by_seed,
@@ -71,8 +71,10 @@ def render(request: ReportRequest) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    run = next(iter(arms.values()), request.pool.runs[-1] if request.pool.runs else None)
-    setup = setup_rows(run, primary.arms.seeds if primary is not None and primary.arms is not None else [])
+    shown = {arm_label(arm): run for arm, run in arms.items()}
+    if not shown and request.pool.runs:
+        shown = {"newest": request.pool.runs[-1]}
+    setup = setup_rows(shown, primary.arms.seeds if primary is not None and primary.arms is not None else [])
     return loader.get_template(TEMPLATE).render(
         question=QUESTION,
         answer=_answer(request, primary, arms, blocks),
@@ -93,8 +95,13 @@ def _answer(
     request: ReportRequest, primary: Comparison | None, arms: Mapping[str, Run], blocks: Sequence[FigureBlock]
 ) -> dict[str, Any]:
     """The verdict in words, its numbers, and what is lost."""
-    forgetting = next(block for block in blocks if block.name == "forgetting")
-    lost = forgetting_sentences(forgetting.arms) if forgetting.arms else []
+    lost = forgetting_sentences(arms)
+    if not lost:
+        others = next(block for block in blocks if block.name == "forgetting").arms
+        lost = forgetting_sentences(others)
+        if lost:
+            folders = ", ".join(str(run.folder) for run in others.values())
+            lost.append(f"Measured in other runs than those compared: {folders}.")
     run = next(iter(arms.values()), None)
     scale = "" if run is None else scale_words(run)
     common = {"lost": lost, "lost_command": CLAIMS["forgetting"].command, "scale": scale}

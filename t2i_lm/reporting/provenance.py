@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.comparability import config_values
+from t2i_lm.comparison.comparability import HASHED, config_values
 from t2i_lm.config.experiment import is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.storage.run_folder import Run
@@ -59,8 +59,12 @@ def run_facts(labels: Sequence[str], run: Run, experiments: Path) -> RunFacts:
 
 
 def config_hash(run: Run) -> str:
-    """SHA-256 of a run's config in its first digits, without keys that change nothing computed."""
-    values = {key: value for key, value in config_values(run).items() if not is_neutral(key)}
+    """SHA-256 of a run's config in its first digits, without keys that change nothing computed and without paths.
+
+    What lies at the paths is hashed on its own; a run keeps its hash where it is copied or collected.
+    """
+    apart = (*HASHED, "backbone.path")
+    values = {key: value for key, value in config_values(run).items() if not is_neutral(key) and key not in apart}
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from t2i_lm.comparison.comparability import config_values
+from t2i_lm.comparison.endpoints import SETTINGS
 from t2i_lm.plots.captions import SPLITS
 from t2i_lm.reporting.findings import arm_label
 from t2i_lm.reporting.images import CaptionedImage, PageImage, captioned_images, whole_image
@@ -94,6 +96,17 @@ def _image(folder: Path, stem: str) -> Path:
     """The image of a name: a run's PNG, or the smaller WebP of collected results."""
     files = [folder / f"{stem}{suffix}" for suffix in SUFFIXES]
     return next((file for file in files if file.is_file()), files[0])
+
+
+def sampling_notes(arms: Mapping[str, Run]) -> list[str]:
+    """Settings in which the arms were sampled or scored differently."""
+    notes = []
+    for key in dict.fromkeys(key for keys in SETTINGS.values() for key in keys):
+        values = {arm: config_values(run).get(key) for arm, run in arms.items()}
+        if len({*map(str, values.values())}) > 1:
+            words = ", ".join(f"{arm_label(arm)} {value}" for arm, value in values.items())
+            notes.append(f"NOT CONTROLLED: {key}: {words}")
+    return notes
 
 
 def score_rows(arms: Mapping[str, Run]) -> list[tuple[str, ...]]:

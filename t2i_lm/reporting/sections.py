@@ -39,7 +39,7 @@ from t2i_lm.reporting.request import (
     setting_of,
     short_notes,
 )
-from t2i_lm.reporting.samples import SampleBlock, sample_blocks, score_rows
+from t2i_lm.reporting.samples import SampleBlock, sample_blocks, sampling_notes, score_rows
 from t2i_lm.reporting.sweeps import find_sweeps
 from t2i_lm.storage.run_folder import SAMPLES, Run
 from t2i_lm.training.study_results import Results, figures_of
@@ -166,11 +166,16 @@ def _add_samples(request: ReportRequest, section: Section, arms: Mapping[str, Ru
     section.notes += notes
     section.rows = score_rows(sampled)
     section.header = ("captions", "measure", *(arm_label(name) for name in sampled), "reconstructions: at most")
-    section.found.append("Each row is of one caption; both arms sample with the same seeds.")
+    section.notes += sampling_notes(sampled)
+    seeds = {run.config["seed"] for run in sampled.values()}
+    same = "; both arms sample with the same seeds" if len(sampled) > 1 and len(seeds) == 1 else ""
+    section.found.append(f"Each row is of one caption{same}.")
     if section.rows:
         section.found.append(
-            "Shares below are of generated scenes, whose captions a checker reads; ± is the standard error over "
-            "samples. One run of each: no interval over seeds."
+            "Sample shows: share of generated scenes, and of reconstructions, that a checker reads as their caption "
+            "says. True caption preferred: share of held-out images that are likelier under their own "
+            "caption than under one with a single attribute altered; chance is 50 %. ± is the standard error over "
+            f"images. {ONE_RUN}"
         )
     section.command = f"python -m t2i_lm.evaluate --checkpoint {next(iter(sampled.values())).folder} --report"
     section.runs = facts(request, {arm_label(name): run for name, run in sampled.items()})

@@ -1,6 +1,7 @@
 """The set-up of the runs beside the paper's."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ PAPER: dict[str, tuple[str, str]] = {
     "text : image": ("1 : 34 (captions of 30 tokens); 1 : 30 as the paper rounds it", "Sections 2.1 and 2.2"),
     "steps": ("about 100,000", "from tokens and batch"),
     "batch": ("1M tokens", "Section 2.1"),
-    "tokens": ("100B, 0.65 epochs", "Section 2.1"),
+    "tokens": ("100B, 0.65 epochs", "Section 2.1; epochs computed"),
     "learning rate": ("peak 0.0003, cosine, 2,000 warm-up steps", "Section 2.1"),
     "optimizer": ("AdamW; betas, decay and clipping not stated", "Section 2.1"),
     "seeds": ("not stated", ""),
@@ -31,15 +32,23 @@ PAPER: dict[str, tuple[str, str]] = {
 }
 
 
-def setup_rows(run: Run | None, seeds: list[int]) -> list[tuple[str, str, str, str]]:
+def setup_rows(arms: Mapping[str, Run], seeds: list[int]) -> list[tuple[str, str, str, str]]:
     """Rows of the table: name, the value here, the paper's, and the paper's source.
 
     Args:
-        run: the pre-trained arm's; None where there is no run.
+        arms: a run of each arm by its name; a value that differs between them is given for each.
         seeds: of the primary comparison.
     """
-    here = {} if run is None else _here(run, seeds)
-    return [(name, here.get(name, ""), *paper) for name, paper in PAPER.items()]
+    here = {arm: _here(run, seeds) for arm, run in arms.items()}
+    rows = []
+    for name, paper in PAPER.items():
+        values = {arm: words[name] for arm, words in here.items()}
+        differ = len({*values.values()}) > 1
+        shown = (
+            "; ".join(f"{arm}: {value}" for arm, value in values.items()) if differ else next(iter(values.values()), "")
+        )
+        rows.append((name, shown, *paper))
+    return rows
 
 
 def scale_words(run: Run) -> str:
@@ -115,7 +124,9 @@ def _image_tokens(run: Run) -> str:
     counts = _last_counts(run)
     if not counts.get("image") or not counts.get("boundary"):
         return ""
-    sequences = counts["boundary"] / (BOUNDARY_TOKENS - 1)  # the first is no target
+    # Targets beside text and image tokens: <image>, </image> and </s>, and with a caption two around it.
+    boundary = 3 if run.config["task"] == "unconditional" else BOUNDARY_TOKENS - 1
+    sequences = counts["boundary"] / boundary
     return f"{counts['image'] / sequences:,.0f}"
 
 

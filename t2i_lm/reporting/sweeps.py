@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+from t2i_lm.comparison.best import no_best, seed_means
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, config_values, differences
 from t2i_lm.plots.groups import arms_of
 from t2i_lm.plots.panels import remove_caption
-from t2i_lm.plots.sweep import MODALITIES, SEED, Outcome, present, varied_in
+from t2i_lm.plots.sweep import MODALITIES, SEED, Outcome, distance, present, varied_in
 from t2i_lm.plots.sweep_grid import caption_of, draw, seed_words, tables_of
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.findings import arm_label, endpoint_label
@@ -64,27 +64,36 @@ class Sweep:
         """Each arm's best values, and the distance of the arms at equal values and at their best."""
         modality = present(self.outcomes)[0]
         split = next(iter(self.outcomes[0].run.validation_splits), "")
-        losses: dict[str, dict[tuple[str, ...], list[float]]] = {}
+        losses: dict[str, dict[tuple[str, ...], dict[int, float]]] = {}
         for one in self.outcomes:
             nll = one.nll(modality)
             if nll is not None:
-                losses.setdefault(one.arm, {}).setdefault(tuple(one.values), []).append(nll)
-        means = {arm: {place: fmean(nlls) for place, nlls in places.items()} for arm, places in losses.items()}
-        best = {arm: min(places, key=places.__getitem__) for arm, places in means.items()}
+                losses.setdefault(one.arm, {}).setdefault(tuple(one.values), {})[one.run.config[SEED]] = nll
+        means = {arm: seed_means(places) for arm, places in losses.items()}
+        best = {arm: min(places, key=places.__getitem__) for arm, places in means.items() if places}
         what = endpoint_label(f"val/{split}.{modality}.nll" if split else f"val.{modality}.nll")
-        lowest = "; ".join(f"{arm_label(arm)} {means[arm][at]:.4f} at {self._point(at)}" for arm, at in best.items())
+        lowest = "; ".join(
+            f"{arm_label(arm)} {means[arm][best[arm]]:.4f} at {self._point(best[arm])}"
+            if arm in best
+            else no_best(arm_label(arm), "value")
+            for arm in losses
+        )
         sentences = [f"Sweep of {self.name}, lowest {what} (nats/token): {lowest}."]
-        first, *others = means
+        first, *others = losses
         for other in others:
-            gaps = [means[other][place] - nll for place, nll in means[first].items() if place in means[other]]
-            at_best = means[other][best[other]] - means[first][best[first]]
+            found = [distance(nlls, losses[first].get(place, {})) for place, nlls in losses[other].items()]
+            gaps = [gap for gap in found if gap is not None]
             span = " to ".join(dict.fromkeys(f"{gap:+z.4f}" for gap in (min(gaps), max(gaps)))) if gaps else ""
-            equal = f"{span} at {len(gaps)} equal value{'s' * (len(gaps) > 1)}, " if gaps else ""
+            words = [f"{span} at {len(gaps)} equal value{'s' * (len(gaps) > 1)}"] if gaps else []
+            if first in best and other in best:
+                at_best = distance(losses[other][best[other]], losses[first][best[first]])
+                words += [] if at_best is None else [f"{at_best:+z.4f} with each at its best"]
             name = arm_label(other)
-            sentences.append(
-                f"{name[0].upper()}{name[1:]} minus {arm_label(first)}: {equal}{at_best:+z.4f} with each at its best; "
-                f"{seed_words(self.outcomes)} per value, no interval."
-            )
+            if words:
+                sentences.append(
+                    f"{name[0].upper()}{name[1:]} minus {arm_label(first)}, at equal seeds: {', '.join(words)}; "
+                    f"{seed_words(self.outcomes)} per value, no interval."
+                )
         return sentences
 
     def command(self, experiments: Path) -> str:
@@ -123,7 +132,7 @@ def find_sweeps(pool: Pool) -> tuple[list[Sweep], list[str]]:
         if len(several) > MOST:
             notes.append(f"further sweeps: {', '.join(one.name for one in several[MOST:])}")
     used = {folder for sweep in (*lines, *grids) for folder in sweep.folders}
-    notes += [f"in no sweep: {run.folder}" for run in runs if used and run.folder not in used]
+    notes += [f"in no sweep, or repeated since: {run.folder}" for run in runs if used and run.folder not in used]
     return found, notes
 
 
@@ -138,6 +147,8 @@ def _sweep(keys: tuple[str, ...], runs: Sequence[Run]) -> Sweep | None:
         return None
     best = max(swept, key=lambda one: (len({_values(keys, run) for run in one}), len(one)))
     best = sorted(best, key=lambda run: (run.name != "t2i_pretrained", run.name, [*map(_order, _values(keys, run))]))
+    newest = {(run.name, _values(keys, run), run.config[SEED]): run for run in best}  # a repetition is no further seed
+    best = list(newest.values())
     arms = arms_of(dict.fromkeys(run.name for run in best))
     return Sweep(keys, [Outcome(arms[run.name], _values(keys, run), run) for run in best])
 

@@ -1,6 +1,7 @@
 """Runs that stand for a job: finished or interrupted ones of an equal config, of the files and the code of today."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,13 @@ def _same_data(config: ExperimentConfig, recorded: Mapping[str, Any]) -> bool:
 
 def _same_files(config: ExperimentConfig, recorded: Mapping[str, Any]) -> bool:
     """Whether backbone and tokenizers are those that env.json records; one that is not recorded or not at hand is."""
-    tokenizers = recorded.get("tokenizers") or {}
+    tokenizers, shape = recorded.get("tokenizers") or {}, (recorded.get("configs") or {}).get("backbone")
+    backbone = config.backbone
     text, image = config.text_tokenizer, config.image_tokenizer
     pixels = None if image.pixel_range is None else tuple(image.pixel_range)
     parts: list[tuple[Any, str | None, Callable[[str], Any]]] = [
-        (recorded.get("backbone"), config.backbone.path, lambda _: _weights(config)),
+        (recorded.get("backbone"), backbone.path, lambda _: _weights(config)),
+        (shape, backbone.config or backbone.path, lambda _: _architecture(config).get("backbone")),
         (tokenizers.get("text"), text.path, lambda path: _text_sha256(path, text.document_start, text.document_end)),
         (tokenizers.get("image"), image.path, lambda path: _image_sha256(path, image.size, image.expect, pixels)),
     ]
@@ -135,6 +138,13 @@ def _weights(config: ExperimentConfig) -> dict[str, str] | None:
     from t2i_lm.models.factory import weights_hashes  # imports torch
 
     return weights_hashes(config)
+
+
+def _architecture(config: ExperimentConfig) -> dict[str, str]:
+    from t2i_lm.models.factory import architecture_hashes  # imports torch
+
+    # The image tokenizer is compared as a whole.
+    return architecture_hashes(replace(config, image_tokenizer=replace(config.image_tokenizer, path=None)))
 
 
 @cache

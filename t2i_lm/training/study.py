@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from operator import itemgetter
 from pathlib import Path
 
 from t2i_lm.comparison.arms import Arms, pair_arms, unfinished
@@ -92,6 +93,8 @@ def study_runs(
 ) -> list[StudyRun]:
     """The runs of a study, each once, seed by seed, so that an interrupted study has complete pairs.
 
+    Comparisons of fewer seeds than others come last.
+
     The first seed generates samples as its experiments say, other seeds and the points of a grid none. Where a grid is
     over `trainer.max_steps`, the keys in IN_STEPS follow in proportion.
 
@@ -109,26 +112,29 @@ def study_runs(
     needed = study.needed()
     runs: dict[str, StudyRun] = {}
     of_arms: dict[tuple[str, int, str], str] = {}
-    for seed in dict.fromkeys(seed for one in needed for seed in one.seeds):
-        for one in needed:
-            for arm in one.arms if seed in one.seeds else ():
-                quiet = NO_SAMPLES if one.point or seed != study.seeds[0] else ()
-                config, words = _configure(experiments, arm, one, [*quiet, *overrides])
-                config = replace(config, seed=seed)
-                if config.aligned_rows is None:  # else a run of this study makes the file
-                    config.require_paths()
-                key = repr({name: value for name, value in flatten(config).items() if not name.startswith(SAMPLES)})
-                values = {name: value for name, value in flatten(config).items() if name not in ("name", "run.dir")}
-                other = of_arms.setdefault((one.use, seed, repr((values, one.point))), arm.name)
-                if other != arm.name:
-                    raise ValueError(f"{one.use}: the arms {other} and {arm.name} have equal configs; expected another")
-                before = runs[key].roles if key in runs else {}
-                plain = arm.name == arm.experiment and all(word.partition("=")[0] in arm.own for word in words)
-                role = Role(one.group, arm, " ".join(setting_words(one.point)), plain)
-                job = Job(config, label=" ".join([*words, f"seed={seed}"]))
-                # A run with samples serves where none are needed, too.
-                kept = runs[key].job if key in runs and quiet else job
-                runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS)
+    most = max((len(one.seeds) for one in needed), default=0)
+    few = {one.group for one in needed if len(one.seeds) < most} & study.comparisons.keys()
+    order = list(dict.fromkeys(seed for one in needed for seed in one.seeds))
+    turns = [(one.group in few, order.index(seed), seed, one) for one in needed for seed in one.seeds]
+    for *_, seed, one in sorted(turns, key=itemgetter(0, 1)):
+        for arm in one.arms:
+            quiet = NO_SAMPLES if one.point or seed != study.seeds[0] else ()
+            config, words = _configure(experiments, arm, one, [*quiet, *overrides])
+            config = replace(config, seed=seed)
+            if config.aligned_rows is None:  # else a run of this study makes the file
+                config.require_paths()
+            key = repr({name: value for name, value in flatten(config).items() if not name.startswith(SAMPLES)})
+            values = {name: value for name, value in flatten(config).items() if name not in ("name", "run.dir")}
+            other = of_arms.setdefault((one.use, seed, repr((values, one.point))), arm.name)
+            if other != arm.name:
+                raise ValueError(f"{one.use}: the arms {other} and {arm.name} have equal configs; expected another")
+            before = runs[key].roles if key in runs else {}
+            plain = arm.name == arm.experiment and all(word.partition("=")[0] in arm.own for word in words)
+            role = Role(one.group, arm, " ".join(setting_words(one.point)), plain)
+            job = Job(config, label=" ".join([*words, f"seed={seed}"]))
+            # A run with samples serves where none are needed, too.
+            kept = runs[key].job if key in runs and quiet else job
+            runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS)
     return list(runs.values())
 
 

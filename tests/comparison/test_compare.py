@@ -210,18 +210,30 @@ def test_an_endpoint_that_a_run_lacks_names_what_it_has(name: str, words: str, t
 def test_forgetting_of_other_texts_is_refused(changed: dict[str, Any], named: str, tmp_path: Path) -> None:
     one, other = (read_run(write_run(tmp_path, arm, forgotten=0.5)) for arm in ARMS)
     endpoint = Endpoint("forgetting.text.text_rows.nll")
-    endpoint.require_one_text([one, other])
+    endpoint.require_one_measurement([one, other])
     record = other.records("forgetting")[-1]["forgetting"]["text"]
     record["name"] = "moved"  # the same text by its numbers
-    endpoint.require_one_text([one, other])
+    endpoint.require_one_measurement([one, other])
     record |= changed
     with pytest.raises(IncomparableError, match=f"endpoint forgetting.text.* {named}"):
-        endpoint.require_one_text([one, other])
+        endpoint.require_one_measurement([one, other])
     plan = Plan(primary=endpoint.name, secondary=[])
     with pytest.raises(IncomparableError, match=named):
         compare(plan, Arms({0: [one]}, {0: [other]}, ()))
-    Endpoint("val.image.nll").require_one_text([one, other])
-    Endpoint("forgetting.second_text.text_rows.nll").require_one_text([one, other])
+    Endpoint("val.image.nll").require_one_measurement([one, other])
+    Endpoint("forgetting.second_text.text_rows.nll").require_one_measurement([one, other])
+
+
+def test_samples_of_other_settings_are_refused_unless_the_plan_varies_them(tmp_path: Path) -> None:
+    one = read_run(write_run(tmp_path, ARMS[0]))
+    other = read_run(write_run(tmp_path, ARMS[1], config={"samples.temperature": 0.2, "samples.preference_scenes": 7}))
+    samples = Endpoint("report.samples.accuracy.all.right")
+    with pytest.raises(IncomparableError, match=r"not measured alike: samples.temperature 1.0 \(1 runs\), 0.2"):
+        samples.require_one_measurement([one, other])
+    samples.require_one_measurement([one, other], ("samples.temperature",))
+    with pytest.raises(IncomparableError, match=r"samples.preference_scenes 500 \(1 runs\), 7"):
+        Endpoint("report.iid.preference.kind.preferred").require_one_measurement([one, other])
+    Endpoint("report.text_floor_nll").require_one_measurement([one, other])
 
 
 def test_tokens_saved_are_those_that_the_worse_run_needs_more() -> None:

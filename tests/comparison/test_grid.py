@@ -23,6 +23,7 @@ from t2i_lm.comparison.plan import Arm, Plan
 from t2i_lm.comparison.study_plan import Study
 from t2i_lm.comparison.tables import as_json, text
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.plots.gap import gap_caption
 from t2i_lm.storage.run_folder import Run
 from t2i_lm.training.study_results import Results, figures_of, results_of, write_results
 from tests.comparison.test_compare import set_environment
@@ -190,9 +191,10 @@ def test_points_of_other_data_or_numerics_are_refused(entry: dict[str, Any], nam
 
 def test_contrasts_between_points_are_paired_by_seed() -> None:
     results = made({"over": {"data.batch_size": [8, 16]}, "where": {"trainer.max_steps": 400}})
-    (line,) = grid_table(results.grids[0]).lines
+    line, percent = grid_table(results.grids[0]).lines
     assert line.startswith("difference at 16 minus that at 8: ")
-    assert "n = 3" in line
+    assert " points of percent of t2i_scratch, 95 % t-interval " in percent
+    assert all("n = 3" in one and one.endswith(" (Holm)") for one in (line, percent))
 
 
 def test_several_arms_are_rows_against_the_last() -> None:
@@ -216,6 +218,24 @@ def test_the_gap_by_tokens_has_its_fits_figure_and_numbers(tmp_path: Path) -> No
     written = json.loads((tmp_path / "one_gap.json").read_text())
     assert [one["tokens_saved"] > 0 for one in written["lengths"]] == [True] * 6
     assert "fit to a constant, a t^-b + c" in (tmp_path / "one_gap.txt").read_text()
+
+
+def test_longer_lengths_of_fewer_seeds_are_a_curve_of_their_own() -> None:
+    lengths = {"over": {"trainer.max_steps": [200, 400, 800, 1600]}}
+    comparisons = {"all": {**lengths, "seeds": [0, 1, 2]}, "long": {**lengths, "seeds": [0]}}
+    study = Study(seeds=[0, 1, 2], secondary=[], comparisons=comparisons)
+
+    def found(plan: Plan) -> Arms:
+        return pair_arms(
+            plan,
+            {arm: [run_of(plan.parsed[arm], seed, plan.where) for seed in plan.seeds] for arm in plan.parsed},
+            (),
+            Path(),
+        )
+
+    made = [make_comparison(name, plan, partial(found, plan)) for name, plan in study.plans().items()]
+    curves = results_of(study, made).curves
+    assert [(curve.name, curve.lengths[0].statistics.n) for curve in curves] == [("all", 3), ("long", 1)]
 
 
 def test_lengths_of_several_comparisons_are_one_curve() -> None:
@@ -250,6 +270,7 @@ def test_the_gap_is_redrawn_from_run_folders_alone(tmp_path: Path, capsys: pytes
     assert [one.steps for one in curve.lengths] == steps[1:-1]
     assert "left out, of other settings: 4 runs" in curve.notes
     assert figures.main(["--figure", "gap", "--runs", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+    assert ". Longest: scale demo, " in gap_caption(curve)
     redrawn = json.loads((tmp_path / "figures" / "figure_gap.json").read_text())
     assert [one["mean"] for one in redrawn["lengths"]] == [one.statistics.mean for one in curve.lengths]
     assert "no fit to zero: 3 lengths, 5 required" in capsys.readouterr().out

@@ -38,6 +38,23 @@ def evaluated(runs: Path, fid: float, **card: Any) -> None:
     (folder / "coco.json").write_text(json.dumps(result))
 
 
+def test_an_earlier_checkpoint_is_named(tmp_path: Path) -> None:
+    for step, fid in ((100, 250.0), (300, 30.0)):
+        evaluated(tmp_path, fid)
+        file = next(tmp_path.glob(f"*/*/evaluations/step-{fid}/coco.json"))
+        result = json.loads(file.read_text())
+        digest = f"{step:064d}"
+        file.write_text(json.dumps(result | {"checkpoint": f"step-{step:08d}.ckpt", "checkpoint_sha256": digest}))
+        checkpoints = file.parents[2] / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        (checkpoints / f"step-{step:08d}.ckpt.sha256").write_text(f"{digest}  step-{step:08d}.ckpt\n")
+    names = {system.fid: system.name for system in own_systems(tmp_path.glob("*/*"))}
+    assert names == {
+        250.0: "t2i_pretrained (step-00000100, an earlier checkpoint): COCO FID-30k",
+        30.0: "t2i_pretrained: COCO FID-30k",
+    }
+
+
 def test_only_comparable_evaluations_look_like_published_ones(tmp_path: Path) -> None:
     evaluated(tmp_path, 21.5)
     evaluated(tmp_path, 33.25, prompts=10)

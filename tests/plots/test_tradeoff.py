@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from t2i_lm import remedies
+from t2i_lm.comparison.comparability import IncomparableError
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.values import key_types
 from t2i_lm.evaluation.forgetting import write_completions
@@ -101,6 +102,23 @@ def test_the_curves_of_forgetting_equal_the_metrics_file(runs: Path) -> None:
     assert [float(y) for y in lines["Text rows (nonfiction)/pretrained/raw"].get_ydata()] == best
     assert "copa text_rows accuracy" in drawing.table
     assert "second_text text_rows nll" in drawing.table
+
+
+@pytest.mark.parametrize(("name", "arm"), [("forgetting", "t2i_scratch"), ("remedies", "remedy_replay")])
+def test_other_held_out_texts_are_refused_in_one_figure(name: str, arm: str, tmp_path: Path) -> None:
+    write_run(tmp_path, "t2i_pretrained", forgotten=7.5)
+    replayed = {"data.replay_ratio": 0.5} if arm == "remedy_replay" else {}
+    folder = write_run(tmp_path, arm, config=replayed, forgotten=0.4)
+    FIGURES[name](Request(tmp_path, strict=True))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "forgetting" in line:
+            line["forgetting"]["text"] |= {"name": "mine", "targets": 99, "floors": {"unigram": {"nll": 3.0}}}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        IncomparableError, match=r"not measured on the same text: targets 512 \(1 runs\), 99 \(1 runs\)"
+    ):
+        FIGURES[name](Request(tmp_path))
 
 
 def test_floors_are_drawn_and_tabled(runs: Path) -> None:

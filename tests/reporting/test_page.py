@@ -13,8 +13,10 @@ from t2i_lm import compare, report
 from t2i_lm.generation.grid import save_grid
 from t2i_lm.plots.catalogue import FIGURES, figure2
 from t2i_lm.reporting.claims import CLAIMS
+from t2i_lm.reporting.provenance import config_hash
+from t2i_lm.reporting.setup import setup_rows
 from t2i_lm.storage.owner import own
-from t2i_lm.storage.run_folder import OWNER
+from t2i_lm.storage.run_folder import OWNER, read_run
 from tests.plots.synthetic_runs import EXPERIMENTS, read_lines, write_probe, write_relearning, write_run
 from tests.reporting.parsed import Element, parse
 
@@ -365,3 +367,70 @@ def test_set_up_stands_beside_the_papers(full: tuple[Path, str]) -> None:
     assert rows["learning rate"][0] == "peak 0.002, cosine, 20 warm-up steps"
     assert rows["text : image"][0] == "1 : 3.4 in validation"
     assert rows["data"][1] == "HQITP, 134M image-caption pairs, private"
+
+
+def test_what_is_lost_is_of_the_compared_runs(tmp_path: Path, page: Command) -> None:
+    for seed in range(3):
+        for folder in write_pair(tmp_path, seed, 1 + seed, forgotten=7.5):
+            vary(folder, 0.01 * seed * ("scratch" in str(folder)))
+    newer = write_pair(tmp_path, day=9, data_hash="f" * 16, config={"trainer.max_steps": 100}, forgotten=0.1)
+    _, found, _ = page(tmp_path)
+    answer = found.one("section", id="answer").text
+    assert "+7.5000" in answer
+    assert "+0.1000" not in answer
+    assert newer[0].name not in answer
+
+
+def test_the_set_up_gives_both_arms_values_where_they_differ(tmp_path: Path) -> None:
+    folders = (
+        write_run(tmp_path, name, config={"optim.lr": rate}) for name, rate in zip(ARMS, (1e-3, 4e-3), strict=True)
+    )
+    rows = {row[0]: row[1] for row in setup_rows(dict(zip(("one", "two"), map(read_run, folders), strict=True)), [0])}
+    assert rows["learning rate"].startswith("one: peak 0.001, cosine")
+    assert "; two: peak 0.004, cosine" in rows["learning rate"]
+    assert "one: " not in rows["sequence"]
+
+
+def test_ids_of_an_image_are_counted_with_and_without_captions(tmp_path: Path) -> None:
+    for task, boundary in (("text_to_image", 5), ("unconditional", 3)):
+        folder = write_run(tmp_path / task, "uncond_scratch", config={"task": task})
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            if "val" in line:
+                line["val"]["image"]["count"], line["val"]["boundary"]["count"] = 64_000, 1000 * boundary
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rows = {row[0]: row[1] for row in setup_rows({"one": read_run(folder)}, [])}
+        assert rows["image tokenizer"].endswith(" to 64 ids")
+
+
+def test_equal_pairs_are_said_to_be_equal(tmp_path: Path, page: Command) -> None:
+    for seed in range(3):
+        write_pair(tmp_path, seed, 1 + seed)
+    _, found, _ = page(tmp_path)
+    answer = found.one("section", id="answer").text
+    assert "Undecided: every pair is equal; the runs may be copies." in answer
+    assert "too small" not in answer
+
+
+def test_the_hash_of_a_config_is_that_of_what_is_computed(tmp_path: Path) -> None:
+    paths = {"data.path": "/somewhere", "image_tokenizer.path": "/tokenizer", "backbone.path": "/backbone"}
+    elsewhere, other = paths | {"data.path": "/elsewhere"}, paths | {"optim.lr": 0.5}
+    runs = [
+        read_run(write_run(tmp_path / str(number), ARMS[0], config=config))
+        for number, config in enumerate((paths, elsewhere, other))
+    ]
+    one, moved, changed = map(config_hash, runs)
+    assert one == moved != changed
+
+
+def test_arms_that_were_sampled_differently_are_named(tmp_path: Path, page: Command) -> None:
+    pair = [
+        write_run(tmp_path, name, config={"samples.temperature": t}) for name, t in zip(ARMS, (1.0, 0.2), strict=True)
+    ]
+    for folder in pair:
+        write_samples(folder, ["a red disc"])
+    _, found, _ = page(tmp_path)
+    assert (
+        "NOT CONTROLLED: samples.temperature: pre-trained 1.0, random weights 0.2"
+        in found.one("section", id="samples").text
+    )

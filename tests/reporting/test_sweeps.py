@@ -1,5 +1,6 @@
 """Sweeps on the page: of one key, and of two where runs fill a grid."""
 
+import json
 from itertools import product
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_runs_that_fill_a_grid_are_one_sweep_of_two_keys(tmp_path: Path) -> None
         "Sweep of data.batch_size and optim.lr, lowest held-out image loss (nats/token): pre-trained "
     )
     assert " at 4 equal values, " in gaps
-    assert gaps.startswith("Random weights minus pre-trained: +")
+    assert gaps.startswith("Random weights minus pre-trained, at equal seeds: +")
     assert gaps.endswith("1 seed per value, no interval.")
     command = sweep.command(EXPERIMENTS)
     arms = "--arm t2i_pretrained --arm t2i_scratch"
@@ -56,7 +57,7 @@ def test_a_longer_line_through_a_grid_is_shown_beside_it_and_other_runs_are_name
     assert not notes
     write_run(tmp_path / "sweep", ARMS[0], "20260302-100000", config={"optim.lr": 0.007, "data.length": 80})
     _, notes = find_sweeps(RunSearch(tmp_path).sweep_pool())
-    assert notes == [f"in no sweep: {tmp_path / 'sweep' / ARMS[0] / '20260302-100000-demo'}"]
+    assert notes == [f"in no sweep, or repeated since: {tmp_path / 'sweep' / ARMS[0] / '20260302-100000-demo'}"]
 
 
 def test_seeds_that_some_values_lack_are_counted(tmp_path: Path) -> None:
@@ -71,3 +72,29 @@ def test_arms_of_two_tasks_keep_their_names(tmp_path: Path) -> None:
     write_sweep(tmp_path, [{"optim.lr": rate} for rate in (0.001, 0.002)], arms)
     (sweep,), _ = find_sweeps(RunSearch(tmp_path).sweep_pool())
     assert {one.arm for one in sweep.outcomes} == {*arms}
+
+
+def test_best_values_and_gaps_are_those_of_the_table_and_repetitions_are_no_seeds(tmp_path: Path) -> None:
+    def run(number: int, arm: str, rate: float, seed: int, loss: float) -> None:
+        config = {"optim.lr": rate, "seed": seed}
+        folder = write_run(tmp_path / "sweep", arm, f"20260301-{100000 + number}", config=config)
+        file = folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            if "val" in line:
+                line["val"]["image"]["nll"] = loss
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    for number, arm in enumerate(ARMS):
+        run(10 * number, arm, 0.001, 0, 2.0)
+        run(10 * number + 1, arm, 0.002, 0, 2.05)
+    run(2, ARMS[0], 0.002, 1, 1.5)  # an easier seed, of one arm at one value
+    run(3, ARMS[0], 0.001, 0, 1.9)  # the same run again
+    (sweep,), notes = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    best, gaps = sweep.sentences()
+    assert best.endswith("pre-trained 1.9000 at optim.lr=0.001; random weights 2.0000 at optim.lr=0.001.")
+    assert "at equal seeds: +0.0000 to +0.1000 at 2 equal values, +0.1000 with each at its best" in gaps
+    assert gaps.endswith("1 to 2 seeds per value, no interval.")
+    assert "1.9000" in sweep.figure().table
+    assert len(sweep.figure().arms) == 5
+    assert notes == [f"in no sweep, or repeated since: {tmp_path / 'sweep' / ARMS[0] / '20260301-100000-demo'}"]

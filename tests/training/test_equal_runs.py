@@ -14,6 +14,7 @@ from t2i_lm.config.load import load_experiment, save_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.data.identity import data_contents
 from t2i_lm.data.scenes.version import SCENES_FORMAT
+from t2i_lm.models.factory import architecture_hashes
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, CONTENTS, ENVIRONMENT, REPORT, THINNED
 from t2i_lm.training import equal_runs
@@ -156,6 +157,21 @@ def test_a_run_on_data_that_has_changed_stands_for_no_job(key: str, file: str, t
     data.unlink()
     equal_runs._content.cache_clear()
     assert find_equal_run(config) == ((None, False) if key == "data.path" else (run, True))  # an empty folder is left
+
+
+def test_a_run_of_an_edited_architecture_stands_for_no_job(tmp_path: Path) -> None:
+    size = tmp_path / "size.json"
+    size.write_text((EXPERIMENTS / "sizes" / "1m.json").read_text())
+    values = ["backbone.path=null", f"backbone.config={size}", f"run.dir={tmp_path}"]
+    config = load_experiment(EXPERIMENTS / "t2i_scratch.yaml", "demo", values)
+    run = tmp_path / config.name / "20260101-000000-demo"
+    run.mkdir(parents=True)
+    save_experiment(config, run / CONFIG)
+    (run / ENVIRONMENT).write_text(json.dumps({"scenes": SCENES_FORMAT, "configs": architecture_hashes(config)}))
+    (run / REPORT).write_text("{}")
+    assert find_equal_run(config) == (run, True)
+    size.write_text((EXPERIMENTS / "sizes" / "3m.json").read_text())
+    assert find_equal_run(config) == (None, False)
 
 
 def test_a_run_whose_files_are_gone_still_stands_for_its_jobs(tmp_path: Path) -> None:

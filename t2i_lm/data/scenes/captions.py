@@ -261,17 +261,20 @@ def _alter(scene: Scene, attribute: str, place: int, rng: random.Random) -> Scen
 
 
 @cache
-def caption_nats() -> float:
+def caption_nats(space: str = "trained") -> float:
     """Entropy of a training caption in nats: the expectation of `-Description.log_prob`, exactly.
 
     The lower bound of the summed text loss of a new training scene (`train`, `iid`).
+
+    Args:
+        space: of the training scenes; `every_pair` with `data.hold_out_pairs=false`.
     """
-    return sum(stratum.share / BLOCK * _caption_nats(stratum) for stratum in STRATA)
+    return sum(stratum.share / BLOCK * _caption_nats(stratum, space) for stratum in STRATA)
 
 
-def _caption_nats(stratum: Stratum) -> float:
+def _caption_nats(stratum: Stratum, space: str) -> float:
     """The expectation over a stratum's scenes and captions."""
-    described = contents("trained", stratum.family)
+    described = contents(space, stratum.family)
     nats = -math.log(stratum.share / BLOCK) + math.log(len(described))
     # Words of each named shape; both are synonyms drawn uniformly.
     nouns = [
