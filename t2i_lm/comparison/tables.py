@@ -145,7 +145,7 @@ def setting(plan: Plan, arms: Arms) -> str:
     chosen = "".join(f", {key}={value}" for key, value in plan.where.items())
     chosen += "".join(f", {arm.name} {' '.join(setting_words(arm.own))}" for arm in plan.parsed.values() if arm.own)
     return (
-        f"{len(arms.seeds)} seeds ({seeds}), scale {plan.scale}{chosen}, "
+        f"{len(arms.seeds)} seed{'s' * (len(arms.seeds) > 1)} ({seeds}), scale {plan.scale}{chosen}, "
         f"data hash {arms.runs[0].environment.get('data_hash')}"
     )
 
