@@ -57,8 +57,8 @@ def test_a_study_has_each_run_once_seed_by_seed_in_the_folder_of_its_setting(pla
         (4, "t2i_pretrained", ("slower",), "here/study/optim.lr=1e-4"),
         (4, "t2i_scratch", ("slower",), "here/study/optim.lr=1e-4"),
     ]
-    assert {run.job.config.samples.prompts > 0 for run in runs if run.seed == 3} == {True}
-    assert {run.job.config.samples.prompts > 0 for run in runs if run.seed == 4} == {False}
+    with_samples = [run for run in runs if run.job.config.samples.prompts > 0]
+    assert with_samples == [run for run in runs if run.seed == 3 and "pretraining" in run.uses]
 
 
 def test_a_value_of_a_setting_wins_over_one_for_every_run(plan: Path) -> None:
@@ -70,6 +70,17 @@ def test_a_value_of_a_setting_wins_over_one_for_every_run(plan: Path) -> None:
 def configs(plan: Path, content: str, *overrides: str) -> list[StudyRun]:
     plan.write_text(content)
     return study_runs(read_study(plan), plan.parent, overrides)
+
+
+def test_every_run_whose_samples_are_an_endpoint_has_some(plan: Path) -> None:
+    endpoint = "primary: report.iid.preference.kind.preferred, margin: '0.02', secondary: []"
+    rates = "{over: {optim.lr: [1e-3, 2e-3]}}"
+    runs = configs(plan, f"seeds: [0, 1]\ncomparisons: {{plain: {{}}, measured: {{{endpoint}, {rates[1:]}}}")
+    with_samples = {(run.seed, run.uses) for run in runs if run.job.config.samples.preference_scenes > 0}
+    names = {use for _, uses in with_samples for use in uses}
+    assert names == {"plain", "measured_optim.lr=1e-3", "measured_optim.lr=2e-3"}
+    assert {seed for seed, uses in with_samples if uses != ("plain",)} == {0, 1}
+    assert {seed for seed, uses in with_samples if uses == ("plain",)} == {0}
 
 
 def test_seeds_are_trained_one_after_the_other_and_comparisons_of_fewer_seeds_last(plan: Path) -> None:

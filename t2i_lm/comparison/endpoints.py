@@ -87,8 +87,7 @@ class Endpoint:
         Raises:
             IncomparableError: naming what each was measured on, or with.
         """
-        if self.name.startswith(f"{REPORT}."):
-            self._require_one_setting(runs, varied)
+        self._require_one_setting(runs, varied)
         if not self.name.startswith(f"{FORGETTING}."):
             return
         found = [self._measured_on(run) for run in runs]
@@ -104,11 +103,14 @@ class Endpoint:
                     f"endpoint {self.name}: forgetting was not measured on the same text: {key} {words}"
                 )
 
+    @property
+    def setting_keys(self) -> tuple[str, ...]:
+        """Config keys of sampling that it depends on; empty where it is measured without samples and preference."""
+        source, *path = self.name.split(".")
+        return next((SETTINGS[part] for part in path if source == REPORT and part in SETTINGS), ())
+
     def _require_one_setting(self, runs: Sequence[Run], varied: tuple[str, ...]) -> None:
-        kind = next((part for part in self.name.split(".") if part in SETTINGS), None)
-        if kind is None:
-            return
-        for key in (name for name in SETTINGS[kind] if name not in varied):
+        for key in (name for name in self.setting_keys if name not in varied):
             counts = Counter(config_values(run).get(key) for run in runs)
             if len(counts) > 1:
                 words = ", ".join(f"{value} ({count} runs)" for value, count in counts.items())

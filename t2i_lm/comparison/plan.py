@@ -181,6 +181,11 @@ class Plan:
         return parse_arms(self.arms)
 
     @property
+    def endpoints(self) -> list[Endpoint]:
+        """The primary endpoint, then the secondary ones."""
+        return [Endpoint(name) for name in (self.primary, *self.secondary)]
+
+    @property
     def own_keys(self) -> frozenset[str]:
         """Config keys of which an arm has a value of its own."""
         return frozenset(key for arm in self.parsed.values() for key in arm.own)

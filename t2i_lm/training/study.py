@@ -95,8 +95,9 @@ def study_runs(
 
     Comparisons of fewer seeds than others come last.
 
-    The first seed generates samples as its experiments say, other seeds and the points of a grid none. Where a grid is
-    over `trainer.max_steps`, the keys in IN_STEPS follow in proportion.
+    Samples are generated as the experiments say for the first seed of the first comparison, which the report shows, and
+    for every run of a comparison whose endpoints are measured on them; other runs and points of a grid have none. Where
+    a grid is over `trainer.max_steps`, the keys in IN_STEPS follow in proportion.
 
     Args:
         study: the plan.
@@ -115,10 +116,14 @@ def study_runs(
     most = max((len(one.seeds) for one in needed), default=0)
     few = {one.group for one in needed if len(one.seeds) < most} & study.comparisons.keys()
     order = list(dict.fromkeys(seed for one in needed for seed in one.seeds))
+    plans = study.plans()
+    sampled = {name for name, plan in plans.items() if any(one.setting_keys for one in plan.endpoints)}
+    first = next((one.group for one in needed if not one.point), None)
     turns = [(one.group in few, order.index(seed), seed, one) for one in needed for seed in one.seeds]
     for *_, seed, one in sorted(turns, key=itemgetter(0, 1)):
         for arm in one.arms:
-            quiet = NO_SAMPLES if one.point or seed != study.seeds[0] else ()
+            shown = one.group == first and seed == study.seeds[0] and not one.point
+            quiet = () if shown or one.use in sampled else NO_SAMPLES
             config, words = _configure(experiments, arm, one, [*quiet, *overrides])
             config = replace(config, seed=seed)
             if config.aligned_rows is None:  # else a run of this study makes the file
