@@ -63,9 +63,7 @@ def compare(plan: Plan, arms: Arms) -> list[Result]:
     Raises:
         ValueError: if a run lacks an endpoint, naming what it has; if they were not measured alike.
     """
-    results = [
-        _result(plan, arms, Endpoint(name), number == 0) for number, name in enumerate((plan.primary, *plan.secondary))
-    ]
+    results = [_result(plan, arms, endpoint, number == 0) for number, endpoint in enumerate(plan.endpoints)]
     results = [results[0], *_corrected(results[1:])]
     # A look at a part of the planned seeds is no test at level alpha.
     return [one if one.missing else replace(one, verdict=_verdict(one.statistics, plan.alpha)) for one in results]
@@ -119,18 +117,12 @@ def _rounding_sd(endpoint: Endpoint, repeated: Sequence[Sequence[Run]]) -> float
 
 def _corrected(results: Sequence[Result]) -> list[Result]:
     """Secondary results with p-values corrected for the number of tests of each kind."""
-    different = _holm([one.statistics.p_difference for one in results])
-    equivalent = _holm([one.statistics.p_equivalence for one in results])
+    different = holm([one.statistics.p_difference for one in results])
+    equivalent = holm([one.statistics.p_equivalence for one in results])
     return [
         replace(one, statistics=replace(one.statistics, p_difference=difference, p_equivalence=equivalence))
         for one, difference, equivalence in zip(results, different, equivalent, strict=True)
     ]
-
-
-def _holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """`holm` of the tests that were made."""
-    adjusted = iter(holm([value for value in p_values if value is not None]))
-    return [None if value is None else next(adjusted) for value in p_values]
 
 
 def _verdict(statistics: PairedStatistics, alpha: float) -> str:

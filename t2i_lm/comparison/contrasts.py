@@ -32,13 +32,10 @@ def contrasts(grid: Grid) -> list[str]:
             if shared := sorted(mine.keys() & other.keys()):
                 statistics = paired_statistics([mine[seed] - other[seed] for seed in shared], alpha=one.plan.alpha)
                 found.append((f"{prefix}difference at {labels[-1]} minus that at {name}", one, statistics, percent))
-    p_values = [statistics.p_difference for _, _, statistics, _ in found]
-    tested = [p for p in p_values if p is not None]
-    corrected = iter(holm(tested))
-    several = " (Holm)" * (len(tested) > 1)
+    p_values = holm([statistics.p_difference for _, _, statistics, _ in found])
+    several = " (Holm)" * (len(p_values) - p_values.count(None) > 1)
     lines = []
-    for words, one, statistics, percent in found:
-        p = None if statistics.p_difference is None else next(corrected)
+    for (words, one, statistics, percent), p in zip(found, p_values, strict=True):
         if percent:
             unit = f" points of percent of {[*one.plan.parsed][1]}"
             value, interval = f"{statistics.mean:+.2f}", statistics.t_interval

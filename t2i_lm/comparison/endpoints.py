@@ -11,7 +11,7 @@ Names:
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,11 +110,10 @@ class Endpoint:
         return next((SETTINGS[part] for part in path if source == REPORT and part in SETTINGS), ())
 
     def _require_one_setting(self, runs: Sequence[Run], varied: tuple[str, ...]) -> None:
-        for key in (name for name in self.setting_keys if name not in varied):
-            counts = Counter(config_values(run).get(key) for run in runs)
-            if len(counts) > 1:
-                words = ", ".join(f"{value} ({count} runs)" for value, count in counts.items())
-                raise IncomparableError(f"endpoint {self.name}: the runs were not measured alike: {key} {words}")
+        keys = [key for key in self.setting_keys if key not in varied]
+        for key, values in unequal_settings(runs, keys).items():
+            words = ", ".join(f"{value} ({count} runs)" for value, count in Counter(values).items())
+            raise IncomparableError(f"endpoint {self.name}: the runs were not measured alike: {key} {words}")
 
     def _measured_on(self, run: Run) -> dict[str, Any]:
         """What tells apart the texts, or questions, of a run's last measurement; an older run may lack some."""
@@ -135,6 +134,13 @@ class Endpoint:
             return self.value(first) - self.value(second)
         modality = self.name.removeprefix(f"{TOKENS_SAVED}.")
         return tokens_saved(_curve(first, modality), _curve(second, modality))
+
+
+def unequal_settings(runs: Sequence[Run], keys: Iterable[str]) -> dict[str, list[Any]]:
+    """Each run's value of the config keys in which they differ, neutral ones too."""
+    configs = [config_values(run) for run in runs]
+    values = {key: [config.get(key) for config in configs] for key in keys}
+    return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
 
 
 # Points (tokens seen, loss) of a curve, by tokens.

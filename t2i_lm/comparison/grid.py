@@ -276,20 +276,12 @@ def _at_best(pair: _Pair, grid: Grid) -> Comparison:
 
 def labeled_points(grid: Grid) -> list[tuple[tuple[str, ...], Comparison, float | None]]:
     """Labels, comparison and corrected p-value of every point; points that lack seeds are no tests."""
-    p_values = {
-        number: one.results[0].statistics.p_difference
-        for number, one in enumerate(grid.comparisons)
-        if one.results and not one.results[0].missing and one.results[0].statistics.p_difference is not None
-    }
-    corrected = dict(zip(p_values, holm([value for value in p_values.values() if value is not None]), strict=True))
+    tested = [one.results[0] if one.results and not one.results[0].missing else None for one in grid.comparisons]
+    corrected = holm([None if result is None else result.statistics.p_difference for result in tested])
     several = "arm" in grid.labels[:1]
     return [
-        (
-            (*([next(iter(one.plan.parsed))] if several else []), *map(str, member.point.values())),
-            one,
-            corrected.get(number),
-        )
-        for number, (member, one) in enumerate(zip(grid.family.members, grid.comparisons, strict=True))
+        ((*([next(iter(one.plan.parsed))] if several else []), *map(str, member.point.values())), one, p)
+        for member, one, p in zip(grid.family.members, grid.comparisons, corrected, strict=True)
     ]
 
 

@@ -169,7 +169,7 @@ class Plan:
         require(0 < self.alpha < 0.5, "alpha", self.alpha, "a value in (0, 0.5)")
         Margin.parse(self.margin)
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "each seed once")
-        names = [Endpoint(name).name for name in (self.primary, *self.secondary)]
+        names = [endpoint.name for endpoint in self.endpoints]
         require(len(set(names)) == len(names), "secondary", self.secondary, "each endpoint once, and not the primary")
         for arm in self.parsed.values():
             for key in arm.own:

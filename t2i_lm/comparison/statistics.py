@@ -90,12 +90,16 @@ def pairs_for_equivalence(margin: float, sd: float, alpha: float = 0.05) -> int 
     return _pairs_needed(lambda pairs: power_of_equivalence(margin, sd, pairs, alpha))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for their number, which controls the family-wise error rate (Holm, 1979)."""
-    count, largest = len(p_values), 0.0
-    adjusted = [0.0] * count
-    for rank, place in enumerate(sorted(range(count), key=lambda number: p_values[number])):
-        largest = max(largest, min(1.0, (count - rank) * p_values[place]))
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """P-values adjusted for their number, which controls the family-wise error rate (Holm, 1979).
+
+    None, a test that was not made, stays None and does not count.
+    """
+    tests = sorted((value, place) for place, value in enumerate(p_values) if value is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (value, place) in enumerate(tests):
+        largest = max(largest, min(1.0, (len(tests) - rank) * value))
         adjusted[place] = largest
     return adjusted
 

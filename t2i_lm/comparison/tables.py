@@ -69,7 +69,7 @@ def sentence(plan: Plan, result: Result) -> str:
         return f"{UNDECIDED}, one pair"
     if result.missing:
         return f"{UNDECIDED}, {_missing(result)}"
-    if result.statistics.t_interval is None:
+    if result.statistics.equal:
         return f"{UNDECIDED}, equal in every pair: copies?"
     return result.verdict
 

@@ -26,8 +26,8 @@ from t2i_lm.plots.sweep import (
 )
 from t2i_lm.runtime.tables import text_table
 
-Place = tuple[str, str]
-# Held-out loss by the values of both keys, and by seed.
+Place = tuple[str, ...]
+# Held-out loss by the values of the keys, and by seed.
 Grid = Mapping[Place, Mapping[int, float]]
 
 
@@ -90,13 +90,12 @@ def draw(keys: Sequence[str], outcomes: Sequence[Outcome], caption: str) -> Figu
 
 
 def grids(outcomes: Sequence[Outcome], modality: str) -> dict[str, Grid]:
-    """The held-out losses by arm, values of both keys and seed."""
+    """The held-out losses by arm, values of the keys and seed."""
     found: dict[str, dict[Place, dict[int, float]]] = {}
     for outcome in outcomes:
         nll = outcome.nll(modality)
         if nll is not None:
-            row, column = outcome.values
-            found.setdefault(outcome.arm, {}).setdefault((row, column), {})[outcome.run.config[SEED]] = nll
+            found.setdefault(outcome.arm, {}).setdefault(tuple(outcome.values), {})[outcome.run.config[SEED]] = nll
     return {**found}
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.comparability import config_values
-from t2i_lm.comparison.endpoints import SETTINGS
+from t2i_lm.comparison.endpoints import SETTINGS, unequal_settings
 from t2i_lm.plots.captions import SPLITS
 from t2i_lm.reporting.findings import arm_label
 from t2i_lm.reporting.images import CaptionedImage, PageImage, captioned_images, whole_image
@@ -101,11 +101,9 @@ def _image(folder: Path, stem: str) -> Path:
 def sampling_notes(arms: Mapping[str, Run]) -> list[str]:
     """Settings in which the arms were sampled or scored differently."""
     notes = []
-    for key in dict.fromkeys(key for keys in SETTINGS.values() for key in keys):
-        values = {arm: config_values(run).get(key) for arm, run in arms.items()}
-        if len({*map(str, values.values())}) > 1:
-            words = ", ".join(f"{arm_label(arm)} {value}" for arm, value in values.items())
-            notes.append(f"NOT CONTROLLED: {key}: {words}")
+    for key, values in unequal_settings([*arms.values()], chain(*SETTINGS.values())).items():
+        words = ", ".join(f"{arm_label(arm)} {value}" for arm, value in zip(arms, values, strict=True))
+        notes.append(f"NOT CONTROLLED: {key}: {words}")
     return notes
 
 

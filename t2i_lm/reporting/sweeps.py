@@ -12,7 +12,7 @@ from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, config_values, d
 from t2i_lm.plots.groups import arms_of
 from t2i_lm.plots.panels import remove_caption
 from t2i_lm.plots.sweep import MODALITIES, SEED, Outcome, distance, present, varied_in
-from t2i_lm.plots.sweep_grid import caption_of, draw, seed_words, tables_of
+from t2i_lm.plots.sweep_grid import caption_of, draw, grids, seed_words, tables_of
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.findings import arm_label, endpoint_label
 from t2i_lm.reporting.images import figure_image
@@ -64,11 +64,7 @@ class Sweep:
         """Each arm's best values, and the distance of the arms at equal values and at their best."""
         modality = present(self.outcomes)[0]
         split = next(iter(self.outcomes[0].run.validation_splits), "")
-        losses: dict[str, dict[tuple[str, ...], dict[int, float]]] = {}
-        for one in self.outcomes:
-            nll = one.nll(modality)
-            if nll is not None:
-                losses.setdefault(one.arm, {}).setdefault(tuple(one.values), {})[one.run.config[SEED]] = nll
+        losses = grids(self.outcomes, modality)
         means = {arm: seed_means(places) for arm, places in losses.items()}
         best = {arm: min(places, key=places.__getitem__) for arm, places in means.items() if places}
         what = endpoint_label(f"val/{split}.{modality}.nll" if split else f"val.{modality}.nll")
