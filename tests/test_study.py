@@ -139,6 +139,15 @@ def test_a_grid_over_steps_takes_warm_up_and_intervals_along(plan: Path) -> None
     }, "less than the experiment's warm-up"
 
 
+def test_steps_of_a_comparison_take_warm_up_and_intervals_along(plan: Path) -> None:
+    runs = configs(plan, "seeds: [0]\ncomparisons: {one: {where: {trainer.max_steps: 300, log.interval: 5}}}")
+    seen = {
+        (one.trainer.max_steps, one.optim.warmup_steps, one.trainer.val_check_interval, one.log.interval)
+        for one in (run.job.config for run in runs)
+    }
+    assert seen == {(300, 10, 100, 5)}
+
+
 def test_runs_of_an_equal_config_stand_for_each_other_whatever_plan_made_them(plan: Path, tmp_path: Path) -> None:
     where = f"run.dir={tmp_path}"
     made = configs(plan, "seeds: [0]\ncomparisons: {one: {where: {optim.lr: 1e-3, data.batch_size: 8}}}", where)

@@ -11,11 +11,13 @@ import yaml
 from t2i_lm.comparison.comparability import (
     ENVIRONMENT,
     ORDER,
+    SEED,
     IncomparableError,
     config_values,
     differences,
     environment_value,
     following,
+    precisions,
     revisions,
 )
 from t2i_lm.comparison.plan import Plan, setting_words
@@ -23,7 +25,6 @@ from t2i_lm.config.values import Plain, read_value
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 
-SEED = "seed"
 REVISIONS = "code revisions"  # start of the note on several
 
 
@@ -93,6 +94,7 @@ def pair_arms(
             *_absent(plan, first, second),
             *_by_design(plan, arms),
             *([] if ORDER in following(plan.own_keys) else _order(arms, strict)),
+            *_precisions(arms.runs),
             *([f"{REVISIONS}: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
         ),
     )
@@ -220,6 +222,15 @@ def _order(arms: Arms, strict: bool) -> list[str]:
     if other and strict:
         raise IncomparableError(f"seed {', '.join(map(str, other))}: the arms saw the data in another order")
     return [f"NOT CONTROLLED: seed {seed}: the arms saw the data in another order" for seed in other]
+
+
+def _precisions(runs: Sequence[Run]) -> list[str]:
+    """A note on seeds of several precisions."""
+    seeds: dict[str, list[int]] = {}
+    for seed, names in sorted(precisions(runs).items()):
+        seeds.setdefault(names[0], []).append(seed)
+    words = "; ".join(f"{name}: seeds {', '.join(map(str, numbers))}" for name, numbers in seeds.items())
+    return [f"precision by seed, equal in both arms: {words}"] if len(seeds) > 1 else []
 
 
 def _nothing_to_pair(plan: Plan, root: Path, found: Mapping[str, Sequence[Run]], notes: Sequence[str]) -> str:

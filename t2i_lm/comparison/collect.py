@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from t2i_lm.comparison.arms import SEED, unfinished
-from t2i_lm.comparison.comparability import ARM_KEYS, ENVIRONMENT, ORDER, config_values, differences
+from t2i_lm.comparison.arms import unfinished
+from t2i_lm.comparison.comparability import ARM_KEYS, ENVIRONMENT, ORDER, SEED, config_values, differences
 from t2i_lm.comparison.portable import portable, portable_config
 from t2i_lm.comparison.thinning import TRAIN, thinned_records
 from t2i_lm.config.experiment import is_neutral

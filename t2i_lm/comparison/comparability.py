@@ -9,13 +9,13 @@ from t2i_lm.config.experiment import ExperimentConfig, is_neutral
 from t2i_lm.config.load import flatten_mapping, migrate
 from t2i_lm.storage.run_folder import CONFIG, Run
 
+ORDER, PRECISION, SEED = "order of the data", "precision", "seed"
 # Runs of one figure agree in these.
-PAIR_KEYS = ("data hash", "seed", "scale", "trainer.max_steps", "log.interval", "log.ema")
+PAIR_KEYS = ("data hash", SEED, "scale", "trainer.max_steps", "log.interval", "log.ema")
 # The arm itself: every comparison is between values of these.
 ARM_KEYS = ("name", "init")
 # Paths whose contents a hash of env.json covers.
 HASHED = ("data.path", "data.val_path", "text_tokenizer.path", "image_tokenizer.path")
-ORDER = "order of the data"
 # Entries of env.json that comparable runs share, by dotted key, and their names in a caption.
 ENVIRONMENT = {
     "data_hash": "data hash",
@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "configs.backbone": "backbone config",
     "plugins": "plug-ins",
     "stream_hash": ORDER,
-    "precision": "precision",
+    "precision": PRECISION,
     "numerics": "numerics",  # version of what the code computes
 }
 # Entries that follow from keys of an arm's own, by the beginning of the key.
@@ -66,7 +66,8 @@ def differences(
     """The value of each run by key, for all keys in which runs differ beyond the arm; empty if they are comparable.
 
     Keys are those of the config, without neutral ones and paths that are hashed, and the names in ENVIRONMENT. An entry
-    that env.json lacks is "unknown", which alone is no difference. The code revision is left to `revisions`.
+    that env.json lacks is "unknown", which alone is no difference. The code revision is left to `revisions`. Seeds
+    may be trained on several machines: runs paired by seed share one precision for each seed.
 
     Args:
         runs: the runs to compare.
@@ -79,6 +80,8 @@ def differences(
         values = tuple(environment_value(run, path) for run in runs)
         if len({str(value) for value in values if value is not None}) > 1:
             differing[name] = tuple("unknown" if value is None else value for value in values)
+    if SEED in varied and all(len(names) == 1 for names in precisions(runs).values()):
+        differing.pop(PRECISION, None)
     allowed = {*own, *following(own)}
     return {key: values for key, values in differing.items() if not key.startswith(varied) and key not in allowed}
 
@@ -86,6 +89,15 @@ def differences(
 def following(own: Collection[str]) -> set[str]:
     """The entries of ENVIRONMENT in which arms differ because of keys of their own."""
     return {entry for key in own for start, entries in FOLLOWING.items() if key.startswith(start) for entry in entries}
+
+
+def precisions(runs: Iterable[Run]) -> dict[Any, list[str]]:
+    """The precisions of runs by seed, where env.json has one."""
+    found: dict[Any, set[str]] = {}
+    for run in runs:
+        if (name := environment_value(run, PRECISION)) is not None:
+            found.setdefault(config_values(run)[SEED], set()).add(str(name))
+    return {seed: sorted(names) for seed, names in found.items()}
 
 
 def revisions(runs: Iterable[Run]) -> list[str]:

@@ -7,15 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.arms import SEED, finished_runs, pair_arms
-from t2i_lm.comparison.comparability import (
-    ARM_KEYS,
-    ENVIRONMENT,
-    HASHED,
-    ORDER,
-    config_values,
-    environment_value,
-)
+from t2i_lm.comparison.arms import finished_runs, pair_arms
+from t2i_lm.comparison.comparability import ARM_KEYS, ENVIRONMENT, HASHED, ORDER, SEED, config_values, environment_value
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.decay import Decay, decay_sentences, fit_decay
 from t2i_lm.comparison.endpoints import TOKENS_SAVED

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.arms import SEED, Arms, find_arms, finished_runs, meets, pair_arms
+from t2i_lm.comparison.arms import Arms, find_arms, finished_runs, meets, pair_arms
 from t2i_lm.comparison.best import Best, best_value, common_value, no_best
-from t2i_lm.comparison.comparability import ORDER, IncomparableError, config_values, differences
+from t2i_lm.comparison.comparability import ORDER, SEED, IncomparableError, config_values, differences
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.plan import Plan, require_settable, setting_folder, setting_words

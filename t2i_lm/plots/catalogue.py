@@ -9,8 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from t2i_lm.comparison.arms import SEED
-from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, require_comparable
+from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, require_comparable
 from t2i_lm.comparison.gap import find_gap_curve, gap_json, gap_text
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from t2i_lm.comparison.arms import SEED, Arms, meets, pair_arms, unfinished
-from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, config_values, differences
+from t2i_lm.comparison.arms import Arms, meets, pair_arms, unfinished
+from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, config_values, differences
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.plan import Plan, setting_folder, setting_words
 from t2i_lm.comparison.study_plan import Study

@@ -24,6 +24,7 @@ from t2i_lm.storage.hashing import file_sha256, files_sha256
 from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.writing import atomic_file, write_atomic
 from t2i_lm.tokenizers import movqgan
+from t2i_lm.tokenizers.nearest_codes import ExactIds, by_cell, squared_distances
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -54,10 +55,7 @@ class VQAutoencoder(nn.Module):
 
     def nearest(self, latents_BEhw: Tensor) -> Tensor:
         """Ids (B, h, w) of the nearest codes, computed in float32."""
-        flat = latents_BEhw.permute(0, 2, 3, 1).flatten(0, 2).float()
-        codes = self.codebook.float()
-        # |z - e|^2 without |z|^2, which does not change the order.
-        distance = codes.square().sum(dim=1) - 2 * flat @ codes.T
+        distance = squared_distances(by_cell(latents_BEhw.float()), self.codebook.float())
         return distance.argmin(dim=1).view(latents_BEhw.shape[0], *latents_BEhw.shape[2:])
 
     def embed(self, ids_Bhw: Tensor) -> Tensor:
@@ -102,6 +100,8 @@ class VQTokenizer:
     """An image tokenizer from a trained autoencoder, in float32.
 
     Attributes:
+        exact: encodes an image again where float32 may have rounded to another id; None in tokenizers of other origin,
+            whose ids depend on processor, batch size and threads in one cell of some thousands.
         sha256: of the weights file, with the words of the codes, and the pixel range where that is not [-1, 1].
         pixels: values of black and white.
         low_precision: whether to encode in bfloat16.
@@ -109,6 +109,7 @@ class VQTokenizer:
     """
 
     words: list[str] | None = None
+    exact: ExactIds | None = None
 
     def __init__(self, model: VQAutoencoder, image_size: int, sha256: str, pixels: "PixelRange | None" = None) -> None:
         self.pixels = pixels or PixelRange()
@@ -144,7 +145,7 @@ class VQTokenizer:
         if words is not None:
             sha256 = hashlib.sha256(json.dumps([sha256, words]).encode()).hexdigest()
         tokenizer = cls(model, image_size, sha256)
-        tokenizer.words = words
+        tokenizer.words, tokenizer.exact = words, ExactIds(model)
         return tokenizer
 
     @classmethod
@@ -207,10 +208,13 @@ class VQTokenizer:
 
         `low_precision` runs the encoder in bfloat16; distances to the codes are always float32.
         """
-        device = self.model.codebook.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision or self.low_precision):
-            latents_BEhw = self.model.latents(self.pixels.to_model(images_uint8_BCHW.to(device)))
-        return self.model.nearest(latents_BEhw.float()).flatten(1)
+        device, low_precision = self.model.codebook.device, low_precision or self.low_precision
+        pixels_BCHW = self.pixels.to_model(images_uint8_BCHW.to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
+            latents_BEhw = self.model.latents(pixels_BCHW).float()
+        if self.exact is not None and not low_precision:
+            return self.exact(pixels_BCHW, latents_BEhw).to(device)
+        return self.model.nearest(latents_BEhw).flatten(1)
 
     @torch.no_grad()
     @exact_convolutions()

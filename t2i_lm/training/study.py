@@ -97,7 +97,7 @@ def study_runs(
 
     Samples are generated as the experiments say for the first seed of the first comparison, which the report shows, and
     for every run of a comparison whose endpoints are measured on them; other runs and points of a grid have none. Where
-    a grid is over `trainer.max_steps`, the keys in IN_STEPS follow in proportion.
+    a comparison sets `trainer.max_steps`, or a grid is over it, the keys in IN_STEPS follow in proportion.
 
     Args:
         study: the plan.
@@ -158,7 +158,7 @@ def _configure(
     plain = _load(file, needed.scale, *overrides)
     own = {**needed.where, **arm.own}
     follows = []
-    if STEPS in needed.point:
+    if STEPS in needed.where:
         steps = own[STEPS]  # not loaded alone: few steps are less than the warm-up before it follows
         steps = read_value(STEPS, Plain(steps) if isinstance(steps, str) else steps)
         follows = [

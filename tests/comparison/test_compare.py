@@ -154,6 +154,24 @@ def test_other_weights_or_tokenizers_are_another_setting(runs: Path) -> None:
         find_arms(Plan(), runs)
 
 
+def test_seeds_of_other_precisions_are_paired_and_named(runs: Path) -> None:
+    for folder in runs.rglob("*-demo"):
+        seed = int(folder.name[6:8]) - 10
+        set_environment(folder, precision="bf16-mixed" if seed < 3 else "32-true")
+    arms = find_arms(Plan(), runs)
+    assert arms.seeds == [0, 1, 2, 3, 4]
+    (note,) = arms.notes
+    assert note == "precision by seed, equal in both arms: bf16-mixed: seeds 0, 1, 2; 32-true: seeds 3, 4"
+
+
+def test_arms_of_other_precisions_are_refused(runs: Path) -> None:
+    for folder in runs.rglob("*-demo"):
+        set_environment(folder, precision="bf16-mixed")
+    set_environment(next(runs.glob("t2i_pretrained/20260112*")), precision="32-true")
+    with pytest.raises(IncomparableError, match=r"precision: bf16-mixed \(9 runs\), 32-true \(1 runs\)"):
+        find_arms(Plan(), runs)
+
+
 def test_another_order_of_the_data_is_refused_or_named(runs: Path) -> None:
     set_environment(next(runs.glob("t2i_pretrained/20260112*")), stream_hash="c" * 64)
     with pytest.raises(IncomparableError, match="seed 2: the arms saw the data in another order"):

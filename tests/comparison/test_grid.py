@@ -172,19 +172,22 @@ def test_no_best_value_is_named_while_a_planned_seed_is_missing() -> None:
 
 @pytest.mark.parametrize(
     ("entry", "named"),
-    [({"data_hash": "f" * 16}, "data hash"), ({"numerics": 9}, "numerics")],
-    ids=["data", "numerics"],
+    [({"data_hash": "f" * 16}, "data hash"), ({"numerics": 9}, "numerics"), ({"precision": "64-true"}, "precision")],
+    ids=["data", "numerics", "precision"],
 )
 def test_points_of_other_data_or_numerics_are_refused(entry: dict[str, Any], named: str) -> None:
     results = made(
-        {"over": {"optim.lr": RATES[:2]}}, environment=lambda values: entry if RATES[0] in values.values() else {}
+        {"over": {"optim.lr": RATES[:2]}},
+        environment=lambda values: {"precision": "32-true"} | (entry if RATES[0] in values.values() else {}),
     )
     assert all(one.arms is not None for one in results.comparisons[:2])
     assert (results.grids, len(results.comparisons)) == ((), 2), "neither table, figure nor best values"
     assert results.refused == results.problems
     assert f"one: the runs of t2i_pretrained differ in more than optim.lr: {named}" in results.refused[0]
     steps = {"over": {"trainer.max_steps": [200, 400, 800]}}
-    curves = made(steps, environment=lambda values: entry if 200 in values.values() else {})
+    curves = made(
+        steps, environment=lambda values: {"precision": "32-true"} | (entry if 200 in values.values() else {})
+    )
     assert not curves.curves
     assert named in curves.problems[0]
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Increment when the scenes of a split, their captions or their images change.
-SCENES_FORMAT = 4
+# Increment when the scenes of a split, their captions, images or image ids change.
+SCENES_FORMAT = 5
 # Key of the version in the index of shards and in env.json.
 SCENES = "scenes"
 
