@@ -29,11 +29,11 @@ def tolerance(name: str, step: int) -> float:
 
     With torch's and MKL's instructions restricted to SSE (ATEN_CPU_CAPABILITY=default, MKL_CBWR=COMPATIBLE) instead of
     AVX-512, losses of decoders under AdamW change by at most 3e-6. Muon multiplies in bfloat16: 2e-4. An image
-    tokenizer's codes flip: 1e-4 in the first ten steps, then up to 3e-2. For comparison, one percent more weight decay
+    tokenizer's codes flip: 2e-4 in the first five steps, then up to 4e-2. For comparison, one percent more weight decay
     changes those of t2i_pretrained by 4e-5.
     """
     if name.startswith("image_tokenizer"):
-        return 1e-3 if step < 10 else 0.1
+        return 1e-3 if step < 5 else 0.1
     return 1e-3 if name == "text_lm" else 1e-5
 
 

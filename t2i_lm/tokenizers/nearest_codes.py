@@ -5,13 +5,10 @@ Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids,
 """
 
 import copy
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from t2i_lm.tokenizers.vq import VQAutoencoder
 
 
 def by_cell(latents_BEhw: Tensor) -> Tensor:
@@ -35,9 +32,10 @@ class ExactIds:
     ERROR = 4e-6  # of float32 latents, relative to the mean norm of codes; at most 1.6e-6 in 131,072 cells of the demo
     CHUNK = 2**24  # distances at a time
 
-    def __init__(self, model: "VQAutoencoder") -> None:
+    def __init__(self, model: Any) -> None:
+        """Copies a `VQAutoencoder`."""
         self._model = copy.deepcopy(model).double().eval().requires_grad_(False)
-        self._codes_KE = self._model.codebook
+        self._codes_KE: Tensor = self._model.codebook
         norms_K = self._codes_KE.norm(dim=1)
         self._error = self.ERROR * norms_K.mean()
         self._farthest = 2 * norms_K.max()
