@@ -148,6 +148,13 @@ def test_steps_of_a_comparison_take_warm_up_and_intervals_along(plan: Path) -> N
     assert seen == {(300, 10, 100, 5)}
 
 
+def test_a_setting_of_the_whole_study_is_shown(plan: Path) -> None:
+    steps = "where: {trainer.max_steps: 300}"
+    content = f"seeds: [0]\ncomparisons: {{one: {{{steps}, over: {{optim.lr: [1e-3, 3e-3]}}}}, two: {{{steps}}}}}"
+    shown = [run.job.config for run in configs(plan, content) if any(role.shown for role in run.roles.values())]
+    assert {(one.trainer.max_steps, one.optim.lr) for one in shown} == {(300, 3e-3)}
+
+
 def test_runs_of_an_equal_config_stand_for_each_other_whatever_plan_made_them(plan: Path, tmp_path: Path) -> None:
     where = f"run.dir={tmp_path}"
     made = configs(plan, "seeds: [0]\ncomparisons: {one: {where: {optim.lr: 1e-3, data.batch_size: 8}}}", where)

@@ -1,7 +1,7 @@
 """Search for the runs of two arms, paired by seed; what cannot be compared is refused, what is left out is named."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 
 REVISIONS = "code revisions"  # start of the note on several
+PRECISIONS = "precision by seed"  # likewise
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def pair_arms(
             *_absent(plan, first, second),
             *_by_design(plan, arms),
             *([] if ORDER in following(plan.own_keys) else _order(arms, strict)),
-            *_precisions(arms.runs),
+            *precision_note(arms.runs),
             *([f"{REVISIONS}: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
         ),
     )
@@ -177,7 +178,7 @@ def _by_seed(runs: Sequence[Run]) -> dict[int, list[Run]]:
 def _require_one_setting(
     runs: Sequence[Run], varied: tuple[str, ...], own: Collection[str] = (), one_arm: bool = False
 ) -> None:
-    if differing := differences(runs, varied, own, one_arm):
+    if differing := differences(runs, varied, own, one_arm, paired=True):
         names = {name: path for path, name in ENVIRONMENT.items()}
         words, choices = [], []
         for key, values in differing.items():
@@ -224,13 +225,15 @@ def _order(arms: Arms, strict: bool) -> list[str]:
     return [f"NOT CONTROLLED: seed {seed}: the arms saw the data in another order" for seed in other]
 
 
-def _precisions(runs: Sequence[Run]) -> list[str]:
-    """A note on seeds of several precisions."""
+def precision_note(runs: Iterable[Run]) -> list[str]:
+    """A note on seeds of several precisions, each of which has one."""
     seeds: dict[str, list[int]] = {}
-    for seed, names in sorted(precisions(runs).items()):
-        seeds.setdefault(names[0], []).append(seed)
-    words = "; ".join(f"{name}: seeds {', '.join(map(str, numbers))}" for name, numbers in seeds.items())
-    return [f"precision by seed, equal in both arms: {words}"] if len(seeds) > 1 else []
+    for seed, (name, *others) in sorted(precisions(runs).items()):
+        if others:  # varied by the plan
+            return []
+        seeds.setdefault(name, []).append(seed)
+    words = (f"{name} for seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}" for name, own in seeds.items())
+    return [f"{PRECISIONS}: {', '.join(words)}"] if len(seeds) > 1 else []
 
 
 def _nothing_to_pair(plan: Plan, root: Path, found: Mapping[str, Sequence[Run]], notes: Sequence[str]) -> str:

@@ -237,14 +237,14 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 class _Settings:
-    """The settings of collected runs, each with a run of every arm."""
+    """The settings of collected runs, each with a run of every arm and seed."""
 
     def __init__(self) -> None:
         self._runs: dict[str, list[Run]] = {}
 
     def add(self, run: Run, starts: Sequence[Path]) -> None:
         own = self._runs.setdefault(_setting(run, starts), [])
-        if not any(_arm(run) == _arm(other) for other in own):
+        if not any(_place(run) == _place(other) for other in own):
             own.append(run)
 
     def require_comparable(self, run: Run, starts: Sequence[Path]) -> None:
@@ -256,7 +256,7 @@ class _Settings:
         for other in self._runs.get(_setting(run, starts), ()):
             # The arms start from other weights by design, and every seed has another order.
             varied = (SEED, ORDER, *(() if _arm(run) == _arm(other) else (ENVIRONMENT["backbone"],)))
-            if differing := differences([other, run], varied):
+            if differing := differences([other, run], varied, paired=True):
                 words = "; ".join(f"{key} {mine}, there {theirs}" for key, (theirs, mine) in differing.items())
                 raise ValueError(f"cannot be compared with the run of its setting in {other.folder}: {words}")
 
@@ -266,6 +266,10 @@ def _setting(run: Run, starts: Sequence[Path]) -> str:
     values = portable_config(config_values(run), starts)
     shared = {key: value for key, value in values.items() if not is_neutral(key) and key not in (*ARM_KEYS, SEED)}
     return json.dumps(shared, sort_keys=True, default=str)
+
+
+def _place(run: Run) -> tuple[Any, ...]:
+    return (*_arm(run), config_values(run)[SEED])
 
 
 def _arm(run: Run) -> tuple[Any, ...]:

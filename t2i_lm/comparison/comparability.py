@@ -61,26 +61,31 @@ def config_differences(one: Run, two: Run) -> dict[str, tuple[Any, Any]]:
 
 
 def differences(
-    runs: Sequence[Run], varied: tuple[str, ...] = (), own: Collection[str] = (), one_arm: bool = False
+    runs: Sequence[Run],
+    varied: tuple[str, ...] = (),
+    own: Collection[str] = (),
+    one_arm: bool = False,
+    paired: bool = False,
 ) -> dict[str, tuple[Any, ...]]:
     """The value of each run by key, for all keys in which runs differ beyond the arm; empty if they are comparable.
 
     Keys are those of the config, without neutral ones and paths that are hashed, and the names in ENVIRONMENT. An entry
-    that env.json lacks is "unknown", which alone is no difference. The code revision is left to `revisions`. Seeds
-    may be trained on several machines: runs paired by seed share one precision for each seed.
+    that env.json lacks is "unknown", which alone is no difference. The code revision is left to `revisions`.
 
     Args:
         runs: the runs to compare.
         varied: keys, or their beginnings, in which runs differ by design.
         own: config keys of which arms have values of their own, with what follows from them.
         one_arm: whether the runs are of one arm, which has one `init`.
+        paired: whether runs are compared within a seed only: they share one precision for each seed, since seeds may
+            be trained on several machines.
     """
     differing = {key: values for key, values in _config_differences(runs, one_arm).items() if key not in HASHED}
     for path, name in ENVIRONMENT.items():
         values = tuple(environment_value(run, path) for run in runs)
         if len({str(value) for value in values if value is not None}) > 1:
             differing[name] = tuple("unknown" if value is None else value for value in values)
-    if SEED in varied and all(len(names) == 1 for names in precisions(runs).values()):
+    if paired and all(len(names) == 1 for names in precisions(runs).values()):
         differing.pop(PRECISION, None)
     allowed = {*own, *following(own)}
     return {key: values for key, values in differing.items() if not key.startswith(varied) and key not in allowed}

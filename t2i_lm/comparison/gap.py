@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.comparison.arms import finished_runs, pair_arms
-from t2i_lm.comparison.comparability import ARM_KEYS, ENVIRONMENT, HASHED, ORDER, SEED, config_values, environment_value
+from t2i_lm.comparison.comparability import (
+    ARM_KEYS,
+    ENVIRONMENT,
+    HASHED,
+    ORDER,
+    PRECISION,
+    SEED,
+    config_values,
+    environment_value,
+)
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.decay import Decay, decay_sentences, fit_decay
 from t2i_lm.comparison.endpoints import TOKENS_SAVED
@@ -188,7 +197,7 @@ def _setting(run: Run, values: Mapping[str, Any]) -> str:
     free = (*ARM_KEYS, SEED, STEPS, *IN_STEPS, *HASHED)
     config = {key: value for key, value in values.items() if key not in free and not is_neutral(key)}
     config["share of warm-up"] = round(values["optim.warmup_steps"] / values[STEPS], 2)
-    shared = [path for path, name in ENVIRONMENT.items() if name not in (ORDER, ENVIRONMENT["backbone"])]
+    shared = [path for path, name in ENVIRONMENT.items() if name not in (ORDER, PRECISION, ENVIRONMENT["backbone"])]
     return repr((sorted(config.items(), key=str), [environment_value(run, path) for path in shared]))
 
 

@@ -124,7 +124,7 @@ def require_one_version(comparisons: Sequence[Comparison], keys: Collection[str]
         Endpoint(comparisons[0].plan.primary).require_one_measurement(everything, (*varied, *keys))
     own = {*keys, *(IN_STEPS if STEPS in keys else ())}
     for name, runs in arms.items():
-        if differing := differences(runs, varied, own, one_arm=True):
+        if differing := differences(runs, varied, own, one_arm=True, paired=True):
             counts = {key: Counter(map(str, values)).items() for key, values in differing.items()}
             words = "; ".join(
                 f"{key}: " + ", ".join(f"{value} ({count} runs)" for value, count in several)

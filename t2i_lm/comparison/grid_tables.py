@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from t2i_lm.comparison.arms import REVISIONS
+from t2i_lm.comparison.arms import PRECISIONS, REVISIONS, precision_note
 from t2i_lm.comparison.comparability import revisions
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.contrasts import contrasts
@@ -50,14 +50,20 @@ def grid_table(grid: Grid) -> GridTable:
                 sentence(comparison.plan, one),
             )
         )
-        notes += [f"{comparison.name}: {note}" for note in comparison.arms.notes if not note.startswith(REVISIONS)]
+        notes += [
+            f"{comparison.name}: {note}"
+            for note in comparison.arms.notes
+            if not note.startswith((REVISIONS, PRECISIONS))
+        ]
     names = f"{grid.plan.primary} by {' and '.join(grid.labels)}"
     tuned = tune(grid)
-    known = revisions(run for one in grid.comparisons if one.arms is not None for run in one.arms.runs)
+    runs = [run for one in grid.comparisons if one.arms is not None for run in one.arms.runs]
+    known = revisions(runs)
     general = [
         f"p (Holm): corrected for {sum(bool(row[-2]) for row in rows)} p-values, those of points with every planned "
         "seed; the verdict is of each comparison alone",
         *([OPTIMISTIC] if any(one.best for one in tuned) else []),
+        *precision_note(runs),
         *([f"{REVISIONS}: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
     ]
     return GridTable(

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from t2i_lm.comparison.arms import PRECISIONS
 from t2i_lm.comparison.decay import CONSTANT, PARAMETERS, decay_sentences
 from t2i_lm.comparison.gap import GapCurve
 from t2i_lm.comparison.grid import Grid, labeled, tune
@@ -33,7 +34,7 @@ def gap_caption(curve: GapCurve) -> str:
         f"n = {n} seeds a length. Points: mean and {level} t-interval; crosses: seeds; band: margin "
         f"{curve.plan.margin}. Longest: {where}.",
         *(f"{line[0].upper()}{line[1:]}." for line in decay_sentences(curve.decay, curve.plan.alpha)),
-        *(f"{note}." for note in curve.notes if note.startswith(("left out", "NOT CONTROLLED"))),
+        *(f"{note}." for note in curve.notes if note.startswith(("left out", "NOT CONTROLLED", PRECISIONS))),
     ]
     return " ".join(lines)
 

@@ -74,7 +74,7 @@ def render(request: ReportRequest) -> str:
     shown = {arm_label(arm): run for arm, run in arms.items()}
     if not shown and request.pool.runs:
         shown = {"newest": request.pool.runs[-1]}
-    setup = setup_rows(shown, primary.arms.seeds if primary is not None and primary.arms is not None else [])
+    setup = setup_rows(shown, primary.arms if primary is not None else None)
     return loader.get_template(TEMPLATE).render(
         question=QUESTION,
         answer=_answer(request, primary, arms, blocks),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.assets import find
+from t2i_lm.comparison.arms import Arms, precision_note
 from t2i_lm.comparison.comparability import config_values
 from t2i_lm.plots.captions import SOURCES
 from t2i_lm.runtime.tables import compact
@@ -32,14 +33,14 @@ PAPER: dict[str, tuple[str, str]] = {
 }
 
 
-def setup_rows(arms: Mapping[str, Run], seeds: list[int]) -> list[tuple[str, str, str, str]]:
+def setup_rows(arms: Mapping[str, Run], compared: Arms | None = None) -> list[tuple[str, str, str, str]]:
     """Rows of the table: name, the value here, the paper's, and the paper's source.
 
     Args:
         arms: a run of each arm by its name; a value that differs between them is given for each.
-        seeds: of the primary comparison.
+        compared: the runs of the primary comparison.
     """
-    here = {arm: _here(run, seeds) for arm, run in arms.items()}
+    here = {arm: _here(run, compared) for arm, run in arms.items()}
     rows = []
     for name, paper in PAPER.items():
         values = {arm: words[name] for arm, words in here.items()}
@@ -53,12 +54,13 @@ def setup_rows(arms: Mapping[str, Run], seeds: list[int]) -> list[tuple[str, str
 
 def scale_words(run: Run) -> str:
     """Parameters, tokens seen and data of a run, as far as they are recorded."""
-    here = _here(run, [])
+    here = _here(run, None)
     parameters = f"{here['parameters']} parameters" if "parameters" in run.environment else ""
     return _listed(parameters, f"{here['tokens'].partition(',')[0]} tokens", here["data"])
 
 
-def _here(run: Run, seeds: list[int]) -> dict[str, str]:
+def _here(run: Run, compared: Arms | None) -> dict[str, str]:
+    seeds, several = (compared.seeds, precision_note(compared.runs)) if compared is not None else ([], [])
     config, environment, report = config_values(run), run.environment, run.report or {}
     backbone = _files(str(config["backbone.path"] or ""))
     shape, card = backbone.get("config.json", {}), backbone.get("card.json", {})
@@ -101,7 +103,7 @@ def _here(run: Run, seeds: list[int]) -> dict[str, str]:
         "seeds": ", ".join(map(str, seeds)) or str(config["seed"]),
         "hardware": _listed(
             str(environment.get("device", "not recorded")),
-            str(environment.get("precision", "")),
+            ", ".join(several) or str(environment.get("precision", "")),
             _threads(environment.get("threads")),
         ),
     }

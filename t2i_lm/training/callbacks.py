@@ -1,5 +1,6 @@
 """Callbacks of a run, in the order in which they run."""
 
+import math
 import shlex
 import sys
 from functools import partial
@@ -138,7 +139,8 @@ def _measurements(
     if config.fid.interval and fid:
         callbacks.append(CocoFID(config.fid.interval, *fid, folder / FID, meter, preemption))
     if config.forgetting.interval and probes:
-        callbacks.append(Forgetting(config.forgetting.interval, probes, meter))
+        every = even_interval(config.forgetting.interval, config.trainer.max_steps)
+        callbacks.append(Forgetting(every, probes, meter))
     return callbacks
 
 
@@ -152,3 +154,9 @@ def peak(config: ExperimentConfig) -> float | None:
     """Peak FLOP/s of the run's GPU in the run's precision, for MFU; None if unknown."""
     name = device_name(config)
     return peak_flops(name) if name is not None and precision(config) == "bf16-mixed" else None
+
+
+def even_interval(interval: int, steps: int) -> int:
+    """An interval in steps, up to 2 % longer where its last end would otherwise come just before that of the run."""
+    longer = math.ceil(steps / max(1, steps // interval))
+    return longer if interval < longer <= 1.02 * interval else interval

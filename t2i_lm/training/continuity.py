@@ -10,7 +10,7 @@ from t2i_lm.data.identity import changed_data, data_contents
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.experiment.build import Experiment, ImageTokenizerExperiment, open_image, open_text
 from t2i_lm.models.factory import architecture_hashes, weights_hashes
-from t2i_lm.runtime.devices import local_rank
+from t2i_lm.runtime.devices import local_rank, precision
 from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.storage.run_folder import CONTENTS, ENVIRONMENT, read_environment
 from t2i_lm.training.resume import HASHES, NUMERICS
@@ -46,7 +46,7 @@ def require_same_files(config: ExperimentConfig, found_run: Resumption) -> None:
     Raises:
         ValueError: naming each that differs from the run's env.json or checkpoint, and was not allowed to.
     """
-    found: dict[str, Any] = {"plugins": plugin_identities(config), "numerics": NUMERICS}
+    found: dict[str, Any] = {"plugins": plugin_identities(config), "numerics": NUMERICS, "precision": precision(config)}
     found["configs"] = architecture_hashes(config)
     if not is_plugin(config.backbone.path):  # a plug-in's hash is known once it is built
         found["backbone"] = weights_hashes(config)

@@ -12,7 +12,7 @@ from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.identity import changed_data, data_contents, local_content
-from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
+from t2i_lm.data.scenes.version import IMAGES_FORMAT, SCENES_FORMAT, scenes_version
 from t2i_lm.storage.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -100,7 +100,8 @@ def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...
 def _same_start(config: ExperimentConfig, folder: Path) -> bool:
     """Whether a run has scenes and numerics of this code's versions, and today's data, backbone and tokenizers."""
     recorded = read_environment(folder)  # empty in a run that ended before it wrote one
-    scenes = config.data.source != "scenes" or not recorded or scenes_version(recorded) == SCENES_FORMAT
+    oldest = IMAGES_FORMAT if config.task == "image_tokenizer" else SCENES_FORMAT
+    scenes = config.data.source != "scenes" or not recorded or scenes_version(recorded) >= oldest
     numerics = recorded.get("numerics", NUMERICS) == NUMERICS
     return scenes and numerics and _same_data(config, recorded) and _same_files(config, recorded)
 

@@ -11,8 +11,8 @@ from t2i_lm.storage.run_folder import CONFIG, REPORT, find_run, require_checkpoi
 # Version of what the code computes, raised when the same config and seed train to other numbers.
 NUMERICS = 1
 LATEST = "latest"
-# Entries of env.json that are compared on resume.
-HASHES = ("data_hash", "replay_hash", "tokenizers", "backbone", "configs", "plugins", "numerics")
+# Entries of env.json that are compared on resume: hashes, versions and the precision.
+HASHES = ("data_hash", "replay_hash", "tokenizers", "backbone", "configs", "plugins", "numerics", "precision")
 
 
 def resumed_run(

@@ -38,7 +38,8 @@ class Role:
         group: name of the comparison over its whole grid, or of the group.
         arm: with the values of its own.
         point: values of the grid's keys in words; empty without a grid.
-        shown: whether figures show it: an experiment by its own name, without another setting for all arms.
+        shown: whether figures show it: an experiment by its own name, without another setting for all arms but one of
+            the whole study.
     """
 
     group: str
@@ -119,6 +120,7 @@ def study_runs(
     plans = study.plans()
     sampled = {name for name, plan in plans.items() if any(one.setting_keys for one in plan.endpoints)}
     first = next((one.group for one in needed if not one.point), None)
+    everywhere = set.intersection(*({*setting_words(one.where)} - {*setting_words(one.point)} for one in needed))
     turns = [(one.group in few, order.index(seed), seed, one) for one in needed for seed in one.seeds]
     for *_, seed, one in sorted(turns, key=itemgetter(0, 1)):
         for arm in one.arms:
@@ -134,7 +136,8 @@ def study_runs(
             if other != arm.name:
                 raise ValueError(f"{one.use}: the arms {other} and {arm.name} have equal configs; expected another")
             before = runs[key].roles if key in runs else {}
-            plain = arm.name == arm.experiment and all(word.partition("=")[0] in arm.own for word in words)
+            others = [word for word in words if word not in everywhere and word.partition("=")[0] not in arm.own]
+            plain = arm.name == arm.experiment and not others
             role = Role(one.group, arm, " ".join(setting_words(one.point)), plain)
             job = Job(config, label=" ".join([*words, f"seed={seed}"]))
             # A run with samples serves where none are needed, too.

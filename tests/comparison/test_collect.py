@@ -236,6 +236,22 @@ def test_files_of_other_paths_are_other_settings_and_another_file_of_a_path_is_r
     assert len([*(tmp_path / "out").rglob(CONFIG)]) == 5
 
 
+def test_a_seed_has_one_precision_and_another_seed_may_have_another(
+    pair: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in pair.values():
+        set_environment(folder, precision="bf16-mixed")
+    collected(tmp_path)
+    for seed, precisions in ((1, ("32-true", "32-true")), (2, ("32-true", "bf16-mixed"))):
+        for arm, precision in zip(ARMS, precisions, strict=True):
+            run = write_run(tmp_path / "runs", arm, f"202601{18 + seed}-093000", config={"seed": seed})
+            set_environment(run, precision=precision)
+    (line,) = left_out(tmp_path, capsys)
+    assert line.startswith(f"left out: {tmp_path}/runs/{ARMS[1]}/20260120-093000-demo: ")
+    assert line.endswith("precision bf16-mixed, there 32-true")
+    assert len([*(tmp_path / "out").rglob(CONFIG)]) == 5
+
+
 def test_a_run_that_has_changed_since_is_named(
     pair: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,11 +10,12 @@ import pytest
 
 from t2i_lm import compare as command
 from t2i_lm.comparison.arms import Arms, find_arms
-from t2i_lm.comparison.comparability import IncomparableError
+from t2i_lm.comparison.comparability import SEED, IncomparableError, differences
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, UNDECIDED, compare
 from t2i_lm.comparison.endpoints import Endpoint, tokens_saved
 from t2i_lm.comparison.plan import Plan, read_plan
 from t2i_lm.comparison.tables import as_json, latex, text
+from t2i_lm.reporting.setup import setup_rows
 from t2i_lm.storage.run_folder import read_run
 from tests.plots.synthetic_runs import read_lines, write_run
 
@@ -161,7 +162,11 @@ def test_seeds_of_other_precisions_are_paired_and_named(runs: Path) -> None:
     arms = find_arms(Plan(), runs)
     assert arms.seeds == [0, 1, 2, 3, 4]
     (note,) = arms.notes
-    assert note == "precision by seed, equal in both arms: bf16-mixed: seeds 0, 1, 2; 32-true: seeds 3, 4"
+    assert note == "precision by seed: bf16-mixed for seeds 0, 1, 2, 32-true for seeds 3, 4"
+    rows = {row[0]: row[1] for row in setup_rows({"one": arms.runs[0]}, arms)}
+    assert "bf16-mixed for seeds 0, 1, 2, 32-true for seeds 3, 4" in rows["hardware"]
+    one, other = arms.first[0][0], arms.second[3][0]
+    assert differences([one, other], (SEED,))["precision"] == ("bf16-mixed", "32-true"), "of no pair: named"
 
 
 def test_arms_of_other_precisions_are_refused(runs: Path) -> None:

@@ -385,7 +385,7 @@ def test_the_set_up_gives_both_arms_values_where_they_differ(tmp_path: Path) -> 
     folders = (
         write_run(tmp_path, name, config={"optim.lr": rate}) for name, rate in zip(ARMS, (1e-3, 4e-3), strict=True)
     )
-    rows = {row[0]: row[1] for row in setup_rows(dict(zip(("one", "two"), map(read_run, folders), strict=True)), [0])}
+    rows = {row[0]: row[1] for row in setup_rows(dict(zip(("one", "two"), map(read_run, folders), strict=True)))}
     assert rows["learning rate"].startswith("one: peak 0.001, cosine")
     assert "; two: peak 0.004, cosine" in rows["learning rate"]
     assert "one: " not in rows["sequence"]
@@ -399,7 +399,7 @@ def test_ids_of_an_image_are_counted_with_and_without_captions(tmp_path: Path) -
             if "val" in line:
                 line["val"]["image"]["count"], line["val"]["boundary"]["count"] = 64_000, 1000 * boundary
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        rows = {row[0]: row[1] for row in setup_rows({"one": read_run(folder)}, [])}
+        rows = {row[0]: row[1] for row in setup_rows({"one": read_run(folder)})}
         assert rows["image tokenizer"].endswith(" to 64 ids")
 
 

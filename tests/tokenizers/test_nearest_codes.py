@@ -60,7 +60,8 @@ def test_errors_of_float32_change_no_id(
     with torch.no_grad():
         latents_BEhw = torch.cat([tokenizer.model.latents(part) for part in pixels_BCHW.split(64)])
         noise_BEhw = torch.randn(latents_BEhw.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        noise_BEhw *= error * ExactIds.ERROR * tokenizer.codebook.norm(dim=1).mean() / noise_BEhw.norm(dim=1).amax()
+        largest_B111 = latents_BEhw.norm(dim=1, keepdim=True).amax(dim=(2, 3), keepdim=True)
+        noise_BEhw *= error * ExactIds.ERROR * largest_B111 / noise_BEhw.norm(dim=1).amax()
         other_BEhw = latents_BEhw + noise_BEhw
         assert torch.equal(exact(pixels_BCHW, other_BEhw), float64_ids)
 
@@ -71,8 +72,9 @@ def test_images_near_a_boundary_are_encoded_again(tokenizer: VQTokenizer) -> Non
     one = codes_KE[0]
     other = codes_KE[torch.cdist(codes_KE[:1], codes_KE)[0].topk(2, largest=False).indices[1]]
     direction = (other - one) / (other - one).norm()
-    reach = ExactIds.ERROR * codes_KE.norm(dim=1).mean()
+    middle = (one + other) / 2
+    reach = ExactIds.ERROR * middle.norm()
     for distance, expected in ((0.5, True), (-0.5, True), (2.0, False), (-2.0, False)):
-        latent_E = (one + other) / 2 + distance * reach * direction
+        latent_E = middle + distance * reach * direction
         _, unsure_B = exact._nearest(latent_E.view(1, -1, 1, 1))
         assert bool(unsure_B) is expected

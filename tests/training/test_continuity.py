@@ -40,14 +40,14 @@ def change(folder: Path, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["data_hash", "tokenizers/text", "tokenizers/image", "backbone/model.safetensors", "configs/backbone"],
+    ["data_hash", "tokenizers/text", "tokenizers/image", "backbone/model.safetensors", "configs/backbone", "precision"],
     ids=str,
 )
 def test_a_difference_is_refused_by_name_and_nothing_is_written(
     pretrained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
     folder = without_newest(pretrained, tmp_path)
-    value = ("0" if key == "data_hash" else "0123") * 16
+    value = "other" if key == "precision" else ("0" if key == "data_hash" else "0123") * 16
     change(folder, key, value)
     before = contents(folder)
     assert main([PRETRAINED, "--resume", str(folder)]) == 2

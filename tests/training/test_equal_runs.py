@@ -13,7 +13,8 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment, save_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.data.identity import data_contents
-from t2i_lm.data.scenes.version import SCENES_FORMAT
+from t2i_lm.data.scenes.version import IMAGES_FORMAT, SCENES, SCENES_FORMAT
+from t2i_lm.data.shards.cache import former_scenes
 from t2i_lm.models.factory import architecture_hashes
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, CONTENTS, ENVIRONMENT, REPORT, THINNED
@@ -73,6 +74,24 @@ def test_a_run_on_former_scenes_stands_for_no_job(recorded: dict[str, int], equa
     (run / ENVIRONMENT).write_text(json.dumps(recorded))
     mark_not_started(run / CHECKPOINTS)
     assert find_equal_run(config) == (run if equal else None, False)
+
+
+def test_image_tokenizers_read_images_which_a_change_of_ids_leaves(tmp_path: Path) -> None:
+    run = tmp_path / "image_tokenizer" / "20260101-000000-demo"
+    run.mkdir(parents=True)
+    config = ExperimentConfig(
+        name="image_tokenizer", task="image_tokenizer", init="random", run=RunConfig(str(tmp_path))
+    )
+    save_experiment(config, run / CONFIG)
+    mark_not_started(run / CHECKPOINTS)
+    for version, equal in ((IMAGES_FORMAT, True), (IMAGES_FORMAT - 1, False)):
+        (run / ENVIRONMENT).write_text(json.dumps({SCENES: version}))
+        assert find_equal_run(config) == (run if equal else None, False)
+        if equal:
+            assert former_scenes(config, None, {SCENES: version}) is None
+        else:
+            with pytest.raises(ValueError, match=f"trained on version {version} of the scenes"):
+                former_scenes(config, None, {SCENES: version})
 
 
 def test_a_run_from_the_latest_alignment_is_found_again(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Increment when the scenes of a split, their captions, images or image ids change.
-SCENES_FORMAT = 5
+# Increment when the scenes of a split, their captions, images or image ids change; IMAGES_FORMAT is the last version
+# that changed more than the ids.
+SCENES_FORMAT, IMAGES_FORMAT = 5, 4
 # Key of the version in the index of shards and in env.json.
 SCENES = "scenes"
 

@@ -19,7 +19,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.identity import content_of
 from t2i_lm.data.scenes.source import paraphrases
-from t2i_lm.data.scenes.version import SCENES_FORMAT, scenes_version
+from t2i_lm.data.scenes.version import IMAGES_FORMAT, SCENES_FORMAT, scenes_version
 from t2i_lm.data.shards.format import data_hash, read_index
 from t2i_lm.runtime.devices import global_rank, local_rank
 from t2i_lm.runtime.plugins import SOURCE, find_plugin
@@ -76,6 +76,10 @@ class Prepared:
     def folder(self) -> Path:
         """The folder, or file."""
         return self.root / f"{self.stem}-{short_hash(self.key)}{self.suffix}"
+
+    def of_scenes(self, version: int) -> Path:
+        """The folder that scenes of another version have."""
+        return self.root / f"{self.stem}-{short_hash({**self.settings, 'format': version})}"
 
     def write_key(self) -> None:
         """Creates the folder, if absent, with its `key.json`; that of a file lies beside it.
@@ -253,7 +257,9 @@ def former_scenes(config: ExperimentConfig, prepared: Prepared | None, run: Mapp
     """
     if config.data.source != "scenes" or not run or scenes_version(run) == SCENES_FORMAT:
         return None
-    folder = None if prepared is None else prepared.root / prepared.former
+    if prepared is None and scenes_version(run) >= IMAGES_FORMAT:
+        return None
+    folder = None if prepared is None else prepared.of_scenes(scenes_version(run))
     index = None if folder is None else read_index(folder)
     if index is None or index["data_hash"] != run.get("data_hash"):
         gone = "" if folder is None else f", and its shards are not in data.cache_dir={config.data.cache_dir}"

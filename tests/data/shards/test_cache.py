@@ -164,7 +164,8 @@ def test_without_a_network_the_newest_folder_of_a_dataset_is_reused(
 def test_scenes_of_each_version_have_their_own_folder(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_experiment(PRETRAINED, "demo", [*tiny, "data.cache_dir=cache"])
     prepared = shards_of(config, {"text": "a", "image": "b"})
-    assert prepared.former == "scenes-66ef2fd17e34"  # the name in version 2
+    assert prepared.former == prepared.of_scenes(2).name == "scenes-66ef2fd17e34"
+    assert prepared.of_scenes(SCENES_FORMAT) == prepared.folder
     assert prepared.folder != prepared.root / prepared.former
     monkeypatch.setattr("t2i_lm.data.shards.cache.SCENES_FORMAT", SCENES_FORMAT + 1)
     assert shards_of(config, {"text": "a", "image": "b"}).folder != prepared.folder
