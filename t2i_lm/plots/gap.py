@@ -7,15 +7,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from t2i_lm.comparison.arms import PRECISIONS
+from t2i_lm.comparison.comparability import config_values
 from t2i_lm.comparison.decay import CONSTANT, PARAMETERS, decay_sentences
 from t2i_lm.comparison.gap import GapCurve
 from t2i_lm.comparison.grid import Grid, labeled, tune
-from t2i_lm.comparison.plan import Margin
+from t2i_lm.comparison.plan import Margin, setting_words
 from t2i_lm.comparison.statistics import PairedStatistics
 from t2i_lm.comparison.tables import setting
 from t2i_lm.plots.groups import arm_of
 from t2i_lm.plots.panels import ARM_STYLES, GREY, arm_style, captioned_figure
 
+RATE = "optim.lr"
 TITLE = "Gap against training tokens"
 COLOR = ARM_STYLES["pretrained"].color
 FIT_COLORS = {"zero": ARM_STYLES["scratch"].color, CONSTANT: ARM_STYLES["tune_ffn"].color}
@@ -98,10 +100,14 @@ def grid_caption(grid: Grid) -> str:
     level = f"{100 * (1 - plan.alpha):g} %"
     absent = [name for name, one in labeled(grid).items() if one.arms is None]
     n = _span(one.results[0].statistics.n for one in made)
+    shared = setting_words({key: value for key, value in plan.where.items() if key not in grid.family.keys})
+    rates = sorted({config_values(run)[RATE] for one in made if one.arms is not None for run in one.arms.runs})
+    if RATE not in (*plan.where, *plan.own_keys):
+        shared.append(f"learning rate {' and '.join(f'{rate:g}' for rate in rates)}")
     lines = [
         f"{grid.name}: {plan.primary}, each arm minus {[*plan.parsed][-1]}, paired by seed, n = {n} seeds. Points: "
-        f"mean and {level} t-interval; crosses: seeds; band: margin {plan.margin}. Scale {plan.scale}, data hash "
-        f"{arms.runs[0].environment.get('data_hash')}.",
+        f"mean and {level} t-interval; crosses: seeds; band: margin {plan.margin}. Scale "
+        f"{', '.join([plan.scale, *shared])}, data hash {arms.runs[0].environment.get('data_hash')}.",
         *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
         *(f"{line[0].upper()}{line[1:]}." for tuned in tune(grid) for line in tuned.lines),
     ]

@@ -23,7 +23,7 @@ from t2i_lm.comparison.plan import Arm, Plan
 from t2i_lm.comparison.study_plan import Study
 from t2i_lm.comparison.tables import as_json, text
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.plots.gap import gap_caption
+from t2i_lm.plots.gap import gap_caption, grid_caption
 from t2i_lm.storage.run_folder import Run
 from t2i_lm.training.study_results import Results, figures_of, results_of, write_results
 from tests.comparison.test_compare import set_environment
@@ -354,3 +354,10 @@ def test_best_values_count_the_seeds_that_all_values_have() -> None:
     apart = {"1": {0: 1.0}, "2": {1: 2.0}}
     assert best_value("arm", "key", apart) is None
     assert common_value({"one": losses, "two": apart}) is None
+
+
+def test_the_caption_of_a_grid_has_what_all_points_share() -> None:
+    (grid,) = made({"over": {"data.batch_size": [8, 16]}, "where": {"trainer.max_steps": 400}}).grids
+    assert "Scale demo, trainer.max_steps=400, learning rate 0.0003, data hash " in grid_caption(grid)
+    (tuned,) = made({"over": {"optim.lr": RATES[:2]}}).grids
+    assert "learning rate 0" not in grid_caption(tuned)
