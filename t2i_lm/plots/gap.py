@@ -101,8 +101,8 @@ def grid_caption(grid: Grid) -> str:
     absent = [name for name, one in labeled(grid).items() if one.arms is None]
     n = _span(one.results[0].statistics.n for one in made)
     shared = setting_words({key: value for key, value in plan.where.items() if key not in grid.family.keys})
-    rates = sorted({config_values(run)[RATE] for one in made if one.arms is not None for run in one.arms.runs})
     if RATE not in (*plan.where, *plan.own_keys):
+        rates = sorted({config_values(run)[RATE] for one in made if one.arms is not None for run in one.arms.runs})
         shared.append(f"learning rate {' and '.join(f'{rate:g}' for rate in rates)}")
     lines = [
         f"{grid.name}: {plan.primary}, each arm minus {[*plan.parsed][-1]}, paired by seed, n = {n} seeds. Points: "

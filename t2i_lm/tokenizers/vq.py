@@ -206,7 +206,8 @@ class VQTokenizer:
     def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
         """Ids (B, N) int64, row-major, of uint8 images whose sides are multiples of the downsampling.
 
-        `low_precision` runs the encoder in bfloat16; distances to the codes are always float32.
+        `low_precision` runs the encoder in bfloat16, with distances to the codes in float32. Else ids are those of
+        `exact`, where the tokenizer has it.
         """
         device, low_precision = self.model.codebook.device, low_precision or self.low_precision
         pixels_BCHW = self.pixels.to_model(images_uint8_BCHW.to(device))
