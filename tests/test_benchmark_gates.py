@@ -113,17 +113,24 @@ def test_other_batches_and_another_resumed_stream_are_not_timed() -> None:
         loader.check(stream(False), lambda: [*padded[:3], torch.tensor([[3, 0, 7]])], 4)
 
 
-def test_files_that_stay_in_memory_are_not_timed_as_read_from_the_disk(tmp_path: Path) -> None:
-    mapped = tmp_path / "train" / "data.arrow"
-    mapped.parent.mkdir()
-    mapped.write_bytes(bytes(2**20))
-    parts = SimpleNamespace(rows=[1], files=lambda number: [mapped])
+def test_files_that_stay_in_memory_are_told_from_dropped_ones(tmp_path: Path) -> None:
+    data_file = tmp_path / "train" / "data.arrow"
+    data_file.parent.mkdir()
+    data_file.write_bytes(bytes(2**20))
+    parts = SimpleNamespace(rows=[1], files=lambda number: [data_file])
     train_set = SimpleNamespace(columns=SimpleNamespace(parts=parts))
     data = SimpleNamespace(folder=tmp_path, setup=lambda stage: None, train_set=train_set)
-    with mapped.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as pages:
-        assert not any(pages[::4096])  # what a process has mapped stays
-        with pytest.raises(rounds.GateError, match="are in memory: not timed"):
-            loader.must_drop(data)
+
+    with data_file.open("rb") as file:
+        assert loader.share_in_memory(file) == 1, "just written"
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as pages:
+            assert not any(pages[::4096])
+            assert not loader.drop_from_memory(data), "what a process has mapped stays"
+            assert loader.share_in_memory(file) == 1
+        dropped = loader.drop_from_memory(data)
+        shares = [loader.share_in_memory(file) for _ in range(20)]
+        assert shares == [shares[0]] * 20, "looking adds no pages"
+        assert dropped == (shares[0] < 0.5)
 
 
 def test_another_training_is_not_timed() -> None:
