@@ -9,7 +9,8 @@ from t2i_lm.config.experiment import ExperimentConfig, is_neutral
 from t2i_lm.config.load import flatten_mapping, migrate
 from t2i_lm.storage.run_folder import CONFIG, Run
 
-ORDER, PRECISION, SEED = "order of the data", "precision", "seed"
+ORDER, PRECISION = "order of the data", "precision"
+SEED = "seed"  # its values are repetitions: none is the best
 # Runs of one figure agree in these.
 PAIR_KEYS = ("data hash", SEED, "scale", "trainer.max_steps", "log.interval", "log.ema")
 # The arm itself: every comparison is between values of these.

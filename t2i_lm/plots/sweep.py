@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from t2i_lm.comparison.best import Losses, best_value, common_value, no_best, seed_means
-from t2i_lm.comparison.comparability import ORDER
+from t2i_lm.comparison.comparability import ORDER, SEED
 from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.groups import FIGURE5, INITS
 from t2i_lm.plots.panels import LOG_RATIO, arm_style, captioned_figure
@@ -16,7 +16,6 @@ from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.run_folder import VAL, Run
 
 MODALITIES = {"image": "Image tokens", "text": "Text tokens"}
-SEED = "seed"  # swept alone, its values are repetitions: none is the best
 LAST = 0.1  # share of the steps, at the end, whose training loss is averaged
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.comparison.best import no_best, seed_means
-from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, config_values, differences
+from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, config_values, differences
 from t2i_lm.plots.groups import arms_of
 from t2i_lm.plots.panels import remove_caption
-from t2i_lm.plots.sweep import MODALITIES, SEED, Outcome, distance, present, varied_in
+from t2i_lm.plots.sweep import MODALITIES, Outcome, distance, present, varied_in
 from t2i_lm.plots.sweep_grid import caption_of, draw, grids, seed_words, tables_of
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.findings import arm_label, endpoint_label
