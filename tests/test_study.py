@@ -13,6 +13,7 @@ from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.storage.run_folder import run_folders
 from t2i_lm.study import main
+from t2i_lm.training import cost
 from t2i_lm.training.cost import estimate
 from t2i_lm.training.jobs import Job
 from t2i_lm.training.remedies import read_strengths
@@ -194,10 +195,19 @@ def test_collected_results_are_finished_runs_and_nothing_is_trained_among_them(
     assert f"error: --results {tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
 
 
-def test_the_cost_is_that_of_each_setting_else_of_alike_runs_elsewhere(plan: Path, tmp_path: Path) -> None:
+def test_the_cost_is_that_of_each_setting_else_of_alike_runs_elsewhere(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: dict[int, float | None] = {16: 1.0, 32: 3.0}  # seconds per step, by batch size
+    monkeypatch.setattr(cost, "step_seconds", lambda config: times[config.data.batch_size])
     content = "seeds: [0, 1]\ncomparisons: {one: {arms: {t2i_pretrained: {data.batch_size: 32}, t2i_scratch: {}}}}"
     where = f"run.dir={tmp_path}"
     runs = configs(plan, content, where)
+    timed = "by training steps timed on this machine"
+    assert estimate(runs, progress_of(runs), 2) == f"4 of 4 runs to train, 4,800 steps; about 2:40:00, {timed}"
+    times[32] = None  # as the mean of the others
+    assert estimate(runs, progress_of(runs), 2) == f"4 of 4 runs to train, 4,800 steps; about 1:20:00, {timed}"
+    times[16] = None
     assert estimate(runs, progress_of(runs), 1).endswith("their time is estimated once a run is finished")
     (other,) = [run for run in configs(plan, "comparisons: {one: {}}", "run.dir=x") if run.uses == ("one",)][:1]
     config = replace(other.job.config, run=RunConfig(str(tmp_path)))
@@ -316,7 +326,8 @@ def test_a_study_trains_compares_draws_and_goes_on(
     command += ["samples.preference_scenes=0"]
     assert main([*command, "--seeds", "1"]) == 0
     output = capsys.readouterr().out
-    assert "2 of 2 runs to train, 4 steps; their time is estimated once a run is finished" in output
+    assert "2 of 2 runs to train, 4 steps; about 0:00:0" in output
+    assert "by training steps timed on this machine" in output
     assert "undecided, one pair" in output
     assert len(run_folders(tmp_path / "study")) == 2
 

@@ -1,6 +1,8 @@
-"""Expected time of a study's runs, by the time per step of finished ones."""
+"""Expected time of a study's runs, by the time per step of finished ones, or of steps on this machine."""
 
 import json
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cache
@@ -12,8 +14,10 @@ import yaml
 
 from t2i_lm.assets import find
 from t2i_lm.comparison.comparability import config_values
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import flatten
 from t2i_lm.storage.run_folder import CONFIG, REPORT, Run, read_run
+from t2i_lm.training.step_time import step_seconds
 from t2i_lm.training.study import Progress, StudyRun
 
 # Runs with equal values of these, and backbones of equal size, take about as long per step.
@@ -25,8 +29,8 @@ def estimate(runs: Sequence[StudyRun], states: Sequence[Progress], jobs: int) ->
     """Number, steps and expected time of the runs that are not finished.
 
     The time per step of a run is that of the study's finished runs: of its experiment and setting, else of alike ones,
-    else of all. Before any is finished, it is that of alike runs elsewhere below `run.dir`. Runs in parallel share the
-    processor, which measured times include.
+    else of all. Before any is finished, it is that of alike runs elsewhere below `run.dir`, else of steps timed here.
+    Runs in parallel share the processor, which measured times include; steps are timed with all of its cores.
     """
     left = [flatten(run.job.config) for run, state in zip(runs, states, strict=True) if not state.finished]
     if not left:
@@ -42,7 +46,11 @@ def estimate(runs: Sequence[StudyRun], states: Sequence[Progress], jobs: int) ->
         newest = max((folder for folder, _, _ in done), key=lambda folder: folder.name, default=None)
         source = f"{len(done)} finished runs of the same scale and size outside of the study, the newest {newest}"
     if not done:
-        return f"{words}; their time is estimated once a run is finished"
+        total = _timed([run.job.config for run, state in zip(runs, states, strict=True) if not state.finished])
+        about = "their time is estimated once a run is finished"
+        if total is not None:
+            about = f"about {timedelta(seconds=round(total))}, by training steps timed on this machine"
+        return f"{words}; {about}"
     everything = [seconds for _, _, seconds in done]
     total = 0.0
     for values in left:
@@ -51,6 +59,29 @@ def estimate(runs: Sequence[StudyRun], states: Sequence[Progress], jobs: int) ->
         total += fmean(own or alike or everything) * values["trainer.max_steps"]
     parallel = f" with --jobs {jobs}" if jobs > 1 else ""
     return f"{words}; about {timedelta(seconds=round(total / jobs))}{parallel}, by {source}"
+
+
+def _timed(configs: Sequence[ExperimentConfig]) -> float | None:
+    """Seconds of runs by the time of a step of each kind, or the mean of all for runs whose step is not timed."""
+    steps: Counter[str] = Counter()
+    examples: dict[str, ExperimentConfig] = {}
+    for config in configs:
+        kind = _kind(flatten(config))
+        steps[kind] += config.trainer.max_steps
+        examples.setdefault(kind, config)
+    print("no run is finished yet: timing some training steps", file=sys.stderr, flush=True)
+    seconds = {kind: _step_seconds(config) for kind, config in examples.items()}
+    known = [value for value in seconds.values() if value is not None]
+    if not known:
+        return None
+    return sum(steps[kind] * (fmean(known) if value is None else value) for kind, value in seconds.items())
+
+
+def _step_seconds(config: ExperimentConfig) -> float | None:
+    try:
+        return step_seconds(config)
+    except (ValueError, OSError):  # absent files, which the study names before it trains
+        return None
 
 
 # Folder, config values and seconds per step of a finished run.
