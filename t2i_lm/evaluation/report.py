@@ -19,10 +19,11 @@ from t2i_lm.data.scenes.scene import SIZE
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.data.sources import SCENE_SPLITS
 from t2i_lm.evaluation.alignment import TABLE, alignment_report
+from t2i_lm.evaluation.forgetting import TABLE as COMPLETIONS
 from t2i_lm.evaluation.forgetting import write_completions
 from t2i_lm.evaluation.originals import originals, write_tokens
 from t2i_lm.evaluation.parts import failed, measured, part
-from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, image_floor, prompt_accuracy, text_floor
+from t2i_lm.evaluation.scenes import accuracy_ceiling, caption_preference, loss_floors, prompt_accuracy
 from t2i_lm.experiment.build import Experiment, ImageExperiment
 from t2i_lm.experiment.restore import load_trained, load_trained_experiment, newest_checkpoint
 from t2i_lm.experiment.shards import data_counts
@@ -39,6 +40,7 @@ from t2i_lm.models.aligned_rows import FILE
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
+from t2i_lm.runtime.loggers import write_text
 from t2i_lm.storage.run_folder import (
     ENVIRONMENT_DIGEST,
     METRICS_DIGEST,
@@ -89,7 +91,8 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
     if run.records("forgetting"):
         report["forgetting"] = run.records("forgetting")[-1]["forgetting"]
         with part(report, "completions"):
-            write_completions(run)
+            if tables := write_completions(run):
+                write_text(config, folder, COMPLETIONS, tables[-1].read_text(encoding="utf-8"))
     digests = {METRICS_DIGEST: metrics_digest(folder), ENVIRONMENT_DIGEST: read_environment(folder).get(DIGEST)}
     report = sealed(report | {name: digest for name, digest in digests.items() if digest is not None})
     write_atomic(folder / REPORT, json.dumps(report, indent=2) + "\n")
@@ -153,9 +156,11 @@ def _for_sampling(experiment: ImageExperiment) -> None:
 
 
 def unconditional_report(experiment: ImageExperiment, folder: Path, report: dict[str, Any]) -> None:
-    """Row norms; writes a grid of images sampled without a caption."""
+    """Row norms and the floor of the loss; writes a grid of images sampled without a caption."""
     _for_sampling(experiment)
     config = experiment.config
+    with part(report, "floors"):
+        report |= loss_floors(config, experiment.index, experiment.layout.image_tokens)
     if count := min(config.samples.grid, config.samples.prompts):
         with part(report, "grid"):
             images_HW3 = generate_unconditional(experiment, seeds_of(config.seed, count))
@@ -176,11 +181,8 @@ def text_to_image_report(experiment: ImageExperiment, folder: Path, report: dict
     if "caption_tokens" in experiment.index["splits"]["train"]:  # streamed captions are not counted
         with part(report, "truncated_captions"):
             report["truncated_captions"] = truncated_share(experiment)
-    if experiment.config.data.source == "scenes":
-        with part(report, "text_floor"):
-            report["text_floor_nll"] = text_floor(experiment.index, experiment.config.data.hold_out_pairs)
-        with part(report, "image_floor"):
-            report["image_floor_nll"] = image_floor(experiment.layout.image_tokens)
+    with part(report, "floors"):
+        report |= loss_floors(experiment.config, experiment.index, experiment.layout.image_tokens)
     first, *others = experiment.data.validation_splits
     if experiment.image.decodes and experiment.config.data.has_images:
         with part(report, "tokens"):

@@ -13,6 +13,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.scenes import captions as caption_code
 from t2i_lm.data.scenes import checker
 from t2i_lm.data.scenes import scene as scene_code
@@ -20,8 +21,8 @@ from t2i_lm.data.scenes import space as space_code
 from t2i_lm.data.scenes.captions import ATTRIBUTES, altered, caption_nats, describe, picture_nats
 from t2i_lm.data.scenes.checker import check, share_error, shares_right
 from t2i_lm.data.scenes.scene import scene_of
-from t2i_lm.data.scenes.source import SceneSource
-from t2i_lm.data.scenes.space import SPLITS
+from t2i_lm.data.scenes.source import SceneSource, paraphrases
+from t2i_lm.data.scenes.space import SPLITS, scene_nats
 from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.data.sources import SCENE_SPLITS
 from t2i_lm.experiment.build import ImageExperiment
@@ -59,6 +60,21 @@ def image_floor(image_tokens: int) -> float:
     The entropy of a picture given its caption, and so of its ids, as long as different pictures have different ids.
     """
     return picture_nats() / image_tokens
+
+
+def loss_floors(config: ExperimentConfig, index: dict[str, Any], image_tokens: int) -> dict[str, float]:
+    """`text_floor_nll` and `image_floor_nll`, as a report names them, on new training scenes.
+
+    Empty for other data, and for captions joined by `data.text_ratio`, which tell more of an image than single ones.
+    Without captions (`unconditional`) the floor of the image loss is the entropy of a picture.
+    """
+    data = config.data
+    if data.source != "scenes" or paraphrases(data.text_ratio) > 1:
+        return {}
+    if config.task == "unconditional":
+        space = SPLITS[SCENE_SPLITS[data.hold_out_pairs, "train"]].space
+        return {"image_floor_nll": scene_nats(space) / image_tokens}
+    return {"text_floor_nll": text_floor(index, data.hold_out_pairs), "image_floor_nll": image_floor(image_tokens)}
 
 
 def prompt_accuracy(images: Sequence[ImageArray], meanings: Sequence[dict[str, Any]]) -> dict[str, Any]:

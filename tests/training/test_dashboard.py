@@ -79,14 +79,15 @@ def test_a_run_with_every_measurement_has_at_most_60_scalars(probed: Run) -> Non
     assert len(tags) + len(others) + accuracies <= 60
 
 
-def test_texts_hold_command_and_config(probed: Run) -> None:
+def test_texts_hold_command_config_and_completions(probed: Run) -> None:
     accumulator = events(probed)
     texts = {
         name: accumulator.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()
-        for name in ("command", "config")
+        for name in ("command", "config", "completions")
     }
     assert "python" in texts["command"]
     assert "\n      lr: " in texts["config"]  # indented: a block of code
+    assert texts["completions"] == (probed.folder / "completions.md").read_text()
 
 
 def test_the_table_of_hyperparameters_has_final_losses_of_tags_that_exist(probed: Run) -> None:

@@ -5,6 +5,7 @@ A stratum's scenes are numbered by mixed radix; a seeded permutation puts them i
 front, `iid` from the back: the same distribution, disjoint, and the same `iid` scenes for every size of training.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -162,6 +163,13 @@ class _Enumeration:
 def enumerations(space: str) -> tuple[_Enumeration, ...]:
     """The scenes of each stratum of a space, in the order of `STRATA`."""
     return tuple(_Enumeration(stratum, contents(space, stratum.family)) for stratum in STRATA)
+
+
+@cache
+def scene_nats(space: str = "trained") -> float:
+    """Entropy of a picture without its caption in nats, exactly: within a stratum all are equally likely."""
+    shares = [scenes.stratum.share / BLOCK for scenes in enumerations(space)]
+    return sum(share * math.log(scenes.size / share) for share, scenes in zip(shares, enumerations(space), strict=True))
 
 
 def largest(split: str) -> int:
