@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -77,7 +78,8 @@ def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -
 
     Parallel runs divide the processor's cores among them, take the GPUs in turn, and write a log each in the folder of
     runs. Two runs with one core each take less time than one after another with two cores, whose threads wait for
-    each other. A signal is forwarded to every run, which saves itself; the code is then 128 plus its number.
+    each other. A signal is forwarded to every run, which saves itself; the code is then 128 plus its number. If this
+    process is killed, they save themselves, too.
 
     Args:
         jobs: runs to train.
@@ -175,12 +177,22 @@ def _run_logged(job: Job, log: Path, gpu: str | None) -> None:
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    threading.Thread(target=_stop_with_parent, name="stop with parent", daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA is initialized
     import torch
 
     torch.set_num_threads(job.config.trainer.threads or torch.get_num_threads())
     sys.exit(_run(job))
+
+
+def _stop_with_parent() -> None:
+    """Ends this run as SIGTERM does once the command that started it is gone: killed, it could not tell."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    print("the command that started this run has ended: saving and stopping", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _visible_gpus(count: int) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
-from t2i_lm.storage.run_folder import REPORT, read_run, run_folders
+from t2i_lm.storage.run_folder import OWNER, REPORT, read_run, run_folders
 from t2i_lm.training.jobs import Job, run_jobs
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,8 @@ def test_runs_of_several_devices_are_not_trained_in_parallel(tiny: list[str], tm
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_stops_all_runs(tiny: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_saves_and_stops_all_runs(number: signal.Signals, tiny: list[str], tmp_path: Path) -> None:
     long = ["trainer.max_steps=4000", "trainer.val_check_interval=4000", "trainer.checkpoint_interval=4000"]
     command = [sys.executable, "-m", "t2i_lm.ablate", "--all", "--jobs", "2", *tiny, *QUIET, *long]
     process = subprocess.Popen(
@@ -105,11 +106,14 @@ def test_a_signal_saves_and_stops_all_runs(tiny: list[str], tmp_path: Path) -> N
         if len(metrics) == 2 and all('"train"' in path.read_text() for path in metrics):
             break
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, output
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)  # until the runs, too, have closed its output
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL), output
     folders = run_folders(tmp_path)
     assert sorted(folder.parent.name for folder in folders) == ["uncond_pretrained", "uncond_scratch"]
     for folder in folders:
+        while number == signal.SIGKILL and (folder / OWNER).exists() and time.monotonic() < deadline:
+            time.sleep(0.2)  # the runs write to logs of their own, and end after the command
+        assert not (folder / OWNER).exists()
         assert len(list((folder / "checkpoints").glob("step-*.ckpt"))) == 1
         assert not (folder / REPORT).exists()
