@@ -21,7 +21,13 @@ from t2i_lm.storage.run_folder import PRIMARY, VAL
 from t2i_lm.storage.yaml_text import problem_of, read_yaml
 
 # Default secondary endpoints.
-SECONDARY = ("val/compositional.image.nll", "val/iid.text.nll", "val/iid.all.nll", "tokens_saved.image")
+SECONDARY = (
+    "val/compositional.image.nll",
+    "val/iid.text.nll",
+    "val/compositional.text.nll",
+    "val/iid.all.nll",
+    "tokens_saved.image",
+)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def group_caption(
             f"Scale {config['scale']}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}, "
             f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}, "
             f"{_length(seen)}; runs of {_dates(arms.values())}.",
-            *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
+            *([f"NO RUN OF THIS SETTING: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
             *([f"NOT CONTROLLED, arms also differ from {next(iter(arms))} in {differing}."] if differing else []),
             *_revisions(arms.values()),

@@ -13,7 +13,8 @@ from torch import Tensor
 SIZES = {(128, 2): "67M", (128, 4): "102M", (256, 2): "270M"}
 LEVELS, CODES = (1, 2, 2, 4), 16_384
 # Prefixes of tensors in a training checkpoint outside the autoencoder.
-SKIPPED = ("loss.", "model_ema.", "ema_")
+AVERAGES = ("model_ema.", "ema_")
+SKIPPED = ("loss.", *AVERAGES)
 
 _ENCODER_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _DECODER_ATTENTION = _ENCODER_ATTENTION | {"norm": "spatial_norm"}

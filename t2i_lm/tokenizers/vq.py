@@ -6,6 +6,7 @@ Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `h`, `w` the grid of ids,
 import hashlib
 import json
 import pickle
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +277,8 @@ class MoVQGAN(VQTokenizer):
             vq.load_state_dict(movqgan.to_diffusers(state, len(config["block_out_channels"])))
         except RuntimeError as error:
             raise ValueError(f"image_tokenizer.path: {path} is an incomplete MoVQGAN: {reason(error)}") from error
+        if averaged := sum(key.startswith(movqgan.AVERAGES) for key in state):
+            print(f"image_tokenizer.path: {path}: {averaged} averaged weights (EMA) are not used", file=sys.stderr)
         tokenizer = cls(VQAutoencoder(vq), image_size, file_sha256(path))
         tokenizer.size_name = name
         return tokenizer

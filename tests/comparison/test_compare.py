@@ -13,7 +13,7 @@ from t2i_lm.comparison.arms import Arms, find_arms
 from t2i_lm.comparison.comparability import SEED, IncomparableError, differences
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, UNDECIDED, compare
 from t2i_lm.comparison.endpoints import Endpoint, tokens_saved
-from t2i_lm.comparison.plan import Plan, read_plan
+from t2i_lm.comparison.plan import SECONDARY, Plan, read_plan
 from t2i_lm.comparison.tables import as_json, latex, text
 from t2i_lm.reporting.setup import setup_rows
 from t2i_lm.storage.run_folder import read_run
@@ -64,7 +64,7 @@ def test_arms_are_paired_by_seed_wherever_their_runs_lie(runs: Path) -> None:
     expected = [one - two for one, two in zip(*last.values(), strict=True)]
     assert list(primary.differences.values()) == pytest.approx(expected)
     assert primary.verdict == DIFFERENCE
-    assert [one.primary for one in secondary] == [False] * 4
+    assert [one.primary for one in secondary] == [False] * len(SECONDARY)
 
 
 def test_equal_arms_are_equivalent_and_a_small_study_is_undecided(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_the_latex_table_is_balanced_and_escaped(runs: Path) -> None:
     arms = find_arms(plan, runs)
     lines = [line for line in latex(plan, arms, compare(plan, arms)).splitlines() if not line.startswith("%")]
     body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
-    assert len(body) == 5
+    assert len(body) == 1 + len(SECONDARY)
     assert {line.count(" & ") for line in body} == {7}
     assert all("_" not in line.replace(r"\_", "") for line in body)
 

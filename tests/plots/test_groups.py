@@ -33,7 +33,7 @@ def test_every_arm_is_drawn_as_logged(runs: Path) -> None:
         assert [float(y) for y in lines[f"Image tokens/{arm}/ema"].get_ydata()] == averages
         assert arm in drawing.table
     assert drawing.figure.axes[0].get_ylabel() == "loss (nats/token)"
-    assert "NOT RUN" not in drawing.caption
+    assert "NO RUN" not in drawing.caption
     assert "demo" in drawing.caption
 
 
@@ -43,7 +43,7 @@ def test_missing_and_mismatched_arms_are_left_out_and_named(tmp_path: Path) -> N
         write_run(root, name, f"20260301-{hour + 10}0000")
     write_run(root, "uncond_tune_ffn", "20260301-130000", config={"seed": 1})
     drawing = FIGURES["5"](Request(root))
-    assert "NOT RUN: tune_embed, tune_norm, tune_first_half, tune_ffn." in drawing.caption
+    assert "NO RUN OF THIS SETTING: tune_embed, tune_norm, tune_first_half, tune_ffn." in drawing.caption
     assert "tune_ffn" not in drawing.table
 
 
@@ -67,7 +67,7 @@ def test_initializations_are_drawn_beside_both_arms(tmp_path: Path) -> None:
     drawing = FIGURES["inits"](Request(tmp_path))
     gids = {str(line.get_gid()) for axes in drawing.figure.axes for line in axes.get_lines()}
     assert {f"{panel} tokens/{arm}/ema" for panel in ("Text", "Image") for arm in ("scratch", "shuffled")} <= gids
-    assert "NOT RUN: gaussian, mimetic, embeddings_only, body_only, aligned." in drawing.caption
+    assert "NO RUN OF THIS SETTING: gaussian, mimetic, embeddings_only, body_only, aligned." in drawing.caption
     assert drawing.table.splitlines()[1].startswith("scratch")
 
 

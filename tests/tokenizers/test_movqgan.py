@@ -45,6 +45,24 @@ def test_another_size_than_expected_is_refused(tiny: Path) -> None:
         open_image_tokenizer(tiny / "checkpoint.ckpt", 64, expect="270M")
 
 
+def test_averaged_weights_are_not_used_and_named(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = MoVQGAN.from_checkpoint(tiny / "checkpoint.ckpt", image_size=64)
+    assert capsys.readouterr().err == ""
+    saved = torch.load(tiny / "checkpoint.ckpt", weights_only=True)
+    state = saved.get("state_dict", saved)
+    averages = {f"model_ema.{name.replace('.', '')}": tensor + 1 for name, tensor in state.items() if "conv_in" in name}
+    torch.save({"state_dict": {**state, **averages}}, tmp_path / "averaged.ckpt")
+    tokenizer = MoVQGAN.from_checkpoint(tmp_path / "averaged.ckpt", image_size=64)
+    error = capsys.readouterr().err
+    assert error == (
+        f"image_tokenizer.path: {tmp_path}/averaged.ckpt: {len(averages)} averaged weights (EMA) are not used\n"
+    )
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(tokenizer.encode(images), plain.encode(images))
+
+
 def sber_shapes(width: int, blocks: int) -> dict[str, torch.Tensor]:
     """The shapes that distinguish the published models."""
     shapes: dict[str, tuple[int, ...]] = {f"encoder.down.{level}.block.{block}.conv1.weight": (width * m, 3, 3, 3)

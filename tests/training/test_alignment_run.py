@@ -218,7 +218,7 @@ def test_figure_6_draws_loss_chance_and_temperature(aligned: Run) -> None:
     scale = [line["scalars"]["logit_scale"] for line in aligned.records("train")]
     assert [float(y) for y in lines["Learnable temperature/align/raw"].get_ydata()] == scale
     assert "Contrastive loss/floor" in lines
-    assert "NOT RUN: align_shuffled" in drawing.caption
+    assert "NO RUN OF THIS SETTING: align_shuffled" in drawing.caption
 
 
 def test_a_dry_run_counts_trainable_parameters(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,44 @@
+"""The shipped models meet what they are shipped for: their cards, and the image tokenizer measured again."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from t2i_lm.assets import find
+from t2i_lm.data.scenes.source import SceneSource
+from t2i_lm.tokenizers.image import open_image_tokenizer
+
+
+def card(name: str) -> dict[str, Any]:
+    folder = find(f"asset:{name}")
+    assert folder is not None
+    content: dict[str, Any] = json.loads((folder / "card.json").read_text())
+    return content
+
+
+def test_both_language_models_read_the_same_tokens_and_learned_english() -> None:
+    cards = [card("lm_rotary"), card("lm_head_rotary")]
+    assert cards[0]["data_hash"] == cards[1]["data_hash"]
+    assert cards[0]["seed"] == cards[1]["seed"], "one order of the data"
+    assert cards[0]["tokenizer_sha256"] == cards[1]["tokenizer_sha256"]
+    for one in cards:
+        assert one["tokens"] >= 50e6
+        assert one["held_out_bits_per_byte"] < 1.6
+        assert one["held_out_bits_per_byte"] < one["other_domain_bits_per_byte"] < 3.2
+        assert len(one["completions"]) >= 10
+
+
+def test_the_image_tokenizer_reconstructs_scenes_and_uses_its_codes() -> None:
+    shipped = card("image_tokenizer")
+    assert shipped["psnr_db"] >= 26
+    assert shipped["codes_used"] >= 0.9
+    tokenizer = open_image_tokenizer("asset:image_tokenizer", 64)
+    scenes = SceneSource(96, "iid", 0)
+    images_BCHW = torch.from_numpy(np.stack([np.asarray(scenes[i].image) for i in range(96)])).permute(0, 3, 1, 2)
+    ids_BN = tokenizer.encode(images_BCHW)
+    error = float((tokenizer.decode(ids_BN).float() - images_BCHW.float()).square().mean()) / 255**2
+    assert abs(-10 * math.log10(error) - shipped["psnr_db"]) < 0.5, "96 of the card's 1,000 images"
+    assert len(ids_BN.unique()) / tokenizer.vocab_size >= 0.8
