@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, require_comparable
 from t2i_lm.comparison.gap import find_gap_curve, gap_json, gap_text
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
+from t2i_lm.plots.alignment import alignment_panels, alignment_title
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
-from t2i_lm.plots.curves import floor_nll, progress, scalar_series, series
+from t2i_lm.plots.curves import floor_nll, progress, series
 from t2i_lm.plots.figure1 import draw_figure1, figure1_table, image_tokenizer_sentence, newest_run, tokenized_images
 from t2i_lm.plots.forgetting import HOW, TEXTS, require_same_texts, retention_panels, retention_table
 from t2i_lm.plots.gap import TITLE, draw_gap, gap_caption
@@ -204,15 +205,8 @@ def figure6(request: Request) -> RenderedFigure:
     arms = find_group(request.root, FIGURE6)
     request.check(arms, FIGURE6.varied)
     pairs = arms["align"].config["data"]["batch_size"]
-    axis = "pairs seen"
-    loss = {arm: series(run, "all", "nll", "samples") for arm, run in arms.items()}
-    scale = {arm: scalar_series(run, "logit_scale", "samples") for arm, run in arms.items()}
-    panels = [
-        Panel("Contrastive loss", loss, math.log(pairs), f"chance, ln {pairs:,}", unit="loss (nats)", axis=axis),
-        Panel("Learnable temperature", scale, unit="logit scale, 1 / temperature", axis=axis),
-    ]
-    title = f"Figure 6. Contrastive alignment of image-token rows with text-token rows, {pairs:,} pairs per batch"
-    return _render_group(title, FIGURE6, arms, panels, loss_table(arms, "all", "nats"))
+    title = alignment_title(pairs)
+    return _render_group(title, FIGURE6, arms, alignment_panels(arms, pairs), loss_table(arms, "all", "nats"))
 
 
 def figure_forgetting(request: Request) -> RenderedFigure:

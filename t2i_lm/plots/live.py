@@ -6,14 +6,15 @@ from pathlib import Path
 from PIL import Image
 
 from t2i_lm.comparison.comparability import mismatches
+from t2i_lm.plots.alignment import alignment_panels, alignment_title
 from t2i_lm.plots.captions import group_caption, smoothing
 from t2i_lm.plots.curves import series
-from t2i_lm.plots.groups import arm_of
+from t2i_lm.plots.groups import FIGURE6, arm_of
 from t2i_lm.plots.pairing import newest_first
 from t2i_lm.plots.panels import Panel, draw_panels
 from t2i_lm.storage.run_folder import Run, read_run
 
-# Modalities of a figure by its title, by task.
+# Panels of losses of a figure, their modality and title, by task.
 FIGURES = {
     "text_to_image": {
         "Figure 3": {"all": "All tokens"},
@@ -25,6 +26,7 @@ FIGURES = {
 PARTNERS = {
     "text_to_image": ("t2i_pretrained", "t2i_scratch"),
     "unconditional": ("uncond_pretrained", "uncond_scratch"),
+    "align": ("align", "align_shuffled"),
 }
 DPI = 120
 
@@ -33,10 +35,13 @@ def live_figures(folder: Path) -> dict[str, Image.Image]:
     """The figures of a run's task as images by title; empty before its first logged step and for other tasks."""
     run = read_run(folder)
     task = str(run.config["task"])
-    if task not in FIGURES or not run.records("train"):
+    if task not in PARTNERS or not run.records("train"):
         return {}
     arms = _partners(run, PARTNERS[task]) | {arm_of(run.name): run}
-    return {title: _draw(title, panels, arms) for title, panels in FIGURES[task].items()}
+    if task == "align":
+        pairs = run.config["data"]["batch_size"]
+        return {"Figure 6": _draw(alignment_title(pairs), alignment_panels(arms, pairs), arms, FIGURE6.varied)}
+    return {title: _draw(title, _loss_panels(words, arms), arms) for title, words in FIGURES[task].items()}
 
 
 def _partners(run: Run, names: tuple[str, ...]) -> dict[str, Run]:
@@ -52,12 +57,14 @@ def _partners(run: Run, names: tuple[str, ...]) -> dict[str, Run]:
     return found
 
 
-def _draw(title: str, modalities: dict[str, str], arms: dict[str, Run]) -> Image.Image:
-    panels = [
-        Panel(words, {arm: series(run, modality) for arm, run in arms.items()})
-        for modality, words in modalities.items()
+def _loss_panels(titles: dict[str, str], arms: dict[str, Run]) -> list[Panel]:
+    return [
+        Panel(title, {arm: series(run, modality) for arm, run in arms.items()}) for modality, title in titles.items()
     ]
-    caption = f"{title}. {group_caption(arms)}"
+
+
+def _draw(title: str, panels: list[Panel], arms: dict[str, Run], varied: tuple[str, ...] = ()) -> Image.Image:
+    caption = f"{title}. {group_caption(arms, varied=varied)}"
     file = BytesIO()
     first = next(iter(arms.values()))
     draw_panels(panels, caption, smoothing=smoothing(first), splits=first.validation_splits).savefig(file, dpi=DPI)

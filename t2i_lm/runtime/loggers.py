@@ -1,11 +1,14 @@
 """The logger of a run, and Markdown texts beside its curves."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.runtime.lasting_loggers import LastingCSVLogger, LastingTensorBoardLogger
+from t2i_lm.storage.run_folder import logged_position
 
 
 def build_logger(config: ExperimentConfig, folder: Path, purge: int | None = None) -> Logger | bool:
@@ -31,8 +34,19 @@ def build_logger(config: ExperimentConfig, folder: Path, purge: int | None = Non
 
 
 def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
-    """Adds a text to a run's TensorBoard; does nothing under another logger."""
+    """Adds a text to a run's TensorBoard at its last step, unless there is one; does nothing under another logger."""
     logger = build_logger(config, folder)
     if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_text(tag, markdown)
-        logger.finalize("success")
+        step = logged_position(folder, config.trainer.max_steps)
+        if step not in _steps(Path(logger.log_dir), f"{tag}/text_summary"):
+            logger.experiment.add_text(tag, markdown, step)
+            logger.finalize("success")
+
+
+def _steps(folder: Path, tag: str) -> set[int]:
+    """Steps at which a TensorBoard folder has a text; it does not drop those of an earlier session of a resumed run."""
+    if not folder.is_dir():
+        return set()
+    events: Any = EventAccumulator(str(folder), size_guidance={"tensors": 0})  # type: ignore[no-untyped-call]
+    events.Reload()
+    return {event.step for event in events.Tensors(tag)} if tag in events.Tags()["tensors"] else set()

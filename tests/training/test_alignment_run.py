@@ -55,6 +55,7 @@ def test_an_alignment_leaves_loss_temperature_rows_and_table(aligned: Run) -> No
     events = EventAccumulator(str(aligned.folder / "tb"))
     events.Reload()
     assert "align/train/logit_scale" in events.Tags()["scalars"]
+    assert "Figure 6" in events.Tags()["images"]
     assert "nearest text tokens/text_summary" in events.Tags()["tensors"]
 
 
