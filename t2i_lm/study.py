@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(OUT).with_name(options.plan.stem) if options.out == Path(OUT) else options.out
         runs = study_runs(study, experiments, options.overrides, options.results)
         states = progress_of(runs)
-        print(progress_table(runs, states), "", estimate(runs, states, options.jobs), sep="\n", flush=True)
+        print(progress_table(runs, states), "", sep="\n", flush=True)
+        print(estimate(runs, states, options.jobs), flush=True)
         if options.dry_run:
             missing = missing_paths(runs, states)
             print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)

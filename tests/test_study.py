@@ -200,6 +200,7 @@ def test_the_cost_is_that_of_each_setting_else_of_alike_runs_elsewhere(
 ) -> None:
     times: dict[int, float | None] = {16: 1.0, 32: 3.0}  # seconds per step, by batch size
     monkeypatch.setattr(cost, "step_seconds", lambda config: times[config.data.batch_size])
+    monkeypatch.setattr(cost, "steps_in_all", lambda config: config.trainer.max_steps)
     content = "seeds: [0, 1]\ncomparisons: {one: {arms: {t2i_pretrained: {data.batch_size: 32}, t2i_scratch: {}}}}"
     where = f"run.dir={tmp_path}"
     runs = configs(plan, content, where)
@@ -224,8 +225,9 @@ def test_the_cost_is_that_of_each_setting_else_of_alike_runs_elsewhere(
 
 
 def test_a_missing_path_is_named_before_anything_is_trained(
-    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cost, "step_seconds", lambda config: 1.0)
     plan.write_text(
         "seeds: [0, 1]\ncomparisons: {one: {arms: {dose: {experiment: t2i_pretrained, backbone.path: no/where}, "
         "t2i_scratch: {}}}}"
@@ -249,9 +251,9 @@ def test_a_missing_path_is_named_before_anything_is_trained(
 def test_every_shipped_plan_names_its_question_endpoint_margin_and_cost(file: Path) -> None:
     text = file.read_text()
     assert "?" in text.splitlines()[0]
+    assert "# Cost: " in text
     if file.stem == "pretraining":  # of `compare`
         return
-    assert "# Cost: " in text
     if file.stem == "remedies":  # of `remedies`
         assert read_strengths(file)
         return

@@ -39,7 +39,8 @@ from t2i_lm.storage.run_folder import Run, read_run
 from t2i_lm.storage.writing import write_atomic
 
 # What the floor of a modality's loss is.
-FLOORS = {"text": "the captions' entropy", "image": "the images' entropy"}
+FLOORS = {"text": "the captions' entropy", "image": "the images' entropy given their captions"}
+UNCAPTIONED = "the images' entropy"
 UNITS = {"nll": "loss (nats/token)", "ppl": "perplexity"}
 
 
@@ -168,11 +169,13 @@ class GroupFigure:
 
 def _with_floor(panel: Panel, runs: Iterable[Run], modality: str, unit: str) -> Panel:
     """The panel with the floor of a modality's loss, where a report has it."""
-    nll = floor_nll(runs, modality)
+    arms = [*runs]
+    nll = floor_nll(arms, modality)
     if nll is None:
         return panel
     floor = math.exp(nll) if unit == "ppl" else nll
-    return replace(panel, floor=floor, floor_label=f"floor, {FLOORS[modality]}: {floor:.3g}")
+    words = UNCAPTIONED if arms[0].config["task"] == "unconditional" else FLOORS[modality]
+    return replace(panel, floor=floor, floor_label=f"floor, {words}: {floor:.3g}")
 
 
 def figure1(request: Request) -> RenderedFigure:

@@ -35,7 +35,7 @@ def build_logger(config: ExperimentConfig, folder: Path, purge: int | None = Non
 
 def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
     """Adds a text to a run's TensorBoard at its last step, unless there is one; does nothing under another logger."""
-    logger = build_logger(config, folder)
+    logger = build_logger(config, folder) if config.log.logger == "tensorboard" else False
     if isinstance(logger, TensorBoardLogger):
         step = logged_position(folder, config.trainer.max_steps)
         if step not in _steps(Path(logger.log_dir), f"{tag}/text_summary"):

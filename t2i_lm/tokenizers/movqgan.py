@@ -12,8 +12,8 @@ from torch import Tensor
 # (first level's width, residual blocks per level) of the published models, all of levels 1-2-2-4 with 16,384 codes.
 SIZES = {(128, 2): "67M", (128, 4): "102M", (256, 2): "270M"}
 LEVELS, CODES = (1, 2, 2, 4), 16_384
-# Prefixes of tensors in a training checkpoint outside the autoencoder.
 AVERAGES = ("model_ema.", "ema_")
+# Prefixes of tensors in a training checkpoint outside the autoencoder.
 SKIPPED = ("loss.", *AVERAGES)
 
 _ENCODER_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_lm.config.image_tokenizer import VQModelConfig
-from t2i_lm.runtime.devices import exact_convolutions
+from t2i_lm.runtime.devices import exact_convolutions, local_rank
 from t2i_lm.storage.hashing import file_sha256, files_sha256
 from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.writing import atomic_file, write_atomic
@@ -277,8 +277,9 @@ class MoVQGAN(VQTokenizer):
             vq.load_state_dict(movqgan.to_diffusers(state, len(config["block_out_channels"])))
         except RuntimeError as error:
             raise ValueError(f"image_tokenizer.path: {path} is an incomplete MoVQGAN: {reason(error)}") from error
-        if averaged := sum(key.startswith(movqgan.AVERAGES) for key in state):
-            print(f"image_tokenizer.path: {path}: {averaged} averaged weights (EMA) are not used", file=sys.stderr)
+        averaged = sum(key.startswith(movqgan.AVERAGES) and tensor.ndim > 0 for key, tensor in state.items())
+        if averaged and local_rank() == 0:
+            print(f"image_tokenizer.path: {path}: {averaged} averaged tensors (EMA) are not used", file=sys.stderr)
         tokenizer = cls(VQAutoencoder(vq), image_size, file_sha256(path))
         tokenizer.size_name = name
         return tokenizer

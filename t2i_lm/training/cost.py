@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cache
@@ -17,7 +16,7 @@ from t2i_lm.comparison.comparability import config_values
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import flatten
 from t2i_lm.storage.run_folder import CONFIG, REPORT, Run, read_run
-from t2i_lm.training.step_time import step_seconds
+from t2i_lm.training.step_time import step_seconds, steps_in_all
 from t2i_lm.training.study import Progress, StudyRun
 
 # Runs with equal values of these, and backbones of equal size, take about as long per step.
@@ -30,7 +29,7 @@ def estimate(runs: Sequence[StudyRun], states: Sequence[Progress], jobs: int) ->
 
     The time per step of a run is that of the study's finished runs: of its experiment and setting, else of alike ones,
     else of all. Before any is finished, it is that of alike runs elsewhere below `run.dir`, else of steps timed here.
-    Runs in parallel share the processor, which measured times include; steps are timed with all of its cores.
+    Runs in parallel share the processor, which measured times include; steps are timed on all of its cores.
     """
     left = [flatten(run.job.config) for run, state in zip(runs, states, strict=True) if not state.finished]
     if not left:
@@ -63,11 +62,11 @@ def estimate(runs: Sequence[StudyRun], states: Sequence[Progress], jobs: int) ->
 
 def _timed(configs: Sequence[ExperimentConfig]) -> float | None:
     """Seconds of runs by the time of a step of each kind, or the mean of all for runs whose step is not timed."""
-    steps: Counter[str] = Counter()
+    steps: dict[str, float] = {}
     examples: dict[str, ExperimentConfig] = {}
     for config in configs:
         kind = _kind(flatten(config))
-        steps[kind] += config.trainer.max_steps
+        steps[kind] = steps.get(kind, 0.0) + steps_in_all(config)
         examples.setdefault(kind, config)
     print("no run is finished yet: timing some training steps", file=sys.stderr, flush=True)
     seconds = {kind: _step_seconds(config) for kind, config in examples.items()}
@@ -80,7 +79,7 @@ def _timed(configs: Sequence[ExperimentConfig]) -> float | None:
 def _step_seconds(config: ExperimentConfig) -> float | None:
     try:
         return step_seconds(config)
-    except (ValueError, OSError):  # absent files, which the study names before it trains
+    except Exception:  # an estimate alone: absent files, too little memory, a plug-in's error; training names them
         return None
 
 

@@ -191,7 +191,7 @@ def _stop_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    print("the command that started this run has ended: saving and stopping", file=sys.stderr, flush=True)
+    print("the command that started this run has ended: stopping", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -53,11 +53,12 @@ def test_averaged_weights_are_not_used_and_named(
     saved = torch.load(tiny / "checkpoint.ckpt", weights_only=True)
     state = saved.get("state_dict", saved)
     averages = {f"model_ema.{name.replace('.', '')}": tensor + 1 for name, tensor in state.items() if "conv_in" in name}
+    averages["model_ema.decay"] = torch.tensor(0.99)  # a number, no weights
     torch.save({"state_dict": {**state, **averages}}, tmp_path / "averaged.ckpt")
     tokenizer = MoVQGAN.from_checkpoint(tmp_path / "averaged.ckpt", image_size=64)
     error = capsys.readouterr().err
     assert error == (
-        f"image_tokenizer.path: {tmp_path}/averaged.ckpt: {len(averages)} averaged weights (EMA) are not used\n"
+        f"image_tokenizer.path: {tmp_path}/averaged.ckpt: {len(averages) - 1} averaged tensors (EMA) are not used\n"
     )
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     assert torch.equal(tokenizer.encode(images), plain.encode(images))

@@ -107,13 +107,14 @@ def test_a_signal_saves_and_stops_all_runs(number: signal.Signals, tiny: list[st
             break
         time.sleep(0.2)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)  # until the runs, too, have closed its output
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL), output
     folders = run_folders(tmp_path)
     assert sorted(folder.parent.name for folder in folders) == ["uncond_pretrained", "uncond_scratch"]
+    deadline = time.monotonic() + 120
     for folder in folders:
         while number == signal.SIGKILL and (folder / OWNER).exists() and time.monotonic() < deadline:
-            time.sleep(0.2)  # the runs write to logs of their own, and end after the command
+            time.sleep(0.2)  # runs end after their killed command
         assert not (folder / OWNER).exists()
         assert len(list((folder / "checkpoints").glob("step-*.ckpt"))) == 1
         assert not (folder / REPORT).exists()

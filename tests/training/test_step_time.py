@@ -7,7 +7,7 @@ import pytest
 
 from t2i_lm.config.load import load_experiment
 from t2i_lm.training import step_time
-from t2i_lm.training.step_time import STEPS, step_seconds
+from t2i_lm.training.step_time import STEPS, step_seconds, steps_in_all
 from tests.test_docs import EXPERIMENTS
 
 
@@ -33,3 +33,11 @@ def test_other_tasks_and_large_models_are_not_timed(tiny: list[str]) -> None:
     config = load_experiment(EXPERIMENTS / "t2i_scratch.yaml", "demo", tiny)
     large = replace(config, data=replace(config.data, batch_size=2**20))
     assert step_seconds(large) is None
+
+
+def test_validations_are_forward_passes_of_all_sets() -> None:
+    words = ["trainer.max_steps=400", "trainer.val_check_interval=100", "data.val_size=480", "data.batch_size=16"]
+    config = load_experiment(EXPERIMENTS / "t2i_scratch.yaml", "demo", words)
+    assert steps_in_all(config) == 400 + 5 * 2 * 30 / 3, "before training and four times, iid and compositional"
+    one_set = replace(config, data=replace(config.data, hold_out_pairs=False))
+    assert steps_in_all(one_set) == 400 + 5 * 30 / 3
