@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from t2i_lm.comparison.best import seed_means
+from t2i_lm.comparison.comparability import SEED
 from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.panels import arm_style, captioned_figure
 from t2i_lm.plots.sweep import (
     MODALITIES,
-    SEED,
     Outcome,
     at_edges,
     distance,

@@ -47,6 +47,6 @@ def _steps(folder: Path, tag: str) -> set[int]:
     """Steps at which a TensorBoard folder has a text; it does not drop those of an earlier session of a resumed run."""
     if not folder.is_dir():
         return set()
-    events: Any = EventAccumulator(str(folder), size_guidance={"tensors": 0})  # type: ignore[no-untyped-call]
+    events: Any = EventAccumulator(str(folder), size_guidance={"tensors": 0})
     events.Reload()
     return {event.step for event in events.Tensors(tag)} if tag in events.Tags()["tensors"] else set()

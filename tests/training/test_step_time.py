@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from t2i_lm.config.load import load_experiment
 from t2i_lm.training import step_time
@@ -15,12 +17,15 @@ from tests.test_docs import EXPERIMENTS
 def test_a_step_is_timed_in_micro_batches(name: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*tiny, "trainer.accumulate_grad_batches=2"]
     config = load_experiment(EXPERIMENTS / f"{name}.yaml", "demo", words)
-    shapes, module = (
-        [],
-        getattr(step_time, "TextToImageModule" if name == "t2i_scratch" else "UnconditionalImageModule"),
-    )
+    shapes: list[torch.Size] = []
+    module = getattr(step_time, "TextToImageModule" if name == "t2i_scratch" else "UnconditionalImageModule")
     sums = module.sums
-    monkeypatch.setattr(module, "sums", lambda self, ids_BT: shapes.append(ids_BT.shape) or sums(self, ids_BT))
+
+    def recorded(self: Any, ids_BT: torch.Tensor) -> Any:
+        shapes.append(ids_BT.shape)
+        return sums(self, ids_BT)
+
+    monkeypatch.setattr(module, "sums", recorded)
     ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0, 30.0, 34.0])  # 9 s of the first step, then 2, 1 and 4
     monkeypatch.setattr(step_time, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     assert step_seconds(config) == 2.0
