@@ -32,7 +32,6 @@ ELSEWHERE = {
     "callbacks.files.metrics_file": "opened to be cut, which takes no space",
     "t2i_lm.plots.catalogue": "Rendered.save and CompletionsTable.save, of this suite",
     "t2i_lm.data.shards.format": "_write_part, which write_part calls inside of `writing`",
-    "t2i_lm.evaluation.alignment": "write_text of runtime.loggers, into TensorBoard",
     "t2i_lm.runtime.lasting_loggers": "save of Lightning's loggers, whose errors it catches",
     "t2i_lm.runtime.output": "/dev/null",
     "t2i_lm.training.jobs": "the log of a job, whose writes never fail (LastingOutput)",

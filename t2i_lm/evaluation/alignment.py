@@ -14,7 +14,7 @@ from t2i_lm.experiment.build import AlignmentExperiment
 from t2i_lm.models.aligned_rows import FILE, write_aligned_rows
 from t2i_lm.models.contrastive import Neighbors, hubness, nearest_text_tokens
 from t2i_lm.modules.alignment import AlignmentModule
-from t2i_lm.runtime.loggers import write_text
+from t2i_lm.runtime.loggers import add_text
 from t2i_lm.runtime.tables import markdown_table
 from t2i_lm.storage.writing import atomic_file
 
@@ -41,7 +41,7 @@ def alignment_report(experiment: AlignmentExperiment, folder: Path, report: dict
             with atomic_file(folder / TABLE) as own, own.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)
             shown = sorted(rows[1:], key=lambda row: -int(row[1]))[:SHOWN]
-            write_text(experiment.config, folder, "nearest text tokens", markdown_table(rows[0], shown))
+            add_text(experiment.config, folder, "nearest text tokens", markdown_table(rows[0], shown))
     norms = {"image": image_ID.norm(dim=1).mean(), "text": text_VD.norm(dim=1).mean()}
     report["row_norms"] = {name: float(value) for name, value in norms.items()}
     report |= module.scalars()

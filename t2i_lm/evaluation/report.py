@@ -40,7 +40,7 @@ from t2i_lm.models.aligned_rows import FILE
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
-from t2i_lm.runtime.loggers import write_text
+from t2i_lm.runtime.loggers import add_text
 from t2i_lm.storage.run_folder import (
     ENVIRONMENT_DIGEST,
     METRICS_DIGEST,
@@ -92,7 +92,7 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         report["forgetting"] = run.records("forgetting")[-1]["forgetting"]
         with part(report, "completions"):
             if tables := write_completions(run):
-                write_text(config, folder, COMPLETIONS, tables[-1].read_text(encoding="utf-8"))
+                add_text(config, folder, COMPLETIONS, tables[-1].read_text(encoding="utf-8"))
     digests = {METRICS_DIGEST: metrics_digest(folder), ENVIRONMENT_DIGEST: read_environment(folder).get(DIGEST)}
     report = sealed(report | {name: digest for name, digest in digests.items() if digest is not None})
     write_atomic(folder / REPORT, json.dumps(report, indent=2) + "\n")

@@ -33,7 +33,7 @@ def build_logger(config: ExperimentConfig, folder: Path, purge: int | None = Non
     return False
 
 
-def write_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
+def add_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
     """Adds a text to a run's TensorBoard at its last step, unless there is one; does nothing under another logger."""
     logger = build_logger(config, folder) if config.log.logger == "tensorboard" else False
     if isinstance(logger, TensorBoardLogger):
