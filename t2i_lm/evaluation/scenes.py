@@ -50,7 +50,7 @@ def text_floor(index: dict[str, Any], hold_out_pairs: bool = True) -> float:
         hold_out_pairs: `data.hold_out_pairs` of the run.
     """
     lengths: dict[str, int] = index["splits"]["train"]["caption_tokens"]
-    nats = caption_nats(SPLITS[SCENE_SPLITS[hold_out_pairs, "train"]].space)
+    nats = caption_nats(_training_space(hold_out_pairs))
     return nats * sum(lengths.values()) / sum(int(length) * count for length, count in lengths.items())
 
 
@@ -72,9 +72,12 @@ def loss_floors(config: ExperimentConfig, index: dict[str, Any], image_tokens: i
     if data.source != "scenes" or paraphrases(data.text_ratio) > 1:
         return {}
     if config.task == "unconditional":
-        space = SPLITS[SCENE_SPLITS[data.hold_out_pairs, "train"]].space
-        return {"image_floor_nll": scene_nats(space) / image_tokens}
+        return {"image_floor_nll": scene_nats(_training_space(data.hold_out_pairs)) / image_tokens}
     return {"text_floor_nll": text_floor(index, data.hold_out_pairs), "image_floor_nll": image_floor(image_tokens)}
+
+
+def _training_space(hold_out_pairs: bool) -> str:
+    return SPLITS[SCENE_SPLITS[hold_out_pairs, "train"]].space
 
 
 def prompt_accuracy(images: Sequence[ImageArray], meanings: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,16 +10,12 @@ from t2i_lm.storage.run_folder import Run
 AXIS = "pairs seen"
 
 
-def alignment_title(pairs: int) -> str:
-    """The figure's title, with the number of pairs in a batch."""
-    return f"Figure 6. Contrastive alignment of image-token rows with text-token rows, {pairs:,} pairs per batch"
-
-
-def alignment_panels(arms: Mapping[str, Run], pairs: int) -> list[Panel]:
-    """Contrastive loss, with chance for `pairs` pairs in a batch, and the learnable temperature, by arm."""
+def alignment_figure(arms: Mapping[str, Run]) -> tuple[str, list[Panel]]:
+    """The figure's title; panels of the contrastive loss, with chance, and of the learnable temperature, by arm."""
+    pairs = next(iter(arms.values())).config["data"]["batch_size"]
     loss = {arm: series(run, "all", "nll", "samples") for arm, run in arms.items()}
     scale = {arm: scalar_series(run, "logit_scale", "samples") for arm, run in arms.items()}
-    return [
+    return f"Figure 6. Contrastive alignment of image-token rows with text-token rows, {pairs:,} pairs per batch", [
         Panel("Contrastive loss", loss, math.log(pairs), f"chance, ln {pairs:,}", unit="loss (nats)", axis=AXIS),
         Panel("Learnable temperature", scale, unit="logit scale, 1 / temperature", axis=AXIS),
     ]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, require_comparable
 from t2i_lm.comparison.gap import find_gap_curve, gap_json, gap_text
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
-from t2i_lm.plots.alignment import alignment_panels, alignment_title
+from t2i_lm.plots.alignment import alignment_figure
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
 from t2i_lm.plots.curves import floor_nll, progress, series
 from t2i_lm.plots.figure1 import draw_figure1, figure1_table, image_tokenizer_sentence, newest_run, tokenized_images
@@ -207,9 +207,8 @@ def figure6(request: Request) -> RenderedFigure:
     """Figure 6: contrastive alignment of image rows with text rows, loss and temperature (Section 3.2)."""
     arms = find_group(request.root, FIGURE6)
     request.check(arms, FIGURE6.varied)
-    pairs = arms["align"].config["data"]["batch_size"]
-    title = alignment_title(pairs)
-    return _render_group(title, FIGURE6, arms, alignment_panels(arms, pairs), loss_table(arms, "all", "nats"))
+    title, panels = alignment_figure(arms)
+    return _render_group(title, FIGURE6, arms, panels, loss_table(arms, "all", "nats"))
 
 
 def figure_forgetting(request: Request) -> RenderedFigure:

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from t2i_lm.comparison.comparability import mismatches
-from t2i_lm.plots.alignment import alignment_panels, alignment_title
+from t2i_lm.plots.alignment import alignment_figure
 from t2i_lm.plots.captions import group_caption, smoothing
 from t2i_lm.plots.curves import series
 from t2i_lm.plots.groups import FIGURE6, arm_of
@@ -26,7 +26,7 @@ FIGURES = {
 PARTNERS = {
     "text_to_image": ("t2i_pretrained", "t2i_scratch"),
     "unconditional": ("uncond_pretrained", "uncond_scratch"),
-    "align": ("align", "align_shuffled"),
+    "align": tuple(FIGURE6.experiments.values()),
 }
 DPI = 120
 
@@ -39,8 +39,7 @@ def live_figures(folder: Path) -> dict[str, Image.Image]:
         return {}
     arms = _partners(run, PARTNERS[task]) | {arm_of(run.name): run}
     if task == "align":
-        pairs = run.config["data"]["batch_size"]
-        return {"Figure 6": _draw(alignment_title(pairs), alignment_panels(arms, pairs), arms, FIGURE6.varied)}
+        return {"Figure 6": _draw(*alignment_figure(arms), arms, FIGURE6.varied)}
     return {title: _draw(title, _loss_panels(words, arms), arms) for title, words in FIGURES[task].items()}
 
 

@@ -35,16 +35,18 @@ def build_logger(config: ExperimentConfig, folder: Path, purge: int | None = Non
 
 def add_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:
     """Adds a text to a run's TensorBoard at its last step, unless there is one; does nothing under another logger."""
-    logger = build_logger(config, folder) if config.log.logger == "tensorboard" else False
-    if isinstance(logger, TensorBoardLogger):
-        step = logged_position(folder, config.trainer.max_steps)
-        if step not in _steps(Path(logger.log_dir), f"{tag}/text_summary"):
-            logger.experiment.add_text(tag, markdown, step)
-            logger.finalize("success")
+    if config.log.logger != "tensorboard":
+        return
+    logger = build_logger(config, folder)
+    assert isinstance(logger, TensorBoardLogger)
+    step = logged_position(folder, config.trainer.max_steps)
+    if step not in _steps(Path(logger.log_dir), f"{tag}/text_summary"):
+        logger.experiment.add_text(tag, markdown, step)
+        logger.finalize("success")
 
 
 def _steps(folder: Path, tag: str) -> set[int]:
-    """Steps at which a TensorBoard folder has a text; it does not drop those of an earlier session of a resumed run."""
+    """Steps at which a TensorBoard folder has a text; those of a resumed run's earlier session remain."""
     if not folder.is_dir():
         return set()
     events: Any = EventAccumulator(str(folder), size_guidance={"tensors": 0})

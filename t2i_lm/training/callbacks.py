@@ -1,6 +1,5 @@
 """Callbacks of a run, in the order in which they run."""
 
-import math
 import shlex
 import sys
 from functools import partial
@@ -40,6 +39,7 @@ from t2i_lm.plots.live import live_figures
 from t2i_lm.runtime.devices import device_name, precision
 from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.storage.run_folder import CHECKPOINTS, FID, METRICS, SAMPLES, logged_position
+from t2i_lm.training.intervals import even_interval
 from t2i_lm.training.ranks import collective_timeout
 
 # Keys in TensorBoard's table of hyperparameters by column. TensorBoard sorts columns by name and shows the first five.
@@ -154,9 +154,3 @@ def peak(config: ExperimentConfig) -> float | None:
     """Peak FLOP/s of the run's GPU in the run's precision, for MFU; None if unknown."""
     name = device_name(config)
     return peak_flops(name) if name is not None and precision(config) == "bf16-mixed" else None
-
-
-def even_interval(interval: int, steps: int) -> int:
-    """An interval in steps, up to 2 % longer where its last end would otherwise come just before that of the run."""
-    longer = math.ceil(steps / max(1, steps // interval))
-    return longer if interval < longer <= 1.02 * interval else interval

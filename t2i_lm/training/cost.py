@@ -31,7 +31,8 @@ def estimate(runs: Sequence[StudyRun], states: Sequence[Progress], jobs: int) ->
     else of all. Before any is finished, it is that of alike runs elsewhere below `run.dir`, else of steps timed here.
     Runs in parallel share the processor, which measured times include; steps are timed on all of its cores.
     """
-    left = [flatten(run.job.config) for run, state in zip(runs, states, strict=True) if not state.finished]
+    waiting = [run.job.config for run, state in zip(runs, states, strict=True) if not state.finished]
+    left = [flatten(config) for config in waiting]
     if not left:
         return f"all {len(runs)} runs are finished"
     steps = sum(values["trainer.max_steps"] for values in left)
@@ -45,7 +46,7 @@ def estimate(runs: Sequence[StudyRun], states: Sequence[Progress], jobs: int) ->
         newest = max((folder for folder, _, _ in done), key=lambda folder: folder.name, default=None)
         source = f"{len(done)} finished runs of the same scale and size outside of the study, the newest {newest}"
     if not done:
-        total = _timed([run.job.config for run, state in zip(runs, states, strict=True) if not state.finished])
+        total = _timed(waiting)
         about = "their time is estimated once a run is finished"
         if total is not None:
             about = f"about {timedelta(seconds=round(total))}, by training steps timed on this machine"

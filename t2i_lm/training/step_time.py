@@ -1,5 +1,6 @@
 """Time of a run on this machine's CPU by some training steps: what a study costs before one of its runs is finished."""
 
+import math
 import time
 from statistics import median
 
@@ -13,6 +14,7 @@ from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.runtime.devices import precision, uses_gpu
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
+from t2i_lm.training.intervals import validation_interval
 
 MOST_FLOP = 1e12  # of a step that is timed: some seconds
 STEPS = 3  # after one that is not timed
@@ -52,7 +54,7 @@ def steps_in_all(config: ExperimentConfig) -> float:
     Forgetting and samples are left out, and validation sets of unknown size.
     """
     steps, data = config.trainer.max_steps, config.data
-    validations = 1 + steps // min(config.trainer.val_check_interval, steps)
+    validations = 1 + math.ceil(steps / validation_interval(config.trainer))
     sets = 2 if data.source == "scenes" and data.hold_out_pairs else 1
     return steps + validations * sets * (data.val_size or 0) / data.batch_size / 3
 

@@ -18,7 +18,8 @@ from t2i_lm.runtime.devices import precision
 from t2i_lm.runtime.loggers import build_logger
 from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.storage.run_folder import CHECKPOINTS
-from t2i_lm.training.callbacks import callbacks_for, even_interval
+from t2i_lm.training.callbacks import callbacks_for
+from t2i_lm.training.intervals import validation_interval
 from t2i_lm.training.ranks import WatchedDDP, WatchedShards, cluster
 from t2i_lm.training.resumption import ChangedOptimizer
 from t2i_lm.training.sharded_strategy import ShardedStrategy
@@ -84,7 +85,6 @@ def build_trainer(
     changed = [ChangedOptimizer()] if any(key.startswith(("optim.", "trainer.max_steps")) for key in allowed) else []
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
-    interval = even_interval(min(trainer.val_check_interval, trainer.max_steps), trainer.max_steps)
     return pl.Trainer(
         max_steps=trainer.max_steps,
         accelerator=trainer.accelerator,
@@ -94,7 +94,7 @@ def build_trainer(
         precision=precision(config),  # type: ignore[arg-type]
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=config.optim.grad_clip,
-        val_check_interval=interval * trainer.accumulate_grad_batches,
+        val_check_interval=validation_interval(trainer) * trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         logger=build_logger(config, folder, purge),
         callbacks=[*changed, *callbacks_for(experiment, folder, events, record, watch)],

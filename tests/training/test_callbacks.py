@@ -7,7 +7,8 @@ import pytest
 from callbacks import EventLog
 from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.build import build
-from t2i_lm.training.callbacks import callbacks_for, even_interval
+from t2i_lm.training.callbacks import callbacks_for
+from t2i_lm.training.intervals import even_interval
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FIRST, LAST = ["Throughput", "Preemption", "NonFiniteGuard"], ["RngState", "RunCheckpoints"]
