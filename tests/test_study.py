@@ -273,8 +273,9 @@ def test_every_shipped_plan_names_its_question_endpoint_margin_and_cost(file: Pa
 def test_the_shipped_study_is_complete() -> None:
     study = read_study(EXPERIMENTS / "study.yaml")
     runs = study_runs(study, EXPERIMENTS)
-    assert {name for run in runs for name in run.uses} == {*study.comparisons, *study.runs}
-    assert {run.seed for run in runs if "pretraining" in run.uses} == set(study.seeds)
+    assert {name for run in runs for name in run.uses} == {*study.plans(), *study.runs}
+    for name in study.plans():
+        assert {run.seed for run in runs if name in run.uses} == set(study.seeds)
 
 
 @pytest.mark.parametrize(
