@@ -72,8 +72,13 @@ def _perplexity(value: float) -> str:
     return f"{value:.3f}" if value < 100 else f"{value:,.0f}"
 
 
-def pair_caption(pair: RunPair) -> str:
-    """Sentences on smoothing, scale, seed, model, length, dates, uncontrolled differences and data of a pair."""
+def pair_caption(pair: RunPair, by_design: tuple[str, ...] = ()) -> str:
+    """Sentences on smoothing, scale, seed, model, length, dates, differences and data of a pair.
+
+    Args:
+        pair: the runs.
+        by_design: config keys, or their beginnings, in which they differ by design.
+    """
     run, config = pair.pretrained, pair.pretrained.config
     log = config["log"]
     step, _ = pair.final_gaps()
@@ -83,16 +88,19 @@ def pair_caption(pair: RunPair) -> str:
         f"updated every {log['interval']} steps with that loss, bias-corrected, exponentiated{lag(run)}. "
         f"{validation_sentence(pair.validation_splits)}",
         *([] if step is None else [f"Upper right: {_validation(pair)} at step {step:,}, gap in percent of random."]),
-        f"Scale {config['scale']}, seed {config['seed']}, learning rate {config['optim']['lr']:g}, "
+        f"Scale {config['scale']}, seed {config['seed']}, {_rates(pair.arms.values())}, "
         f"backbone {_model(run)}, {_length(seen)}; runs of {_dates(pair.arms.values())}.",
         *[
             f"UNFINISHED: {ARM_NAMES[arm]} at step {seen[arm].step:,} of {config['trainer']['max_steps']:,}."
             for arm in pair.unfinished()
         ],
     ]
-    if differing := pair.uncontrolled():
-        words = "; ".join(f"{key}: {_short(one)} and {_short(two)}" for key, (one, two) in differing.items())
-        sentences.append(f"NOT CONTROLLED, the arms (pre-trained and random) also differ in {words}.")
+    differing = {key: f"{key}: {_short(one)} and {_short(two)}" for key, (one, two) in pair.uncontrolled().items()}
+    meant = [words for key, words in differing.items() if key.startswith(by_design)]
+    others = [words for words in differing.values() if words not in meant]
+    for kind, found in (("By design", meant), ("NOT CONTROLLED", others)):
+        if found:
+            sentences.append(f"{kind}, the arms (pre-trained and random) also differ in {'; '.join(found)}.")
     sentences += [*_revisions(pair.arms.values()), _data(run)]
     return " ".join(sentences)
 
@@ -111,7 +119,6 @@ def group_caption(
     run = next(iter(arms.values()))
     log, config = run.config["log"], run.config
     seeds = sorted({arm_run.config["seed"] for arm_run in arms.values()})
-    rates = sorted({arm_run.config["optim"]["lr"] for arm_run in arms.values()})
     seen = {arm: progress(arm_run) for arm, arm_run in arms.items()}
     absent = [arm for arm in expected if arm not in arms]
     unfinished = [arm for arm, arm_run in arms.items() if arm_run.report is None]
@@ -122,8 +129,7 @@ def group_caption(
             or f"Raw: mean loss of {log['interval']} steps. EMA: constant {log['ema']:g}, updated every "
             f"{log['interval']} steps, bias-corrected{lag(run)}. {validation_sentence(run.validation_splits)}",
             f"Scale {config['scale']}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}, "
-            f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}, "
-            f"{_length(seen)}; runs of {_dates(arms.values())}.",
+            f"{_rates(arms.values())}, {_length(seen)}; runs of {_dates(arms.values())}.",
             *([f"NO RUN OF THIS SETTING: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
             *([f"NOT CONTROLLED, arms also differ from {next(iter(arms))} in {differing}."] if differing else []),
@@ -131,6 +137,11 @@ def group_caption(
             _data(run),
         ]
     )
+
+
+def _rates(runs: Iterable[Run]) -> str:
+    rates = sorted({run.config["optim"]["lr"] for run in runs})
+    return f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}"
 
 
 def _revisions(runs: Iterable[Run]) -> list[str]:

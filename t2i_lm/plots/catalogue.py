@@ -66,7 +66,11 @@ class Request:
             IncomparableError: naming the keys in which they differ.
         """
         if self.strict:
-            require_comparable(arms, (*varied, *self.varied))
+            require_comparable(arms, (*varied, *self.by_design(arms)))
+
+    def by_design(self, arms: Mapping[str, Run]) -> tuple[str, ...]:
+        """Config keys in which these arms differ by design, beside what their figure compares."""
+        return self.varied
 
     @cached_property
     def pair(self) -> RunPair:
@@ -118,7 +122,7 @@ class PairFigure:
         unfinished = pair.unfinished()
         labels = {arm: arm_style(arm).label + (" (unfinished)" if arm in unfinished else "") for arm in pair.arms}
         rates = {seen.tokens / seen.step for seen in map(progress, pair.arms.values())}
-        caption = f"{self.title}. {self.how} {pair_caption(pair)}"
+        caption = f"{self.title}. {self.how} {pair_caption(pair, request.by_design(pair.arms))}"
         panels = [self._panel(pair, modality) for modality in self.panels]
         rate = rates.pop() if len(rates) == 1 else None
         figure = draw_panels(panels, caption, labels, smoothing(pair.pretrained), rate, pair.validation_splits)
@@ -233,7 +237,7 @@ def figure_relearning(request: Request) -> RenderedFigure:
         f"{relearning_size(pair)}. One run per arm."
     )
     panel = Panel("Held-out text", relearning_series(steps, curves), unit=UNITS["nll"], axis="training steps on text")
-    caption = f"{title}. {group_caption(pair.arms, how=how)}"
+    caption = f"{title}. {group_caption(pair.arms, varied=request.by_design(pair.arms), how=how)}"
     return RenderedFigure(title, draw_panels([panel], caption), caption, relearning_table(steps, curves))
 
 

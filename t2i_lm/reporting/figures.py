@@ -1,13 +1,13 @@
 """The catalogue's figures for the page, drawn from finished runs alone, with the runs that each compares."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.comparability import IncomparableError, differences, revisions
+from t2i_lm.comparison.comparability import IncomparableError, differences, following, revisions
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.panels import remove_caption
 from t2i_lm.reporting.images import PageImage, figure_image
@@ -45,23 +45,35 @@ class RecordingRequest(Request):
 
     Attributes:
         folders: folder of each run by the one where figures find it.
+        pair_keys: config keys in which the named pair differs by design.
         arms: runs by arm, as `check` is given them.
         differing: values of the runs by key in which they differ against the rules.
     """
 
     folders: Mapping[Path, Path] = field(default_factory=dict)
+    pair_keys: tuple[str, ...] = ()
     arms: dict[str, Run] = field(default_factory=dict)
     differing: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def check(self, arms: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
         """Records the runs, then checks them as every figure does."""
         self.arms.update({arm: replace(run, folder=self.folders[run.folder]) for arm, run in arms.items()})
-        self.differing.update(differences(list(arms.values()), varied, self.varied))
+        self.differing.update(differences(list(arms.values()), varied, self.by_design(arms)))
         super().check(arms, varied)
+
+    def by_design(self, arms: Mapping[str, Run]) -> tuple[str, ...]:
+        """Those of every figure, and the pair's own where it alone is compared."""
+        own = {run.folder for run in arms.values()} == {self.pretrained, self.scratch}
+        return (*self.varied, *(self.pair_keys if own else ()))
 
 
 def draw_figures(
-    runs: Sequence[Run], root: Path, strict: bool, pair: tuple[Run, Run] | None, varied: tuple[str, ...] = ()
+    runs: Sequence[Run],
+    root: Path,
+    strict: bool,
+    pair: tuple[Run, Run] | None,
+    varied: tuple[str, ...] = (),
+    own: Collection[str] = (),
 ) -> list[FigureBlock]:
     """Every figure of the catalogue.
 
@@ -71,10 +83,12 @@ def draw_figures(
         strict: whether incomparable runs are refused.
         pair: the runs of Figures 3 and 4, from pre-trained and from random weights; None to search.
         varied: config keys in which arms differ by design.
+        own: those of which each arm of the pair has its own value, such as its best learning rate.
 
     Raises:
         IncomparableError: if `strict`, naming the figure and the keys.
     """
+    pair_keys = (*own, *following(own))
     # The pair first: it may lie beside the runs of the other figures, in the folder of a sweep.
     with view([*(pair or ()), *runs]) as (top, folders):
         views = {folder: link for link, folder in folders.items()}
@@ -82,7 +96,9 @@ def draw_figures(
         names = {**{str(link): str(folder) for link, folder in folders.items()}, str(top): str(root)}
         blocks = []
         for name, render in FIGURES.items():
-            request = RecordingRequest(top, one, two, strict=strict, varied=varied, folders=folders)
+            request = RecordingRequest(
+                top, one, two, strict=strict, varied=varied, folders=folders, pair_keys=pair_keys
+            )
             try:
                 rendered = render(request)
             except ValueError as error:

@@ -60,7 +60,8 @@ def render(request: ReportRequest) -> str:
             raise IncomparableError(f"{comparison.name}: {comparison.problem}") from comparison.problem
     primary = request.comparisons[0] if request.comparisons else None
     arms = first_pair(primary)
-    blocks = draw_figures(request.pool.runs, request.root, request.strict, _named_pair(arms), request.varied)
+    own = primary.plan.own_keys if primary is not None else frozenset()
+    blocks = draw_figures(request.pool.runs, request.root, request.strict, _named_pair(arms), request.varied, own)
     sections = build_sections(request, blocks, arms)
     general = [*(request.results.problems if request.results else ())]
     general += [note for note in request.pool.notes if not any(note in section.notes for section in sections)]

@@ -337,6 +337,29 @@ def test_a_comparison_over_a_grid_is_one_section_with_its_best_values(tmp_path: 
     assert not found.all("table", data_comparison="rates_optim.lr=0.004")
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "comparisons: {rates: {over: {optim.lr: [0.001, 0.002, 0.004]}}}",
+        "comparisons: {own: {arms: {t2i_pretrained: {optim.lr: 0.002}, t2i_scratch: {optim.lr: 0.001}}}}",
+    ],
+    ids=["best of a grid", "of the plan"],
+)
+def test_arms_with_learning_rates_of_their_own_are_drawn(plan: str, tmp_path: Path, page: Command) -> None:
+    root = tmp_path / "runs"
+    for day, rate in enumerate((0.001, 0.002, 0.004), start=1):
+        pair = write_pair(root / "study" / f"optim.lr={rate}", day=day, config={"optim.lr": rate})
+        for folder, best in zip(pair, (0.002, 0.001), strict=True):
+            vary(folder, abs(rate - best))
+    (tmp_path / "study.yaml").write_text(f"seeds: [0]\nprimary: val.image.nll\nsecondary: []\n{plan}\n")
+    code, found, error = page(root, "--strict")
+    assert code == 0, error
+    figure = found.one("section", id="figure3").text
+    assert "learning rates 0.001, 0.002" in figure
+    assert "By design, the arms (pre-trained and random) also differ in optim.lr: 0.002 and 0.001." in figure
+    assert "NOT CONTROLLED" not in figure
+
+
 def test_several_code_revisions_are_named(tmp_path: Path, page: Command) -> None:
     first, _ = write_pair(tmp_path / "runs")
     environment = json.loads((first / "env.json").read_text())
