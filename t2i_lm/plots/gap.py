@@ -109,9 +109,15 @@ def grid_caption(grid: Grid) -> str:
         f"mean and {level} t-interval; crosses: seeds; band: margin {plan.margin}. Scale "
         f"{', '.join([plan.scale, *shared])}, data hash {arms.runs[0].environment.get('data_hash')}.",
         *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
-        *(f"{line[0].upper()}{line[1:]}." for tuned in tune(grid) for line in tuned.lines),
+        *(f"{_sentence(line, grid)}." for tuned in tune(grid) for line in tuned.lines),
     ]
     return " ".join(lines)
+
+
+def _sentence(line: str, grid: Grid) -> str:
+    """A line with a capital, unless it begins with the name of an arm."""
+    names = tuple(name for member in grid.family.members for name in member.plan.parsed)
+    return line if line.startswith(names) else f"{line[0].upper()}{line[1:]}"
 
 
 def draw_grid(grid: Grid, caption: str) -> Figure:
