@@ -19,6 +19,7 @@ PRETRAIN = $(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" da
 EXPORT = rm -rf $(RUNS)/assets/export && $(PY) -m t2i_lm.export $(RUNS)/assets/$(1) --out $(RUNS)/assets/export \
   $(3) && \
   cp $(RUNS)/assets/export/* t2i_lm/assets/$(2)/
+IMAGES = $(PY) -m t2i_lm.train experiments/$(1).yaml run.dir=$(RUNS)/assets $(ARGS) && $(call EXPORT,$(1),$(1))
 
 # Three processes, also on two cores: tests of several ranks wait. They share the files of tests, in the order that
 # tests/conftest.py gives them.
@@ -110,8 +111,9 @@ demo-assets: $(STAMP)  ## rebuild the shipped weights (hours): TEXT=books.txt.gz
 	$(call EXPORT,lm_rotary/text_lm,lm_rotary,$(if $(OTHER),--other-text "$(OTHER)"))
 	$(call PRETRAIN,lm_head_rotary) backbone.positional=head_rotary text_tokenizer.path=asset:lm_rotary/text_tokenizer.model
 	$(call EXPORT,lm_head_rotary/text_lm,lm_head_rotary,$(if $(OTHER),--other-text "$(OTHER)"))
-	$(PY) -m t2i_lm.train experiments/image_tokenizer.yaml run.dir=$(RUNS)/assets $(ARGS)
-	$(call EXPORT,image_tokenizer,image_tokenizer)
+	$(call IMAGES,image_tokenizer)
+	$(call IMAGES,image_tokenizer_aligned)
+	$(call IMAGES,image_tokenizer_words)
 
 clean:  ## remove caches of tests and checkers (runs, figures and prepared data stay)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
