@@ -95,12 +95,15 @@ def pair_caption(pair: RunPair, by_design: tuple[str, ...] = ()) -> str:
             for arm in pair.unfinished()
         ],
     ]
-    differing = {key: f"{key}: {_short(one)} and {_short(two)}" for key, (one, two) in pair.uncontrolled().items()}
-    meant = [words for key, words in differing.items() if key.startswith(by_design)]
-    others = [words for words in differing.values() if words not in meant]
-    for kind, found in (("By design", meant), ("NOT CONTROLLED", others)):
-        if found:
-            sentences.append(f"{kind}, the arms (pre-trained and random) also differ in {'; '.join(found)}.")
+    differing: dict[str, list[str]] = {"By design": [], "NOT CONTROLLED": []}
+    for key, (one, two) in pair.uncontrolled().items():
+        kind = "By design" if key.startswith(by_design) else "NOT CONTROLLED"
+        differing[kind].append(f"{key}: {_short(one)} and {_short(two)}")
+    sentences += [
+        f"{kind}, the arms (pre-trained and random) also differ in {'; '.join(words)}."
+        for kind, words in differing.items()
+        if words
+    ]
     sentences += [*_revisions(pair.arms.values()), _data(run)]
     return " ".join(sentences)
 
