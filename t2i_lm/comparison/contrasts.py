@@ -1,5 +1,6 @@
 """Contrasts: how the difference of two arms changes over a grid, such as with and without positions."""
 
+from collections.abc import Mapping
 from statistics import fmean
 
 from t2i_lm.comparison.comparison import Comparison
@@ -9,15 +10,18 @@ from t2i_lm.comparison.statistics import PairedStatistics, holm, paired_statisti
 from t2i_lm.comparison.study_plan import STEPS
 from t2i_lm.comparison.tables import interval_text, p_text, value_text
 
+PERCENT = "percent"
+
 
 def contrasts(grid: Grid) -> list[str]:
     """How the difference changes over a grid of one key that is not tuned: each point minus the first, by seed.
 
-    With a relative margin also in percent of the second arm. P-values are corrected for their number (Holm).
+    Of the primary endpoint, with a relative margin also in percent of the second arm, and of the planned tokens saved.
+    P-values are corrected for their number (Holm).
     """
     if len(grid.family.keys) != 1 or grid.tuned is not None or STEPS in grid.family.keys:
         return []
-    found: list[tuple[str, Comparison, PairedStatistics, bool]] = []
+    found: list[tuple[str, Comparison, str, PairedStatistics]] = []
     firsts: dict[str, tuple[str, Comparison]] = {}
     for labels, one, _ in labeled_points(grid):
         arm = next(iter(one.plan.parsed))
@@ -27,22 +31,25 @@ def contrasts(grid: Grid) -> list[str]:
         if first is one:
             continue
         prefix = f"{arm}: " if "arm" in grid.labels else ""
-        for percent in (False, True) if _in_percent(one) and _in_percent(first) else (False,):
-            mine, other = ((_percents(each) if percent else each.results[0].differences) for each in (one, first))
+        before, after = _differences(first), _differences(one)
+        for measure in (each for each in after if each in before):
+            mine, other = after[measure], before[measure]
             if shared := sorted(mine.keys() & other.keys()):
                 statistics = paired_statistics([mine[seed] - other[seed] for seed in shared], alpha=one.plan.alpha)
-                found.append((f"{prefix}difference at {labels[-1]} minus that at {name}", one, statistics, percent))
-    p_values = holm([statistics.p_difference for _, _, statistics, _ in found])
+                what = "difference" if measure in (one.plan.primary, PERCENT) else measure
+                found.append((f"{prefix}{what} at {labels[-1]} minus that at {name}", one, measure, statistics))
+    p_values = holm([statistics.p_difference for *_, statistics in found])
     several = " (Holm)" * (len(p_values) - p_values.count(None) > 1)
     lines = []
-    for (words, one, statistics, percent), p in zip(found, p_values, strict=True):
-        if percent:
+    for (words, one, measure, statistics), p in zip(found, p_values, strict=True):
+        if measure == PERCENT:
             unit = f" points of percent of {[*one.plan.parsed][1]}"
             value, interval = f"{statistics.mean:+.2f}", statistics.t_interval
             span = "no interval" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
         else:
-            unit, value = "", value_text(one.results[0], statistics.mean, signed=True)
-            span = interval_text(one.results[0], statistics.t_interval) or "no interval"
+            result = next(each for each in one.results if each.endpoint.name == measure)
+            unit, value = "", value_text(result, statistics.mean, signed=True)
+            span = interval_text(result, statistics.t_interval) or "no interval"
         lines.append(
             f"{words}: {value}{unit}, {100 * (1 - one.plan.alpha):g} % t-interval {span}, n = {statistics.n}, "
             f"p {p_text(p) or 'none'}{several if p is not None else ''}"
@@ -50,16 +57,15 @@ def contrasts(grid: Grid) -> list[str]:
     return lines
 
 
-def _in_percent(one: Comparison) -> bool:
-    """Whether its primary differences are also given in percent of the second arm: losses with a relative margin."""
-    return Margin.parse(one.plan.margin).relative and one.results[0].endpoint.is_loss
-
-
-def _percents(one: Comparison) -> dict[int, float]:
-    """The primary difference of each seed in percent of the second arm's loss."""
+def _differences(one: Comparison) -> dict[str, Mapping[int, float]]:
+    """Differences of each seed by measure: the primary endpoint, `PERCENT`, and endpoints of tokens saved."""
     assert one.arms is not None
-    endpoint, second = one.results[0].endpoint, one.arms.second
-    return {
-        seed: 100 * difference / fmean(map(endpoint.value, second[seed]))
-        for seed, difference in one.results[0].differences.items()
-    }
+    primary, second = one.results[0], one.arms.second
+    found: dict[str, Mapping[int, float]] = {primary.endpoint.name: primary.differences}
+    if Margin.parse(one.plan.margin).relative and primary.endpoint.is_loss:
+        found[PERCENT] = {
+            seed: 100 * difference / fmean(map(primary.endpoint.value, second[seed]))
+            for seed, difference in primary.differences.items()
+        }
+    saved = (result for result in one.results[1:] if result.endpoint.of_pair)
+    return found | {result.endpoint.name: result.differences for result in saved}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from t2i_lm.comparison.study_plan import Study
 from t2i_lm.comparison.tables import as_json, text
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.plots.gap import gap_caption, grid_caption
+from t2i_lm.runtime.tables import compact
 from t2i_lm.storage.run_folder import Run
 from t2i_lm.training.study_results import Results, figures_of, results_of, write_results
 from tests.comparison.test_compare import set_environment
@@ -194,10 +196,14 @@ def test_points_of_other_data_or_numerics_are_refused(entry: dict[str, Any], nam
 
 def test_contrasts_between_points_are_paired_by_seed() -> None:
     results = made({"over": {"data.batch_size": [8, 16]}, "where": {"trainer.max_steps": 400}})
-    line, percent = grid_table(results.grids[0]).lines
+    line, percent, saved = grid_table(results.grids[0]).lines
     assert line.startswith("difference at 16 minus that at 8: ")
     assert " points of percent of t2i_scratch, 95 % t-interval " in percent
-    assert all("n = 3" in one and one.endswith(" (Holm)") for one in (line, percent))
+    assert saved.startswith("tokens_saved.image at 16 minus that at 8: ")
+    tokens = [one.results[-1].differences for one in results.grids[0].comparisons]
+    by_seed = [tokens[1][seed] - tokens[0][seed] for seed in range(3)]
+    assert f": {compact(fmean(by_seed)) if fmean(by_seed) < 0 else '+' + compact(fmean(by_seed))}, " in saved
+    assert all("n = 3" in one and one.endswith(" (Holm)") for one in (line, percent, saved))
 
 
 def test_several_arms_are_rows_against_the_last() -> None:
