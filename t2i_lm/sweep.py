@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcomes = [Outcome(arms[arm], values[: len(keys)], run) for (arm, *values), run in runs.items()]
         if outcomes:
             if options.strict:
-                require_comparable({f"{one.arm} {one.value}": one.run for one in outcomes}, varied_in(keys))
+                named = {f"{one.arm} {' '.join(one.values)} seed {one.run.config['seed']}": one.run for one in outcomes}
+                require_comparable(named, varied_in(keys))
             caption, stem = caption_of(keys, outcomes), "_".join(["figure_sweep", *keys]).replace(".", "_")
             title = f"Sweep of {' and '.join(keys)}"
             paths = save_figure(draw(keys, outcomes, caption), options.out / stem, title, caption)

@@ -1,15 +1,19 @@
 """A sweep: its runs, figure and table."""
 
+import json
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
 
+from t2i_lm.config.load import flatten
+from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.plots.sweep import Outcome, at_edges, draw_sweep, sweep_caption, sweep_table
 from t2i_lm.plots.sweep_grid import caption_of, draw, tables_of
 from t2i_lm.storage.run_folder import read_run, run_folders
 from t2i_lm.sweep import main
+from t2i_lm.training.jobs import unfinished
 from t2i_lm.training.sweep import ARMS, split_keys, sweep_jobs
 from tests.plots.synthetic_runs import write_run
 
@@ -183,3 +187,32 @@ def test_two_keys_give_a_map_per_arm_and_their_difference(runs: Path) -> None:
     table = tables_of(keys, made)
     assert table.count("image nll: optim.lr, by data.batch_size") == 2
     assert " *" in table
+
+
+def test_values_that_the_user_gives_are_not_rescaled_at_equal_tokens() -> None:
+    swept = ["data.batch_size=8,32", "optim.warmup_steps=20,80"]
+    _, jobs = sweep_jobs([*swept, "log.interval=6"], ARMS, "demo")
+    found = {(int(size), int(warmup)): job.config for (_, size, warmup), job in jobs.items()}
+    assert {point: config.optim.warmup_steps for point, config in found.items()} == {
+        (size, warmup): warmup for size in (8, 32) for warmup in (20, 80)
+    }
+    assert {config.log.interval for config in found.values()} == {6}
+    assert {config.trainer.max_steps * config.data.batch_size for config in found.values()} == {19_200}
+    assert {config.trainer.val_check_interval for config in found.values()} == {800, 200}
+
+
+def test_strict_checks_every_run_of_several_seeds_and_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["optim.lr=1e-3,2e-3", "seed=0,1", f"run.dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
+    keys, jobs = sweep_jobs(words, ARMS, "demo")
+    assert keys == ("optim.lr",)
+    for number, job in enumerate(jobs.values()):
+        stamp = f"20260301-{100000 + number}"
+        folder = write_run(tmp_path / "sweep", job.config.name, stamp, config=flatten(job.config))
+        environment = json.loads((folder / "env.json").read_text())
+        environment |= {"precision": "32-true" if number == 0 else "bf16-mixed", SCENES: SCENES_FORMAT}
+        (folder / "env.json").write_text(json.dumps(environment))
+    assert not unfinished(list(jobs.values())), "nothing is trained"
+    assert main([*words, "--out", str(tmp_path / "figures")]) == 0
+    capsys.readouterr()
+    assert main([*words, "--strict", "--out", str(tmp_path / "figures")]) == 2
+    assert "precision: pretrained 1e-3 seed 0 32-true, pretrained 1e-3 seed 1 bf16-mixed, " in capsys.readouterr().err

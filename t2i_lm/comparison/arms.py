@@ -77,11 +77,10 @@ def pair_arms(
         ValueError: if no seed has a run of both arms.
     """
     everything = [run for runs in found.values() for run in runs]
-    varied = (SEED, ORDER, *plan.varied)
     # The arms start from other weights by design, and have keys of their own; the runs of one arm do not.
-    _require_one_setting(everything, (*varied, ENVIRONMENT["backbone"]), plan.own_keys)
+    _require_one_setting(everything, (SEED, ORDER, *plan.varied, ENVIRONMENT["backbone"]), plan.own_keys)
     for runs in found.values():
-        _require_one_setting(runs, varied, one_arm=True)
+        _require_one_setting(runs, (SEED, ORDER), one_arm=True)
     first, second = (_by_seed(found[arm]) for arm in plan.parsed)
     arms = Arms(first, second, ())
     if not arms.seeds:

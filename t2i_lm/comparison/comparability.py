@@ -44,6 +44,10 @@ class IncomparableError(ValueError):
     """Runs differ in more than the experiment varies."""
 
 
+class MissingRunsError(ValueError):
+    """There are no runs, or no measurements, of a figure; the message names the command that makes them."""
+
+
 def mismatches(one: Run, two: Run) -> list[str]:
     """PAIR_KEYS in which two runs differ; an unknown value differs from every other."""
     mine, other = pair_values(one), pair_values(two)

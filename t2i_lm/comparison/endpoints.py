@@ -21,6 +21,7 @@ from t2i_lm.comparison.comparability import IncomparableError, config_values
 from t2i_lm.storage.run_folder import VAL, Run
 
 REPORT, TOKENS_SAVED, FORGETTING = "report", "tokens_saved", "forgetting"
+NONFINITE = "nonfinite"  # number of losses that an entry leaves out
 # Config keys that measures of the report depend on, by their part of it.
 SAMPLING = ("temperature", "top_k", "top_p", "guidance", "prompts")
 SETTINGS = {
@@ -69,6 +70,8 @@ class Endpoint:
             if not isinstance(tree, dict) or name not in tree:
                 there = ", ".join(sorted(tree)) if isinstance(tree, dict) else "nothing"
                 raise ValueError(f"endpoint {self.name}: {run.folder} has {there} in {'.'.join(read)}, not {name}")
+            if tree.get(NONFINITE):
+                raise ValueError(f"endpoint {self.name}: {run.folder} has {run.nonfinite_words}")
             tree, read = tree[name], [*read, name]
         if isinstance(tree, bool) or not isinstance(tree, int | float) or not np.isfinite(tree):
             raise ValueError(f"endpoint {self.name}: {run.folder} has {tree!r} there, expected a finite number")
@@ -133,7 +136,13 @@ class Endpoint:
         if not self.of_pair:
             return self.value(first) - self.value(second)
         modality = self.name.removeprefix(f"{TOKENS_SAVED}.")
-        return tokens_saved(_curve(first, modality), _curve(second, modality))
+        one, two = _curve(first, modality), _curve(second, modality)
+        if one[-1][0] != two[-1][0]:
+            raise ValueError(
+                f"endpoint {self.name}: {first.folder} and {second.folder} saw {one[-1][0]:,.0f} and {two[-1][0]:,.0f} "
+                "tokens: expected equal numbers; leave it out of `secondary`"
+            )
+        return tokens_saved(one, two)
 
 
 def unequal_settings(runs: Sequence[Run], keys: Iterable[str]) -> dict[str, list[Any]]:
@@ -153,12 +162,7 @@ def tokens_saved(first: Curve, second: Curve) -> float:
     Both end at the same number of tokens. Compared at the larger of the two final losses, which both reach: at the
     end of one run, and where the running minimum of the other, interpolated between its points, first falls to it.
     Negative where the second run is the better one.
-
-    Raises:
-        ValueError: if the curves do not end at the same number of tokens.
     """
-    if first[-1][0] != second[-1][0]:
-        raise ValueError(f"curves of {first[-1][0]:,.0f} and {second[-1][0]:,.0f} tokens: expected equal lengths")
     better, worse, sign = (first, second, 1) if first[-1][1] <= second[-1][1] else (second, first, -1)
     return sign * (worse[-1][0] - _tokens_to(better, worse[-1][1]))
 
@@ -180,6 +184,8 @@ def _curve(run: Run, modality: str) -> Curve:
         for record in run.validations()
         if modality in record[VAL]
     ]
+    if run.nonfinite:
+        raise ValueError(f"endpoint {TOKENS_SAVED}.{modality}: {run.folder} has {run.nonfinite_words}")
     if len(points) < 2:
         raise ValueError(
             f"endpoint {TOKENS_SAVED}.{modality}: {run.folder} has {len(points)} validations of {modality}"

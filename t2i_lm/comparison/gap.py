@@ -15,12 +15,13 @@ from t2i_lm.comparison.comparability import (
     ORDER,
     PRECISION,
     SEED,
+    MissingRunsError,
     config_values,
     environment_value,
 )
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.decay import Decay, decay_sentences, fit_decay
-from t2i_lm.comparison.endpoints import TOKENS_SAVED
+from t2i_lm.comparison.endpoints import TOKENS_SAVED, Endpoint
 from t2i_lm.comparison.grid import require_one_version
 from t2i_lm.comparison.plan import Plan, setting_folder, setting_words
 from t2i_lm.comparison.statistics import PairedStatistics
@@ -121,8 +122,12 @@ def gap_curve(name: str, comparisons: Sequence[Comparison]) -> GapCurve:
 
     Raises:
         IncomparableError: if the runs of an arm differ in more than their length.
+        ValueError: if the primary endpoint is of pairs of runs.
     """
     require_one_version(comparisons, (STEPS,))
+    primary = Endpoint(comparisons[0].plan.primary)
+    if primary.of_pair:
+        raise ValueError(f"primary={primary.name}: expected an endpoint of single runs, such as val/iid.image.nll")
     lengths, notes = [], []
     for one in comparisons:
         if one.arms is None:
@@ -178,7 +183,7 @@ def find_gap_curve(root: Path, scale: str | None = None) -> GapCurve:
     ]
     best = max(complete, key=len, default={})
     if len(best) < LENGTHS:
-        raise ValueError(
+        raise MissingRunsError(
             f"gap: no setting of {' and '.join(plan.parsed)} in {root} has finished runs of {LENGTHS} lengths; to make "
             "them: python -m t2i_lm.study experiments/plans/data_budget.yaml"
         )

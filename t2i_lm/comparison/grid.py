@@ -118,13 +118,13 @@ def require_one_version(comparisons: Sequence[Comparison], keys: Collection[str]
         if one.arms is not None:
             for name, by_seed in zip(one.plan.parsed, (one.arms.first, one.arms.second), strict=True):
                 arms.setdefault(name, []).extend(run for runs in by_seed.values() for run in runs)
-    varied = (SEED, ORDER, *(key for one in comparisons for key in one.plan.varied))
     everything = [run for runs in arms.values() for run in runs]
     if everything:
-        Endpoint(comparisons[0].plan.primary).require_one_measurement(everything, (*varied, *keys))
+        varied = (SEED, ORDER, *keys, *(key for one in comparisons for key in one.plan.varied))
+        Endpoint(comparisons[0].plan.primary).require_one_measurement(everything, varied)
     own = {*keys, *(IN_STEPS if STEPS in keys else ())}
     for name, runs in arms.items():
-        if differing := differences(runs, varied, own, one_arm=True, paired=True):
+        if differing := differences(runs, (SEED, ORDER), own, one_arm=True, paired=True):
             counts = {key: Counter(map(str, values)).items() for key, values in differing.items()}
             words = "; ".join(
                 f"{key}: " + ", ".join(f"{value} ({count} runs)" for value, count in several)

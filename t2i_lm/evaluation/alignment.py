@@ -30,7 +30,7 @@ def alignment_report(experiment: AlignmentExperiment, folder: Path, report: dict
     image_ID, text_VD = module.embedding.image, module.embedding.text
     assert image_ID is not None
     with part(report, "aligned_rows"):
-        write_aligned_rows(image_ID, folder / FILE, experiment.text.sha256, experiment.image.sha256)
+        write_aligned_rows(image_ID, text_VD, folder / FILE, experiment.text.sha256, experiment.image.sha256)
     with part(report, "retrieval"):
         report["retrieval"] = _retrieval(experiment, module)
     with part(report, "nearest_text_tokens"):

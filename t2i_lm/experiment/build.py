@@ -204,7 +204,8 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
     require_own_tokenizer(text, decoder.config.vocab_size)
     rows = config.image_rows
     with reading("aligned_rows", str(config.aligned_rows)):
-        aligned = read_aligned_rows(config, text.sha256, image.sha256) if rows == "aligned" else None
+        text_VD = decoder.tok_embeddings.text
+        aligned = read_aligned_rows(config, text_VD, text.sha256, image.sha256) if rows == "aligned" else None
     pieces = words_of_codes(image, text, config) if rows == "words" else None
     source = ImageRowSource(image.codebook if rows == "codebook" else None, aligned, pieces)
     vocab = expand_vocabulary(decoder, image.vocab_size, generator(config.seed, "new rows"), rows, source)

@@ -1,6 +1,8 @@
 """Image rows trained by a contrastive alignment run, the initial values of `new_rows: aligned`."""
 
+import hashlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +15,23 @@ from t2i_lm.storage.run_folder import run_folders
 from t2i_lm.storage.tensor_files import read_tensors, write_tensors
 
 FILE = "aligned_rows.safetensors"
-TENSOR = "image"
+TENSOR, TEXT_ROWS = "image", "text_rows_sha256"
+# Values of `init` whose text rows are the language model's.
+PRETRAINED_TEXT_ROWS = ("pretrained", "aligned", "embeddings_only")
 # `aligned_rows: latest` is this experiment's newest run.
 EXPERIMENT = "align"
 
 
-def write_aligned_rows(rows_ID: Tensor, path: Path, text_sha256: str, image_sha256: str) -> None:
-    """Writes image rows (I, D) in float32, with the hashes of both tokenizers."""
+def write_aligned_rows(rows_ID: Tensor, text_VD: Tensor, path: Path, text_sha256: str, image_sha256: str) -> None:
+    """Writes image rows (I, D) in float32, with the hashes of both tokenizers and of the text rows."""
     hashes = {"text_tokenizer": text_sha256, "image_tokenizer": image_sha256}
-    write_tensors(path, {TENSOR: rows_ID.detach().float().cpu()}, {"tokenizers": json.dumps(hashes)})
+    metadata = {"tokenizers": json.dumps(hashes), TEXT_ROWS: _sha256(text_VD)}
+    write_tensors(path, {TENSOR: rows_ID.detach().float().cpu()}, metadata)
     share(path)
+
+
+def _sha256(rows_VD: Tensor) -> str:
+    return hashlib.sha256(rows_VD.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def find_aligned_rows(config: ExperimentConfig) -> Path:
@@ -61,11 +70,17 @@ def resolve_aligned_rows(config: ExperimentConfig) -> ExperimentConfig:
     return replace(config, aligned_rows=str(find_aligned_rows(config)))
 
 
-def read_aligned_rows(config: ExperimentConfig, text_sha256: str, image_sha256: str) -> Tensor:
+def read_aligned_rows(config: ExperimentConfig, text_VD: Tensor, text_sha256: str, image_sha256: str) -> Tensor:
     """Reads the rows (I, D) of `aligned_rows`.
 
+    Args:
+        config: names them; with an `init` of pre-trained text rows they must have been aligned with `text_VD`.
+        text_VD: the text rows of the model.
+        text_sha256: of its text tokenizer.
+        image_sha256: of its image tokenizer.
+
     Raises:
-        ValueError: if there are none, or they were trained with other tokenizers.
+        ValueError: if there are none, or they were trained with other tokenizers or text rows.
     """
     path = find_aligned_rows(config)
     try:
@@ -80,4 +95,12 @@ def read_aligned_rows(config: ExperimentConfig, text_sha256: str, image_sha256: 
                 f"aligned_rows: {path} was made with another {name} (sha256 {str(hashes.get(name))[:12]}, "
                 f"this run's is {sha256[:12]}); align again with this one"
             )
+    aligned_with = metadata.get(TEXT_ROWS)
+    if aligned_with is None:
+        print(f"note: aligned_rows: {path} does not say which text rows it was aligned with", file=sys.stderr)
+    elif config.init in PRETRAINED_TEXT_ROWS and aligned_with != _sha256(text_VD):
+        raise ValueError(
+            f"aligned_rows: {path} was aligned with the text rows of another language model than "
+            f"backbone.path={config.backbone.path}; align again with this one"
+        )
     return rows_ID

@@ -94,6 +94,7 @@ def pair_caption(pair: RunPair, by_design: tuple[str, ...] = ()) -> str:
             f"UNFINISHED: {ARM_NAMES[arm]} at step {seen[arm].step:,} of {config['trainer']['max_steps']:,}."
             for arm in pair.unfinished()
         ],
+        *_nonfinite({ARM_NAMES[arm]: arm_run for arm, arm_run in pair.arms.items()}),
     ]
     differing: dict[str, list[str]] = {"By design": [], "NOT CONTROLLED": []}
     for key, (one, two) in pair.uncontrolled().items():
@@ -135,6 +136,7 @@ def group_caption(
             f"{_rates(arms.values())}, {_length(seen)}; runs of {_dates(arms.values())}.",
             *([f"NO RUN OF THIS SETTING: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
+            *_nonfinite(arms),
             *([f"NOT CONTROLLED, arms also differ from {next(iter(arms))} in {differing}."] if differing else []),
             *_revisions(arms.values()),
             _data(run),
@@ -145,6 +147,11 @@ def group_caption(
 def _rates(runs: Iterable[Run]) -> str:
     rates = sorted({run.config["optim"]["lr"] for run in runs})
     return f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}"
+
+
+def _nonfinite(arms: Mapping[str, Run]) -> list[str]:
+    """A sentence for each run whose validation losses leave some out."""
+    return [f"LEFT OUT of {arm}: {run.nonfinite_words}." for arm, run in arms.items() if run.nonfinite]
 
 
 def _revisions(runs: Iterable[Run]) -> list[str]:

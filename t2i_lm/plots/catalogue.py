@@ -1,15 +1,15 @@
 """The study's figures by name: the paper's Figures 1 to 6, and those beyond the paper."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, require_comparable
+from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, MissingRunsError, require_comparable
 from t2i_lm.comparison.gap import find_gap_curve, gap_json, gap_text
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
 from t2i_lm.plots.alignment import alignment_figure
@@ -320,6 +320,7 @@ FIGURES: dict[str, Callable[[Request], RenderedFigure]] = {
 }
 # Figures that need no run.
 WITHOUT_RUNS = ("2",)
+TABLE = "Table 1"
 
 
 def stem(name: str) -> str:
@@ -338,38 +339,50 @@ def show(name: str, request: Request, folder: Path) -> Figure | None:
     return rendered.figure
 
 
-def write_figures(request: Request, folder: Path, names: Iterable[str] | None = None) -> int:
-    """Writes figures and prints their paths, then their tables; returns 0, the exit code of the command.
+def write_figures(
+    request: Request, folder: Path, names: Iterable[str] | None = None, told: Callable[[str], str] = str
+) -> int:
+    """Writes figures and prints their paths, then their tables; returns the exit code of the command.
+
+    Of all figures, those that cannot be drawn though their runs exist are named on stderr, and the code is 2.
 
     Args:
         request: where to find the runs.
         folder: where to write.
         names: keys of FIGURES, all required; None for every figure that has its runs.
+        told: changes messages, such as the names of folders in them.
 
     Raises:
         ValueError: if the runs of a required figure, or of all figures, are missing.
-        OSError: if a file cannot be written.
+        OSError: if a file of a required figure cannot be written.
     """
     tables: dict[str, None] = {}  # figures of the same runs share a table, which is printed once
-    problems: list[Exception] = []
-    for name in dict.fromkeys(names or FIGURES):
+    missing: list[MissingRunsError] = []
+    code = 0
+    for name in dict.fromkeys(names or (*FIGURES, TABLE)):
         try:
+            if name == TABLE:
+                print(*_table1(request).save(folder), sep="\n")
+                continue
             rendered = FIGURES[name](request)
             print(*rendered.save(folder / stem(name)), sep="\n")
             if names or name not in WITHOUT_RUNS:
                 tables[rendered.table] = None
+        except MissingRunsError as error:
+            if names:
+                raise
+            missing.append(error)
         except (ValueError, OSError) as error:
             if names:
                 raise
-            problems.append(error)
-    if not names:
-        with suppress(ValueError):  # no pair that measured forgetting
-            print(*_table1(request).save(folder), sep="\n")
-    if problems and not tables:
-        raise problems[0]
+            what = name if name == TABLE else f"figure {name}"
+            print(told(f"error: {what} is not drawn: {error}"), file=sys.stderr)
+            code = 2
+    if missing and not tables and not code:
+        raise missing[0]
     for table in tables:
         print(f"\n{table}")
-    return 0
+    return code
 
 
 def _table1(request: Request) -> CompletionsTable:

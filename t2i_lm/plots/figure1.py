@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from t2i_lm.comparison.comparability import MissingRunsError
 from t2i_lm.plots.panels import GREY, captioned_figure
 from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.reading import reading
@@ -56,7 +57,7 @@ def tokenized_images(run: Run) -> tuple[list[TokenizedImage], JointVocab, int]:
     file = run.folder / TOKENS
     if not file.is_file():
         again = f"python -m t2i_lm.evaluate --checkpoint {run.folder} --report"
-        raise ValueError(f"Figure 1: {run.folder} has no {TOKENS}; to write it: {again}")
+        raise MissingRunsError(f"Figure 1: {run.folder} has no {TOKENS}; to write it: {again}")
     with reading("run folder", file), np.load(file) as stored:
         originals, ids, decoded, captions = (
             stored[name] for name in ("originals", "ids", "reconstructions", "captions")

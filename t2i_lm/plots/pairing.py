@@ -8,7 +8,14 @@ from typing import Any
 
 import yaml
 
-from t2i_lm.comparison.comparability import PAIR_KEYS, config_differences, differences, mismatches, pair_values
+from t2i_lm.comparison.comparability import (
+    PAIR_KEYS,
+    MissingRunsError,
+    config_differences,
+    differences,
+    mismatches,
+    pair_values,
+)
 from t2i_lm.plots.groups import Group
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import VAL, Run, read_run, run_folders
@@ -116,7 +123,7 @@ def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None =
         if not mismatches(mine, other)
     ]
     if not pairs:
-        raise ValueError(_no_pair(root, candidates, problems))
+        raise MissingRunsError(_no_pair(root, candidates, problems))
     return max(
         pairs,
         key=lambda pair: sorted((run.folder.name for run in pair.arms.values()), reverse=True),
@@ -139,7 +146,7 @@ def find_group(root: Path, group: Group) -> dict[str, Run]:
             complete = arms
     if len(complete) < group.required:
         partner = f" with a partner among {', '.join(name for _, name in others)}" if group.required > 1 else ""
-        raise ValueError(f"no run of {reference} in {root}{partner}; to make them: {group.command}")
+        raise MissingRunsError(f"no run of {reference} in {root}{partner}; to make them: {group.command}")
     return complete
 
 

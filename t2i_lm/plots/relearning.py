@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from t2i_lm.comparison.comparability import MissingRunsError
 from t2i_lm.evaluation.base import FINISHED, of_last_checkpoint, read_result
 from t2i_lm.plots.curves import Series
 from t2i_lm.plots.pairing import RunPair
@@ -67,5 +68,5 @@ def _newest(run: Run) -> dict[str, Any]:
     own = [one for one in results if of_last_checkpoint(run.folder, one["made_with"].get("checkpoint_sha256", ""))]
     if not own:
         problem = "was measured of other checkpoints than its last one" if results else "was not measured"
-        raise ValueError(f"relearning of {run.folder} {problem}: {COMMAND.format(run.folder)}")
+        raise MissingRunsError(f"relearning of {run.folder} {problem}: {COMMAND.format(run.folder)}")
     return own[-1]

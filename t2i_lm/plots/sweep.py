@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from t2i_lm.comparison.best import Losses, best_value, common_value, no_best, seed_means
 from t2i_lm.comparison.comparability import ORDER, SEED
+from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
 from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.groups import FIGURE5, INITS
 from t2i_lm.plots.panels import LOG_RATIO, arm_style, captioned_figure
@@ -16,6 +17,7 @@ from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.run_folder import VAL, Run
 
 MODALITIES = {"image": "Image tokens", "text": "Text tokens"}
+BATCH_SIZE = "data.batch_size"
 LAST = 0.1  # share of the steps, at the end, whose training loss is averaged
 
 
@@ -184,7 +186,7 @@ def present(outcomes: Sequence[Outcome]) -> list[str]:
 
 def varied_in(keys: Sequence[str]) -> tuple[str, ...]:
     """Keys in which the runs of a sweep differ by design: a batch size changes the steps for the same tokens."""
-    steps = ("trainer.", "optim.warmup_steps", "log.interval") if "data.batch_size" in keys else ()
+    steps = (STEPS, *IN_STEPS) if BATCH_SIZE in keys else ()
     return (*keys, *steps, SEED, ORDER, *FIGURE5.varied, *INITS.varied)
 
 

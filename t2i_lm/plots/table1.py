@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2i_lm.comparison.comparability import MissingRunsError
 from t2i_lm.evaluation.forgetting import completion_rows
 from t2i_lm.plots.captions import ARM_NAMES, group_caption
 from t2i_lm.plots.groups import FORGETTING
@@ -75,7 +76,7 @@ def _completions(run: Run) -> dict[tuple[str, str], tuple[str, str]]:
     rows = completion_rows(run)
     if not rows or len(run.records("forgetting")) < 2:
         missing = f"{run.folder} has no completions before and after training"
-        raise ValueError(f"{missing}; to make them: {FORGETTING.command}")
+        raise MissingRunsError(f"{missing}; to make them: {FORGETTING.command}")
     *_, after = rows[0]
     return {(row["prompt"], row["rows"]): (_short(row["original"]), _short(row[after])) for row in rows}
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from t2i_lm.comparison.comparability import ORDER, config_values, differences, mismatches
+from t2i_lm.comparison.comparability import ORDER, MissingRunsError, config_values, differences, mismatches
 from t2i_lm.plots.groups import Group
 from t2i_lm.plots.pairing import newest_first
 from t2i_lm.plots.panels import GREY, captioned_figure
@@ -123,7 +123,8 @@ def point_of(arm: str, run: Run, strength: str = "") -> Point:
     lines, validations = run.records("forgetting"), run.validations()
     entry = lines[-1]["forgetting"]["text"].get("text_rows", {}) if lines else {}
     if "change" not in entry or not validations:
-        raise ValueError(f"{run.folder} has no change of held-out text loss or no validation; to make it: {COMMAND}")
+        problem = f"{run.folder} has no change of held-out text loss or no validation"
+        raise MissingRunsError(f"{problem}; to make it: {COMMAND}")
     split, step, config = next(iter(run.validation_splits), ""), int(validations[-1]["step"]), config_values(run)
     measured = lines[-1]["forgetting"]
     second = measured.get("second_text", {}).get("text_rows", {})
@@ -150,7 +151,13 @@ def scratch_run(root: Path, partner: Run) -> Run | None:
 
 
 def image_loss(run: Run) -> float:
-    """Held-out loss of image tokens at the last validation, of the primary split."""
+    """Held-out loss of image tokens at the last validation, of the primary split.
+
+    Raises:
+        ValueError: if some losses were not finite.
+    """
+    if run.nonfinite:
+        raise ValueError(f"{run.folder} has {run.nonfinite_words}")
     return float(run.validations()[-1][VAL]["image"]["nll"])
 
 

@@ -47,6 +47,9 @@ def verdict_heading(comparison: Comparison) -> str:
     what = endpoint_label(result.endpoint.name)
     if result.verdict == DIFFERENCE:
         first, second = comparison.plan.parsed
+        if result.endpoint.of_pair:
+            saver = first if result.statistics.mean > 0 else second
+            return f"A difference: fewer tokens are needed from {_from(saver)} for an equal loss."
         lower = first if result.statistics.mean < 0 else second
         return f"A difference: the {what} is lower from {_from(lower)}."
     if result.verdict == EQUIVALENT:
@@ -271,7 +274,7 @@ FINDINGS: dict[str, Callable[[Mapping[str, Run]], list[str]]] = {
 
 
 def last_nll(run: Run, modality: str, split: str | None = None) -> float | None:
-    """Loss of a modality (nats/token) at the last validation; None without one."""
+    """Loss of a modality (nats/token) at the last validation; None without one, and where some were not finite."""
     lines = run.validations(split)
     entry = lines[-1]["val"].get(modality, {}) if lines else {}
-    return float(entry["nll"]) if "nll" in entry else None
+    return float(entry["nll"]) if "nll" in entry and not run.nonfinite else None

@@ -157,12 +157,20 @@ def _one_setting(
 
 
 def _agrees(plan: Plan, setting: Mapping[str, Sequence[Run]], arm: str, run: Run) -> bool:
-    """Whether a run is of a setting: equal to a run of its own arm, or to one of the other arm but for the weights."""
-    varied = (SEED, ORDER, *plan.varied)
-    if own := setting[arm]:
-        return not differences([own[0], run], varied, one_arm=True)
-    other = next(runs[0] for runs in setting.values() if runs)
-    return not differences([other, run], (*varied, ENVIRONMENT["backbone"]), plan.own_keys)
+    """Whether a run is of a setting: equal to the runs of its own arm, and to those of the other but for the weights.
+
+    All have one precision for each seed.
+    """
+
+    def compared(runs: Sequence[Run]) -> list[Run]:
+        return [*runs[:1], *(one for one in runs if one.config[SEED] == run.config[SEED]), run]
+
+    everything = [one for runs in setting.values() for one in runs]
+    varied = (SEED, ORDER, *plan.varied, ENVIRONMENT["backbone"])
+    return not (
+        differences(compared(setting[arm]), (SEED, ORDER), one_arm=True, paired=True)
+        or differences(compared(everything), varied, plan.own_keys, paired=True)
+    )
 
 
 def _rank(setting: Mapping[str, Sequence[Run]], root: Path) -> tuple[bool, int, int, str]:
@@ -182,7 +190,7 @@ def _difference(plan: Plan, chosen: Mapping[str, Sequence[Run]], other: Mapping[
     """The keys in which a setting differs, with its values and those of the chosen one."""
     for arm, runs in other.items():
         if runs and chosen[arm]:
-            differing = differences([runs[0], chosen[arm][0]], (SEED, ORDER, *plan.varied))
+            differing = differences([runs[0], chosen[arm][0]], (SEED, ORDER))
             return [f"{key} {_short(mine)} instead of {_short(theirs)}" for key, (mine, theirs) in differing.items()]
     return ["of an arm that has no run in the setting compared"]
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from t2i_lm.comparison.study_plan import Study
@@ -37,7 +38,8 @@ def write_page(
     with view(finished) as (folder, links):
         names = {**{str(link): str(run) for link, run in links.items()}, str(folder): str(root)}
         try:
-            write_figures(Request(folder, strict=strict, varied=own), out)
+            drawn = Request(folder, strict=strict, varied=own)
+            code = write_figures(drawn, out, told=partial(named, names=names))
         except ValueError as error:
             print(f"figures: {named(str(error), names)}", file=sys.stderr)
             code = 2

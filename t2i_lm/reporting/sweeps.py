@@ -4,14 +4,16 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from t2i_lm.comparison.best import no_best, seed_means
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, config_values, differences
+from t2i_lm.comparison.study_plan import STEPS
 from t2i_lm.plots.groups import arms_of
 from t2i_lm.plots.panels import remove_caption
-from t2i_lm.plots.sweep import MODALITIES, Outcome, distance, present, varied_in
+from t2i_lm.plots.sweep import BATCH_SIZE, MODALITIES, Outcome, distance, present, varied_in
 from t2i_lm.plots.sweep_grid import caption_of, draw, grids, seed_words, tables_of
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.findings import arm_label, endpoint_label
@@ -115,8 +117,10 @@ class Sweep:
 def find_sweeps(pool: Pool) -> tuple[list[Sweep], list[str]]:
     """The sweeps among some runs, and notes on runs that are in none."""
     runs = [run for run in pool.runs if any(MODALITIES.keys() & line[VAL].keys() for line in run.validations()[-1:])]
-    notes = list(pool.notes)
-    keys = [key for key in differences(runs, (SEED, ORDER)) if key in config_values(runs[0])] if len(runs) > 1 else []
+    notes = list(pool.notes) + [f"left out, {run.nonfinite_words}: {run.folder}" for run in runs if run.nonfinite]
+    runs = [run for run in runs if not run.nonfinite]
+    settable = config_values(runs[0]) if runs else {}
+    keys = [key for key in differences(runs, (SEED, ORDER), paired=True) if key in settable]
     grids = [sweep for two in combinations(keys, 2) if (sweep := _sweep(two, runs)) is not None]
     lines = [sweep for key in keys if (sweep := _sweep((key,), runs)) is not None]
     lines = [
@@ -133,11 +137,18 @@ def find_sweeps(pool: Pool) -> tuple[list[Sweep], list[str]]:
 
 
 def _sweep(keys: tuple[str, ...], runs: Sequence[Run]) -> Sweep | None:
-    """The sweep of the setting with most values, then with most runs; None without two values of each key."""
-    others = differences(runs, (*varied_in(keys), ENVIRONMENT["backbone"]))
+    """The sweep of the setting with most values, then with most runs; None without two values of each key.
+
+    Runs of several batch sizes share their steps, or their samples.
+    """
+    others = differences(runs, (*varied_in(keys), ENVIRONMENT["backbone"]), paired=True)
+    lengths = ((STEPS,), (STEPS, BATCH_SIZE)) if BATCH_SIZE in keys else ((),)
     settings: dict[str, list[Run]] = {}
-    for number, run in enumerate(runs):
-        settings.setdefault(repr([values[number] for values in others.values()]), []).append(run)
+    for factors in lengths:
+        for number, run in enumerate(runs):
+            length = prod(config_values(run)[key] for key in factors)
+            setting = [factors, length, *(values[number] for values in others.values())]
+            settings.setdefault(repr(setting), []).append(run)
     swept = [one for one in settings.values() if _is_swept(keys, one)]
     if not swept:
         return None

@@ -69,6 +69,17 @@ class Run:
         names = sorted(key.removeprefix(f"{VAL}/") for key in keys)
         return tuple(sorted(names, key=lambda name: name != PRIMARY))
 
+    @property
+    def nonfinite(self) -> int:
+        """Validation losses that were not finite: the `nll` of their line is of the others alone."""
+        lines = [value for record in self.metrics for key, value in record.items() if key.partition("/")[0] == VAL]
+        return sum(max((entry.get("nonfinite", 0) for entry in line.values()), default=0) for line in lines)
+
+    @property
+    def nonfinite_words(self) -> str:
+        """Their number."""
+        return f"{self.nonfinite:,} validation losses that are not finite"
+
     def validations(self, split: str | None = None) -> list[dict[str, Any]]:
         """Validation lines of metrics.jsonl with the values of a split under the key `val`.
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.gap import GapCurve, gap_curves, gap_json, gap_text
-from t2i_lm.comparison.grid import Grid, at_best, grids, names_at_best
+from t2i_lm.comparison.grid import Grid, at_best, grids, names_at_best, tune
 from t2i_lm.comparison.grid_tables import grid_json, grid_text
 from t2i_lm.comparison.study_plan import STEPS, Study
 from t2i_lm.comparison.tables import as_json, text
@@ -43,14 +43,17 @@ class Results:
     def answer_first(self) -> "tuple[Comparison, ...]":
         """The comparisons, first the one that answers the plan's question.
 
-        That is the first one; of a grid over a tuned key the arms at their best, which may be a point of the grid; of
-        one over steps the longest.
+        That is the first one; of a grid over a tuned key the arms at their best, which may be a point of the grid, or
+        the reason why there is no best value; of one over steps the longest.
         """
         grid = self.grids[0] if self.grids and self.comparisons[0] in self.grids[0].comparisons else None
         if grid is None:
             return self.comparisons
         by_name = {one.name: one for one in self.comparisons}
         best = [by_name[name] for name in names_at_best(grid)]
+        if grid.tuned is not None and not best:
+            reason = "; ".join(line for tuned in tune(grid) for line in tuned.lines)
+            return (Comparison(grid.name, grid.plan, None, (), ValueError(reason)), *self.comparisons)
         made = [one for one in grid.comparisons if one.arms is not None]
         by_length = sorted(made, key=lambda one: float(one.plan.where.get(STEPS, 0)))
         first = (best or (by_length[-1:] if STEPS in grid.family.keys else made[:1]))[:1]

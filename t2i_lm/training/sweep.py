@@ -1,7 +1,7 @@
 """Runs of `python -m t2i_lm.sweep`: arms at several values of one or two config keys."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -78,7 +78,8 @@ def sweep_jobs(
         if rescaled:
             if arm not in unswept:
                 unswept[arm] = load_experiment(file, scale, [*NO_SAMPLES, *fixed])
-            config = load_experiment(file, scale, [*overrides, *_at_equal_tokens(config, unswept[arm])])
+            given = {word.partition("=")[0] for word in (*fixed, *point)}
+            config = load_experiment(file, scale, [*overrides, *_at_equal_tokens(config, unswept[arm], given)])
         config = replace(config, run=RunConfig(str(Path(config.run.dir) / RUNS)))
         config.require_paths()
         if config.task not in TASKS:
@@ -90,19 +91,20 @@ def sweep_jobs(
     return keys, jobs
 
 
-def _at_equal_tokens(given: ExperimentConfig, unswept: ExperimentConfig) -> list[str]:
-    """Overrides of the steps of a run with another batch size than the experiment's.
+def _at_equal_tokens(config: ExperimentConfig, unswept: ExperimentConfig, given: Collection[str]) -> list[str]:
+    """Overrides of the steps of a run with another batch size than the experiment's, without keys that were given.
 
     Raises:
         ValueError: if the samples of the experiment are no multiple of the batch size.
     """
-    samples, size = unswept.trainer.max_steps * unswept.data.batch_size, given.data.batch_size
+    samples, size = unswept.trainer.max_steps * unswept.data.batch_size, config.data.batch_size
     if samples % size:
         raise ValueError(
             f"{BATCH_SIZE}={size}: {samples:,} samples, those of {unswept.trainer.max_steps:,} steps of "
             f"{unswept.data.batch_size}, are no multiple of it; --equal steps compares at equal steps"
         )
-    return [f"{STEPS}={samples // size}", *in_proportion(given, unswept.data.batch_size / size)]
+    following = in_proportion(config, unswept.data.batch_size / size)
+    return [f"{STEPS}={samples // size}", *(word for word in following if word.partition("=")[0] not in given)]
 
 
 def in_proportion(config: ExperimentConfig, ratio: float) -> list[str]:
@@ -117,8 +119,10 @@ def finished_runs(jobs: Mapping[SweepPoint, Job]) -> dict[SweepPoint, Run]:
     runs = {}
     for point, job in jobs.items():
         folder, finished = find_equal_run(job.config)
-        if folder is not None and finished:
-            runs[point] = read_run(folder)
+        run = read_run(folder) if folder is not None and finished else None
+        if run is not None and not run.nonfinite:
+            runs[point] = run
         else:
-            print(f"not drawn: {job.name} has not finished", file=sys.stderr)
+            reason = "has not finished" if run is None else f"has {run.nonfinite_words}"
+            print(f"not drawn: {job.name} {reason}", file=sys.stderr)
     return runs

@@ -269,8 +269,6 @@ def test_tokens_saved_are_those_that_the_worse_run_needs_more() -> None:
     assert tokens_saved(rising, worse) == 300 - 250
     started_lower = [(0, 2.0), (300, 1.0)]
     assert tokens_saved(started_lower, worse) == 300
-    with pytest.raises(ValueError, match="expected equal lengths"):
-        tokens_saved(worse, better[:-1])
 
 
 def test_the_json_holds_the_numbers_of_the_text(runs: Path) -> None:
@@ -330,3 +328,40 @@ def test_the_command_prints_or_writes(runs: Path, tmp_path: Path, capsys: pytest
     assert json.loads(out.read_text(encoding="utf-8"))["seeds"] == [0, 1, 2, 3, 4]
     assert command.main(["--runs", str(runs), "optim.rl=0.002"]) == 2
     assert "optim.rl=0.002: expected a config key" in capsys.readouterr().err
+
+
+def test_varied_keys_differ_between_the_arms_and_not_within_one(tmp_path: Path) -> None:
+    for seed in range(3):
+        seeded_run(tmp_path, ARMS[0], seed, config={"optim.lr": 1e-3})
+        seeded_run(tmp_path, ARMS[1], seed)
+    plan = Plan(varied=["optim.lr"])
+    assert find_arms(plan, tmp_path).seeds == [0, 1, 2]
+    seeded_run(tmp_path, ARMS[0], 0, day=20, gap=0.5, config={"optim.lr": 4e-3})
+    with pytest.raises(IncomparableError, match=r"optim\.lr: 0\.001 \(3 runs\), 0\.004 \(1 runs\)"):
+        find_arms(plan, tmp_path)
+
+
+def lose_losses(folder: Path, number: int) -> None:
+    """Marks losses of the last iid validation of a run as not finite."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "val/iid" in line][-1]
+    last["val/iid"]["image"]["nonfinite"] = number
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("name", ["val/iid.image.nll", "val/iid.image.ppl", "tokens_saved.image"])
+def test_validation_losses_that_are_not_finite_are_refused(name: str, runs: Path) -> None:
+    folder = next(runs.glob("t2i_pretrained/20260112*"))
+    lose_losses(folder, 20)
+    with pytest.raises(ValueError, match=rf"endpoint {name}: .*{folder.name} has 20 validation losses that are not"):
+        compare(Plan(primary=name, secondary=[], margin="1"), find_arms(Plan(), runs))
+
+
+def test_curves_of_other_lengths_name_the_runs_and_what_to_leave_out(tmp_path: Path) -> None:
+    one = read_run(write_run(tmp_path, ARMS[0]))
+    longer = write_run(tmp_path, ARMS[1])
+    lines = [json.loads(line) for line in (longer / "metrics.jsonl").read_text().splitlines()]
+    doubled = [line | {"tokens_nominal": 2 * line["tokens_nominal"]} for line in lines]
+    (longer / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in doubled))
+    with pytest.raises(ValueError, match=r"tokens_saved.image: .*t2i_pretrained.* and .*t2i_scratch.*leave it out"):
+        Endpoint("tokens_saved.image").difference(one, read_run(longer))

@@ -25,6 +25,7 @@ from t2i_lm.comparison.study_plan import Study
 from t2i_lm.comparison.tables import as_json, text
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.plots.gap import gap_caption, grid_caption
+from t2i_lm.reporting.findings import verdict_heading
 from t2i_lm.runtime.tables import compact
 from t2i_lm.storage.run_folder import Run
 from t2i_lm.training.study_results import Results, figures_of, results_of, write_results
@@ -367,3 +368,21 @@ def test_the_caption_of_a_grid_has_what_all_points_share() -> None:
     assert "Scale demo, trainer.max_steps=400, learning rate 0.0003, data hash " in grid_caption(grid)
     (tuned,) = made({"over": {"optim.lr": RATES[:2]}}).grids
     assert "learning rate 0" not in grid_caption(tuned)
+
+
+def test_tokens_saved_are_no_gap_and_their_verdict_names_who_saves() -> None:
+    primary = {"primary": "tokens_saved.image", "margin": "1000", "secondary": []}
+    results = made({"over": {"trainer.max_steps": [200, 400, 800]}, **primary})
+    assert not results.curves
+    assert "primary=tokens_saved.image: expected an endpoint of single runs" in results.problems[0]
+    heading = verdict_heading(results.comparisons[-1])
+    assert heading == "A difference: fewer tokens are needed from pre-trained weights for an equal loss."
+
+
+def test_without_a_best_value_the_answer_is_the_reason() -> None:
+    results = made(
+        {"over": {"optim.lr": RATES}}, skip=lambda name, seed, values: (seed, values["optim.lr"]) == (2, 6e-3)
+    )
+    answer = results.answer_first[0]
+    assert answer.arms is None
+    assert "no best value: MISSING at optim.lr=0.006: seeds 2" in str(answer.problem)

@@ -140,3 +140,17 @@ def test_an_arm_without_a_style_of_its_own_is_drawn_and_labeled() -> None:
     assert labels[:2] == ["random initialization", "brand new"]
     gids = {str(line.get_gid()) for line in figure.axes[0].get_lines()}
     assert "Image tokens/brand_new/ema" in gids
+
+
+def test_strict_names_the_figures_that_it_refuses(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("t2i_pretrained", "t2i_scratch"):
+        write_run(runs, name)
+    write_run(runs, "uncond_tune_ffn", "20260302-110000", config={"optim.weight_decay": 0.2})
+    command = ["--runs", str(runs), "--out", str(runs.parent / "figures")]
+    assert figures(command) == 0
+    assert not capsys.readouterr().err
+    assert figures([*command, "--strict"]) == 2
+    output, error = capsys.readouterr()
+    (line,) = error.splitlines()
+    assert line.startswith("error: figure 5 is not drawn: the runs differ in more than what is compared: optim.weight")
+    assert "figure3.png" in output

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -335,6 +336,42 @@ def test_a_comparison_over_a_grid_is_one_section_with_its_best_values(tmp_path: 
     (table,) = [table for table in section.all("table") if table.attributes["class"] == "plain"]
     assert len(table.all("tr")) == 4
     assert not found.all("table", data_comparison="rates_optim.lr=0.004")
+
+
+def test_without_a_best_value_there_is_no_answer(tmp_path: Path, page: Command) -> None:
+    root = tmp_path / "runs"
+    for day, rate in enumerate((0.001, 0.002, 0.004), start=1):
+        write_pair(root / "study" / f"optim.lr={rate}", day=day, config={"optim.lr": rate})
+    shutil.rmtree(root / "study" / "optim.lr=0.004" / ARMS[1])
+    (tmp_path / "study.yaml").write_text(
+        "seeds: [0]\nprimary: val.image.nll\nsecondary: []\n"
+        "comparisons: {rates: {over: {optim.lr: [0.001, 0.002, 0.004]}}}\n"
+    )
+    code, found, _ = page(root)
+    assert code == 0
+    answer = found.one("section", id="answer").text
+    assert "No answer yet." in answer
+    assert "no best value: MISSING at optim.lr=0.004: seeds 0" in answer
+
+
+def test_seeds_of_other_precisions_are_one_setting(tmp_path: Path, page: Command) -> None:
+    root = tmp_path / "runs"
+    for seed in range(3):
+        for folder in write_pair(root, seed, day=1 + seed):
+            environment = json.loads((folder / "env.json").read_text())
+            environment["precision"] = "bf16-mixed" if seed == 0 else "32-true"
+            (folder / "env.json").write_text(json.dumps(environment))
+    for options in ([], ["--strict"]):
+        _, found, _ = page(root, *options)
+        answer = found.one("section", id="answer").text
+        assert "bf16-mixed for seed 0, 32-true for seeds 1, 2" in answer
+        assert "MISSING: seed" not in answer
+    environment["precision"] = "bf16-mixed"
+    (folder / "env.json").write_text(json.dumps(environment))  # of one arm of the last seed
+    _, found, _ = page(root)
+    answer = found.one("section", id="answer").text
+    assert "MISSING: seed 2 of t2i_scratch" in answer
+    assert "left out, another setting (1 runs): precision" in answer
 
 
 @pytest.mark.parametrize(

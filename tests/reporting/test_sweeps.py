@@ -98,3 +98,32 @@ def test_best_values_and_gaps_are_those_of_the_table_and_repetitions_are_no_seed
     assert "1.9000" in sweep.figure().table
     assert len(sweep.figure().arms) == 5
     assert notes == [f"in no sweep, or repeated since: {tmp_path / 'sweep' / ARMS[0] / '20260301-100000-demo'}"]
+
+
+def test_runs_of_several_batch_sizes_share_their_samples_or_their_steps(tmp_path: Path) -> None:
+    def point(size: int, steps: int) -> dict[str, object]:
+        return {"data.batch_size": size, "trainer.max_steps": steps, "optim.warmup_steps": steps // 20}
+
+    equal_samples = [point(16, 80), point(32, 40), point(64, 20)]
+    write_sweep(tmp_path, [*equal_samples, point(32, 10)])  # the last one is of a shorter sweep, at a usual size
+    (sweep,), notes = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert {one.value: one.run.config["trainer"]["max_steps"] for one in sweep.outcomes} == {
+        "16": 80,
+        "32": 40,
+        "64": 20,
+    }
+    assert len(notes) == 2
+    write_sweep(tmp_path / "other", [point(16, 40), point(32, 40)])
+    (sweep,), _ = find_sweeps(RunSearch(tmp_path / "other").sweep_pool())
+    assert len(sweep.outcomes) == 4, "at equal steps"
+
+
+def test_a_run_with_losses_that_are_not_finite_is_left_out_by_name(tmp_path: Path) -> None:
+    write_sweep(tmp_path, [{"optim.lr": rate} for rate in (0.001, 0.002, 0.004)])
+    folder = next((tmp_path / "sweep" / ARMS[0]).glob("*100004*"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    [line for line in lines if "val" in line][-1]["val"]["image"]["nonfinite"] = 3
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (sweep,), notes = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert len(sweep.outcomes) == 5
+    assert notes == [f"left out, 3 validation losses that are not finite: {folder}"]

@@ -13,13 +13,15 @@ from torch import nn
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.build import build
-from t2i_lm.models.aligned_rows import FILE
+from t2i_lm.models.aligned_rows import FILE, TEXT_ROWS
+from t2i_lm.models.open_lm import save_open_lm
 from t2i_lm.models.token_rows import Embedding
 from t2i_lm.modules.alignment import AlignmentModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
+from tests.decoders import tiny_decoder
 from tests.runs import EXPERIMENTS, losses
 from tests.two_ranks import train_on_two_ranks
 
@@ -183,7 +185,13 @@ def test_bad_aligned_rows_are_named(
     from safetensors import safe_open
 
     with safe_open(aligned.folder / FILE, framework="pt") as file:
-        save_file({"image": torch.zeros(31, 32)}, short, {"tokenizers": file.metadata()["tokenizers"]})
+        made_with = {key: file.metadata()[key] for key in ("tokenizers", TEXT_ROWS)}
+    save_file({"image": torch.zeros(31, 32)}, short, made_with)
+    other = [f"backbone.path={tmp_path / 'lm'}"]
+    save_open_lm(tiny_decoder(seed=6, seq_len=16, vocab_size=512), tmp_path / "lm", torch.float32, {})
+    rows = [f"aligned_rows={aligned.folder}", f"run.dir={tmp_path}"]
+    assert main([experiment("t2i_aligned"), *tiny, *rows, *other]) == 2
+    assert "the text rows of another language model than backbone.path" in capsys.readouterr().err
     for value, message in (
         ("latest", "to make one: python -m t2i_lm.train experiments/align.yaml"),
         (str(tmp_path / "none"), "expected an aligned_rows.safetensors, an alignment's run folder, or latest"),
