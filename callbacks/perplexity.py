@@ -111,7 +111,7 @@ class EMASplitPerplexity(Callback):
         more: dict[str, Any] = {"interval": self.interval, "ema": self.alpha}
         scalars: Any = getattr(pl_module, "scalars", None)
         if scalars is not None:
-            more["scalars"] = scalars()
+            more["scalars"] = {name: value for name, value in scalars().items() if math.isfinite(value)}
         for extra in self.extras:
             more |= extra.record(self.seen)
         self._write(trainer, {"train": values}, self.seen, more)

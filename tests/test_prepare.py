@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sentencepiece import SentencePieceTrainer
 
 from t2i_lm.config.load import load_experiment
 from t2i_lm.data.shards.format import open_split, read_index
@@ -17,7 +18,7 @@ from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
 from t2i_lm.data.shards.tokenize import text_rows
 from t2i_lm.experiment.build import ImageExperiment, build
 from t2i_lm.prepare import main
-from t2i_lm.tokenizers.text import SentencePieceTokenizer, train_sentencepiece
+from t2i_lm.tokenizers.text import SentencePieceTokenizer, open_text_tokenizer, train_sentencepiece
 from t2i_lm.tokenizers.vq import VQTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,21 @@ def test_text_rows_cover_every_token_once_as_a_target(tmp_path: Path) -> None:
     assert len(whole) - len(ids) < 17
     size = sum(len(f"{paragraph}\n\n") for document in documents for paragraph in document.split("\n\n"))
     assert sum(row["bytes"] for row in rows) == pytest.approx(size, rel=0.05)
+
+
+def test_a_paragraph_of_which_a_tokenizer_makes_nothing_is_passed_over(tmp_path: Path) -> None:
+    sentences = iter(["some words of a text", "other words"] * 20)
+    model = str(tmp_path / "own")  # by sentencepiece's default normalization, which drops such characters
+    SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_prefix=model, vocab_size=40, hard_vocab_limit=False, minloglevel=2
+    )
+    text = open_text_tokenizer(f"{model}.model")
+    assert text.encode("\u200b\n\n") == []
+    plain, strange = ["some words\n\nother words"] * 4, ["some words\n\n\u200b\n\n\x01\n\nother words"] * 4
+    rows, expected = (list(text_rows(documents, text, 4)) for documents in (strange, plain))
+    assert [row["text_ids"] for row in rows] == [row["text_ids"] for row in expected]
+    size = sum(len(f"{document}\n\n".encode()) for document in strange)
+    assert sum(row["bytes"] for row in rows) == pytest.approx(size, abs=20)
 
 
 def test_a_long_paragraph_is_tokenized_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

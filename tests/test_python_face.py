@@ -13,6 +13,7 @@ from PIL import Image
 
 import t2i_lm
 from t2i_lm.config.load import load_experiment, save_experiment
+from t2i_lm.data.image_files import ORIENTATION
 from t2i_lm.data.sources import open_sized
 from t2i_lm.evaluation.trained_run import TrainedRun
 from t2i_lm.export import main as export
@@ -80,6 +81,21 @@ def test_perplexity_of_the_validation_pairs_is_the_runs_own(trained: TrainedRun,
         image.save(tmp_path / f"{number}.png")
         files.append((tmp_path / f"{number}.png", caption))
     assert trained.perplexity(files) == trained.perplexity(pairs[:3])
+
+
+def test_an_opened_image_counts_as_its_file(trained: TrainedRun, tmp_path: Path) -> None:
+    colors = np.random.default_rng(0).integers(0, 255, (64, 80, 4), np.uint8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.fromarray(colors, "RGBA").save(tmp_path / "transparent.png")
+    Image.fromarray(colors[..., 0].astype(np.uint16) * 256).save(tmp_path / "sixteen_bits.png")
+    Image.fromarray(colors[..., :3]).save(tmp_path / "turned.jpg", exif=exif)
+    for file in sorted(tmp_path.iterdir()):
+        with Image.open(file) as image:
+            assert trained.perplexity([(image, PROMPT)]) == trained.perplexity([(file, PROMPT)]), file
+            assert image.getexif().get(ORIENTATION) == (6 if file.name == "turned.jpg" else None)
+    with pytest.raises(ValueError, match="pairs: an image: 32-bit integer image"):
+        trained.perplexity([(Image.new("I", (64, 64)), PROMPT)])
 
 
 def test_metrics_have_a_row_per_record_and_modality(trained: TrainedRun) -> None:

@@ -40,6 +40,7 @@ def test_a_run_writes_all_its_files(pretrained: Run) -> None:
     assert [record["step"] for record in pretrained.validations()] == [0, 4, 8]
     assert len(list((folder / "checkpoints").glob("*.ckpt"))) == 2
     assert pretrained.report is not None
+    assert pretrained.report["tokens_nominal"] == pretrained.metrics[-1]["tokens_nominal"] == 8 * 8 * 112
     for part in (pretrained.report["iid"], pretrained.report["compositional"]):
         assert part["preference"]["colour"]["of"] == 2
         for share, entries in (("right", part["samples"]["accuracy"]), ("preferred", part["preference"])):

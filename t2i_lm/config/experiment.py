@@ -256,6 +256,9 @@ class ExperimentConfig(Section):
         yield image_tokenizer and not data.has_images, "data.source", f"a source of images with {task}"
         yield image_tokenizer and self.tune != "all", "tune", f"all with {task}"
         yield image_tokenizer and bool(self.freeze), "freeze", f"an empty list with {task}"
+        cell = self.image_tokenizer.model.cell
+        whole_cells = self.image_tokenizer.size % cell == 0
+        yield image_tokenizer and not whole_cells, "image_tokenizer.size", f"a multiple of {cell}, the side of an id"
         too_few = data.val_size is not None and data.val_size < data.batch_size
         in_batches = f"on whole batches of data.batch_size={data.batch_size}, since the loss depends on their size"
         if image_tokenizer and self.image_tokenizer.caption_weight > 0:

@@ -6,6 +6,7 @@ from t2i_lm.config.sections import Section
 
 ENCODE_PRECISIONS = ("float32", "bfloat16")
 MOVQGAN_SIZES = ("67M", "102M", "270M")
+GROUPS = 16  # of the group norms, which divide the channels
 CODE_WORDS = ("captions", "frequent")  # of data/code_words.py
 
 
@@ -16,7 +17,7 @@ class VQModelConfig(Section, prefix="image_tokenizer.model"):
     patch: int = 4
     """Side of the pixel-unshuffle, in pixels."""
     block_out_channels: list[int] = field(default_factory=lambda: [64, 128])
-    """Channels of each level; each level after the first halves the resolution."""
+    """Channels of each level, multiples of 16; each level after the first halves the resolution."""
     layers_per_block: int = 1
     """ResNet layers per level."""
     latent_channels: int = 8
@@ -25,6 +26,19 @@ class VQModelConfig(Section, prefix="image_tokenizer.model"):
     """Code vectors, which are the image ids."""
     code_dim: int = 8
     """Width of a code vector."""
+
+    def __post_init__(self) -> None:
+        self.at_least(1, "patch", "layers_per_block", "latent_channels", "codes", "code_dim")
+        channels = self.block_out_channels
+        allowed = f"at least one positive multiple of {GROUPS}"
+        self.check(
+            bool(channels) and all(one > 0 and one % GROUPS == 0 for one in channels), "block_out_channels", allowed
+        )
+
+    @property
+    def cell(self) -> int:
+        """Side of the pixels of one id."""
+        return int(self.patch * 2 ** (len(self.block_out_channels) - 1))
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,7 @@ class ImageTokenizerConfig(Section, prefix="image_tokenizer"):
         ends = [0, 1] if self.pixel_range is None else self.pixel_range
         self.check(len(ends) == 2 and ends[0] < ends[1], "pixel_range", "null or two increasing values")
         self.below_one("warmup_fraction")
+        self.at_least(1, "restart_every")
         self.at_least(0, "caption_weight")
         self.one_of("words", CODE_WORDS)
 

@@ -8,7 +8,8 @@ import torch
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.alignment import content_hash
-from t2i_lm.data.datamodules import Batch, Batches, ImageBatches, ImageDataModule
+from t2i_lm.data.datamodules import Batch, Batches
+from t2i_lm.data.images import ImageBatches, ImageDataModule
 from t2i_lm.data.pairs import CaptionedSource, Pair
 from t2i_lm.data.sampler import Draw, choose_caption
 from t2i_lm.tokenizers.base import TextTokenizer
@@ -28,9 +29,20 @@ class CaptionedImages(ImageBatches):
         captions: str,
         seed: int,
         batch_size: int = 1,
+        size: int | None = None,
     ) -> None:
-        """`captions` is `first` or `random`, of an image that has several; `batch_size` is that of full batches."""
-        super().__init__(source, image_size)
+        """As `ImageBatches`.
+
+        Args:
+            source: the images.
+            image_size: side in pixels.
+            text: tokenizer of the captions.
+            captions: `first` or `random`, of an image that has several.
+            seed: of the random choice.
+            batch_size: that of full batches.
+            size: the first samples that are used; None for all.
+        """
+        super().__init__(source, image_size, size)
         self.text, self.captions, self.seed = text, captions, seed
         self.compared = len(self) // batch_size * batch_size  # the first ones, of consecutive batches
 
@@ -64,10 +76,10 @@ class CaptionedImageDataModule(ImageDataModule):
         super().__init__(config)
         self.text = text
 
-    def batches(self, source: CaptionedSource, captions: str) -> ImageBatches:
+    def batches(self, source: CaptionedSource, size: int | None, captions: str) -> ImageBatches:
         config = self.config
-        size, batch_size = config.image_tokenizer.size, config.data.batch_size
-        return CaptionedImages(source, size, self.text, captions, config.seed, batch_size)
+        image_size, batch_size = config.image_tokenizer.size, config.data.batch_size
+        return CaptionedImages(source, image_size, self.text, captions, config.seed, batch_size, size)
 
     def setup(self, stage: str) -> None:
         """Opens the sources.

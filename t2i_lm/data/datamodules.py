@@ -9,6 +9,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +21,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import SHARDED
 from t2i_lm.data.order import CURRENT, FORMER, FormerOrder, Indices, Order, PartsOrder, ShuffledOrder
-from t2i_lm.data.pairs import CaptionedSource, Pair, RejectedPairError, center_crop
 from t2i_lm.data.sampler import REPLAYED, Draw, IndexSampler, choose_caption, drops_caption
 from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.shards.format import STREAM, Parts, read_index, validation_splits
 from t2i_lm.data.shards.made_parts import StreamedParts
-from t2i_lm.data.shards.tokenize import stack_images
-from t2i_lm.data.sources import open_sized, print_notes
-from t2i_lm.data.splits import evenly_spaced_indices, validations_of
+from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.data.text_ratio import TextRatio
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.tokenizers.layout import ImageLayout, IntArray, Layout
 
 # `ids_BT` int64, `samples` int, `tokens_nominal` int (positions), `tokens_real` 0-d int64 (pads excluded).
 Batch = dict[str, Any]
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-# Consecutive unreadable images after which a source counts as broken.
-MAX_CONSECUTIVE_REJECTS = 100
 # Batches of remote samples that are fetched before they are read.
 AHEAD = 64
 
@@ -258,11 +255,27 @@ class BatchDataModule(pl.LightningDataModule):
         return [f"text {index}" if epoch == REPLAYED else self.train_set.name((epoch, index)) for epoch, index in draws]
 
     def validation_batches(self, split: Batches) -> list[list[Draw]]:
-        """This rank's batches of a validation split, every sample once over all ranks."""
+        """This rank's batches of a validation split, every sample once over all ranks.
+
+        Sharded ranks gather weights in each batch: they have equally many, some of fewer samples.
+
+        Raises:
+            ValueError: if a sharded rank has too few samples for that.
+        """
         assert self.trainer is not None
-        draws = [(0, index) for index in range(self.trainer.global_rank, len(split), self.trainer.world_size)]
-        micro = self.config.micro_batch
-        return [draws[start : start + micro] for start in range(0, len(draws), micro)]
+        rank, world, micro = self.trainer.global_rank, self.trainer.world_size, self.config.micro_batch
+        draws = [(0, index) for index in range(rank, len(split), world)]
+        batches = [draws[start : start + micro] for start in range(0, len(draws), micro)]
+        fewest, most = len(split) // world, ceil(ceil(len(split) / world) / micro)
+        if self.config.trainer.strategy not in SHARDED or ceil(fewest / micro) == most:
+            return batches
+        if fewest < most:
+            raise ValueError(
+                f"data.val_size: {len(split):,} validation samples over {world} processes, {micro} at a time: "
+                f"trainer.strategy={self.config.trainer.strategy} requires a multiple of {world} here"
+            )
+        places = np.linspace(0, len(draws), most + 1).astype(int)
+        return [draws[start:end] for start, end in pairwise(places)]
 
     def open(self, folder: Path, split: str) -> Parts:
         """A split of prepared shards.
@@ -376,49 +389,3 @@ def evenly_spaced(split: datasets.Dataset, size: int | None) -> datasets.Dataset
     if size is None or size >= len(split):
         return split
     return split.select(evenly_spaced_indices(len(split), size))
-
-
-class ImageBatches(Batches):
-    """Images of a source as `images_BCHW` uint8; an unreadable image is replaced by the next readable one."""
-
-    def __init__(self, source: CaptionedSource, image_size: int) -> None:
-        self.source, self.image_size = source, image_size
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, draws: list[Draw]) -> Batch:
-        return self.batch([self.read(index) for _, index in draws])
-
-    def batch(self, read: list[tuple[Pair, Pixels]]) -> Batch:
-        """The batch of some pairs and their pixels."""
-        return {"images_BCHW": stack_images([pixels for _, pixels in read]), "samples": len(read)}
-
-    def read(self, index: int) -> tuple[Pair, Pixels]:
-        """A pair, or the next readable one, and its pixels (H, W, 3) uint8."""
-        for step in range(MAX_CONSECUTIVE_REJECTS):
-            try:
-                pair = self.source[(index + step) % len(self.source)]
-                return pair, center_crop(pair.image, self.image_size)
-            except RejectedPairError as reject:
-                last = reject
-        raise ValueError(f"{MAX_CONSECUTIVE_REJECTS} consecutive images cannot be read; the last: {last}")
-
-
-class ImageDataModule(BatchDataModule):
-    """Images without captions, read from the source (training of an image tokenizer)."""
-
-    def __init__(self, config: ExperimentConfig) -> None:
-        super().__init__(config, validations_of(config.data))
-
-    def setup(self, stage: str) -> None:
-        size = self.config.image_tokenizer.size
-        sources = {split: open_sized(self.config.data, split, size) for split in ("train", *self.validation_splits)}
-        for source in sources.values():
-            print_notes(source)
-        self.train_set = self.batches(sources["train"], self.config.data.captions)
-        self.val_sets = {split: self.batches(sources[split], "first") for split in self.validation_splits}
-
-    def batches(self, source: CaptionedSource, captions: str) -> ImageBatches:
-        """The batches of a source; `captions` is which of several ones an image has."""
-        return ImageBatches(source, self.config.image_tokenizer.size)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,9 +70,27 @@ def decode_image(file: Any, name: str) -> Image.Image:
             to be decoded in 300 MB, or of a mode whose values have no known range (`color_modes.py`).
     """
     held = file.getbuffer().nbytes if isinstance(file, io.BytesIO) else 0
+    with _rejecting(name), open_image(file) as image:
+        return read_rgb(image, held)
+
+
+def rgb_of(image: Image.Image, name: str) -> Image.Image:
+    """An image of Pillow in RGB, upright, as `decode_image` reads its file.
+
+    Raises:
+        RejectedPairError: as `decode_image`.
+    """
+    with _rejecting(name):
+        copied = image.copy()  # which is turned in place
+        copied.format = image.format
+        return read_rgb(copied)
+
+
+@contextmanager
+def _rejecting(name: str) -> Iterator[None]:
+    """Makes a RejectedPairError of what opening and decoding an image raise."""
     try:
-        with open_image(file) as image:
-            return read_rgb(image, held)
+        yield
     except FileNotFoundError as error:
         raise RejectedPairError("missing file", name) from error
     except UnidentifiedImageError as error:

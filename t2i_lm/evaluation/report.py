@@ -72,7 +72,7 @@ def write_report(experiment: Experiment, folder: Path, steps: int, wall_s: float
         wall_s: seconds that training took over all sessions of the run, preparation left out.
     """
     run, config = read_run(folder), experiment.config
-    last = run.records("train")[-1] if run.records("train") else {}
+    last = run.metrics[-1] if run.metrics else {}
     report: dict[str, Any] = {
         "experiment": config.name,
         "scale": config.scale,

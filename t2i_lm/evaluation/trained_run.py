@@ -18,7 +18,7 @@ from callbacks import split_entries
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_run
 from t2i_lm.data.datamodules import pack_batch
-from t2i_lm.data.pairs import RejectedPairError, center_crop, decode_image
+from t2i_lm.data.pairs import RejectedPairError, center_crop, decode_image, rgb_of
 from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import load_trained
@@ -216,9 +216,9 @@ def _contents(folder: Path) -> str:
 
 
 def _rgb(image_or_file: Image.Image | str | PathLike[str]) -> Image.Image:
-    if isinstance(image_or_file, Image.Image):
-        return image_or_file.convert("RGB")
     try:
+        if isinstance(image_or_file, Image.Image):
+            return rgb_of(image_or_file, "an image")
         return decode_image(image_or_file, str(image_or_file))
     except RejectedPairError as reject:
         raise ValueError(f"pairs: {reject}") from reject

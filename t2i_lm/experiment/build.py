@@ -16,7 +16,8 @@ from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.alignment import BagDataModule
 from t2i_lm.data.captioned_images import CaptionedImageDataModule
 from t2i_lm.data.code_words import code_words, first_captions
-from t2i_lm.data.datamodules import BatchDataModule, ImageDataModule, PairDataModule, TextDataModule
+from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, TextDataModule
+from t2i_lm.data.images import ImageDataModule
 from t2i_lm.data.replay import ReplayDataModule, prepare_replay
 from t2i_lm.data.shards.cache import former_scenes
 from t2i_lm.data.shards.format import read_index

@@ -15,7 +15,7 @@ from rich.progress import track
 from callbacks.checkpoints import step_of
 from t2i_lm.config.load import load_run
 from t2i_lm.data.code_words import words_in_captions
-from t2i_lm.data.datamodules import ImageBatches
+from t2i_lm.data.images import ImageBatches
 from t2i_lm.data.scenes.captions import ATTRIBUTES
 from t2i_lm.data.scenes.cells import code_meaning
 from t2i_lm.data.scenes.checker import check, shares_right
@@ -317,6 +317,7 @@ def tokenizer_numbers(tokenizer: VQTokenizer, images: ImageBatches) -> dict[str,
         told["meaning"] = code_meaning(ids_RN.reshape(-1, SIDE, SIDE), scenes)
     return {
         "pictures": images_seen,
+        **({"pictures_unusable": len(images.rejected)} if images.rejected else {}),
         "psnr_db": -10 * math.log10(squares / images_seen),
         "codes_used": float((used > 0).double().mean()),
         "parameters": sum(parameter.numel() for parameter in tokenizer.model.parameters()),

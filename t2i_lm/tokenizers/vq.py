@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from t2i_lm.config.image_tokenizer import VQModelConfig
+from t2i_lm.config.image_tokenizer import GROUPS, VQModelConfig
 from t2i_lm.runtime.devices import exact_convolutions, local_rank
 from t2i_lm.storage.hashing import file_sha256, files_sha256
 from t2i_lm.storage.reading import reading, reason
@@ -86,7 +86,7 @@ class PatchedVQ(VQAutoencoder):
             latent_channels=config.latent_channels,
             num_vq_embeddings=config.codes,
             vq_embed_dim=config.code_dim,
-            norm_num_groups=16,
+            norm_num_groups=GROUPS,
             mid_block_add_attention=False,
         )
         super().__init__(vq, config.patch)

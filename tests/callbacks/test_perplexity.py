@@ -173,6 +173,13 @@ def test_a_loss_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> No
     assert "nonfinite" not in line["train"]["text"]
 
 
+def test_scalars_that_are_not_finite_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"distil_kl": float("nan"), "gradient_cosine": 0.5, "other": float("inf")}
+    monkeypatch.setattr(Scripted, "scalars", lambda _: values, raising=False)
+    (line,) = fit(tmp_path, [[(1.0, 1)] * 3], [], meter_in(tmp_path))
+    assert line["scalars"] == {"gradient_cosine": 0.5}
+
+
 def test_a_loss_too_high_for_exp_is_written_all_the_same(tmp_path: Path) -> None:
     (line,) = fit(tmp_path, [[(1e6, 1)] * 3], [], meter_in(tmp_path))
     assert line["train"]["text"]["nll"] == 1e6

@@ -145,6 +145,32 @@ def test_unsupported_speed_options_are_refused(overrides: list[str], message: st
         load_experiment(PRETRAINED, "demo", overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("restart_every=0", "restart_every=0: expected at least 1"),
+        ("model.codes=0", "model.codes=0: expected at least 1"),
+        ("model.patch=0", "model.patch=0: expected at least 1"),
+        ("model.code_dim=0", "model.code_dim=0: expected at least 1"),
+        ("model.latent_channels=0", "model.latent_channels=0: expected at least 1"),
+        ("model.layers_per_block=0", "model.layers_per_block=0: expected at least 1"),
+        (
+            "model.block_out_channels=[]",
+            r"model.block_out_channels=\[\]: expected at least one positive multiple of 16",
+        ),
+        (
+            "model.block_out_channels=[50,100]",
+            r"model.block_out_channels=\[50, 100\]: expected at least one positive mul",
+        ),
+        ("model.patch=3", "size=64: expected a multiple of 6, the side of an id"),
+        ("model.block_out_channels=[16,16,16,16,16,16]", "size=64: expected a multiple of 128, the side of an id"),
+    ],
+)
+def test_an_image_tokenizer_that_cannot_be_built_is_refused_by_key(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^image_tokenizer\.{message}"):
+        load_experiment(PRETRAINED.with_name("image_tokenizer.yaml"), "demo", [f"image_tokenizer.{override}"])
+
+
 REPLAYED = "data.replay_ratio=0.25 optim.gradient_projection=true"
 
 

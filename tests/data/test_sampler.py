@@ -1,7 +1,11 @@
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import DataConfig, TrainerConfig
+from t2i_lm.data.datamodules import BatchDataModule
 from t2i_lm.data.order import ShuffledOrder
 from t2i_lm.data.sampler import Draw, IndexSampler
 
@@ -47,3 +51,25 @@ def test_the_stream_hash_depends_on_the_seed() -> None:
     first, second = (IndexSampler(ShuffledOrder(50, seed), 12, 20).stream_hash(120) for seed in (0, 1))
     assert first != second
     assert first == IndexSampler(ShuffledOrder(50, 0), 12, 20).stream_hash(120)
+
+
+@pytest.mark.parametrize(("strategy", "samples"), [("fsdp2", 500), ("hsdp", 17), ("fsdp2", 16), ("ddp", 500)])
+def test_sharded_ranks_validate_in_equally_many_batches(strategy: str, samples: int) -> None:
+    trainer = TrainerConfig(devices=8, strategy=strategy)
+    data = BatchDataModule(ExperimentConfig(data=DataConfig(batch_size=16), trainer=trainer))
+    batches = []
+    for rank in range(8):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=8)  # type: ignore[assignment]
+        batches.append(data.validation_batches(range(samples)))
+    assert sorted(draw for one in batches for batch in one for draw in batch) == [(0, n) for n in range(samples)]
+    assert {len(batch) for one in batches for batch in one} <= {1, 2}
+    assert len({len(one) for one in batches}) == (2 if strategy == "ddp" else 1)
+
+
+def test_too_few_validation_samples_for_sharded_ranks_are_refused() -> None:
+    trainer = TrainerConfig(devices=8, strategy="fsdp2")
+    data = BatchDataModule(ExperimentConfig(data=DataConfig(batch_size=8), trainer=trainer))
+    data.trainer = SimpleNamespace(global_rank=7, world_size=8)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^data\.val_size: 9 validation samples over 8 processes, 1 at a time: "):
+        data.validation_batches(range(9))
+    assert data.validation_batches(range(16)) == [[(0, 7)], [(0, 15)]]

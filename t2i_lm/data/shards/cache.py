@@ -15,8 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.sections import is_plugin
+from t2i_lm.config.sections import ASSET, is_plugin
 from t2i_lm.data.identity import content_of
 from t2i_lm.data.scenes.source import paraphrases
 from t2i_lm.data.scenes.version import IMAGES_FORMAT, SCENES_FORMAT, scenes_version
@@ -164,7 +165,8 @@ class Prepared:
             say(f"preparing anew: {former} {why if self.paths else 'holds scenes of an older version'}")
 
     def _content(self, path: str) -> str | None:
-        return content_of(path, self.apart, self.hub) or (None if Path(path).exists() else f"name {path}")
+        place = str(resolve(path)) if path.startswith(ASSET) else path
+        return content_of(place, self.apart, self.hub) or (None if Path(place).exists() else f"name {path}")
 
     def _newest_of_unknown_commit(self) -> Path | None:
         if not any((content or "").startswith("name ") for content in self.contents.values()):

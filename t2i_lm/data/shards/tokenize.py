@@ -173,16 +173,21 @@ def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Ite
     ids: list[int] = [*begin]
     sizes: list[float] = [0.0] * len(begin)
     for document in documents:
+        left = 0  # bytes without a piece
         if ids != begin:
             ids += begin
             sizes += [0.0] * len(begin)
         for part in (part for paragraph in paragraphs(document) for part in _encodable(f"{paragraph}\n\n")):
             piece_ids = text.encode(part)
-            ids += piece_ids
+            left += len(part.encode())
+            if not piece_ids:  # as of control characters: the next part has the bytes
+                continue
             # The bytes are spread evenly over the pieces: exact in sum, approximate at a row's edge.
-            sizes += [len(part.encode()) / len(piece_ids)] * len(piece_ids)
+            ids += piece_ids
+            sizes += [left / len(piece_ids)] * len(piece_ids)
+            left = 0
         ids.append(text.document_end)
-        sizes.append(0.0)
+        sizes.append(float(left))
         while len(ids) > length:
             yield {"text_ids": ids[: length + 1], "bytes": round(sum(sizes[1 : length + 1]))}
             done = length + len(begin)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import DataConfig, TextTokenizerConfig
+from t2i_lm.data.identity import content_of
 from t2i_lm.data.replay import prepare_replay
 from t2i_lm.data.scenes.version import SCENES_FORMAT
 from t2i_lm.data.shards.cache import KEY, Prepared, shards_of
@@ -69,6 +71,15 @@ def test_changed_text_is_prepared_anew_and_the_old_folder_stays(
     assert (tmp_path / "cache" / first).exists()
     write_texts(tmp_path, "aaaa")
     assert prepare(config) == first
+
+
+def test_shipped_text_is_known_by_its_content(tmp_path: Path) -> None:
+    config = text_config(tmp_path)
+    shipped = replace(config, data=replace(config.data, replay_path="asset:text/relearning.txt.gz"))
+    folder = prepare_replay(shipped, open_text_tokenizer(ASSET))
+    (content,) = json.loads((folder / KEY).read_text())["key"]["content"].values()
+    assert content == content_of(str(find("asset:text/relearning.txt.gz")))
+    assert prepare_replay(shipped, open_text_tokenizer(ASSET)) == folder
 
 
 def test_a_damaged_text_tokenizer_is_named(tmp_path: Path) -> None:
