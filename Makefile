@@ -101,7 +101,7 @@ OPEN_LM ?=
 bench: $(STAMP)  ## side by side with peers, JSON lines and a table (half an hour of an idle machine; OPEN_LM=CHECKOUT adds open_lm)
 	@$(PY) -m benchmarks.suite $(if $(OPEN_LM),--open-lm "$(OPEN_LM)") $(ARGS)
 
-bench-gpu: $(STAMP)  ## the same at the paper's shape on one GPU of 80 GB, within eight minutes
+bench-gpu: $(STAMP)  ## the same at the paper's shape on one GPU of 80 GB (meant for eight minutes)
 	@$(PY) -m benchmarks.suite --gpu $(if $(OPEN_LM),--open-lm "$(OPEN_LM)") $(ARGS)
 
 demo-assets: $(STAMP)  ## rebuild the shipped weights (hours): TEXT=books.txt.gz HELDOUT=heldout.txt.gz OTHER=wiki.txt.gz

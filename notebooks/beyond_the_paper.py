@@ -47,9 +47,8 @@ show("gap", request, folder)
 # %% [markdown]
 # **Forgetting.** Held-out text, measured before, during and after text-to-image training: over the text rows alone, and
 # over all rows, where new rows may take probability from the text. The table lists every probe before and after, with
-# the standard error of its change. The runs come from `python -m t2i_lm.train experiments/t2i_pretrained.yaml
-# --scale demo forgetting.interval=100 forgetting.text=HELDOUT` (and forgetting.tasks=FOLDER for questions); a random
-# partner with the same keys is added.
+# the standard error of its change. The runs come from `make exp-pretrained` (forgetting.tasks=FOLDER adds questions);
+# a random partner with the same keys is added.
 
 # %%
 show("forgetting", request, folder)
@@ -57,7 +56,7 @@ show("forgetting", request, folder)
 # %% [markdown]
 # **Relearning.** Erased or suppressed? Held-out text loss over the first steps on text, from the weights of both arms,
 # from random weights and from the language model itself. The values come from `python -m t2i_lm.evaluate --checkpoint
-# RUN --relearn TEXT --relearn-heldout HELDOUT` on both arms.
+# RUN --relearn` on both arms.
 
 # %%
 show("relearning", request, folder)
@@ -65,7 +64,7 @@ show("relearning", request, folder)
 # %% [markdown]
 # **Remedies.** Increase of the held-out text loss (over the text rows) against the held-out loss of image tokens.
 # Points that no other point beats in both form the Pareto front, marked by an asterisk in the table; the dashed line is
-# random initialization. The runs come from `python -m t2i_lm.remedies --text HELDOUT --replay TEXT`.
+# random initialization. The runs come from `python -m t2i_lm.remedies --replay TEXT`.
 
 # %%
 show("remedies", request, folder)
