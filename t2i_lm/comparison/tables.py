@@ -3,14 +3,13 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from t2i_lm.comparison.arms import Arms
 from t2i_lm.comparison.comparability import revisions
 from t2i_lm.comparison.compare import DIFFERENCE, SMALL, UNDECIDED, Result
 from t2i_lm.comparison.plan import Plan, setting_words
 from t2i_lm.comparison.statistics import BOOTSTRAP_MIN, POWER
-from t2i_lm.runtime.tables import compact, text_table
+from t2i_lm.runtime.tables import compact, latex_table, text_table
 
 
 def text(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
@@ -105,9 +104,8 @@ def as_json(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
 
 def latex(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
     """A `tabular` in the style of booktabs, under a comment with the setting."""
-    first, second = plan.parsed
-    level = rf"{100 * (1 - plan.alpha):g}\,\%"
-    header = ("endpoint", first, second, "difference", f"{level} interval", "$p$", "TOST $p$", "verdict")
+    level = f"{100 * (1 - plan.alpha):g} % interval"
+    header = ("endpoint", *plan.parsed, "difference", level, "p", "TOST p", "verdict")
     rows = [
         (
             _name(one),
@@ -120,20 +118,8 @@ def latex(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
         )
         for one in results
     ]
-    lines = [" & ".join(_escaped(cell) for cell in row) + r" \\" for row in rows]
-    return "\n".join(
-        [
-            f"% {setting(plan, arms)}",
-            *(f"% {note}" for note in notes(plan, arms, results)),
-            r"\begin{tabular}{lrrrrrrl}",
-            r"\toprule",
-            " & ".join(cell if "$" in cell or "%" in cell else _escaped(cell) for cell in header) + r" \\",
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-    )
+    comments = [f"% {line}" for line in (setting(plan, arms), *notes(plan, arms, results))]
+    return "\n".join([*comments, latex_table(header, rows, "lrrrrrrl")])
 
 
 FORMATS: dict[str, Callable[[Plan, Arms, Sequence[Result]], str]] = {"text": text, "json": as_json, "latex": latex}
@@ -210,10 +196,3 @@ def p_text(value: float | None) -> str:
 def _needed_text(pairs: int | None) -> str:
     """A number of pairs; empty for None."""
     return "" if pairs is None else f"{pairs:,}"
-
-
-def _escaped(cell: Any) -> str:
-    text = str(cell)
-    for mark in r"\%&_#$":
-        text = text.replace(mark, f"\\{mark}" if mark != "\\" else r"\textbackslash{}")
-    return text.replace("<", "$<$")
