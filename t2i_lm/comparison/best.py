@@ -83,6 +83,12 @@ def seed_means(losses: Mapping[Point, Mapping[int, float]]) -> dict[Point, float
     return {value: fmean(by_seed[seed] for seed in seeds) for value, by_seed in losses.items()} if seeds else {}
 
 
+def best_of(losses: Mapping[Point, Mapping[int, float]]) -> Point | None:
+    """The value with the lowest mean loss over the seeds that all values have; None if they share none."""
+    means = seed_means(losses)
+    return min(means, key=means.__getitem__) if means else None
+
+
 def no_best(arm: str, key: str) -> str:
     """Why an arm has no best value where `best_value` is None."""
     return f"{arm}: no best {key}, its values share no seed"

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from t2i_lm.comparison.best import Losses, best_value, common_value, no_best, seed_means
+from t2i_lm.comparison.best import Losses, best_of, best_value, common_value, no_best
 from t2i_lm.comparison.comparability import ORDER, SEED
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
 from t2i_lm.plots.captions import group_caption
@@ -66,12 +66,6 @@ def losses(
 def held_out(outcomes: Sequence[Outcome]) -> str:
     """The name of the held-out losses: with the primary validation split where there are several."""
     return " ".join([*outcomes[0].run.validation_splits[:1], "held-out"])
-
-
-def best_of(values: Losses) -> str | None:
-    """The value with the lowest mean loss over the seeds that all values have; None if they share none."""
-    means = seed_means(values)
-    return min(means, key=means.__getitem__) if means else None
 
 
 def distance(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:

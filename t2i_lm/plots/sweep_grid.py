@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from t2i_lm.comparison.best import seed_means
+from t2i_lm.comparison.best import best_of
 from t2i_lm.comparison.comparability import SEED
 from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.panels import arm_style, captioned_figure
@@ -54,7 +54,7 @@ def tables_of(keys: Sequence[str], outcomes: Sequence[Outcome]) -> str:
         by_arm = grids(outcomes, modality)
         for arm, grid in by_arm.items():
             rows, columns = _values(grid)
-            best = _best(grid)
+            best = best_of(grid)
             cells = [[_cell(grid, (row, column), best) for column in columns] for row in rows]
             header = (f"{arm}, {modality} nll: {keys[0]}, by {keys[1]}", *columns)
             tables.append(text_table(header, [(row, *line) for row, line in zip(rows, cells, strict=True)]))
@@ -68,7 +68,7 @@ def draw(keys: Sequence[str], outcomes: Sequence[Outcome], caption: str) -> Figu
         return draw_sweep(keys[0], outcomes, caption)
     by_arm = grids(outcomes, present(outcomes)[0])
     first, *others = by_arm
-    maps = {arm_style(arm).label: (_means(grid), _best(grid)) for arm, grid in by_arm.items()}
+    maps = {arm_style(arm).label: (_means(grid), best_of(grid)) for arm, grid in by_arm.items()}
     signed = set()
     for other in others:
         apart = {place: distance(nlls, by_arm[first].get(place, {})) for place, nlls in by_arm[other].items()}
@@ -103,12 +103,6 @@ def _means(grid: Grid) -> dict[Place, float]:
     return {place: fmean(nlls.values()) for place, nlls in grid.items()}
 
 
-def _best(grid: Grid) -> Place | None:
-    """The place of the lowest loss over the seeds that all have; None if they share none."""
-    means = seed_means(grid)
-    return min(means, key=means.__getitem__) if means else None
-
-
 def seed_words(outcomes: Sequence[Outcome]) -> str:
     """How many seeds each mean is of: 3 seeds, or 1 to 3 seeds where some are missing."""
     distinct = {((one.arm, *one.values), one.run.config[SEED]) for one in outcomes}
@@ -123,7 +117,7 @@ def _edges(keys: Sequence[str], by_arm: Mapping[str, Grid]) -> list[str]:
     for number, key in enumerate(keys):
         along = {}
         for arm, grid in by_arm.items():
-            best = _best(grid)
+            best = best_of(grid)
             if best is not None:
                 other = best[1 - number]
                 along[arm] = {place[number]: nlls for place, nlls in grid.items() if place[1 - number] == other}

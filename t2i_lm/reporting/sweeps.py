@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.best import no_best, seed_means
+from t2i_lm.comparison.best import best_of, no_best, seed_means
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, config_values, differences
 from t2i_lm.comparison.study_plan import STEPS
 from t2i_lm.plots.groups import arms_of
@@ -67,11 +67,10 @@ class Sweep:
         modality = present(self.outcomes)[0]
         split = next(iter(self.outcomes[0].run.validation_splits), "")
         losses = grids(self.outcomes, modality)
-        means = {arm: seed_means(places) for arm, places in losses.items()}
-        best = {arm: min(places, key=places.__getitem__) for arm, places in means.items() if places}
+        best = {arm: place for arm, places in losses.items() if (place := best_of(places)) is not None}
         what = endpoint_label(f"val/{split}.{modality}.nll" if split else f"val.{modality}.nll")
         lowest = "; ".join(
-            f"{arm_label(arm)} {means[arm][best[arm]]:.4f} at {self._point(best[arm])}"
+            f"{arm_label(arm)} {seed_means(losses[arm])[best[arm]]:.4f} at {self._point(best[arm])}"
             if arm in best
             else no_best(arm_label(arm), "value")
             for arm in losses
