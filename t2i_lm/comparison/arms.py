@@ -79,8 +79,8 @@ def pair_arms(
     everything = [run for runs in found.values() for run in runs]
     # The arms start from other weights by design, and have keys of their own; the runs of one arm do not.
     _require_one_setting(everything, (SEED, ORDER, *plan.varied, ENVIRONMENT["backbone"]), plan.own_keys)
-    for runs in found.values():
-        _require_one_setting(runs, (SEED, ORDER), one_arm=True)
+    for arm, runs in found.items():
+        _require_one_setting(runs, (SEED, ORDER), arm=arm, own_value=plan.varied)
     first, second = (_by_seed(found[arm]) for arm in plan.parsed)
     arms = Arms(first, second, ())
     if not arms.seeds:
@@ -175,15 +175,32 @@ def _by_seed(runs: Sequence[Run]) -> dict[int, list[Run]]:
 
 
 def _require_one_setting(
-    runs: Sequence[Run], varied: tuple[str, ...], own: Collection[str] = (), one_arm: bool = False
+    runs: Sequence[Run],
+    varied: tuple[str, ...],
+    own: Collection[str] = (),
+    arm: str | None = None,
+    own_value: Sequence[str] = (),
 ) -> None:
-    if differing := differences(runs, varied, own, one_arm, paired=True):
+    """Checks that runs are of one setting.
+
+    Args:
+        runs: of one arm, or of all.
+        varied: keys in which they may differ.
+        own: keys of which arms have values of their own.
+        arm: the one arm.
+        own_value: keys, or their beginnings, that are chosen for an arm alone, since the arms differ in them.
+    """
+    if differing := differences(runs, varied, own, arm is not None, paired=True):
         names = {name: path for path, name in ENVIRONMENT.items()}
         words, choices = [], []
         for key, values in differing.items():
             counts = Counter(map(str, values))
             words.append(f"{key}: " + ", ".join(f"{value} ({count} runs)" for value, count in counts.most_common()))
-            choices.append(f"{names.get(key, key)}={counts.most_common(1)[0][0]}")
+            value = counts.most_common(1)[0][0]
+            alone = arm is not None and key.startswith(tuple(own_value))
+            choices.append(
+                f"arms: {{{arm}: {{{key}: {value}}}}} in a plan" if alone else f"{names.get(key, key)}={value}"
+            )
         raise IncomparableError(
             f"the runs are of more than one setting: {'; '.join(words)}. Choose one, for example {' '.join(choices)}"
         )

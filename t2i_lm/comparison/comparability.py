@@ -116,12 +116,12 @@ def revisions(runs: Iterable[Run]) -> list[str]:
 
 
 def require_comparable(runs: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
-    """Checks that runs differ in nothing beyond the arm and `varied`.
+    """Checks that runs differ in nothing beyond the arm and `varied`; seeds may be of several precisions.
 
     Raises:
         IncomparableError: naming each key with its values.
     """
-    if differing := differences(list(runs.values()), varied):
+    if differing := differences(list(runs.values()), varied, paired=True):
         named = "; ".join(
             f"{key}: " + ", ".join(f"{arm} {value}" for arm, value in zip(runs, values, strict=True))
             for key, values in differing.items()

@@ -71,7 +71,9 @@ class Endpoint:
                 there = ", ".join(sorted(tree)) if isinstance(tree, dict) else "nothing"
                 raise ValueError(f"endpoint {self.name}: {run.folder} has {there} in {'.'.join(read)}, not {name}")
             if tree.get(NONFINITE):
-                raise ValueError(f"endpoint {self.name}: {run.folder} has {run.nonfinite_words}")
+                raise ValueError(
+                    f"endpoint {self.name}: {run.folder} has {tree[NONFINITE]:,} losses that are not finite"
+                )
             tree, read = tree[name], [*read, name]
         if isinstance(tree, bool) or not isinstance(tree, int | float) or not np.isfinite(tree):
             raise ValueError(f"endpoint {self.name}: {run.folder} has {tree!r} there, expected a finite number")

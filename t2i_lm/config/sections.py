@@ -147,7 +147,7 @@ class DataConfig(Section, prefix="data"):
     """Text ids per image id in training, in (0, 1]: captions of an image are joined, or some left out, as with
     caption_dropout; null: one caption each. Scenes have several captions where they are joined."""
     max_reject_share: float = 0.01
-    """Largest share of unreadable samples, in [0, 1]; above it the preparation stops."""
+    """Largest share of unusable samples, in [0, 1]; above it the preparation, or task=image_tokenizer, stops."""
     max_recurring_share: float = 0.0
     """Largest share of validation images whose ids are also a training image's, in [0, 1]; scenes are only counted."""
     max_truncated_share: float = 1.0

@@ -271,8 +271,8 @@ class BatchDataModule(pl.LightningDataModule):
             return batches
         if fewest < most:
             raise ValueError(
-                f"data.val_size: {len(split):,} validation samples over {world} processes, {micro} at a time: "
-                f"trainer.strategy={self.config.trainer.strategy} requires a multiple of {world} here"
+                f"data.val_size: {len(split):,} validation samples over {world} processes, {micro} at a time: with "
+                f"trainer.strategy={self.config.trainer.strategy} expected a multiple of {world}"
             )
         places = np.linspace(0, len(draws), most + 1).astype(int)
         return [draws[start:end] for start, end in pairwise(places)]

@@ -14,6 +14,7 @@ from t2i_lm.data.sampler import Draw
 from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.data.sources import open_sized, print_notes
 from t2i_lm.data.splits import validations_of
+from t2i_lm.runtime.devices import global_rank
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 # Why a sample is unusable: the reason, and the message with its name.
@@ -66,7 +67,7 @@ class ImageBatches(Batches):
 class ImageDataModule(BatchDataModule):
     """Images without captions, read from the source (training of an image tokenizer).
 
-    Unusable ones are counted as they are met, and more than `data.max_reject_share` of a split end the run.
+    Each process counts the unusable ones that it meets; more than `data.max_reject_share` of a split end the run.
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -116,11 +117,12 @@ class ImageDataModule(BatchDataModule):
         for split, known in self.rejected.items():
             if known:
                 size = len(self.train_set if split == "train" else self.val_sets[split])
-                print(f"{self._counted(split, size)}; the next usable one stood in for each", file=sys.stderr)
+                print(f"{self._counted(split, size)}; the next usable one was used instead", file=sys.stderr)
 
     def _counted(self, split: str, size: int) -> str:
         known = self.rejected[split]
         firsts = dict(reject for _, reject in sorted(known.items(), reverse=True))
         counts = Counter(reason for reason, _ in known.values())
         reasons = "; ".join(f"{number:,} {reason} (first: {firsts[reason]})" for reason, number in counts.most_common())
-        return f"{len(known):,} of {size:,} {split} samples cannot be used: {reasons}"
+        rank = f" (process {global_rank()})" if global_rank() else ""
+        return f"{len(known):,} of {size:,} {split} samples cannot be used{rank}: {reasons}"

@@ -75,11 +75,13 @@ def decode_image(file: Any, name: str) -> Image.Image:
 
 
 def rgb_of(image: Image.Image, name: str) -> Image.Image:
-    """An image of Pillow in RGB, upright, as `decode_image` reads its file.
+    """An image of Pillow in RGB, upright, as `decode_image` reads its file; a large JPEG is not reduced.
 
     Raises:
         RejectedPairError: as `decode_image`.
     """
+    if image.width * image.height > MAX_PIXELS:
+        raise RejectedPairError(f"more than {MAX_PIXELS:,} pixels", name)
     with _rejecting(name):
         copied = image.copy()  # which is turned in place
         copied.format = image.format

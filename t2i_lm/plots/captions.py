@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from t2i_lm.comparison.arms import precision_note
 from t2i_lm.comparison.comparability import differences, revisions
 from t2i_lm.plots.curves import Progress, progress
 from t2i_lm.plots.pairing import RunPair
@@ -137,6 +138,7 @@ def group_caption(
             *([f"NO RUN OF THIS SETTING: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
             *_nonfinite(arms),
+            *(f"{note[0].upper()}{note[1:]}." for note in precision_note(arms.values())),
             *([f"NOT CONTROLLED, arms also differ from {next(iter(arms))} in {differing}."] if differing else []),
             *_revisions(arms.values()),
             _data(run),
@@ -164,7 +166,7 @@ def _differences(arms: Mapping[str, Run], varied: tuple[str, ...]) -> str:
     """Uncontrolled differences from the first arm: `key: its value and another (arms with that)`; empty if none."""
     others = list(arms)[1:]
     differing: dict[str, dict[str, list[str]]] = {}
-    for key, (own, *values) in differences(list(arms.values()), varied).items():
+    for key, (own, *values) in differences(list(arms.values()), varied, paired=True).items():
         for arm, value in zip(others, values, strict=True):
             if value != own:
                 differing.setdefault(f"{key}: {_short(own)}", {}).setdefault(_short(value), []).append(arm)

@@ -35,6 +35,7 @@ from t2i_lm.plots.tradeoff import (
     strengths,
     tradeoff_table,
 )
+from t2i_lm.runtime.tables import listed
 from t2i_lm.storage.run_folder import Run, read_run
 from t2i_lm.storage.writing import write_atomic
 
@@ -358,7 +359,7 @@ def write_figures(
     """
     tables: dict[str, None] = {}  # figures of the same runs share a table, which is printed once
     missing: list[MissingRunsError] = []
-    code = 0
+    refused: dict[str, list[str]] = {}
     for name in dict.fromkeys(names or (*FIGURES, TABLE)):
         try:
             if name == TABLE:
@@ -375,14 +376,14 @@ def write_figures(
         except (ValueError, OSError) as error:
             if names:
                 raise
-            what = name if name == TABLE else f"figure {name}"
-            print(told(f"error: {what} is not drawn: {error}"), file=sys.stderr)
-            code = 2
-    if missing and not tables and not code:
+            refused.setdefault(str(error), []).append(name if name == TABLE else f"figure {name}")
+    if missing and not tables and not refused:
         raise missing[0]
     for table in tables:
         print(f"\n{table}")
-    return code
+    for message, figures in refused.items():
+        print(told(f"error: not drawn, {listed(figures)}: {message}"), file=sys.stderr)
+    return 2 if refused else 0
 
 
 def _table1(request: Request) -> CompletionsTable:

@@ -108,7 +108,10 @@ def _answer(
     common = {"lost": lost, "lost_command": CLAIMS["forgetting"].command, "scale": scale}
     if primary is None or primary.arms is None:
         problem = str(primary.problem) if primary is not None else "the plan has no comparison"
-        reason, command = missing_runs(problem, CLAIMS["figure4"].command)
+        default = CLAIMS["figure4"].command
+        if primary is not None and request.plan is not None:
+            default = compare_command(request, primary)
+        reason, command = missing_runs(problem, default)
         return {**common, "kind": "missing", "heading": "No answer yet.", "reason": reason, "command": command}
     result = primary.results[0]
     return {

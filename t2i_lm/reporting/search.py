@@ -130,29 +130,35 @@ def _one_setting(
 ) -> dict[str, list[Run]]:
     """The runs of the setting with most pairs; adds a note on each other setting.
 
-    If `strict`, only runs of sweeps are left out, which differ by design.
+    A run may be of several settings, such as one seed of two precisions beside the other seeds. If `strict`, only runs
+    of sweeps are left out, which differ by design.
     """
     settings: list[dict[str, list[Run]]] = []
-    for arm, runs in found.items():
-        for run in runs:
-            own = next((one for one in settings if _agrees(plan, one, arm, run)), None)
-            if own is None:
-                own = {name: [] for name in found}
-                settings.append(own)
+    everything = [(arm, run) for arm, runs in found.items() for run in runs]
+    for place, (arm, run) in enumerate(everything):
+        joined = [one for one in settings if _agrees(plan, one, arm, run)]
+        for one in joined:
+            one[arm].append(run)
+        if not joined:
+            own: dict[str, list[Run]] = {name: [] for name in found}
             own[arm].append(run)
+            settings.append(own)
+            for earlier_arm, earlier in everything[:place]:
+                if _agrees(plan, own, earlier_arm, earlier):
+                    own[earlier_arm].append(earlier)
     if not settings:
         return {arm: [] for arm in found}
     chosen = max(settings, key=lambda one: _rank(one, root))
     for other in settings:
         if other is chosen:
             continue
-        runs = [run for one in other.values() for run in one]
-        kept = [run for run in runs if strict and not _is_swept(run, root)]
-        for arm, one in chosen.items():
-            one.extend(run for run in kept if run in other[arm])
-        if len(kept) < len(runs):
-            words = "; ".join(_difference(plan, chosen, other))
-            notes.append(f"left out, another setting ({len(runs) - len(kept)} runs): {words}")
+        apart = {arm: [run for run in runs if run not in chosen[arm]] for arm, runs in other.items()}
+        kept = {arm: [run for run in runs if strict and not _is_swept(run, root)] for arm, runs in apart.items()}
+        for arm, runs in kept.items():
+            chosen[arm].extend(runs)
+        if left_out := sum(map(len, apart.values())) - sum(map(len, kept.values())):
+            words = "; ".join(_difference(plan, chosen, apart))
+            notes.append(f"left out, another setting ({left_out} runs): {words}")
     return chosen
 
 

@@ -30,7 +30,8 @@ def write_page(
         strict: whether incomparable runs are refused.
 
     Returns:
-        0, or 2 if no figure can be drawn, after naming the reason on stderr; the page says what is missing.
+        0, or 2 if a figure of existing runs, or every figure, cannot be drawn, after naming the reason on stderr; the
+        page says what is missing.
     """
     finished, notes = shown_runs(runs)
     root, code = figure_root(runs), 0

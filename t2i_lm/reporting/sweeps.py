@@ -141,7 +141,7 @@ def _sweep(keys: tuple[str, ...], runs: Sequence[Run]) -> Sweep | None:
     Runs of several batch sizes share their steps, or their samples.
     """
     others = differences(runs, (*varied_in(keys), ENVIRONMENT["backbone"]), paired=True)
-    lengths = ((STEPS,), (STEPS, BATCH_SIZE)) if BATCH_SIZE in keys else ((),)
+    lengths = ((STEPS,), (STEPS, BATCH_SIZE)) if BATCH_SIZE in keys and STEPS not in keys else ((),)
     settings: dict[str, list[Run]] = {}
     for factors in lengths:
         for number, run in enumerate(runs):

@@ -77,7 +77,7 @@ class Run:
 
     @property
     def nonfinite_words(self) -> str:
-        """Their number."""
+        """`nonfinite` in a message."""
         return f"{self.nonfinite:,} validation losses that are not finite"
 
     def validations(self, split: str | None = None) -> list[dict[str, Any]]:

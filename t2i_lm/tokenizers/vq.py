@@ -134,7 +134,10 @@ class VQTokenizer:
                 raise ValueError(f"image_tokenizer.path: no {name} in {folder}")
         with reading("image_tokenizer.path", folder / CONFIG):
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            model = PatchedVQ(VQModelConfig(**config["model"]))
+            try:
+                model = PatchedVQ(VQModelConfig(**config["model"]))
+            except ValueError as error:
+                raise ValueError(f"image_tokenizer.path: {folder / CONFIG} cannot be read: {error}") from error
             words = _checked_words(config.get("words"), model.config.codes, folder / CONFIG)
         try:
             model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})

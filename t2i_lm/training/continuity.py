@@ -72,6 +72,13 @@ def require_same_start(experiment: Experiment, found: Mapping[str, Any], found_r
     recorded = read_environment(run)
     for key in changed_data(recorded.get(CONTENTS) or {}, found.get(CONTENTS) or {}):
         print(f"note: {key}={experiment.config.value(key)} has changed since {run} was started", file=sys.stderr)
+    if isinstance(experiment, ImageTokenizerExperiment):  # whose data has no hash
+        experiment.data.setup("fit")
+        then, now = recorded.get("train_samples"), len(experiment.data.train_set)
+        if then not in (None, now):
+            raise ValueError(
+                f"{run} was started on {then:,} training images, now there are {now:,}: see data.train_size"
+            )
     unknown = [name for name, value in found.items() if value and name not in recorded]
     if unknown:
         print(f"note: {run / ENVIRONMENT} does not record {', '.join(unknown)}: not compared", file=sys.stderr)

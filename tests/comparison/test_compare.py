@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -337,8 +338,11 @@ def test_varied_keys_differ_between_the_arms_and_not_within_one(tmp_path: Path) 
     plan = Plan(varied=["optim.lr"])
     assert find_arms(plan, tmp_path).seeds == [0, 1, 2]
     seeded_run(tmp_path, ARMS[0], 0, day=20, gap=0.5, config={"optim.lr": 4e-3})
-    with pytest.raises(IncomparableError, match=r"optim\.lr: 0\.001 \(3 runs\), 0\.004 \(1 runs\)"):
+    with pytest.raises(IncomparableError, match=r"optim\.lr: 0\.001 \(3 runs\), 0\.004 \(1 runs\)\. Choose") as error:
         find_arms(plan, tmp_path)
+    assert str(error.value).endswith("Choose one, for example arms: {t2i_pretrained: {optim.lr: 0.001}} in a plan")
+    chosen = replace(plan, arms={ARMS[0]: {"optim.lr": 1e-3}, ARMS[1]: {}}, varied=[])
+    assert find_arms(chosen, tmp_path).seeds == [0, 1, 2]
 
 
 def lose_losses(folder: Path, number: int) -> None:
@@ -353,7 +357,7 @@ def lose_losses(folder: Path, number: int) -> None:
 def test_validation_losses_that_are_not_finite_are_refused(name: str, runs: Path) -> None:
     folder = next(runs.glob("t2i_pretrained/20260112*"))
     lose_losses(folder, 20)
-    with pytest.raises(ValueError, match=rf"endpoint {name}: .*{folder.name} has 20 validation losses that are not"):
+    with pytest.raises(ValueError, match=rf"endpoint {name}: .*{folder.name} has 20 .*losses that are not"):
         compare(Plan(primary=name, secondary=[], margin="1"), find_arms(Plan(), runs))
 
 

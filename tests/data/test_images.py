@@ -58,7 +58,15 @@ def test_unusable_images_are_counted_and_too_many_end_the_run(
     assert "1 of 16 val samples cannot be used: 1 not an image (first: " in error
     assert "/train/03.png" in error
     run = read_run(run_folders(folder.parent / "runs")[-1])
-    assert [entry["val"]["psnr"] > 0 for entry in run.validations()]
+    assert all(entry["val"]["psnr"] > 0 for entry in run.validations())
+    (run.folder / "report.json").unlink()
+    for path in sorted((run.folder / "checkpoints").glob("*"))[-2:]:  # the last checkpoint and its digest
+        path.unlink()
+    (folder / "train" / "39.png").unlink()
+    table = folder / "train" / "metadata.jsonl"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    assert main([VQ, "--resume", str(run.folder)]) == 2
+    assert "was started on 40 training images, now there are 39" in capsys.readouterr().err
     assert main([*command, "data.max_reject_share=0.03"]) == 2
     error = capsys.readouterr().err
     assert "cannot be used: " in error

@@ -152,5 +152,5 @@ def test_strict_names_the_figures_that_it_refuses(runs: Path, capsys: pytest.Cap
     assert figures([*command, "--strict"]) == 2
     output, error = capsys.readouterr()
     (line,) = error.splitlines()
-    assert line.startswith("error: figure 5 is not drawn: the runs differ in more than what is compared: optim.weight")
+    assert line.startswith("error: not drawn, figure 5: the runs differ in more than what is compared: optim.weight")
     assert "figure3.png" in output

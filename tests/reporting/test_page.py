@@ -352,6 +352,7 @@ def test_without_a_best_value_there_is_no_answer(tmp_path: Path, page: Command) 
     answer = found.one("section", id="answer").text
     assert "No answer yet." in answer
     assert "no best value: MISSING at optim.lr=0.004: seeds 0" in answer
+    assert f"python -m t2i_lm.study {tmp_path}/study.yaml" in answer
 
 
 def test_seeds_of_other_precisions_are_one_setting(tmp_path: Path, page: Command) -> None:
@@ -366,6 +367,14 @@ def test_seeds_of_other_precisions_are_one_setting(tmp_path: Path, page: Command
         answer = found.one("section", id="answer").text
         assert "bf16-mixed for seed 0, 32-true for seeds 1, 2" in answer
         assert "MISSING: seed" not in answer
+    first, _ = write_pair(root, 1, day=20)  # repeated, in the other precision, without the partner's being repeated
+    shutil.rmtree(_)
+    (first / "env.json").write_text(json.dumps({**environment, "precision": "bf16-mixed"}))
+    _, found, _ = page(root)
+    answer = found.one("section", id="answer").text
+    assert "MISSING: seed" not in answer
+    assert "left out, another setting (1 runs): precision" in answer
+    shutil.rmtree(first)
     environment["precision"] = "bf16-mixed"
     (folder / "env.json").write_text(json.dumps(environment))  # of one arm of the last seed
     _, found, _ = page(root)

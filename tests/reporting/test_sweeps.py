@@ -118,6 +118,15 @@ def test_runs_of_several_batch_sizes_share_their_samples_or_their_steps(tmp_path
     assert len(sweep.outcomes) == 4, "at equal steps"
 
 
+def test_batch_sizes_and_steps_are_a_grid(tmp_path: Path) -> None:
+    write_sweep(
+        tmp_path, [{"data.batch_size": size, "trainer.max_steps": steps} for size in (16, 32) for steps in (20, 40)]
+    )
+    (sweep,), _ = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert sweep.keys == ("data.batch_size", "trainer.max_steps")
+    assert len(sweep.outcomes) == 8
+
+
 def test_a_run_with_losses_that_are_not_finite_is_left_out_by_name(tmp_path: Path) -> None:
     write_sweep(tmp_path, [{"optim.lr": rate} for rate in (0.001, 0.002, 0.004)])
     folder = next((tmp_path / "sweep" / ARMS[0]).glob("*100004*"))
