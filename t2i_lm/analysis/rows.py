@@ -22,7 +22,7 @@ from t2i_lm.analysis.base import PROBED, NotAvailableError, ProbedRun, ProbeResu
 from t2i_lm.analysis.looks import grey_key
 from t2i_lm.plots.panels import captioned_figure, place_legend
 from t2i_lm.runtime.progress import progress
-from t2i_lm.runtime.tables import compact
+from t2i_lm.runtime.tables import compact, upper_first
 from t2i_lm.storage.reading import reading
 from t2i_lm.storage.run_folder import CHECKPOINTS
 
@@ -146,7 +146,7 @@ def _sentence(runs: Sequence[ProbedRun], numbers: Mapping[str, Any]) -> str:
             for block in PROBED
         ]
         parts.append(f"{one.look.label} ({matrix}, step 0 to {max(steps):,}): {'; '.join(changes)}")
-    parts = [f"{part[0].upper()}{part[1:]}" for part in parts]
+    parts = [upper_first(part) for part in parts]
     sizes = " and ".join(f"{first[block]['rows']:,} {block}" for block in PROBED)
     return f"{'. '.join(parts)} (all {sizes} rows, one run each)."
 

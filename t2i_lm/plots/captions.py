@@ -8,7 +8,7 @@ from t2i_lm.comparison.arms import precision_note
 from t2i_lm.comparison.comparability import differences, revisions
 from t2i_lm.plots.curves import Progress, progress
 from t2i_lm.plots.pairing import RunPair
-from t2i_lm.runtime.tables import compact, text_table
+from t2i_lm.runtime.tables import compact, text_table, upper_first
 from t2i_lm.storage.run_folder import VAL, Run
 
 # Names of the arms of a pair in a sentence.
@@ -138,7 +138,7 @@ def group_caption(
             *([f"NO RUN OF THIS SETTING: {', '.join(absent)}."] if absent else []),
             *([f"UNFINISHED: {', '.join(unfinished)}."] if unfinished else []),
             *_nonfinite(arms),
-            *(f"{note[0].upper()}{note[1:]}." for note in precision_note(arms.values())),
+            *(f"{upper_first(note)}." for note in precision_note(arms.values())),
             *([f"NOT CONTROLLED, arms also differ from {next(iter(arms))} in {differing}."] if differing else []),
             *_revisions(arms.values()),
             _data(run),

@@ -16,6 +16,7 @@ from t2i_lm.comparison.statistics import PairedStatistics
 from t2i_lm.comparison.tables import setting
 from t2i_lm.plots.groups import arm_of
 from t2i_lm.plots.panels import ARM_STYLES, GREY, arm_style, captioned_figure
+from t2i_lm.runtime.tables import upper_first
 
 RATE = "optim.lr"
 TITLE = "Gap against training tokens"
@@ -35,7 +36,7 @@ def gap_caption(curve: GapCurve) -> str:
         f"{TITLE}: {curve.plan.primary} of {first} minus {second}, each length a run of its own with its own schedule, "
         f"n = {n} seeds a length. Points: mean and {level} t-interval; crosses: seeds; band: margin "
         f"{curve.plan.margin}. Longest: {where}.",
-        *(f"{line[0].upper()}{line[1:]}." for line in decay_sentences(curve.decay, curve.plan.alpha)),
+        *(f"{upper_first(line)}." for line in decay_sentences(curve.decay, curve.plan.alpha)),
         *(f"{note}." for note in curve.notes if note.startswith(("left out", "NOT CONTROLLED", PRECISIONS))),
     ]
     return " ".join(lines)
@@ -117,7 +118,7 @@ def grid_caption(grid: Grid) -> str:
 def _sentence(line: str, grid: Grid) -> str:
     """A line with a capital, unless it begins with the name of an arm."""
     names = tuple(name for member in grid.family.members for name in member.plan.parsed)
-    return line if line.startswith(names) else f"{line[0].upper()}{line[1:]}"
+    return line if line.startswith(names) else upper_first(line)
 
 
 def draw_grid(grid: Grid, caption: str) -> Figure:

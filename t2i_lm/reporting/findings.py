@@ -16,6 +16,7 @@ from t2i_lm.plots.panels import arm_style
 from t2i_lm.plots.published import own_systems
 from t2i_lm.plots.relearning import relearning_curves
 from t2i_lm.plots.tradeoff import point_of
+from t2i_lm.runtime.tables import upper_first
 from t2i_lm.storage.run_folder import Run
 
 ONE_RUN = "One run of each: no interval over seeds."
@@ -86,7 +87,7 @@ def result_sentence(comparison: Comparison, result: Result) -> str:
     if result.margin is not None:
         words += f", margin {value_text(result, result.margin)}"
     verdict = sentence(comparison.plan, result)
-    return f"{words[0].upper()}{words[1:]}. Verdict: {verdict}{'' if verdict.endswith('?') else '.'}"
+    return f"{upper_first(words)}. Verdict: {verdict}{'' if verdict.endswith('?') else '.'}"
 
 
 def comparison_sentences(
@@ -116,7 +117,7 @@ def _pair_sentences(arms: Mapping[str, Run], modality: str) -> list[str]:
     assert other is not None
     what = endpoint_label(f"val.{modality}.nll")
     return [
-        f"{what[0].upper()}{what[1:]}: pre-trained {mine:.4f}, random weights {other:.4f} nats/token; difference "
+        f"{upper_first(what)}: pre-trained {mine:.4f}, random weights {other:.4f} nats/token; difference "
         f"{mine - other:+z.4f} ({100 * (mine - other) / other:+z.1f} % of random weights), no interval with n = 1."
     ]
 
@@ -189,7 +190,7 @@ def alignment_sentences(arms: Mapping[str, Run]) -> list[str]:
         last, held_out = lines[-1]["train"]["all"]["nll"], last_nll(run, "all")
         words = f", held out {held_out:.4f}" if held_out is not None else ""
         sentences.append(
-            f"{arm_label(arm)[0].upper()}{arm_label(arm)[1:]}: loss {early['train']['all']['nll']:.4f} nats at step "
+            f"{upper_first(arm_label(arm))}: loss {early['train']['all']['nll']:.4f} nats at step "
             f"{early['step']:,} and {last:.4f} at step {lines[-1]['step']:,}{words}; chance is {chance:.4f}."
         )
         bound = float(config_values(run)["align.logit_scale_max"])
@@ -212,7 +213,7 @@ def forgetting_sentences(arms: Mapping[str, Run]) -> list[str]:
             continue
         before, after = texts
         label, name = arm_label(arm), lines[-1]["forgetting"]["text"].get("name")
-        words = f"{label[0].upper()}{label[1:]}{f', {name}' if name else ''}: {before['nll']:.4f} before, "
+        words = f"{upper_first(label)}{f', {name}' if name else ''}: {before['nll']:.4f} before, "
         words += f"{after['nll']:.4f} after"
         if "change" in after:
             words += f"; change {after['change']:+.4f} ± {after.get('change_se', math.nan):.4f}"

@@ -41,6 +41,7 @@ from t2i_lm.reporting.request import (
 )
 from t2i_lm.reporting.samples import SampleBlock, sample_blocks, sampling_notes, score_rows
 from t2i_lm.reporting.sweeps import find_sweeps
+from t2i_lm.runtime.tables import upper_first
 from t2i_lm.storage.run_folder import SAMPLES, Run
 from t2i_lm.training.study_results import Results, figures_of
 
@@ -227,7 +228,7 @@ def _add_grids(request: ReportRequest, sections: dict[str, Section]) -> None:
     for grid in results.grids if results else ():
         title = f"{grid.name.replace('_', ' ')}: by {' and '.join(grid.family.keys) or 'arm'}"
         command = compare_command(request, grid.comparisons[0])
-        section = Section(f"grid-{grid.name}", Claim(f"{title[0].upper()}{title[1:]}", "", "", command))
+        section = Section(f"grid-{grid.name}", Claim(upper_first(title), "", "", command))
         table = grid_table(grid)
         section.found, section.notes = list(table.lines), list(table.notes)
         made = [one for one in grid.comparisons if one.arms is not None]

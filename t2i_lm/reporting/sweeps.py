@@ -20,6 +20,7 @@ from t2i_lm.reporting.findings import arm_label, endpoint_label
 from t2i_lm.reporting.images import figure_image
 from t2i_lm.reporting.provenance import changed_words
 from t2i_lm.reporting.search import Pool
+from t2i_lm.runtime.tables import upper_first
 from t2i_lm.storage.run_folder import VAL, Run
 
 MOST = 6  # figures of one key, and of two
@@ -88,7 +89,7 @@ class Sweep:
             name = arm_label(other)
             if words:
                 sentences.append(
-                    f"{name[0].upper()}{name[1:]} minus {arm_label(first)}, at equal seeds: {', '.join(words)}; "
+                    f"{upper_first(name)} minus {arm_label(first)}, at equal seeds: {', '.join(words)}; "
                     f"{seed_words(self.outcomes)} per value, no interval."
                 )
         return sentences

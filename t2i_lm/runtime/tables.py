@@ -12,6 +12,11 @@ def compact(number: float, digits: int = 3) -> str:
     return f"{number:.{digits}g}"
 
 
+def upper_first(text: str) -> str:
+    """A text with an upper-case first letter."""
+    return text[:1].upper() + text[1:]
+
+
 def listed(words: Sequence[str]) -> str:
     """Words in a sentence: `a`, `a and b`, `a, b and c`."""
     return " and ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
