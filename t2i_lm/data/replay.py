@@ -15,7 +15,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, Batches, PairBatches, PairDataModule
 from t2i_lm.data.order import CURRENT, Indices, former_permutation, keyed
 from t2i_lm.data.sampler import REPLAYED, Draw
-from t2i_lm.data.shards.cache import FORMAT, Prepared, absolute_path, short_hash, write_once
+from t2i_lm.data.shards.cache import FORMAT, Prepared, write_once
 from t2i_lm.data.shards.format import Parts, write_index
 from t2i_lm.data.shards.tokenize import write_text_split
 from t2i_lm.data.text import read_documents
@@ -85,7 +85,6 @@ def prepare_replay(config: ExperimentConfig, text: TextTokenizer) -> Path:
         {"format": FORMAT, "length": length, "tokenizer": text.sha256, **document_key(text)},
         {"data.replay_path": path},
         (data.cache_dir, config.run.dir),
-        former=f"replay-{short_hash(['replay', absolute_path(path), length, text.sha256])}",
     )
 
     def write(folder: Path) -> None:

@@ -32,8 +32,8 @@ from t2i_lm.storage.sealed import read_sealed, sealed
 from t2i_lm.storage.writing import DiskError, write_atomic
 
 # Increment when the content of shards changes, so that older caches are not reused. Scenes are generated: their format
-# is their version, `SCENES_FORMAT`. Folders had `FORMER_FORMAT` before content was a part of their name.
-FORMAT, FORMER_FORMAT = 3, 2
+# is their version, `SCENES_FORMAT`.
+FORMAT = 3
 KEY, SHA256 = "key.json", "sha256"
 # Seconds between checks of what other processes are writing, and until a line says who they are.
 POLL_S, PATIENCE_S = 0.5, 10.0
@@ -50,7 +50,6 @@ class Prepared:
         paths: of the data, by config key.
         apart: folders inside `paths` that are not data.
         suffix: of a file; empty for a folder.
-        former: the name that it had in the format `FORMER_FORMAT`.
         hub: whether `paths` may be names of Hugging Face datasets.
     """
 
@@ -60,7 +59,6 @@ class Prepared:
     paths: dict[str, str] = field(default_factory=dict)
     apart: tuple[str, ...] = ()
     suffix: str = ""
-    former: str = ""
     hub: bool = True
 
     @cached_property
@@ -159,10 +157,6 @@ class Prepared:
                 places = ", ".join(f"{name}={self.paths[name]}" for name in changed)
                 say(f"preparing anew: {places} has changed since {older} was prepared ({when(file)})")
                 return
-        former = self.root / self.former
-        if self.former and former.exists():
-            why = "is of an older format, which does not tell what it was made from"
-            say(f"preparing anew: {former} {why if self.paths else 'holds scenes of an older version'}")
 
     def _content(self, path: str) -> str | None:
         place = str(resolve(path)) if path.startswith(ASSET) else path
@@ -230,10 +224,9 @@ def shards_of(config: ExperimentConfig, tokenizers: dict[str, str], wide_codes: 
     if is_plugin(data.source):
         settings["plugin"] = find_plugin(SOURCE, data.source).identity
     stem = re.sub(r"[^a-zA-Z0-9_.]", "-", data.source)
-    by_path = {**settings, "path": str(absolute_path(data.path)), "val_path": absolute_path(data.val_path)}
-    former = f"{stem}-{short_hash({**by_path, 'format': FORMER_FORMAT})}"
     if scenes:
-        return Prepared(Path(data.cache_dir), stem, by_path, former=former)
+        by_path = {**settings, "path": str(absolute_path(data.path)), "val_path": absolute_path(data.val_path)}
+        return Prepared(Path(data.cache_dir), stem, by_path)
     paths = {"data.path": data.path, "data.val_path": data.val_path}
     return Prepared(
         Path(data.cache_dir),
@@ -241,7 +234,6 @@ def shards_of(config: ExperimentConfig, tokenizers: dict[str, str], wide_codes: 
         settings,
         {key: path for key, path in paths.items() if path is not None},
         (data.cache_dir, config.run.dir),
-        former=former,
         hub=data.source in ("hub", "hub_stream", "text") or is_plugin(data.source),
     )
 

@@ -19,14 +19,11 @@ from t2i_lm.data.pairs import CaptionedSource, Sample, StreamedSource, cropped_i
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.data.shards.cache import (
     FORMAT,
-    FORMER_FORMAT,
     Prepared,
     Waiting,
-    absolute_path,
     former_scenes,
     say,
     shards_of,
-    short_hash,
     when,
     write_once,
 )
@@ -265,7 +262,6 @@ def _train_text_tokenizer(config: ExperimentConfig) -> Path:
         {"data.path": data.path},
         (data.cache_dir, config.run.dir),
         suffix=".model",
-        former=f"text_tokenizer-{short_hash([FORMER_FORMAT, absolute_path(data.path), *sizes])}.model",
     )
     file = prepared.folder
     if file.is_file():

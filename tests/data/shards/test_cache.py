@@ -139,10 +139,7 @@ def test_moved_data_is_found_and_other_settings_are_not(tmp_path: Path) -> None:
 
 def test_a_folder_of_an_older_format_is_not_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "text-0123").mkdir()
     paths = {"data.path": str(tmp_path / "a.txt")}
-    assert Prepared(tmp_path, "text", SETTINGS, paths, former="text-0123").find() is None
-    assert f"preparing anew: {tmp_path / 'text-0123'} is of an older format" in capsys.readouterr().err
     older = complete(Prepared(tmp_path, "text", SETTINGS | {"format": 2}, paths))
     (tmp_path / "text-damaged").mkdir()
     (tmp_path / "text-damaged" / KEY).write_text("{")
@@ -175,9 +172,8 @@ def test_without_a_network_the_newest_folder_of_a_dataset_is_reused(
 def test_scenes_of_each_version_have_their_own_folder(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_experiment(PRETRAINED, "demo", [*tiny, "data.cache_dir=cache"])
     prepared = shards_of(config, {"text": "a", "image": "b"})
-    assert prepared.former == prepared.of_scenes(2).name == "scenes-66ef2fd17e34"
+    assert prepared.of_scenes(2).name == "scenes-66ef2fd17e34"
     assert prepared.of_scenes(SCENES_FORMAT) == prepared.folder
-    assert prepared.folder != prepared.root / prepared.former
     monkeypatch.setattr("t2i_lm.data.shards.cache.SCENES_FORMAT", SCENES_FORMAT + 1)
     assert shards_of(config, {"text": "a", "image": "b"}).folder != prepared.folder
     monkeypatch.undo()
