@@ -21,7 +21,7 @@ from t2i_lm.comparison.plan import (
 from t2i_lm.config.experiment import is_file_name
 from t2i_lm.config.sections import require
 
-STEPS = "trainer.max_steps"
+STEPS, BATCH_SIZE = "trainer.max_steps", "data.batch_size"
 # What a run of other steps changes with them.
 IN_STEPS = (
     "optim.warmup_steps",

@@ -1,6 +1,5 @@
 """Images of a source, without preparation, for the training of an image tokenizer."""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +10,10 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, BatchDataModule, Batches
 from t2i_lm.data.pairs import CaptionedSource, Pair, RejectedPairError, center_crop
 from t2i_lm.data.sampler import Draw
+from t2i_lm.data.shards.rejects import Rejects
 from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.data.sources import open_sized, print_notes
 from t2i_lm.data.splits import validations_of
-from t2i_lm.runtime.devices import global_rank
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 # Why a sample is unusable: the reason, and the message with its name.
@@ -102,27 +101,25 @@ class ImageDataModule(BatchDataModule):
         Raises:
             ValueError: if they are more than `data.max_reject_share` of it.
         """
-        known, data = self.rejected.setdefault(split, {}), self.config.data
-        known |= rejected
-        size = len(self.train_set if split == "train" else self.val_sets[split])
-        if len(known) > data.max_reject_share * size:
-            raise ValueError(
-                f"data.path={data.path}: {self._counted(split, size)}. data.max_reject_share={data.max_reject_share} "
-                "allows fewer. Raise it, or repair the samples"
-            )
+        self.rejected.setdefault(split, {}).update(rejected)
+        if rejected and (judged := self._judged(split)).too_many(Counter()):
+            raise judged.refusal(Counter(), {}, 0)
 
     def teardown(self, stage: str) -> None:
         """Prints the unusable samples of every split."""
         super().teardown(stage)
-        for split, known in self.rejected.items():
-            if known:
-                size = len(self.train_set if split == "train" else self.val_sets[split])
-                print(f"{self._counted(split, size)}; the next usable one was used instead", file=sys.stderr)
+        for split in self.rejected:
+            self._judged(split).require_usable()
 
-    def _counted(self, split: str, size: int) -> str:
-        known = self.rejected[split]
-        firsts = dict(reject for _, reject in sorted(known.items(), reverse=True))
-        counts = Counter(reason for reason, _ in known.values())
-        reasons = "; ".join(f"{number:,} {reason} (first: {firsts[reason]})" for reason, number in counts.most_common())
-        rank = f" (process {global_rank()})" if global_rank() else ""
-        return f"{len(known):,} of {size:,} {split} samples cannot be used{rank}: {reasons}"
+    def _judged(self, split: str) -> Rejects:
+        data, known = self.config.data, self.rejected[split]
+        size = len(self.train_set if split == "train" else self.val_sets[split])
+        return Rejects(
+            data.max_reject_share,
+            split,
+            size,
+            f"data.path={data.path}",
+            counts=Counter(reason for reason, _ in known.values()),
+            examples=dict(reject for _, reject in sorted(known.items(), reverse=True)),
+            rows=size - len(known),
+        )

@@ -1,6 +1,5 @@
 """Image rows trained by a contrastive alignment run, the initial values of `new_rows: aligned`."""
 
-import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -12,7 +11,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.resumable import share
 from t2i_lm.storage.run_folder import run_folders
-from t2i_lm.storage.tensor_files import read_tensors, write_tensors
+from t2i_lm.storage.tensor_files import read_tensors, tensors_sha256, write_tensors
 
 FILE = "aligned_rows.safetensors"
 TENSOR, TEXT_ROWS = "image", "text_rows_sha256"
@@ -31,7 +30,7 @@ def write_aligned_rows(rows_ID: Tensor, text_VD: Tensor, path: Path, text_sha256
 
 
 def _sha256(rows_VD: Tensor) -> str:
-    return hashlib.sha256(rows_VD.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return tensors_sha256({"text": rows_VD.detach().float().cpu()})
 
 
 def find_aligned_rows(config: ExperimentConfig) -> Path:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from t2i_lm.comparison.best import Losses, best_of, best_value, common_value, no_best
 from t2i_lm.comparison.comparability import ORDER, SEED
-from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
+from t2i_lm.comparison.study_plan import BATCH_SIZE, IN_STEPS, STEPS
 from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.groups import FIGURE5, INITS
 from t2i_lm.plots.panels import LOG_RATIO, arm_style, captioned_figure
@@ -17,7 +17,6 @@ from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.run_folder import VAL, Run
 
 MODALITIES = {"image": "Image tokens", "text": "Text tokens"}
-BATCH_SIZE = "data.batch_size"
 LAST = 0.1  # share of the steps, at the end, whose training loss is averaged
 
 

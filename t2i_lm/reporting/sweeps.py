@@ -10,10 +10,10 @@ from typing import Any
 
 from t2i_lm.comparison.best import best_of, no_best, seed_means
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, config_values, differences
-from t2i_lm.comparison.study_plan import STEPS
+from t2i_lm.comparison.study_plan import BATCH_SIZE, STEPS
 from t2i_lm.plots.groups import arms_of
 from t2i_lm.plots.panels import remove_caption
-from t2i_lm.plots.sweep import BATCH_SIZE, MODALITIES, Outcome, distance, present, varied_in
+from t2i_lm.plots.sweep import MODALITIES, Outcome, distance, present, varied_in
 from t2i_lm.plots.sweep_grid import caption_of, draw, grids, seed_words, tables_of
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.findings import arm_label, endpoint_label

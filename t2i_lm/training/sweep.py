@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
+from t2i_lm.comparison.study_plan import BATCH_SIZE, IN_STEPS, STEPS
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import RunConfig
@@ -23,7 +23,6 @@ TASKS = ("text_to_image", "unconditional", "text")
 
 # Arm, values of the swept keys, values of other keys (`seed`).
 SweepPoint = tuple[str, ...]
-BATCH_SIZE = "data.batch_size"
 
 
 def split_keys(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[str]], list[str]]:

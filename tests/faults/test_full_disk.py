@@ -5,7 +5,6 @@ at a later one, or when the run has ended. T2I_LM_FAULTS is the number of random
 """
 
 import fnmatch
-import multiprocessing
 import os
 import random
 import re
@@ -23,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from t2i_lm import prepare, train
 from t2i_lm.data.shards.format import data_hash, read_index
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
+from tests.callbacks.toy_run import server
 from tests.disks import Ballast, small_disk
 from tests.runs import PRETRAINED, curve, launch
 
@@ -53,9 +53,6 @@ REQUIRED = (
     "checkpoint",
     "report.json",
 )
-
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "lightning.pytorch", "callbacks", "t2i_lm.training.run"])
 
 
 @dataclass
