@@ -12,6 +12,7 @@ from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.storage.run_folder import CONFIG, ENVIRONMENT, METRICS, REPORT
 from t2i_lm.training.resume import NUMERICS
 from t2i_lm.training.study import StudyRun
+from tests.plots.synthetic_runs import forgetting_entry
 
 Loss = Callable[[ExperimentConfig], float]
 
@@ -33,9 +34,8 @@ def _write(config: ExperimentConfig, loss: Loss, sd: float, number: int, environ
         SCENES: SCENES_FORMAT,
     }
     (folder / ENVIRONMENT).write_text(json.dumps({**known, "numerics": NUMERICS, **environment}))
-    final = loss(config) + random.Random(
-        f"{config.name} {config.optim.lr} {config.trainer.max_steps} {config.seed}"
-    ).gauss(0, sd)
+    noise = random.Random(f"{config.name} {config.optim.lr} {config.trainer.max_steps} {config.seed}").gauss(0, sd)
+    final = loss(config) + noise
     steps = config.trainer.max_steps
     lines = []
     for step in (0, steps // 2, steps):
@@ -47,7 +47,10 @@ def _write(config: ExperimentConfig, loss: Loss, sd: float, number: int, environ
         lines.append({**head, "val/iid": val, "val/compositional": val})
         if step:
             train = {modality: {**entry, "nll_ema": nll, "ppl_ema": 2.0} for modality in val}
-            lines.append({**head, "train": train, "interval": steps, "ema": 0.95})
+            scalars = {"scalars": {"logit_scale": 20.0}} if config.task == "align" else {}
+            lines.append({**head, "train": train, "interval": steps, "ema": 0.95, **scalars})
+        if config.forgetting.interval is not None:
+            lines.append({**head, "forgetting": forgetting_entry((5 + noise) * step / steps)})
     (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = {"experiment": config.name, "steps": steps, "wall_s": steps / 10, "seed": config.seed}
     (folder / REPORT).write_text(json.dumps(report))

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from t2i_lm.comparison.comparability import config_values
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, SMALL, Result
 from t2i_lm.comparison.comparison import Comparison
-from t2i_lm.comparison.endpoints import TOKENS_SAVED
+from t2i_lm.comparison.endpoints import FORGETTING, TOKENS_SAVED
+from t2i_lm.comparison.statistics import paired_statistics
 from t2i_lm.comparison.tables import interval_text, sentence, value_text
 from t2i_lm.evaluation.forgetting import completion_rows
 from t2i_lm.plots.captions import SPLITS
@@ -20,6 +24,9 @@ from t2i_lm.runtime.tables import upper_first
 from t2i_lm.storage.run_folder import Run
 
 ONE_RUN = "One run of each: no interval over seeds."
+# Parts of an endpoint of forgetting in words.
+TEXTS = {"text": "held-out text", "second_text": "a second held-out text"}
+ROWS = {"text_rows": "softmax over text rows", "all_rows": "softmax over all rows"}
 EARLY = 0.1  # share of the steps at which a curve is read for its plateau
 
 
@@ -34,6 +41,9 @@ def endpoint_label(name: str) -> str:
     source, *path = name.split(".")
     if source == TOKENS_SAVED:
         return f"tokens saved by {path[-1]} loss"
+    if source == FORGETTING and path[-1] == "nll" and path[0] in TEXTS and path[1] in ROWS:
+        at = ", best temperature" if "best_temperature" in path else ""
+        return f"loss of {TEXTS[path[0]]} without images ({ROWS[path[1]]}{at})"
     kind, _, split = source.partition("/")
     if kind == "val" and len(path) == 2 and path[1] in ("nll", "ppl"):
         modality = "total" if path[0] == "all" else path[0]
@@ -201,27 +211,68 @@ def alignment_sentences(arms: Mapping[str, Run]) -> list[str]:
     return [*sentences, ONE_RUN] if sentences else []
 
 
-def forgetting_sentences(arms: Mapping[str, Run]) -> list[str]:
-    """The change of held-out text loss by training, with its standard error over rows of text."""
-    sentences = []
-    for arm, run in arms.items():
-        lines = run.records("forgetting")
-        texts = (
-            [line["forgetting"].get("text", {}).get("text_rows", {}) for line in (lines[0], lines[-1])] if lines else []
-        )
-        if len(texts) < 2 or "nll" not in texts[1]:
+@dataclass(frozen=True)
+class _Forgotten:
+    """Loss of a held-out text before and after a run's training (nats/token), of the softmax over the text rows.
+
+    Attributes:
+        name: of the text.
+        before, after: the losses.
+        change_se: standard error of the change over rows of text.
+        best: after training, at its best temperature.
+    """
+
+    name: str | None
+    before: float
+    after: float
+    change_se: float | None
+    best: float | None
+
+
+def _forgotten(run: Run) -> _Forgotten | None:
+    """None for a run that did not measure it at least twice."""
+    entries = [line["forgetting"].get("text", {}) for line in run.records("forgetting")]
+    rows = [entry.get("text_rows", {}) for entry in entries]
+    if len(rows) < 2 or "nll" not in rows[-1]:
+        return None
+    best = rows[-1].get("best_temperature", {}).get("nll")
+    return _Forgotten(entries[-1].get("name"), rows[0]["nll"], rows[-1]["nll"], rows[-1].get("change_se"), best)
+
+
+def forgetting_sentences(arms: Mapping[str, Sequence[Run]], alpha: float = 0.05) -> list[str]:
+    """Loss of held-out text before and after training, of one run or of several seeds of each arm.
+
+    Args:
+        arms: runs by arm.
+        alpha: level of the interval over seeds.
+    """
+    sentences, most = [], 1
+    for arm, runs in arms.items():
+        found = [one for one in map(_forgotten, runs) if one is not None]
+        if not found:
             continue
-        before, after = texts
-        label, name = arm_label(arm), lines[-1]["forgetting"]["text"].get("name")
-        words = f"{upper_first(label)}{f', {name}' if name else ''}: {before['nll']:.4f} before, "
-        words += f"{after['nll']:.4f} after"
-        if "change" in after:
-            words += f"; change {after['change']:+.4f} ± {after.get('change_se', math.nan):.4f}"
-        sentences.append(f"{words}.")
+        most = max(most, len(found))
+        last = found[-1]
+        label = upper_first(arm_label(arm)) + (f", {last.name}" if last.name else "")
+        change = float(np.mean([one.after - one.before for one in found]))
+        error = f" ± {last.change_se:.4f}" if len(found) == 1 and last.change_se is not None else ""
+        words = f"{label}: {np.mean([one.before for one in found]):.4f} before, "
+        words += f"{_over_seeds([one.after for one in found], alpha)} after; change {change:+.4f}{error}"
+        best = [one.best for one in found if one.best is not None]
+        if len(best) == len(found):
+            words += f"; {_over_seeds(best, alpha)} after, at its best temperature"
+        sentences.append(f"{words}{f' (n = {len(found)} seeds)' if len(found) > 1 else ''}.")
     if not sentences:
         return []
-    what = "Loss of held-out text, nats/token, softmax over the text rows (±: standard error over rows of text)."
-    return [what, *sentences, ONE_RUN]
+    spread = f"in brackets: {100 * (1 - alpha):g} % interval over seeds" if most > 1 else "±: standard error over its rows"
+    what = f"Loss of held-out text, nats/token, softmax over the text rows; {spread}."
+    return [what, *sentences, *([ONE_RUN] if most == 1 else [])]
+
+
+def _over_seeds(values: Sequence[float], alpha: float) -> str:
+    statistics = paired_statistics(values, alpha=alpha)
+    interval = statistics.t_interval
+    return f"{statistics.mean:.4f}" + (f" [{interval[0]:.4f} to {interval[1]:.4f}]" if interval is not None else "")
 
 
 def relearning_sentences(arms: Mapping[str, Run]) -> list[str]:
@@ -268,7 +319,7 @@ FINDINGS: dict[str, Callable[[Mapping[str, Run]], list[str]]] = {
     "5": group_sentences,
     "6": alignment_sentences,
     "inits": group_sentences,
-    "forgetting": forgetting_sentences,
+    "forgetting": lambda arms: forgetting_sentences({arm: [run] for arm, run in arms.items()}),
     "relearning": relearning_sentences,
     "remedies": remedy_sentences,
 }

@@ -18,6 +18,7 @@ from t2i_lm.reporting.figures import FigureBlock, draw_figures
 from t2i_lm.reporting.findings import arm_label, forgetting_sentences, result_sentence, verdict_heading
 from t2i_lm.reporting.request import (
     ReportRequest,
+    by_arm,
     by_seed,
     compare_command,
     facts,
@@ -96,10 +97,10 @@ def _answer(
     request: ReportRequest, primary: Comparison | None, arms: Mapping[str, Run], blocks: Sequence[FigureBlock]
 ) -> dict[str, Any]:
     """The verdict in words, its numbers, and what is lost."""
-    lost = forgetting_sentences(arms)
+    lost = [] if primary is None else forgetting_sentences(by_arm(primary), primary.plan.alpha)
     if not lost:
         others = next(block for block in blocks if block.name == "forgetting").arms
-        lost = forgetting_sentences(others)
+        lost = forgetting_sentences({arm: [run] for arm, run in others.items()})
         if lost:
             folders = ", ".join(str(run.folder) for run in others.values())
             lost.append(f"Measured in other runs than those compared: {folders}.")

@@ -56,6 +56,14 @@ def first_pair(comparison: Comparison | None) -> dict[str, Run]:
     }
 
 
+def by_arm(comparison: Comparison) -> dict[str, list[Run]]:
+    """A comparison's runs by experiment, the last one of every seed; empty without any."""
+    if comparison.arms is None:
+        return {}
+    pairs = zip(comparison.plan.parsed, (comparison.arms.first, comparison.arms.second), strict=True)
+    return {name: [runs[seed][-1] for seed in sorted(runs)] for name, runs in pairs}
+
+
 def by_seed(comparison: Comparison) -> dict[str, Run]:
     """Every run of a comparison by arm and seed, in words."""
     assert comparison.arms is not None

@@ -57,9 +57,21 @@ class RunSearch:
         return Pool(tuple(runs), tuple(notes))
 
     def figure_pool(self) -> Pool:
-        """The runs for figures: those of the folder, and those of a study in it that have no setting of their own."""
+        """The runs for figures: those of the folder, and those of a study in it that have no setting of their own.
+
+        Of an experiment that has none of these, the runs of a study in it, if all of them are of one setting.
+        """
         tops = (self.root, self.root / STUDY_RUNS)
-        return self.pool(folder for folder in self._folders if folder.parent.parent in tops)
+        places: dict[str, set[Path]] = {}
+        for folder in self._folders:
+            places.setdefault(folder.parent.name, set()).add(folder.parents[1])
+
+        def is_shown(folder: Path) -> bool:
+            place = folder.parents[1]
+            of_study = place.parent in tops and place.parent.name == STUDY_RUNS
+            return place in tops or (of_study and places[folder.parent.name] == {place})
+
+        return self.pool(filter(is_shown, self._folders))
 
     def sweep_pool(self) -> Pool:
         """The runs of sweeps below the folder, or beside that of a study."""

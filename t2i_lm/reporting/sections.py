@@ -10,9 +10,10 @@ from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.decay import decay_sentences
 from t2i_lm.comparison.gap import gap_text
 from t2i_lm.comparison.grid_tables import grid_table
+from t2i_lm.comparison.plan import Arm
 from t2i_lm.comparison.tables import notes as table_notes
 from t2i_lm.plots.panels import remove_caption
-from t2i_lm.reporting.claims import CLAIMS, Claim, claim_of_figure
+from t2i_lm.reporting.claims import CLAIMS, PAIR, Claim, claim_of_figure
 from t2i_lm.reporting.comparison_table import ComparisonTable, comparison_table
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.findings import (
@@ -21,6 +22,7 @@ from t2i_lm.reporting.findings import (
     arm_label,
     comparison_sentences,
     completions,
+    forgetting_sentences,
     group_rows,
     own_fid_sentences,
     result_sentence,
@@ -31,6 +33,7 @@ from t2i_lm.reporting.probes import find_probes, probe_command
 from t2i_lm.reporting.provenance import RunFacts
 from t2i_lm.reporting.request import (
     ReportRequest,
+    by_arm,
     by_seed,
     compare_command,
     facts,
@@ -123,6 +126,8 @@ def _found(block: FigureBlock, request: ReportRequest) -> list[str]:
         return comparison_sentences(primary, block.arms, ["all"])
     if block.name == "4":
         return [*start_sentence(block.arms), *comparison_sentences(primary, block.arms, ["text", "image"])]
+    if block.name == "forgetting" and primary is not None:
+        return forgetting_sentences(by_arm(primary), primary.plan.alpha)
     if block.name in FINDINGS and block.arms:
         return FINDINGS[block.name](block.arms)
     return []
@@ -221,27 +226,52 @@ def _add_completions(request: ReportRequest, section: Section, blocks: Sequence[
 
 
 def _add_grids(request: ReportRequest, sections: dict[str, Section]) -> None:
-    """The comparisons over a grid, each in a section of its own with the gap against training tokens."""
+    """The comparisons over a grid: of the arms of a claim in its section, others in their own."""
     results = request.results
     if results and results.refused and request.strict:
         raise IncomparableError(results.refused[0])
     for grid in results.grids if results else ():
-        title = f"{grid.name.replace('_', ' ')}: by {' and '.join(grid.family.keys) or 'arm'}"
+        key = None if grid.family.keys else _claim_of({arm.name: arm.experiment for arm in _arms(grid.comparisons)})
         command = compare_command(request, grid.comparisons[0])
-        section = Section(f"grid-{grid.name}", Claim(upper_first(title), "", "", command))
+        if key is None:
+            title = f"{grid.name.replace('_', ' ')}: by {' and '.join(grid.family.keys) or 'arm'}"
+            key = f"grid-{grid.name}"
+            sections[key] = Section(key, Claim(upper_first(title), "", "", command))
+        section = sections[key]
         table = grid_table(grid)
-        section.found, section.notes = list(table.lines), list(table.notes)
         made = [one for one in grid.comparisons if one.arms is not None]
-        if made:
-            section.header, section.rows, section.command = table.header, list(table.rows), command
-            runs = {f"{one.name}, {label}": run for one in made for label, run in by_seed(one).items()}
-            section.runs = facts(request, runs)
         curves = tuple(curve for curve in results.curves if curve.family == grid.name) if results else ()
-        section.found += [line for curve in curves for line in decay_sentences(curve.decay, curve.plan.alpha)]
+        if made:
+            section.header, section.rows, section.numbers = table.header, list(table.rows), False
+            section.found = [f"{upper_first(table.title)}."]  # in place of sentences on one run of each
+            section.command, section.missing = command, None
+        section.found += [*table.lines, *(line for one in curves for line in decay_sentences(one.decay, one.plan.alpha))]
+        section.notes += table.notes
+        _add_facts(request, section, {f"{one.name}, {label}": run for one in made for label, run in by_seed(one).items()})
         tables = {f"{curve.name}_gap": gap_text(curve) for curve in curves}
         for name, heading, figure, caption in figures_of(Results((), (grid,), curves)):
             section.figures.append(_block(name, heading, figure, caption, tables.get(name, "")))
-        sections[section.key] = section
+
+
+def _arms(comparisons: Sequence[Comparison]) -> list[Arm]:
+    return [arm for one in comparisons for arm in one.plan.parsed.values()]
+
+
+def _claim_of(experiments: Mapping[str, str]) -> str | None:
+    """The section of the paper's claim on some arms, their experiments by name; None for others.
+
+    That is Figure 5 and initializations: the pair of Figures 3 and 4 is in several.
+    """
+    names = {*experiments.values()}
+    if any(name != experiment for name, experiment in experiments.items()) or names <= {*PAIR.values()}:
+        return None
+    return next((key for key in ("figure5", "inits") if names <= {*CLAIMS[key].experiments.values()}), None)
+
+
+def _add_facts(request: ReportRequest, section: Section, runs: Mapping[str, Run]) -> None:
+    """The facts of runs that the section does not have yet."""
+    known = {one.folder for one in section.runs}
+    section.runs += [one for one in facts(request, runs) if one.folder not in known]
 
 
 def _block(name: str, title: str, figure: Figure, caption: str, table: str) -> FigureBlock:
@@ -277,16 +307,15 @@ def _add_comparisons(request: ReportRequest, sections: dict[str, Section]) -> No
         section.tables += map(comparison_table, compared)
         section.notes += short_notes(table_notes(comparison.plan, comparison.arms, comparison.results))
         section.command = section.command or compare_command(request, comparison)
-        known = {one.folder for one in section.runs}
-        section.runs += [one for one in facts(request, by_seed(comparison)) if one.folder not in known]
+        _add_facts(request, section, by_seed(comparison))
 
 
 def _section_of(request: ReportRequest, comparison: Comparison, sections: dict[str, Section]) -> Section:
     """The section of a comparison's subject, or a new one."""
     if any(key.startswith("backbone.") for key in comparison.plan.where):
         return sections["positions"]
-    if all(name.startswith("uncond_") for name in _experiments(comparison)):
-        return sections["figure5"]
+    if key := _claim_of({arm.name: arm.experiment for arm in _arms([comparison])}):
+        return sections[key]
     claim = Claim(f"Comparison: {comparison.name}", "", "", compare_command(request, comparison))
     key = f"comparison-{len(sections)}"
     return sections.setdefault(key, Section(key, claim))

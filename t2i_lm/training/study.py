@@ -38,8 +38,8 @@ class Role:
         group: name of the comparison over its whole grid, or of the group.
         arm: with the values of its own.
         point: values of the grid's keys in words; empty without a grid.
-        shown: whether figures show it: an experiment by its own name, without another setting for all arms but one of
-            the whole study.
+        shown: whether figures show it in any case: an experiment by its own name, without another setting for all arms
+            but one of the whole study (`shown_runs`).
     """
 
     group: str
@@ -289,12 +289,21 @@ def figure_root(runs: Sequence[StudyRun]) -> Path:
 def shown_runs(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:
     """The finished runs that the figures show, oldest first, and notes on those that are not finished.
 
-    Those of experiments without a setting for all arms; a study without any shows its first setting.
+    Those of experiments without a setting for all arms; of a comparison or group whose experiments are nowhere without
+    one, its first setting. A study whose arms all have names of their own shows its first comparison.
     """
-    chosen = [run for run in runs if any(role.shown for role in run.roles.values())]
-    if not chosen:
-        chosen = [run for run in runs if runs[0].uses[0] in run.roles]
-    return _read(chosen)
+    everything = [(run, role) for run in runs for role in run.roles.values()]
+    plain = {role.arm.experiment for _, role in everything if role.shown}
+    first: dict[str, str] = {}
+    for _, role in everything:
+        first.setdefault(role.group, role.point)
+    others = {role.group for _, role in everything if role.arm.experiment in plain or role.arm.name != role.arm.experiment}
+
+    def is_shown(role: Role) -> bool:
+        return role.shown or (role.group not in others and role.point == first[role.group])
+
+    chosen = [run for run in runs if any(map(is_shown, run.roles.values()))]
+    return _read(chosen or [run for run in runs if runs[0].uses[0] in run.roles])
 
 
 def _read(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:

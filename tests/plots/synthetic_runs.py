@@ -82,7 +82,7 @@ def write_run(
             line |= {f"val/{split}": _harder(val, 1 + number / 20) for number, split in enumerate(sorted(splits)[::-1])}
     if forgotten is not None:
         for line, change in ((_head(0, settings), 0.0), (_head(done, settings), forgotten)):
-            lines.append(line | {"forgetting": _forgetting(change)})
+            lines.append(line | {"forgetting": forgetting_entry(change)})
         lines.sort(key=lambda line: line["step"])
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
@@ -196,7 +196,7 @@ def _lines(name: str, config: dict[str, Any], done: int) -> list[dict[str, Any]]
     return lines
 
 
-def _forgetting(change: float) -> dict[str, Any]:
+def forgetting_entry(change: float) -> dict[str, Any]:
     """A measurement of two held-out texts and one task."""
     task = {"text_rows": {"accuracy": 0.6 - change / 20, "se": 0.05, "change": -change / 20, "change_se": 0.03}}
     completions = {"fact": {"prompt": "Simply put", "masked": f"it | {change}", "unmasked": "<image 3>" * 9}}
