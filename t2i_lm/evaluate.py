@@ -72,15 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     requested = {name: kind for name, kind in EVALUATORS.items() if getattr(options, name) is not None}
-    if options.report:
-        return _report_again(options, requested)
-    if not requested:
+    if not (requested or options.report):
         raise ValueError(
             "nothing to measure: give --coco PATH, --forgetting [TEXT], --lm-eval TASKS, --relearn [TEXT] or --report"
         )
     for name, kind in EVALUATORS.items():
         if name not in requested:
             _require_unused(options, name, kind)
+    if options.report:
+        return _report_again(options, requested)
     evaluators = {name: kind(options) for name, kind in requested.items()}
     for evaluator in evaluators.values():
         if evaluator.alone and len(evaluators) > 1:

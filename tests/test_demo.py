@@ -157,3 +157,8 @@ def test_without_gradio_the_extra_is_named(run: Path, capsys: pytest.CaptureFixt
         assert "t2i_lm[demo]" in capsys.readouterr().err
     else:
         pytest.skip("gradio is installed")
+
+
+def test_a_port_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", "runs", "--port", "70000"]) == 2
+    assert capsys.readouterr().err == "error: --port 70000: expected 1 to 65535\n"

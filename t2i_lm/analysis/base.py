@@ -23,7 +23,6 @@ from t2i_lm.data.shards.format import Parts, read_index
 from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import image_config, load_initial, load_trained, newest_checkpoint
-from t2i_lm.models.factory import weights_hashes
 from t2i_lm.plots.panels import ARM_STYLES, STYLE, ArmStyle, arm_style, remove_caption, save_figure
 from t2i_lm.storage.run_folder import PROBES, Run, environment, find_run, read_run
 from t2i_lm.storage.sealed import sealed
@@ -80,12 +79,6 @@ class ProbedRun:
         """
         folder = self.run.folder
         model = load_initial(folder) if state == "initial" else load_trained(folder, self.checkpoint)
-        if state == "initial":
-            recorded, found = self.run.environment.get("backbone"), weights_hashes(self.config)
-            if recorded is not None and recorded != found:
-                raise ValueError(
-                    f"backbone.path={self.config.backbone.path}: its weights have changed since {folder} was trained"
-                )
         for part in model.decoder.modules():
             part._compiled_call_impl = None
         return model
@@ -103,9 +96,11 @@ class ProbedRun:
         raise ValueError(f"{self.shards} has no split {' or '.join(names)}")
 
     def sequences(self, layout: Layout | ImageLayout, count: int, *splits: str) -> Tensor:
-        """At most `count` evenly spaced sequences of a split, as validation forms them: joint ids (S, T)."""
-        data = self.config.data
-        batches = PairBatches(self.split(*splits), layout, "first", self.config.seed, data.pad_to_multiple_of)
+        """At most `count` evenly spaced sequences of a split, as validation forms them: joint ids (S, T).
+
+        Padded alike whatever the run's `data.pad_to_multiple_of`, so that runs have equal ones.
+        """
+        batches = PairBatches(self.split(*splits), layout, "first", self.config.seed, multiple=1)
         chosen = evenly_spaced_indices(len(batches), count)
         ids_ST: Tensor = batches.__getitems__([(0, index) for index in chosen])["ids_BT"]
         return ids_ST

@@ -102,5 +102,12 @@ def groups_of(sequence_N: Tensor, sequences: int, groups: int) -> Tensor:
 
 
 def require_same_sequences(found: Sequence[Tensor]) -> None:
-    """Asserts that models of comparable runs were given the same ids."""
-    assert all(torch.equal(ids_ST, found[0]) for ids_ST in found)
+    """Checks that models were given the same ids, which those of runs with other data or tokenizers are not.
+
+    Raises:
+        NotAvailableError: if they were not.
+    """
+    if not all(torch.equal(ids_ST, found[0]) for ids_ST in found):
+        raise NotAvailableError(
+            "the runs have other held-out sequences; expected equal ids, of equal data and tokenizers"
+        )

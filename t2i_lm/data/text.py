@@ -14,6 +14,7 @@ from t2i_lm.storage.reading import require_regular
 
 DOCUMENT_SEPARATOR = "\f"
 SUFFIXES = (".txt", ".txt.gz")
+HUB_CHARACTERS = 2**24  # of a dataset on a hub that a model is measured on: some may be of terabytes
 # Keys of paths that are trained on; others are held-out text.
 TRAINED_ON = ("data.path", "data.replay_path")
 
@@ -48,6 +49,16 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
         except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
             raise ValueError(f"{key}: {file} cannot be read as UTF-8 text: {error}") from error
         yield from (document for document in text.split(DOCUMENT_SEPARATOR) if document.strip())
+
+
+def first_documents(path: str, key: str) -> Iterator[str]:
+    """Documents to measure a model on: as `read_documents`, of a Hugging Face dataset the first `HUB_CHARACTERS`."""
+    here, read = text_location(path, key).exists(), 0
+    for document in read_documents(path, key):
+        yield document if here else document[: HUB_CHARACTERS - read]
+        read += len(document)
+        if read >= HUB_CHARACTERS and not here:
+            return
 
 
 def text_location(path: str, key: str) -> Path:

@@ -34,8 +34,9 @@ def alignment_report(experiment: AlignmentExperiment, folder: Path, report: dict
     with part(report, "retrieval"):
         report["retrieval"] = _retrieval(experiment, module)
     with part(report, "nearest_text_tokens"):
-        neighbors = nearest_text_tokens(image_ID, text_VD, experiment.config.align.neighbors)
-        report["nearest_text_tokens"] = asdict(hubness(neighbors, len(text_VD)))
+        spelled_VD = text_VD[: experiment.text.vocab_size]  # a backbone may have more rows than its tokenizer pieces
+        neighbors = nearest_text_tokens(image_ID, spelled_VD, experiment.config.align.neighbors)
+        report["nearest_text_tokens"] = asdict(hubness(neighbors, len(spelled_VD)))
         with part(report, "table"):
             rows = _table(experiment, neighbors)
             with atomic_file(folder / TABLE) as own, own.open("w", newline="", encoding="utf-8") as file:
@@ -48,7 +49,7 @@ def alignment_report(experiment: AlignmentExperiment, folder: Path, report: dict
 
 
 def _retrieval(experiment: AlignmentExperiment, module: AlignmentModule) -> dict[str, Any]:
-    """Top-1 accuracy in the first validation batch, both directions; any pair with the same caption counts as right."""
+    """Top-1 accuracy in the first validation batch, both directions; pairs of one caption or image are all right."""
     size = experiment.config.data.batch_size
     batch = experiment.data.val_set.__getitems__([(0, index) for index in range(size)])
     on_device = {

@@ -112,9 +112,13 @@ def _require_weights(path: str | None, sha256: str | None) -> None:
 
 
 def _keep_earlier(earlier: dict[str, Any], result: dict[str, Any], file: Path) -> None:
-    """Adds the floor and CLIP scores of an earlier command on the same images that this one did not request."""
+    """Adds what an earlier command measured on the same images and this one did not: CLIP scores, and the floor.
+
+    The floor of other reference images is left out.
+    """
     added = []
-    if "floor" in earlier and "floor" not in result:
+    before = earlier.get("floor", {}).get("card", {}).get("reference_sha256")
+    if "floor" in earlier and "floor" not in result and before == result["card"]["reference_sha256"]:
         result["floor"] = earlier["floor"]
         added.append("floor")
     for entry, before in ((result, earlier), (result.get("floor", {}), earlier.get("floor", {}))):

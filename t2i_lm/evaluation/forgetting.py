@@ -94,14 +94,15 @@ class ForgettingEvaluator(Evaluator):
         return f"held-out text: {settings.rows} rows of {settings.length} ids of {texts}{tasks}; completions"
 
     def identity(self, config: ExperimentConfig) -> dict[str, Any]:
-        """Settings, and hashes of the text and the questions; the name of a text on a hub."""
+        """Settings, and hashes of the texts and the questions; the name of a text on a hub; None for an absent one."""
         texts: dict[str, str] = {}
         for key, path in self.settings.texts.items():
             read = self.documents[key]
             texts |= {key: path} if read is None else {f"{key}_sha256": text_sha256(read)}
+        absent = dict.fromkeys(name for key in ("text", "second_text") for name in (key, f"{key}_sha256"))
         unnamed = ("interval", "text", "second_text", "tasks")
         sizes = {key: value for key, value in vars(self.settings).items() if key not in unnamed}
-        return {**texts, **sizes, "tasks_sha256": {task.name: task.sha256 for task in self.tasks}}
+        return {**absent, **texts, **sizes, "tasks_sha256": {task.name: task.sha256 for task in self.tasks}}
 
     def run(self, context: EvaluationContext) -> dict[str, Any] | None:
         if context.rank:
@@ -182,7 +183,7 @@ def forgetting_probes(
 
     def measure(module: "pl.LightningModule") -> dict[str, Any]:
         assert isinstance(module, DecoderModule)
-        return probes(module.decoder)
+        return probes(module.decoder, initial=module.trainer.global_step == 0)
 
     return measure
 
@@ -221,10 +222,10 @@ def forgetting_report(
 
 def completion_rows(run: Run) -> list[dict[str, str]]:
     """Table 1: the completions of each prompt before training and at the last measurement, over text and all rows."""
-    lines = run.records("forgetting")
-    if not lines:
+    lines, before = run.records("forgetting"), run.before("forgetting")
+    if before is None:
         return []
-    first, last = (line["forgetting"].get("completions", {}) for line in (lines[0], lines[-1]))
+    first, last = (line["forgetting"].get("completions", {}) for line in (before, lines[-1]))
     after = f"after {lines[-1]['tokens_nominal']:,} tokens"
     return [
         {"prompt": entry["prompt"], "rows": rows, "original": entry[key], after: last[name][key]}

@@ -1,8 +1,8 @@
 """Relearning: held-out text loss over a few training steps on text, from a trained run's weights and from controls.
 
 What training on images suppressed comes back within some tens of steps; what it erased takes as long as from random
-weights. The controls are the same architecture from random weights and, where the run has one, the language model that
-it started from. Torch is imported late.
+weights. The controls are the same architecture from random weights and, where `init` is not random, the language model
+of `backbone.path`. Torch is imported late.
 
 Shapes: `S` training rows, `R` held-out rows, `T` ids of a row.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.forgetting import NOVELS, RELEARNING
 from t2i_lm.data.splits import evenly_spaced_indices
-from t2i_lm.data.text import read_documents
+from t2i_lm.data.text import first_documents
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.forgetting import read_text, text_sha256
 
@@ -99,10 +99,13 @@ class RelearningEvaluator(Evaluator):
             return None
         import copy
 
+        from t2i_lm.experiment.restore import require_same_backbone
         from t2i_lm.models.factory import pretrained_backbone, random_backbone
         from t2i_lm.runtime.progress import progress
+        from t2i_lm.tokenizers.documents import document_start
 
         model, config = context.model, context.model.config
+        device, first = model.decoder.output.text.device, document_start(model.text)
         length = min(LENGTH, model.decoder.config.seq_len)
         rows = RelearningRows(
             beginnings(self.text, "--relearn", self.documents, model.text, BATCH * POINTS[-1], length),
@@ -112,8 +115,14 @@ class RelearningEvaluator(Evaluator):
             RUN: lambda: copy.deepcopy(model.decoder),
             RANDOM: lambda: random_backbone(config),
         }
+
+        def language_model() -> "Backbone":
+            backbone = pretrained_backbone(config)
+            require_same_backbone(config, context.run)
+            return backbone
+
         if config.backbone.path is not None and config.init != "random":
-            starts[LANGUAGE_MODEL] = lambda: pretrained_backbone(config)
+            starts = {LANGUAGE_MODEL: language_model, **starts}  # first, since its files may have changed
         if len(rows.train_ST) < BATCH * POINTS[-1]:
             found, needed = len(rows.train_ST), BATCH * POINTS[-1]
             raise ValueError(
@@ -122,7 +131,7 @@ class RelearningEvaluator(Evaluator):
         curves = {}
         with progress("relearning", POINTS[-1] * len(starts), unit="steps") as advance:
             for name, start in starts.items():
-                curves[name] = relearn(start(), rows, advance)
+                curves[name] = relearn(start().to(device), rows, advance, first)
         return {"run": context.run.name, "length": length, "steps": list(POINTS), "nll": curves}
 
 
@@ -148,7 +157,7 @@ def beginnings(
 
     from t2i_lm.data.shards.tokenize import text_rows
 
-    documents = documents or list(read_documents(path, flag))
+    documents = documents or list(first_documents(path, flag))
     share = -(-rows * length * CHARACTERS // len(documents))
     every = [row["text_ids"] for row in text_rows([document[:share] for document in documents], tokenizer, length - 1)]
     if not every:
@@ -157,11 +166,21 @@ def beginnings(
 
 
 def relearn(
-    decoder: "Backbone", rows: RelearningRows, advance: Callable[[int], object] = lambda steps: None
+    decoder: "Backbone",
+    rows: RelearningRows,
+    advance: Callable[[int], object] = lambda steps: None,
+    start: int | None = None,
 ) -> dict[str, list[float]]:
     """Held-out loss of a decoder, which it trains, at each of `POINTS`.
 
-    All parameters are trained, with the loss over the text rows, in float32 and in the same order for every decoder.
+    All parameters are trained, with the loss over the text rows, in float32, without dropout and in the same order for
+    every decoder.
+
+    Args:
+        decoder: the model.
+        rows: ids to train on and to measure on.
+        advance: called with 1 after each step.
+        start: id of the beginning of a document, which is no target (`probes/heldout.py`).
 
     Returns:
         `nll` per token over the text rows, and its standard error `se` over held-out rows, in nats.
@@ -172,24 +191,24 @@ def relearn(
     from t2i_lm.evaluation.probes.suite import summary
     from t2i_lm.models.cross_entropy import linear_cross_entropy
 
-    decoder = decoder.float().requires_grad_(True)
+    decoder = decoder.float().requires_grad_(True).eval()
     optimizer = torch.optim.AdamW(decoder.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.0)
     order_S = torch.randperm(len(rows.train_ST), generator=torch.Generator().manual_seed(0))
     device = decoder.output.text.device
     result: dict[str, list[float]] = {"nll": [], "se": []}
     for step in range(POINTS[-1] + 1):
         if step in POINTS:
-            decoder.eval()
-            entry = summary("nll", text_losses(decoder, rows.heldout_RT)["text_rows"])
+            entry = summary("nll", text_losses(decoder, rows.heldout_RT, start)["text_rows"])
             result["nll"].append(entry["nll"])
             result["se"].append(entry["se"])
-            decoder.train()
         if step < POINTS[-1]:
             ids_BT = rows.train_ST[order_S[step * BATCH : (step + 1) * BATCH]].to(device)
-            x_ND = decoder.hidden(ids_BT[:, :-1]).flatten(0, 1)
-            loss = linear_cross_entropy(x_ND, decoder.output.text, ids_BT[:, 1:].flatten()).total
+            x_ND, blocks = decoder.output.factors(decoder.hidden(ids_BT[:, :-1]).flatten(0, 1))
+            target_N = ids_BT[:, 1:].flatten()
+            weight_N = (target_N != -1 if start is None else target_N != start).float()
+            loss = linear_cross_entropy(x_ND, blocks[0], target_N, weight_N).total
             optimizer.zero_grad()
-            (loss / ids_BT[:, 1:].numel()).backward()  # type: ignore[no-untyped-call]
+            (loss / weight_N.sum()).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
             optimizer.step()
             advance(1)

@@ -15,7 +15,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_run, require_located
 from t2i_lm.config.sections import DistilConfig
 from t2i_lm.experiment.build import Environment, Experiment, ImageModel, build, build_model, trained_image_tokenizer
-from t2i_lm.models.factory import architecture_hashes
+from t2i_lm.models.factory import architecture_hashes, weights_hashes
 from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
 from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.run_folder import CHECKPOINTS, read_environment, read_run, require_checkpoints
@@ -134,12 +134,24 @@ def load_initial(run: Path) -> ImageModel:
     """The model of a run before its first step, rebuilt from its config and seed, in evaluation mode.
 
     Raises:
-        ValueError: if the run trains no image model, its initial weights are gone, or its tokenizers have changed.
+        ValueError: if the run trains no image model, or its initial weights or tokenizers are gone or have changed.
     """
     config = image_config(run)
+    require_same_backbone(config, run)
     model = build_model(_without_training_terms(config))
     _require_same_tokenizers(model, run)
     return _for_evaluation(model, config)
+
+
+def require_same_backbone(config: ExperimentConfig, run: Path) -> None:
+    """Checks that the files of a run's weights before training are those that it was trained from.
+
+    Raises:
+        ValueError: if they have changed.
+    """
+    recorded = read_environment(run).get("backbone")
+    if recorded is not None and recorded != weights_hashes(config):
+        raise ValueError(f"backbone.path={config.backbone.path}: its weights have changed since {run} was trained")
 
 
 def _for_evaluation(model: ImageModel, config: ExperimentConfig) -> ImageModel:

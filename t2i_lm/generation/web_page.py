@@ -40,8 +40,10 @@ def serve(checkpoint: Path, port: int) -> int:
     """Serves the page on this machine until it is stopped.
 
     Raises:
-        ValueError: if gradio is not installed, or there is no trained image run.
+        ValueError: if there is no such port, gradio is not installed, or there is no trained image run.
     """
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port {port}: expected 1 to 65535")
     _gradio()
     page(load_trained(find_run(checkpoint))).launch(server_name="127.0.0.1", server_port=port)
     return 0

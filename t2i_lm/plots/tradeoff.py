@@ -279,7 +279,8 @@ def probe_table(arms: Mapping[str, Run]) -> str:
     """Every probe's value before and after training, and its paired change with standard error."""
     rows = []
     for arm, run in arms.items():
-        first, last = (run.records("forgetting")[place]["forgetting"] for place in (0, -1))
+        first = (run.before("forgetting") or {"forgetting": {"tasks": {}}})["forgetting"]
+        last = run.records("forgetting")[-1]["forgetting"]
         entries = [(name, last[name], first.get(name, {})) for name in ("text", "second_text") if name in last]
         entries += [(name, last["tasks"][name], first["tasks"].get(name, {})) for name in last["tasks"]]
         for name, after, before in entries:

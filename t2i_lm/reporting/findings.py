@@ -230,13 +230,16 @@ class _Forgotten:
 
 
 def _forgotten(run: Run) -> _Forgotten | None:
-    """None for a run that did not measure it at least twice."""
-    entries = [line["forgetting"].get("text", {}) for line in run.records("forgetting")]
-    rows = [entry.get("text_rows", {}) for entry in entries]
-    if len(rows) < 2 or "nll" not in rows[-1]:
+    """None for a run that did not measure it before and after training."""
+    lines, before = run.records("forgetting"), run.before("forgetting")
+    if before is None or len(lines) < 2:
         return None
-    best = rows[-1].get("best_temperature", {}).get("nll")
-    return _Forgotten(entries[-1].get("name"), rows[0]["nll"], rows[-1]["nll"], rows[-1].get("change_se"), best)
+    first, last = (line["forgetting"].get("text", {}) for line in (before, lines[-1]))
+    start, end = (entry.get("text_rows", {}) for entry in (first, last))
+    if not ("nll" in start and "nll" in end):
+        return None
+    best = end.get("best_temperature", {}).get("nll")
+    return _Forgotten(last.get("name"), start["nll"], end["nll"], end.get("change_se"), best)
 
 
 def forgetting_sentences(arms: Mapping[str, Sequence[Run]], alpha: float = 0.05) -> list[str]:
@@ -264,7 +267,9 @@ def forgetting_sentences(arms: Mapping[str, Sequence[Run]], alpha: float = 0.05)
         sentences.append(f"{words}{f' (n = {len(found)} seeds)' if len(found) > 1 else ''}.")
     if not sentences:
         return []
-    spread = f"in brackets: {100 * (1 - alpha):g} % interval over seeds" if most > 1 else "±: standard error over its rows"
+    spread = (
+        f"in brackets: {100 * (1 - alpha):g} % interval over seeds" if most > 1 else "±: standard error over its rows"
+    )
     what = f"Loss of held-out text, nats/token, softmax over the text rows; {spread}."
     return [what, *sentences, *([ONE_RUN] if most == 1 else [])]
 

@@ -245,9 +245,14 @@ def _add_grids(request: ReportRequest, sections: dict[str, Section]) -> None:
             section.header, section.rows, section.numbers = table.header, list(table.rows), False
             section.found = [f"{upper_first(table.title)}."]  # in place of sentences on one run of each
             section.command, section.missing = command, None
-        section.found += [*table.lines, *(line for one in curves for line in decay_sentences(one.decay, one.plan.alpha))]
+        section.found += [
+            *table.lines,
+            *(line for one in curves for line in decay_sentences(one.decay, one.plan.alpha)),
+        ]
         section.notes += table.notes
-        _add_facts(request, section, {f"{one.name}, {label}": run for one in made for label, run in by_seed(one).items()})
+        _add_facts(
+            request, section, {f"{one.name}, {label}": run for one in made for label, run in by_seed(one).items()}
+        )
         tables = {f"{curve.name}_gap": gap_text(curve) for curve in curves}
         for name, heading, figure, caption in figures_of(Results((), (grid,), curves)):
             section.figures.append(_block(name, heading, figure, caption, tables.get(name, "")))

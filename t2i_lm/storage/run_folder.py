@@ -62,6 +62,10 @@ class Run:
         """Lines of metrics.jsonl with `key` (train, forgetting, ...); validations are read by `validations`."""
         return [record for record in self.metrics if key in record]
 
+    def before(self, key: str) -> dict[str, Any] | None:
+        """The line of `records` before the first step; None where that was not measured, as with a later interval."""
+        return next((record for record in self.records(key) if record["step"] == 0), None)
+
     @property
     def validation_splits(self) -> tuple[str, ...]:
         """Names of the validation splits, the primary one first; empty where there is one validation set."""

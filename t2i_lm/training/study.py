@@ -297,7 +297,9 @@ def shown_runs(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:
     first: dict[str, str] = {}
     for _, role in everything:
         first.setdefault(role.group, role.point)
-    others = {role.group for _, role in everything if role.arm.experiment in plain or role.arm.name != role.arm.experiment}
+    others = {
+        role.group for _, role in everything if role.arm.experiment in plain or role.arm.name != role.arm.experiment
+    }
 
     def is_shown(role: Role) -> bool:
         return role.shown or (role.group not in others and role.point == first[role.group])

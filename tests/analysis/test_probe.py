@@ -4,15 +4,16 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from t2i_lm.analysis.base import MARKERS, open_runs
+from t2i_lm.analysis.base import MARKERS, NotAvailableError, open_runs
 from t2i_lm.analysis.similarity import weight_distances
-from t2i_lm.analysis.states import layer_states, positions_of
+from t2i_lm.analysis.states import layer_states, positions_of, require_same_sequences
 from t2i_lm.analysis.suite import PROBES
 from t2i_lm.probe import NAMES, main
 from t2i_lm.reporting.probes import find_probes
@@ -222,3 +223,13 @@ def test_a_missing_shard_is_named(pretrained: Run, tmp_path: Path, capsys: pytes
     config.write_text(config.read_text().replace(str(one.shards.parent), str(cache)))
     next((cache / one.shards.name / "train").rglob("*.arrow")).unlink()
     assert "is missing; delete" in refused(capsys, folder, "--only", "tokens")
+
+
+def test_runs_that_pad_otherwise_have_equal_sequences_and_others_are_named(pretrained: Run, tmp_path: Path) -> None:
+    (one,) = open_runs([copied(pretrained, tmp_path)], ())
+    layout = one.model("trained").layout
+    padded = replace(one, config=replace(one.config, data=replace(one.config.data, pad_to_multiple_of=7)))
+    found = [run.sequences(layout, 3, "val/iid", "val") for run in (one, padded)]
+    require_same_sequences(found)
+    with pytest.raises(NotAvailableError, match="the runs have other held-out sequences"):
+        require_same_sequences([found[0], found[0] + 1])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import SampleConfig
 from t2i_lm.evaluate import EVALUATORS, main, parser
 from t2i_lm.evaluation import lm_eval
-from t2i_lm.evaluation.coco import CocoEvaluator
+from t2i_lm.evaluation.coco import CocoEvaluator, _keep_earlier
 from t2i_lm.evaluation.lm_eval import ChosenTasks, LmEvalEvaluator
 
 
@@ -57,6 +58,7 @@ def test_guidance_is_the_runs_unless_overridden(words: list[str], guidance: floa
     [
         (["--coco", ".", "--rows", "3"], "--rows requires --forgetting"),
         (["--forgetting", ".", "--no-before"], "--no-before requires --lm-eval"),
+        (["--report", "--prompts", "5"], "--prompts requires --coco"),
         (["--forgetting", ".", "--lm-eval-limit", "3"], "--lm-eval-limit requires --lm-eval"),
         (["--forgetting", ".", "--clip", "model"], "--clip requires --coco"),
         (["--forgetting", ".", "--pictures"], "--images requires --coco"),
@@ -87,3 +89,14 @@ def test_inputs_are_read_without_torch(tmp_path: Path) -> None:
     code = f"import sys, t2i_lm.evaluate as e; assert e.main({command!r}) == 2; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, "is not a run folder" in done.stderr) == (0, True), done.stderr
+
+
+def test_a_floor_of_other_reference_images_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    floor = {"fid": 3.0, "card": {"reference_sha256": "a"}, "clip": {"score": 0.3}}
+    earlier = {"card": {"reference_sha256": "a"}, "floor": floor, "clip": {"score": 0.2}}
+    for reference, kept in (("a", True), ("b", False)):
+        result: dict[str, Any] = {"card": {"reference_sha256": reference}}
+        _keep_earlier(earlier, result, tmp_path / "coco.json")
+        assert ("floor" in result) == kept
+        assert result["clip"] == {"score": 0.2}, "of the generated images, without a reference"
+        assert ("its floor" in capsys.readouterr().err) == kept

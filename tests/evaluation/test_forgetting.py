@@ -117,6 +117,10 @@ def test_evaluate_overwrites_no_result_of_other_settings(
             assert differing in said
             assert "--out" in said
     assert (out / "forgetting.json").read_bytes() == first
+    both = [*command[:-2], str(tmp_path / "both"), "--forgetting", str(book)]
+    assert evaluate([*both, "--second-text", str(other)]) == 0
+    assert evaluate(both) == 2
+    assert "second_text_sha256=" in capsys.readouterr().err
     unknown = json.loads(first)
     del unknown["made_with"]
     (out / "forgetting.json").write_text(json.dumps(sealed(unknown)))

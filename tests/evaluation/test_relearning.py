@@ -1,5 +1,6 @@
 """Relearning: a few steps on text from a run's weights and from controls."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.forgetting import NOVELS, RELEARNING
+from t2i_lm.data.text import first_documents
 from t2i_lm.evaluate import main as evaluate
 from t2i_lm.evaluate import parser
 from t2i_lm.evaluation.probes.heldout import text_losses
@@ -24,11 +26,19 @@ from t2i_lm.evaluation.relearning import (
 )
 from t2i_lm.evaluation.relearning import LENGTH as SHIPPED_LENGTH
 from t2i_lm.experiment.restore import load_trained
+from t2i_lm.models.huggingface_folder import load_huggingface
 from t2i_lm.storage.run_folder import Run
 from t2i_lm.tokenizers.text import SentencePieceTokenizer
+from tests.decoders import tiny_decoder
 from tests.evaluation.tiny_tasks import TEXT
 
 LENGTH = 24
+# Backbones of transformers, the first with dropout, the second with a bias of the output.
+SIZES = {
+    "GPT2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+    "Phi": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    | {"max_position_embeddings": 32},
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +71,38 @@ def test_a_decoder_relearns_text_and_equal_starts_give_equal_curves(pretrained: 
     assert relearn(load_trained(pretrained.folder).decoder, rows) == curve
 
 
+@pytest.mark.parametrize("kind", SIZES)
+def test_dropout_is_off_and_an_output_bias_is_trained(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, bos_token_id=0, eos_token_id=0, **SIZES[kind])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ids_ST = torch.randint(1, 64, (BATCH * POINTS[-1], 9), generator=torch.Generator().manual_seed(1))
+    rows = RelearningRows(ids_ST, ids_ST[:8])
+    curves = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        decoder = load_huggingface(tmp_path)
+        before = None if decoder.output.bias is None else decoder.output.bias.clone()
+        curves.append(relearn(decoder, rows))
+    assert curves[0] == curves[1]
+    assert (before is None) == (kind == "GPT2")
+    assert before is None or not torch.equal(before, decoder.output.bias)
+
+
+def test_the_beginning_of_a_document_is_no_target() -> None:
+    decoder = tiny_decoder(vocab_size=64)
+    ids_ST = torch.randint(2, 64, (BATCH * POINTS[-1], 9), generator=torch.Generator().manual_seed(1))
+    ids_ST[:, 4] = 1
+    rows = RelearningRows(ids_ST, ids_ST[:8])
+    with torch.no_grad():
+        before = torch.tensor(text_losses(decoder, rows.heldout_RT, 1)["text_rows"]).mean()
+    assert relearn(decoder, rows, start=1)["nll"][0] == pytest.approx(float(before))
+    with torch.no_grad():
+        logits_RTV = decoder(rows.heldout_RT)
+    assert float(logits_RTV.log_softmax(dim=-1)[:, 3, 1].mean()) < -3, "it always follows there, and was not learned"
+
+
 @pytest.mark.slow
 def test_the_command_measures_the_run_and_its_controls(
     pretrained: Run, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -75,6 +117,13 @@ def test_the_command_measures_the_run_and_its_controls(
     for curve in result["nll"].values():
         assert len(curve["nll"]) == len(curve["se"]) == len(POINTS)
     assert result["nll"][RUN]["nll"][0] != result["nll"][RANDOM]["nll"][0]
+
+
+def test_of_a_dataset_on_a_hub_the_beginning_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = ("word " * 100 for _ in itertools.count())
+    monkeypatch.setattr("t2i_lm.data.text._hub_documents", lambda name, key: endless)
+    monkeypatch.setattr("t2i_lm.data.text.HUB_CHARACTERS", 1200)
+    assert [len(document) for document in first_documents("an/endless:train", "forgetting.text")] == [500, 500, 200]
 
 
 def test_without_a_text_the_shipped_ones_are_used() -> None:

@@ -245,7 +245,7 @@ def test_values_behind_another_beginning_are_not_compared(tmp_path: Path) -> Non
     decoder = tiny_decoder(seed=1, seq_len=64, vocab_size=259).eval()
     wanted = ForgettingConfig(text=str(tmp_path / "book.txt"), rows=4, length=32, tasks=str(tasks), completion_tokens=2)
     path = write_json(tmp_path, "<bos>")
-    Probes(wanted, open_text_tokenizer(path, "none"), tmp_path / "before.json")(decoder)
+    Probes(wanted, open_text_tokenizer(path, "none"), tmp_path / "before.json")(decoder, initial=True)
     later = Probes(wanted, JsonTokenizer(path), tmp_path / "before.json")(decoder)
     assert "change" not in later["text"]["all_rows"]
     assert "change" not in later["tasks"]["cloze"]["all_rows"]

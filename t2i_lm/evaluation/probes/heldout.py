@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t2i_lm.data.shards.tokenize import text_rows
 from t2i_lm.data.splits import evenly_spaced_indices
-from t2i_lm.data.text import read_documents
+from t2i_lm.data.text import first_documents
 from t2i_lm.evaluation.probes.floors import unigram_nll
 from t2i_lm.evaluation.probes.scores import POSITIONS, TargetFeatures, score_features, target_features
 from t2i_lm.evaluation.probes.temperature import best_temperatures
@@ -56,7 +56,7 @@ def heldout_text(
     Raises:
         ValueError: if the text is shorter than one row or cannot be read.
     """
-    every = list(text_rows(read_documents(path, key) if documents is None else documents, text, length))
+    every = list(text_rows(first_documents(path, key) if documents is None else documents, text, length))
     if not every:
         raise ValueError(f"{key}={path}: less text than one row of forgetting.length={length} ids (evaluate: --length)")
     chosen = evenly_spaced_indices(len(every), rows)

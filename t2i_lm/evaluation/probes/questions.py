@@ -16,6 +16,7 @@ Torch is imported late: commands read the files before they load a model.
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def _read_task(name: str, file: Path, limit: int, key: str) -> Task:
     try:
         with opener(file, "rt", encoding="utf-8") as stream:
             lines = [line for line in stream if line.strip()]
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise ValueError(f"{key}: {file} cannot be read: {error}") from error
     if not lines:
         raise ValueError(f"{key}: {file} is empty")
@@ -101,7 +102,7 @@ def _read_task(name: str, file: Path, limit: int, key: str) -> Task:
     for number in evenly_spaced_indices(len(lines), limit):
         try:
             form, question = _question(json.loads(lines[number]))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{key}: {file} line {number + 1}: {error}") from error
         forms.add(form)
         questions.append(question)
@@ -124,10 +125,17 @@ def _question(line: dict[str, Any]) -> tuple[str, Question]:
         options = [(context, f" {line['continuation']}") for context in line["context_options"]]
     else:
         options = [(line["context"], f" {line['continuation']}")]
-    gold = int(line.get("gold", 0))
+    gold = _index(line.get("gold", 0))
     if not 0 <= gold < len(options):
         raise ValueError(f"gold={gold}: expected 0 to {len(options) - 1}")
     return form, Question(options, gold)
+
+
+def _index(value: Any) -> int:
+    """A whole number, which some data sets write as text."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"gold={value!r}: expected a whole number")
+    return int(value)
 
 
 def _require_text(key: str, value: Any) -> None:

@@ -59,7 +59,7 @@ class Probes:
         Args:
             settings: what to measure.
             text: the model's tokenizer.
-            baseline: file of the values before training: written by the first call where it is missing.
+            baseline: file of the values before training: written before the first step where it is missing.
             documents: those of `settings.texts`, by key, where they have been read.
             tasks: those of `settings.tasks`, where they have been read.
             untrained: the model's architecture with random weights, for the floors; None leaves these out.
@@ -70,8 +70,12 @@ class Probes:
         self._random: dict[str, dict[str, float]] | None = None
         self._noted = False
 
-    def __call__(self, decoder: Backbone) -> dict[str, Any]:
+    def __call__(self, decoder: Backbone, initial: bool = False) -> dict[str, Any]:
         """Measures a decoder in evaluation mode.
+
+        Args:
+            decoder: the model.
+            initial: whether it has not been trained yet.
 
         Returns:
             As JSON can hold it: `text` and `second_text`, each with `all_rows`, `text_rows` and `floors`, `tasks` by
@@ -96,7 +100,7 @@ class Probes:
             self._tasks = [] if settings.tasks is None else read_tasks(Path(settings.tasks), settings.questions)
         for task in self._tasks:
             values[f"tasks/{task.name}"] = answer(decoder, self.text, task, limit)
-        before, note = self._before(values)
+        before, note = self._before(values, initial)
         record: dict[str, Any] = {"text": {}, "tasks": {}}
         for group, columns in values.items():
             entry = {
@@ -193,7 +197,7 @@ class Probes:
         stated = {name: json.dumps(value) for name, value in document_key(self.text).items()}
         return {"text_tokenizer": self.text.sha256, **stated, **identity}
 
-    def _before(self, values: Values) -> tuple[Values, str | None]:
+    def _before(self, values: Values, initial: bool) -> tuple[Values, str | None]:
         """Values before training of the current rows and questions, and a note on those without.
 
         Before training, the current values are written as these.
@@ -202,6 +206,8 @@ class Probes:
             return {}, None
         identity = self._identity()
         if not self.baseline.is_file():
+            if not initial:
+                return {}, f"no change for any value: not measured before training, {self.baseline.name} is missing"
             write_atomic(self.baseline, json.dumps(sealed({"identity": identity, "values": values})) + "\n")
         try:
             before = read_sealed(self.baseline, "restore it from a copy")

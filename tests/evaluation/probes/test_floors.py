@@ -111,7 +111,7 @@ def test_a_record_holds_floors_of_both_texts(
         return tiny_decoder(seed=8, seq_len=64, vocab_size=text.vocab_size)
 
     probes = Probes(settings, text, tmp_path / "before.json", untrained=untrained)
-    record = probes(decoder)
+    record = probes(decoder, initial=True)
     assert probes(decoder) == record
     assert len(made) == 1  # measured once
     assert capsys.readouterr().err == ""

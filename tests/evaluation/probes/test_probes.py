@@ -124,11 +124,24 @@ def test_a_long_context_is_cut_on_the_left(text: SentencePieceTokenizer) -> None
         ('\n{"query": "x", "choices": "ab", "gold": 0}', "line 2: choices='ab': expected a list of texts"),
         ('\n{"context_options": ["a", 4], "continuation": "b", "gold": 0}', "line 2: context_options="),
         ('\n{"context": null, "continuation": "b"}', "line 2: context=None: expected a text"),
+        ('\n{"query": "x", "choices": ["a", "b"], "gold": 0.9}', "line 2: gold=0.9: expected a whole number"),
+        ('\n{"query": "x", "choices": ["a", "b"], "gold": 1e999}', "line 2: gold=inf: expected a whole number"),
+        ('\n{"query": "x", "choices": ["a", "b"], "gold": true}', "line 2: gold=True: expected a whole number"),
+        ("\n" + "[" * 100_000, "line 2: maximum recursion depth"),
     ],
 )
 def test_a_bad_line_is_refused(extra: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_tasks(write_tasks(tmp_path / "tasks", extra), 9)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path / "tasks")
+    content = bytearray((folder / "wino.jsonl.gz").read_bytes())
+    content[21:25] = b"\xff" * 4
+    (folder / "wino.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"wino\.jsonl\.gz cannot be read"):
+        read_tasks(folder, 9)
 
 
 def test_a_folder_without_tasks_is_refused(tmp_path: Path) -> None:
@@ -182,7 +195,11 @@ def test_later_measurements_are_compared_with_the_first(
         prompts=["a ring"],
     )
     probes = Probes(settings, text, tmp_path / "before.json")
-    first = probes(decoder)
+    unknown = probes(decoder)  # of a run that did not measure before training
+    assert "change" not in unknown["text"]["text_rows"]
+    assert "not measured before training" in unknown["note"]
+    assert not (tmp_path / "before.json").exists()
+    first = Probes(settings, text, tmp_path / "before.json")(decoder, initial=True)
     assert first["text"]["text_rows"]["change"] == 0
     assert first["text"]["text_rows"]["bits_per_byte"] > 0
     assert set(first["completions"]) == {"fact", "translation", "a ring"}
@@ -203,7 +220,7 @@ def test_only_equal_rows_and_questions_of_one_tokenizer_are_compared(
     tasks = write_tasks(tmp_path / "tasks")
     settings = ForgettingConfig(text=str(book), rows=5, length=32, tasks=str(tasks), completion_tokens=1)
     baseline = tmp_path / "before.json"
-    Probes(settings, text, baseline)(decoder)
+    Probes(settings, text, baseline)(decoder, initial=True)
 
     def compared(settings: ForgettingConfig, text: SentencePieceTokenizer = text) -> tuple[set[str], str]:
         """Groups that have a change, which must be 0, and the note on the others, printed once."""
