@@ -1,5 +1,6 @@
 """Checkpoint schedule and retention, and the checkpoint to resume from."""
 
+import re
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -186,7 +187,8 @@ class RunCheckpoints(Checkpoint):
         except NoMemoryError as error:
             if not self._told_synchronous:
                 self._told_synchronous = True
-                self._log("save-synchronous", f"{error}: training waits while checkpoints are written")
+                if trainer.is_global_zero:
+                    self._log("save-synchronous", f"{error}: training waits while checkpoints are written")
             background = False
         except OSError as error:
             flight.error = error
@@ -297,6 +299,7 @@ class RunCheckpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._saved_step = checkpoint["global_step"]  # also where that is the last step, after which nothing starts
         in_validation = checkpoint["callbacks"].get(self.state_key, {}).get("in_validation", False)
         whole_steps(trainer, checkpoint["loops"]["fit_loop"], checkpoint["global_step"], in_validation)
 
@@ -367,8 +370,9 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint files of a run, oldest first."""
-    return sorted(folder.glob(f"step-*{SUFFIX}"), key=step_of)
+    """Checkpoint files of a run, oldest first; a file of another name, such as a copy of one, is none."""
+    own = re.compile(rf"step-\d+{re.escape(SUFFIX)}")
+    return sorted((path for path in folder.glob(f"step-*{SUFFIX}") if own.fullmatch(path.name)), key=step_of)
 
 
 def mark_not_started(folder: Path) -> None:

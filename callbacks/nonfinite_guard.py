@@ -202,6 +202,11 @@ class NonFiniteGuard(Callback):
             del self._fused.found_inf  # type: ignore[attr-defined]
             self._fused = None
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._tell(trainer)  # a run that stops here looks no more
+
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self._counts.tolist(), "average": self._average.tolist()}
 

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.base.interval_sums import distributed
 from callbacks.checkpoints import RunCheckpoints
@@ -57,6 +58,11 @@ class Preemption(Callback):
         self._group: Any = None
         self._shared_batches: list[int] = []
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Makes the ranks' group, which a run that resumes after its last step needs too, though it trains no more."""
+        if self._group is None and distributed() and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._install(trainer)  # the first validation can be long
 
@@ -73,6 +79,12 @@ class Preemption(Callback):
         # Ranks can agree only before batches that all of them have.
         mine = [0 if number == float("inf") else int(number) for number in trainer.num_val_batches]
         self._shared_batches = [-self._highest(-number) for number in mine]
+        if trainer.state.fn == TrainerFn.VALIDATING:  # of the last step, after training
+            self._install(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.stop_if_asked(trainer)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -89,7 +101,8 @@ class Preemption(Callback):
         """
         received = self._highest(self._received)
         if received:
-            self.saver.save(trainer)
+            if trainer.state.fn == TrainerFn.FITTING:  # else the last step is saved
+                self.saver.save(trainer)
             raise Preempted(received, trainer.global_step)
 
     def asked(self) -> bool:
@@ -116,8 +129,6 @@ class Preemption(Callback):
     def _install(self, trainer: pl.Trainer) -> None:
         if self._installed:
             return
-        if distributed() and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         if threading.current_thread() is not threading.main_thread():
             return  # Python handles signals only in the main thread
         self._received = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from t2i_lm.models.freeze import EXPERT_GROUPS, FREEZE_GROUPS, TUNE_SETS
 from t2i_lm.plots.groups import FIGURE5
 from t2i_lm.runtime.command_line import add_jobs, add_scale, command_parser, exit_code
+from t2i_lm.runtime.launch import is_first_process
 from t2i_lm.training.ablation import DEFAULT, ablated_experiments
 from t2i_lm.training.jobs import Job, run_jobs
 
@@ -48,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(*map(describe, configs), sep="\n")
             return 0
-        if (code := run_jobs([Job(config) for config in configs], options.jobs)) or not options.all:
+        if (
+            (code := run_jobs([Job(config) for config in configs], options.jobs))
+            or not options.all
+            or not is_first_process()
+        ):
             return code
         from t2i_lm.plots.catalogue import Request, write_figures
 

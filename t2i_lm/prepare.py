@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.check and config.task == "text":
             raise ValueError(f"--check: task={config.task} has no images")
         from t2i_lm.experiment.shards import equality_in_bfloat16, prepared
-        from t2i_lm.runtime.devices import global_rank
+        from t2i_lm.runtime.launch import global_rank
 
         text = equality_in_bfloat16(config) if options.check else prepared(config)
         if global_rank() == 0:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2i_lm.runtime.command_line import add_figures, add_jobs, command_parser, exit_code
+from t2i_lm.runtime.launch import is_first_process
 
 EXAMPLE = """example:
   python -m t2i_lm.study experiments/study.yaml --dry-run
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
             return 2 if missing else 0
         code = train(runs, options.jobs)
-        if code > 128:  # stopped by a signal
+        if code > 128 or not is_first_process():  # stopped by a signal; or another rank, which draws nothing
             return code
         results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
         failed = write_results(results, out)

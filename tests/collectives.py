@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.strategies import Strategy
 from torch.distributed.tensor.debug import CommDebugMode
 
-from t2i_lm.runtime.devices import global_rank
+from t2i_lm.runtime.launch import global_rank
 
 # Operations that bring gradients together; all-gathers bring weights.
 REDUCTIONS = ("reduce_scatter", "allreduce")

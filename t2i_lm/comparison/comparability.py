@@ -9,7 +9,7 @@ from t2i_lm.config.experiment import ExperimentConfig, is_neutral
 from t2i_lm.config.load import flatten_mapping, migrate
 from t2i_lm.storage.run_folder import CONFIG, Run
 
-ORDER, PRECISION = "order of the data", "precision"
+ORDER, PRECISION, CHANGES = "order of the data", "precision", "changes within a run"
 SEED = "seed"  # its values are repetitions: none is the best
 # Runs of one figure agree in these.
 PAIR_KEYS = ("data hash", SEED, "scale", "trainer.max_steps", "log.interval", "log.ema")
@@ -90,10 +90,19 @@ def differences(
         values = tuple(environment_value(run, path) for run in runs)
         if len({str(value) for value in values if value is not None}) > 1:
             differing[name] = tuple("unknown" if value is None else value for value in values)
+    changes = tuple(map(_changes, runs))
+    if len(set(changes)) > 1:
+        differing[CHANGES] = changes
     if paired and all(len(names) == 1 for names in precisions(runs).values()):
         differing.pop(PRECISION, None)
     allowed = {*own, *following(own)}
     return {key: values for key, values in differing.items() if not key.startswith(varied) and key not in allowed}
+
+
+def _changes(run: Run) -> str:
+    """What `--resume --allow-mismatch` changed within a run, in words."""
+    changes = run.environment.get("changes") or []
+    return "; ".join(f"{one['key']} {one['from']} to {one['to']} after step {one['step']}" for one in changes) or "none"
 
 
 def following(own: Collection[str]) -> set[str]:

@@ -91,7 +91,7 @@ REPORTED = (
 )
 
 
-# Keys that decide the model or the order of the data, and cannot change within a run.
+# Keys that decide the model, the order of the data or an average, and cannot change within a run.
 FIXED = (
     "name",
     "task",
@@ -112,6 +112,7 @@ FIXED = (
     "data.batch_size",
     "data.seed",
     "trainer.accumulate_grad_batches",
+    "log.ema",
 )
 
 

@@ -15,7 +15,7 @@ from t2i_lm.data.scenes.source import SceneSource, paraphrases
 from t2i_lm.data.splits import SPLITS, location, split_by_content, split_files
 from t2i_lm.data.tables import hub, hub_stream, parquet
 from t2i_lm.data.tars import TarFolder, find_tars, open_tars, require_pairs, tar_digests
-from t2i_lm.runtime.devices import global_rank
+from t2i_lm.runtime.launch import global_rank
 from t2i_lm.runtime.plugins import SOURCE, find_plugin
 
 __all__ = ["SOURCES", "SPLITS", "open_sized", "open_source", "print_notes"]

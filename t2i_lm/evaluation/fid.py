@@ -45,7 +45,7 @@ from t2i_lm.generation.images import (
     seeds_of,
 )
 from t2i_lm.models.generate import Sampling
-from t2i_lm.runtime.devices import local_rank
+from t2i_lm.runtime.launch import local_rank
 from t2i_lm.runtime.progress import log_progress
 from t2i_lm.storage.resumable import ResumableParts
 

@@ -17,7 +17,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.evaluation.base import FINISHED, EvaluationContext, Evaluator, read_result
 from t2i_lm.experiment.restore import image_config, load_trained, newest_checkpoint
 from t2i_lm.runtime import progress
-from t2i_lm.runtime.devices import global_rank, world_size
+from t2i_lm.runtime.launch import global_rank, world_size
 from t2i_lm.runtime.rank_beats import Limits
 from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.storage.hashing import file_sha256

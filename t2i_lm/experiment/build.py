@@ -42,7 +42,8 @@ from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.modules.text import TextModule
 from t2i_lm.modules.text_to_image import TextToImageModule
 from t2i_lm.modules.unconditional import UnconditionalImageModule
-from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
+from t2i_lm.runtime.devices import uses_gpu
+from t2i_lm.runtime.launch import global_rank, local_rank
 from t2i_lm.runtime.seeds import generator, seeded
 from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer

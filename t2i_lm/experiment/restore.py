@@ -16,7 +16,8 @@ from t2i_lm.config.load import load_run, require_located
 from t2i_lm.config.sections import DistilConfig
 from t2i_lm.experiment.build import Environment, Experiment, ImageModel, build, build_model, trained_image_tokenizer
 from t2i_lm.models.factory import architecture_hashes, weights_hashes
-from t2i_lm.runtime.devices import global_rank, local_rank, uses_gpu
+from t2i_lm.runtime.devices import uses_gpu
+from t2i_lm.runtime.launch import global_rank, local_rank
 from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.run_folder import CHECKPOINTS, read_environment, read_run, require_checkpoints
 

@@ -8,7 +8,7 @@ from t2i_lm.data.shards.format import read_index, validations_in
 from t2i_lm.data.shards.held_out import RECURRING, recurring_of
 from t2i_lm.data.shards.prepare import equal_ids
 from t2i_lm.experiment.build import Experiment, ImageExperiment, open_image, prepare
-from t2i_lm.runtime.devices import local_rank
+from t2i_lm.runtime.launch import local_rank
 from t2i_lm.runtime.tables import listed
 from t2i_lm.tokenizers.layout import Layout
 

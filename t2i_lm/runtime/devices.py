@@ -1,4 +1,4 @@
-"""Capabilities of the local devices, ranks of the process, and memory errors."""
+"""Capabilities of the local devices, and memory errors."""
 
 import os
 import sys
@@ -101,27 +101,6 @@ def precision(config: ExperimentConfig) -> str:
 def device_name(config: ExperimentConfig) -> str | None:
     """The driver's name of the GPU that a run would use; None on a CPU."""
     return torch.cuda.get_device_name() if uses_gpu(config.trainer.accelerator) else None
-
-
-def local_rank() -> int:
-    """Rank of this process on its machine, also the index of its GPU."""
-    return _number("LOCAL_RANK", "SLURM_LOCALID", 0)
-
-
-def global_rank() -> int:
-    """Rank of this process among all."""
-    return _number("RANK", "SLURM_PROCID", 0)
-
-
-def world_size() -> int:
-    """Number of processes."""
-    return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
-
-
-def _number(torchrun: str, srun: str, alone: int) -> int:
-    """A number set by the launcher: torchrun or Lightning, else Slurm's `srun` of several tasks."""
-    under_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    return int(os.environ.get(torchrun, os.environ[srun] if under_srun else alone))
 
 
 def multiplies_bfloat16(device: str) -> bool:

@@ -123,9 +123,19 @@ class LastingTensorBoardLogger(TensorBoardLogger):
 class _CsvWriter(ExperimentWriter):
     """Writes the whole file anew where its columns change, and else appends whole rows."""
 
-    def __init__(self, log_dir: str) -> None:
+    def __init__(self, log_dir: str, purge: int | None = None) -> None:
         super().__init__(log_dir)
         self._told = False
+        file = Path(self.metrics_file_path)
+        earlier = _rows(file)
+        if purge is not None and any(int(row["step"]) >= purge for row in earlier):
+            earlier = [row for row in earlier if int(row["step"]) < purge]
+            with atomic_file(file) as own:
+                _append(own, sorted(earlier[0]) if earlier else [], earlier, header=True)
+        self.metrics_keys = sorted(earlier[0]) if earlier else []
+
+    def _check_log_dir_exists(self) -> None:
+        """Keeps the file of an earlier session, which Lightning's writer deletes."""
 
     def save(self) -> None:
         """Writes the rows that wait, if that is possible; else says once why not."""
@@ -167,13 +177,22 @@ def _append(file: Path, keys: list[str], rows: list[dict[str, Any]], header: boo
 
 
 class LastingCSVLogger(CSVLogger):
-    """A CSV logger whose file is whole at any time."""
+    """A CSV logger whose file is whole at any time, and continued by a resumed run.
+
+    Args:
+        purge: `step` from which rows of an earlier session are dropped; None for none.
+        options: of `CSVLogger`.
+    """
+
+    def __init__(self, *, purge: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._purge = purge
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """The writer."""
         if self._experiment is None:
-            self._experiment = _CsvWriter(log_dir=self.log_dir)
+            self._experiment = _CsvWriter(self.log_dir, self._purge)
         assert isinstance(self._experiment, ExperimentWriter)
         return self._experiment

@@ -1,5 +1,6 @@
 """The logger of a run, and Markdown texts beside its curves."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def build_logger(config: ExperimentConfig, folder: Path, purge: int | None = Non
     Args:
         config: the experiment.
         folder: its run folder.
-        purge: place on the axis (`logged_position`) from which TensorBoard drops what an earlier session wrote.
+        purge: place on the axis (`logged_position`) from which the logger drops what an earlier session wrote.
     """
     name = config.log.logger
     if name == "tensorboard":
@@ -25,12 +26,22 @@ def build_logger(config: ExperimentConfig, folder: Path, purge: int | None = Non
             save_dir=folder, name="", version="tb", default_hp_metric=False, purge_step=purge
         )
     if name == "csv":
-        return LastingCSVLogger(save_dir=folder, name="", version="csv")
+        return LastingCSVLogger(save_dir=folder, name="", version="csv", purge=purge)
     if name == "wandb":
         from lightning.pytorch.loggers import WandbLogger
 
         return WandbLogger(project="t2i_lm", name=folder.name, save_dir=folder)
     return False
+
+
+def require_logger(name: str) -> None:
+    """Checks that the package of a logger is installed.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if name == "wandb" and find_spec("wandb") is None:
+        raise ValueError("log.logger=wandb: requires wandb, which is not installed: pip install wandb")
 
 
 def add_text(config: ExperimentConfig, folder: Path, tag: str, markdown: str) -> None:

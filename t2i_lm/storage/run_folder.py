@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 import zlib
@@ -132,7 +133,10 @@ def require_no_links(folder: Path) -> None:
 def run_folders(root: Path, name: str | None = None, scale: str = "") -> list[Path]:
     """Run folders below `root`, optionally of one experiment and one scale, oldest first."""
     of_name = "*" if name is None else glob.escape(name)
-    runs = [path.parent for path in root.glob(f"{of_name}/*/{CONFIG}") if f"-{scale}" in path.parent.name]
+    runs = [path.parent for path in root.glob(f"{of_name}/*/{CONFIG}")]
+    if scale:
+        own = re.compile(rf"-{re.escape(scale)}(-\d+)?$")  # not that of a scale whose name begins like it
+        runs = [folder for folder in runs if own.search(folder.name)]
     return sorted(runs, key=lambda folder: folder.name)
 
 

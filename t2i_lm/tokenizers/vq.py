@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_lm.config.image_tokenizer import GROUPS, VQModelConfig
-from t2i_lm.runtime.devices import exact_convolutions, local_rank
+from t2i_lm.runtime.devices import exact_convolutions
+from t2i_lm.runtime.launch import local_rank
 from t2i_lm.storage.hashing import file_sha256, files_sha256
 from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.writing import atomic_file, write_atomic

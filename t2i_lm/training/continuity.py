@@ -10,7 +10,8 @@ from t2i_lm.data.identity import changed_data, data_contents
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.experiment.build import Experiment, ImageTokenizerExperiment, open_image, open_text
 from t2i_lm.models.factory import architecture_hashes, weights_hashes
-from t2i_lm.runtime.devices import local_rank, precision
+from t2i_lm.runtime.devices import precision
+from t2i_lm.runtime.launch import local_rank
 from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.storage.run_folder import CONTENTS, ENVIRONMENT, read_environment
 from t2i_lm.training.resume import HASHES, NUMERICS
@@ -28,6 +29,7 @@ def started_from(experiment: Experiment) -> dict[str, Any]:
         "tokenizers": tokenizers,
         "backbone": weights_hashes(config),
         "numerics": NUMERICS,
+        "precision": precision(config),
     }
     optional = {
         "replay_hash": experiment.replay_hash,
@@ -46,7 +48,8 @@ def require_same_files(config: ExperimentConfig, found_run: Resumption) -> None:
     Raises:
         ValueError: naming each that differs from the run's env.json or checkpoint, and was not allowed to.
     """
-    found: dict[str, Any] = {"plugins": plugin_identities(config), "numerics": NUMERICS, "precision": precision(config)}
+    found: dict[str, Any] = {"plugins": plugin_identities(config), "numerics": NUMERICS}
+    found["precision"] = precision(config)
     found["configs"] = architecture_hashes(config)
     if not is_plugin(config.backbone.path):  # a plug-in's hash is known once it is built
         found["backbone"] = weights_hashes(config)
@@ -99,7 +102,7 @@ def _compare(found: Mapping[str, Any], resumed: Resumption) -> list[Change]:
                 before, value = then.get(key), now.get(key)
                 if before == value:
                     continue
-                if key in resumed.allowed:
+                if key in resumed.allowed or f"trainer.{key}" in resumed.allowed:  # trainer.precision
                     allowed.setdefault(key, Change(key, before, value))
                 else:
                     refused.setdefault(key, f"{key} is {_short(before)} in {file}, now {_short(value)}")

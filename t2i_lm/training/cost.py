@@ -15,6 +15,7 @@ from t2i_lm.assets import find
 from t2i_lm.comparison.comparability import config_values
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import flatten
+from t2i_lm.config.sections import require
 from t2i_lm.storage.run_folder import CONFIG, REPORT, Run, read_run
 from t2i_lm.training.step_time import step_seconds, steps_in_all
 from t2i_lm.training.study import Progress, StudyRun
@@ -31,6 +32,7 @@ def estimate(runs: Sequence[StudyRun], states: Sequence[Progress], jobs: int) ->
     else of all. Before any is finished, it is that of alike runs elsewhere below `run.dir`, else of steps timed here.
     Runs in parallel share the processor, which measured times include; steps are timed on all of its cores.
     """
+    require(jobs >= 1, "--jobs", jobs, "at least 1")
     waiting = [run.job.config for run, state in zip(runs, states, strict=True) if not state.finished]
     left = [flatten(config) for config in waiting]
     if not left:

@@ -99,6 +99,8 @@ def remedy_jobs(
                 raise ValueError(f"{' '.join(settings)}: two strengths of {config.name} are the same")
             seen.append(values)
             jobs.append(Job(config, label=" ".join(settings)))
+    if not jobs:
+        raise ValueError("every arm is left out, for what the lines above name")
     return jobs
 
 

@@ -81,26 +81,30 @@ class Resumption:
         ):
             raise ValueError(f"--resume {self.folder}: another process has just continued this run; try again")
 
-    def write_changes(self, found: dict[str, Any]) -> None:
-        """Brings config.yaml and env.json up to date with the allowed changes; the former values stay beside them.
+    def write_changes(self, found: dict[str, Any], config: ExperimentConfig) -> None:
+        """Brings config.yaml and env.json up to date with the values in force; the former ones stay beside them.
+
+        Those in force may differ from config.yaml without a change: where a session that changed them saved nothing.
 
         Args:
             found: hashes of what the run goes on with, as in env.json.
+            config: what it goes on with.
         """
-        if not self.changes:
-            return
         file, folder = self.folder / CONFIG, self.folder
-        recorded = self.record.get(VALUES)
-        new = {change.key: change.now for change in self.changes if recorded is not None and change.key in recorded}
-        if recorded is not None and new:
-            write_atomic(folder / f"config-to-step-{self.step:08d}.yaml", nested_yaml(recorded))
-            write_atomic(file, changed_yaml(file, new))
         environment = read_environment(folder)
-        entries = list(environment.get("changes", []))
+        written, now = _written(folder), config_values(config, folder)
+        new = {key: value for key, value in now.items() if written.get(key, "missing") != value and not may_move(key)}
+        stale = CONFIG_DIGEST in environment and environment[CONFIG_DIGEST] != config_entry(folder)
+        if not (self.changes or new or stale):
+            return
+        if new:
+            former = self.record.get(VALUES, written)
+            write_atomic(folder / f"config-to-step-{self.step:08d}.yaml", nested_yaml(former))
+            write_atomic(file, changed_yaml(file, new))
+        # Later ones were of sessions that saved nothing since.
+        entries = [entry for entry in environment.get("changes", []) if entry["step"] < self.step]
         for change in self.changes:
-            entry = {"step": self.step, "key": change.key, "from": change.before, "to": change.now}
-            if entry not in entries:
-                entries.append(entry)
+            entries.append({"step": self.step, "key": change.key, "from": change.before, "to": change.now})
         content = environment | found | {"changes": entries}
         if CONFIG_DIGEST in environment:
             content = sealed(content | {CONFIG_DIGEST: config_entry(folder)})
@@ -176,30 +180,37 @@ def config_entry(folder: Path) -> dict[str, Any]:
 
 def config_values(config: ExperimentConfig, folder: Path) -> dict[str, Any]:
     """The values of a run's config.yaml by dotted key, with those that `config` changes for this session."""
-    with reading("--resume", folder / CONFIG):
-        values = flatten_mapping(read_yaml((folder / CONFIG).read_text(encoding="utf-8")))
+    values = _written(folder)
     saved = flatten(load_experiment(folder / CONFIG))
     changed = {key: value for key, value in flatten(config).items() if value != saved[key] and not may_move(key)}
     return values | changed
 
 
+def _written(folder: Path) -> dict[str, Any]:
+    """The values of a run's config.yaml by dotted key."""
+    with reading("--resume", folder / CONFIG):
+        return flatten_mapping(read_yaml((folder / CONFIG).read_text(encoding="utf-8")))
+
+
 def require_same_config(config: ExperimentConfig, found: Resumption) -> None:
     """Compares every value of config.yaml, with overrides, with the record in the checkpoint.
+
+    Without a record, as of a run that was stopped before its first step, config.yaml itself is what they differ from.
 
     Raises:
         ValueError: naming each difference that was not allowed, or cannot be.
     """
     recorded = found.record.get(VALUES)
+    source = CONFIG if found.checkpoint is None or recorded is None else found.checkpoint.name
     if recorded is None:
-        return
-    assert found.checkpoint is not None
+        recorded = _written(found.folder)
     now = config_values(config, found.folder)
     refused, fixed, moved = [], [], []
     for key in sorted({*recorded, *now}):
         before, value = recorded.get(key, "missing"), now.get(key, "missing")
         if before == value:
             continue
-        text = f"{key} is {before} in {found.checkpoint.name}, now {value}"
+        text = f"{key} is {before} in {source}, now {value}"
         if may_move(key):
             moved.append(text)
         elif is_fixed(key):
@@ -215,6 +226,11 @@ def require_same_config(config: ExperimentConfig, found: Resumption) -> None:
             f"{differences}. Restore them, or start a new run"
             + (f"; {kept} cannot change within a run" if fixed else "")
             + ("; or accept a difference by --allow-mismatch KEY" if refused else "")
+        )
+    if config.trainer.max_steps < found.step:
+        raise ValueError(
+            f"--resume {found.folder}: trainer.max_steps={config.trainer.max_steps}: expected at least {found.step}, "
+            "the steps done"
         )
     for text in moved:
         print(f"note: {found.folder / CONFIG}: {text}", file=sys.stderr)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import EventLog, MetricsFile, Preempted
 from t2i_lm.config.experiment import ExperimentConfig
@@ -28,15 +30,9 @@ from t2i_lm.models.cross_entropy import loss_backend
 from t2i_lm.models.flops import formula
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.base import DecoderModule
-from t2i_lm.runtime.devices import (
-    device_name,
-    global_rank,
-    is_out_of_memory,
-    local_rank,
-    memory_advice,
-    precision,
-    require_device,
-)
+from t2i_lm.runtime.devices import device_name, is_out_of_memory, memory_advice, require_device
+from t2i_lm.runtime.launch import is_first_process, local_rank
+from t2i_lm.runtime.loggers import require_logger
 from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.runtime.seeds import generator
 from t2i_lm.runtime.slurm import requeue
@@ -98,10 +94,11 @@ def run(config: ExperimentConfig, resume: Path | None = None, allowed: Sequence[
 
 def _run(config: ExperimentConfig, resume: Path | None, allowed: Sequence[str], watch: RankWatch | None) -> int:
     require_device(config.trainer)
+    require_logger(config.log.logger)
     loss_backend(config.loss.backend)
     require_texts(config)
     config = resolve_aligned_rows(config)
-    is_main = global_rank() == 0 and FOLDER_VARIABLE not in os.environ
+    is_main = is_first_process() and FOLDER_VARIABLE not in os.environ
     resumption = None
     if resume is not None:
         if is_main:
@@ -171,6 +168,9 @@ def _train(
             if alone and (line := requeue()):
                 print(line, flush=True)
         return stop.exit_code
+    except SIGTERMException:  # by Lightning, in the moments before Preemption's handlers are installed
+        print(f"stopped by SIGTERM. Continue with --resume {folder}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except SystemExit as stop:  # by Lightning
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
@@ -214,7 +214,6 @@ def _environment(experiment: Experiment, start: dict[str, Any], folder: Path) ->
     return environment(
         **start,
         stream_hash=make_sampler(config, experiment.data.train_set.part_sizes).stream_hash(samples),
-        precision=precision(config),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         threads=config.trainer.threads or torch.get_num_threads(),
         new_rows_seed=generator(config.seed, "new rows").initial_seed(),
@@ -234,7 +233,7 @@ def _reopen_folder(experiment: Experiment, start: dict[str, Any], resumption: Re
         events.write(
             "mismatch-allowed", f"{change.key}: {change.before} until step {resumption.step}, then {change.now}"
         )
-    resumption.write_changes(start)
+    resumption.write_changes(start, experiment.config)
     if resumption.checkpoint is None:  # step 0 is measured again
         MetricsFile(resumption.folder / METRICS).cut_after(-1)
         (resumption.folder / BASELINE).unlink(missing_ok=True)

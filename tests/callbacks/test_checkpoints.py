@@ -11,9 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 import callbacks.checkpoints
-from callbacks import CorruptCheckpointError, DurableCheckpointIO, EventLog, RunCheckpoints, find_resumable
+from callbacks import CorruptCheckpointError, DurableCheckpointIO, EventLog, Preempted, RunCheckpoints, find_resumable
 from callbacks.checkpoints import checkpoint_path, checkpoints, step_of
 from callbacks.files.checkpoint_io import digest_of, verify
 from tests.callbacks.toy_model import Toy
@@ -206,6 +207,51 @@ def test_signal_handlers_are_restored(tmp_path: Path, harm: dict[str, Any]) -> N
     with pytest.raises(ArithmeticError) if harm else nullcontext():
         fit(Toy(tmp_path, steps=2, harm=harm))
     assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+class SignalAfterTraining(Callback):
+    """Sends this process a signal in the validation after the fit."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_signal_in_the_validation_after_training_stops_with_its_code(number: int, tmp_path: Path) -> None:
+    toy = Toy(tmp_path, steps=3)
+    before = [signal.getsignal(one) for one in HANDLED]
+    trainer = fit(toy, SignalAfterTraining(number))
+    files = {file.name: file.stat().st_mtime_ns for file in checkpoints(tmp_path / CHECKPOINTS)}
+    _, module, data = build(toy)
+    with pytest.raises(Preempted) as stop:
+        trainer.validate(module, data, verbose=False)
+    assert (stop.value.exit_code, stop.value.step) == (128 + number, 3)
+    assert {file.name: file.stat().st_mtime_ns for file in checkpoints(tmp_path / CHECKPOINTS)} == files
+    assert [signal.getsignal(one) for one in HANDLED] == before
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
+def test_a_run_that_resumes_after_its_last_step_knows_that_it_is_saved(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, steps=3)
+    fit(toy)
+    trainer = fit(toy, resume=checkpoint_path(tmp_path / CHECKPOINTS, 3))
+    (saver,) = [one for one in trainer.callbacks if isinstance(one, RunCheckpoints)]  # type: ignore[attr-defined]
+    assert saver.saved_step == 3
+
+
+def test_a_copy_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, steps=3)
+    fit(toy)
+    copy = tmp_path / CHECKPOINTS / "step-00000003-backup.ckpt"
+    shutil.copyfile(checkpoint_path(tmp_path / CHECKPOINTS, 3), copy)
+    assert saved_steps(toy) == [3]
+    fit(Toy(tmp_path, steps=8))
+    assert saved_steps(toy) == [5, 8]
+    assert copy.exists()
 
 
 @pytest.mark.parametrize("name", ["every_n_steps", "keep"])

@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,16 @@ def test_both_ways_of_skipping_give_the_same_parameters(tmp_path: Path, monkeypa
         trainer.fit(FusedToy(toy), data)
         runs.append(parameters_by_step(toy.folder))
     assert runs[0] == runs[1]
+
+
+def test_skips_are_told_when_a_run_is_saved_though_a_gpu_is_looked_at_rarely(tmp_path: Path) -> None:
+    events = EventLog(tmp_path / "events.log")
+    guard = NonFiniteGuard(3, events=events)
+    guard._seen = [(4, torch.tensor([1.0, 0.0, 0.0, float("nan")]))]
+    trainer = SimpleNamespace(is_global_zero=True, world_size=1)
+    guard.on_save_checkpoint(trainer, None, {})  # type: ignore[arg-type]
+    assert events.counts() == {"non-finite-gradient": 1}
+    assert guard._seen == []
 
 
 def test_counts_survive_a_resumption() -> None:

@@ -87,6 +87,10 @@ def test_runs_of_one_arm_share_its_setting_and_its_initial_weights(runs: Path) -
         ({"data_hash": "f" * 16}, "data hash: 0123456789abcdef"),
         ({"numerics": 2}, r"numerics: 1 \(9 runs\), 2 \(1 runs\)"),
         ({"tokenizers": {"image": "other"}}, "image tokenizer"),
+        (
+            {"changes": [{"step": 9, "key": "optim.lr", "from": 0.1, "to": 0.001}]},
+            r"changes within a run: none \(9 runs\), optim\.lr 0\.1 to 0\.001 after step 9 \(1 runs\)",
+        ),
     ],
 )
 def test_another_version_of_data_or_numerics_is_refused(entries: dict[str, Any], named: str, runs: Path) -> None:

@@ -101,6 +101,23 @@ def test_rows_of_csv_wait_also_when_columns_change(tmp_path: Path, capsys: pytes
     assert line.startswith(f"{file}: File too large")
 
 
+def test_a_resumed_run_continues_its_csv(tmp_path: Path) -> None:
+    file = tmp_path / "csv" / "metrics.csv"
+    first = build_logger(config("csv"), tmp_path)
+    for step in range(6):
+        first.log_metrics({"a": 1.0}, step)
+    first.finalize("success")
+    resumed = build_logger(config("csv"), tmp_path, purge=4)
+    resumed.log_metrics({"a": 2.0, "b": 3.0}, 4)
+    resumed.finalize("success")
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [(row["step"], row["a"], row["b"]) for row in rows] == [
+        *((str(step), "1.0", "") for step in range(4)),
+        ("4", "2.0", "3.0"),
+    ]
+
+
 def test_a_small_disk_that_is_full_three_times(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1) as disk:
         logger, ballast = build_logger(config("tensorboard"), disk), Ballast(disk)

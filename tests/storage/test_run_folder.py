@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from t2i_lm.storage.run_folder import (
+    CONFIG,
     METRICS,
     environment,
     new_run_folder,
@@ -18,6 +19,8 @@ from t2i_lm.storage.run_folder import (
     run_folders,
 )
 from tests.plots.synthetic_runs import read_lines, write_run
+
+SCALE_NAMES = ("demo", "demo-1", "demo_long", "my-demo-x")
 
 
 def test_a_finished_run_is_read_completely(tmp_path: Path) -> None:
@@ -134,3 +137,12 @@ def test_runs_are_found_by_a_name_with_characters_of_patterns(name: str, tmp_pat
         folder.mkdir(parents=True)
         (folder / "config.yaml").touch()
     assert run_folders(tmp_path, name) == [folders[name]]
+
+
+def test_runs_of_a_scale_are_not_those_of_one_whose_name_begins_like_it(tmp_path: Path) -> None:
+    folders = [tmp_path / "t2i_scratch" / f"20260101-00000{number}-{scale}" for number, scale in enumerate(SCALE_NAMES)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / CONFIG).touch()
+    assert run_folders(tmp_path, "t2i_scratch", "demo") == folders[:2]
+    assert run_folders(tmp_path, "t2i_scratch") == folders

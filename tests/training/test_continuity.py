@@ -60,6 +60,16 @@ def test_a_difference_is_refused_by_name_and_nothing_is_written(
     assert contents(folder) == before
 
 
+def test_the_precision_that_a_stopped_run_advises_is_accepted_and_recorded(pretrained: Run, tmp_path: Path) -> None:
+    folder = without_newest(pretrained, tmp_path)
+    other = "bf16-mixed" if pretrained.environment["precision"] == "32-true" else "32-true"
+    change_of_key = [f"trainer.precision={other}", "--allow-mismatch", "trainer.precision"]
+    assert main([PRETRAINED, "--resume", str(folder), *change_of_key]) == 0
+    environment = json.loads((folder / ENVIRONMENT).read_text())
+    assert environment["precision"] == other
+    assert {"trainer.precision", "precision"} == {entry["key"] for entry in environment["changes"]}
+
+
 def test_tokenizers_and_backbone_are_compared_before_any_preparation(pretrained: Run, tmp_path: Path) -> None:
     folder = without_newest(pretrained, tmp_path)
     config = load_experiment(folder / CONFIG)

@@ -46,6 +46,18 @@ def test_a_run_stands_for_jobs_that_compute_and_report_the_same(tmp_path: Path) 
         assert find_equal_run(other) == (None, False)
 
 
+def test_a_run_that_changed_on_its_way_stands_for_no_job(tmp_path: Path) -> None:
+    run = tmp_path / "experiment" / "20260101-000000-demo"
+    run.mkdir(parents=True)
+    config = ExperimentConfig(run=RunConfig(str(tmp_path)))
+    save_experiment(config, run / CONFIG)
+    (run / REPORT).write_text("{}")
+    changes = [{"step": 2, "key": "optim.lr", "from": 0.1, "to": config.optim.lr}]
+    for recorded, stands in (([], True), (changes, False)):
+        (run / ENVIRONMENT).write_text(json.dumps({SCENES: SCENES_FORMAT, "changes": recorded}))
+        assert find_equal_run(config) == ((run, True) if stands else (None, False))
+
+
 def test_a_run_without_the_checkpoints_to_keep_stands_for_no_job(tmp_path: Path) -> None:
     run = tmp_path / "experiment" / "20260101-000000-demo"
     (run / CHECKPOINTS).mkdir(parents=True)

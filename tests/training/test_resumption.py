@@ -16,9 +16,19 @@ from callbacks.checkpoints import checkpoint_path, checkpoints, mark_not_started
 from callbacks.run_record import RECORD
 from t2i_lm.config.experiment import FIXED, PATH_KEYS, RESUMABLE, ExperimentConfig, is_fixed, may_move
 from t2i_lm.config.load import flatten, flatten_mapping, load_experiment, save_experiment
-from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, REPORT, Run, read_run
+from t2i_lm.storage.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    CONFIG_DIGEST,
+    ENVIRONMENT,
+    METRICS,
+    REPORT,
+    Run,
+    read_run,
+)
+from t2i_lm.storage.sealed import sealed
 from t2i_lm.train import main
-from t2i_lm.training.resumption import VALUES, find_resumption, require_same_config
+from t2i_lm.training.resumption import VALUES, config_entry, find_resumption, require_same_config
 from tests.runs import PRETRAINED, without_newest
 from tests.training.test_continuity import contents
 
@@ -161,15 +171,56 @@ def test_an_allowed_change_is_recorded_and_the_former_config_is_kept(folder: Pat
     config = load_experiment(folder / CONFIG, None, ["optim.lr=0.7"])
     found = find_resumption(folder, ["optim.lr"])
     require_same_config(config, found)
-    found.write_changes({"numerics": 1})
+    found.write_changes({"numerics": 1}, config)
     assert load_experiment(folder / CONFIG) == config
     assert load_experiment(folder / "config-to-step-00000002.yaml") == ExperimentConfig()
     expected = {"step": 2, "key": "optim.lr", "from": ExperimentConfig().optim.lr, "to": 0.7}
     assert json.loads((folder / ENVIRONMENT).read_text()) == {"numerics": 1, "changes": [expected]}
     again = find_resumption(folder, ["optim.lr"])  # killed before the next checkpoint
     require_same_config(load_experiment(folder / CONFIG), again)
-    again.write_changes({"numerics": 1})
+    again.write_changes({"numerics": 1}, config)
     assert json.loads((folder / ENVIRONMENT).read_text())["changes"] == [expected]
+    former = f"optim.lr={ExperimentConfig().optim.lr}"  # killed again, and continued at the rate of the checkpoint
+    back = load_experiment(folder / CONFIG, None, [former])
+    found = find_resumption(folder, ["optim.lr"])
+    require_same_config(back, found)
+    found.write_changes({"numerics": 1}, back)
+    assert load_experiment(folder / CONFIG) == back
+    assert json.loads((folder / ENVIRONMENT).read_text())["changes"] == []
+
+
+def test_a_change_before_the_first_step_is_recorded(folder: Path) -> None:
+    shutil.rmtree(folder / CHECKPOINTS)
+    mark_not_started(folder / CHECKPOINTS)
+    (folder / METRICS).write_text('{"step": 0}\n')
+    config = load_experiment(folder / CONFIG, None, ["optim.lr=0.7"])
+    found = find_resumption(folder, ["optim.lr"])
+    require_same_config(config, found)
+    found.write_changes({}, config)
+    assert load_experiment(folder / CONFIG) == config
+    (change,) = json.loads((folder / ENVIRONMENT).read_text())["changes"]
+    assert (change["step"], change["key"], change["to"]) == (0, "optim.lr", 0.7)
+
+
+def test_a_restored_config_has_its_digest_again(folder: Path) -> None:
+    config = load_experiment(folder / CONFIG, None, ["optim.lr=0.7"])
+    (folder / ENVIRONMENT).write_text(json.dumps(sealed({CONFIG_DIGEST: config_entry(folder)})))
+    found = find_resumption(folder, ["optim.lr"])
+    require_same_config(config, found)
+    found.write_changes({}, config)
+    shutil.copyfile(folder / "config-to-step-00000002.yaml", folder / CONFIG)  # by a person
+    with pytest.raises(ValueError, match="config"):
+        read_run(folder)
+    found = find_resumption(folder)
+    require_same_config(load_experiment(folder / CONFIG), found)
+    found.write_changes({}, load_experiment(folder / CONFIG))
+    assert read_run(folder).config["optim"]["lr"] == ExperimentConfig().optim.lr
+
+
+def test_fewer_steps_than_are_done_are_refused(folder: Path) -> None:
+    config = load_experiment(folder / CONFIG, None, ["trainer.max_steps=1", "optim.warmup_steps=0"])
+    with pytest.raises(ValueError, match=r"trainer\.max_steps=1: expected at least 2, the steps done"):
+        require_same_config(config, find_resumption(folder, ["trainer.max_steps", "optim.warmup_steps"]))
 
 
 def test_places_may_move_and_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from t2i_lm.runtime.devices import global_rank, local_rank, world_size
+from t2i_lm.runtime.launch import global_rank, local_rank, world_size
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
 from tests.callbacks.toy_run import free_port

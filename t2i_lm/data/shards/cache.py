@@ -22,7 +22,7 @@ from t2i_lm.data.identity import content_of
 from t2i_lm.data.scenes.source import paraphrases
 from t2i_lm.data.scenes.version import IMAGES_FORMAT, SCENES_FORMAT, scenes_version
 from t2i_lm.data.shards.format import data_hash, read_index
-from t2i_lm.runtime.devices import global_rank, local_rank
+from t2i_lm.runtime.launch import global_rank, local_rank
 from t2i_lm.runtime.plugins import SOURCE, find_plugin
 from t2i_lm.runtime.progress import going_on
 from t2i_lm.storage.hashing import file_sha256

@@ -39,7 +39,8 @@ from t2i_lm.data.shards.rejects import NOTE_AFTER, Rejects
 from t2i_lm.data.shards.remote import RESUMES, RemoteError, make_room, touch
 from t2i_lm.data.shards.row_groups import StoredFile, pixel_digest, read_digests, samples_of
 from t2i_lm.data.shards.tokenize import PairRows
-from t2i_lm.runtime.devices import local_rank, uses_gpu
+from t2i_lm.runtime.devices import uses_gpu
+from t2i_lm.runtime.launch import local_rank
 from t2i_lm.storage.writing import atomic_file, problem, writing
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.image import open_image_tokenizer

@@ -42,7 +42,7 @@ from t2i_lm.data.shards.tokenize import PairRows, encode_images, write_text_spli
 from t2i_lm.data.sources import open_source
 from t2i_lm.data.splits import validations_of
 from t2i_lm.data.text import paragraphs, read_documents
-from t2i_lm.runtime.devices import global_rank, world_size
+from t2i_lm.runtime.launch import global_rank, world_size
 from t2i_lm.runtime.progress import Advance, progress
 from t2i_lm.storage.owner import OwnedError, own
 from t2i_lm.storage.run_folder import OWNER
