@@ -62,7 +62,7 @@ exp-pretrained: $(STAMP)  ## text-to-image from the pre-trained language model (
 exp-scratch: $(STAMP)  ## the same run from random weights
 	$(call TRAIN,t2i_scratch)
 
-figures: $(STAMP)  ## Figures 3 and 4 from the newest pair of runs
+figures: $(STAMP)  ## every figure whose runs exist, from the newest of each
 	$(PY) -m t2i_lm.figures --runs $(RUNS) $(ARGS)
 
 test-faults: $(STAMP)  ## kills, signals, full disks, damaged files and lost ranks in full numbers (half an hour on two cores)

@@ -247,6 +247,7 @@ class ExperimentConfig(Section):
             ("trainer.fp8", False, "false"),
             ("trainer.autotune", False, "false"),
             ("loss.backend", "fused", "fused"),
+            ("optim.name", "adamw", "adamw"),
         ):
             no_language_model = f"{word}, {task} trains no language model"
             yield (align or image_tokenizer) and self.value(key) != plain, key, no_language_model
@@ -297,6 +298,18 @@ class ExperimentConfig(Section):
             off = "1" if key.startswith("loss") else "false" if isinstance(self.value(key), bool) else "0"
             yield used and self.task != "text_to_image", key, f"{off} with {task}, it is for task=text_to_image"
         no_language = self.init not in ("pretrained", "aligned")
+        no_images = self.task not in ("text_to_image", "unconditional")
+        anchors = f"0 with init={self.init} and {task}, it pulls to the pre-trained weights of an image model"
+        yield optim.l2_sp > 0 and (no_images or self.init == "random"), "optim.l2_sp", anchors
+        yield (
+            self.lora.rank > 0 and self.tune != "all",
+            "tune",
+            f"all with lora.rank={self.lora.rank}, which freezes all pre-trained weights",
+        )
+        no_replay = f"1 with data.replay_ratio={data.replay_ratio:g}"
+        yield self.loss.replay_weight != 1 and not data.replay_ratio, "loss.replay_weight", no_replay
+        dropped = data.caption_dropout > 0 and self.task != "text_to_image"
+        yield dropped, "data.caption_dropout", f"0 with {task}"
         distil = f"0, init={self.init} has no language to distil from"
         yield self.distil.weight > 0 and no_language, "distil.weight", distil
         yield (

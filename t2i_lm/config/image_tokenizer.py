@@ -81,7 +81,7 @@ class ImageTokenizerConfig(Section, prefix="image_tokenizer"):
         self.check(len(ends) == 2 and ends[0] < ends[1], "pixel_range", "null or two increasing values")
         self.below_one("warmup_fraction")
         self.at_least(1, "restart_every")
-        self.at_least(0, "caption_weight")
+        self.at_least(0, "caption_weight", "commitment", "edge_weight")
         self.one_of("words", CODE_WORDS)
 
     @property

@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
+from t2i_lm.config.presets import PRESETS
 from t2i_lm.config.sections import ASSET, is_plugin
 from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value
 from t2i_lm.storage.hub import is_hub
@@ -84,7 +85,8 @@ def located(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
     changes: dict[str, Any] = {}
     for key in PATH_KEYS:
         path = config.value(key)
-        if start is not None and key != "run.dir" and is_relative(path) and Path(start, path).exists():
+        here = key == "run.dir" or (key == "backbone.config" and path in PRESETS)
+        if start is not None and not here and is_relative(path) and Path(start, path).exists():
             _set(changes, key, str(Path(start, path)))
     for section, value in changes.items():
         new = replace(getattr(config, section), **value) if isinstance(value, dict) else value

@@ -84,12 +84,15 @@ class BackboneConfig(Section, prefix="backbone"):
     """Weights: an open_lm `.pt` or safetensors file, its folder, or a `transformers` folder; also `asset:NAME`,
     `hf://ORG/NAME[/FILE]` or a plug-in (docs/plugins.md)."""
     config: str | None = None
-    """Architecture: a preset of models/open_lm.py, an open_lm model JSON, or a `transformers` folder; null: config.json
+    """Architecture: a preset of config/presets.py, an open_lm model JSON, or a `transformers` folder; null: config.json
     beside `path`."""
     positional: str | None = None
     """Replaces the architecture's positional_embedding_type."""
     seq_len: int | None = None
     """Positions of the rotary tables, where more than the architecture's."""
+
+    def __post_init__(self) -> None:
+        self.at_least(1, "seq_len")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.sections import is_plugin
+from t2i_lm.config.sections import is_plugin, require
 from t2i_lm.data.alignment import BagDataModule
 from t2i_lm.data.captioned_images import CaptionedImageDataModule
 from t2i_lm.data.code_words import code_words, first_captions
@@ -260,11 +260,6 @@ def build_model(config: ExperimentConfig) -> ImageModel:
     decoder, vocab, text, image = build_expanded(config)
     choose_trained(decoder, config, vocab)
     prepare_blocks(decoder, config)
-    if config.loss_rows == "image" and not decoder.config.weight_tying:
-        # Unused, and DDP would wait for their gradients.
-        for rows in (decoder.output.text, decoder.output.bias, decoder.output.special):
-            if rows is not None:
-                rows.requires_grad_(False)
     image_tokens = image.grid[0] * image.grid[1]
     if config.task == "unconditional":
         image_layout = ImageLayout(vocab, image_tokens)
@@ -308,11 +303,13 @@ def build_text(config: ExperimentConfig, run: Environment | None) -> TextExperim
     decoder = open_backbone(config)
     choose_trained(decoder, config)
     prepare_blocks(decoder, config)
+    rows, settings = decoder.config.vocab_size, config.text_tokenizer
+    if settings.path is None:
+        allowed = f"at most {rows}, the rows of the backbone"
+        require(settings.vocab_size <= rows, "text_tokenizer.vocab_size", settings.vocab_size, allowed)
+    else:
+        require_own_tokenizer(open_text(config), rows)
     shards, text = prepare_text(config)
-    if text.vocab_size != decoder.config.vocab_size:
-        raise ValueError(
-            f"text_tokenizer.vocab_size={text.vocab_size}: backbone.config has vocab_size={decoder.config.vocab_size}"
-        )
     data = TextDataModule(config, shards)
     module = TextModule(decoder, config)
     return TextExperiment(config=config, module=module, data=data, index=_index(shards), shards=shards, text=text)

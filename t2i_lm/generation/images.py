@@ -57,7 +57,8 @@ def chosen_sampling(
     fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     changes: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     sampling = replace(sampling_of(model.config.samples), **changes)
-    if log and sampling.guidance != 1 and not model.config.data.caption_dropout:
+    data = model.config.data
+    if log and sampling.guidance != 1 and not data.caption_dropout and data.text_ratio is None:  # that may empty some
         print(
             "note: this run was trained with data.caption_dropout=0, so guidance leads away from an empty caption that "
             "the model has never seen",

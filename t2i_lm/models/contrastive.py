@@ -122,7 +122,7 @@ class Neighbors(NamedTuple):
 
 @torch.no_grad()
 def nearest_text_tokens(image_ID: Tensor, text_VD: Tensor, neighbors: int) -> Neighbors:
-    """The K nearest text rows of every image row; all-zero rows rank last."""
+    """The K nearest text rows of every image row; all-zero rows have a cosine of 0."""
     text_VD = F.normalize(text_VD.float(), dim=-1)
     parts = [
         (F.normalize(part_CD.float(), dim=-1) @ text_VD.T).topk(min(neighbors, len(text_VD)), dim=-1)

@@ -10,6 +10,7 @@ Shapes: `B` batch, `T` tokens, `D` width, `H` heads, `K` head dim, `F` feed-forw
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ HALF = (torch.float16, torch.bfloat16)
 CUDA_BUCKET = 128  # cache columns: 9 CUDA graphs for 1,088 positions; a step reads 64 columns too many on average
 
 
+TYPES = {int: "a whole number", bool: "true or false", str: "a text"}
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """open_lm's model JSON, under its key names."""
@@ -49,6 +53,9 @@ class DecoderConfig:
     ffn_type: str = "swiglu"
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(DecoderConfig).items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected {TYPES[kind]}")
         for key in ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")

@@ -9,6 +9,7 @@ import torch
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.presets import PRESETS
 from t2i_lm.config.sections import is_plugin, require
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.decoder import Decoder, DecoderConfig
@@ -20,7 +21,7 @@ from t2i_lm.models.image_adapters import restrict_adapters
 from t2i_lm.models.lora import add_adapters
 from t2i_lm.models.matched_weights import draw_entries, draw_mimetic, shuffle_entries
 from t2i_lm.models.modality_experts import add_modality_experts
-from t2i_lm.models.open_lm import PRESETS, decoder_config, load_open_lm
+from t2i_lm.models.open_lm import decoder_config, load_open_lm
 from t2i_lm.runtime.devices import can_compile
 from t2i_lm.runtime.plugins import BACKBONE, find_plugin
 from t2i_lm.runtime.seeds import generator
@@ -109,13 +110,24 @@ def _empty_open_lm(config: ExperimentConfig) -> Backbone:
 
 def _pretrained_open_lm(config: ExperimentConfig) -> Backbone:
     assert config.backbone.path is not None
-    path, positional = resolve(config.backbone.path), config.backbone.positional
+    path, wanted = resolve(config.backbone.path), decoder_architecture(config, config.data.length)
     own = (path if path.is_dir() else path.parent) / "config.json"
-    if positional is not None and own.is_file():
-        trained = decoder_config(own).positional_embedding_type
-        allowed = f"null or {trained}, with which the weights of {config.backbone.path} were trained"
-        require(positional == trained, "backbone.positional", positional, allowed)
-    return load_open_lm(resolve(config.backbone.path), vars(decoder_architecture(config, config.data.length)))
+    if own.is_file():
+        _require_trained_architecture(config, wanted, decoder_config(own))
+    return load_open_lm(path, vars(wanted))
+
+
+def _require_trained_architecture(config: ExperimentConfig, wanted: DecoderConfig, trained: DecoderConfig) -> None:
+    """Checks that weights get the architecture that they were trained with, which their shapes do not decide."""
+    backbone, own = config.backbone, vars(trained)
+    for name, value in vars(wanted).items():
+        if name == "seq_len" or value == own[name]:
+            continue
+        by_key = name == "positional_embedding_type" and backbone.positional is not None
+        key, given = ("positional", backbone.positional) if by_key else ("config", backbone.config)
+        word = own[name] if by_key else f"one with {name}={own[name]}"
+        trained_with = f"null or {word}, with which the weights of {backbone.path} were trained"
+        raise ValueError(f"backbone.{key}={given!r}: expected {trained_with}")
 
 
 def _empty_huggingface(config: ExperimentConfig) -> Backbone:
@@ -127,15 +139,18 @@ def _empty_huggingface(config: ExperimentConfig) -> Backbone:
 
 def _require_own_positions(config: ExperimentConfig) -> None:
     positional = config.backbone.positional
-    require(
-        positional is None, "backbone.positional", positional, "null, a transformers backbone has its own positions"
-    )
+    own = "null, a transformers backbone has its own positions"
+    require(positional is None, "backbone.positional", positional, own)
+    require(config.backbone.seq_len is None, "backbone.seq_len", config.backbone.seq_len, own)
 
 
 def _pretrained_huggingface(config: ExperimentConfig) -> Backbone:
     assert config.backbone.path is not None
     _require_own_positions(config)
-    return load_huggingface(resolve(config.backbone.path))
+    architecture, path = config.backbone.config, config.backbone.path
+    same = architecture is None or resolve(architecture).resolve() == resolve(path).resolve()
+    require(same, "backbone.config", architecture, f"null or {path}, whose weights are loaded")
+    return load_huggingface(resolve(path))
 
 
 # Methods that `Backbone` leaves to its subclasses.
@@ -158,6 +173,9 @@ def _from_plugin(config: ExperimentConfig, pretrained: bool) -> Backbone:
     assert path is not None
     if config.backbone.config is not None:
         raise ValueError(f"backbone.config={config.backbone.config}: expected null, {path} has its own architecture")
+    for key in ("positional", "seq_len"):
+        value = getattr(config.backbone, key)
+        require(value is None, f"backbone.{key}", value, f"null, {path} has its own positions")
     plugin = find_plugin(BACKBONE, path, [known.name for known in FORMATS])
     backbone: Any = plugin.function(plugin.argument, pretrained)
     if not isinstance(backbone, Backbone):
@@ -325,7 +343,9 @@ def with_experts(decoder: Backbone, config: ExperimentConfig, vocab: JointVocab)
 
 
 def choose_trained(decoder: Backbone, config: ExperimentConfig, vocab: JointVocab | None = None) -> None:
-    """Freezes all parameters outside `tune` and all in `freeze`, and adds adapters; before a strategy wraps it.
+    """Freezes all parameters outside `tune` or in `freeze`, and rows without a loss; adds adapters.
+
+    Before a strategy wraps the decoder.
 
     `vocab` is that of an expanded decoder.
     """
@@ -337,6 +357,11 @@ def choose_trained(decoder: Backbone, config: ExperimentConfig, vocab: JointVoca
         if config.lora.image_only:
             assert vocab is not None
             restrict_adapters(decoder, vocab.special(IMAGE_START))
+    if config.loss_rows == "image" and not decoder.config.weight_tying:
+        # Unused, and DDP would wait for their gradients.
+        for rows in (decoder.output.text, decoder.output.bias, decoder.output.special):
+            if rows is not None:
+                rows.requires_grad_(False)
 
 
 def prepare_blocks(decoder: Backbone, config: ExperimentConfig) -> None:

@@ -1,4 +1,4 @@
-"""open_lm checkpoints: upstream's `.pt` (read), safetensors (read and written), and model presets by name."""
+"""open_lm checkpoints: upstream's `.pt` (read), safetensors (read and written)."""
 
 import json
 import pickle
@@ -11,44 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from t2i_lm.config.presets import PRESETS
 from t2i_lm.models.decoder import Decoder, DecoderConfig
 from t2i_lm.models.wrapped_names import unwrapped_state
 from t2i_lm.storage.cards import require_intact
 from t2i_lm.storage.reading import reading, reason
 from t2i_lm.storage.writing import atomic_file, write_atomic
 
-_NEOX = {"vocab_size": 50432, "seq_len": 2048}
-# Width, layers and heads of open_lm's own model files at commit 9bb92ef.
-_SIZES = {
-    "open_lm_11m": (96, 12, 12),
-    "open_lm_11m_v2": (96, 8, 4),
-    "open_lm_25m": (192, 12, 12),
-    "open_lm_41m": (288, 12, 12),
-    "open_lm_79m_v2": (512, 8, 4),
-    "open_lm_87m": (488, 12, 12),
-    "open_lm_154m_v2": (576, 24, 8),
-    "open_lm_160m": (768, 12, 12),
-    "open_lm_410m": (1024, 24, 16),
-    "open_lm_411m_v2": (1024, 24, 8),
-    "open_lm_830m": (1536, 24, 16),
-    "open_lm_1b": (2048, 24, 16),
-    "open_lm_3b": (2560, 32, 32),
-    "open_lm_7b": (4096, 32, 32),
-}
-
-
-def _preset(size: tuple[int, int, int], positional: str, **more: Any) -> dict[str, Any]:
-    names = ("hidden_dim", "n_layers", "n_heads")
-    return _NEOX | dict(zip(names, size, strict=True)) | {"positional_embedding_type": positional} | more
-
-
-# Omitted keys have the defaults of upstream's command line: rotary positions, LayerNorm with bias, no qk-norm.
-# The released 1B model is `open_lm_1b_old`, whose head_rotary positions amount to none.
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo_7m": _preset((256, 6, 4), "rotary", vocab_size=4096, seq_len=512),
-    **{name: _preset(size, "rotary") for name, size in _SIZES.items()},
-    "open_lm_1b_old": _preset(_SIZES["open_lm_1b"], "head_rotary"),
-}
 # Keys of a `.pt` that hold tensors: open_lm's own, and those of other trainers.
 HOLDERS = ("state_dict", "model", "module")
 # Upstream registers the projections of its GELU layer twice.
@@ -118,6 +87,9 @@ def load_open_lm_state(decoder: Decoder, state: Mapping[str, Tensor], origin: st
     renamed = {"tok_embeddings.weight": "tok_embeddings.text", "output.weight": "output.text"}
     state = {renamed.get(name, name): tensor for name, tensor in state.items()}
     if decoder.config.weight_tying:
+        rows = [state[name] for name in ("tok_embeddings.text", "output.text") if name in state]
+        if len(rows) == 2 and not torch.equal(*rows):
+            raise ValueError(f"{origin} has an embedding and an output of its own; expected weight_tying=false")
         state.setdefault("output.text", state.get("tok_embeddings.text", torch.empty(0)))
     own = decoder.state_dict()
     for name in sorted(own.keys() | state.keys()):

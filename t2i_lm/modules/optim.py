@@ -1,6 +1,7 @@
 """AdamW (and Muon for pre-training a demo backbone) and the warm-up + cosine schedule (Section 2.1)."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -101,8 +102,15 @@ def adamw(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimiz
 
 
 def muon(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimizer:
-    """Muon for the matrices inside the layers, AdamW for token rows and norms."""
-    inside = [(name, p) for name, p in named if (".layers." in f".{name}" or ".h." in name) and p.ndim == 2]
+    """Muon for the matrices inside the layers, AdamW for token rows and norms.
+
+    Raises:
+        ValueError: if none is trained.
+    """
+    numbered = re.compile(r"\.\d+\.")  # a layer, whatever an architecture calls them
+    inside = [(name, p) for name, p in named if numbered.search(name) and p.ndim == 2 and p.requires_grad]
+    if not inside:
+        raise ValueError("optim.name=muon: expected adamw, since no matrix inside a layer is trained")
     names = {name for name, _ in inside}
     groups = [group | {"rule": "muon"} for group in decay_groups(inside, config)]
     rest = [(name, p) for name, p in named if name not in names]

@@ -14,6 +14,7 @@ from callbacks import MetricsFile, find_resumable, read_record
 from callbacks.checkpoints import checkpoints, require_same_metrics, step_of, was_not_started
 from t2i_lm.config.experiment import ExperimentConfig, is_fixed, may_move
 from t2i_lm.config.load import changed_yaml, flatten, flatten_mapping, load_experiment, nested_yaml
+from t2i_lm.config.presets import PRESETS
 from t2i_lm.storage.reading import reading
 from t2i_lm.storage.run_folder import (
     CHECKPOINTS,
@@ -211,7 +212,9 @@ def require_same_config(config: ExperimentConfig, found: Resumption) -> None:
         if before == value:
             continue
         text = f"{key} is {before} in {source}, now {value}"
-        if may_move(key):
+        if key == "backbone.config" and {before, value} & PRESETS.keys():  # a name, which no hash covers
+            fixed.append(text)
+        elif may_move(key):
             moved.append(text)
         elif is_fixed(key):
             fixed.append(text)

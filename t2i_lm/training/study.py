@@ -12,6 +12,7 @@ from t2i_lm.comparison.plan import Arm, Plan, setting_folder, setting_words
 from t2i_lm.comparison.study_plan import STEPS, Needed, Study
 from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
+from t2i_lm.config.presets import PRESETS
 from t2i_lm.config.sections import ASSET, OPENED_BY_PATH, RunConfig, is_plugin
 from t2i_lm.config.values import Plain, read_value
 from t2i_lm.runtime.command_line import NO_SAMPLES
@@ -186,7 +187,7 @@ def missing_paths(runs: Sequence[StudyRun], states: Sequence[Progress]) -> list[
         keys = [key for key in READ if key != "data.path" or config.data.source in OPENED_BY_PATH]
         for key in keys if not state.finished else []:
             path = config.value(key)
-            if path is not None and not (_exists(path) or (key == "backbone.config" and _is_preset(path))):
+            if path is not None and not (_exists(path) or (key == "backbone.config" and path in PRESETS)):
                 counts[f"{key}={path}"] = counts.get(f"{key}={path}", 0) + 1
     return [f"missing path: {word}, of {count} run{'s' * (count > 1)} to train" for word, count in counts.items()]
 
@@ -194,12 +195,6 @@ def missing_paths(runs: Sequence[StudyRun], states: Sequence[Progress]) -> list[
 def _exists(path: str) -> bool:
     elsewhere = path.startswith(ASSET) or is_plugin(path) or is_hub(path) or "://" in path
     return elsewhere or Path(path).exists()
-
-
-def _is_preset(name: str) -> bool:
-    from t2i_lm.models.open_lm import PRESETS  # imports torch
-
-    return name in PRESETS
 
 
 def progress_of(runs: Sequence[StudyRun]) -> list[Progress]:

@@ -132,7 +132,7 @@ def test_skips_are_told_when_a_run_is_saved_though_a_gpu_is_looked_at_rarely(tmp
     guard = NonFiniteGuard(3, events=events)
     guard._seen = [(4, torch.tensor([1.0, 0.0, 0.0, float("nan")]))]
     trainer = SimpleNamespace(is_global_zero=True, world_size=1)
-    guard.on_save_checkpoint(trainer, None, {})  # type: ignore[arg-type]
+    guard.on_save_checkpoint(trainer, None, {})
     assert events.counts() == {"non-finite-gradient": 1}
     assert guard._seen == []
 

@@ -149,6 +149,8 @@ def test_unsupported_speed_options_are_refused(overrides: list[str], message: st
     ("override", "message"),
     [
         ("restart_every=0", "restart_every=0: expected at least 1"),
+        ("commitment=-1", "commitment=-1.0: expected 0 or more"),
+        ("edge_weight=-1", "edge_weight=-1.0: expected 0 or more"),
         ("model.codes=0", "model.codes=0: expected at least 1"),
         ("model.patch=0", "model.patch=0: expected at least 1"),
         ("model.code_dim=0", "model.code_dim=0: expected at least 1"),
@@ -191,6 +193,13 @@ REPLAYED = "data.replay_ratio=0.25 optim.gradient_projection=true"
             "optim.gradient_projection=true task=unconditional",
             "optim.gradient_projection=True: expected false with",
         ),
+        ("optim.l2_sp=1 init=random", r"optim.l2_sp=1.0: expected 0 with init=random"),
+        ("optim.l2_sp=1 task=align", r"optim.l2_sp=1.0: expected 0 with .*task=align"),
+        ("lora.rank=2 tune=ffn", "tune='ffn': expected all with lora.rank=2"),
+        ("loss.replay_weight=0.5", r"loss.replay_weight=0.5: expected 1 with data.replay_ratio=0"),
+        ("data.caption_dropout=0.1 task=unconditional", r"data.caption_dropout=0.1: expected 0 with task=uncond"),
+        ("optim.name=muon task=align", "optim.name='muon': expected adamw, task=align trains no language model"),
+        ("backbone.seq_len=0", "backbone.seq_len=0: expected null or at least 1"),
     ],
 )
 def test_remedies_that_cannot_be_right_are_refused(overrides: str, message: str) -> None:

@@ -121,3 +121,9 @@ def test_the_export_of_an_image_model_is_told_when_it_is_a_backbone(
 def test_located_keeps_a_config_without_relative_paths(tmp_path: Path) -> None:
     config = load_experiment(PRETRAINED, "demo")
     assert located(config, run_at(tmp_path / "run", tmp_path)) == config
+
+
+def test_a_folder_named_like_a_preset_does_not_replace_it(tmp_path: Path) -> None:
+    (tmp_path / "open_lm_1b").mkdir()
+    config = replace(ExperimentConfig(), backbone=BackboneConfig("open_lm_1b/x.pt", "open_lm_1b"))
+    assert located(config, run_at(tmp_path / "run", tmp_path)).backbone.config == "open_lm_1b"

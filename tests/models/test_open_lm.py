@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from t2i_lm.config.presets import PRESETS
 from t2i_lm.models.decoder import Decoder
-from t2i_lm.models.open_lm import decoder_config, load_open_lm, open_lm_state_dict, save_open_lm
+from t2i_lm.models.open_lm import decoder_config, load_open_lm, load_open_lm_state, open_lm_state_dict, save_open_lm
 from tests.decoders import TINY
 from tests.decoders import tiny_decoder as tiny
 from tests.models.open_lm_variants import BASE, IDS_BT, VARIANTS, figures, measure_upstream, weights
@@ -176,6 +177,9 @@ def test_positions_past_the_table_are_refused() -> None:
         ({"positional_embedding_type": "learned"}, "rotary, head_rotary, none"),
         ({"model_norm": "batch_norm"}, "default_layer_norm"),
         ({"n_heads": 3}, "hidden_dim=32"),
+        ({"n_heads": 2.0}, r"n_heads=2.0: expected a whole number"),
+        ({"weight_tying": "false"}, "weight_tying='false': expected true or false"),
+        ({"qk_norm": 1}, "qk_norm=1: expected true or false"),
         ({"hiden_dim": 3}, "unknown key 'hiden_dim'"),
     ],
 )
@@ -187,6 +191,19 @@ def test_a_wrong_model_config_names_key_and_choices(change: dict[str, object], m
 def test_the_positional_type_is_never_guessed() -> None:
     with pytest.raises(ValueError, match="positional_embedding_type"):
         decoder_config(TINY)
+
+
+def test_a_tied_decoder_takes_no_embedding_and_output_that_differ() -> None:
+    tied, other = tiny(weight_tying=True), tiny()
+    state = open_lm_state_dict(other)
+    with pytest.raises(ValueError, match="file has an embedding and an output of its own; expected weight_tying=false"):
+        load_open_lm_state(tied, state, "file")
+    load_open_lm_state(tied, state | {"output.weight": state["tok_embeddings.weight"]}, "file")
+    assert torch.equal(tied.output.text, other.tok_embeddings.text)
+
+
+def test_every_preset_can_be_built() -> None:
+    assert all(decoder_config(name).hidden_dim for name in PRESETS)
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_tensor(tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from t2i_lm.config.forgetting import NONFICTION, NOVELS
+from t2i_lm.config.presets import PRESETS
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.tokenize import stack_images
 from t2i_lm.data.text import read_documents
 from t2i_lm.models.decoder import Decoder
-from t2i_lm.models.open_lm import PRESETS, decoder_config, open_lm_state_dict
+from t2i_lm.models.open_lm import decoder_config, open_lm_state_dict
 from t2i_lm.tokenizers import movqgan
 from t2i_lm.tokenizers.vq import PixelRange, VQAutoencoder
 from tests.data.coco_folder import write_coco, write_weights

@@ -217,6 +217,12 @@ def test_a_restored_config_has_its_digest_again(folder: Path) -> None:
     assert read_run(folder).config["optim"]["lr"] == ExperimentConfig().optim.lr
 
 
+def test_a_preset_cannot_change_within_a_run(folder: Path) -> None:
+    write(folder, "backbone.config", "open_lm_1b_old")
+    with pytest.raises(ValueError, match=r"backbone\.config cannot change within a run"):
+        require_same_config(load_experiment(folder / CONFIG), find_resumption(folder, ["backbone.config"]))
+
+
 def test_fewer_steps_than_are_done_are_refused(folder: Path) -> None:
     config = load_experiment(folder / CONFIG, None, ["trainer.max_steps=1", "optim.warmup_steps=0"])
     with pytest.raises(ValueError, match=r"trainer\.max_steps=1: expected at least 2, the steps done"):
