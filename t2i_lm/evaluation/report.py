@@ -160,7 +160,7 @@ def unconditional_report(experiment: ImageExperiment, folder: Path, report: dict
     _for_sampling(experiment)
     config = experiment.config
     with part(report, "floors"):
-        report |= loss_floors(config, experiment.index, experiment.layout.image_tokens)
+        report |= loss_floors(config, experiment.text, experiment.layout.image_tokens)
     if count := min(config.samples.grid, config.samples.prompts):
         with part(report, "grid"):
             images_HW3 = generate_unconditional(experiment, seeds_of(config.seed, count))
@@ -182,7 +182,7 @@ def text_to_image_report(experiment: ImageExperiment, folder: Path, report: dict
         with part(report, "truncated_captions"):
             report["truncated_captions"] = truncated_share(experiment)
     with part(report, "floors"):
-        report |= loss_floors(experiment.config, experiment.index, experiment.layout.image_tokens)
+        report |= loss_floors(experiment.config, experiment.text, experiment.layout.image_tokens)
     first, *others = experiment.data.validation_splits
     if experiment.image.decodes and experiment.config.data.has_images:
         with part(report, "tokens"):

@@ -36,9 +36,16 @@ class SceneSource:
             raise IndexError(index)
         return draw_scene(self.seed, self.split, index)
 
+    def caption(self, index: int) -> str:
+        """The first caption of a scene."""
+        return describe(self.scene(index), self._style(index)).text
+
+    def _style(self, index: int) -> str:
+        """What the words of a scene's first caption are drawn by."""
+        return f"{self.seed}/{self.split}/{index}"
+
     def __getitem__(self, index: int) -> Pair:
-        scene = self.scene(index)
-        style = f"{self.seed}/{self.split}/{index}"
+        scene, style = self.scene(index), self._style(index)
         styles = [style, *(f"{style}/{number}" for number in range(1, self.captions))]
         meaning = scene.meaning() | {"style": style}
         return Pair(f"scene-{style}", render(scene, self.size), [describe(scene, one).text for one in styles], meaning)
