@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2i_lm.config.forgetting import NOVELS
-from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, command_parser, exit_code
+from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, add_strict, command_parser, exit_code
 from t2i_lm.runtime.launch import is_first_process
 from t2i_lm.training.jobs import run_jobs, unfinished
 from t2i_lm.training.remedies import read_strengths, remedy_jobs
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add_scale(arguments)
     add_jobs(arguments)
     add_figures(arguments)
+    add_strict(arguments)
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="for every arm")
     return arguments
 
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         from t2i_lm.plots.catalogue import Request, write_figures
 
-        return write_figures(Request(Path(jobs[0].config.run.dir)), options.out, ["remedies", "forgetting"])
+        return write_figures(
+            Request(Path(jobs[0].config.run.dir), strict=options.strict), options.out, ["remedies", "forgetting"]
+        )
 
     return exit_code(body)
 

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, MissingRunsError, require_comparable
+from t2i_lm.comparison.comparability import (
+    ENVIRONMENT,
+    ORDER,
+    SEED,
+    IncomparableError,
+    MissingRunsError,
+    require_comparable,
+)
 from t2i_lm.comparison.gap import find_gap_curve, gap_json, gap_text
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
 from t2i_lm.plots.alignment import alignment_figure
@@ -50,7 +57,8 @@ class Request:
     """The folder of runs to search, and the run folders of a pair where the user names them.
 
     Attributes:
-        strict: whether runs that differ in more than what a figure compares are refused; else its caption names them.
+        strict: whether unfinished runs, and those that differ in more than what a figure compares, are refused; else
+            its caption names them.
         varied: config keys in which the arms of any figure differ by design, such as each arm's own learning rate.
     """
 
@@ -61,12 +69,14 @@ class Request:
     varied: tuple[str, ...] = ()
 
     def check(self, arms: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
-        """Refuses incomparable runs if `strict`.
+        """Refuses incomparable and unfinished runs if `strict`.
 
         Raises:
-            IncomparableError: naming the keys in which they differ.
+            IncomparableError: naming the keys in which they differ, or the unfinished ones.
         """
         if self.strict:
+            if going := [str(run.folder) for run in arms.values() if run.report is None]:
+                raise IncomparableError(f"unfinished: {', '.join(going)}")
             require_comparable(arms, (*varied, *self.by_design(arms)))
 
     def by_design(self, arms: Mapping[str, Run]) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="refuse runs that differ in more than what is compared (default: name it)",
+        help="refuse unfinished runs, and those that differ in more than what is compared (default: name them)",
     )
 
 
