@@ -15,6 +15,7 @@ from t2i_lm.comparison.comparability import SEED, IncomparableError, differences
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, UNDECIDED, compare
 from t2i_lm.comparison.endpoints import Endpoint, tokens_saved
 from t2i_lm.comparison.plan import SECONDARY, Plan, read_plan
+from t2i_lm.comparison.statistics import holm, paired_statistics
 from t2i_lm.comparison.tables import as_json, latex, text
 from t2i_lm.reporting.setup import setup_rows
 from t2i_lm.storage.run_folder import read_run
@@ -80,6 +81,17 @@ def test_equal_arms_are_equivalent_and_a_small_study_is_undecided(tmp_path: Path
     assert "n = 2 is too small for a verdict on val/iid.image.nll; pairs for 80 % power: " in text(few, arms, results)
     one = Plan(seeds=[0])
     assert "undecided, one pair" in text(one, find_arms(one, tmp_path), compare(one, find_arms(one, tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["p_difference", "p_equivalence"])
+def test_p_values_of_secondary_endpoints_are_corrected_and_the_primarys_is_not(kind: str, runs: Path) -> None:
+    plan = Plan(secondary=["val.text.nll", "val.all.nll", "val.boundary.nll"], margin="10%")
+    results = compare(plan, find_arms(plan, runs))
+    found = [getattr(one.statistics, kind) for one in results]
+    alone = [getattr(paired_statistics([*one.differences.values()], one.margin, plan.alpha), kind) for one in results]
+    assert found[0] == alone[0]
+    assert found[1:] == holm(alone[1:])
+    assert found[1:] != alone[1:]
 
 
 def test_endpoints_name_a_validation_split_or_mean_the_primary_one(runs: Path) -> None:

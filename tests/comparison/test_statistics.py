@@ -33,7 +33,7 @@ def studies(mean: float, pairs: int, skewed: bool = False) -> list[PairedStatist
     return [paired_statistics(mean + row, MARGIN) for row in noise]
 
 
-@pytest.mark.parametrize("pairs", [3, 5, 10])
+@pytest.mark.parametrize("pairs", [3, BOOTSTRAP_MIN, 5, 10])
 def test_intervals_cover_the_true_mean(pairs: int) -> None:
     results = studies(0.3, pairs)
     intervals = [one.t_interval for one in results]

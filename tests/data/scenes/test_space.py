@@ -1,6 +1,6 @@
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -18,7 +18,10 @@ from t2i_lm.data.scenes.space import (
     largest,
     placements,
 )
+from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.data.sources import open_source
+from t2i_lm.tokenizers.image import open_image_tokenizer
+from t2i_lm.tokenizers.layout import IntArray
 
 
 def scenes(split: str, count: int, seed: int = 0) -> Iterator[Scene]:
@@ -50,6 +53,36 @@ def test_scenes_are_a_function_of_seed_split_and_index() -> None:
 def test_no_picture_of_a_run_recurs() -> None:
     seen = [pixels(scene) for split in ("train", "iid", "compositional") for scene in scenes(split, 10_000)]
     assert len(set(seen)) == len(seen)
+
+
+def ids_of(several: Sequence[Scene]) -> IntArray:
+    """Ids (B, N) of the shipped image tokenizer."""
+    return encode_images(open_image_tokenizer("asset:image_tokenizer", 64), map(render, several))
+
+
+@pytest.mark.slow
+def test_no_ids_of_a_run_recur() -> None:
+    counts = {"train": 800, "iid": 200, "compositional": 200}
+    ids_BN = ids_of([scene for split, count in counts.items() for scene in scenes(split, count)])
+    assert len(np.unique(ids_BN, axis=0)) == len(ids_BN)
+
+
+@pytest.mark.slow
+def test_scenes_that_differ_in_one_choice_have_other_ids() -> None:
+    """Without this, the entropy of an image given its caption would be no floor of the loss of its ids."""
+    random, pairs = np.random.default_rng(0), []
+    for part in enumerations("trained"):
+        for number in map(int, random.integers(0, part.size, 4)):
+            step = 1
+            for radix in part.choices:
+                last = number // step % radix == radix - 1
+                pairs += (
+                    [] if radix == 1 else [(part[number], part[number - step * (radix - 1) if last else number + step])]
+                )
+                step *= radix
+    assert len(pairs) > 100
+    ids_BN = ids_of([scene for pair in pairs for scene in pair])
+    assert (ids_BN[::2] != ids_BN[1::2]).any(axis=1).all()
 
 
 def test_no_scene_of_a_run_recurs() -> None:
