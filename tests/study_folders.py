@@ -17,9 +17,12 @@ from tests.plots.synthetic_runs import forgetting_entry
 Loss = Callable[[ExperimentConfig], float]
 
 
-def finish(runs: list[StudyRun], loss: Loss, sd: float = 0.01, **environment: Any) -> list[Path]:
-    """Writes the folder of every run, whose held-out losses are `loss` with noise of its arm, setting and seed."""
-    return [_write(run.job.config, loss, sd, number, environment) for number, run in enumerate(runs)]
+def finish(runs: list[StudyRun], loss: Loss, sd: float = 0.01, first: int = 0, **environment: Any) -> list[Path]:
+    """Writes the folder of every run, whose held-out losses are `loss` with noise of its arm, setting and seed.
+
+    The folders are named by numbers from `first` on.
+    """
+    return [_write(run.job.config, loss, sd, number, environment) for number, run in enumerate(runs, first)]
 
 
 def _write(config: ExperimentConfig, loss: Loss, sd: float, number: int, environment: dict[str, Any]) -> Path:

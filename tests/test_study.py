@@ -149,6 +149,28 @@ def test_steps_of_a_comparison_take_warm_up_and_intervals_along(plan: Path) -> N
     assert seen == {(300, 10, 100, 5)}
 
 
+def test_a_plan_measures_rounding_by_other_threads(plan: Path, tmp_path: Path) -> None:
+    content = "seeds: [0, 1]\nsecondary: []\nrounding: 3\ncomparisons: {one: {}, two: {where: {optim.lr: 1e-3}}}"
+    runs = configs(plan, content, f"run.dir={tmp_path}")
+    repeated = [run for run in runs if run.repeats]
+    assert [(run.job.config.name, run.seed, run.uses) for run in repeated] == [
+        ("t2i_pretrained", 0, ("one",)),
+        ("t2i_scratch", 0, ("one",)),
+    ]
+    assert "one  t2i_pretrained  trainer.threads=3  missing" in progress_table(runs, progress_of(runs))
+    finish([run for run in runs if not run.repeats], lambda _: 1.0)
+    assert [str(state) for state in progress_of(repeated)] == ["missing", "missing"]
+    finish(repeated, lambda _: 1.01, first=50, threads=3)
+    assert all(state.finished for state in progress_of(runs))
+    folders = [state.folder for state in progress_of(runs)]
+    assert len(set(folders)) == len(folders)
+    one, two = compare_arms(read_study(plan), runs)
+    assert one.results[0].rounding_sd == pytest.approx(0.01 / 2**0.5)
+    assert two.results[0].rounding_sd is None
+    with pytest.raises(ValueError, match=r"rounding=3: expected another number than trainer.threads"):
+        configs(plan, content, "trainer.threads=3")
+
+
 def test_a_setting_of_the_whole_study_is_shown(plan: Path) -> None:
     steps = "where: {trainer.max_steps: 300}"
     content = f"seeds: [0]\ncomparisons: {{one: {{{steps}, over: {{optim.lr: [1e-3, 3e-3]}}}}, two: {{{steps}}}}}"

@@ -105,6 +105,8 @@ class Study:
         comparisons: keys of a `Plan` by name; its runs are trained with the values of `where`. With more than two arms
             each is compared with the last one; with `over`, at every combination of values.
         runs: further experiments by name of the group, for figures: keys of a `RunGroup`.
+        rounding: number of threads with which the runs of the first seed in the first comparison (of a grid: at its
+            first point) are trained once more, on a CPU: what equal runs differ by is rounding. null: none.
     """
 
     scale: str = "demo"
@@ -115,6 +117,7 @@ class Study:
     alpha: float = 0.05
     comparisons: dict[str, Any] = field(default_factory=dict)
     runs: dict[str, Any] = field(default_factory=dict)
+    rounding: int | None = None
 
     def families(self) -> list[Family]:
         """Every comparison with its grid.
@@ -208,6 +211,7 @@ def read_study(path: Path) -> Study:
     try:
         require(bool(study.comparisons or study.runs), "comparisons", study.comparisons, "at least one comparison")
         require(bool(study.seeds), "seeds", study.seeds, "at least one seed")
+        require(study.rounding is None or study.rounding >= 1, "rounding", study.rounding, "null or at least 1 thread")
         for section in ("comparisons", "runs"):
             for name, own in getattr(study, section).items():
                 require(is_file_name(str(name)), "name", name, "a name without /, of which files are named")

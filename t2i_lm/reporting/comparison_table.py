@@ -1,6 +1,6 @@
 """Results of a comparison as rows of the page, with the place of each interval on a common axis."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from t2i_lm.comparison.compare import Result
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """Headings and rows of a comparison."""
+    """Headings and rows of a comparison; `more`: bootstrap intervals, and what rounding does, in a sentence each."""
 
     name: str
     first: str
@@ -52,6 +52,7 @@ class ComparisonTable:
     level: str
     setting: str
     rows: tuple[Row, ...]
+    more: tuple[str, ...]
 
 
 def comparison_table(comparison: Comparison) -> ComparisonTable:
@@ -84,7 +85,23 @@ def comparison_table(comparison: Comparison) -> ComparisonTable:
             )
         )
     words = f"{comparison.name}: {first} minus {second}, paired by seed: {setting(plan, arms)}"
-    return ComparisonTable(comparison.name, first, second, f"{100 * (1 - plan.alpha):g} %", words, tuple(rows))
+    level = f"{100 * (1 - plan.alpha):g} %"
+    return ComparisonTable(comparison.name, first, second, level, words, tuple(rows), tuple(_more(comparison)))
+
+
+def _more(comparison: Comparison) -> Iterator[str]:
+    """Bootstrap intervals, and the standard deviation between runs that are equal but for rounding."""
+    intervals, deviations = [], []
+    for one in comparison.results:
+        label = endpoint_label(one.endpoint.name)
+        if one.statistics.bootstrap_interval is not None:
+            intervals.append(f"{label} {interval_text(one, one.statistics.bootstrap_interval)}")
+        if one.rounding_sd is not None:
+            deviations.append(f"{label} {value_text(one, one.rounding_sd)}")
+    if intervals:
+        yield f"{100 * (1 - comparison.plan.alpha):g} % bootstrap intervals of the differences: {'; '.join(intervals)}."
+    if deviations:
+        yield f"Standard deviation of runs that are equal but for rounding: {'; '.join(deviations)}."
 
 
 def _limit(results: Sequence[Result]) -> float:

@@ -51,17 +51,17 @@ def first_pair(comparison: Comparison | None) -> dict[str, Run]:
         return {}
     seed = comparison.arms.seeds[0]
     return {
-        name: runs[seed][-1]
+        name: runs[seed][0]
         for name, runs in zip(comparison.plan.parsed, (comparison.arms.first, comparison.arms.second), strict=True)
     }
 
 
 def by_arm(comparison: Comparison) -> dict[str, list[Run]]:
-    """A comparison's runs by experiment, the last one of every seed; empty without any."""
+    """A comparison's runs by experiment, the first one of every seed; empty without any."""
     if comparison.arms is None:
         return {}
     pairs = zip(comparison.plan.parsed, (comparison.arms.first, comparison.arms.second), strict=True)
-    return {name: [runs[seed][-1] for seed in sorted(runs)] for name, runs in pairs}
+    return {name: [runs[seed][0] for seed in sorted(runs)] for name, runs in pairs}
 
 
 def by_seed(comparison: Comparison) -> dict[str, Run]:

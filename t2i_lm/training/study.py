@@ -1,6 +1,6 @@
 """Runs of `python -m t2i_lm.study`: the arms, seeds and settings of a plan; which exist, and what they answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from operator import itemgetter
@@ -13,7 +13,7 @@ from t2i_lm.comparison.study_plan import STEPS, Needed, Study
 from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.presets import PRESETS
-from t2i_lm.config.sections import ASSET, OPENED_BY_PATH, RunConfig, is_plugin
+from t2i_lm.config.sections import ASSET, OPENED_BY_PATH, RunConfig, is_plugin, require
 from t2i_lm.config.values import Plain, read_value
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.tables import text_table
@@ -58,17 +58,24 @@ class StudyRun:
         seed: its seed.
         job: what trains it.
         results: folder of collected results, of which a finished run stands for it; None for none.
+        rounding: that of the study. A run with as many threads repeats another, and they do not stand for each other.
     """
 
     roles: Mapping[str, Role]
     seed: int
     job: Job
     results: Path | None = None
+    rounding: int | None = None
 
     @property
     def uses(self) -> tuple[str, ...]:
         """Names of the comparisons and groups that need it."""
         return tuple(self.roles)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it repeats another run of the study with other threads."""
+        return self.rounding is not None and self.job.config.trainer.threads == self.rounding
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,24 @@ def study_runs(
             job = Job(config, label=" ".join([*words, f"seed={seed}"]))
             # A run with samples serves where none are needed, too.
             kept = runs[key].job if key in runs and quiet else job
-            runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS)
-    return list(runs.values())
+            runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS, study.rounding)
+    return [*runs.values(), *_repeats([*runs.values()], needed[0], study.rounding)]
+
+
+def _repeats(runs: Sequence[StudyRun], first: Needed, threads: int | None) -> Iterator[StudyRun]:
+    """The first seed's runs of a study's first comparison, at its first point, once more with some number of threads.
+
+    Raises:
+        ValueError: if all runs have as many.
+    """
+    for run in runs if threads is not None else ():
+        require(not run.repeats, "rounding", threads, "another number than trainer.threads, which all runs have")
+        place = (first.group, " ".join(setting_words(first.point)))
+        roles = {use: role for use, role in run.roles.items() if (role.group, role.point) == place}
+        if roles and run.seed == first.seeds[0]:
+            config = replace(run.job.config, trainer=replace(run.job.config.trainer, threads=threads))
+            job = Job(config, label=f"{run.job.label} trainer.threads={threads}")
+            yield replace(run, roles=roles, job=job)
 
 
 def _configure(
@@ -206,7 +229,7 @@ def progress_of(runs: Sequence[StudyRun]) -> list[Progress]:
         for root in roots:
             if root not in folders:
                 folders[root] = sorted((file.parent for file in root.rglob(CONFIG)), key=lambda folder: folder.name)
-        states.append(Progress(*_find(run.job.config, [folder for root in roots for folder in folders[root]])))
+        states.append(Progress(*_find(run, [folder for root in roots for folder in folders[root]])))
     return states
 
 
@@ -216,9 +239,12 @@ def _root(run: StudyRun) -> Path:
     return folder if folder.name == RUNS else folder.parent
 
 
-def _find(config: ExperimentConfig, folders: Sequence[Path]) -> tuple[Path | None, bool]:
+def _find(run: StudyRun, folders: Sequence[Path]) -> tuple[Path | None, bool]:
+    config = run.job.config
+    of_name = [folder for folder in folders if folder.parent.name == Path(config.name).name]
+    if run.rounding is not None:
+        of_name = [folder for folder in of_name if (_threads(folder) == run.rounding) == run.repeats]
     try:
-        of_name = [folder for folder in folders if folder.parent.name == Path(config.name).name]
         found = find_equal_run(config, of_name)
         if config.samples.prompts == 0 and not found[1]:  # a finished run with samples serves, too
             other = find_equal_run(config, of_name, (SAMPLES,))
@@ -228,6 +254,15 @@ def _find(config: ExperimentConfig, folders: Sequence[Path]) -> tuple[Path | Non
         return None, False
 
 
+@cache
+def _threads(folder: Path) -> int | None:
+    """`trainer.threads` of a run, which changes no curve but for rounding; None where it cannot be read."""
+    try:
+        return load_experiment(folder / CONFIG).trainer.threads
+    except ValueError:
+        return None
+
+
 def progress_table(runs: Sequence[StudyRun], states: Sequence[Progress]) -> str:
     """A line for each arm of each comparison at each point of its grid, a column for each seed."""
     seeds = sorted({run.seed for run in runs})
@@ -235,7 +270,8 @@ def progress_table(runs: Sequence[StudyRun], states: Sequence[Progress]) -> str:
     for run, state in zip(runs, states, strict=True):
         for role in run.roles.values():
             own = " ".join(setting_words(role.arm.own))
-            setting = " ".join(filter(None, [role.point, own]))
+            again = f"trainer.threads={run.rounding}" if run.repeats else ""
+            setting = " ".join(filter(None, [role.point, own, again]))
             cells.setdefault((role.group, role.arm.name, setting), {})[run.seed] = str(state)
     groups = list(dict.fromkeys(group for group, _, _ in cells))
     cells = dict(sorted(cells.items(), key=lambda cell: groups.index(cell[0][0])))
@@ -285,8 +321,9 @@ def shown_runs(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:
     """The finished runs that the figures show, oldest first, and notes on those that are not finished.
 
     Those of experiments without a setting for all arms; of a comparison or group whose experiments are nowhere without
-    one, its first setting. A study whose arms all have names of their own shows its first comparison.
+    one, its first setting; repetitions never. A study whose arms all have names of their own shows its first comparison.
     """
+    runs = [run for run in runs if not run.repeats]
     everything = [(run, role) for run in runs for role in run.roles.values()]
     plain = {role.arm.experiment for _, role in everything if role.shown}
     first: dict[str, str] = {}
