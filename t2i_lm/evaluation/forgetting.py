@@ -144,6 +144,26 @@ def require_texts(config: ExperimentConfig) -> None:
         if text_location(path, f"forgetting.{key}").exists() or path.lower().endswith(SUFFIXES)
     }
     require_other_text(settings, found, "forgetting.second_text")
+    require_unseen(config, found)
+
+
+def require_unseen(config: ExperimentConfig, documents: Mapping[str, Sequence[str] | None]) -> None:
+    """Checks that no document of a run's held-out texts is replayed; of one on a hub, nothing is read here.
+
+    Raises:
+        ValueError: naming both texts and the document.
+    """
+    path, key = config.data.replay_path, "data.replay_path"
+    if not config.data.replayed or path is None or not text_location(path, key).exists():
+        return
+    measured = {document: name for name, several in documents.items() for document in several or ()}
+    for document in read_documents(path, key):
+        if document in measured:
+            name, words = f"forgetting.{measured[document]}", " ".join(document.split())[:60]
+            raise ValueError(
+                f"{key}={path}: a document of {name}={config.value(name)}, on which forgetting is measured, is in it "
+                f"({words!r}); give other text"
+            )
 
 
 def require_other_text(settings: ForgettingConfig, documents: Mapping[str, Sequence[str] | None], flag: str) -> None:

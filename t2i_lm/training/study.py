@@ -321,7 +321,7 @@ def shown_runs(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:
     """The finished runs that the figures show, oldest first, and notes on those that are not finished.
 
     Those of experiments without a setting for all arms; of a comparison or group whose experiments are nowhere without
-    one, its first setting; repetitions never. A study whose arms all have names of their own shows its first comparison.
+    one, its first setting; no repetitions. A study whose arms all have names of their own shows its first comparison.
     """
     runs = [run for run in runs if not run.repeats]
     everything = [(run, role) for run in runs for role in run.roles.values()]

@@ -228,3 +228,17 @@ def test_bad_settings_are_refused(
 ) -> None:
     assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", *overrides]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_text_that_is_measured_on_is_not_replayed(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heldout, replay = tmp_path / "heldout.txt", tmp_path / "replay.txt"
+    heldout.write_text("a ring of stars\fa red circle")
+    replay.write_text("a blue square\fa red circle")
+    settings = ["forgetting.interval=2", f"forgetting.text={heldout}", "data.replay_ratio=0.25"]
+    assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", *settings, f"data.replay_path={replay}"]) == 2
+    said = (
+        f"data.replay_path={replay}: a document of forgetting.text={heldout}, on which forgetting is measured, is in it"
+    )
+    assert f"{said} ('a red circle')" in capsys.readouterr().err
