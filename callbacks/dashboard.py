@@ -31,7 +31,7 @@ def layout(validations: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
         validations: names of the validation sets in metrics.jsonl, such as `val/iid`.
     """
     categories = {
-        "Figure 3: all tokens": _losses("", "all", validations),
+        "Figure 3: all tokens": _losses("", "all", validations) | _late("", "all", validations),
         "Figure 4: text tokens": _losses("", "text", validations) | _late("", "text", validations),
         "Figure 4: image tokens": _losses("", "image", validations) | _late("", "image", validations),
         "Figure 5: images without captions": _losses("unconditional/", "image", validations)

@@ -11,7 +11,7 @@ from callbacks.perplexity import EMASplitPerplexity
 # Numbers of a measurement that a chart shows; all are in metrics.jsonl.
 CURVES = ("nll", "top1", "accuracy")
 # Parts that are no curve, or another reading of the same answers.
-LEFT_OUT = ("floors", "all_rows_norm", "text_rows_norm")
+LEFT_OUT = ("floors", "all_rows_norm", "text_rows_norm", "all_rows_nll", "text_rows_nll")
 
 
 class Forgetting(Periodic):

@@ -12,7 +12,7 @@ FIGURES, OF_FIGURES, OF_OTHERS = ("text", "image", "all"), ("nll", "nll_ema", "p
 # The aggregate that differs from `all` by near-deterministic separators.
 LEFT_OUT = ("all_no_boundary",)
 # Share of a run after which losses are also logged under `late/`, for charts without the steep start.
-LATE, LATE_MODALITIES = 0.1, ("text", "image")
+LATE, LATE_MODALITIES = 0.1, ("text", "image", "all")
 # Fields of throughput that a chart can show.
 SPEED = ("tokens_per_s", "mfu", "data_wait", "memory_mib")
 

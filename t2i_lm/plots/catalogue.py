@@ -1,6 +1,5 @@
 """The study's figures by name: the paper's Figures 1 to 6, and those beyond the paper."""
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,8 +20,9 @@ from t2i_lm.comparison.gap import find_gap_curve, gap_json, gap_text
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS
 from t2i_lm.plots.alignment import alignment_figure
 from t2i_lm.plots.captions import final_note, gap_table, group_caption, loss_table, pair_caption, smoothing
-from t2i_lm.plots.curves import floor_nll, progress, series
+from t2i_lm.plots.curves import progress, series
 from t2i_lm.plots.figure1 import draw_figure1, figure1_table, image_tokenizer_sentence, newest_run, tokenized_images
+from t2i_lm.plots.floor import with_floor
 from t2i_lm.plots.forgetting import HOW, TEXTS, require_same_texts, retention_panels, retention_table
 from t2i_lm.plots.gap import TITLE, draw_gap, gap_caption
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS, Group, arm_of
@@ -46,9 +46,6 @@ from t2i_lm.runtime.tables import listed
 from t2i_lm.storage.run_folder import Run, read_run
 from t2i_lm.storage.writing import write_atomic
 
-# What the floor of a modality's loss is.
-FLOORS = {"text": "the captions' entropy", "image": "the images' entropy given their captions"}
-UNCAPTIONED = "the images' entropy"
 UNITS = {"nll": "loss (nats/token)", "ppl": "perplexity"}
 
 
@@ -142,7 +139,7 @@ class PairFigure:
     def _panel(self, pair: RunPair, modality: str) -> Panel:
         curves = {arm: series(run, modality) for arm, run in pair.arms.items()}
         panel = Panel(self.panels[modality], curves, note=final_note(pair, modality))
-        return _with_floor(panel, pair.arms.values(), modality, "ppl")
+        return with_floor(panel, pair.arms.values(), modality, "ppl")
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,7 @@ class GroupFigure:
         reference, *others = arms
         order = (*others, reference)  # the reference on top
         panels = [
-            _with_floor(
+            with_floor(
                 Panel(title, {arm: series(arms[arm], modality, self.unit) for arm in order}, unit=UNITS[self.unit]),
                 arms.values(),
                 modality,
@@ -180,17 +177,6 @@ class GroupFigure:
             for modality, title in self.panels.items()
         ]
         return _render_group(self.title, group, arms, panels, loss_table(arms, "image"), self.labels)
-
-
-def _with_floor(panel: Panel, runs: Iterable[Run], modality: str, unit: str) -> Panel:
-    """The panel with the floor of a modality's loss, where a report has it."""
-    arms = [*runs]
-    nll = floor_nll(arms, modality)
-    if nll is None:
-        return panel
-    floor = math.exp(nll) if unit == "ppl" else nll
-    words = UNCAPTIONED if arms[0].config["task"] == "unconditional" else FLOORS[modality]
-    return replace(panel, floor=floor, floor_label=f"floor, {words}: {floor:.3g}")
 
 
 def figure1(request: Request) -> RenderedFigure:

@@ -9,6 +9,7 @@ from t2i_lm.comparison.comparability import mismatches
 from t2i_lm.plots.alignment import alignment_figure
 from t2i_lm.plots.captions import group_caption, smoothing
 from t2i_lm.plots.curves import series
+from t2i_lm.plots.floor import with_floor
 from t2i_lm.plots.groups import FIGURE6, arm_of
 from t2i_lm.plots.pairing import newest_first
 from t2i_lm.plots.panels import Panel, draw_panels
@@ -58,7 +59,10 @@ def _partners(run: Run, names: tuple[str, ...]) -> dict[str, Run]:
 
 def _loss_panels(titles: dict[str, str], arms: dict[str, Run]) -> list[Panel]:
     return [
-        Panel(title, {arm: series(run, modality) for arm, run in arms.items()}) for modality, title in titles.items()
+        with_floor(
+            Panel(title, {arm: series(run, modality) for arm, run in arms.items()}), arms.values(), modality, "ppl"
+        )
+        for modality, title in titles.items()
     ]
 
 

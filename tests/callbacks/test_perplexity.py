@@ -211,6 +211,9 @@ def test_a_partial_sanity_check_writes_nothing(tmp_path: Path) -> None:
     assert [line["step"] for line in written if "val" in line] == [2]
 
 
+LATE = (("train", "nll_ema"), ("val", "nll"))
+
+
 def test_tensorboard_gets_stable_tags_against_tokens(tmp_path: Path) -> None:
     train, val = [[(2.0, 1), (3.0, 1), (1.0, 1)]] * 4, [[(1.0, 1)] * 3]
     logger = TensorBoardLogger(tmp_path, name="", version="tb", default_hp_metric=False)
@@ -219,8 +222,7 @@ def test_tensorboard_gets_stable_tags_against_tokens(tmp_path: Path) -> None:
     tags = set(read.Tags()["scalars"])
     losses = {f"train/{name}/{field}" for name in ("text", "image", "all") for field in ("nll", "nll_ema", "ppl_ema")}
     losses |= {"train/boundary/nll", *(f"val/{name}/nll" for name in ("text", "image", "boundary", "all"))}
-    late = {f"late/{key}/nll{end}" for key, end in (("train/text", "_ema"), ("train/image", "_ema"))}
-    late |= {f"late/val/{name}/nll" for name in ("text", "image")}
+    late = {f"late/{key}/{name}/{field}" for key, field in LATE for name in ("text", "image", "all")}
     assert tags == losses | late | {"optim/lr"}
     assert [event.step for event in read.Scalars("train/text/ppl_ema")] == [20, 40, 60, 80]
     assert [event.step for event in read.Scalars("val/image/nll")] == [40, 80]
