@@ -14,6 +14,7 @@ from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.format import open_split
 from t2i_lm.evaluation.originals import originals
 from t2i_lm.experiment.build import prepare
+from t2i_lm.generation.grid import grid_cells
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.figure1 import newest_run, tokenized_images
 from t2i_lm.storage.run_folder import Run
@@ -42,16 +43,31 @@ def test_figure_1_needs_one_run(tmp_path: Path) -> None:
         FIGURES["1"](Request(tmp_path))
 
 
+FILES = ("originals", "reconstructions")
+
+
 def test_originals_of_scenes_are_the_rendered_scenes(pretrained: Run) -> None:
     config = load_run(pretrained.folder)
     rows = open_split(prepare(config, 0), "val/compositional")[:3]
     source = SceneSource(3, "compositional", config.data.seed)
     for index, image in enumerate(originals(config, "val/compositional", rows, 64)):
         assert np.array_equal(image, np.asarray(source[index].image))
-    for name in ("originals", "reconstructions"):
-        assert (pretrained.folder / "samples" / f"{name}.png").is_file()
-    both = [Image.open(pretrained.folder / "samples" / f"{name}.png") for name in ("originals", "reconstructions")]
-    assert both[0].tobytes() != both[1].tobytes()
+
+
+@pytest.mark.parametrize(("suffix", "split"), [("", "iid"), ("_compositional", "compositional")])
+def test_originals_png_holds_originals_and_the_other_file_what_the_tokenizer_makes_of_them(
+    suffix: str, split: str, pretrained: Run
+) -> None:
+    folder = pretrained.folder / "samples"
+    source = SceneSource(100, split, load_run(pretrained.folder).data.seed)
+    originals_png, reconstructions = (grid_cells(folder / f"{name}{suffix}.png") for name in FILES)
+    assert len(originals_png) == len(reconstructions) >= 2
+    for index, (original, other) in enumerate(zip(originals_png, reconstructions, strict=True)):
+        expected = np.asarray(source[index].image)
+        assert original.caption == other.caption == source.caption(index)
+        drawn, decoded = (np.asarray(one.image.resize((64, 64), Image.Resampling.NEAREST)) for one in (original, other))
+        assert np.array_equal(drawn, expected)
+        assert not np.array_equal(decoded, expected)
 
 
 def test_originals_of_a_folder_are_found_by_id_and_a_lost_one_is_named(pretrained: Run, tmp_path: Path) -> None:
