@@ -181,3 +181,14 @@ def test_every_experiment_is_in_the_index() -> None:
 def test_the_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 150
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    named = 0
+    for page in PAGES:
+        file = ""
+        for path, name in re.findall(r"`((?:tests/[\w/]+\.py)?)::(\w+)`", page.read_text(encoding="utf-8")):
+            file = path or file
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page.name}: {file}::{name}"
+            named += 1
+    assert named > 20

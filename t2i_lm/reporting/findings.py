@@ -189,7 +189,7 @@ def group_rows(arms: Mapping[str, Run]) -> tuple[tuple[str, ...], list[tuple[str
 
 
 def alignment_sentences(arms: Mapping[str, Run]) -> list[str]:
-    """The contrastive loss early and at the end beside chance, and where the temperature reaches its bound."""
+    """The contrastive loss early and at the end beside chance, the temperature at its bound, and the rows' norms."""
     sentences = []
     for arm, run in arms.items():
         lines = [line for line in run.records("train") if "all" in line["train"]]
@@ -208,6 +208,12 @@ def alignment_sentences(arms: Mapping[str, Run]) -> list[str]:
         clamped = next((step for step, scale in scales if scale >= 0.999 * bound), None)
         if clamped is not None:
             sentences.append(f"Its temperature is at its bound, {bound:g}, from step {clamped:,} on.")
+        norms = (run.report or {}).get("row_norms", {})
+        if {"image", "text"} <= norms.keys():
+            sentences.append(
+                f"Mean norm of its image rows {norms['image']:.2f}, of text rows {norms['text']:.2f}: a model "
+                "that starts from them differs in scale, too."
+            )
     return [*sentences, ONE_RUN] if sentences else []
 
 
