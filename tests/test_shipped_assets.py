@@ -10,7 +10,10 @@ import torch
 
 from t2i_lm.assets import find
 from t2i_lm.data.scenes.source import SceneSource
+from t2i_lm.evaluation.probes.heldout import heldout_text, text_losses
+from t2i_lm.models.open_lm import load_open_lm
 from t2i_lm.tokenizers.image import open_image_tokenizer
+from t2i_lm.tokenizers.text import open_text_tokenizer
 
 
 def card(name: str) -> dict[str, Any]:
@@ -30,6 +33,24 @@ def test_both_language_models_read_the_same_tokens_and_learned_english() -> None
         assert one["held_out_bits_per_byte"] < 1.6
         assert one["held_out_bits_per_byte"] < one["other_domain_bits_per_byte"] < 3.2
         assert len(one["completions"]) >= 10
+
+
+@pytest.mark.parametrize(
+    ("name", "novels", "nonfiction"), [("lm_rotary", 3.627, 3.931), ("lm_head_rotary", 3.706, 4.057)]
+)
+def test_a_language_model_has_the_loss_from_which_forgetting_is_measured(
+    name: str, novels: float, nonfiction: float
+) -> None:
+    """The numbers of docs/results.md; 48 rows of 112 ids, as the demo measures."""
+    folder = find(f"asset:{name}")
+    assert folder is not None
+    decoder, text = load_open_lm(folder).eval(), open_text_tokenizer("asset:lm_rotary/text_tokenizer.model")
+    for path, expected in (("novels", novels), ("nonfiction", nonfiction)):
+        rows = heldout_text(f"asset:text/{path}.txt.gz", text, 48, 112).ids_RT
+        assert rows.shape == (48, 113)
+        with torch.no_grad():
+            losses = text_losses(decoder, rows)["text_rows"]
+        assert sum(losses) / len(losses) == pytest.approx(expected, abs=0.002)
 
 
 @pytest.mark.parametrize(
