@@ -96,8 +96,7 @@ def _point(axes: Axes, place: float, statistics: PairedStatistics, differences: 
 def grid_caption(grid: Grid) -> str:
     """What the figure of a grid shows."""
     made = [one for one in grid.comparisons if one.arms is not None]
-    plan, arms = made[0].plan, made[0].arms
-    assert arms is not None
+    plan = made[0].plan
     level = f"{100 * (1 - plan.alpha):g} %"
     absent = [name for name, one in labeled(grid).items() if one.arms is None]
     n = _span(one.results[0].statistics.n for one in made)
@@ -105,10 +104,13 @@ def grid_caption(grid: Grid) -> str:
     if RATE not in (*plan.where, *plan.own_keys):
         rates = sorted({config_values(run)[RATE] for one in made if one.arms is not None for run in one.arms.runs})
         shared.append(f"learning rate {' and '.join(f'{rate:g}' for rate in rates)}")
+    hashes = dict.fromkeys(
+        str(run.environment.get("data_hash")) for one in made if one.arms is not None for run in one.arms.runs
+    )
     lines = [
         f"{grid.name}: {plan.primary}, each arm minus {[*plan.parsed][-1]}, paired by seed, n = {n} seeds. Points: "
         f"mean and {level} t-interval; crosses: seeds; band: margin {plan.margin}. Scale "
-        f"{', '.join([plan.scale, *shared])}, data hash {arms.runs[0].environment.get('data_hash')}.",
+        f"{', '.join([plan.scale, *shared])}, data hash{'es' * (len(hashes) > 1)} {', '.join(hashes)}.",
         *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
         *(f"{_sentence(line, grid)}." for tuned in tune(grid) for line in tuned.lines),
     ]
