@@ -101,13 +101,16 @@ def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -
 
 
 def _run_in_sequence(jobs: Sequence[Job], keep_going: bool) -> int:
-    first_failure = 0
-    for job in jobs:
+    first_failure, started = 0, time.monotonic()
+    for done, job in enumerate(jobs, start=1):
         print(f"== {job.name}", flush=True)
+        begun = time.monotonic()
         code = _run(job)
         first_failure = first_failure or code
         if code > 128 or (code and not keep_going):  # above 128: stopped by a signal
             break
+        if not code and len(jobs) > 1:
+            _print_finished(job, begun, started, done, len(jobs))
     return first_failure
 
 
@@ -148,7 +151,7 @@ def _run_in_parallel(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
                     free.append(one.slot)
                     code = one.process.exitcode or 0
                     codes.append(code if code >= 0 else 128 - code)
-                    _report(one, codes[-1], len(codes), len(jobs), time.monotonic() - started)
+                    _report(one, codes[-1], started, len(codes), len(jobs))
         finally:  # after any error here: no run outlives this process
             for one in running:
                 one.send(signal.SIGTERM)
@@ -201,14 +204,20 @@ def _visible_gpus(count: int) -> list[str]:
     return (named.split(",") if named else [str(number) for number in range(count)])[:count]
 
 
-def _report(one: Running, code: int, done: int, jobs: int, seconds: float) -> None:
-    took = timedelta(seconds=round(time.monotonic() - one.started))
+def _report(one: Running, code: int, started: float, done: int, jobs: int) -> None:
     if code:
+        took = timedelta(seconds=round(time.monotonic() - one.started))
         print(f"== {one.job.name}: failed with code {code} after {took}; last lines of its log:", file=sys.stderr)
         print(*one.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:], sep="\n", file=sys.stderr)
         return
-    left = timedelta(seconds=round(seconds / done * (jobs - done)))
-    print(f"== {one.job.name}: finished after {took}; {done}/{jobs}, ETA {left}", flush=True)
+    _print_finished(one.job, one.started, started, done, jobs)
+
+
+def _print_finished(job: Job, begun: float, started: float, done: int, jobs: int) -> None:
+    """How long a run took, and when all will be done; `begun` is its own start, `started` that of the first."""
+    now = time.monotonic()
+    took, left = timedelta(seconds=round(now - begun)), timedelta(seconds=round((now - started) / done * (jobs - done)))
+    print(f"== {job.name}: finished after {took}; {done}/{jobs}, ETA {left}", flush=True)
 
 
 @contextmanager

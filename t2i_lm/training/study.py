@@ -26,6 +26,8 @@ from t2i_lm.training.sweep import in_proportion
 # Folder of a study's runs, in `run.dir`.
 RUNS = "study"
 SAMPLES = "samples."
+# In the name of the folder of runs that are trained once more with other threads.
+THREADS = "trainer.threads"
 # Keys of files and folders that a run writes, that a run of the study makes, or that evaluations check themselves.
 NOT_READ = ("run.dir", "data.cache_dir", "aligned_rows", "fid.coco", "fid.weights", "forgetting.tasks")
 READ = tuple(key for key in PATH_KEYS if key not in NOT_READ)
@@ -58,24 +60,20 @@ class StudyRun:
         seed: its seed.
         job: what trains it.
         results: folder of collected results, of which a finished run stands for it; None for none.
-        rounding: that of the study. A run with as many threads repeats another, and they do not stand for each other.
+        repeats: whether it is another one of the study once more, with other threads and in a folder of its own: they
+            do not stand for each other.
     """
 
     roles: Mapping[str, Role]
     seed: int
     job: Job
     results: Path | None = None
-    rounding: int | None = None
+    repeats: bool = False
 
     @property
     def uses(self) -> tuple[str, ...]:
         """Names of the comparisons and groups that need it."""
         return tuple(self.roles)
-
-    @property
-    def repeats(self) -> bool:
-        """Whether it repeats another run of the study with other threads."""
-        return self.rounding is not None and self.job.config.trainer.threads == self.rounding
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def study_runs(
             job = Job(config, label=" ".join([*words, f"seed={seed}"]))
             # A run with samples serves where none are needed, too.
             kept = runs[key].job if key in runs and quiet else job
-            runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS, study.rounding)
+            runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS)
     return [*runs.values(), *_repeats([*runs.values()], needed[0], study.rounding)]
 
 
@@ -160,14 +158,18 @@ def _repeats(runs: Sequence[StudyRun], first: Needed, threads: int | None) -> It
     Raises:
         ValueError: if all runs have as many.
     """
+    place = (first.group, " ".join(setting_words(first.point)))
     for run in runs if threads is not None else ():
-        require(not run.repeats, "rounding", threads, "another number than trainer.threads, which all runs have")
-        place = (first.group, " ".join(setting_words(first.point)))
+        config, word = run.job.config, f"{THREADS}={threads}"
+        expected = "another number than trainer.threads, which all runs have"
+        require(config.trainer.threads != threads, "rounding", threads, expected)
         roles = {use: role for use, role in run.roles.items() if (role.group, role.point) == place}
         if roles and run.seed == first.seeds[0]:
-            config = replace(run.job.config, trainer=replace(run.job.config.trainer, threads=threads))
-            job = Job(config, label=f"{run.job.label} trainer.threads={threads}")
-            yield replace(run, roles=roles, job=job)
+            own = Path(config.run.dir)
+            folder = _root(run) / setting_folder([*([] if own == _root(run) else [own.name]), word])
+            trainer = replace(config.trainer, threads=threads)
+            job = Job(replace(config, trainer=trainer, run=RunConfig(str(folder))), label=f"{run.job.label} {word}")
+            yield replace(run, roles=roles, job=job, repeats=True)
 
 
 def _configure(
@@ -242,8 +244,12 @@ def _root(run: StudyRun) -> Path:
 def _find(run: StudyRun, folders: Sequence[Path]) -> tuple[Path | None, bool]:
     config = run.job.config
     of_name = [folder for folder in folders if folder.parent.name == Path(config.name).name]
-    if run.rounding is not None:
-        of_name = [folder for folder in of_name if (_threads(folder) == run.rounding) == run.repeats]
+    own = Path(config.run.dir).name
+    of_name = [
+        folder
+        for folder in of_name
+        if folder.parents[1].name == own or not (run.repeats or THREADS in folder.parents[1].name)
+    ]
     try:
         found = find_equal_run(config, of_name)
         if config.samples.prompts == 0 and not found[1]:  # a finished run with samples serves, too
@@ -254,15 +260,6 @@ def _find(run: StudyRun, folders: Sequence[Path]) -> tuple[Path | None, bool]:
         return None, False
 
 
-@cache
-def _threads(folder: Path) -> int | None:
-    """`trainer.threads` of a run, which changes no curve but for rounding; None where it cannot be read."""
-    try:
-        return load_experiment(folder / CONFIG).trainer.threads
-    except ValueError:
-        return None
-
-
 def progress_table(runs: Sequence[StudyRun], states: Sequence[Progress]) -> str:
     """A line for each arm of each comparison at each point of its grid, a column for each seed."""
     seeds = sorted({run.seed for run in runs})
@@ -270,7 +267,7 @@ def progress_table(runs: Sequence[StudyRun], states: Sequence[Progress]) -> str:
     for run, state in zip(runs, states, strict=True):
         for role in run.roles.values():
             own = " ".join(setting_words(role.arm.own))
-            again = f"trainer.threads={run.rounding}" if run.repeats else ""
+            again = f"{THREADS}={run.job.config.trainer.threads}" if run.repeats else ""
             setting = " ".join(filter(None, [role.point, own, again]))
             cells.setdefault((role.group, role.arm.name, setting), {})[run.seed] = str(state)
     groups = list(dict.fromkeys(group for group, _, _ in cells))

@@ -13,6 +13,7 @@ import pytest
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.storage.run_folder import OWNER, REPORT, read_run, run_folders
+from t2i_lm.training import jobs
 from t2i_lm.training.jobs import Job, run_jobs
 
 ROOT = Path(__file__).parents[2]
@@ -118,3 +119,15 @@ def test_a_signal_saves_and_stops_all_runs(number: signal.Signals, tiny: list[st
         assert not (folder / OWNER).exists()
         assert len(list((folder / "checkpoints").glob("step-*.ckpt"))) == 1
         assert not (folder / REPORT).exists()
+
+
+def test_runs_in_sequence_tell_when_all_will_be_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = iter((0, 2, 0))
+    monkeypatch.setattr(jobs, "_run", lambda job: next(codes))
+    configs = [load_experiment(EXPERIMENTS / "t2i_scratch.yaml", "demo", [f"seed={seed}"]) for seed in range(3)]
+    assert run_jobs([Job(config, label=f"seed={config.seed}") for config in configs], keep_going=True) == 2
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
+    assert [line.partition(":")[0] for line in lines] == ["== t2i_scratch seed=0", "== t2i_scratch seed=2"]
+    assert lines[-1].endswith("finished after 0:00:00; 3/3, ETA 0:00:00")
