@@ -77,6 +77,7 @@ class NonFiniteGuard(Callback):
         self._losses: list[Tensor] = []  # of this rank's micro-batches in the current step
         # Of each step since the last look: whether the gradient was bad, whether the loss was, the bound, P losses.
         self._seen: list[tuple[int, Tensor]] = []
+        self._spiked = False
         self._fused: Optimizer | None = None
         self._last_check = 0
 
@@ -163,10 +164,10 @@ class NonFiniteGuard(Callback):
             )
 
     def _tell(self, trainer: pl.Trainer) -> bool:
-        """Logs the steps that were skipped since the last look; whether the last of them was a spike."""
+        """Logs the steps that were skipped since the last look; whether the last one so far was a spike."""
         seen, self._seen = self._seen, []
         if not seen:
-            return False
+            return self._spiked
         rows = torch.stack([row for _, row in seen]).tolist()
         spiked = False
         for (step, _), (bad, spike, bound, *losses) in zip(seen, rows, strict=True):
@@ -176,6 +177,7 @@ class NonFiniteGuard(Callback):
             if self.events and trainer.is_global_zero:
                 kind = "loss-spike" if spike else "non-finite-gradient"
                 self.events.write(kind, self._describe(step, losses, bound if spike else None, trainer.world_size))
+        self._spiked = spiked
         return spiked
 
     def _describe(self, step: int, losses: list[float], bound: float | None, world: int) -> str:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (
             (code := run_jobs([Job(config) for config in configs], options.jobs))
             or not options.all
-            or not is_first_process()
+            or not is_first_process(configs[0].trainer.processes)
         ):
             return code
         from t2i_lm.plots.catalogue import Request, write_figures

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(*(f"== {job.name}" for job in remaining), sep="\n")
             return 0
-        if (code := run_jobs(remaining, options.jobs)) or not is_first_process():
+        if (code := run_jobs(remaining, options.jobs)) or not is_first_process(jobs[0].config.trainer.processes):
             return code
         from t2i_lm.plots.catalogue import Request, write_figures
 

@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
             return 2 if missing else 0
         code = train(runs, options.jobs)
-        if code > 128 or not is_first_process():  # stopped by a signal; or another rank, which draws nothing
+        if code > 128 or not is_first_process(
+            max(run.job.config.trainer.processes for run in runs)
+        ):  # stopped by a signal; or another rank, which draws nothing
             return code
         results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
         failed = write_results(results, out)

@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         require_no_results({Path(job.config.run.dir) for job in remaining})
         code = run_jobs(remaining, options.jobs, keep_going=True)
-        if code > 128 or not is_first_process():  # stopped by a signal; or another rank, which draws nothing
+        if code > 128 or not is_first_process(
+            max(job.config.trainer.processes for job in jobs.values())
+        ):  # stopped by a signal; or another rank, which draws nothing
             return code
         from t2i_lm.comparison.comparability import require_comparable
         from t2i_lm.plots.groups import arms_of

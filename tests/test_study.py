@@ -17,7 +17,7 @@ from t2i_lm.training import cost
 from t2i_lm.training.cost import estimate
 from t2i_lm.training.jobs import Job
 from t2i_lm.training.remedies import read_strengths
-from t2i_lm.training.study import StudyRun, compare_arms, progress_of, progress_table, study_runs
+from t2i_lm.training.study import StudyRun, compare_arms, progress_of, progress_table, shown_runs, study_runs
 from tests.study_folders import finish
 
 EXPERIMENTS = Path("experiments")
@@ -165,6 +165,8 @@ def test_a_plan_measures_rounding_by_other_threads(plan: Path, tmp_path: Path) -
     folders = [state.folder for state in progress_of(runs)]
     assert len(set(folders)) == len(folders)
     one, two = compare_arms(read_study(plan), runs)
+    assert one.arms is not None
+    assert not any("rounding" in note for note in one.arms.notes)
     assert one.results[0].rounding_sd == pytest.approx(0.01 / 2**0.5)
     assert two.results[0].rounding_sd is None
     with pytest.raises(ValueError, match=r"rounding=3: expected another number than trainer.threads"):
@@ -176,6 +178,17 @@ def test_a_setting_of_the_whole_study_is_shown(plan: Path) -> None:
     content = f"seeds: [0]\ncomparisons: {{one: {{{steps}, over: {{optim.lr: [1e-3, 3e-3]}}}}, two: {{{steps}}}}}"
     shown = [run.job.config for run in configs(plan, content) if any(role.shown for role in run.roles.values())]
     assert {(one.trainer.max_steps, one.optim.lr) for one in shown} == {(300, 3e-3)}
+
+
+def test_of_several_settings_of_an_experiment_one_is_shown(plan: Path, tmp_path: Path) -> None:
+    content = "seeds: [0]\ncomparisons: {one: {where: {optim.lr: 1e-3}}, two: {where: {optim.lr: 1e-4}}}"
+    runs = configs(plan, content, f"run.dir={tmp_path}")
+    finish(runs, lambda _: 1.0)
+    shown, _ = shown_runs(runs)
+    assert [(run.config["name"], run.config["optim"]["lr"]) for run in shown] == [
+        ("t2i_pretrained", 1e-3),
+        ("t2i_scratch", 1e-3),
+    ]
 
 
 def test_runs_of_an_equal_config_stand_for_each_other_whatever_plan_made_them(plan: Path, tmp_path: Path) -> None:

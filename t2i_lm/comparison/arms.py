@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from t2i_lm.comparison.comparability import (
+    CHANGES,
     ENVIRONMENT,
     ORDER,
     SEED,
@@ -196,14 +197,15 @@ def _require_one_setting(
         for key, values in differing.items():
             counts = Counter(map(str, values))
             words.append(f"{key}: " + ", ".join(f"{value} ({count} runs)" for value, count in counts.most_common()))
+            if key == CHANGES:  # nothing to choose by
+                continue
             value = counts.most_common(1)[0][0]
             alone = arm is not None and key.startswith(tuple(own_value))
             choices.append(
                 f"arms: {{{arm}: {{{key}: {value}}}}} in a plan" if alone else f"{names.get(key, key)}={value}"
             )
-        raise IncomparableError(
-            f"the runs are of more than one setting: {'; '.join(words)}. Choose one, for example {' '.join(choices)}"
-        )
+        advice = f"Choose one, for example {' '.join(choices)}" if choices else "Train the changed runs again"
+        raise IncomparableError(f"the runs are of more than one setting: {'; '.join(words)}. {advice}")
 
 
 def _absent(plan: Plan, first: Mapping[int, Any], second: Mapping[int, Any]) -> list[str]:

@@ -101,7 +101,7 @@ def differences(
 
 def _changes(run: Run) -> str:
     """What `--resume --allow-mismatch` changed within a run, in words."""
-    changes = run.environment.get("changes") or []
+    changes = [one for one in run.environment.get("changes") or [] if not is_neutral(one["key"])]
     return "; ".join(f"{one['key']} {one['from']} to {one['to']} after step {one['step']}" for one in changes) or "none"
 
 

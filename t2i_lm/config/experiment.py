@@ -299,7 +299,7 @@ class ExperimentConfig(Section):
             yield used and self.task != "text_to_image", key, f"{off} with {task}, it is for task=text_to_image"
         no_language = self.init not in ("pretrained", "aligned")
         no_images = self.task not in ("text_to_image", "unconditional")
-        anchors = f"0 with init={self.init} and {task}, it pulls to the pre-trained weights of an image model"
+        anchors = f"0 with init={self.init} and {task}: it requires an image model with pre-trained weights"
         yield optim.l2_sp > 0 and (no_images or self.init == "random"), "optim.l2_sp", anchors
         yield (
             self.lora.rank > 0 and self.tune != "all",

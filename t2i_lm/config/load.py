@@ -134,8 +134,8 @@ def nested_yaml(values: Mapping[str, Any]) -> str:
 
 
 def changed_yaml(path: Path, values: Mapping[str, Any]) -> str:
-    """The content of a YAML file with other values of some dotted keys."""
-    tree = read_yaml(path.read_text(encoding="utf-8"))
+    """The content of a YAML file with other values of some dotted keys, under today's names."""
+    tree = migrate(read_yaml(path.read_text(encoding="utf-8")), path)
     for key, value in values.items():
         _set(tree, key, value)
     return _dump(tree)

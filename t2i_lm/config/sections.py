@@ -249,6 +249,11 @@ class OptimConfig(Section, prefix="optim"):
 class TrainerConfig(Section, prefix="trainer"):
     """Lightning's Trainer, by its own names, and how the model is run."""
 
+    @property
+    def processes(self) -> int:
+        """Number of processes that train together."""
+        return self.devices * self.num_nodes
+
     max_steps: int = 100_000
     """Optimizer steps."""
     accelerator: str = "auto"

@@ -112,9 +112,17 @@ def _pretrained_open_lm(config: ExperimentConfig) -> Backbone:
     assert config.backbone.path is not None
     path, wanted = resolve(config.backbone.path), decoder_architecture(config, config.data.length)
     own = (path if path.is_dir() else path.parent) / "config.json"
-    if own.is_file():
-        _require_trained_architecture(config, wanted, decoder_config(own))
+    if own.is_file() and (trained := _architecture_in(own)) is not None:
+        _require_trained_architecture(config, wanted, trained)
     return load_open_lm(path, vars(wanted))
+
+
+def _architecture_in(file: Path) -> DecoderConfig | None:
+    """The architecture that a config.json beside open_lm weights states; None for one of another program."""
+    try:
+        return decoder_config(file)
+    except ValueError:  # where `backbone.config` is null, the same file has just been refused
+        return None
 
 
 def _require_trained_architecture(config: ExperimentConfig, wanted: DecoderConfig, trained: DecoderConfig) -> None:

@@ -242,7 +242,7 @@ def _forgotten(run: Run) -> _Forgotten | None:
         return None
     first, last = (line["forgetting"].get("text", {}) for line in (before, lines[-1]))
     start, end = (entry.get("text_rows", {}) for entry in (first, last))
-    if not ("nll" in start and "nll" in end):
+    if "nll" not in start or "change" not in end:  # else other rows of text
         return None
     best = end.get("best_temperature", {}).get("nll")
     return _Forgotten(last.get("name"), start["nll"], end["nll"], end.get("change_se"), best)

@@ -62,6 +62,9 @@ class Section:
     rows: list[tuple[str, ...]] = field(default_factory=list)
     header: tuple[str, ...] = ()
     numbers: bool = False  # whether the cells beside the first are numbers
+    alone: tuple[tuple[str, ...], list[tuple[str, ...]]] | None = (
+        None  # of one run of each arm, beside `rows` over seeds
+    )
     notes: list[str] = field(default_factory=list)
     missing: tuple[str, str] | None = None  # reason and command
     command: str = ""
@@ -242,6 +245,8 @@ def _add_grids(request: ReportRequest, sections: dict[str, Section]) -> None:
         made = [one for one in grid.comparisons if one.arms is not None]
         curves = tuple(curve for curve in results.curves if curve.family == grid.name) if results else ()
         if made:
+            if section.rows:
+                section.alone = section.header, section.rows
             section.header, section.rows, section.numbers = table.header, list(table.rows), False
             section.found = [f"{upper_first(table.title)}."]  # in place of sentences on one run of each
             section.command, section.missing = command, None

@@ -127,12 +127,16 @@ class _CsvWriter(ExperimentWriter):
         super().__init__(log_dir)
         self._told = False
         file = Path(self.metrics_file_path)
-        earlier = _rows(file)
-        if purge is not None and any(int(row["step"]) >= purge for row in earlier):
-            earlier = [row for row in earlier if int(row["step"]) < purge]
-            with atomic_file(file) as own:
-                _append(own, sorted(earlier[0]) if earlier else [], earlier, header=True)
-        self.metrics_keys = sorted(earlier[0]) if earlier else []
+        found = _rows(file)
+        whole = [row for row in found if str(row.get("step")).isdigit() and None not in (*row, *row.values())]
+        kept = [row for row in whole if purge is None or int(row["step"]) < purge]
+        self.metrics_keys = sorted(kept[0]) if kept else []
+        if len(kept) < len(found):  # torn by a kill, or after the checkpoint
+            try:
+                with atomic_file(file) as own:
+                    _append(own, self.metrics_keys, kept, header=True)
+            except OSError as error:
+                tell(f"{problem(error)}; rows after the checkpoint stay in it, and the run goes on")
 
     def _check_log_dir_exists(self) -> None:
         """Keeps the file of an earlier session, which Lightning's writer deletes."""

@@ -6,9 +6,14 @@ import os
 OTHERS = ("NODE_RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
 
 
-def is_first_process() -> bool:
-    """Whether this process is the first of all; before Lightning launches others, also whether it will be."""
-    return global_rank() == 0 and not any(int(os.environ.get(name, "0")) for name in OTHERS)
+def is_first_process(processes: int) -> bool:
+    """Whether this process is the first of a run's; before Lightning launches others, also whether it will be.
+
+    Args:
+        processes: of the run. One alone is the first, even as one of several runs that `mpirun` started.
+    """
+    others = OTHERS if processes > 1 else ()
+    return global_rank() == 0 and not any(int(os.environ.get(name, "0")) for name in others)
 
 
 def local_rank() -> int:

@@ -135,8 +135,8 @@ def run_folders(root: Path, name: str | None = None, scale: str = "") -> list[Pa
     of_name = "*" if name is None else glob.escape(name)
     runs = [path.parent for path in root.glob(f"{of_name}/*/{CONFIG}")]
     if scale:
-        own = re.compile(rf"-{re.escape(scale)}(-\d+)?$")  # not that of a scale whose name begins like it
-        runs = [folder for folder in runs if own.search(folder.name)]
+        own = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(scale)}(-\d+)?")  # `new_run_folder`
+        runs = [folder for folder in runs if own.fullmatch(folder.name)]
     return sorted(runs, key=lambda folder: folder.name)
 
 

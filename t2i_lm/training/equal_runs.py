@@ -100,7 +100,7 @@ def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...
 def _same_start(config: ExperimentConfig, folder: Path) -> bool:
     """Whether a run has one config from its start, scenes and numerics of this code, and today's data and models."""
     recorded = read_environment(folder)  # empty in a run that ended before it wrote one
-    if recorded.get("changes"):  # by --allow-mismatch
+    if any(not is_neutral(change["key"]) for change in recorded.get("changes") or []):  # by --allow-mismatch
         return False
     oldest = IMAGES_FORMAT if config.task == "image_tokenizer" else SCENES_FORMAT
     scenes = config.data.source != "scenes" or not recorded or scenes_version(recorded) >= oldest

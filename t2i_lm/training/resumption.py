@@ -202,10 +202,18 @@ def require_same_config(config: ExperimentConfig, found: Resumption) -> None:
         ValueError: naming each difference that was not allowed, or cannot be.
     """
     recorded = found.record.get(VALUES)
+    environment = read_environment(found.folder)
+    if recorded is None and CONFIG_DIGEST in environment and environment[CONFIG_DIGEST] != config_entry(found.folder):
+        raise ValueError(
+            f"--resume {found.folder}: {CONFIG} has other values than when the run was started, and no checkpoint says "
+            "which; restore it, or start a new run"
+        )
     source = CONFIG if found.checkpoint is None or recorded is None else found.checkpoint.name
     if recorded is None:
         recorded = _written(found.folder)
     now = config_values(config, found.folder)
+    if {config.backbone.config, now.get("backbone.config")} & PRESETS.keys():
+        now["backbone.config"] = config.backbone.config  # a name and no path, which an override may change
     refused, fixed, moved = [], [], []
     for key in sorted({*recorded, *now}):
         before, value = recorded.get(key, "missing"), now.get(key, "missing")

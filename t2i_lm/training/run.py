@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import EventLog, MetricsFile, Preempted
+from callbacks.checkpoints import mark_not_started
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import save_experiment
 from t2i_lm.config.sections import SHARDED
@@ -38,6 +38,7 @@ from t2i_lm.runtime.seeds import generator
 from t2i_lm.runtime.slurm import requeue
 from t2i_lm.storage.owner import Ownership, own, require_free
 from t2i_lm.storage.run_folder import (
+    CHECKPOINTS,
     CONFIG,
     CONFIG_DIGEST,
     ENVIRONMENT,
@@ -98,7 +99,7 @@ def _run(config: ExperimentConfig, resume: Path | None, allowed: Sequence[str], 
     loss_backend(config.loss.backend)
     require_texts(config)
     config = resolve_aligned_rows(config)
-    is_main = is_first_process() and FOLDER_VARIABLE not in os.environ
+    is_main = is_first_process(config.trainer.processes) and FOLDER_VARIABLE not in os.environ
     resumption = None
     if resume is not None:
         if is_main:
@@ -169,7 +170,11 @@ def _train(
                 print(line, flush=True)
         return stop.exit_code
     except SIGTERMException:  # by Lightning, in the moments before Preemption's handlers are installed
-        print(f"stopped by SIGTERM. Continue with --resume {folder}", file=sys.stderr)
+        if trainer.is_global_zero:
+            if not trainer.global_step:
+                mark_not_started(folder / CHECKPOINTS)
+            events.write("preempted", "by SIGTERM, nothing to save")
+            print(f"stopped by SIGTERM. Continue with --resume {folder}", flush=True)
         return 128 + signal.SIGTERM
     except SystemExit as stop:  # by Lightning
         if isinstance(stop.__context__, KeyboardInterrupt):

@@ -323,18 +323,30 @@ def shown_runs(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:
     runs = [run for run in runs if not run.repeats]
     everything = [(run, role) for run in runs for role in run.roles.values()]
     plain = {role.arm.experiment for _, role in everything if role.shown}
-    first: dict[str, str] = {}
+    groups: dict[str, list[Role]] = {}
     for _, role in everything:
-        first.setdefault(role.group, role.point)
-    others = {
-        role.group for _, role in everything if role.arm.experiment in plain or role.arm.name != role.arm.experiment
-    }
+        groups.setdefault(role.group, []).append(role)
+    first: dict[str, str] = {}
+    for group, several in groups.items():
+        experiments = {role.arm.experiment for role in several}
+        if not experiments & plain and all(role.arm.name == role.arm.experiment for role in several):
+            first[group] = several[0].point
+            plain |= experiments  # shown in no other setting
 
     def is_shown(role: Role) -> bool:
-        return role.shown or (role.group not in others and role.point == first[role.group])
+        return role.shown or first.get(role.group) == role.point
 
     chosen = [run for run in runs if any(map(is_shown, run.roles.values()))]
     return _read(chosen or [run for run in runs if runs[0].uses[0] in run.roles])
+
+
+def _as_many_threads(repeated: Run, runs: Sequence[Run]) -> list[str]:
+    """A note on a repeated run that had as many threads as the one that it repeats, and so measures no rounding."""
+    threads = repeated.environment.get("threads")
+    same = [run for run in runs if run is not repeated and run.config["seed"] == repeated.config["seed"]]
+    if threads is None or all(run.environment.get("threads") != threads for run in same):
+        return []
+    return [f"rounding not measured: {repeated.folder} has {threads} threads, as the run that it repeats"]
 
 
 def _read(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:
@@ -365,6 +377,8 @@ def compare_arms(study: Study, runs: Sequence[StudyRun], strict: bool = True) ->
                     found[run.roles[name].arm.name].append(content)
                 else:
                     notes.append(unfinished(content))
+                if run.repeats and state.finished:
+                    notes += _as_many_threads(content, found[run.roles[name].arm.name])
         return pair_arms(plan, found, notes, _root(runs[0]), strict)
 
     return [make_comparison(name, plan, partial(arms_of, name, plan)) for name, plan in study.plans().items()]

@@ -135,6 +135,9 @@ def test_skips_are_told_when_a_run_is_saved_though_a_gpu_is_looked_at_rarely(tmp
     guard.on_save_checkpoint(trainer, None, {})
     assert events.counts() == {"non-finite-gradient": 1}
     assert guard._seen == []
+    guard._seen = [(5, torch.tensor([0.0, 1.0, 2.0, 9.0]))]
+    guard.on_save_checkpoint(trainer, None, {})
+    assert guard._tell(trainer), "the next look still knows that it was a spike"
 
 
 def test_counts_survive_a_resumption() -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def test_pre_trained_weights_keep_the_architecture_that_they_were_trained_with(
     file.write_text(json.dumps(own | change))
     with pytest.raises(ValueError, match=f"backbone.config='{file}': expected null or one with {key}={own[key]}, with"):
         pretrained_backbone(config)
+
+
+def test_a_config_of_another_program_beside_the_weights_is_ignored_where_the_architecture_is_named(
+    tmp_path: Path,
+) -> None:
+    shutil.copyfile(resolve("asset:lm_rotary") / "model.safetensors", tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"another": "program"}')
+    file = str(tmp_path / "model.safetensors")
+    pretrained_backbone(replace(ExperimentConfig(), backbone=BackboneConfig(file, "demo_7m")))
+    with pytest.raises(ValueError, match="another"):
+        pretrained_backbone(replace(ExperimentConfig(), backbone=BackboneConfig(file)))
 
 
 def test_a_transformers_folder_is_both_weights_and_architecture(tmp_path: Path) -> None:

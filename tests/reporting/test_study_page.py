@@ -37,8 +37,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[StudyRu
 
 
 def rows(section: Element) -> dict[str, list[str]]:
-    """Cells of the section's table by the first."""
-    (table,) = (one for one in section.all("table") if one.attributes["class"] == "plain")
+    """Cells of the section's table over seeds by the first; that of single runs is the second."""
+    table, alone = (one for one in section.all("table") if one.attributes["class"] == "plain")
+    assert "random weights" in alone.text
     return {cells[0]: cells for cells in ([cell.text for cell in row.all("td")] for row in table.all("tr")[1:])}
 
 

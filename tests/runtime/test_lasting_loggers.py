@@ -107,6 +107,8 @@ def test_a_resumed_run_continues_its_csv(tmp_path: Path) -> None:
     for step in range(6):
         first.log_metrics({"a": 1.0}, step)
     first.finalize("success")
+    with file.open("a") as opened:
+        opened.write("1.0\n2.0")  # torn by a kill
     resumed = build_logger(config("csv"), tmp_path, purge=4)
     resumed.log_metrics({"a": 2.0, "b": 3.0}, 4)
     resumed.finalize("success")

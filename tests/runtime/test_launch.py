@@ -27,4 +27,12 @@ def test_one_process_is_the_first(environment: dict[str, str], first: bool, monk
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert is_first_process() == first
+    assert is_first_process(2) == first
+
+
+def test_one_process_is_the_first_of_its_run_also_as_one_of_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert is_first_process(1)

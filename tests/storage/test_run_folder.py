@@ -20,7 +20,7 @@ from t2i_lm.storage.run_folder import (
 )
 from tests.plots.synthetic_runs import read_lines, write_run
 
-SCALE_NAMES = ("demo", "demo-1", "demo_long", "my-demo-x")
+SCALE_NAMES = ("demo", "demo-1", "demo_long", "my-demo")
 
 
 def test_a_finished_run_is_read_completely(tmp_path: Path) -> None:

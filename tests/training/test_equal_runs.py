@@ -53,7 +53,8 @@ def test_a_run_that_changed_on_its_way_stands_for_no_job(tmp_path: Path) -> None
     save_experiment(config, run / CONFIG)
     (run / REPORT).write_text("{}")
     changes = [{"step": 2, "key": "optim.lr", "from": 0.1, "to": config.optim.lr}]
-    for recorded, stands in (([], True), (changes, False)):
+    neutral = [{"step": 2, "key": "trainer.activation_checkpointing", "from": False, "to": True}]
+    for recorded, stands in (([], True), (neutral, True), (changes, False)):
         (run / ENVIRONMENT).write_text(json.dumps({SCENES: SCENES_FORMAT, "changes": recorded}))
         assert find_equal_run(config) == ((run, True) if stands else (None, False))
 

@@ -202,6 +202,26 @@ def test_a_change_before_the_first_step_is_recorded(folder: Path) -> None:
     assert (change["step"], change["key"], change["to"]) == (0, "optim.lr", 0.7)
 
 
+def test_a_config_that_was_edited_before_the_first_step_is_refused(folder: Path) -> None:
+    shutil.rmtree(folder / CHECKPOINTS)
+    mark_not_started(folder / CHECKPOINTS)
+    (folder / METRICS).write_text('{"step": 0}\n')
+    (folder / ENVIRONMENT).write_text(json.dumps(sealed({CONFIG_DIGEST: config_entry(folder)})))
+    require_same_config(load_experiment(folder / CONFIG), find_resumption(folder))
+    write(folder, "seed", 5)
+    with pytest.raises(ValueError, match="has other values than when the run was started"):
+        require_same_config(load_experiment(folder / CONFIG), find_resumption(folder))
+
+
+def test_a_change_under_a_former_name_leaves_one_name(folder: Path) -> None:
+    config = load_experiment(folder / CONFIG, None, ["data.pad_to_multiple_of=32"])
+    text = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(text.replace("pad_to_multiple_of:", "trim:"))
+    found = find_resumption(folder, ["data.pad_to_multiple_of"])
+    found.write_changes({}, config)
+    assert load_experiment(folder / CONFIG).data.pad_to_multiple_of == 32
+
+
 def test_a_restored_config_has_its_digest_again(folder: Path) -> None:
     config = load_experiment(folder / CONFIG, None, ["optim.lr=0.7"])
     (folder / ENVIRONMENT).write_text(json.dumps(sealed({CONFIG_DIGEST: config_entry(folder)})))
@@ -218,6 +238,9 @@ def test_a_restored_config_has_its_digest_again(folder: Path) -> None:
 
 
 def test_a_preset_cannot_change_within_a_run(folder: Path) -> None:
+    overridden = load_experiment(folder / CONFIG, None, ["backbone.config=open_lm_1b_old"])
+    with pytest.raises(ValueError, match=r"backbone\.config cannot change within a run"):
+        require_same_config(overridden, find_resumption(folder, ["backbone.config"]))
     write(folder, "backbone.config", "open_lm_1b_old")
     with pytest.raises(ValueError, match=r"backbone\.config cannot change within a run"):
         require_same_config(load_experiment(folder / CONFIG), find_resumption(folder, ["backbone.config"]))
