@@ -39,8 +39,12 @@ def combination(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def remedies(combination: str, book: Path) -> list[str]:
-    return [*COMBINATIONS[combination], f"data.replay_path={book}"]
+def remedies(combination: str, book: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    replayed = tmp_path_factory.mktemp("replayed") / "replayed.txt"
+    replayed.write_text(
+        book.read_text().replace("\f", " once more\f") + " once more"
+    )  # no document that is measured on
+    return [*COMBINATIONS[combination], f"data.replay_path={replayed}"]
 
 
 @pytest.fixture(scope="module")
