@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """Headings and rows of a comparison; `more`: bootstrap intervals, and what rounding does, in a sentence each."""
+    """Headings and rows of a comparison; `more`: bootstrap interval and rounding of the primary endpoint, in words."""
 
     name: str
     first: str
@@ -90,18 +90,14 @@ def comparison_table(comparison: Comparison) -> ComparisonTable:
 
 
 def _more(comparison: Comparison) -> Iterator[str]:
-    """Bootstrap intervals, and the standard deviation between runs that are equal but for rounding."""
-    intervals, deviations = [], []
-    for one in comparison.results:
-        label = endpoint_label(one.endpoint.name)
-        if one.statistics.bootstrap_interval is not None:
-            intervals.append(f"{label} {interval_text(one, one.statistics.bootstrap_interval)}")
-        if one.rounding_sd is not None:
-            deviations.append(f"{label} {value_text(one, one.rounding_sd)}")
-    if intervals:
-        yield f"{100 * (1 - comparison.plan.alpha):g} % bootstrap intervals of the differences: {'; '.join(intervals)}."
-    if deviations:
-        yield f"Standard deviation of runs that are equal but for rounding: {'; '.join(deviations)}."
+    """The primary endpoint's bootstrap interval, and its deviation between runs that are equal but for rounding."""
+    first = comparison.results[0]
+    label, level = endpoint_label(first.endpoint.name), f"{100 * (1 - comparison.plan.alpha):g} %"
+    if first.statistics.bootstrap_interval is not None:
+        yield f"{level} bootstrap interval, {label}: {interval_text(first, first.statistics.bootstrap_interval)}."
+    if first.rounding_sd is not None:
+        deviation = value_text(first, first.rounding_sd)
+        yield f"Standard deviation of runs that are equal but for rounding, {label}: {deviation}."
 
 
 def _limit(results: Sequence[Result]) -> float:

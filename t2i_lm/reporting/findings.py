@@ -25,8 +25,8 @@ from t2i_lm.storage.run_folder import Run
 
 ONE_RUN = "One run of each: no interval over seeds."
 # Parts of an endpoint of forgetting in words.
-TEXTS = {"text": "held-out text", "second_text": "a second held-out text"}
-ROWS = {"text_rows": "softmax over text rows", "all_rows": "softmax over all rows"}
+TEXTS = {"text": "plain text", "second_text": "a second plain text"}
+ROWS = {"text_rows": "text rows", "all_rows": "all rows"}
 EARLY = 0.1  # share of the steps at which a curve is read for its plateau
 
 
@@ -43,7 +43,7 @@ def endpoint_label(name: str) -> str:
         return f"tokens saved by {path[-1]} loss"
     if source == FORGETTING and path[-1] == "nll" and path[0] in TEXTS and path[1] in ROWS:
         at = ", best temperature" if "best_temperature" in path else ""
-        return f"loss of {TEXTS[path[0]]} without images ({ROWS[path[1]]}{at})"
+        return f"loss of {TEXTS[path[0]]} after training ({ROWS[path[1]]}{at})"
     kind, _, split = source.partition("/")
     if kind == "val" and len(path) == 2 and path[1] in ("nll", "ppl"):
         modality = "total" if path[0] == "all" else path[0]

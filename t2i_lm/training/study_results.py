@@ -109,7 +109,8 @@ def figures_of(results: Results) -> Iterator[tuple[str, str, Figure, str]]:
     for grid in results.grids:
         if any(one.arms is not None for one in grid.comparisons):
             caption = grid_caption(grid)
-            yield grid.name, f"{grid.name} over its grid", draw_grid(grid, caption), caption
+            words = f"{grid.name} over its grid" if grid.family.keys else f"{grid.name}: every arm minus the last"
+            yield grid.name, words, draw_grid(grid, caption), caption
         if grid.tuned is not None and (outcomes := outcomes_of(grid)):
             keys = grid.family.keys
             caption = caption_of(keys, outcomes)

@@ -83,10 +83,8 @@ def test_arms_of_a_claim_stand_in_its_section_with_intervals(
 @pytest.mark.slow
 def test_the_answer_says_what_rounding_does(study: tuple[Study, list[StudyRun], Element]) -> None:
     text = study[2].one("section", id="answer").text
-    assert (
-        f"equal but for rounding: held-out image loss (new images of trained color-kind pairs) {0.02 / 2**0.5:.4f};"
-        in text
-    )
+    words = "rounding, held-out image loss (new images of trained color-kind pairs)"
+    assert f"{words}: {0.02 / 2**0.5:.4f}." in text
 
 
 @pytest.mark.slow
@@ -101,4 +99,4 @@ def test_forgetting_is_told_over_seeds(study: tuple[Study, list[StudyRun], Eleme
         assert "(n = 3 seeds)" in text
     table = page.all("table", data_comparison="pretraining")[0]
     row = table.one("tr", data_endpoint="forgetting.text.text_rows.best_temperature.nll")
-    assert row.all("td")[0].text.startswith("loss of held-out text without images")
+    assert row.all("td")[0].text.startswith("loss of plain text after training")
