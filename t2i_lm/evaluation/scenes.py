@@ -37,7 +37,7 @@ SCORE_BATCH = 50
 # Scenes whose reconstructions give the ceiling of prompt accuracy.
 CEILING_SCENES = 1000
 # Captions whose mean length divides their entropy.
-FLOOR_CAPTIONS = 9600
+FLOOR_CAPTIONS = 19_200
 _caption_lengths: dict[tuple[str, bool], float] = {}  # by tokenizer and data.hold_out_pairs, in this process
 # Code that the ceiling depends on besides the tokenizer: another version of it is measured again.
 CEILING_CODE = (scene_code, space_code, caption_code, checker)
