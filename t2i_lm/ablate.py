@@ -8,9 +8,8 @@ from pathlib import Path
 from t2i_lm.models.freeze import EXPERT_GROUPS, FREEZE_GROUPS, TUNE_SETS
 from t2i_lm.plots.groups import FIGURE5
 from t2i_lm.runtime.command_line import add_jobs, add_scale, add_strict, command_parser, exit_code
-from t2i_lm.runtime.launch import is_first_process
 from t2i_lm.training.ablation import DEFAULT, ablated_experiments
-from t2i_lm.training.jobs import Job, run_jobs
+from t2i_lm.training.jobs import Job, is_first_of, run_jobs
 
 EXAMPLE = f"""example:
   python -m t2i_lm.ablate --freeze ffn --freeze norm
@@ -50,11 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(*map(describe, configs), sep="\n")
             return 0
-        if (
-            (code := run_jobs([Job(config) for config in configs], options.jobs))
-            or not options.all
-            or not is_first_process(configs[0].trainer.processes)
-        ):
+        jobs = [Job(config) for config in configs]
+        if (code := run_jobs(jobs, options.jobs)) or not (options.all and is_first_of(jobs)):
             return code
         from t2i_lm.plots.catalogue import Request, write_figures
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2i_lm.runtime.command_line import add_figures, add_jobs, command_parser, exit_code
-from t2i_lm.runtime.launch import is_first_process
 
 EXAMPLE = """example:
   python -m t2i_lm.study experiments/study.yaml --dry-run
@@ -49,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         from t2i_lm.comparison.study_plan import first_seeds, read_study
         from t2i_lm.training.cost import estimate
+        from t2i_lm.training.jobs import is_first_of
         from t2i_lm.training.study import (
             compare_arms,
             experiments_of,
@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
             return 2 if missing else 0
         code = train(runs, options.jobs)
-        if code > 128 or not is_first_process(
-            max(run.job.config.trainer.processes for run in runs)
-        ):  # stopped by a signal; or another rank, which draws nothing
+        if code > 128 or not is_first_of([run.job for run in runs]):  # stopped by a signal, or another rank
             return code
         results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
         failed = write_results(results, out)

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, add_strict, command_parser, exit_code
-from t2i_lm.runtime.launch import is_first_process
 from t2i_lm.training.equal_runs import require_no_results
-from t2i_lm.training.jobs import run_jobs, unfinished
+from t2i_lm.training.jobs import is_first_of, run_jobs, unfinished
 from t2i_lm.training.sweep import ARMS, finished_runs, sweep_jobs
 
 EXAMPLE = """example:
@@ -50,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         require_no_results({Path(job.config.run.dir) for job in remaining})
         code = run_jobs(remaining, options.jobs, keep_going=True)
-        if code > 128 or not is_first_process(
-            max(job.config.trainer.processes for job in jobs.values())
-        ):  # stopped by a signal; or another rank, which draws nothing
+        if code > 128 or not is_first_of([*jobs.values()]):  # stopped by a signal, or another rank
             return code
         from t2i_lm.comparison.comparability import require_comparable
         from t2i_lm.plots.groups import arms_of

@@ -101,8 +101,13 @@ def differences(
 
 def _changes(run: Run) -> str:
     """What `--resume --allow-mismatch` changed within a run, in words."""
-    changes = [one for one in run.environment.get("changes") or [] if not is_neutral(one["key"])]
+    changes = changes_of(run.environment)
     return "; ".join(f"{one['key']} {one['from']} to {one['to']} after step {one['step']}" for one in changes) or "none"
+
+
+def changes_of(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of env.json on what `--allow-mismatch` changed within a run, without those that change no curve."""
+    return [one for one in environment.get("changes") or [] if not is_neutral(one["key"])]
 
 
 def following(own: Collection[str]) -> set[str]:

@@ -1,11 +1,12 @@
 """A comparison of a study with its results, or with the reason why there are none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from t2i_lm.comparison.arms import Arms
 from t2i_lm.comparison.compare import Result, compare
 from t2i_lm.comparison.plan import Plan
+from t2i_lm.storage.run_folder import Run
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class Comparison:
     arms: Arms | None
     results: tuple[Result, ...] = ()
     problem: ValueError | None = None
+
+    @property
+    def runs(self) -> dict[str, Mapping[int, Sequence[Run]]]:
+        """The runs of each arm by its name and by seed; empty without `arms`."""
+        both = () if self.arms is None else (self.arms.first, self.arms.second)
+        return dict(zip(self.plan.parsed, both, strict=self.arms is not None))
 
 
 def make_comparison(name: str, plan: Plan, find: Callable[[], Arms]) -> Comparison:

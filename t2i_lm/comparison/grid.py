@@ -115,9 +115,8 @@ def require_one_version(comparisons: Sequence[Comparison], keys: Collection[str]
     """
     arms: dict[str, list[Run]] = {}
     for one in comparisons:
-        if one.arms is not None:
-            for name, by_seed in zip(one.plan.parsed, (one.arms.first, one.arms.second), strict=True):
-                arms.setdefault(name, []).extend(run for runs in by_seed.values() for run in runs)
+        for name, by_seed in one.runs.items():
+            arms.setdefault(name, []).extend(run for runs in by_seed.values() for run in runs)
     everything = [run for runs in arms.values() for run in runs]
     if everything:
         varied = (SEED, ORDER, *keys, *(key for one in comparisons for key in one.plan.varied))
@@ -193,7 +192,7 @@ def _tuned(key: str, condition: Mapping[str, Any], points: Sequence[tuple[Any, C
             missing.append(f"MISSING at {key}={value}: {seeds}")
             continue
         endpoint = comparison.results[0].endpoint
-        for arm, by_seed in zip(comparison.plan.parsed, (comparison.arms.first, comparison.arms.second), strict=True):
+        for arm, by_seed in comparison.runs.items():
             losses.setdefault(arm, {})[str(value)] = {seed: endpoint.value(runs[-1]) for seed, runs in by_seed.items()}
     if missing:
         return Tuned(condition, (), None, tuple(missing))

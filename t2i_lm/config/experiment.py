@@ -353,7 +353,7 @@ class ExperimentConfig(Section):
         yield optim.warmup_steps >= trainer.max_steps, "optim.warmup_steps", steps
         outside = any(not 1 <= step <= trainer.max_steps for step in trainer.keep_steps)
         yield outside, "trainer.keep_steps", f"steps from 1 to trainer.max_steps={trainer.max_steps}"
-        share = trainer.devices * trainer.num_nodes * trainer.accumulate_grad_batches
+        share = trainer.processes * trainer.accumulate_grad_batches
         factors = "trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches"
         yield data.batch_size % share != 0, "data.batch_size", f"a multiple of {share} ({factors})"
         yield (
@@ -413,4 +413,4 @@ class ExperimentConfig(Section):
     def micro_batch(self) -> int:
         """Samples of one rank in one forward pass."""
         trainer = self.trainer
-        return self.data.batch_size // (trainer.devices * trainer.num_nodes * trainer.accumulate_grad_batches)
+        return self.data.batch_size // (trainer.processes * trainer.accumulate_grad_batches)

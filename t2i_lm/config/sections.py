@@ -249,11 +249,6 @@ class OptimConfig(Section, prefix="optim"):
 class TrainerConfig(Section, prefix="trainer"):
     """Lightning's Trainer, by its own names, and how the model is run."""
 
-    @property
-    def processes(self) -> int:
-        """Number of processes that train together."""
-        return self.devices * self.num_nodes
-
     max_steps: int = 100_000
     """Optimizer steps."""
     accelerator: str = "auto"
@@ -302,6 +297,11 @@ class TrainerConfig(Section, prefix="trainer"):
         self.at_least(1, "val_check_interval", "checkpoint_interval", "threads")
         self.positive("rank_timeout", "phase_timeout")
         self.check(self.skip_loss_above is None or self.skip_loss_above > 1, "skip_loss_above", "null or more than 1")
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that train together."""
+        return self.devices * self.num_nodes
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,8 @@ def _keep_earlier(earlier: dict[str, Any], result: dict[str, Any], file: Path) -
     The floor of other reference images is left out.
     """
     added = []
-    before = earlier.get("floor", {}).get("card", {}).get("reference_sha256")
-    if "floor" in earlier and "floor" not in result and before == result["card"]["reference_sha256"]:
+    reference = earlier.get("floor", {}).get("card", {}).get("reference_sha256")
+    if "floor" in earlier and "floor" not in result and reference == result["card"]["reference_sha256"]:
         result["floor"] = earlier["floor"]
         added.append("floor")
     for entry, before in ((result, earlier), (result.get("floor", {}), earlier.get("floor", {}))):

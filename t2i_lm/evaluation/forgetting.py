@@ -95,14 +95,14 @@ class ForgettingEvaluator(Evaluator):
 
     def identity(self, config: ExperimentConfig) -> dict[str, Any]:
         """Settings, and hashes of the texts and the questions; the name of a text on a hub; None for an absent one."""
-        texts: dict[str, str] = {}
+        names = [name for key in ("text", "second_text") for name in (key, f"{key}_sha256")]
+        texts: dict[str, str | None] = dict.fromkeys(names)
         for key, path in self.settings.texts.items():
             read = self.documents[key]
             texts |= {key: path} if read is None else {f"{key}_sha256": text_sha256(read)}
-        absent = dict.fromkeys(name for key in ("text", "second_text") for name in (key, f"{key}_sha256"))
         unnamed = ("interval", "text", "second_text", "tasks")
         sizes = {key: value for key, value in vars(self.settings).items() if key not in unnamed}
-        return {**absent, **texts, **sizes, "tasks_sha256": {task.name: task.sha256 for task in self.tasks}}
+        return {**texts, **sizes, "tasks_sha256": {task.name: task.sha256 for task in self.tasks}}
 
     def run(self, context: EvaluationContext) -> dict[str, Any] | None:
         if context.rank:

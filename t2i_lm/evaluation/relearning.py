@@ -187,7 +187,7 @@ def relearn(
     """
     import torch
 
-    from t2i_lm.evaluation.probes.heldout import text_losses
+    from t2i_lm.evaluation.probes.heldout import target_mask, text_losses
     from t2i_lm.evaluation.probes.suite import summary
     from t2i_lm.models.cross_entropy import linear_cross_entropy
 
@@ -204,9 +204,8 @@ def relearn(
         if step < POINTS[-1]:
             ids_BT = rows.train_ST[order_S[step * BATCH : (step + 1) * BATCH]].to(device)
             x_ND, blocks = decoder.output.factors(decoder.hidden(ids_BT[:, :-1]).flatten(0, 1))
-            target_N = ids_BT[:, 1:].flatten()
-            weight_N = (target_N != -1 if start is None else target_N != start).float()
-            loss = linear_cross_entropy(x_ND, blocks[0], target_N, weight_N).total
+            weight_N = target_mask(ids_BT, start)[:, 1:].flatten().float()
+            loss = linear_cross_entropy(x_ND, blocks[0], ids_BT[:, 1:].flatten(), weight_N).total
             optimizer.zero_grad()
             (loss / weight_N.sum()).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)

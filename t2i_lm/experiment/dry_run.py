@@ -154,7 +154,7 @@ def cost(config: ExperimentConfig, decoder: Backbone, length: int) -> list[str]:
         f"{formula(decoder, length, None)}; {flop:.3g} in total (frozen parameters counted as trained)",
         f"memory per process, estimate for {config.micro_batch:,} sequences: {memory}",
     ]
-    processes = trainer.devices * trainer.num_nodes
+    processes = trainer.processes
     for name, dollars in GPUS.items():
         hours = flop / (MFU * PEAKS[name]) / 3600
         lines.append(
@@ -172,7 +172,7 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict
     total, trainable = parameter_count(decoder), parameter_count(decoder, trainable=True)
     gradients = 1
     if config.optim.gradient_projection:  # the second loss's, and while it is added to or reduced another one
-        gradients += 2 if trainer.accumulate_grad_batches * trainer.devices * trainer.num_nodes > 1 else 1
+        gradients += 2 if trainer.accumulate_grad_batches * trainer.processes > 1 else 1
     states = 4 * total + (8 + 4 * gradients) * trainable
     # The backward pass needs a block's input, norms, queries, keys, values and feed-forward activations.
     block = tokens * (14 * model.hidden_dim + 6 * 8 * model.hidden_dim / 3)
@@ -183,7 +183,7 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict
     gathered = 8 * max(rows, (total - rows - decoder.tok_embeddings.matrix().numel()) // model.n_layers)
     # Gradients are unsharded until the last micro-batch of a step.
     unsharded = gathered + (4 * trainable if trainer.accumulate_grad_batches > 1 else 0)
-    shards = {"ddp": 1, "hsdp": trainer.devices, "fsdp2": trainer.devices * trainer.num_nodes}
+    shards = {"ddp": 1, "hsdp": trainer.devices, "fsdp2": trainer.processes}
     return {
         name: (states / number + activations + (unsharded if number > 1 else 0)) / GIB
         for name, number in shards.items()

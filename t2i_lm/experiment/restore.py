@@ -138,14 +138,16 @@ def load_initial(run: Path) -> ImageModel:
         ValueError: if the run trains no image model, or its initial weights or tokenizers are gone or have changed.
     """
     config = image_config(run)
-    require_same_backbone(config, run)
     model = build_model(_without_training_terms(config))
+    require_same_backbone(config, run)
     _require_same_tokenizers(model, run)
     return _for_evaluation(model, config)
 
 
 def require_same_backbone(config: ExperimentConfig, run: Path) -> None:
     """Checks that the files of a run's weights before training are those that it was trained from.
+
+    To be called after they are loaded, since the hash of a plug-in's weights is known from then on.
 
     Raises:
         ValueError: if they have changed.

@@ -145,11 +145,10 @@ def _empty_huggingface(config: ExperimentConfig) -> Backbone:
     return empty_huggingface(folder)
 
 
-def _require_own_positions(config: ExperimentConfig) -> None:
-    positional = config.backbone.positional
-    own = "null, a transformers backbone has its own positions"
-    require(positional is None, "backbone.positional", positional, own)
-    require(config.backbone.seq_len is None, "backbone.seq_len", config.backbone.seq_len, own)
+def _require_own_positions(config: ExperimentConfig, whose: str = "a transformers backbone") -> None:
+    for key in ("positional", "seq_len"):
+        value = getattr(config.backbone, key)
+        require(value is None, f"backbone.{key}", value, f"null, {whose} has its own positions")
 
 
 def _pretrained_huggingface(config: ExperimentConfig) -> Backbone:
@@ -181,9 +180,7 @@ def _from_plugin(config: ExperimentConfig, pretrained: bool) -> Backbone:
     assert path is not None
     if config.backbone.config is not None:
         raise ValueError(f"backbone.config={config.backbone.config}: expected null, {path} has its own architecture")
-    for key in ("positional", "seq_len"):
-        value = getattr(config.backbone, key)
-        require(value is None, f"backbone.{key}", value, f"null, {path} has its own positions")
+    _require_own_positions(config, path)
     plugin = find_plugin(BACKBONE, path, [known.name for known in FORMATS])
     backbone: Any = plugin.function(plugin.argument, pretrained)
     if not isinstance(backbone, Backbone):

@@ -65,8 +65,8 @@ def retention_table(arms: Mapping[str, Run]) -> str:
         if all(name in entry.get("floors", {}) for entry in texts.values())
     ]
     for arm, run in arms.items():
-        before, last = run.before("forgetting"), run.records("forgetting")[-1]
-        for when, line in (*((("before", before),) if before else ()), ("after", last)):
+        measured = {"before": run.before("forgetting"), "after": run.records("forgetting")[-1]}
+        for when, line in [(when, line) for when, line in measured.items() if line is not None]:
             for words, read in (("", _nll), (", best temperature", _best), (", top-1 accuracy", _top1)):
                 values = [read(line["forgetting"].get(key, {}).get("text_rows", {})) for key in texts]
                 if any(values):

@@ -279,10 +279,10 @@ def probe_table(arms: Mapping[str, Run]) -> str:
     """Every probe's value before and after training, and its paired change with standard error."""
     rows = []
     for arm, run in arms.items():
-        first = (run.before("forgetting") or {"forgetting": {"tasks": {}}})["forgetting"]
+        first = (run.before("forgetting") or {}).get("forgetting", {})
         last = run.records("forgetting")[-1]["forgetting"]
         entries = [(name, last[name], first.get(name, {})) for name in ("text", "second_text") if name in last]
-        entries += [(name, last["tasks"][name], first["tasks"].get(name, {})) for name in last["tasks"]]
+        entries += [(name, last["tasks"][name], first.get("tasks", {}).get(name, {})) for name in last["tasks"]]
         for name, after, before in entries:
             for key, entry in after.items():
                 if not isinstance(entry, dict) or key not in before or key == "floors":

@@ -50,27 +50,19 @@ def first_pair(comparison: Comparison | None) -> dict[str, Run]:
     if comparison is None or comparison.arms is None:
         return {}
     seed = comparison.arms.seeds[0]
-    return {
-        name: runs[seed][0]
-        for name, runs in zip(comparison.plan.parsed, (comparison.arms.first, comparison.arms.second), strict=True)
-    }
+    return {name: by_seed[seed][0] for name, by_seed in comparison.runs.items()}
 
 
 def by_arm(comparison: Comparison) -> dict[str, list[Run]]:
     """A comparison's runs by experiment, the first one of every seed; empty without any."""
-    if comparison.arms is None:
-        return {}
-    pairs = zip(comparison.plan.parsed, (comparison.arms.first, comparison.arms.second), strict=True)
-    return {name: [runs[seed][0] for seed in sorted(runs)] for name, runs in pairs}
+    return {name: [by_seed[seed][0] for seed in sorted(by_seed)] for name, by_seed in comparison.runs.items()}
 
 
 def by_seed(comparison: Comparison) -> dict[str, Run]:
     """Every run of a comparison by arm and seed, in words."""
-    assert comparison.arms is not None
-    pairs = zip(comparison.plan.parsed, (comparison.arms.first, comparison.arms.second), strict=True)
     return {
         f"{arm_label(name)}, seed {seed}" + (f" ({number + 1})" if number else ""): run
-        for name, runs in pairs
+        for name, runs in comparison.runs.items()
         for seed in sorted(runs)
         for number, run in enumerate(runs[seed])
     }

@@ -10,7 +10,6 @@ from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.decay import decay_sentences
 from t2i_lm.comparison.gap import gap_text
 from t2i_lm.comparison.grid_tables import grid_table
-from t2i_lm.comparison.plan import Arm
 from t2i_lm.comparison.tables import notes as table_notes
 from t2i_lm.plots.panels import remove_caption
 from t2i_lm.reporting.claims import CLAIMS, PAIR, Claim, claim_of_figure
@@ -62,9 +61,8 @@ class Section:
     rows: list[tuple[str, ...]] = field(default_factory=list)
     header: tuple[str, ...] = ()
     numbers: bool = False  # whether the cells beside the first are numbers
-    alone: tuple[tuple[str, ...], list[tuple[str, ...]]] | None = (
-        None  # of one run of each arm, beside `rows` over seeds
-    )
+    # Header and rows of one run of each arm, beside `rows` over seeds.
+    alone: tuple[tuple[str, ...], list[tuple[str, ...]]] | None = None
     notes: list[str] = field(default_factory=list)
     missing: tuple[str, str] | None = None  # reason and command
     command: str = ""
@@ -234,7 +232,7 @@ def _add_grids(request: ReportRequest, sections: dict[str, Section]) -> None:
     if results and results.refused and request.strict:
         raise IncomparableError(results.refused[0])
     for grid in results.grids if results else ():
-        key = None if grid.family.keys else _claim_of({arm.name: arm.experiment for arm in _arms(grid.comparisons)})
+        key = None if grid.family.keys else _claim_of(grid.comparisons)
         command = compare_command(request, grid.comparisons[0])
         if key is None:
             title = f"{grid.name.replace('_', ' ')}: by {' and '.join(grid.family.keys) or 'arm'}"
@@ -263,17 +261,14 @@ def _add_grids(request: ReportRequest, sections: dict[str, Section]) -> None:
             section.figures.append(_block(name, heading, figure, caption, tables.get(name, "")))
 
 
-def _arms(comparisons: Sequence[Comparison]) -> list[Arm]:
-    return [arm for one in comparisons for arm in one.plan.parsed.values()]
-
-
-def _claim_of(experiments: Mapping[str, str]) -> str | None:
-    """The section of the paper's claim on some arms, their experiments by name; None for others.
+def _claim_of(comparisons: Sequence[Comparison]) -> str | None:
+    """The section of the paper's claim on experiments that are compared; None for others and for arms of other names.
 
     That is Figure 5 and initializations: the pair of Figures 3 and 4 is in several.
     """
-    names = {*experiments.values()}
-    if any(name != experiment for name, experiment in experiments.items()) or names <= {*PAIR.values()}:
+    arms = [arm for one in comparisons for arm in one.plan.parsed.values()]
+    names = {arm.experiment for arm in arms}
+    if any(arm.name != arm.experiment for arm in arms) or names <= {*PAIR.values()}:
         return None
     return next((key for key in ("figure5", "inits") if names <= {*CLAIMS[key].experiments.values()}), None)
 
@@ -324,7 +319,7 @@ def _section_of(request: ReportRequest, comparison: Comparison, sections: dict[s
     """The section of a comparison's subject, or a new one."""
     if any(key.startswith("backbone.") for key in comparison.plan.where):
         return sections["positions"]
-    if key := _claim_of({arm.name: arm.experiment for arm in _arms([comparison])}):
+    if key := _claim_of([comparison]):
         return sections[key]
     claim = Claim(f"Comparison: {comparison.name}", "", "", compare_command(request, comparison))
     key = f"comparison-{len(sections)}"

@@ -75,11 +75,11 @@ def memory_advice(config: ExperimentConfig) -> str:
         advice = [f"{advice[0][:-1]}, between which whole gradients are held)"]
     if not trainer.activation_checkpointing:
         advice.append("trainer.activation_checkpointing=true (slower by a third)")
-    if trainer.devices * trainer.num_nodes > 1 and trainer.strategy != "fsdp2":
+    if trainer.processes > 1 and trainer.strategy != "fsdp2":
         advice.append("trainer.strategy=fsdp2 (each process holds a part of the model)")
     return (
         f"out of memory with a micro-batch of {config.micro_batch} sequences of up to {data.length} positions "
-        f"(data.batch_size={data.batch_size} on {trainer.devices * trainer.num_nodes} processes, "
+        f"(data.batch_size={data.batch_size} on {trainer.processes} processes, "
         f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}). To reduce it: {'; '.join(advice)}. "
         "--dry-run estimates it"
     )

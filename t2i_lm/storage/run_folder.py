@@ -205,6 +205,12 @@ def read_run(folder: Path) -> Run:
     return Run(folder, config, environment, metrics, report)
 
 
+def fits_digest(config: Mapping[str, Any], environment: Mapping[str, Any]) -> bool:
+    """Whether the values of a config.yaml are those that env.json was written for, if it says."""
+    entry = environment.get(CONFIG_DIGEST)
+    return entry is None or config_digest(config, entry["without"])[DIGEST] == entry[DIGEST]
+
+
 def read_config(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
     """config.yaml of a run folder, as it is written there.
 
@@ -214,8 +220,7 @@ def read_config(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
     path = folder / CONFIG
     with reading("run folder", path):
         config = _mapping(read_yaml(path.read_text(encoding="utf-8")))
-    entry = environment.get(CONFIG_DIGEST)
-    if entry is not None and config_digest(config, entry["without"])[DIGEST] != entry[DIGEST]:
+    if not fits_digest(config, environment):
         raise ValueError(
             f"{path} has other values than the run was trained with, by the digest in {ENVIRONMENT}; restore it (only "
             "paths, and keys that change no result, may differ)"

@@ -48,8 +48,7 @@ def require_same_files(config: ExperimentConfig, found_run: Resumption) -> None:
     Raises:
         ValueError: naming each that differs from the run's env.json or checkpoint, and was not allowed to.
     """
-    found: dict[str, Any] = {"plugins": plugin_identities(config), "numerics": NUMERICS}
-    found["precision"] = precision(config)
+    found: dict[str, Any] = {"plugins": plugin_identities(config), "numerics": NUMERICS, "precision": precision(config)}
     found["configs"] = architecture_hashes(config)
     if not is_plugin(config.backbone.path):  # a plug-in's hash is known once it is built
         found["backbone"] = weights_hashes(config)

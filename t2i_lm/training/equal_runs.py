@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.assets import find
+from t2i_lm.comparison.comparability import changes_of
 from t2i_lm.comparison.portable import portable_config
 from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
@@ -100,7 +101,7 @@ def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...
 def _same_start(config: ExperimentConfig, folder: Path) -> bool:
     """Whether a run has one config from its start, scenes and numerics of this code, and today's data and models."""
     recorded = read_environment(folder)  # empty in a run that ended before it wrote one
-    if any(not is_neutral(change["key"]) for change in recorded.get("changes") or []):  # by --allow-mismatch
+    if changes_of(recorded):
         return False
     oldest = IMAGES_FORMAT if config.task == "image_tokenizer" else SCENES_FORMAT
     scenes = config.data.source != "scenes" or not recorded or scenes_version(recorded) >= oldest

@@ -18,6 +18,7 @@ from pathlib import Path
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import require
 from t2i_lm.runtime.command_line import exit_code
+from t2i_lm.runtime.launch import is_first_process
 from t2i_lm.runtime.slurm import requeue
 from t2i_lm.training.equal_runs import find_equal_run
 
@@ -71,6 +72,11 @@ def unfinished(jobs: Sequence[Job]) -> list[Job]:
         else:
             remaining.append(replace(job, folder=folder))
     return remaining
+
+
+def is_first_of(jobs: Sequence[Job]) -> bool:
+    """Whether this process, of all that train some jobs together, is the one that draws them."""
+    return is_first_process(max(job.config.trainer.processes for job in jobs))
 
 
 def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -> int:

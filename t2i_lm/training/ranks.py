@@ -43,7 +43,7 @@ def watch_ranks(trainer: TrainerConfig) -> RankWatch | None:
 
     Of a process that has yet to launch the others, it begins when they are launched (`WatchedRanks`).
     """
-    world = trainer.devices * trainer.num_nodes
+    world = trainer.processes
     environment = cluster()
     if world == 1 or (isinstance(environment, SLURMEnvironment) and "SLURM_PROCID" not in os.environ):
         return None

@@ -23,6 +23,7 @@ from t2i_lm.storage.run_folder import (
     ENVIRONMENT,
     METRICS,
     config_digest,
+    fits_digest,
     read_environment,
 )
 from t2i_lm.storage.sealed import sealed
@@ -95,7 +96,7 @@ class Resumption:
         environment = read_environment(folder)
         written, now = _written(folder), config_values(config, folder)
         new = {key: value for key, value in now.items() if written.get(key, "missing") != value and not may_move(key)}
-        stale = CONFIG_DIGEST in environment and environment[CONFIG_DIGEST] != config_entry(folder)
+        stale = not fits_digest(written, environment)
         if not (self.changes or new or stale):
             return
         if new:
@@ -202,15 +203,15 @@ def require_same_config(config: ExperimentConfig, found: Resumption) -> None:
         ValueError: naming each difference that was not allowed, or cannot be.
     """
     recorded = found.record.get(VALUES)
-    environment = read_environment(found.folder)
-    if recorded is None and CONFIG_DIGEST in environment and environment[CONFIG_DIGEST] != config_entry(found.folder):
+    written = _written(found.folder)
+    if recorded is None and not fits_digest(written, read_environment(found.folder)):
         raise ValueError(
             f"--resume {found.folder}: {CONFIG} has other values than when the run was started, and no checkpoint says "
             "which; restore it, or start a new run"
         )
     source = CONFIG if found.checkpoint is None or recorded is None else found.checkpoint.name
     if recorded is None:
-        recorded = _written(found.folder)
+        recorded = written
     now = config_values(config, found.folder)
     if {config.backbone.config, now.get("backbone.config")} & PRESETS.keys():
         now["backbone.config"] = config.backbone.config  # a name and no path, which an override may change

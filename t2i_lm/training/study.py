@@ -243,13 +243,13 @@ def _root(run: StudyRun) -> Path:
 
 def _find(run: StudyRun, folders: Sequence[Path]) -> tuple[Path | None, bool]:
     config = run.job.config
-    of_name = [folder for folder in folders if folder.parent.name == Path(config.name).name]
-    own = Path(config.run.dir).name
-    of_name = [
-        folder
-        for folder in of_name
-        if folder.parents[1].name == own or not (run.repeats or THREADS in folder.parents[1].name)
-    ]
+    name, own = Path(config.name).name, Path(config.run.dir).name
+
+    def may_serve(folder: Path) -> bool:
+        setting = folder.parents[1].name
+        return folder.parent.name == name and (setting == own or not (run.repeats or THREADS in setting))
+
+    of_name = [*filter(may_serve, folders)]
     try:
         found = find_equal_run(config, of_name)
         if config.samples.prompts == 0 and not found[1]:  # a finished run with samples serves, too

@@ -41,7 +41,7 @@ def build_strategy(config: ExperimentConfig, watch: RankWatch | None) -> Strateg
     trainer = config.trainer
     if trainer.strategy in SHARDED:
         return ShardedStrategy() if watch is None else WatchedShards(watch)
-    if trainer.strategy == "ddp" or trainer.devices * trainer.num_nodes > 1:
+    if trainer.strategy == "ddp" or trainer.processes > 1:
         # Buffers are constant tables, or counts that the module reduces itself. Broadcasting them in every forward
         # would also hang a validation in which ranks have different numbers of batches.
         # An image tokenizer does not use its codebook at first.

@@ -13,7 +13,8 @@ from t2i_lm.config.load import load_experiment
 from t2i_lm.data.shards.cache import shards_of
 from t2i_lm.data.sources import open_source
 from t2i_lm.experiment.build import open_image, open_text
-from t2i_lm.experiment.restore import load_trained
+from t2i_lm.experiment.restore import load_initial, load_trained
+from t2i_lm.models import factory
 from t2i_lm.models.factory import build_backbone
 from t2i_lm.storage.run_folder import read_run, run_folders
 from t2i_lm.train import main
@@ -167,7 +168,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_run_from_plugins_of_all_kinds(tiny: list[str], tmp_path: Path) -> None:
+def test_a_run_from_plugins_of_all_kinds(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = "data.max_recurring_share=1"  # both splits of this source have the same images
     assert main([PRETRAINED, *tiny, *PLUGINS, "trainer.max_steps=4", f"run.dir={tmp_path}", allowed]) == 0
     run = read_run(run_folders(tmp_path)[-1])
@@ -182,6 +183,8 @@ def test_a_run_from_plugins_of_all_kinds(tiny: list[str], tmp_path: Path) -> Non
         "data.source",
     }
     assert run.environment["plugins"]["image_tokenizer.path"].startswith("gray-tokenizer 0.1.0, file sha256 ")
+    monkeypatch.setattr(factory, "_PLUGIN_SHA256", {})  # as in a process that has not opened the plug-in yet
+    assert load_initial(run.folder).decoder.config == load_trained(run.folder).decoder.config
     model = load_trained(run.folder)
     assert model.image is not None
     assert model.image.grid == (4, 4)

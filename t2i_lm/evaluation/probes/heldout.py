@@ -121,7 +121,7 @@ def per_row(values_N: Tensor, counts: list[int]) -> list[float]:
 
 def target_counts(ids_RT: Tensor, start: int | None = None) -> list[int]:
     """Number of targets of each row."""
-    counts: list[int] = _target_mask(ids_RT, start).sum(dim=1).tolist()
+    counts: list[int] = target_mask(ids_RT, start).sum(dim=1).tolist()
     return counts
 
 
@@ -133,10 +133,11 @@ def target_count(ids_RT: Tensor, start: int | None = None) -> int:
 def _features(decoder: Backbone, ids_RT: Tensor, start: int | None) -> Iterator[TargetFeatures]:
     """What predicts the targets, some rows at a time."""
     for part_BT in torch.split(ids_RT, max(1, POSITIONS // ids_RT.shape[1])):
-        yield target_features(decoder, part_BT, _target_mask(part_BT, start))
+        yield target_features(decoder, part_BT, target_mask(part_BT, start))
 
 
-def _target_mask(ids_BT: Tensor, start: int | None) -> Tensor:
+def target_mask(ids_BT: Tensor, start: int | None) -> Tensor:
+    """Which ids are targets: all but the first of a row, and a `start`."""
     target_BT = torch.ones_like(ids_BT, dtype=torch.bool) if start is None else ids_BT != start
     target_BT[:, 0] = False
     return target_BT
