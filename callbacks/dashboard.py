@@ -15,7 +15,15 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 # Columns of the table of hyperparameters, where a run has them: final losses.
-FINAL = ("val/iid/image/nll", "val/iid/text/nll", "val/compositional/image/nll", "val/image/nll", "val/text/nll")
+FINAL = (
+    "val/iid/image/nll",
+    "val/iid/text/nll",
+    "val/compositional/image/nll",
+    "val/image/nll",
+    "val/text/nll",
+    "val/first/image/nll",
+    "val/second/image/nll",
+)
 # Chart by title: regular expressions of its tags, each matched from a tag's start.
 Charts = dict[str, list[str]]
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         from t2i_lm.comparison.arms import find_arms
         from t2i_lm.comparison.compare import compare
-        from t2i_lm.comparison.comparison import on_their_sets
+        from t2i_lm.comparison.comparison import as_measured, on_their_sets
         from t2i_lm.comparison.plan import chosen_plan
         from t2i_lm.comparison.tables import FORMATS as WRITERS
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return over(plan)
         arms = find_arms(plan, options.runs, options.strict)
         if options.plan is None:
-            plan, arms = on_their_sets(plan, arms)
+            plan, arms = as_measured(*on_their_sets(plan, arms))
         return write(WRITERS[options.format](plan, arms, compare(plan, arms)))
 
     def over(plan: "Plan") -> int:

@@ -31,7 +31,7 @@ from t2i_lm.tokenizers.layout import ImageLayout, Layout
 
 State = Literal["initial", "trained"]
 # Held-out splits of shards, the first that is there.
-HELD_OUT = ("val/iid", "val")
+HELD_OUT = ("val/iid", "val/first", "val")
 # Modalities that have rows, positions and losses of their own.
 PROBED = ("text", "image")
 MARKERS = "osv^DPX"

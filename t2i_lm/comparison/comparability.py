@@ -16,7 +16,7 @@ PAIR_KEYS = ("data hash", SEED, "scale", "trainer.max_steps", "log.interval", "l
 # The arm itself: every comparison is between values of these.
 ARM_KEYS = ("name", "init")
 # Paths whose contents a hash of env.json covers.
-HASHED = ("data.path", "data.val_path", "text_tokenizer.path", "image_tokenizer.path")
+HASHED = ("data.path", "data.val_path", "data.second_val_path", "text_tokenizer.path", "image_tokenizer.path")
 # Entries of env.json that comparable runs share, by dotted key, and their names in a caption.
 ENVIRONMENT = {
     "data_hash": "data hash",
@@ -30,7 +30,18 @@ ENVIRONMENT = {
     "numerics": "numerics",  # version of what the code computes
 }
 # Entries that follow from keys of an arm's own, by the beginning of the key.
-CONTENT = ("source", "path", "val_path", "train_size", "val_size", "seed", "hold_out_pairs", "captions", "text_ratio")
+CONTENT = (
+    "source",
+    "path",
+    "val_path",
+    "second_val_path",
+    "train_size",
+    "val_size",
+    "seed",
+    "hold_out_pairs",
+    "captions",
+    "text_ratio",
+)
 FOLLOWING = {
     "backbone.": ("backbone weights", "backbone config"),
     **{f"data.{name}": ("data hash", ORDER) for name in CONTENT},

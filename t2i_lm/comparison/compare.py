@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean, variance
 
 from t2i_lm.comparison.arms import Arms
@@ -67,6 +68,19 @@ def compare(plan: Plan, arms: Arms) -> list[Result]:
     results = [results[0], *_corrected(results[1:])]
     # A look at a part of the planned seeds is no test at level alpha.
     return [one if one.missing else replace(one, verdict=_verdict(one.statistics, plan.alpha)) for one in results]
+
+
+def require_values(endpoint: Endpoint, arms: Arms) -> None:
+    """Checks that every run, or pair of runs, has an endpoint.
+
+    Raises:
+        ValueError: naming the first that lacks it, and what it has.
+    """
+    for run in () if endpoint.of_pair else arms.runs:
+        endpoint.value(run)
+    for seed in arms.seeds if endpoint.of_pair else ():
+        for one, two in product(arms.first[seed], arms.second[seed]):
+            endpoint.difference(one, two)
 
 
 def _result(plan: Plan, arms: Arms, endpoint: Endpoint, primary: bool) -> Result:

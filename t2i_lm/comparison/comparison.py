@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from t2i_lm.comparison.arms import Arms
-from t2i_lm.comparison.compare import Result, compare
+from t2i_lm.comparison.compare import Result, compare, require_values
+from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.plan import Plan
-from t2i_lm.storage.run_folder import Run
+from t2i_lm.runtime.tables import listed
+from t2i_lm.storage.run_folder import PRIMARY, Run
 
 
 @dataclass(frozen=True)
@@ -35,25 +37,41 @@ class Comparison:
 
 
 def make_comparison(name: str, plan: Plan, find: Callable[[], Arms]) -> Comparison:
-    """The comparison of the arms that `find` returns, of runs with one validation set on it.
+    """The comparison of the arms that `find` returns, on their own validation sets, by what they measured.
 
     A ValueError of `find` or of the comparison becomes the problem.
     """
     try:
-        plan, arms = on_their_sets(plan, find())
+        plan, arms = as_measured(*on_their_sets(plan, find()))
         return Comparison(name, plan, arms, tuple(compare(plan, arms)))
     except ValueError as error:
         return Comparison(name, plan, None, (), error)
 
 
 def on_their_sets(plan: Plan, arms: Arms) -> tuple[Plan, Arms]:
-    """A plan for the validation sets that its runs have, and a note where it names splits and they have one set."""
-    own = plan if arms.runs[0].validation_splits else plan.on_one_set()
+    """A plan for the validation sets that its runs have, and a note where it names splits of scenes that they lack."""
+    sets = arms.runs[0].validation_splits
+    own = plan if PRIMARY in sets else plan.on_sets(sets)
     if own == plan:
         return plan, arms
     names, kept = ((one.primary, *one.secondary) for one in (plan, own))
     gone = [name for name in names if name not in kept]
     moved = [name for name in kept if name not in names]
-    note = f"MISSING: validation splits: the {len(arms.runs)} runs have one validation set, val; not compared: "
-    note += ", ".join(gone) + (f"; in their place, on val: {', '.join(moved)}" if moved else "")
+    theirs = f"the validation sets {listed(sets)}" if sets else "one validation set, val"
+    note = f"MISSING: validation splits: the {len(arms.runs)} runs have {theirs}; not compared: "
+    note += ", ".join(gone)
+    if moved:
+        note += f"; in their place: {', '.join(moved)}"
     return own, replace(arms, notes=(*arms.notes, note))
+
+
+def as_measured(plan: Plan, arms: Arms) -> tuple[Plan, Arms]:
+    """A plan without the secondary endpoints that a run lacks, and a note on each: the primary one stands without."""
+    kept, notes = [], []
+    for name in plan.secondary:
+        try:
+            require_values(Endpoint(name), arms)
+            kept.append(name)
+        except ValueError as error:
+            notes.append(f"MISSING: {error}")
+    return replace(plan, secondary=kept), replace(arms, notes=(*arms.notes, *notes))

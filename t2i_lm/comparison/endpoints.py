@@ -64,7 +64,7 @@ class Endpoint:
             ValueError: if the run does not have it; names what is there instead.
         """
         source, *path = self.name.split(".")
-        tree: Any = run.report if source == REPORT else _last(run, source)
+        tree: Any = run.report if source == REPORT else _last(run, source, self.name)
         read = [source]
         for name in path:
             if not isinstance(tree, dict) or name not in tree:
@@ -123,7 +123,7 @@ class Endpoint:
     def _measured_on(self, run: Run) -> dict[str, Any]:
         """What tells apart the texts, or questions, of a run's last measurement; an older run may lack some."""
         path = self.name.split(".")[1:]
-        entry: Any = _last(run, FORGETTING)
+        entry: Any = _last(run, FORGETTING, self.name)
         for name in path[: 2 if path[0] == "tasks" else 1]:
             entry = entry.get(name) if isinstance(entry, dict) else None
         if not isinstance(entry, dict):
@@ -195,9 +195,9 @@ def _curve(run: Run, modality: str) -> Curve:
     return points
 
 
-def _last(run: Run, kind: str) -> Any:
+def _last(run: Run, kind: str, endpoint: str) -> Any:
     records = run.validations() if kind == VAL else run.records(kind)
     if not records:
         kinds = sorted({key for record in run.metrics for key, value in record.items() if isinstance(value, dict)})
-        raise ValueError(f"endpoint {kind}: {run.folder} has no {kind} in metrics.jsonl; it has {', '.join(kinds)}")
+        raise ValueError(f"endpoint {endpoint}: {run.folder} has no {kind} in metrics.jsonl; it has {', '.join(kinds)}")
     return records[-1][kind]

@@ -20,6 +20,7 @@ from t2i_lm.config.values import Plain, key_types, read_value
 from t2i_lm.storage.run_folder import PRIMARY, VAL
 from t2i_lm.storage.yaml_text import problem_of, read_yaml
 
+SPLITS = (PRIMARY, "compositional")  # of scenes
 # Default secondary endpoints.
 SECONDARY = (
     "val/compositional.image.nll",
@@ -164,11 +165,22 @@ class Plan:
     varied: list[str] = field(default_factory=list)
     alpha: float = 0.05
 
-    def on_one_set(self) -> "Plan":
-        """The plan for runs with one validation set: endpoints of the primary split are of it, those of others go."""
-        secondary = [_on_one_set(name) for name in self.secondary]
-        kept = [name for name in secondary if not name.startswith(f"{VAL}/")]
-        return replace(self, primary=_on_one_set(self.primary), secondary=kept)
+    def on_sets(self, sets: Sequence[str]) -> "Plan":
+        """The plan for runs without splits of scenes: endpoints of those are of the runs' own sets, in order.
+
+        Args:
+            sets: the runs' validation splits, the primary one first; empty where they have one validation set. An
+                endpoint of a split beyond them goes.
+        """
+
+        def own(endpoint: str) -> str:
+            for split, place in zip(SPLITS, (VAL, *(f"{VAL}/{name}" for name in sets[1:])), strict=False):
+                endpoint = endpoint.replace(f"{VAL}/{split}.", f"{place}.")
+            return endpoint
+
+        theirs = tuple(f"{VAL}/{name}." for name in sets)
+        kept = [name for name in map(own, self.secondary) if not name.startswith(f"{VAL}/") or name.startswith(theirs)]
+        return replace(self, primary=own(self.primary), secondary=kept)
 
     def __post_init__(self) -> None:
         require(len(parse_arms(self.arms)) == 2, "arms", self.arms, "the names of two experiments")
@@ -199,10 +211,6 @@ class Plan:
     def required(self, arm: str) -> dict[str, Any]:
         """The values that runs of an arm must have, by dotted key."""
         return {**self.where, **self.parsed[arm].own}
-
-
-def _on_one_set(endpoint: str) -> str:
-    return endpoint.replace(f"{VAL}/{PRIMARY}.", f"{VAL}.")
 
 
 def read_plan(path: Path) -> Plan:

@@ -49,6 +49,7 @@ PATH_KEYS = (
     "image_tokenizer.path",
     "data.path",
     "data.val_path",
+    "data.second_val_path",
     "data.cache_dir",
     "data.replay_path",
     "fid.coco",

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 SOURCES = ("scenes", "image_folder", "parquet", "webdataset", "hub", "hub_stream", "shards", "text")
-OPENED_BY_PATH = ("image_folder", "parquet", "webdataset", "text")
+IMAGES_BY_PATH = ("image_folder", "parquet", "webdataset")
+OPENED_BY_PATH = (*IMAGES_BY_PATH, "text")
 CAPTION_CHOICES = ("first", "random", "all")
 LOGGERS = ("tensorboard", "csv", "wandb", "none")
 OPTIMIZERS = ("adamw", "muon")
@@ -128,6 +129,9 @@ class DataConfig(Section, prefix="data"):
     a URL."""
     val_path: str | None = None
     """Held-out data; null: validation data in `path` by name, or a twentieth of its images. task=text requires it."""
+    second_val_path: str | None = None
+    """A second held-out set, such as photographs of another domain: measured as `val/second`, the other as
+    `val/first`."""
     train_size: int | None = None
     """Training samples taken from the source; null: all. `scenes` requires a number."""
     val_size: int | None = None
@@ -178,6 +182,8 @@ class DataConfig(Section, prefix="data"):
             self.one_of("source", SOURCES)
             readers = f"null where data.source={self.source}; {', '.join(OPENED_BY_PATH)} read one"
             self.check(self.val_path is None or self.source in OPENED_BY_PATH, "val_path", readers)
+            images = f"null where data.source={self.source}; {', '.join(IMAGES_BY_PATH)} read one"
+            self.check(self.second_val_path is None or self.source in IMAGES_BY_PATH, "second_val_path", images)
         self.one_of("captions", CAPTION_CHOICES)
         self.at_least(1, "batch_size", "length", "part_size", "pad_to_multiple_of", "train_size", "val_size")
         self.at_least(1, "shuffle_parts")

@@ -17,7 +17,14 @@ from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.reading import require_regular
 
 # Keys of data in a config.
-DATA_KEYS = ("data.path", "data.val_path", "data.replay_path", "forgetting.text", "forgetting.second_text")
+DATA_KEYS = (
+    "data.path",
+    "data.val_path",
+    "data.second_val_path",
+    "data.replay_path",
+    "forgetting.text",
+    "forgetting.second_text",
+)
 # Files that hold captions or text are hashed whole before others: at most so many bytes and files of each kind.
 CAPTIONED = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz")
 CAPTIONED_BYTES, OTHER_BYTES, FILES = 2**30, 2**26, 2000

@@ -18,6 +18,8 @@ from t2i_lm.storage.reading import SpecialFileError, require_regular
 SPLITS = ("train", "val")
 # Generated scenes: new images of the color-kind pairs of training (the primary split), and of held-out pairs.
 SCENE_VALIDATIONS = ("val/iid", "val/compositional")
+# With data.second_val_path: the held-out images of other runs, and those of that path.
+FIRST, SECOND = "val/first", "val/second"
 WORDS = {
     "train": ("train", "training"),
     "val": ("validation", "valid", "dev", "val"),
@@ -34,7 +36,9 @@ _SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 
 def validations_of(data: DataConfig) -> tuple[str, ...]:
     """Names of the validation splits of a source, the primary one first."""
-    return SCENE_VALIDATIONS if data.source == "scenes" and data.hold_out_pairs else ("val",)
+    if data.source == "scenes" and data.hold_out_pairs:
+        return SCENE_VALIDATIONS
+    return ("val",) if data.second_val_path is None else (FIRST, SECOND)
 
 
 # Values of a column `split`; Karpathy's split of COCO trains on the rest of the validation images.
@@ -99,10 +103,11 @@ def choose(groups: dict[str | None, list[str]], data: DataConfig, split: str) ->
         ValueError: if the split of some is not known, or there is none for `split`, with names of each group.
     """
     key, path = location(data, split)
+    validates, divided = split != "train", is_divided(data, split)
     ordered: list[str | None] = [group for group in (*WORDS, None) if group in groups]
     found = "; ".join(f"{NAMES[group] if group else 'no split'}: {_some(groups[group])}" for group in ordered)
-    # A folder given as data.val_path is validation whatever its files are called, unless several splits are named.
-    if data.val_path is not None and split == "val" and len(groups) == 1:
+    # A folder given as held out is validation whatever its files are called, unless several splits are named.
+    if validates and not divided and len(groups) == 1:
         return Choice(next(iter(groups)), False, [])
     if None in groups and len(groups) > 1:
         raise ValueError(
@@ -110,17 +115,16 @@ def choose(groups: dict[str | None, list[str]], data: DataConfig, split: str) ->
             f"({found}). Rename them, or name a file or folder of one split by data.path and another by data.val_path"
         )
     if None in groups:
-        return Choice(None, data.val_path is None, [])
-    explicit = data.val_path is not None
-    used = "val" if split == "val" and ("val" in groups or explicit) else "train"
-    if used not in groups or (split == "val" and not explicit and "train" not in groups):
+        return Choice(None, divided, [])
+    used = "val" if validates and ("val" in groups or not divided) else "train"
+    if used not in groups or (validates and divided and "train" not in groups):
         missing = used if used not in groups else "train"
         raise ValueError(
             f"{key}={path}: no {NAMES[missing]} data by name ({found}). To use a file whatever its name, name the file "
             f"itself by {key}"
         )
-    automatic = not explicit and "val" not in groups
-    left_out = [group for group in groups if group not in ((used,) if explicit else SPLITS)]
+    automatic = divided and "val" not in groups
+    left_out = [group for group in groups if group not in (SPLITS if divided else (used,))]
     notes = [f"{key}={path}: left out: {NAMES[str(group)]} data ({_some(groups[group])})" for group in left_out]
     if automatic:
         notes.append(
@@ -129,14 +133,20 @@ def choose(groups: dict[str | None, list[str]], data: DataConfig, split: str) ->
     return Choice(used, automatic, notes)
 
 
+def is_divided(data: DataConfig, split: str) -> bool:
+    """Whether a split is a part of `data.path`, which holds both training and the primary validation split."""
+    return data.val_path is None and split != SECOND
+
+
 def location(data: DataConfig, split: str) -> tuple[str, Path]:
     """The config key of a split's samples, and its value.
 
     Raises:
         ValueError: if it is a FIFO, device or socket.
     """
-    validates = split == "val" and data.val_path is not None
-    key, path = ("data.val_path", Path(str(data.val_path))) if validates else ("data.path", Path(str(data.path)))
+    name = "path" if split == "train" or is_divided(data, split) else "val_path"
+    name = "second_val_path" if split == SECOND else name
+    key, path = f"data.{name}", Path(str(getattr(data, name)))
     try:
         require_regular(path)
     except SpecialFileError as error:
@@ -170,7 +180,7 @@ def split_files(data: DataConfig, split: str, find: Callable[[Path], list[Path]]
 
     Args:
         data: with the two paths.
-        split: `train` or `val`.
+        split: name of the split.
         find: lists the files of a folder.
 
     Raises:
@@ -178,7 +188,7 @@ def split_files(data: DataConfig, split: str, find: Callable[[Path], list[Path]]
     """
     key, root = location(data, split)
     if root.is_file():
-        return SplitFiles(root, [root], data.val_path is None, [])
+        return SplitFiles(root, [root], is_divided(data, split), [])
     if not root.is_dir():
         raise ValueError(f"{key}={root}: no such file or folder")
     files = find(root)
@@ -231,7 +241,7 @@ def split_by_content(
 
     Args:
         digests: of each sample.
-        split: `train` or `val`.
+        split: `train`, or a validation split.
         origin: key and path, for error messages.
         read: reads a sample, to say why it cannot be used.
 
@@ -240,7 +250,7 @@ def split_by_content(
     """
     held = held_out(digests)
     if held:
-        return [index for index, digest in enumerate(digests) if (digest in held) == (split == "val")]
+        return [index for index, digest in enumerate(digests) if (digest in held) == (split != "train")]
     distinct = len({digest for digest in digests if digest is not None})
     found = f"{distinct} distinct readable image{'' if distinct == 1 else 's'} in {len(digests)} samples"
     if read is not None and None in digests:
@@ -253,7 +263,7 @@ def split_by_content(
 
 def in_split_of_stream(digest: str | None, split: str) -> bool:
     """Whether a sample of a stream without a validation split belongs to `split`: by its image's digest alone."""
-    return (digest is not None and int(digest, 16) % HELD_OUT_EVERY == 0) == (split == "val")
+    return (digest is not None and int(digest, 16) % HELD_OUT_EVERY == 0) == (split != "train")
 
 
 def evenly_spaced_indices(size: int, count: int) -> list[int]:

@@ -201,9 +201,12 @@ def absent_files(config: ExperimentConfig) -> list[str]:
             fetch = f" (a run fetches it; or: {hub.parse(path).command})" if path and hub.is_hub(path) else ""
             lines.append(f"{section}.path={path or 'null'}{fetch}")
     data = config.data
-    local = data.source in OPENED_BY_PATH
-    if data.reads_path and (data.path is None or (local and not Path(data.path).exists())):
-        lines.append(f"data.path={data.path or 'null'}")
+    if data.reads_path and data.path is None:
+        lines.append("data.path=null")
+    paths = {"data.path": data.path, "data.val_path": data.val_path, "data.second_val_path": data.second_val_path}
+    for key, path in paths.items() if data.source in OPENED_BY_PATH else ():
+        if path is not None and not Path(path).exists():
+            lines.append(f"{key}={path}")
     return lines
 
 

@@ -13,10 +13,12 @@ from t2i_lm.storage.run_folder import VAL, Run
 
 # Names of the arms of a pair in a sentence.
 ARM_NAMES = {"pretrained": "pre-trained", "scratch": "random"}
-# What the validation splits of scenes are.
+# What the validation splits are: of scenes, and with data.second_val_path.
 SPLITS = {
     "iid": "new images of trained color-kind pairs",
     "compositional": "color-kind pairs that training never shows",
+    "first": "the first held-out set",
+    "second": "the second held-out set",
 }
 HELD_OUT = "held-out data"
 NAMED = 4  # most arms that a sentence lists by name

@@ -38,7 +38,8 @@ METRICS_DIGEST, ENVIRONMENT_DIGEST = "metrics_digest", "environment_digest"  # i
 CONFIG_DIGEST = "config_digest"  # in env.json
 CONTENTS = "contents"  # in env.json: what identifies the data that a run read, by key
 OWNER = "owner.json"  # while a process writes the folder
-# Validation in metrics.jsonl and report.json: `val`, or `val/SPLIT` for each of several splits, `PRIMARY` the main one.
+# Validation in metrics.jsonl and report.json: `val`, or `val/SPLIT` for each of several splits. The primary one is
+# `PRIMARY`, or else the first by name.
 VAL, PRIMARY = "val", "iid"
 CHECKPOINTS, SAMPLES, FID, PROBES = "checkpoints", "samples", "fid", "probes"
 TOKENS = f"{SAMPLES}/tokens.npz"  # images with their ids and reconstructions, for Figure 1

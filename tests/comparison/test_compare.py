@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +14,7 @@ from t2i_lm import compare as command
 from t2i_lm.comparison.arms import Arms, find_arms
 from t2i_lm.comparison.comparability import SEED, IncomparableError, differences
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, UNDECIDED, compare
+from t2i_lm.comparison.comparison import make_comparison
 from t2i_lm.comparison.endpoints import Endpoint, tokens_saved
 from t2i_lm.comparison.plan import SECONDARY, Plan, read_plan
 from t2i_lm.comparison.statistics import holm, paired_statistics
@@ -101,21 +103,33 @@ def test_endpoints_name_a_validation_split_or_mean_the_primary_one(runs: Path) -
     assert Endpoint("val/compositional.image.nll").value(run) == compositional != iid
 
 
-def test_the_default_plan_fits_runs_with_one_validation_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def primary_loss(root: Path) -> float:
+    """The image loss of the first validation set at the end of the first arm's run."""
+    lines = (next(root.glob(f"{ARMS[0]}/*")) / "metrics.jsonl").read_text().splitlines()
+    last = [line for line in map(json.loads, lines) if any(key.startswith("val") for key in line)][-1]
+    return float((last.get("val") or last["val/first"])["image"]["nll"])
+
+
+@pytest.mark.parametrize(
+    ("splits", "has"),
+    [((), "one validation set, val"), (("first", "second"), "the validation sets first and second")],
+)
+def test_the_default_plan_fits_runs_without_splits_of_scenes(
+    splits: tuple[str, ...], has: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ARMS:
         for seed in range(2):
-            seeded_run(tmp_path, name, seed, splits=())
+            seeded_run(tmp_path, name, seed, splits=splits)
     assert command.main(["--runs", str(tmp_path), "--format", "json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    (said,) = [note for note in printed["notes"] if note.startswith("MISSING: validation splits: the 4 runs have one")]
+    start = f"MISSING: validation splits: the 4 runs have {has}; "
+    (said,) = [note for note in printed["notes"] if note.startswith(start)]
     assert "not compared: val/iid.image.nll, val/compositional.image.nll, val/iid.text.nll" in said
-    assert said.endswith("in their place, on val: val.image.nll, val.text.nll, val.all.nll")
-    assert [one["endpoint"] for one in printed["results"]] == [
-        "val.image.nll",
-        "val.text.nll",
-        "val.all.nll",
-        "tokens_saved.image",
-    ]
+    second = [f"val/{split}.{modality}.nll" for split in splits[1:] for modality in ("image", "text")]
+    own = ["val.image.nll", *second[:1], "val.text.nll", *second[1:], "val.all.nll"]
+    assert said.endswith(f"in their place: {', '.join(own)}")
+    assert [one["endpoint"] for one in printed["results"]] == [*own, "tokens_saved.image"]
+    assert Endpoint("val.image.nll").value(read_run(next(tmp_path.glob(f"{ARMS[0]}/*")))) == primary_loss(tmp_path)
     with pytest.raises(ValueError, match=r"endpoint val/iid.* has no val/iid in metrics\.jsonl; it has train, val"):
         compare(Plan(), find_arms(Plan(), tmp_path))
 
@@ -381,3 +395,18 @@ def test_curves_of_other_lengths_name_the_runs_and_what_to_leave_out(tmp_path: P
     (longer / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in doubled))
     with pytest.raises(ValueError, match=r"tokens_saved.image: .*t2i_pretrained.* and .*t2i_scratch.*leave it out"):
         Endpoint("tokens_saved.image").difference(one, read_run(longer))
+
+
+def test_a_secondary_endpoint_that_a_run_lacks_is_named_and_the_others_stand(runs: Path) -> None:
+    lacking = "forgetting.text.text_rows.nll"
+    plan = Plan(secondary=[lacking, "val.text.nll"])
+    made = make_comparison("pretraining", plan, lambda: find_arms(plan, runs))
+    without = Plan(secondary=["val.text.nll"])
+    assert made.results == tuple(compare(without, find_arms(without, runs)))
+    assert made.arms is not None
+    (said,) = [note for note in made.arms.notes if note.startswith("MISSING: endpoint")]
+    assert re.search(rf"endpoint {lacking}: .*t2i_pretrained.* has no forgetting in metrics\.jsonl; it has", said)
+    primary = Plan(primary=lacking, secondary=["val.text.nll"])
+    refused = make_comparison("pretraining", primary, lambda: find_arms(primary, runs))
+    assert (refused.results, refused.arms) == ((), None)
+    assert lacking in str(refused.problem)

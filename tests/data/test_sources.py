@@ -141,6 +141,8 @@ def test_validation_images_are_read_from_the_val_folder_or_val_path(source: str,
         train, val = (open_source(data, split, 16) for split in ("train", "val"))
         assert [train[i].captions for i in range(len(train))] == [["train 0"], ["train 1"], ["train 2"]]
         assert [val[i].captions for i in range(len(val))] == [["val 0"], ["val 1"]]
+    second = open_source(replace(beside, second_val_path=str(tmp_path / "train")), "val/second", 16)
+    assert [second[i].captions for i in range(len(second))] == [["train 0"], ["train 1"], ["train 2"]]
     absent = replace(named, val_path=str(tmp_path / "absent"))
     with pytest.raises(ValueError, match=r"data\.val_path=.*absent"):
         open_source(absent, "val", 16)
@@ -149,6 +151,8 @@ def test_validation_images_are_read_from_the_val_folder_or_val_path(source: str,
 def test_sources_without_val_path_reject_one() -> None:
     with pytest.raises(ValueError, match=r"data\.val_path='x': expected null where data\.source=hub"):
         DataConfig(source="hub", path="a/b", val_path="x")
+    with pytest.raises(ValueError, match=r"data\.second_val_path='x': expected null where data\.source=text"):
+        DataConfig(source="text", path="a", val_path="b", second_val_path="x")
 
 
 def test_missing_metadata_is_named(tmp_path: Path) -> None:

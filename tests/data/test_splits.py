@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import datasets
@@ -23,6 +24,7 @@ from t2i_lm.data.splits import (
     path_split,
     split_by_content,
     split_files,
+    validations_of,
 )
 from t2i_lm.data.tables import hub_parts
 
@@ -101,6 +103,31 @@ def test_val_path_may_have_any_name_and_data_path_still_leaves_out_what_it_names
     assert ([file.name for file in val.files], val.automatic, val.notes) == (["test-0.tar"], False, [])
     one = DataConfig(source="webdataset", path=str(tmp_path / "all" / "val-0.tar"))
     assert split_files(one, "train", tars_below).automatic
+
+
+@pytest.mark.parametrize(
+    ("names", "first", "automatic"),
+    [
+        (["all/train-0", "all/val-0"], ["val-0.tar"], False),  # by name
+        (["all/0", "all/1"], ["0.tar", "1.tar"], True),  # by content
+    ],
+)
+def test_a_second_held_out_set_leaves_the_first_as_it_is(
+    names: list[str], first: list[str], automatic: bool, tmp_path: Path
+) -> None:
+    write_names(tmp_path, [*names, "other/train-0"])
+    alone = DataConfig(source="webdataset", path=str(tmp_path / "all"))
+    both = replace(alone, second_val_path=str(tmp_path / "other"))
+    assert (validations_of(alone), validations_of(both)) == (("val",), ("val/first", "val/second"))
+    assert split_files(alone, "val", tars_below) == split_files(both, "val/first", tars_below)
+    found = split_files(both, "val/first", tars_below)
+    assert ([file.name for file in found.files], found.automatic) == (first, automatic)
+    second = split_files(both, "val/second", tars_below)
+    assert ([file.name for file in second.files], second.automatic) == (["train-0.tar"], False)
+    file = replace(both, second_val_path=str(tmp_path / "other" / "train-0.tar"))
+    assert not split_files(file, "val/second", tars_below).automatic
+    with pytest.raises(ValueError, match=r"data\.second_val_path=.*absent: no such file or folder"):
+        split_files(replace(both, second_val_path=str(tmp_path / "absent")), "val/second", tars_below)
 
 
 def write_names(folder: Path, names: list[str]) -> None:

@@ -34,7 +34,10 @@ def run_at(folder: Path, start: Path | None, **sections: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("key", [key for key in PATH_KEYS if key not in ("run.dir", "aligned_rows", "data.val_path")])
+OWN_RULES = ("run.dir", "aligned_rows", "data.val_path", "data.second_val_path")
+
+
+@pytest.mark.parametrize("key", [key for key in PATH_KEYS if key not in OWN_RULES])
 def test_every_relative_path_starts_where_the_run_was_started(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,7 +87,7 @@ def write_run(
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
     if finished:
-        val = [line for line in lines if {"val", "val/iid"} & line.keys()][-1]
+        val = [line for line in lines if any(key.startswith("val") for key in line)][-1]
         report = {"experiment": name, "steps": done, "text_floor_nll": floor}
         report |= {key: entry for key, entry in val.items() if key.startswith("val")}
         report |= {"image_floor_nll": 0.1} if splits else {}

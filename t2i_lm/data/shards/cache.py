@@ -227,7 +227,7 @@ def shards_of(config: ExperimentConfig, tokenizers: dict[str, str], wide_codes: 
     if scenes:
         by_path = {**settings, "path": str(absolute_path(data.path)), "val_path": absolute_path(data.val_path)}
         return Prepared(Path(data.cache_dir), stem, by_path)
-    paths = {"data.path": data.path, "data.val_path": data.val_path}
+    paths = {"data.path": data.path, "data.val_path": data.val_path, "data.second_val_path": data.second_val_path}
     return Prepared(
         Path(data.cache_dir),
         stem,

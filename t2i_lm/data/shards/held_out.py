@@ -78,10 +78,11 @@ def require_held_out(config: ExperimentConfig, folder: Path) -> None:
             os.utime(folder / INDEX, ns=(prepared, prepared))
     for split, found in recurring_of(index).items():
         of = index["splits"][split]["rows"]
+        images = "validation images" if split == "val" else f"images of {split}"
         if config.data.source != "scenes" and found["images"] > of * config.data.max_recurring_share:
             one, twin = found["first"]
             raise ValueError(
-                f"{found['images']:,} of {of:,} validation images have the ids of a training image (the first: {one}, "
+                f"{found['images']:,} of {of:,} {images} have the ids of a training image (the first: {one}, "
                 f"of {twin}), so validation would measure what was trained on. Remove them, or raise "
                 f"data.max_recurring_share={config.data.max_recurring_share}"
             )
