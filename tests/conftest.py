@@ -248,6 +248,7 @@ def language_model(once: Once) -> Path:
         arguments = [
             f"data.path={folder}/books.txt",
             f"data.val_path={folder}/books.txt",
+            "data.max_recurring_share=1",
             f"data.cache_dir={folder}/cache",
             f"backbone.config={folder}/lm.json",
             "text_tokenizer.vocab_size=300",

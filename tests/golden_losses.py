@@ -55,7 +55,8 @@ def overrides(name: str, folder: Path) -> list[str]:
         return [*changes, *TOKENIZERS[:2], *(f"image_tokenizer.model.{size}" for size in sizes)]
     if name == "text_lm":
         model = [f"backbone.config={MODELS}/lm/config.json", f"text_tokenizer.path={MODELS}/text.model"]
-        return [*changes, *model, "data.length=32", *(f"data.{key}={folder}/text.txt" for key in ("path", "val_path"))]
+        model += ["data.length=32", "data.max_recurring_share=1"]
+        return [*changes, *model, *(f"data.{key}={folder}/text.txt" for key in ("path", "val_path"))]
     if name == "t2i_aligned":
         changes.append(f"aligned_rows={next((folder / 'align').glob('align/*'))}")
     if "replay" in name or "projection" in name:

@@ -40,7 +40,7 @@ def test_bfloat16_weights_are_in_the_card_and_another_evaluation(
     assert "weights='bfloat16', now 'float32'" in capsys.readouterr().err
     assert main([*command, "--bf16", "--canonical", "--out", str(tmp_path / "canonical")]) == 2
     assert "weights='bfloat16' (not 'float32')" in capsys.readouterr().err
-    assert main([*command, "--bf16", "--forgetting", __file__, *out]) == 2
+    assert main([*command, "--bf16", "--forgetting", "asset:text/novels.txt.gz", *out]) == 2
     assert "--bf16 rounds the weights" in capsys.readouterr().err
 
 

@@ -147,7 +147,8 @@ def test_a_long_paragraph_is_tokenized_whole(tmp_path: Path, monkeypatch: pytest
 def test_a_text_experiment_trains_its_tokenizer_once(tmp_path: Path) -> None:
     books = "\f".join(f"Once upon a time there were {n} ships.\n\nThey sailed." for n in range(200))
     (tmp_path / "books.txt").write_text(books)
-    changes = [f"data.path={tmp_path}/books.txt", f"data.val_path={tmp_path}/books.txt", f"data.cache_dir={tmp_path}"]
+    (tmp_path / "heldout.txt").write_text(books.replace("ships", "boats"))
+    changes = [f"data.path={tmp_path}/books.txt", f"data.val_path={tmp_path}/heldout.txt", f"data.cache_dir={tmp_path}"]
     experiment = ROOT / "experiments" / "text_lm.yaml"
     config = load_experiment(experiment, "demo", [*changes, "text_tokenizer.vocab_size=512", "data.length=32"])
     folder, text = prepare_text(config)

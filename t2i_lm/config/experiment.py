@@ -242,6 +242,8 @@ class ExperimentConfig(Section):
         yield data.control is not None and not text, "data.control", f"null with {task}"
         ratio = data.text_ratio is not None
         yield ratio and self.task != "text_to_image", "data.text_ratio", f"null with {task}"
+        joined = f"random or all with data.text_ratio={data.text_ratio}, which is of the mean length of all captions"
+        yield ratio and data.captions == "first", "data.captions", joined
         yield self.fid.interval is not None and self.task != "text_to_image", "fid.interval", f"null with {task}"
         for key, plain, word in (
             ("trainer.packing", False, "false"),

@@ -156,7 +156,8 @@ class DataConfig(Section, prefix="data"):
     max_reject_share: float = 0.01
     """Largest share of unusable samples, in [0, 1]; above it the preparation, or task=image_tokenizer, stops."""
     max_recurring_share: float = 0.0
-    """Largest share of validation images whose ids are also a training image's, in [0, 1]; scenes are only counted."""
+    """Largest share of validation images whose ids are also a training image's, or of held-out documents that are also
+    trained on, in [0, 1]; scenes are only counted."""
     max_truncated_share: float = 1.0
     """Largest share of captions longer than the text budget of `length`, which are cut, in [0, 1]."""
     cache_dir: str = "cache"
@@ -182,8 +183,8 @@ class DataConfig(Section, prefix="data"):
             self.one_of("source", SOURCES)
             readers = f"null where data.source={self.source}; {', '.join(OPENED_BY_PATH)} read one"
             self.check(self.val_path is None or self.source in OPENED_BY_PATH, "val_path", readers)
-            images = f"null where data.source={self.source}; {', '.join(IMAGES_BY_PATH)} read one"
-            self.check(self.second_val_path is None or self.source in IMAGES_BY_PATH, "second_val_path", images)
+        images = f"null where data.source={self.source}; {', '.join(IMAGES_BY_PATH)} read one"
+        self.check(self.second_val_path is None or self.source in IMAGES_BY_PATH, "second_val_path", images)
         self.one_of("captions", CAPTION_CHOICES)
         self.at_least(1, "batch_size", "length", "part_size", "pad_to_multiple_of", "train_size", "val_size")
         self.at_least(1, "shuffle_parts")

@@ -60,7 +60,10 @@ def find_name(known: Sequence[str], names: Iterable[str]) -> str | None:
 def other_captions(names: Iterable[str]) -> list[str]:
     """Fields beside the caption field that have the name of one, and are not read."""
     present = list(names)
-    chosen = find_name(CAPTION_NAMES, present)
+    try:
+        chosen = find_name(CAPTION_NAMES, present)
+    except ValueError:  # ambiguous: a reject of its own
+        return []
     return [name for name in present if name != chosen and find_name(CAPTION_NAMES, [name]) is not None]
 
 

@@ -7,12 +7,15 @@ that tables name count too. Where the data lies is no part of it.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.data.metadata import METADATA, SUFFIXES, image_name, image_path, read_rows
+from t2i_lm.data.pairs import RejectedPairError
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.reading import require_regular
 
@@ -81,7 +84,7 @@ def content_of(path: str, apart: Sequence[str | Path] = (), hub: bool = False, t
     tables = [file for file in files.values() if file.suffix.lower() in TABLES]
     known = {os.path.realpath(file) for file in files.values()}
     for table in tables if len(tables) <= FILES else []:
-        for name in _images_named_in(table):
+        for name in _images_named_in(table, table == location or table.name in METADATA):
             image = table.parent / name
             if os.path.isfile(image) and os.path.realpath(image) not in known:
                 files.setdefault(name, image)
@@ -120,17 +123,34 @@ def _members(folder: Path, apart: set[Path]) -> dict[str, Path]:
     return files
 
 
-def _images_named_in(table: Path) -> Iterator[str]:
-    """Names in a table that look like those of images."""
+def _images_named_in(table: Path, is_metadata: bool) -> Iterator[str]:
+    """Names of images in a table: of metadata those that its reader finds, of others what looks like one."""
     try:
         require_regular(table)
         if table.suffix.lower() == ".parquet":
             yield from _paths_in_parquet(table)
         elif table.stat().st_size <= CAPTIONED_BYTES:
-            found = {name.strip().replace(b"\\/", b"/") for name in _IMAGE_NAME.findall(table.read_bytes())}
-            yield from (name.decode("utf-8", "replace") for name in sorted(found))
+            yield from (_listed_in(table) if is_metadata else []) or _look_alikes(table)
     except (OSError, ValueError):  # as the reader will say
         return
+
+
+def _listed_in(table: Path) -> list[str]:
+    """The image files that a metadata file lists; none of a file that is no metadata."""
+    if table.suffix.lower() not in SUFFIXES:
+        return []
+    found = set()
+    with suppress(ValueError):
+        for row in read_rows(table):
+            with suppress(RejectedPairError):
+                path = image_path(str(table.parent), image_name(row), row.where)
+                found.add(os.path.relpath(path, table.parent))
+    return sorted(found)
+
+
+def _look_alikes(table: Path) -> list[str]:
+    found = {name.strip().replace(b"\\/", b"/") for name in _IMAGE_NAME.findall(table.read_bytes())}
+    return [name.decode("utf-8", "replace") for name in sorted(found)]
 
 
 def _paths_in_parquet(table: Path) -> Iterator[str]:
@@ -138,20 +158,32 @@ def _paths_in_parquet(table: Path) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(table) as file:
-        leaves = [file.schema.column(number) for number in range(len(file.schema))]
+        numbers = {file.schema.column(number).path: number for number in range(len(file.schema))}
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-        for leaf in leaves:
-            if leaf.logical_type.type != "STRING" or not _PATH_COLUMN.search(leaf.path):
+        for names in _text_leaves(file.schema_arrow):
+            path = ".".join(names)
+            if not _PATH_COLUMN.search(path):
                 continue
-            parent = leaf.path.rpartition(".")[0]
-            beside = [number for number, one in enumerate(leaves) if parent and one.path == f"{parent}.bytes"]
-            if beside and not any(_nulls(group, beside[0]) for group in groups):
+            beside = numbers.get(".".join((*names[:-1], "bytes"))) if len(names) > 1 else None
+            if beside is not None and not any(_nulls(group, beside) for group in groups):
                 continue
-            for batch in file.iter_batches(columns=[leaf.path]):
-                column = batch.column(0)
-                for name in leaf.path.split(".")[1:]:
+            for batch in file.iter_batches(columns=[path]):
+                column = batch.column(names[0])
+                for name in names[1:]:
                     column = column.field(name)
                 yield from (name for name in column.to_pylist() if isinstance(name, str) and "\0" not in name)
+
+
+def _text_leaves(fields: Iterable[Any], parents: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Columns of text, and fields of text in columns of structs, by their names; lists hold no image's name."""
+    import pyarrow
+
+    for field in fields:
+        names = (*parents, field.name)
+        if pyarrow.types.is_struct(field.type):
+            yield from _text_leaves([field.type.field(number) for number in range(field.type.num_fields)], names)
+        elif pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type):
+            yield names
 
 
 def _nulls(group: Any, column: int) -> bool:

@@ -14,9 +14,27 @@ from typing import Any
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.captions import CAPTION_NAMES, caption_value, find_name, joined_captions, other_captions
 from t2i_lm.data.digests import image_digests, store_path
-from t2i_lm.data.metadata import METADATA, SUFFIXES, Row, image_name, image_path, read_rows, require_image_names
+from t2i_lm.data.metadata import (
+    METADATA,
+    SPLIT_NAMES,
+    SUFFIXES,
+    Row,
+    image_name,
+    image_path,
+    read_rows,
+    require_image_names,
+)
 from t2i_lm.data.pairs import Pair, RejectedPairError, decode_image
-from t2i_lm.data.splits import choose, column_splits, files_below, location, named_below, named_splits, split_by_content
+from t2i_lm.data.splits import (
+    choose,
+    column_splits,
+    files_below,
+    is_divided,
+    location,
+    named_below,
+    named_splits,
+    split_by_content,
+)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -68,6 +86,7 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
     """The images of a split that the metadata of a folder, and of its subfolders, list."""
     key, root = location(data, split)
     tables, pictures = _tables(key, root)
+    divided = is_divided(data, split)
     groups: dict[str | None, dict[str, ListedImage]] = {}
     listed: set[str] = set()
     for table in tables:
@@ -75,7 +94,7 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
         _require_captions(rows, table)
         require_image_names(rows)
         folder = "" if root.is_file() else os.path.relpath(table.parent, root)
-        for row, group in zip(rows, _row_splits(rows, table, root), strict=True):
+        for row, group in zip(rows, _row_splits(rows, table, root, divided), strict=True):
             image = _image(row, str(table.parent), folder)
             where = os.path.normpath(image.path) if image.path else row.where
             listed.add(where)
@@ -87,7 +106,8 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
         notes.append(f"{key}={root}: captions are {_caption_name(images[0])}; not read: {', '.join(others)}")
     several = len({image.folder for image in images}) > 1
     for image in images:
-        image.id = image.full_name if several else image.name
+        name = image.full_name if several else image.name
+        image.id = name.encode("utf-8", "backslashreplace").decode()
     if unlisted := sorted(pictures - listed):
         notes.append(f"{key}={root}: {len(unlisted):,} image files are listed by no metadata (first: {unlisted[0]})")
     if choice.automatic:
@@ -147,8 +167,11 @@ def _has_caption(fields: dict[str, Any]) -> bool:
         return True  # ambiguous: a reject
 
 
-def _row_splits(rows: Sequence[Row], table: Path, root: Path) -> list[str | None]:
+def _row_splits(rows: Sequence[Row], table: Path, root: Path, divided: bool) -> list[str | None]:
     """The split that each row names: by the folder of the metadata, a column `split`, or the folders of its image.
+
+    A metadata file that a key names itself is of one split whatever its images' folders are called, unless it holds
+    training and validation (`divided`) and the folders name both.
 
     Raises:
         ValueError: if a folder names several splits, or the column has other values too.
@@ -163,14 +186,24 @@ def _row_splits(rows: Sequence[Row], table: Path, root: Path) -> list[str | None
             named[number] = image_name(row)
     places = list(named)
     splits: Sequence[str | None] | None = column_splits(
-        [rows[number].fields.get("split") for number in places], lambda place: rows[places[place]].where
+        [_split_value(rows[number]) for number in places], lambda place: rows[places[place]].where
     )
     if splits is None:
         base = os.path.abspath(root.parent if root.is_file() else root)
         splits = [_one_split(_folders(named[number], base), rows[number].where) for number in places]
+        if root.is_file() and not (divided and {"train", "val"} <= {*splits}):
+            splits = [None] * len(places)
     split_of = dict(zip(places, splits, strict=True))
     others = "train" if "train" in splits else splits[0]  # where the rejects are counted
     return [split_of.get(number, others) for number in range(len(rows))]
+
+
+def _split_value(row: Row) -> Any:
+    try:
+        column = find_name(SPLIT_NAMES, row.fields)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from error
+    return None if column is None else row.fields[column]
 
 
 def _folders(name: Any, base: str) -> list[str]:

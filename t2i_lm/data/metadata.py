@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.data.captions import find_name, parse_json
+from t2i_lm.data.captions import CAPTION_NAMES, find_name, parse_json
 from t2i_lm.data.pairs import RejectedPairError
 from t2i_lm.storage.reading import require_regular
 
@@ -18,6 +18,9 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 METADATA = tuple(f"metadata{suffix}" for suffix in SUFFIXES)
 # Names of the field that names an image file, in order of preference.
 IMAGE_NAMES = ("file_name", "filename", "image", "image_path", "image_file", "file_path", "filepath", "path", "file")
+SPLIT_NAMES = ("split",)
+# Columns that are read of a Parquet file.
+READ = (*IMAGE_NAMES, *CAPTION_NAMES, *SPLIT_NAMES)
 # Longer text is not the name of a file: Linux allows no longer path.
 MAX_PATH = 4096
 
@@ -127,10 +130,15 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
-    except (pyarrow.ArrowException, TypeError) as error:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            # Other columns may be large, or hold what Python has no value for.
+            read = [name for name in names if name.strip().casefold() in READ]
+            rows = file.read(columns=read).to_pylist() if read else [{}] * file.metadata.num_rows
+    except (pyarrow.ArrowException, TypeError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
-    return (Row(f"{path} row {number}", fields) for number, fields in enumerate(rows))
+    unread = dict.fromkeys(names)
+    return (Row(f"{path} row {number}", unread | fields) for number, fields in enumerate(rows))
 
 
 def image_name(row: Row) -> Any:

@@ -166,12 +166,14 @@ class SplitFiles:
         root: folder that they are in, or the file itself.
         files: in order of their paths.
         automatic: whether they hold both splits, divided by content of the images.
+        named: whether the split is that of names of files or folders.
         notes: what is left out, and why.
     """
 
     root: Path
     files: list[Path]
     automatic: bool
+    named: bool
     notes: list[str]
 
 
@@ -188,7 +190,7 @@ def split_files(data: DataConfig, split: str, find: Callable[[Path], list[Path]]
     """
     key, root = location(data, split)
     if root.is_file():
-        return SplitFiles(root, [root], is_divided(data, split), [])
+        return SplitFiles(root, [root], is_divided(data, split), False, [])
     if not root.is_dir():
         raise ValueError(f"{key}={root}: no such file or folder")
     files = find(root)
@@ -200,7 +202,7 @@ def split_files(data: DataConfig, split: str, find: Callable[[Path], list[Path]]
         raise ValueError(f"{key}={root}: {error}") from error
     names = {group: [file.relative_to(root).as_posix() for file in files] for group, files in groups.items()}
     choice = choose(names, data, split)
-    return SplitFiles(root, groups[choice.group], choice.automatic, choice.notes)
+    return SplitFiles(root, groups[choice.group], choice.automatic, choice.group is not None, choice.notes)
 
 
 def files_below(root: Path, matches: Callable[[str], bool]) -> list[Path]:

@@ -5,6 +5,7 @@ with the same image are on one side of the split.
 """
 
 import bisect
+import hashlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.captions import CAPTION_NAMES, captions_of, find_name, other_captions
 from t2i_lm.data.digests import digests_of_files, file_digest, image_digest, image_digests, store_path
 from t2i_lm.data.identity import content_of
-from t2i_lm.data.metadata import image_path
+from t2i_lm.data.metadata import SPLIT_NAMES, image_path
 from t2i_lm.data.pairs import Pair, RejectedPairError, Sample, decode_image
 from t2i_lm.data.splits import (
     HELD_OUT_EVERY,
@@ -36,10 +37,9 @@ from t2i_lm.storage.reading import require_regular
 # In order of preference.
 IMAGE_COLUMNS = (
     *("image", "jpg", "png", "webp", "jpeg", "img"),
-    *("image_path", "file_name", "filename", "image_file", "file_path", "filepath", "path"),
+    *("image_path", "file_name", "filename", "image_file", "file_path", "filepath", "path", "file"),
 )
 TEXT_TYPES, BINARY_TYPES = ("string", "large_string"), ("binary", "large_binary")
-SPLIT_COLUMN = "split"
 BATCH = 256
 
 
@@ -152,9 +152,9 @@ class Table:
 
 
 def _open_table(
-    rows: Any, data: DataConfig, split: str, origin: Origin, automatic: bool, notes: Sequence[str]
+    rows: Any, data: DataConfig, split: str, origin: Origin, automatic: bool, named: bool, notes: Sequence[str]
 ) -> Table:
-    """The rows of a split; where it is `automatic`, by a column `split` or else by content of the images."""
+    """The rows of a split: unless they are `named`, by a column `split`; else, where `automatic`, by their images."""
     key, path = location(data, split)
     name = f"{key}={path}"
     columns = Columns.find(rows.features, name)
@@ -164,7 +164,7 @@ def _open_table(
         raise ValueError(f"{name}: column {columns.image} holds no images: {error}") from error
     indices: Sequence[int] = range(len(rows))
     notes = [*notes, *columns.notes(rows.column_names, name)]
-    if automatic and (groups := _named_rows(rows, name)) is not None:
+    if not named and (groups := _named_rows(rows, name)) is not None:
         names = {group: [f"row {row}" for row in members] for group, members in groups.items()}
         choice = choose(names, data, split)
         indices, automatic, notes = groups[choice.group], choice.automatic, [*notes, *choice.notes]
@@ -178,10 +178,16 @@ def _open_table(
 
 def _named_rows(rows: Any, origin: str) -> dict[str | None, list[int]] | None:
     """Rows by the split that a column `split` names; None without such a column."""
-    column = find_name((SPLIT_COLUMN,), rows.column_names)
-    if column is None or getattr(rows.features[column], "dtype", None) not in TEXT_TYPES:
+    import datasets
+
+    column = find_name(SPLIT_NAMES, rows.column_names)
+    feature = None if column is None else rows.features[column]
+    values = rows[column] if getattr(feature, "dtype", None) in TEXT_TYPES else None
+    if isinstance(feature, datasets.ClassLabel):
+        values = [value if value is None or value < 0 else feature.int2str(value) for value in rows[column]]
+    if values is None:
         return None
-    splits = column_splits(rows[column], lambda row: f"{origin} row {row}")
+    splits = column_splits(values, lambda row: f"{origin} row {row}")
     groups: dict[str | None, list[int]] = {}
     for row, found in enumerate(splits or ()):
         groups.setdefault(found, []).append(row)
@@ -240,7 +246,8 @@ def parquet(data: DataConfig, split: str, size: int) -> Table:
     key, root = location(data, split)
     files = split_files(data, split, find_parquet)
     # `datasets` identifies files by name and time alone.
-    cache = str(Path(data.cache_dir) / "parquet" / str(content_of(str(root)))[:12])
+    contents = [content_of(str(file)) for file in files.files]
+    cache = str(Path(data.cache_dir) / "parquet" / hashlib.sha256(repr(contents).encode()).hexdigest()[:12])
     names = [str(file.resolve()) for file in files.files]
     try:
         starts = [0]
@@ -252,7 +259,7 @@ def parquet(data: DataConfig, split: str, size: int) -> Table:
         raise ValueError(f"{key}={root} cannot be read as Parquet: {_one_line(error.__cause__ or error)}") from error
     assert len(rows) == starts[-1], (len(rows), starts)
     origin = Origin(starts[:-1], [str(file.parent) for file in files.files], [file.name for file in files.files])
-    return _open_table(rows, data, split, origin, files.automatic, files.notes)
+    return _open_table(rows, data, split, origin, files.automatic, files.named, files.notes)
 
 
 def find_parquet(folder: Path) -> list[Path]:
@@ -286,7 +293,7 @@ def hub(data: DataConfig, split: str, size: int) -> Table:
     """A Hugging Face dataset by name, with its own validation split if it has one."""
     parts = _load_dataset(data, streaming=False)
     rows, automatic = parts.part(split)
-    return _open_table(rows, data, split, Origin([0], [_base(data)], [""]), automatic, parts.notes)
+    return _open_table(rows, data, split, Origin([0], [_base(data)], [""]), automatic, not automatic, parts.notes)
 
 
 def _base(data: DataConfig) -> str:

@@ -64,6 +64,7 @@ class TarSample:
         files: (offset, size) in bytes by suffix.
         repeated: suffixes that occur more than once.
         damage: why the sample is unreadable, if so.
+        folder: of the file, with a slash, where those of a source lie in several.
     """
 
     tar: Path
@@ -71,11 +72,12 @@ class TarSample:
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
     repeated: list[str] = field(default_factory=list)
     damage: str | None = None
+    folder: str = ""
 
     @property
     def name(self) -> str:
         """File and key; bytes that are not UTF-8 are escaped."""
-        return f"{self.tar.name}:{self.key}".encode("utf-8", "backslashreplace").decode()
+        return f"{self.folder}{self.tar.name}:{self.key}".encode("utf-8", "backslashreplace").decode()
 
     def member(self, kinds: Sequence[str], what: str) -> str | None:
         """The suffix of the only file of some kinds: the whole suffix counts more than its last part.
@@ -300,11 +302,15 @@ def open_tars(files: Sequence[Path], notes: Sequence[str] = ()) -> TarFolder:
         ValueError: if a file is no tar, or compressed.
     """
     samples, ignored, said = list[TarSample](), Counter[str](), list(notes)
+    root = os.path.commonpath([file.parent for file in files])
     for file in files:
         try:
             scan = scan_tar(file)
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
+        folder = os.path.relpath(file.parent, root)
+        for sample in scan.samples:
+            sample.folder = "" if folder == "." else f"{folder}/"
         samples += scan.samples
         ignored += scan.ignored
         for sample in scan.samples:

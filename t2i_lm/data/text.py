@@ -1,10 +1,12 @@
 """Sources of plain text: files of documents separated by form feeds, or a Hugging Face dataset."""
 
 import gzip
+import hashlib
 import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.sections import ASSET
@@ -32,6 +34,8 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
     """
     location = text_location(path, key)
     if location.exists() and not location.is_dir():
+        if not location.name.lower().endswith(SUFFIXES):
+            raise ValueError(f"{key}={path}: expected plain text, a {' or '.join(SUFFIXES)} file or a folder of them")
         files = [location]
     elif location.is_dir():
         files = _files_of_split(location, key)
@@ -127,3 +131,22 @@ def _hub_documents(name: str, key: str) -> Iterator[str]:
 def paragraphs(document: str) -> Iterator[str]:
     """Non-empty paragraphs of a document."""
     return (paragraph for paragraph in document.split("\n\n") if paragraph.strip())
+
+
+def recurring_documents(held_out: str, key: str, trained: str) -> dict[str, Any]:
+    """How many documents of a held-out text are also in `data.path`: their number, of how many, and the first's start.
+
+    Of text on a hub nothing is read here, and excerpts are not found.
+    """
+    if not (text_location(held_out, key).exists() and text_location(trained, "data.path").exists()):
+        return {"documents": 0, "of": 0, "first": ""}
+    documents = list(read_documents(held_out, key))
+    known = {_digest(document) for document in documents}
+    found = {digest for document in read_documents(trained) if (digest := _digest(document)) in known}
+    recurring = [document for document in documents if _digest(document) in found]
+    first = " ".join(recurring[0].split())[:60] if recurring else ""
+    return {"documents": len(recurring), "of": len(documents), "first": first}
+
+
+def _digest(document: str) -> bytes:
+    return hashlib.blake2b(" ".join(document.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import sentencepiece
@@ -30,6 +31,7 @@ from t2i_lm.tokenizers.documents import (
 
 # Length to which a text is cut, in characters.
 MAX_CHARACTERS = 100_000
+MAX_SENTENCE = 16_384  # bytes; a sentencepiece model is trained on no longer ones
 
 
 class FileTokenizer:
@@ -292,6 +294,17 @@ def _fetch_beside(reference: str, name: str) -> None:
             hub.fetch(f"{folder}{other}")
 
 
+def _whole(sentence: str) -> Iterator[str]:
+    """A sentence in parts that are trained on, cut behind a line or a word where there is one."""
+    characters = MAX_SENTENCE // 4  # of at most four bytes
+    while len(sentence.encode()) > MAX_SENTENCE:
+        head = sentence[:characters]
+        end = max(head.rfind("\n"), 0) or max(head.rfind(" "), 0) or characters
+        yield sentence[:end]
+        sentence = sentence[end:]
+    yield sentence
+
+
 def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -> SentencePieceTokenizer:
     """Trains a BPE model with byte fallback and writes it to `path`; deterministic given the sentences.
 
@@ -301,7 +314,7 @@ def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences,
+            sentence_iterator=chain.from_iterable(map(_whole, sentences)),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -309,7 +322,7 @@ def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -
             character_coverage=0.9995,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            max_sentence_length=16_384,
+            max_sentence_length=MAX_SENTENCE,
             num_threads=1,
             pad_id=-1,
             minloglevel=2,

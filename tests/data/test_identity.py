@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,10 +127,16 @@ def test_caches_and_hidden_files_are_no_data_and_links_are_followed(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "parquet struct"])
-@pytest.mark.parametrize("name", ["photos/my a.jpg", "../photos/my a.jpg", "{root}/photos/my a.jpg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("photos/my a.jpg", "../photos/my a.jpg", "{root}/photos/my a.jpg"),
+        *("photos/o'brien.jpg", "photos/a, b.jpg", "photos/café.jpg", "photos/a.ppm", "photos/none"),
+    ],
+)
 def test_images_that_a_table_names_are_part_of_it(tmp_path: Path, kind: str, name: str) -> None:
     table = tmp_path / ("tables" if name.startswith("..") else ".") / f"table.{kind.split()[0]}"
-    image = tmp_path / "photos" / "my a.jpg"
+    image = tmp_path / "photos" / Path(name).name
     for file in (table, image):
         file.parent.mkdir(exist_ok=True)
     image.write_bytes(b"one")
@@ -136,7 +144,7 @@ def test_images_that_a_table_names_are_part_of_it(tmp_path: Path, kind: str, nam
     if kind == "jsonl":
         table.write_text(json.dumps({"file_name": name, "caption": "a photo, x.jpg"}) + "\n")
     elif kind == "csv":
-        table.write_text(f"file_name,caption\n{name},a photo\n")
+        table.write_text(f'file_name,caption\n"{name}",a photo\n')
     else:
         cell = name if kind == "parquet" else {"bytes": None, "path": name}
         datasets.Dataset.from_dict({"image": [cell, cell], "caption": ["a", "b"]}).to_parquet(str(table))
@@ -155,3 +163,12 @@ def test_what_is_nowhere_has_no_content_and_a_dataset_its_cached_commit(
     refs.mkdir(parents=True)
     (refs / "main").write_text("0123abc")
     assert content_of("some/name:train", hub=True) == "commit 0123abc"
+
+
+def test_columns_that_hold_no_image_name_are_no_obstacle(tmp_path: Path) -> None:
+    rows = [{"image": b"x", "caption": "a", "objects": [{"name": "dog"}], "m.name": "x", "meta": {"file": "a.jpg"}}] * 2
+    (tmp_path / "a.jpg").write_bytes(b"one")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    before = content_of(str(tmp_path / "x.parquet"))
+    (tmp_path / "a.jpg").write_bytes(b"two")
+    assert content_of(str(tmp_path / "x.parquet")) != before

@@ -21,7 +21,7 @@ from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.image_folder import ImageFolder
 from t2i_lm.data.metadata import image_path, read_rows
 from t2i_lm.data.pairs import RejectedPairError
-from t2i_lm.data.sources import open_source
+from t2i_lm.data.sources import SPLITS, open_source
 
 Rows = list[dict[str, Any]]
 
@@ -254,21 +254,54 @@ def test_folders_of_splits_are_read_by_name_and_test_is_left_out(tmp_path: Path)
     assert any("left out: test data (test/2.png)" in note for note in train.notes)
 
 
-@pytest.mark.parametrize("how", ["folders of images", "column"])
+def test_a_metadata_file_that_is_named_itself_is_whole(tmp_path: Path) -> None:
+    """As Karpathy's lists of COCO, whose training images lie in both folders."""
+    splits = ["train", "train", "val", "val", "train"]
+    names = write_images(tmp_path, [f"{split}2014/{n}.png" for n, split in enumerate(splits)])
+    rows = [{"file_name": name, "caption": name} for name in names]
+    for file, several in (("train.jsonl", rows[:4]), ("held.jsonl", rows[4:]), ("val.jsonl", rows[2:4])):
+        (tmp_path / file).write_bytes(lines(several))
+    train, val = (opened(tmp_path / "train.jsonl", split, val_path=str(tmp_path / "held.jsonl")) for split in SPLITS)
+    assert (sorted(captions(train)), sorted(captions(val))) == (sorted(names[:4]), names[4:])
+    alone = [captions(opened(tmp_path / "val.jsonl", split)) for split in SPLITS]
+    assert sorted(name for found in alone for name in found) == sorted(names[2:4])
+
+
+def test_a_name_or_caption_field_that_is_odd_is_a_reject_at_most(tmp_path: Path) -> None:
+    names = write_images(tmp_path, [f"{n}.png" for n in range(4)])
+    (tmp_path / "imag\udce9.png").write_bytes((tmp_path / "0.png").read_bytes())
+    rows: Rows = [{"file_name": names[0], "Caption": "a", "CAPTION": "b"}]
+    rows += [{"file_name": name, "caption": "a cat"} for name in (*names[1:], "imag\udce9.png")]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [opened(tmp_path, split) for split in SPLITS]
+    (reject,) = (one for source in sources for one in read_all(source) if isinstance(one, RejectedPairError))
+    assert "metadata.jsonl line 1" in str(reject)
+    ids = sorted(image.id for source in sources for image in source.images if image.name != names[0])
+    assert ids == ["1.png", "2.png", "3.png", "imag\\udce9.png"]
+
+
+def test_columns_of_parquet_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
+    names = write_images(tmp_path, [f"{n}.png" for n in range(4)])
+    columns = {"file_name": names, "caption": ["a cat"] * 4, "day": pyarrow.array([2**31 - 1] * 4, pyarrow.date32())}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "metadata.parquet")
+    assert len(captions(opened(tmp_path))) == 3
+
+
+@pytest.mark.parametrize("how", ["folders of images", "column", "Column"])
 def test_one_metadata_file_may_name_the_splits(how: str, tmp_path: Path) -> None:
-    splits = ["train", "train", "restval" if how == "column" else "train", "val", "test"]
-    names = [f"{split}2014/{n}.png" if how != "column" else f"{n}.png" for n, split in enumerate(splits)]
+    by_column = how.lower() == "column"
+    splits = ["train", "train", "restval" if by_column else "train", "val", "test"]
+    names = [f"{split}2014/{n}.png" if not by_column else f"{n}.png" for n, split in enumerate(splits)]
     write_images(tmp_path, names)
     rows = [{"file_name": name, "caption": split} for name, split in zip(names, splits, strict=True)]
-    if how == "column":
-        rows = [row | {"split": row["caption"]} for row in rows]
+    if by_column:
+        rows = [row | {"Split" if how == "Column" else "split": row["caption"]} for row in rows]
     (tmp_path / "metadata.jsonl").write_bytes(lines(rows))
     train, val = opened(tmp_path), opened(tmp_path, "val")
     assert [train[index].captions for index in range(3)] == [[split] for split in splits[:3]]
     assert [val[index].captions for index in range(len(val))] == [["val"]]
-    (tmp_path / "metadata.jsonl").write_bytes(
-        lines([*rows, {"file_name": "other/0.png", "caption": "a", "split": "?"}])
-    )
+    odd = {"file_name": "other/0.png", "caption": "a", "Split" if how == "Column" else "split": "?"}
+    (tmp_path / "metadata.jsonl").write_bytes(lines([*rows, odd]))
     with pytest.raises(ValueError, match=r"some names say the split and others do not|line 6: split='\?'"):
         opened(tmp_path)
 

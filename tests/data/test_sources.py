@@ -151,8 +151,9 @@ def test_validation_images_are_read_from_the_val_folder_or_val_path(source: str,
 def test_sources_without_val_path_reject_one() -> None:
     with pytest.raises(ValueError, match=r"data\.val_path='x': expected null where data\.source=hub"):
         DataConfig(source="hub", path="a/b", val_path="x")
-    with pytest.raises(ValueError, match=r"data\.second_val_path='x': expected null where data\.source=text"):
-        DataConfig(source="text", path="a", val_path="b", second_val_path="x")
+    for source in ("text", "hub", "scenes", "plugin:mine"):
+        with pytest.raises(ValueError, match=rf"data\.second_val_path='x': expected null where data\.source={source}"):
+            DataConfig(source=source, path="a", second_val_path="x")
 
 
 def test_missing_metadata_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -29,7 +30,7 @@ def write(path: Path, columns: dict[str, Any]) -> Path:
 
 
 def opened(path: Path, split: str = "train", source: str = "parquet", **options: Any) -> Table:
-    data = DataConfig(source=source, path=str(path), cache_dir=str(path.parent / "cache"), **options)
+    data = DataConfig(source=source, path=str(path), **{"cache_dir": str(path.parent / "cache"), **options})
     found = open_source(data, split, 16)
     assert isinstance(found, Table)
     return found
@@ -114,6 +115,10 @@ def test_tables_without_the_columns_list_what_they_have(columns: dict[str, Any],
             opened(write(tmp_path / "set" / "x.parquet", columns).parent, source=source)
 
 
+def read_captions(table: Any) -> list[list[str]]:
+    return [table[index].captions for index in range(len(table))]
+
+
 def test_a_column_split_is_followed_and_half_a_one_refused(tmp_path: Path) -> None:
     splits = ["train", "val", "test", "train"]
     columns = {"image": [png(n) for n in range(4)], "text": list("abcd"), "split": splits}
@@ -122,6 +127,14 @@ def test_a_column_split_is_followed_and_half_a_one_refused(tmp_path: Path) -> No
     assert [train[index].captions for index in range(2)] == [["a"], ["d"]]
     assert [val[index].captions for index in range(len(val))] == [["b"]]
     assert "left out: test data (row 2)" in " ".join(train.notes)
+    names = datasets.ClassLabel(names=["val", "test", "train"])
+    labeled = datasets.Dataset.from_dict(columns | {"split": [2, 0, 1, 2]}).cast_column("split", names)
+    labeled.to_parquet(str(tmp_path / "labels.parquet"))
+    assert read_captions(opened(tmp_path / "labels.parquet")) == [["a"], ["d"]]
+    assert read_captions(opened(tmp_path / "labels.parquet", "val")) == [["b"]]
+    other = write(tmp_path / "other.parquet", columns | {"text": list("efgh")})
+    assert read_captions(opened(table, val_path=str(other))) == [["a"], ["d"]]
+    assert read_captions(opened(table, "val", val_path=str(other))) == [["f"]]
     table = write(tmp_path / "y.parquet", columns | {"split": ["train", "val", "more", "train"]})
     with pytest.raises(ValueError, match=r"row 2: split='more'"):
         opened(table)
@@ -170,3 +183,10 @@ def test_a_stream_resolves_paths_and_reports_a_file_that_breaks_off(tmp_path: Pa
     (folder / "train-0.parquet").write_bytes(content)
     with pytest.raises(ValueError, match=r"data\.path=.* shard 0 row 0 cannot be read"):
         list(open_source(data, "train", 16).shard(0))
+
+
+def test_a_cache_below_the_data_is_no_part_of_it(tmp_path: Path) -> None:
+    write(tmp_path / "x.parquet", {"image": [png(n) for n in range(40)], "text": ["a"] * 40})
+    for split in ("train", "val", "train"):
+        opened(tmp_path, split, cache_dir=str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache" / "parquet").glob("*"))) == 1

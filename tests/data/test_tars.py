@@ -200,3 +200,16 @@ def test_every_kind_of_damaged_tar_is_reported(damage: str, tmp_path: Path) -> N
     assert len(source) < 10
     with pytest.raises(RejectedPairError, match=r"x\.tar .*damaged"):
         source[len(source) - 1]
+
+
+def test_samples_of_equal_names_in_several_folders_have_ids_of_their_own(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "0.tar", {"x": {".png": bitmap(0), ".txt": folder.encode()}})
+    tars = open_tars(find_tars(tmp_path))
+    assert [(tars[index].id, tars[index].captions) for index in range(2)] == [
+        ("a/0.tar:x", ["a"]),
+        ("b/0.tar:x", ["b"]),
+    ]
+    (alone,) = open_tars([tmp_path / "a" / "0.tar"]).samples
+    assert alone.name == "0.tar:x"

@@ -73,3 +73,9 @@ def test_datasets_are_read_by_their_column_text_and_other_types_refused(tmp_path
     write({"text": 1})
     with pytest.raises(ValueError, match=r"row 0: text is of type int, not a string"):
         documents(tmp_path)
+
+
+def test_a_file_that_is_no_plain_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "The cat sat."}')
+    with pytest.raises(ValueError, match=r"data\.path=.*x\.jsonl: expected plain text, a \.txt or \.txt\.gz file"):
+        list(read_documents(str(tmp_path / "x.jsonl")))

@@ -123,7 +123,7 @@ def test_only_training_is_changed(tmp_path: Path) -> None:
     draws = [(0, index) for index in range(600)]
     batches = {}
     for ratio in (None, 0.25, 1.0):
-        config = ExperimentConfig(data=DataConfig(length=24, text_ratio=ratio, captions="first"))
+        config = ExperimentConfig(data=DataConfig(length=24, text_ratio=ratio, captions="all"))
         data = PairDataModule(config, tmp_path, layout)
         data.setup("fit")
         val = data.val_sets["val"]

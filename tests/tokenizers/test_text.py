@@ -132,3 +132,11 @@ def test_a_damaged_json_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=r"x\.json is not a tokenizer\.json"):
         JsonTokenizer(tmp_path / "x.json")
+
+
+def test_a_sentencepiece_model_is_trained_on_all_of_a_long_paragraph(tmp_path: Path) -> None:
+    words = [f"word{number}" for number in range(3000)]
+    whole = train_sentencepiece(iter([" ".join(words)]), 600, tmp_path / "whole.model")
+    with_short = train_sentencepiece(iter(["a b", " ".join(words)]), 600, tmp_path / "both.model")
+    assert whole.vocab_size == with_short.vocab_size == 600
+    assert len(whole.encode("word2999")) <= 3

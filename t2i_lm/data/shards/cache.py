@@ -160,7 +160,8 @@ class Prepared:
 
     def _content(self, path: str) -> str | None:
         place = str(resolve(path)) if path.startswith(ASSET) else path
-        return content_of(place, self.apart, self.hub) or (None if Path(place).exists() else f"name {path}")
+        unknown = self.hub and not Path(place).is_absolute() and not Path(place).exists()
+        return content_of(place, self.apart, self.hub) or (f"name {path}" if unknown else None)
 
     def _newest_of_unknown_commit(self) -> Path | None:
         if not any((content or "").startswith("name ") for content in self.contents.values()):

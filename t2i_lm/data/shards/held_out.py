@@ -22,6 +22,7 @@ from t2i_lm.storage.sealed import DIGEST
 
 # Key of the index: `images` that recur, and the ids of the `first` with its twin; by split where there are several.
 RECURRING = "recurring"
+RECURRING_TEXT = "recurring_text"  # of plain text: what `recurring_documents` returns
 
 
 def recurring_images(folder: Path) -> dict[str, dict[str, Any]]:
@@ -86,6 +87,21 @@ def require_held_out(config: ExperimentConfig, folder: Path) -> None:
                 f"of {twin}), so validation would measure what was trained on. Remove them, or raise "
                 f"data.max_recurring_share={config.data.max_recurring_share}"
             )
+
+
+def require_held_out_text(config: ExperimentConfig, index: dict[str, Any]) -> None:
+    """Checks that documents of held-out text are not trained on, where its index counts them.
+
+    Raises:
+        ValueError: if their share exceeds `data.max_recurring_share`.
+    """
+    found, data = index.get(RECURRING_TEXT), config.data
+    if found is not None and found["documents"] > found["of"] * data.max_recurring_share:
+        raise ValueError(
+            f"data.val_path={data.val_path}: {found['documents']:,} of {found['of']:,} documents are also in data.path="
+            f"{data.path} (the first: {found['first']!r}), so validation would measure what was trained on. Remove "
+            f"them, or raise data.max_recurring_share={data.max_recurring_share}"
+        )
 
 
 def ids_digest(ids_N: Any) -> bytes:

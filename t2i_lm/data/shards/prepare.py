@@ -30,18 +30,19 @@ from t2i_lm.data.shards.cache import (
 from t2i_lm.data.shards.format import (
     pair_features,
     part_folder,
+    read_index,
     read_part,
     write_card,
     write_index,
     write_part,
 )
-from t2i_lm.data.shards.held_out import require_held_out
+from t2i_lm.data.shards.held_out import RECURRING_TEXT, require_held_out, require_held_out_text
 from t2i_lm.data.shards.rejects import Rejects
 from t2i_lm.data.shards.stored import stored_shards
 from t2i_lm.data.shards.tokenize import PairRows, encode_images, write_text_split
 from t2i_lm.data.sources import open_source
 from t2i_lm.data.splits import validations_of
-from t2i_lm.data.text import paragraphs, read_documents
+from t2i_lm.data.text import paragraphs, read_documents, recurring_documents
 from t2i_lm.runtime.launch import global_rank, world_size
 from t2i_lm.runtime.progress import Advance, progress
 from t2i_lm.storage.owner import OwnedError, own
@@ -225,7 +226,7 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
     """Token shards of plain text, and the tokenizer, which is trained here if `text_tokenizer.path` is null.
 
     Raises:
-        ValueError: if there is no text, or no held-out text.
+        ValueError: if there is no text, no held-out text, or too much of it is trained on.
     """
     data = config.data
     if data.val_path is None:
@@ -238,6 +239,8 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
 
     def write(folder: Path) -> None:
         index: dict[str, Any] = {"tokenizers": {"text": text.sha256}, "source": data.source, "splits": {}}
+        index[RECURRING_TEXT] = recurring_documents(str(data.val_path), "data.val_path", str(data.path))
+        require_held_out_text(config, index)
         for key, split, source in (("data.path", "train", data.path), ("data.val_path", "val", data.val_path)):
             with progress(f"tokenizing {split} text", None, unit="documents") as advance:
                 texts = control_documents(_counted(read_documents(str(source), key), advance), data.control)
@@ -248,7 +251,9 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
         prepared.require_unchanged()
         write_index(folder, index)
 
-    return prepared.find() or write_once(prepared, write), text
+    folder = prepared.find() or write_once(prepared, write)
+    require_held_out_text(config, read_index(folder) or {})
+    return folder, text
 
 
 def _train_text_tokenizer(config: ExperimentConfig) -> Path:

@@ -39,8 +39,8 @@ def text_config(folder: Path, tokenizer: str | None = ASSET) -> ExperimentConfig
 
 def write_texts(folder: Path, word: str) -> None:
     (folder / "books").mkdir(exist_ok=True)
-    for file in (folder / "books" / "one.txt", folder / "heldout.txt"):
-        file.write_text("\f".join(f"{word} number {n} of a long story" for n in range(60)))
+    for file, kind in ((folder / "books" / "one.txt", "long"), (folder / "heldout.txt", "short")):
+        file.write_text("\f".join(f"{word} number {n} of a {kind} story" for n in range(60)))
 
 
 def trained_tokenizer(config: ExperimentConfig) -> str:
@@ -178,3 +178,29 @@ def test_scenes_of_each_version_have_their_own_folder(tiny: list[str], monkeypat
     assert shards_of(config, {"text": "a", "image": "b"}).folder != prepared.folder
     monkeypatch.undo()
     assert shards_of(config, {"text": "a", "image": "b"}, wide_codes=True).folder != prepared.folder
+
+
+def test_held_out_text_that_is_trained_on_is_refused(tmp_path: Path) -> None:
+    write_texts(tmp_path, "ship")
+    config = text_config(tmp_path)
+    inside = replace(config, data=replace(config.data, val_path=str(tmp_path / "books" / "heldout.txt")))
+    (tmp_path / "heldout.txt").rename(tmp_path / "books" / "heldout.txt")
+    message = (
+        r"data\.val_path=.*heldout\.txt: 60 of 60 documents are also in data\.path=.*books \(the first: 'ship number 0"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare_text(inside)
+    allowed = replace(inside, data=replace(inside.data, max_recurring_share=1.0))
+    prepare_text(allowed)
+    with pytest.raises(ValueError, match=message):
+        prepare_text(inside)  # from the index of the shards
+
+
+def test_shards_of_a_folder_that_is_gone_are_not_reused(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.txt").write_text("a")
+    complete(Prepared(tmp_path, "image_folder", SETTINGS, {"data.path": str(tmp_path / "photos")}))
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    for hub in (False, True):
+        gone = Prepared(tmp_path, "image_folder", SETTINGS, {"data.path": str(tmp_path / "photos")}, hub=hub)
+        assert gone.find() is None
