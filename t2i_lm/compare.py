@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.over:
             return over(plan)
         arms = find_arms(plan, options.runs, options.strict)
+        plan, arms = on_their_sets(plan, arms)
         if options.plan is None:
-            plan, arms = as_measured(*on_their_sets(plan, arms))
+            plan, arms = as_measured(plan, arms)
         return write(WRITERS[options.format](plan, arms, compare(plan, arms)))
 
     def over(plan: "Plan") -> int:

@@ -14,6 +14,7 @@ from t2i_lm.comparison.comparability import (
     ORDER,
     SEED,
     IncomparableError,
+    MissingRunsError,
     config_values,
     differences,
     environment_value,
@@ -75,7 +76,7 @@ def pair_arms(
 
     Raises:
         IncomparableError: if the runs are of more than one setting, naming the keys and how to choose.
-        ValueError: if no seed has a run of both arms.
+        MissingRunsError: if no seed has a run of both arms.
     """
     everything = [run for runs in found.values() for run in runs]
     # The arms start from other weights by design, and have keys of their own; the runs of one arm do not.
@@ -85,7 +86,7 @@ def pair_arms(
     first, second = (_by_seed(found[arm]) for arm in plan.parsed)
     arms = Arms(first, second, ())
     if not arms.seeds:
-        raise ValueError(_nothing_to_pair(plan, root, found, notes))
+        raise MissingRunsError(_nothing_to_pair(plan, root, found, notes))
     known = revisions(arms.runs)
     return Arms(
         first,

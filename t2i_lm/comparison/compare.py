@@ -70,10 +70,11 @@ def compare(plan: Plan, arms: Arms) -> list[Result]:
     return [one if one.missing else replace(one, verdict=_verdict(one.statistics, plan.alpha)) for one in results]
 
 
-def require_values(endpoint: Endpoint, arms: Arms) -> None:
-    """Checks that every run, or pair of runs, has an endpoint.
+def require_values(plan: Plan, endpoint: Endpoint, arms: Arms) -> None:
+    """Checks that every run, or pair of runs, has an endpoint, measured alike.
 
     Raises:
+        IncomparableError: if it was not measured alike.
         ValueError: naming the first that lacks it, and what it has.
     """
     for run in () if endpoint.of_pair else arms.runs:
@@ -81,6 +82,7 @@ def require_values(endpoint: Endpoint, arms: Arms) -> None:
     for seed in arms.seeds if endpoint.of_pair else ():
         for one, two in product(arms.first[seed], arms.second[seed]):
             endpoint.difference(one, two)
+    endpoint.require_one_measurement(arms.runs, (*plan.varied, *plan.own_keys))
 
 
 def _result(plan: Plan, arms: Arms, endpoint: Endpoint, primary: bool) -> Result:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from t2i_lm.comparison.arms import Arms
+from t2i_lm.comparison.comparability import IncomparableError, MissingRunsError
 from t2i_lm.comparison.compare import Result, compare, require_values
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.plan import Plan
@@ -28,6 +29,11 @@ class Comparison:
     arms: Arms | None
     results: tuple[Result, ...] = ()
     problem: ValueError | None = None
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether there are no results because runs are missing, not because they are refused."""
+        return isinstance(self.problem, MissingRunsError)
 
     @property
     def runs(self) -> dict[str, Mapping[int, Sequence[Run]]]:
@@ -66,12 +72,17 @@ def on_their_sets(plan: Plan, arms: Arms) -> tuple[Plan, Arms]:
 
 
 def as_measured(plan: Plan, arms: Arms) -> tuple[Plan, Arms]:
-    """A plan without the secondary endpoints that a run lacks, and a note on each: the primary one stands without."""
+    """A plan without the secondary endpoints that a run lacks, or that were not measured alike, and a note on each.
+
+    The primary endpoint stands without them.
+    """
     kept, notes = [], []
     for name in plan.secondary:
         try:
-            require_values(Endpoint(name), arms)
+            require_values(plan, Endpoint(name), arms)
             kept.append(name)
+        except IncomparableError as error:
+            notes.append(f"REFUSED: {error}")
         except ValueError as error:
             notes.append(f"MISSING: {error}")
     return replace(plan, secondary=kept), replace(arms, notes=(*arms.notes, *notes))

@@ -154,7 +154,7 @@ def gap_curve(name: str, comparisons: Sequence[Comparison]) -> GapCurve:
         )
         notes += [f"{one.name}: {note}" for note in one.arms.notes]
     lengths.sort(key=lambda length: length.tokens)
-    plan = comparisons[0].plan
+    plan = lengths[0].comparison.plan if lengths else comparisons[0].plan
     points: dict[float, dict[int, float]] = {}
     for length in lengths:  # seeds of one length may be of several comparisons
         points.setdefault(length.tokens, {}).update(length.differences)
@@ -164,7 +164,8 @@ def gap_curve(name: str, comparisons: Sequence[Comparison]) -> GapCurve:
 def find_gap_curve(root: Path, scale: str | None = None) -> GapCurve:
     """The gap of the default plan's arms from all finished runs below a folder, without a plan of the lengths.
 
-    Of several settings, the one with the most lengths is used, and the others are named.
+    Of several settings, the one with the most lengths is used, of those the one with the most seeds, of those the
+    newest; the number of the other runs is in the notes.
 
     Raises:
         ValueError: if no setting has enough lengths.
@@ -181,7 +182,7 @@ def find_gap_curve(root: Path, scale: str | None = None) -> GapCurve:
         {steps: arms for steps, arms in sorted(one.items()) if len(arms) == len(plan.parsed)}
         for one in settings.values()
     ]
-    best = max(complete, key=len, default={})
+    best = max(complete, key=_standing, default={})
     if len(best) < LENGTHS:
         raise MissingRunsError(
             f"gap: no setting of {' and '.join(plan.parsed)} in {root} has finished runs of {LENGTHS} lengths; to make "
@@ -193,8 +194,20 @@ def find_gap_curve(root: Path, scale: str | None = None) -> GapCurve:
         own = replace(plan, scale=str(config_values(next(iter(arms.values()))[0])["scale"]), where={STEPS: steps})
         comparisons.append(make_comparison(f"{steps} steps", own, partial(pair_arms, own, arms, (), root)))
     curve = gap_curve("gap", comparisons)
+    if len(curve.lengths) < LENGTHS:
+        raise MissingRunsError(
+            f"gap: {len(curve.lengths)} lengths have results, {LENGTHS} required; {'; '.join(curve.notes)}"
+        )
     left = [f"left out, of other settings: {others} runs"] if others else []
     return replace(curve, notes=(*curve.notes, *left, *notes))
+
+
+def _standing(lengths: Mapping[int, Mapping[str, Sequence[Run]]]) -> tuple[int, int, str]:
+    """Lengths of a setting, pairs of runs, and its newest run's folder: by which one is chosen."""
+    seeds = [[{config_values(run)[SEED] for run in runs} for runs in arms.values()] for arms in lengths.values()]
+    pairs = sum(len(set.intersection(*arms)) for arms in seeds)
+    names = [run.folder.name for arms in lengths.values() for runs in arms.values() for run in runs]
+    return len(lengths), pairs, max(names, default="")
 
 
 def _setting(run: Run, values: Mapping[str, Any]) -> str:

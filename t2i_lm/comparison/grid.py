@@ -50,8 +50,9 @@ class Grid:
 
     @property
     def plan(self) -> Plan:
-        """That of the first point; those of the others differ in the values of the keys alone."""
-        return self.family.members[0].plan
+        """That of the first point with results; those of the others differ in the values of the keys alone."""
+        with_results = (one.plan for one in self.comparisons if one.arms is not None)
+        return next(with_results, self.family.members[0].plan)
 
     @property
     def tuned(self) -> str | None:
@@ -187,6 +188,9 @@ def _tuned(key: str, condition: Mapping[str, Any], points: Sequence[tuple[Any, C
     losses: dict[str, dict[str, dict[int, float]]] = {}
     for value, comparison in points:
         absent = {*comparison.plan.seeds} - {*(comparison.arms.seeds if comparison.arms else ())}
+        if comparison.arms is None and not comparison.is_missing:
+            missing.append(f"REFUSED at {key}={value}: {str(comparison.problem).splitlines()[0]}")
+            continue
         if comparison.arms is None or absent:
             seeds = f"seeds {', '.join(map(str, sorted(absent)))}" if absent else "runs"
             missing.append(f"MISSING at {key}={value}: {seeds}")

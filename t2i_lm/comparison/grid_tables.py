@@ -33,7 +33,7 @@ def grid_table(grid: Grid) -> GridTable:
     for labels, comparison, corrected in labeled_points(grid):
         if comparison.arms is None:
             reason = str(comparison.problem).splitlines()[0]
-            rows.append((*labels, *[""] * 7, "MISSING" if "no seed" in reason else "REFUSED"))
+            rows.append((*labels, *[""] * 7, "MISSING" if comparison.is_missing else "REFUSED"))
             notes.append(f"{comparison.name}: {reason}")
             continue
         one = comparison.results[0]

@@ -190,13 +190,19 @@ def loss_table(arms: Mapping[str, Run], modality: str, unit: str = "nats/token")
         last = {arm: records[-1] for arm, run in arms.items() if (records := run.validations(split))}
         if first not in last:
             return f"no validation of {first} yet"
-        base = last[first][VAL][modality]["nll"]
-        losses = {arm: (record[VAL][modality]["nll"], record["step"]) for arm, record in last.items()}
-        table = text_table(
-            (f"{modality} nll ({unit})", " ".join(filter(None, [split, "validation"])), f"- {first}", "step"),
-            [(arm, f"{nll:.4f}", f"{nll - base:+z.4f}", f"{step:,}") for arm, (nll, step) in losses.items()],
-        )
-        tables.append(table)
+        losses = {arm: record[VAL].get(modality, {}).get("nll") for arm, record in last.items()}
+        base = losses[first]
+        rows = [
+            (
+                arm,
+                "not finite" if nll is None else f"{nll:.4f}",
+                "" if nll is None or base is None else f"{nll - base:+z.4f}",
+                f"{last[arm]['step']:,}",
+            )
+            for arm, nll in losses.items()
+        ]
+        what = " ".join(filter(None, [split, "validation"]))
+        tables.append(text_table((f"{modality} nll ({unit})", what, f"- {first}", "step"), rows))
     return "\n\n".join(tables)
 
 

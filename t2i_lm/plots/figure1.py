@@ -1,5 +1,6 @@
 """Figure 1: images as ids of an image tokenizer, and the matrices of a decoder expanded by their vocabulary."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,12 @@ class TokenizedImage:
     def psnr(self) -> float:
         """Peak signal-to-noise ratio of the reconstruction, dB."""
         difference = self.original_HW3.astype(np.float64) - self.reconstruction_HW3
-        return float(-10 * np.log10(np.square(difference / 255).mean()))
+        error = float(np.square(difference / 255).mean())
+        return -10 * math.log10(error) if error else math.inf
+
+
+def _decibels(psnr: float, digits: int) -> str:
+    return "exact" if math.isinf(psnr) else f"{psnr:.{digits}f} dB"
 
 
 def newest_run(root: Path) -> Run | None:
@@ -80,7 +86,7 @@ def draw_figure1(images: Sequence[TokenizedImage], vocab: JointVocab, width: int
                 for (y, x), code in np.ndenumerate(image.ids_hw):
                     axes[1].text(x, y, str(code), ha="center", va="center", fontsize=5.5)
             axes[2].imshow(image.reconstruction_HW3)
-            titles = ("image", f"{h} x {w} ids", f"reconstruction, {image.psnr:.1f} dB")
+            titles = ("image", f"{h} x {w} ids", f"reconstruction, {_decibels(image.psnr, 1)}")
             for one, title in zip(axes, titles, strict=True):
                 one.set_xticks([])
                 one.set_yticks([])
@@ -120,7 +126,10 @@ def figure1_table(images: Sequence[TokenizedImage], vocab: JointVocab, width: in
     """Rows of the joint vocabulary, and the reconstruction of each image."""
     rows = [(name, f"{size:,}") for name, size in zip(("text", "special", "image"), _sizes(vocab), strict=True)]
     rows.append(("all", f"{vocab.size:,} x {width:,}"))
-    psnr = [(image.caption[:60], f"{image.psnr:.2f}", len(np.unique(image.ids_hw))) for image in images]
+    psnr = [
+        (image.caption[:60], _decibels(image.psnr, 2).removesuffix(" dB"), len(np.unique(image.ids_hw)))
+        for image in images
+    ]
     tables = [text_table(("rows of both matrices", ""), rows)]
     return "\n\n".join([*tables, text_table(("image", "PSNR (dB)", "distinct ids"), psnr)])
 

@@ -65,7 +65,8 @@ def retention_table(arms: Mapping[str, Run]) -> str:
         if all(name in entry.get("floors", {}) for entry in texts.values())
     ]
     for arm, run in arms.items():
-        measured = {"before": run.before("forgetting"), "after": run.records("forgetting")[-1]}
+        last = run.records("forgetting")[-1]
+        measured = {"before": run.before("forgetting"), "after": last if last["step"] else None}
         for when, line in [(when, line) for when, line in measured.items() if line is not None]:
             for words, read in (("", _nll), (", best temperature", _best), (", top-1 accuracy", _top1)):
                 values = [read(line["forgetting"].get(key, {}).get("text_rows", {})) for key in texts]

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from t2i_lm.comparison.arms import PRECISIONS
-from t2i_lm.comparison.comparability import config_values
+from t2i_lm.comparison.comparability import MissingRunsError, config_values
 from t2i_lm.comparison.decay import CONSTANT, PARAMETERS, decay_sentences
 from t2i_lm.comparison.gap import GapCurve
 from t2i_lm.comparison.grid import Grid, labeled, tune
@@ -17,6 +17,7 @@ from t2i_lm.comparison.tables import setting
 from t2i_lm.plots.groups import arm_of
 from t2i_lm.plots.panels import ARM_STYLES, GREY, arm_style, captioned_figure
 from t2i_lm.runtime.tables import upper_first
+from t2i_lm.storage.run_folder import Run
 
 RATE = "optim.lr"
 TITLE = "Gap against training tokens"
@@ -25,21 +26,39 @@ FIT_COLORS = {"zero": ARM_STYLES["scratch"].color, CONSTANT: ARM_STYLES["tune_ff
 
 
 def gap_caption(curve: GapCurve) -> str:
-    """What the figure shows, the setting, the fits in words and what is left out."""
+    """What the figure shows, the setting, the fits in words and what is left out.
+
+    Raises:
+        MissingRunsError: if no length is left.
+    """
+    if not curve.lengths:
+        raise MissingRunsError(f"{curve.name}: no length has every seed; {'; '.join(curve.notes)}")
     first, second = curve.plan.parsed
     n = _span(length.statistics.n for length in curve.lengths)
     last = curve.lengths[-1].comparison
     assert last.arms is not None
     where = setting(last.plan, last.arms).partition("), ")[2]
+    rate = "" if RATE in (*last.plan.where, *last.plan.own_keys) else f", {rate_words(last.arms.runs)}"
     level = f"{100 * (1 - curve.plan.alpha):g} %"
     lines = [
         f"{TITLE}: {curve.plan.primary} of {first} minus {second}, each length a run of its own with its own schedule, "
         f"n = {n} seeds a length. Points: mean and {level} t-interval; crosses: seeds; band: margin "
-        f"{curve.plan.margin}. Longest: {where}.",
+        f"{curve.plan.margin}. Longest: {where}{rate}.",
         *(f"{upper_first(line)}." for line in decay_sentences(curve.decay, curve.plan.alpha)),
-        *(f"{note}." for note in curve.notes if note.startswith(("left out", "NOT CONTROLLED", PRECISIONS))),
+        # A note of one length begins with its name.
+        *(
+            f"{note}."
+            for note in curve.notes
+            if any(word in note for word in ("left out", "NOT CONTROLLED", PRECISIONS))
+        ),
     ]
     return " ".join(lines)
+
+
+def rate_words(runs: Iterable[Run]) -> str:
+    """The learning rates of runs."""
+    rates = sorted({config_values(run)[RATE] for run in runs})
+    return f"learning rate {' and '.join(f'{rate:g}' for rate in rates)}"
 
 
 def _span(numbers: Iterable[int]) -> str:
@@ -98,12 +117,13 @@ def grid_caption(grid: Grid) -> str:
     made = [one for one in grid.comparisons if one.arms is not None]
     plan = made[0].plan
     level = f"{100 * (1 - plan.alpha):g} %"
-    absent = [name for name, one in labeled(grid).items() if one.arms is None]
+    absent = {name: one for name, one in labeled(grid).items() if one.arms is None}
+    not_run = [name for name, one in absent.items() if one.is_missing]
+    refused = [f"{name} ({str(one.problem).splitlines()[0]})" for name, one in absent.items() if not one.is_missing]
     n = _span(one.results[0].statistics.n for one in made)
     shared = setting_words({key: value for key, value in plan.where.items() if key not in grid.family.keys})
     if RATE not in (*plan.where, *plan.own_keys):
-        rates = sorted({config_values(run)[RATE] for one in made if one.arms is not None for run in one.arms.runs})
-        shared.append(f"learning rate {' and '.join(f'{rate:g}' for rate in rates)}")
+        shared.append(rate_words([run for one in made if one.arms is not None for run in one.arms.runs]))
     hashes = dict.fromkeys(
         str(run.environment.get("data_hash")) for one in made if one.arms is not None for run in one.arms.runs
     )
@@ -111,7 +131,8 @@ def grid_caption(grid: Grid) -> str:
         f"{grid.name}: {plan.primary}, each arm minus {[*plan.parsed][-1]}, paired by seed, n = {n} seeds. Points: "
         f"mean and {level} t-interval; crosses: seeds; band: margin {plan.margin}. Scale "
         f"{', '.join([plan.scale, *shared])}, data hash{'es' * (len(hashes) > 1)} {', '.join(hashes)}.",
-        *([f"NOT RUN: {', '.join(absent)}."] if absent else []),
+        *([f"NOT RUN: {', '.join(not_run)}."] if not_run else []),
+        *([f"REFUSED: {'; '.join(refused)}."] if refused else []),
         *(f"{_sentence(line, grid)}." for tuned in tune(grid) for line in tuned.lines),
     ]
     return " ".join(lines)

@@ -193,6 +193,8 @@ def _read_named(arm: str, folder: Path) -> Run:
         raise ValueError(f"--{arm} {folder}: {error}") from error
     if run.config.get("init") != init:
         raise ValueError(f"--{arm} {folder}: its config has init={run.config.get('init')!r}, expected {init!r}")
+    if run.config.get("task") != "text_to_image":
+        raise ValueError(f"--{arm} {folder}: its config has task={run.config.get('task')!r}, expected 'text_to_image'")
     if not run.records("train"):
         raise ValueError(f"--{arm} {folder}: no training step logged yet")
     return run

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from t2i_lm.comparison.comparability import MissingRunsError
 from t2i_lm.plots.curves import Series
 from t2i_lm.runtime.tables import compact
 from t2i_lm.storage.writing import atomic_file
@@ -285,6 +286,8 @@ def _scale_y(axes: Axes, panel: Panel) -> None:
     """Sets the scale, logarithmic from LOG_RATIO on, with round labels and room for the floor's."""
     values = [value for one in panel.series.values() for value in (*one.raw, *one.ema, *one.val)]
     values += [value for one in panel.series.values() for _, more in one.others.values() for value in more]
+    if not values:
+        raise MissingRunsError(f"{panel.title}: the runs have no such values")
     low, high = min(*values, CEILING), min(max(values), CEILING)
     for value in (*([] if panel.floor is None else [panel.floor]), *panel.lines.values()):
         low, high = min(low, value), max(high, value)

@@ -27,8 +27,8 @@ def relearning_curves(pair: RunPair) -> tuple[list[int], dict[str, list[float]]]
         {key: value for key, value in result["made_with"].items() if key != "checkpoint_sha256"}
         for result in results.values()
     ]
-    if differing := sorted(key for key in ways[0] if ways[0][key] != ways[1].get(key)):
-        named = "; ".join(f"{key}: {ways[0][key]!r} and {ways[1].get(key)!r}" for key in differing)
+    if differing := sorted(key for key in {*ways[0], *ways[1]} if ways[0].get(key) != ways[1].get(key)):
+        named = "; ".join(f"{key}: {ways[0].get(key)!r} and {ways[1].get(key)!r}" for key in differing)
         raise ValueError(f"relearning of the two arms was measured in different ways: {named}")
     first = next(iter(results.values()))
     curves = {arm: result["nll"][RUN]["nll"] for arm, result in results.items()}

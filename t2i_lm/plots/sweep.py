@@ -160,8 +160,12 @@ def _mean(numbers: Sequence[float], sign: str = "") -> str:
 def sweep_caption(key: str, outcomes: Sequence[Outcome]) -> str:
     """The caption of `draw_sweep`."""
     seeds = sorted({outcome.run.config["seed"] for outcome in outcomes})
+    some = {modality: losses(outcomes, modality) for modality in present(outcomes)[:1]}
+    counts = [len(nlls) for arms in some.values() for values in arms.values() for nlls in values.values()]
     arms = {f"{one.arm} {key}={one.value} seed={one.run.config['seed']}": one.run for one in outcomes}
-    bars = f"; points are means and bars ranges over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+    fewer = f" (some over {min(counts)} alone, and rings over the shared ones)" if min(counts) < len(seeds) else ""
+    over = f"seeds {', '.join(map(str, seeds))}{fewer}"
+    bars = f"; points are means and bars ranges over {over}" if len(seeds) > 1 else ""
     marks = "" if key == SEED else f"; rings: each arm's best{bars}"
     how = (
         f"Final {held_out(outcomes)} loss by {key}, all other keys of an arm equal{marks}. Pale: "

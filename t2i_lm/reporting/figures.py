@@ -58,7 +58,7 @@ class RecordingRequest(Request):
     def check(self, arms: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
         """Records the runs, then checks them as every figure does."""
         self.arms.update({arm: replace(run, folder=self.folders[run.folder]) for arm, run in arms.items()})
-        self.differing.update(differences(list(arms.values()), varied, self.by_design(arms)))
+        self.differing.update(differences(list(arms.values()), varied, self.by_design(arms), paired=True))
         super().check(arms, varied)
 
     def by_design(self, arms: Mapping[str, Run]) -> tuple[str, ...]:

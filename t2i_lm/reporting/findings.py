@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2i_lm.comparison.comparability import config_values
+from t2i_lm.comparison.comparability import IncomparableError, config_values
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, SMALL, Result
 from t2i_lm.comparison.comparison import Comparison
-from t2i_lm.comparison.endpoints import FORGETTING, TOKENS_SAVED
+from t2i_lm.comparison.endpoints import FORGETTING, TOKENS_SAVED, Endpoint
 from t2i_lm.comparison.statistics import paired_statistics
 from t2i_lm.comparison.tables import interval_text, sentence, value_text
 from t2i_lm.evaluation.forgetting import completion_rows
@@ -248,6 +248,9 @@ def _forgotten(run: Run) -> _Forgotten | None:
     return _Forgotten(last.get("name"), start["nll"], end["nll"], end.get("change_se"), best)
 
 
+MEASURED = Endpoint(f"{FORGETTING}.text.text_rows.nll")
+
+
 def forgetting_sentences(arms: Mapping[str, Sequence[Run]], alpha: float = 0.05) -> list[str]:
     """Loss of held-out text before and after training, of one run or of several seeds of each arm.
 
@@ -256,6 +259,11 @@ def forgetting_sentences(arms: Mapping[str, Sequence[Run]], alpha: float = 0.05)
         alpha: level of the interval over seeds.
     """
     sentences, most = [], 1
+    measured = [run for runs in arms.values() for run in runs if _forgotten(run) is not None]
+    try:
+        MEASURED.require_one_measurement(measured)
+    except IncomparableError as error:
+        return [f"REFUSED: {error}."]
     for arm, runs in arms.items():
         found = [one for one in map(_forgotten, runs) if one is not None]
         if not found:
@@ -264,13 +272,14 @@ def forgetting_sentences(arms: Mapping[str, Sequence[Run]], alpha: float = 0.05)
         last = found[-1]
         label = upper_first(arm_label(arm)) + (f", {last.name}" if last.name else "")
         change = float(np.mean([one.after - one.before for one in found]))
-        error = f" ± {last.change_se:.4f}" if len(found) == 1 and last.change_se is not None else ""
+        noise = f" ± {last.change_se:.4f}" if len(found) == 1 and last.change_se is not None else ""
         words = f"{label}: {np.mean([one.before for one in found]):.4f} before, "
-        words += f"{_over_seeds([one.after for one in found], alpha)} after; change {change:+.4f}{error}"
+        words += f"{_over_seeds([one.after for one in found], alpha)} after; change {change:+.4f}{noise}"
         best = [one.best for one in found if one.best is not None]
         if len(best) == len(found):
             words += f"; {_over_seeds(best, alpha)} after, at its best temperature"
-        sentences.append(f"{words}{f' (n = {len(found)} seeds)' if len(found) > 1 else ''}.")
+        part = f" of {len(runs)}" if len(found) < len(runs) else ""
+        sentences.append(f"{words}{f' (n = {len(found)}{part} seeds)' if len(runs) > 1 else ''}.")
     if not sentences:
         return []
     spread = (

@@ -12,6 +12,7 @@ from t2i_lm.comparison.comparability import IncomparableError
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.tables import notes as table_notes
 from t2i_lm.comparison.tables import sentence
+from t2i_lm.config.experiment import KEEPS_LANGUAGE
 from t2i_lm.reporting.claims import CLAIMS
 from t2i_lm.reporting.comparison_table import comparison_table
 from t2i_lm.reporting.figures import FigureBlock, draw_figures
@@ -74,8 +75,9 @@ def render(request: ReportRequest) -> str:
         lstrip_blocks=True,
     )
     shown = {arm_label(arm): run for arm, run in arms.items()}
-    if not shown and request.pool.runs:
-        shown = {"newest": request.pool.runs[-1]}
+    images = [run for run in request.pool.runs if run.config.get("task") in KEEPS_LANGUAGE]
+    if not shown and images:
+        shown = {"newest": images[-1]}
     setup = setup_rows(shown, primary.arms if primary is not None else None)
     return loader.get_template(TEMPLATE).render(
         question=QUESTION,
@@ -89,7 +91,7 @@ def render(request: ReportRequest) -> str:
 
 def _named_pair(arms: Mapping[str, Run]) -> tuple[Run, Run] | None:
     """The runs of Figures 3 and 4, if those are what is compared."""
-    inits = {str(run.config.get("init")): run for run in arms.values()}
+    inits = {str(run.config.get("init")): run for run in arms.values() if run.config.get("task") == "text_to_image"}
     return (inits["pretrained"], inits["random"]) if set(inits) == {"pretrained", "random"} else None
 
 
@@ -101,7 +103,7 @@ def _answer(
     if not lost:
         others = next(block for block in blocks if block.name == "forgetting").arms
         lost = forgetting_sentences({arm: [run] for arm, run in others.items()})
-        if lost:
+        if lost and primary is not None and primary.arms is not None:
             folders = ", ".join(str(run.folder) for run in others.values())
             lost.append(f"Measured in other runs than those compared: {folders}.")
     run = next(iter(arms.values()), None)
@@ -113,6 +115,8 @@ def _answer(
         if primary is not None and request.plan is not None:
             default = compare_command(request, primary)
         reason, command = missing_runs(problem, default)
+        if primary is not None and isinstance(primary.problem, IncomparableError):
+            command = ""  # more runs are no remedy
         return {**common, "kind": "missing", "heading": "No answer yet.", "reason": reason, "command": command}
     result = primary.results[0]
     return {

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
-from t2i_lm.comparison.comparability import IncomparableError, mismatches, pair_values
+from t2i_lm.comparison.comparability import IncomparableError, config_values, mismatches, pair_values
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.decay import decay_sentences
 from t2i_lm.comparison.gap import gap_text
@@ -42,6 +42,7 @@ from t2i_lm.reporting.request import (
     short_notes,
 )
 from t2i_lm.reporting.samples import SampleBlock, sample_blocks, sampling_notes, score_rows
+from t2i_lm.reporting.setup import positions_of
 from t2i_lm.reporting.sweeps import find_sweeps
 from t2i_lm.runtime.tables import upper_first
 from t2i_lm.storage.run_folder import SAMPLES, Run
@@ -315,9 +316,18 @@ def _add_comparisons(request: ReportRequest, sections: dict[str, Section]) -> No
         _add_facts(request, section, by_seed(comparison))
 
 
+def _other_positions(first: Comparison, comparison: Comparison) -> bool:
+    """Whether a comparison is of other positions than the first, as far as both are known; of missing runs, by plan."""
+    usual, own = (
+        positions_of(config_values(one.arms.runs[0]) if one.arms is not None else one.plan.where)
+        for one in (first, comparison)
+    )
+    return own is not None and own != usual and (usual is not None or first.arms is None)
+
+
 def _section_of(request: ReportRequest, comparison: Comparison, sections: dict[str, Section]) -> Section:
     """The section of a comparison's subject, or a new one."""
-    if any(key.startswith("backbone.") for key in comparison.plan.where):
+    if _other_positions(request.comparisons[0], comparison):
         return sections["positions"]
     if key := _claim_of([comparison]):
         return sections[key]

@@ -59,6 +59,12 @@ def scale_words(run: Run) -> str:
     return _listed(parameters, f"{here['tokens'].partition(',')[0]} tokens", here["data"])
 
 
+def positions_of(config: Mapping[str, Any]) -> str | None:
+    """Positions of a backbone, by the config or else by the backbone's files; None where these are not at hand."""
+    shape = _files(str(config.get("backbone.path") or "")).get("config.json", {})
+    return config.get("backbone.positional") or shape.get("positional_embedding_type")
+
+
 def _here(run: Run, compared: Arms | None) -> dict[str, str]:
     seeds, several = (compared.seeds, precision_note(compared.runs)) if compared is not None else ([], [])
     config, environment, report = config_values(run), run.environment, run.report or {}
@@ -78,9 +84,7 @@ def _here(run: Run, compared: Arms | None) -> dict[str, str]:
             f"{compact(card['tokens'])} tokens" if "tokens" in card else "see its own documentation",
             str(card.get("data", "")),
         ),
-        "positions": str(
-            config["backbone.positional"] or shape.get("positional_embedding_type") or "those of the backbone's files"
-        ),
+        "positions": positions_of(config) or "those of the backbone's files",
         "parameters": f"{environment['parameters'] / 1e6:,.1f}M" if "parameters" in environment else "not recorded",
         "image tokenizer": _listed(
             _name(config["image_tokenizer.path"]),
@@ -134,7 +138,8 @@ def _image_tokens(run: Run) -> str:
 
 def _last_counts(run: Run) -> dict[str, int]:
     lines = run.validations()
-    return {name: entry["count"] for name, entry in lines[-1]["val"].items() if "count" in entry} if lines else {}
+    entries = lines[-1]["val"] if lines else {}
+    return {name: entry["count"] for name, entry in entries.items() if isinstance(entry, dict) and "count" in entry}
 
 
 def _epochs(run: Run) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 def compact(number: float, digits: int = 3) -> str:
     """A count with the field's suffixes: 350k, 1.2M, 100B, 2T."""
+    rounded = float(f"{number:.{digits}g}")  # 999,999 is 1M
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
+        if abs(rounded) >= size:
             return f"{number / size:.{digits}g}{suffix}"
     return f"{number:.{digits}g}"
 

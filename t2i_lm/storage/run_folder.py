@@ -79,7 +79,8 @@ class Run:
     def nonfinite(self) -> int:
         """Validation losses that were not finite: the `nll` of their line is of the others alone."""
         lines = [value for record in self.metrics for key, value in record.items() if key.partition("/")[0] == VAL]
-        return sum(max((entry.get("nonfinite", 0) for entry in line.values()), default=0) for line in lines)
+        losses = [[entry for entry in line.values() if isinstance(entry, Mapping)] for line in lines]
+        return sum(max((entry.get("nonfinite", 0) for entry in line), default=0) for line in losses)
 
     @property
     def nonfinite_words(self) -> str:

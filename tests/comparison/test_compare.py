@@ -410,3 +410,27 @@ def test_a_secondary_endpoint_that_a_run_lacks_is_named_and_the_others_stand(run
     refused = make_comparison("pretraining", primary, lambda: find_arms(primary, runs))
     assert (refused.results, refused.arms) == ((), None)
     assert lacking in str(refused.problem)
+
+
+def test_a_secondary_endpoint_that_was_measured_otherwise_is_refused_alone(tmp_path: Path) -> None:
+    for name in ARMS:
+        for seed in range(3):
+            folder = seeded_run(tmp_path, name, seed, forgotten=5.0)
+            if seed == 0:
+                text = (folder / "metrics.jsonl").read_text()
+                (folder / "metrics.jsonl").write_text(text.replace('"targets": 512', '"targets": 9999'))
+    plan = Plan(secondary=["forgetting.text.text_rows.nll", "val.text.nll"])
+    made = make_comparison("pretraining", plan, lambda: find_arms(plan, tmp_path))
+    assert [one.endpoint.name for one in made.results] == ["val/iid.image.nll", "val.text.nll"]
+    assert made.arms is not None
+    (said,) = [note for note in made.arms.notes if note.startswith("REFUSED: endpoint")]
+    assert "forgetting was not measured on the same text: targets" in said
+
+
+def test_a_plan_of_a_file_is_of_the_sets_that_runs_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ARMS:
+        for seed in range(2):
+            seeded_run(tmp_path, name, seed, splits=("first", "second"))
+    (tmp_path / "plan.yaml").write_text("seeds: [0, 1]\n")
+    assert command.main(["--runs", str(tmp_path), "--plan", str(tmp_path / "plan.yaml"), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["endpoint"] == "val.image.nll"

@@ -16,6 +16,7 @@ from t2i_lm import compare as command
 from t2i_lm import figures
 from t2i_lm.comparison.arms import Arms, pair_arms
 from t2i_lm.comparison.best import best_value, common_value
+from t2i_lm.comparison.comparability import IncomparableError, MissingRunsError
 from t2i_lm.comparison.comparison import make_comparison
 from t2i_lm.comparison.gap import find_gap_curve
 from t2i_lm.comparison.grid import OPTIMISTIC, at_best, names_at_best, tune
@@ -386,3 +387,58 @@ def test_without_a_best_value_the_answer_is_the_reason() -> None:
     answer = results.answer_first[0]
     assert answer.arms is None
     assert "no best value: MISSING at optim.lr=0.006: seeds 2" in str(answer.problem)
+
+
+def test_points_that_are_refused_are_not_called_missing() -> None:
+    (grid,) = made({"over": {"optim.lr": RATES}}).grids
+    for problem, words, state in (
+        (IncomparableError("the arms saw the data in another order"), "REFUSED at optim.lr=0.003: the arms", "REFUSED"),
+        (MissingRunsError("no run"), "MISSING at optim.lr=0.003: seeds 0, 1, 2", "MISSING"),
+    ):
+        broken = replace(grid.comparisons[2], arms=None, results=(), problem=problem)
+        other = replace(grid, comparisons=(*grid.comparisons[:2], broken, *grid.comparisons[3:]))
+        assert words in " ".join(line for one in tune(other) for line in one.lines)
+        assert [row[-1] for row in grid_table(other).rows].count(state) == 1
+        assert ("NOT RUN: 0.003" in grid_caption(other)) == (state == "MISSING")
+        assert ("REFUSED: 0.003 (the arms saw" in grid_caption(other)) == (state == "REFUSED")
+
+
+def test_a_grid_is_named_after_the_sets_of_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, rate in enumerate((1e-3, 2e-3)):
+        for name in BEST:
+            changes = {"optim.lr": rate}
+            write_run(tmp_path, name, f"2026011{number}-093000", config=changes, splits=("first", "second"))
+    assert command.main(["--runs", str(tmp_path), "--over", "optim.lr"]) == 0
+    assert "over optim.lr: val.image.nll by optim.lr" in capsys.readouterr().out
+
+
+def write_lengths(root: Path, rate: float, seeds: dict[str, list[int]]) -> None:
+    for number in (100, 200, 300):
+        for name, several in seeds.items():
+            for seed in several:
+                changes = {"trainer.max_steps": number, "optim.lr": rate, "optim.warmup_steps": number // 20}
+                changes |= {"trainer.val_check_interval": number // 2, "log.interval": 25, "seed": seed}
+                stamp = f"202601{10 + seed:02d}-09{number // 100}000"
+                write_run(root / f"{rate}/trainer.max_steps={number}", name, stamp, config=changes)
+
+
+def test_the_gap_is_of_the_setting_with_the_most_seeds_and_names_its_rate(tmp_path: Path) -> None:
+    write_lengths(tmp_path, 3e-3, {name: [0] for name in BEST})
+    write_lengths(tmp_path, 1.5e-3, {name: [0, 1, 2] for name in BEST})
+    curve = find_gap_curve(tmp_path)
+    assert {one.statistics.n for one in curve.lengths} == {3}
+    assert "learning rate 0.0015" in gap_caption(curve)
+
+
+def test_lengths_without_a_common_seed_are_no_gap(tmp_path: Path) -> None:
+    write_lengths(tmp_path, 3e-3, {"t2i_pretrained": [0], "t2i_scratch": [1]})
+    with pytest.raises(MissingRunsError, match="gap: 0 lengths have results, 3 required; left out, 100 steps: no seed"):
+        find_gap_curve(tmp_path)
+
+
+def test_the_caption_of_the_gap_tells_precisions_by_seed() -> None:
+    (curve,) = made({"over": {"trainer.max_steps": [200, 400, 800, 1600]}}).curves
+    note = "200 steps: precision by seed: bf16-mixed for seed 0, 32-true for seed 1"
+    assert f"{note}." in gap_caption(replace(curve, notes=(note,)))
+    with pytest.raises(MissingRunsError, match="no length has every seed"):
+        gap_caption(replace(curve, lengths=()))

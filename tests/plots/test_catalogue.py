@@ -312,3 +312,4 @@ def test_the_same_runs_give_the_same_bytes(runs: Path, tmp_path: Path) -> None:
 )
 def test_counts_are_written_with_the_usual_suffixes(number: float, expected: str) -> None:
     assert compact(number) == expected
+    assert [compact(one) for one in (999_499, 999_936, 999_999_999)] == ["999k", "1M", "1B"]

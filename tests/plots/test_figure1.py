@@ -1,6 +1,7 @@
 """Figure 1 and the originals of a run's samples."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from t2i_lm.evaluation.originals import originals
 from t2i_lm.experiment.build import prepare
 from t2i_lm.generation.grid import grid_cells
 from t2i_lm.plots.catalogue import FIGURES, Request
-from t2i_lm.plots.figure1 import newest_run, tokenized_images
+from t2i_lm.plots.figure1 import TokenizedImage, _decibels, newest_run, tokenized_images
 from t2i_lm.storage.run_folder import Run
 
 
@@ -83,3 +84,9 @@ def test_originals_of_a_folder_are_found_by_id_and_a_lost_one_is_named(pretraine
     (tmp_path / "4.png").unlink()
     with pytest.raises(ValueError, match=r"the original of 4\.png is not among"):
         originals(folder, "train", rows, 64)
+
+
+def test_an_exact_reconstruction_has_no_number_of_decibels() -> None:
+    image = np.zeros((2, 2, 3), np.uint8)
+    assert TokenizedImage(image, image[:, :, 0], image, "a").psnr == math.inf
+    assert (_decibels(math.inf, 1), _decibels(26.04, 1)) == ("exact", "26.0 dB")

@@ -1,16 +1,19 @@
 """Figures of several arms: arms that agree with the reference, missing arms, uncontrolled differences."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from t2i_lm.comparison.comparability import IncomparableError
 from t2i_lm.figures import main as figures
+from t2i_lm.plots.captions import loss_table
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.curves import Series
 from t2i_lm.plots.groups import FIGURE5
 from t2i_lm.plots.panels import Panel, draw_panels
+from t2i_lm.storage.run_folder import read_run
 from tests.plots.synthetic_runs import read_lines, write_run
 
 
@@ -154,3 +157,15 @@ def test_strict_names_the_figures_that_it_refuses(runs: Path, capsys: pytest.Cap
     (line,) = error.splitlines()
     assert line.startswith("error: not drawn, figure 5: the runs differ in more than what is compared: optim.weight")
     assert "figure3.png" in output
+
+
+def test_a_loss_that_is_not_finite_is_a_cell_of_its_table(tmp_path: Path) -> None:
+    runs = {name: write_run(tmp_path, name) for name in ("t2i_pretrained", "t2i_shuffled")}
+    file = runs["t2i_shuffled"] / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if "val" in line:
+            line["val"]["image"] = {"count": 0, "nonfinite": 640}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = loss_table({name: read_run(run) for name, run in runs.items()}, "image")
+    assert re.search(r"t2i_shuffled +not finite +300", table), table

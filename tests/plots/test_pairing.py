@@ -139,3 +139,11 @@ def test_a_named_run_of_the_wrong_arm_is_refused(runs: Path) -> None:
         find_pair(runs, pretrained=scratch)
     with pytest.raises(ValueError, match=r"--scratch .*absent: unreadable: .* is not a run folder"):
         find_pair(runs, scratch=runs / "absent")
+
+
+def test_a_named_run_without_captions_is_no_arm_of_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("uncond_pretrained", "uncond_scratch")
+    one, two = (write_run(tmp_path, name, config={"task": "unconditional"}) for name in names)
+    assert main(["--figure", "4", "--pretrained", str(one), "--scratch", str(two), "--out", str(tmp_path)]) == 2
+    assert "--pretrained" in (said := capsys.readouterr().err)
+    assert "its config has task='unconditional', expected 'text_to_image'" in said

@@ -71,3 +71,11 @@ def test_arms_measured_in_different_ways_are_refused(tmp_path: Path) -> None:
     write_relearning(write_run(tmp_path, "t2i_scratch"), 13.9, text="b.txt")
     with pytest.raises(ValueError, match=r"in different ways: text: 'a.txt' and 'b.txt'"):
         FIGURES["relearning"](Request(tmp_path))
+
+
+@pytest.mark.parametrize("measured", [0, 1])
+def test_a_setting_that_one_arm_alone_records_is_a_difference(measured: int, tmp_path: Path) -> None:
+    for number, name in enumerate(("t2i_pretrained", "t2i_scratch")):
+        write_relearning(write_run(tmp_path, name), 12.3, **({"length": 512} if number == measured else {}))
+    with pytest.raises(ValueError, match=r"in different ways: length: (512 and None|None and 512)"):
+        FIGURES["relearning"](Request(tmp_path))

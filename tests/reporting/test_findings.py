@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from t2i_lm.reporting.findings import alignment_sentences, forgetting_sentences
+from t2i_lm.reporting.setup import _last_counts, positions_of
 from t2i_lm.storage.run_folder import METRICS, REPORT, read_run
 from tests.plots.synthetic_runs import write_run
 
@@ -25,3 +26,42 @@ def test_a_run_that_did_not_measure_before_training_tells_no_change(tmp_path: Pa
     kept = [line for line in lines if line["step"] or "forgetting" not in line]
     (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept))
     assert forgetting_sentences({"pretrained": [read_run(folder)]}) == []
+
+
+def change_forgetting(folder: Path, **entries: object) -> None:
+    """Changes what every measurement of the first text says."""
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    for line in lines:
+        if "forgetting" in line:
+            line["forgetting"]["text"] |= entries
+    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_losses_of_other_held_out_texts_have_no_mean_and_seeds_without_one_are_counted(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path, "t2i_pretrained", f"2026011{seed}-093000", config={"seed": seed}, forgotten=forgotten)
+        for seed, forgotten in enumerate((5.0, 6.0, None))
+    ]
+    said = " ".join(forgetting_sentences({"pretrained": [*map(read_run, folders)]}))
+    assert "change +5.5000" in said
+    assert "(n = 2 of 3 seeds)" in said
+    change_forgetting(folders[1], targets=9999)
+    (refused,) = forgetting_sentences({"pretrained": [*map(read_run, folders)]})
+    assert "forgetting was not measured on the same text: targets 512 (1 runs), 9999 (1 runs)" in refused
+
+
+def test_runs_of_an_image_tokenizer_have_no_token_counts_and_no_losses_to_be_finite(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "t2i_pretrained")
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    for line in lines:
+        if "val" in line:
+            line["val"] = {"psnr": 26.1, "nll": 0.2}
+    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    assert (_last_counts(run), run.nonfinite) == ({}, 0)
+
+
+def test_positions_are_those_of_the_config_or_of_files_at_hand() -> None:
+    assert positions_of({"backbone.path": "asset:lm_rotary"}) == "rotary"
+    assert positions_of({"backbone.path": "asset:lm_rotary", "backbone.positional": "head_rotary"}) == "head_rotary"
+    assert positions_of({"backbone.path": "/nowhere"}) is None
