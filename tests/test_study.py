@@ -1,6 +1,12 @@
 """A study: its runs, their state and cost; one trained, compared, drawn and continued."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +17,14 @@ from t2i_lm.comparison.plan import setting_words
 from t2i_lm.comparison.study_plan import first_seeds, read_study
 from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import RunConfig
-from t2i_lm.storage.run_folder import run_folders
+from t2i_lm.storage.run_folder import REPORT, read_run, run_folders
 from t2i_lm.study import main
 from t2i_lm.training import cost
 from t2i_lm.training.cost import estimate
 from t2i_lm.training.jobs import Job
 from t2i_lm.training.remedies import read_strengths
 from t2i_lm.training.study import StudyRun, compare_arms, progress_of, progress_table, shown_runs, study_runs
+from tests.runs import QUICK
 from tests.study_folders import finish
 
 EXPERIMENTS = Path("experiments")
@@ -383,3 +390,32 @@ def test_a_study_trains_compares_draws_and_goes_on(
     content = json.loads((tmp_path / "out" / "pretraining.json").read_text())
     assert content["seeds"] == [3, 4]
     assert len(content["runs"]) == 4
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_where_it_was(plan: Path, tiny: list[str], tmp_path: Path) -> None:
+    """kill -9 in the second run: the first is not trained again, the second goes on in its own folder."""
+    plan.write_text("seeds: [3]\nsecondary: []\ncomparisons: {pretraining: {}}\n")
+    steps = ["trainer.max_steps=20", "trainer.val_check_interval=20", "trainer.checkpoint_interval=1", "log.interval=1"]
+    command = [str(plan), *tiny, *steps, f"run.dir={tmp_path}", "--out", str(tmp_path / "out"), *QUICK]
+    process = subprocess.Popen([sys.executable, "-m", "t2i_lm.study", *command], start_new_session=True)
+    wait_until(lambda: len(list(tmp_path.glob("study/t2i_scratch/*/checkpoints/*.ckpt"))) > 0, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    first, second = (run_folders(tmp_path / "study", name) for name in ("t2i_pretrained", "t2i_scratch"))
+    assert ((first[0] / REPORT).exists(), (second[0] / REPORT).exists()) == (True, False)
+    before = (first[0] / "metrics.jsonl").read_bytes()
+
+    assert main(command) == 0
+    assert [run_folders(tmp_path / "study", name) for name in ("t2i_pretrained", "t2i_scratch")] == [first, second]
+    assert (first[0] / "metrics.jsonl").read_bytes() == before
+    assert [line["step"] for line in read_run(second[0]).records("train")] == list(range(1, 21))
+    assert json.loads((tmp_path / "out" / "pretraining.json").read_text())["seeds"] == [3]
+
+
+def wait_until(done: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 240
+    while not done():
+        assert process.poll() is None, "the study was over before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

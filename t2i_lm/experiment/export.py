@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from rich.progress import track
 
 from callbacks.checkpoints import step_of
 from t2i_lm.config.load import load_run
@@ -40,6 +39,7 @@ from t2i_lm.models.huggingface_folder import load_huggingface, save_huggingface
 from t2i_lm.models.lora import merge_adapters
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.models.transformers_export import FORMAT, require_equivalent, save_transformers
+from t2i_lm.runtime.progress import progress
 from t2i_lm.storage.cards import write_card
 from t2i_lm.storage.resumable import atomic_folder, require_new_folder, share
 from t2i_lm.storage.run_folder import Run, find_run, read_run, require_checkpoints
@@ -268,14 +268,15 @@ def language_model_numbers(decoder: Backbone, text: TextTokenizer, split: datase
 def held_out_sums(decoder: Backbone, split: datasets.Dataset) -> tuple[float, int, int]:
     """Summed nll in nats, bytes and tokens of a text split, each row a window of its own."""
     nll, bytes_, tokens = 0.0, 0, 0
-    with torch.no_grad():
-        for start in track(range(0, len(split), SCORE_BATCH), description="held-out text"):
+    with torch.no_grad(), progress("measuring held-out text", len(split), unit="rows") as advance:
+        for start in range(0, len(split), SCORE_BATCH):
             rows = split[start : start + SCORE_BATCH]
             ids_BT = torch.from_numpy(np.stack(rows["text_ids"]).astype(np.int64))
             nll_N = decoder.loss(ids_BT[:, :-1], ids_BT[:, 1:]).nll_N
             nll += float(nll_N.double().sum())
             tokens += nll_N.numel()
             bytes_ += int(np.sum(rows["bytes"]))
+            advance(len(ids_BT))
     return nll, bytes_, tokens
 
 
