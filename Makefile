@@ -35,7 +35,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  options: SCALE=demo|flickr8k|paper  RESUME=1  ARGS=\"key=value ...\"  PYTHON=python3.12"
 
-setup: $(STAMP)  ## make .venv and install everything (done by the other targets too)
+setup: $(STAMP)  ## make .venv and install the suite with its test tools (done by the other targets too)
 
 # Only the last line marks the installation as complete: an interrupted one is repeated.
 $(STAMP): pyproject.toml constraints.txt
@@ -65,7 +65,7 @@ exp-scratch: $(STAMP)  ## the same run from random weights
 figures: $(STAMP)  ## every figure whose runs exist, from the newest of each
 	$(PY) -m t2i_lm.figures --runs $(RUNS) $(ARGS)
 
-test-faults: $(STAMP)  ## kills, signals, full disks, damaged files and lost ranks in full numbers (half an hour on two cores)
+test-faults: $(STAMP)  ## kills, signals, full disks, damaged files and lost ranks in full numbers (15 to 30 minutes on two cores)
 	T2I_LM_KILLS=200 T2I_LM_FAULTS=250 T2I_LM_RANKS=10 $(PYTEST) tests/faults tests/callbacks/files tests/callbacks/test_resume.py tests/callbacks/test_sharded_saves.py tests/callbacks/test_background_saves.py tests/storage/test_owner.py
 
 rehearsal: $(STAMP)  ## the paper's run at its exact shapes with small parts, from tars to the report: ARGS="--quick"

@@ -32,7 +32,7 @@ request, folder = Request(project / "runs"), project / "figures"
 # **Initializations.** Which part of a pre-trained language model helps text-to-image: the statistics of its tensors
 # (entries shuffled), its rows, its layers, or image rows aligned with its text rows? The runs come from
 # `python -m t2i_lm.train experiments/t2i_NAME.yaml --scale demo` with NAME one of pretrained, scratch, shuffled,
-# embeddings_only, body_only and (after align.yaml) aligned.
+# gaussian, mimetic, embeddings_only, body_only and (after align.yaml) aligned.
 
 # %%
 show("inits", request, folder)

@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from t2i_lm.comparison.plan import chosen_plan
         from t2i_lm.comparison.tables import FORMATS as WRITERS
 
+        if options.runs != Path("runs") and not options.runs.is_dir():  # without `runs`, the message names a command
+            raise ValueError(f"--runs {options.runs}: no such folder")
         plan = chosen_plan(options.plan, options.scale, options.where)
         if options.over:
             return over(plan)

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(*(f"== {job.name}" for job in remaining), sep="\n")
             return 0
-        require_no_results({Path(job.config.run.dir) for job in remaining})
+        roots = {Path(job.config.run.dir) for job in remaining}
+        require_no_results({*roots, *(root.parent for root in roots)})  # `run.dir` is given without `sweep/`
         code = run_jobs(remaining, options.jobs, keep_going=True)
         if code > 128 or not is_first_of([*jobs.values()]):  # stopped by a signal, or another rank
             return code

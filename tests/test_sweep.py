@@ -11,13 +11,21 @@ from t2i_lm.config.load import flatten
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.plots.sweep import Outcome, at_edges, draw_sweep, sweep_caption, sweep_table
 from t2i_lm.plots.sweep_grid import caption_of, draw, tables_of
-from t2i_lm.storage.run_folder import read_run, run_folders
+from t2i_lm.storage.run_folder import THINNED, read_run, run_folders
 from t2i_lm.sweep import main
 from t2i_lm.training.jobs import unfinished
 from t2i_lm.training.sweep import ARMS, split_keys, sweep_jobs
 from tests.plots.synthetic_runs import write_run
 
 SWEPT = ["optim.lr=1e-3,3e-3", "seed=0,1"]
+
+
+def test_nothing_is_trained_beside_collected_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "study" / "t2i_scratch" / "20260101-000000-demo"
+    folder.mkdir(parents=True)
+    (folder / THINNED).touch()
+    assert main(["optim.lr=1e-3,2e-3", f"run.dir={tmp_path}"]) == 2
+    assert f"{tmp_path} holds collected results" in capsys.readouterr().err
 
 
 def test_keys_with_several_values_are_distinguished_from_lists_and_single_values() -> None:

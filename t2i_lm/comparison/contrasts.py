@@ -43,7 +43,7 @@ def contrasts(grid: Grid) -> list[str]:
     lines = []
     for (words, one, measure, statistics), p in zip(found, p_values, strict=True):
         if measure == PERCENT:
-            unit = f" points of percent of {[*one.plan.parsed][1]}"
+            unit = f" percentage points of {[*one.plan.parsed][1]}"
             value, interval = f"{statistics.mean:+.2f}", statistics.t_interval
             span = "no interval" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
         else:

@@ -21,6 +21,8 @@ from t2i_lm.comparison.comparability import IncomparableError, config_values
 from t2i_lm.storage.run_folder import VAL, Run
 
 REPORT, TOKENS_SAVED, FORGETTING = "report", "tokens_saved", "forgetting"
+# Of a validation: modalities and aggregates, and what is known of each.
+MODALITIES, LOSSES = ("text", "image", "boundary", "all", "all_no_boundary"), ("nll", "ppl")
 NONFINITE = "nonfinite"  # number of losses that an entry leaves out
 # Config keys that measures of the report depend on, by their part of it.
 SAMPLING = ("temperature", "top_k", "top_p", "guidance", "prompts")
@@ -39,8 +41,17 @@ class Endpoint:
     name: str
 
     def __post_init__(self) -> None:
-        if len(self.name.split(".")) < 2:
+        source, *path = self.name.split(".")
+        if not path:
             raise ValueError(f"endpoint {self.name!r}: expected a dotted name, such as val.image.nll")
+        is_loss = len(path) == 2 and path[0] in MODALITIES and path[1] in LOSSES
+        if source.partition("/")[0] == VAL and not is_loss:
+            raise ValueError(
+                f"endpoint {self.name!r}: expected {source}.MODALITY.nll or .ppl, MODALITY one of "
+                f"{', '.join(MODALITIES)}"
+            )
+        if source == TOKENS_SAVED and (len(path) > 1 or path[0] not in MODALITIES):
+            raise ValueError(f"endpoint {self.name!r}: expected {source}. and one of {', '.join(MODALITIES)}")
 
     @property
     def of_pair(self) -> bool:

@@ -238,7 +238,7 @@ def test_without_a_pair_the_command_that_makes_one_is_named(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("val.pixels.nll", "has all, all_no_boundary, boundary, image, text in val, not pixels"),
+        ("val/gone.image.nll", "has no val/gone in metrics.jsonl; it has train, val"),
         ("forgetting.text", "has no forgetting in metrics.jsonl; it has train, val"),
         ("report.steps.x", "nothing in report.steps"),
         ("report.experiment", "'t2i_pretrained' there, expected a finite number"),
@@ -434,3 +434,15 @@ def test_a_plan_of_a_file_is_of_the_sets_that_runs_have(tmp_path: Path, capsys: 
     (tmp_path / "plan.yaml").write_text("seeds: [0, 1]\n")
     assert command.main(["--runs", str(tmp_path), "--plan", str(tmp_path / "plan.yaml"), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["endpoint"] == "val.image.nll"
+
+
+@pytest.mark.parametrize("name", ["val.imge.nll", "val/iid.image.nl", "val.image", "tokens_saved.pixels", "val"])
+def test_a_typo_in_an_endpoint_is_refused_with_the_plan(name: str) -> None:
+    for endpoints in ({"primary": name}, {"secondary": [name]}):
+        with pytest.raises(ValueError, match=rf"endpoint '{name}': expected .*(one of text, image|such as val\.image)"):
+            Plan(**endpoints)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_runs_that_does_not_exist_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--runs", str(tmp_path / "nope")]) == 2
+    assert f"--runs {tmp_path}/nope: no such folder" in capsys.readouterr().err

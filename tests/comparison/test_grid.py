@@ -200,7 +200,7 @@ def test_contrasts_between_points_are_paired_by_seed() -> None:
     results = made({"over": {"data.batch_size": [8, 16]}, "where": {"trainer.max_steps": 400}})
     line, percent, saved = grid_table(results.grids[0]).lines
     assert line.startswith("difference at 16 minus that at 8: ")
-    assert " points of percent of t2i_scratch, 95 % t-interval " in percent
+    assert " percentage points of t2i_scratch, 95 % t-interval " in percent
     assert saved.startswith("tokens_saved.image at 16 minus that at 8: ")
     tokens = [one.results[-1].differences for one in results.grids[0].comparisons]
     by_seed = [tokens[1][seed] - tokens[0][seed] for seed in range(3)]
