@@ -57,9 +57,9 @@ def text(plan: Plan, arms: Arms, results: Sequence[Result]) -> str:
     )
 
 
-def sentence(plan: Plan, result: Result) -> str:
-    """The verdict of a result in words."""
-    first, second = plan.parsed
+def sentence(plan: Plan, result: Result, label: Callable[[str], str] = str) -> str:
+    """The verdict of a result in words; `label` names an arm."""
+    first, second = map(label, plan.parsed)
     if result.verdict in (DIFFERENCE, SMALL):
         lower = first if (result.statistics.mean < 0) != result.endpoint.of_pair else second
         words = f"{lower} saves tokens" if result.endpoint.of_pair else f"{lower} is lower"

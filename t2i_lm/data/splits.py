@@ -16,7 +16,7 @@ from t2i_lm.data.pairs import RejectedPairError
 from t2i_lm.storage.reading import SpecialFileError, require_regular
 
 SPLITS = ("train", "val")
-# Generated scenes: new images of the color-kind pairs of training (the primary split), and of held-out pairs.
+# Generated scenes: new images of the color-shape pairs of training (the primary split), and of held-out pairs.
 SCENE_VALIDATIONS = ("val/iid", "val/compositional")
 # With data.second_val_path: the held-out images of other runs, and those of that path.
 FIRST, SECOND = "val/first", "val/second"

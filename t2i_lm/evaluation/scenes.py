@@ -105,7 +105,7 @@ def accuracy_ceiling(experiment: ImageExperiment, split: str) -> dict[str, Any]:
 
     Args:
         experiment: with an image tokenizer of 64 pixels.
-        split: `iid`, scenes of trained color-kind pairs, or `compositional`, each with one that training never shows.
+        split: `iid`, scenes of trained color-shape pairs, or `compositional`, each with one that training never shows.
 
     Returns:
         `scenes`, their number, and their `accuracy`.

@@ -15,8 +15,8 @@ from t2i_lm.storage.run_folder import VAL, Run
 ARM_NAMES = {"pretrained": "pre-trained", "scratch": "random"}
 # What the validation splits are: of scenes, and with data.second_val_path.
 SPLITS = {
-    "iid": "new images of trained color-kind pairs",
-    "compositional": "color-kind pairs that training never shows",
+    "iid": "new images of trained color-shape pairs",
+    "compositional": "color-shape pairs that training never shows",
     "first": "the first held-out set",
     "second": "the second held-out set",
 }

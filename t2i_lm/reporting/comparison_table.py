@@ -80,7 +80,7 @@ def comparison_table(comparison: Comparison) -> ComparisonTable:
                 p=p_text(statistics.p_difference),
                 margin="" if one.margin is None else value_text(one, one.margin),
                 p_equivalence=p_text(statistics.p_equivalence),
-                verdict=sentence(plan, one),
+                verdict=sentence(plan, one, arm_label),
                 bar=_bar(one, limit),
             )
         )

@@ -96,7 +96,7 @@ def result_sentence(comparison: Comparison, result: Result) -> str:
         words += f", {level} interval {interval_text(result, statistics.t_interval)}, n = {statistics.n} pairs"
     if result.margin is not None:
         words += f", margin {value_text(result, result.margin)}"
-    verdict = sentence(comparison.plan, result)
+    verdict = sentence(comparison.plan, result, arm_label)
     return f"{upper_first(words)}. Verdict: {verdict}{'' if verdict.endswith('?') else '.'}"
 
 

@@ -1,5 +1,6 @@
 """Search for the runs of a report: finished ones are used, all others are named."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from t2i_lm.training.study import RUNS as STUDY_RUNS
 from t2i_lm.training.sweep import RUNS as SWEEP_RUNS
 
 SHOWN = 40  # characters of a value in a note
+REPEATED = re.compile(r"_?trainer\.threads=\d+$")
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class RunSearch:
             pool = self.pool(
                 folder
                 for folder in self._folders
-                if folder.parent.name == arm.experiment and self._setting(folder) in settings
+                if folder.parent.name == arm.experiment and settings & self._settings(folder)
             )
             found[name] = [run for run in pool.runs if meets(plan, name, run, config_values(run))]
             notes |= dict.fromkeys(pool.notes)
@@ -108,10 +110,14 @@ class RunSearch:
         found = _one_setting(plan, found, own_notes, self.root, strict)
         return pair_arms(plan, found, own_notes, self.root, strict)
 
-    def _setting(self, folder: Path) -> str:
-        """The folder of a study's setting that a run lies in; empty for one outside of a study or without a setting."""
+    def _settings(self, folder: Path) -> set[str]:
+        """The folder of a study's setting that a run lies in; empty for one outside of a study or without a setting.
+
+        Of a run that repeats another with other threads (`rounding`), also the other's.
+        """
         above = folder.parents[1]
-        return above.name if above != self.root and above.parent.name == STUDY_RUNS and "=" in above.name else ""
+        name = above.name if above != self.root and above.parent.name == STUDY_RUNS and "=" in above.name else ""
+        return {name, REPEATED.sub("", name)}
 
 
 def _setting_folders(values: Mapping[str, Any]) -> set[str]:

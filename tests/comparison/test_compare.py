@@ -440,7 +440,7 @@ def test_a_plan_of_a_file_is_of_the_sets_that_runs_have(tmp_path: Path, capsys: 
 def test_a_typo_in_an_endpoint_is_refused_with_the_plan(name: str) -> None:
     for endpoints in ({"primary": name}, {"secondary": [name]}):
         with pytest.raises(ValueError, match=rf"endpoint '{name}': expected .*(one of text, image|such as val\.image)"):
-            Plan(**endpoints)  # type: ignore[arg-type]
+            Plan(**endpoints)
 
 
 def test_a_folder_of_runs_that_does_not_exist_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

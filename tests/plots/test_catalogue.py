@@ -128,7 +128,7 @@ def test_both_validation_splits_are_drawn_and_named(tmp_path: Path) -> None:
     assert floats(looks["Image tokens/floor"].get_ydata()) == pytest.approx([math.exp(0.1)] * 2)
     words = texts(drawing.figure)
     assert "validation, iid validation, compositional" in words
-    assert "iid, new images of trained color-kind pairs (filled); compositional, color-kind pairs" in drawing.caption
+    assert "iid, new images of trained color-shape pairs (filled); compositional, color-shape pairs" in drawing.caption
     assert "Upper right: iid validation at step 300" in drawing.caption
     assert drawing.table.startswith("iid validation at step 300")
     assert "\ncompositional validation at step 300" in drawing.table

@@ -1,6 +1,11 @@
+from pathlib import Path
+
 import pytest
 
+from t2i_lm.comparison.study_plan import Study
 from t2i_lm.reporting.request import missing_runs, short_notes
+from t2i_lm.reporting.search import RunSearch
+from tests.plots.synthetic_runs import write_run
 
 
 @pytest.mark.parametrize(
@@ -20,3 +25,15 @@ def test_a_missing_section_has_a_reason_and_a_command(problem: str, expected: tu
 def test_missing_seeds_of_an_arm_are_one_note() -> None:
     notes = ["a", "MISSING: seed 1 of x", "MISSING: seed 1 of y", "MISSING: seed 2 of x"]
     assert short_notes(notes) == ["a", "MISSING: seeds 1, 2 of x", "MISSING: seed 1 of y"]
+
+
+def test_runs_that_repeat_others_with_other_threads_count_with_them(tmp_path: Path) -> None:
+    """As in `compare` of the same folder, where a seed's value is the mean of its repeats."""
+    for number, folder in enumerate(("trainer.max_steps=400", "trainer.max_steps=400_trainer.threads=2")):
+        for name in ("t2i_pretrained", "t2i_scratch"):
+            config = {"trainer.max_steps": 400, "trainer.threads": number + 1}
+            write_run(tmp_path / "study" / folder, name, f"2026011{number}-093000", config=config)
+    study = Study(seeds=[0], secondary=[], comparisons={"one": {"where": {"trainer.max_steps": 400}}})
+    (made,) = RunSearch(tmp_path).comparisons(study, strict=True)
+    assert made.arms is not None, made.problem
+    assert [len(runs) for arm in (made.arms.first, made.arms.second) for runs in arm.values()] == [2, 2]

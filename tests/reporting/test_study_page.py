@@ -83,7 +83,7 @@ def test_arms_of_a_claim_stand_in_its_section_with_intervals(
 @pytest.mark.slow
 def test_the_answer_says_what_rounding_does(study: tuple[Study, list[StudyRun], Element]) -> None:
     text = study[2].one("section", id="answer").text
-    words = "rounding, held-out image loss (new images of trained color-kind pairs)"
+    words = "rounding, held-out image loss (new images of trained color-shape pairs)"
     assert f"{words}: {0.02 / 2**0.5:.4f}." in text
 
 
