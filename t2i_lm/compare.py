@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         from t2i_lm.comparison.arms import find_arms
-        from t2i_lm.comparison.compare import compare
-        from t2i_lm.comparison.comparison import as_measured, on_their_sets
+        from t2i_lm.comparison.compare import compare, compare_measured
+        from t2i_lm.comparison.comparison import on_their_sets
         from t2i_lm.comparison.plan import chosen_plan
         from t2i_lm.comparison.tables import FORMATS as WRITERS
 
@@ -64,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms = find_arms(plan, options.runs, options.strict)
         plan, arms = on_their_sets(plan, arms)
         if options.plan is None:
-            plan, arms = as_measured(plan, arms)
-        return write(WRITERS[options.format](plan, arms, compare(plan, arms)))
+            plan, arms, results = compare_measured(plan, arms)
+        else:
+            results = compare(plan, arms)
+        return write(WRITERS[options.format](plan, arms, results))
 
     def over(plan: "Plan") -> int:
         """The comparison at every value, each arm's best one, and the arms at their best."""

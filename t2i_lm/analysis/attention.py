@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from t2i_lm.analysis.base import HELD_OUT, PROBED, NotAvailableError, ProbedRun, ProbeResult, Settings, State
+from t2i_lm.analysis.base import PROBED, NotAvailableError, ProbedRun, ProbeResult, Settings, State
 from t2i_lm.analysis.cka import Estimate
 from t2i_lm.analysis.looks import grey_key, run_keys
 from t2i_lm.analysis.states import BATCH
@@ -159,7 +159,7 @@ def probe_attention(runs: Sequence[ProbedRun], settings: Settings) -> ProbeResul
             found[one.label] = {}
             for state in STATES:
                 model = one.model(state)
-                ids_ST = one.sequences(model.layout, settings.sequences, *HELD_OUT)
+                ids_ST = one.sequences(model.layout, settings.sequences, one.held_out)
                 sequences = len(ids_ST)
                 found[one.label][state] = measure(model, ids_ST, advance)
                 reference = uniform_attention(modality_of_target(ids_ST, model.layout.vocab))

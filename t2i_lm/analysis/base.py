@@ -19,7 +19,7 @@ from callbacks.files.checkpoint_io import digests
 from t2i_lm.comparison.comparability import ORDER, require_comparable
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import PairBatches
-from t2i_lm.data.shards.format import Parts, read_index
+from t2i_lm.data.shards.format import Parts, read_index, validation_splits
 from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import image_config, load_initial, load_trained, newest_checkpoint
@@ -30,8 +30,6 @@ from t2i_lm.storage.writing import atomic_file, problem, write_atomic
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
 
 State = Literal["initial", "trained"]
-# Held-out splits of shards, the first that is there.
-HELD_OUT = ("val/iid", "val/first", "val")
 # Modalities that have rows, positions and losses of their own.
 PROBED = ("text", "image")
 MARKERS = "osv^DPX"
@@ -71,6 +69,11 @@ class ProbedRun:
         """Of the shards."""
         return str(self.run.environment["data_hash"])
 
+    @property
+    def held_out(self) -> str:
+        """The primary validation split."""
+        return validation_splits(self.shards)[0]
+
     def model(self, state: State) -> ImageModel:
         """The model before its first step, or with the checkpoint's weights; evaluated in float32, not compiled.
 
@@ -83,24 +86,23 @@ class ProbedRun:
             part._compiled_call_impl = None
         return model
 
-    def split(self, *names: str) -> Parts:
-        """The first of some splits that the shards have.
+    def split(self, name: str) -> Parts:
+        """A split of the shards.
 
         Raises:
-            ValueError: if they have none, or a shard is missing or damaged.
+            ValueError: if there is none, or a shard is missing or damaged.
         """
         index = read_index(self.shards) or {}
-        for name in names:
-            if name in index.get("splits", {}):
-                return Parts(self.shards, name)
-        raise ValueError(f"{self.shards} has no split {' or '.join(names)}")
+        if name in index.get("splits", {}):
+            return Parts(self.shards, name)
+        raise ValueError(f"{self.shards} has no split {name}")
 
-    def sequences(self, layout: Layout | ImageLayout, count: int, *splits: str) -> Tensor:
+    def sequences(self, layout: Layout | ImageLayout, count: int, split: str) -> Tensor:
         """At most `count` evenly spaced sequences of a split, as validation forms them: joint ids (S, T).
 
         Padded alike whatever the run's `data.pad_to_multiple_of`, so that runs have equal ones.
         """
-        batches = PairBatches(self.split(*splits), layout, "first", self.config.seed, multiple=1)
+        batches = PairBatches(self.split(split), layout, "first", self.config.seed, multiple=1)
         chosen = evenly_spaced_indices(len(batches), count)
         ids_ST: Tensor = batches.__getitems__([(0, index) for index in chosen])["ids_BT"]
         return ids_ST

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from t2i_lm.analysis.base import HELD_OUT, NotAvailableError, ProbedRun, ProbeResult, Settings, State
+from t2i_lm.analysis.base import NotAvailableError, ProbedRun, ProbeResult, Settings, State
 from t2i_lm.analysis.cka import Estimate, grouped_cka
 from t2i_lm.analysis.looks import grey_key, run_keys
 from t2i_lm.analysis.states import Positions, groups_of, layer_states, positions_of, require_same_sequences
@@ -115,7 +115,7 @@ def probe_similarity(runs: Sequence[ProbedRun], settings: Settings) -> ProbeResu
         for one in runs:
             models = {state: one.model(state) for state in STATES}
             _require_mergeable(models["trained"].decoder)
-            ids_ST = one.sequences(models["initial"].layout, settings.sequences, *HELD_OUT)
+            ids_ST = one.sequences(models["initial"].layout, settings.sequences, one.held_out)
             given.append(ids_ST)
             places = positions_of(ids_ST, models["initial"])
             for state, model in models.items():

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from statistics import fmean, variance
 
 from t2i_lm.comparison.arms import Arms
+from t2i_lm.comparison.comparability import IncomparableError
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.plan import Margin, Plan
 from t2i_lm.comparison.statistics import (
@@ -64,25 +64,36 @@ def compare(plan: Plan, arms: Arms) -> list[Result]:
     Raises:
         ValueError: if a run lacks an endpoint, naming what it has; if they were not measured alike.
     """
-    results = [_result(plan, arms, endpoint, number == 0) for number, endpoint in enumerate(plan.endpoints)]
-    results = [results[0], *_corrected(results[1:])]
-    # A look at a part of the planned seeds is no test at level alpha.
-    return [one if one.missing else replace(one, verdict=_verdict(one.statistics, plan.alpha)) for one in results]
+    return _decided(plan, [_result(plan, arms, endpoint, not number) for number, endpoint in enumerate(plan.endpoints)])
 
 
-def require_values(plan: Plan, endpoint: Endpoint, arms: Arms) -> None:
-    """Checks that every run, or pair of runs, has an endpoint, measured alike.
+def compare_measured(plan: Plan, arms: Arms) -> tuple[Plan, Arms, list[Result]]:
+    """As `compare`, without the secondary endpoints that a run lacks, or that were not measured alike.
+
+    Returns:
+        The plan without them, the arms with a note on each, and the results.
 
     Raises:
-        IncomparableError: if it was not measured alike.
-        ValueError: naming the first that lacks it, and what it has.
+        ValueError: of the primary endpoint.
     """
-    for run in () if endpoint.of_pair else arms.runs:
-        endpoint.value(run)
-    for seed in arms.seeds if endpoint.of_pair else ():
-        for one, two in product(arms.first[seed], arms.second[seed]):
-            endpoint.difference(one, two)
-    endpoint.require_one_measurement(arms.runs, (*plan.varied, *plan.own_keys))
+    primary, *others = plan.endpoints
+    results, notes = [_result(plan, arms, primary, True)], []
+    for endpoint in others:
+        try:
+            results.append(_result(plan, arms, endpoint, False))
+        except IncomparableError as error:
+            notes.append(f"REFUSED: {error}")
+        except ValueError as error:
+            notes.append(f"MISSING: {error}")
+    kept = replace(plan, secondary=[one.endpoint.name for one in results[1:]])
+    return kept, replace(arms, notes=(*arms.notes, *notes)), _decided(plan, results)
+
+
+def _decided(plan: Plan, results: Sequence[Result]) -> list[Result]:
+    """Results with corrected p-values and their verdicts."""
+    corrected = [results[0], *_corrected(results[1:])]
+    # A look at a part of the planned seeds is no test at level alpha.
+    return [one if one.missing else replace(one, verdict=_verdict(one.statistics, plan.alpha)) for one in corrected]
 
 
 def _result(plan: Plan, arms: Arms, endpoint: Endpoint, primary: bool) -> Result:

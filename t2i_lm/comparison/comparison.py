@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from t2i_lm.comparison.arms import Arms
-from t2i_lm.comparison.comparability import IncomparableError, MissingRunsError
-from t2i_lm.comparison.compare import Result, compare, require_values
-from t2i_lm.comparison.endpoints import Endpoint
+from t2i_lm.comparison.comparability import MissingRunsError
+from t2i_lm.comparison.compare import Result, compare_measured
 from t2i_lm.comparison.plan import Plan
 from t2i_lm.runtime.tables import listed
 from t2i_lm.storage.run_folder import PRIMARY, Run
@@ -48,8 +47,8 @@ def make_comparison(name: str, plan: Plan, find: Callable[[], Arms]) -> Comparis
     A ValueError of `find` or of the comparison becomes the problem.
     """
     try:
-        plan, arms = as_measured(*on_their_sets(plan, find()))
-        return Comparison(name, plan, arms, tuple(compare(plan, arms)))
+        plan, arms, results = compare_measured(*on_their_sets(plan, find()))
+        return Comparison(name, plan, arms, tuple(results))
     except ValueError as error:
         return Comparison(name, plan, None, (), error)
 
@@ -69,20 +68,3 @@ def on_their_sets(plan: Plan, arms: Arms) -> tuple[Plan, Arms]:
     if moved:
         note += f"; in their place: {', '.join(moved)}"
     return own, replace(arms, notes=(*arms.notes, note))
-
-
-def as_measured(plan: Plan, arms: Arms) -> tuple[Plan, Arms]:
-    """A plan without the secondary endpoints that a run lacks, or that were not measured alike, and a note on each.
-
-    The primary endpoint stands without them.
-    """
-    kept, notes = [], []
-    for name in plan.secondary:
-        try:
-            require_values(plan, Endpoint(name), arms)
-            kept.append(name)
-        except IncomparableError as error:
-            notes.append(f"REFUSED: {error}")
-        except ValueError as error:
-            notes.append(f"MISSING: {error}")
-    return replace(plan, secondary=kept), replace(arms, notes=(*arms.notes, *notes))

@@ -207,6 +207,12 @@ class DataConfig(Section, prefix="data"):
         return self.source != "scenes" and not is_plugin(self.source)
 
     @property
+    def paths(self) -> dict[str, str]:
+        """The paths that are given, by key: training data, and what is held out."""
+        found = {f"data.{name}": getattr(self, name) for name in ("path", "val_path", "second_val_path")}
+        return {key: path for key, path in found.items() if path is not None}
+
+    @property
     def has_images(self) -> bool:
         """Whether the source has images: token shards hold only their ids."""
         return self.source != "shards"

@@ -144,7 +144,7 @@ def _listed_in(table: Path) -> list[str]:
         for row in read_rows(table):
             with suppress(RejectedPairError):
                 path = image_path(str(table.parent), image_name(row), row.where)
-                found.add(os.path.relpath(path, table.parent))
+                found.add(path.removeprefix(f"{table.parent}/"))
     return sorted(found)
 
 

@@ -203,10 +203,8 @@ def absent_files(config: ExperimentConfig) -> list[str]:
     data = config.data
     if data.reads_path and data.path is None:
         lines.append("data.path=null")
-    paths = {"data.path": data.path, "data.val_path": data.val_path, "data.second_val_path": data.second_val_path}
-    for key, path in paths.items() if data.source in OPENED_BY_PATH else ():
-        if path is not None and not Path(path).exists():
-            lines.append(f"{key}={path}")
+    if data.source in OPENED_BY_PATH:
+        lines += [f"{key}={path}" for key, path in data.paths.items() if not Path(path).exists()]
     return lines
 
 

@@ -17,7 +17,6 @@ GRID, REFERENCES = "grid", ("originals", "reconstructions")
 SUFFIXES = (".png", ".webp")
 # Validation splits in words, by their name in a grid's file and in a report; `familiar` is that of earlier versions.
 CAPTIONS = {**SPLITS, "familiar": SPLITS["iid"]}
-PRIMARIES = ("iid", "first")
 HELD_OUT = "held-out captions"
 MEASURES = ("samples", "ceiling", "preference")
 CEILING = "reconstructions"
@@ -76,7 +75,7 @@ def _block(name: str, arms: Mapping[str, Run], notes: list[str]) -> SampleBlock 
     rows = tuple(zip(*columns.values(), strict=False))
     words = rest.strip("_")
     if not words:  # the primary of two splits
-        words = next((name for name in PRIMARIES for run in arms.values() if name in (run.report or {})), "")
+        words = next((split for run in arms.values() for split in run.validation_splits[:1]), "")
     return SampleBlock(CAPTIONS.get(words, words.replace("_", " ") or HELD_OUT), tuple(columns), rows, whole)
 
 

@@ -294,15 +294,19 @@ def _fetch_beside(reference: str, name: str) -> None:
             hub.fetch(f"{folder}{other}")
 
 
-def _whole(sentence: str) -> Iterator[str]:
-    """A sentence in parts that are trained on, cut behind a line or a word where there is one."""
-    characters = MAX_SENTENCE // 4  # of at most four bytes
-    while len(sentence.encode()) > MAX_SENTENCE:
-        head = sentence[:characters]
+def in_parts(text: str, characters: int, fits: Callable[[str], bool]) -> Iterator[str]:
+    """A text in parts that fit, of at most `characters`, cut behind a line or a word where there is one."""
+    while not fits(text):
+        head = text[:characters]
         end = max(head.rfind("\n"), 0) or max(head.rfind(" "), 0) or characters
-        yield sentence[:end]
-        sentence = sentence[end:]
-    yield sentence
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+def _trainable(sentence: str) -> Iterator[str]:
+    """A sentence in parts that sentencepiece trains on; a character has at most four bytes."""
+    return in_parts(sentence, MAX_SENTENCE // 4, lambda part: len(part.encode()) <= MAX_SENTENCE)
 
 
 def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -> SentencePieceTokenizer:
@@ -314,7 +318,7 @@ def train_sentencepiece(sentences: Iterator[str], vocab_size: int, path: Path) -
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chain.from_iterable(map(_whole, sentences)),
+            sentence_iterator=chain.from_iterable(map(_trainable, sentences)),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",

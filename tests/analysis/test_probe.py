@@ -229,7 +229,7 @@ def test_runs_that_pad_otherwise_have_equal_sequences_and_others_are_named(pretr
     (one,) = open_runs([copied(pretrained, tmp_path)], ())
     layout = one.model("trained").layout
     padded = replace(one, config=replace(one.config, data=replace(one.config.data, pad_to_multiple_of=7)))
-    found = [run.sequences(layout, 3, "val/iid", "val") for run in (one, padded)]
+    found = [run.sequences(layout, 3, run.held_out) for run in (one, padded)]
     require_same_sequences(found)
     with pytest.raises(NotAvailableError, match="the runs have other held-out sequences"):
         require_same_sequences([found[0], found[0] + 1])

@@ -228,12 +228,11 @@ def shards_of(config: ExperimentConfig, tokenizers: dict[str, str], wide_codes: 
     if scenes:
         by_path = {**settings, "path": str(absolute_path(data.path)), "val_path": absolute_path(data.val_path)}
         return Prepared(Path(data.cache_dir), stem, by_path)
-    paths = {"data.path": data.path, "data.val_path": data.val_path, "data.second_val_path": data.second_val_path}
     return Prepared(
         Path(data.cache_dir),
         stem,
         settings,
-        {key: path for key, path in paths.items() if path is not None},
+        data.paths,
         (data.cache_dir, config.run.dir),
         hub=data.source in ("hub", "hub_stream", "text") or is_plugin(data.source),
     )

@@ -25,7 +25,7 @@ from t2i_lm.runtime.progress import Advance
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.documents import document_start
 from t2i_lm.tokenizers.layout import IntArray
-from t2i_lm.tokenizers.text import MAX_CHARACTERS
+from t2i_lm.tokenizers.text import MAX_CHARACTERS, in_parts
 
 # Images per call of the encoder, where its device has the memory.
 ENCODE_BATCH = 64
@@ -195,13 +195,8 @@ def text_rows(documents: Iterable[str], text: TextTokenizer, length: int) -> Ite
 
 
 def _encodable(paragraph: str) -> Iterator[str]:
-    """A paragraph in parts that a tokenizer reads whole, cut behind a line or a word where there is one."""
-    while len(paragraph) > MAX_CHARACTERS:
-        head = paragraph[:MAX_CHARACTERS]
-        end = max(head.rfind("\n"), 0) or max(head.rfind(" "), 0) or MAX_CHARACTERS
-        yield paragraph[:end]
-        paragraph = paragraph[end:]
-    yield paragraph
+    """A paragraph in parts that a tokenizer reads whole."""
+    return in_parts(paragraph, MAX_CHARACTERS, lambda part: len(part) <= MAX_CHARACTERS)
 
 
 def write_text_split(
