@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t2i_lm.models.freeze import EXPERT_GROUPS, FREEZE_GROUPS, TUNE_SETS
 from t2i_lm.plots.groups import FIGURE5
-from t2i_lm.runtime.command_line import add_jobs, add_scale, add_strict, command_parser, exit_code
+from t2i_lm.runtime.command_line import add_jobs, add_scale, add_strict, command_parser, exit_code, out_folder
 from t2i_lm.training.ablation import DEFAULT, ablated_experiments
 from t2i_lm.training.jobs import Job, is_first_of, run_jobs
 
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     choice.add_argument("--tune", metavar="SET", help="tune this set and freeze the rest")
     choice.add_argument("--all", action="store_true", help="train the six arms of Figure 5 and draw it")
     add_jobs(arguments)
-    arguments.add_argument("--out", type=Path, default=Path("figures"), help="with --all: folder of Figure 5")
+    arguments.add_argument("--out", type=out_folder, default="figures", help="with --all: folder of Figure 5")
     add_strict(arguments)
     arguments.add_argument("--dry-run", action="store_true", help="print configs and costs; train nothing")
     arguments.add_argument("rest", nargs="*", metavar="EXPERIMENT.yaml key=value", help=f"default: {DEFAULT}")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import command_parser, exit_code
+from t2i_lm.runtime.command_line import command_parser, exit_code, out_folder
 
 EXAMPLE = """example:
   python -m t2i_lm.collect
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
     arguments.add_argument(
-        "--out", type=Path, default=Path("docs/results"), help="folder of results (default: %(default)s)"
+        "--out", type=out_folder, default="docs/results", help="folder of results (default: %(default)s)"
     )
     arguments.add_argument(
         "--images", action="store_true", help="also samples and figures of probes, for the report and Figure 1"

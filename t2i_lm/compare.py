@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2i_lm.runtime.command_line import command_parser, exit_code
+from t2i_lm.runtime.command_line import command_parser, exit_code, out_file
 
 if TYPE_CHECKING:
     from t2i_lm.comparison.plan import Plan
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
     arguments.add_argument("--scale", help="overlay of the runs (default: the plan's)")
     arguments.add_argument("--format", choices=FORMATS, default="text", help="of the table (default: %(default)s)")
-    arguments.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: print)")
+    arguments.add_argument("--out", type=out_file, metavar="FILE", help="where to write (default: print)")
     arguments.add_argument(
         "--no-strict",
         dest="strict",

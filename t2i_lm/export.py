@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import command_parser, exit_code
+from t2i_lm.runtime.command_line import command_parser, exit_code, out_folder
 
 EXAMPLE = """example:
   python -m t2i_lm.export runs/text_lm/20260102-030405-demo --out my_lm
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = arguments.add_argument
     add("run", type=Path, help="run folder, or a folder of runs, whose newest is used")
-    add("--out", type=Path, required=True, help="folder to write")
+    add("--out", type=out_folder, required=True, help="folder to write")
     add("--step", type=int, metavar="N", help="the checkpoint after N optimizer steps (default: the newest)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     add("--format", choices=("native", "transformers"), default="native", help="native: as t2i_lm reads it (default)")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import add_strict, command_parser, exit_code
+from t2i_lm.runtime.command_line import add_strict, command_parser, exit_code, out_folder
 
 EXAMPLE = """example:
   python -m t2i_lm.figures
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         "figures", "Draw the study's figures from the metrics of its runs, as PNG and PDF.", EXAMPLE
     )
     arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
-    arguments.add_argument("--out", type=Path, default=Path("figures"), help="where to write (default: %(default)s)")
+    arguments.add_argument("--out", type=out_folder, default="figures", help="where to write (default: %(default)s)")
     arguments.add_argument("--pretrained", type=Path, metavar="RUN", help="run folder of the pre-trained arm")
     arguments.add_argument("--scratch", type=Path, metavar="RUN", help="run folder of the random arm")
     add_strict(arguments)

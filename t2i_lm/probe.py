@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import command_parser, exit_code
+from t2i_lm.runtime.command_line import command_parser, exit_code, out_folder
 
 EXAMPLE = """example:
   python -m t2i_lm.probe runs/t2i_pretrained runs/t2i_scratch
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; the first is the reference")
     arguments.add_argument("--only", choices=NAMES, action="append", default=[], help="this probe; may be repeated")
-    arguments.add_argument("--out", type=Path, default=Path("probes"), help="where to write (default: %(default)s)")
+    arguments.add_argument("--out", type=out_folder, default="probes", help="where to write (default: %(default)s)")
     arguments.add_argument(
         "--sequences",
         type=int,

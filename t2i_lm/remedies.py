@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t2i_lm.config.forgetting import NOVELS
 from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, add_strict, command_parser, exit_code
-from t2i_lm.training.jobs import is_first_of, run_jobs, unfinished
+from t2i_lm.training.jobs import is_first_of, list_jobs, run_jobs, unfinished
 from t2i_lm.training.remedies import read_strengths, remedy_jobs
 
 EXAMPLE = """example:
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         remaining = unfinished(jobs)
         if options.dry_run:
-            print(*(f"== {job.name}" for job in remaining), sep="\n")
-            return 0
+            return list_jobs(remaining)
         if (code := run_jobs(remaining, options.jobs)) or not is_first_of(jobs):
             return code
         from t2i_lm.plots.catalogue import Request, write_figures

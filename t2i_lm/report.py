@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import add_strict, command_parser, exit_code
+from t2i_lm.runtime.command_line import add_strict, command_parser, exit_code, out_file
 
 EXAMPLE = """example:
   python -m t2i_lm.report
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
     arguments.add_argument("--plan", type=Path, metavar="FILE", help=f"plan YAML (default: {PLAN}, if there is one)")
     arguments.add_argument("--scale", help="overlay of the runs (default: the plan's)")
-    arguments.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    arguments.add_argument("--out", type=out_file, default="report.html", help="the page (default: %(default)s)")
     arguments.add_argument("--pdf", action="store_true", help="write a PDF beside it too, by an installed Chromium")
     add_strict(arguments)
     return arguments

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2i_lm.generation.prompts import read_prompts
-from t2i_lm.runtime.command_line import command_parser, exit_code
+from t2i_lm.runtime.command_line import command_parser, exit_code, out_folder
 
 EXAMPLE = """example:
   python -m t2i_lm.sample --checkpoint runs/t2i_pretrained "a large red circle on a white background" --each 4
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, help="probability of the most likely codes to sample from (default: the run's)")
     add("--compile", action="store_true", help="compile the generation step: pays off over many images")
     add("--bf16", action="store_true", help="weights in bfloat16: faster, above all on a GPU")
-    add("--out", type=Path, help="folder to write (default: RUN/drawn/DATE-TIME)")
+    add("--out", type=out_folder, help="folder to write (default: RUN/drawn/DATE-TIME)")
     return arguments
 
 

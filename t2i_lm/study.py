@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         from t2i_lm.comparison.study_plan import first_seeds, read_study
+        from t2i_lm.experiment.required_files import missing_paths
         from t2i_lm.training.cost import estimate
         from t2i_lm.training.jobs import is_first_of
         from t2i_lm.training.study import (
             compare_arms,
             experiments_of,
-            missing_paths,
             progress_of,
             progress_table,
             study_runs,
@@ -66,10 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = study_runs(study, experiments, options.overrides, options.results)
         states = progress_of(runs)
         print(progress_table(runs, states), "", sep="\n", flush=True)
-        print(estimate(runs, states, options.jobs), flush=True)
-        if options.dry_run:
-            missing = missing_paths(runs, states)
-            print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
+        to_train = [run.job.config for run, state in zip(runs, states, strict=True) if not state.finished]
+        if missing := missing_paths(to_train, made=("aligned_rows",)):
+            print(*missing, sep="\n", file=sys.stderr, flush=True)
+        if options.dry_run or not missing:
+            print(estimate(runs, states, options.jobs), flush=True)
+        if options.dry_run or missing:
             return 2 if missing else 0
         code = train(runs, options.jobs)
         if code > 128 or not is_first_of([run.job for run in runs]):  # stopped by a signal, or another rank

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, add_strict, command_parser, exit_code
 from t2i_lm.training.equal_runs import require_no_results
-from t2i_lm.training.jobs import is_first_of, run_jobs, unfinished
+from t2i_lm.training.jobs import is_first_of, list_jobs, run_jobs, unfinished
 from t2i_lm.training.sweep import ARMS, finished_runs, sweep_jobs
 
 EXAMPLE = """example:
@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         keys, jobs = sweep_jobs(options.keys, options.arm or ARMS, options.scale, equal_tokens=equal_tokens)
         remaining = unfinished(list(jobs.values()))
         if options.dry_run:
-            print(*(f"== {job.name}" for job in remaining), sep="\n")
-            return 0
+            return list_jobs(remaining)
         roots = {Path(job.config.run.dir) for job in remaining}
         require_no_results({*roots, *(root.parent for root in roots)})  # `run.dir` is given without `sweep/`
         code = run_jobs(remaining, options.jobs, keep_going=True)

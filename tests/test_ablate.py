@@ -99,6 +99,10 @@ def test_all_arms_of_figure_5_run_in_sequence(tiny: list[str], tmp_path: Path) -
         (["--tune", "half"], "--tune half: expected one of embed, norm"),
         (["--freeze", "ffn", "optim.lrr=1"], "did you mean 'optim.lr'"),
         (["--freeze", "ffn", "a.yaml", "b.yaml"], "one experiment at a time"),
+        (
+            ["--all", "experiments/t2i_pretrained.yaml"],
+            "--all experiments/t2i_pretrained.yaml: expected one of uncond_",
+        ),
         (["--freeze", "ffn", "absent.yaml"], "no experiment file absent.yaml"),
     ],
 )

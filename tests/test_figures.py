@@ -49,14 +49,6 @@ def test_only_the_named_figures_are_written(runs: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_an_unwritable_folder_is_an_error_and_not_a_traceback(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out").write_text("a file where a folder should be")
-    assert main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-
-
 @pytest.mark.slow
 def test_drawing_imports_no_torch(runs: Path, tmp_path: Path) -> None:
     code = (

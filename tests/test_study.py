@@ -75,6 +75,18 @@ def test_a_value_of_a_setting_wins_over_one_for_every_run(plan: Path) -> None:
     assert {run.job.config.optim.lr for run in runs if "pretraining" in run.uses} == {2e-3}
 
 
+def test_an_override_that_changes_no_run_is_refused_and_one_of_some_runs_is_named(
+    plan: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(plan), "--dry-run", "seed=5"]) == 2
+    assert "error: seed='5': expected --seeds N with a study" in capsys.readouterr().err
+    study_runs(read_study(plan), plan.parent, ["optim.lr=2e-3"])
+    assert capsys.readouterr().err == "note: optim.lr=2e-3 is not of slower, where the plan sets optim.lr\n"
+    plan.write_text("seeds: [0]\ncomparisons: {one: {where: {optim.lr: 1e-4}}}")
+    assert main([str(plan), "--dry-run", "optim.lr=2e-3"]) == 2
+    assert "optim.lr=2e-3: without effect, the plan sets optim.lr itself" in capsys.readouterr().err
+
+
 def configs(plan: Path, content: str, *overrides: str) -> list[StudyRun]:
     plan.write_text(content)
     return study_runs(read_study(plan), plan.parent, overrides)
@@ -343,7 +355,9 @@ def test_the_shipped_study_is_complete() -> None:
         ),
         ("runs: {one: {arms: [t2i_scratch], where: {optim.rl: 1}}}", "unknown key 'optim.rl'"),
         ("seeds: [0]", "comparisons={}: expected at least one comparison"),
-        ("seeds: zero\ncomparisons: {one: {}}", "seeds"),
+        ("seeds: zero\ncomparisons: {one: {}}", "seeds='zero': expected a list of integers"),
+        ("alpha: much\ncomparisons: {one: {}}", "alpha='much': expected a number"),
+        ("comparisons: [one]", "comparisons=['one']: expected keys and values"),
     ],
 )
 def test_a_faulty_study_is_refused_by_name(

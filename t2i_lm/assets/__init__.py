@@ -10,28 +10,34 @@ from t2i_lm.storage.cards import CARD, require_intact
 PREFIX = ASSET
 
 
-def resolve(path: str) -> Path:
+def resolve(path: str, key: str) -> Path:
     """The file of a path: `asset:NAME` is shipped, `hf://...` is fetched, any other is a local path.
 
     Files that a card.json beside them holds hashes of are verified.
+
+    Args:
+        path: of a file or folder, which may be absent where it is neither shipped nor fetched.
+        key: config key or option that holds it.
 
     Raises:
         ValueError: if there is no such asset, naming those that exist, the hub's file is out of reach, or a file is
             damaged.
     """
     if hub.is_hub(path) or not path.startswith(PREFIX):
-        file = hub.fetch(path) if hub.is_hub(path) else Path(path)
+        try:
+            file = hub.fetch(path) if hub.is_hub(path) else Path(path)
+        except ValueError as error:
+            raise ValueError(f"{key}={error}") from error
         require_intact(file)
         return file
-    folder = Path(str(files(__name__)))
-    name = path.removeprefix(PREFIX)
+    folder, name = Path(str(files(__name__))), path.removeprefix(PREFIX)
     asset = folder / name
     if not asset.exists():
         above = folder / name.rpartition("/")[0]
         items = (above if above.is_dir() else folder).iterdir()
         shown = (item for item in items if not item.name.startswith("_") and item.name != CARD)
         known = sorted(item.relative_to(folder).as_posix() for item in shown)
-        raise ValueError(f"{path}: expected one of {', '.join(f'{PREFIX}{name}' for name in known)}")
+        raise ValueError(f"{key}={path}: expected one of {', '.join(f'{PREFIX}{name}' for name in known)}")
     require_intact(asset, _remedy(asset.relative_to(folder)))
     return asset
 
@@ -46,5 +52,7 @@ def _remedy(name: Path) -> str:
 
 def find(path: str) -> Path | None:
     """As `resolve`, without the network; None where there is no file."""
-    file = hub.cached(path) if hub.is_hub(path) else resolve(path)
+    if path.startswith(PREFIX) and not Path(str(files(__name__)), path.removeprefix(PREFIX)).exists():
+        return None
+    file = hub.cached(path) if hub.is_hub(path) else resolve(path, "path")
     return file if file is not None and file.exists() else None

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.config.experiment import is_file_name
+from t2i_lm.config.file_kinds import COMPARISON, require_kind
 from t2i_lm.config.load import literal
 from t2i_lm.config.sections import require
 from t2i_lm.config.values import Plain, key_types, read_value
@@ -127,16 +128,25 @@ def of_type(key: str, value: Any) -> str:
 def require_settable(values: Mapping[Any, Any], where: str) -> None:
     """Checks that values of config keys name keys that a plan may set.
 
+    Args:
+        values: by dotted key.
+        where: the plan's key or the option that holds them.
+
     Raises:
         ValueError: naming the key.
     """
     for key, value in values.items():
+        name = f"{where} {key}" if where.startswith("--") else f"{where}.{key}={value!r}"
         known = isinstance(key, str) and key in key_types()
         near = difflib.get_close_matches(str(key), list(key_types()), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        require(known, f"{where}.{key}", value, f"a config key, such as optim.lr{hint}")
-        require(key not in RESERVED, f"{where}.{key}", value, f"another key than {', '.join(RESERVED)}")
-        require(not isinstance(value, Mapping), f"{where}.{key}", value, "a value of a dotted key")
+        for wrong, expected in (
+            (not known, f"a config key, such as optim.lr{hint}"),
+            (key in RESERVED, f"another key than {', '.join(RESERVED)}"),
+            (isinstance(value, Mapping), "a value of a dotted key"),
+        ):
+            if wrong:
+                raise ValueError(f"{name}: expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -219,7 +229,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         ValueError: naming the file and the key.
     """
-    return read_schema(Plan, path)
+    return read_schema(Plan, path, COMPARISON)
 
 
 def setting_folder(words: Sequence[str]) -> str:
@@ -246,6 +256,15 @@ def _word(value: Any) -> str:
 
 
 Schema = TypeVar("Schema")
+# Words for the types of a plan's keys.
+TYPES = {
+    "list[int]": "a list of integers",
+    "list[str]": "a list of texts",
+    "dict[str, typing.Any]": "keys and values",
+    "int | None": "null or an integer",
+    "<class 'float'>": "a number",
+    "<class 'str'>": "a text",
+}
 
 
 def read_plan_file(path: Path) -> Any:
@@ -264,15 +283,16 @@ def read_plan_file(path: Path) -> Any:
         raise ValueError(f"{path} is not YAML: {error}") from error
 
 
-def read_schema(schema: type[Schema], path: Path) -> Schema:
-    """An instance of a dataclass from a YAML file.
+def read_schema(schema: type[Schema], path: Path, kind: str) -> Schema:
+    """An instance of a dataclass from a YAML file of a kind (`config.file_kinds`).
 
     Raises:
-        ValueError: naming the file and the key.
+        ValueError: naming the file and the key, or the command of a file of another kind.
     """
     content = read_plan_file(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, found {type(content).__name__}")
+    require_kind(path, content, kind)
     try:
         return typed(schema, content)
     except ValueError as error:
@@ -281,20 +301,23 @@ def read_schema(schema: type[Schema], path: Path) -> Schema:
 
 def typed(schema: type[Schema], content: dict[str, Any], prefix: str = "") -> Schema:
     """An instance of a dataclass, its keys and the types of its values checked."""
-    known = [key.name for key in fields(schema)]  # type: ignore[arg-type]
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
+    forms = {key.name: str(key.type) for key in fields(schema)}  # type: ignore[arg-type]
+    for key, value in content.items():
+        if key not in forms:
+            near = difflib.get_close_matches(str(key), list(forms), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(forms)}"
             raise ValueError(f"unknown key {prefix}{key!r}{hint}")
+        container = next((form for form in (dict, list) if forms[key].startswith(form.__name__)), object)
+        if not isinstance(value, container):
+            raise ValueError(f"{prefix}{key}={value!r}: expected {TYPES[forms[key]]}")
     # OmegaConf merges no mapping into the list of a default.
     free = {key.name: content[key.name] for key in fields(schema) if key.type is Any and key.name in content}  # type: ignore[arg-type]
     content = {key: value for key, value in content.items() if key not in free}
     try:
         result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(literal(content))))
     except OmegaConfBaseException as error:
-        named = getattr(error, "full_key", None)
-        raise ValueError(f"{prefix}{named}={content.get(str(named))!r}: {str(error).splitlines()[0]}") from error
+        named = str(getattr(error, "full_key", None)).partition("[")[0]
+        raise ValueError(f"{prefix}{named}={content.get(named)!r}: expected {TYPES[forms[named]]}") from error
     assert isinstance(result, schema)
     return replace(result, **free)  # type: ignore[type-var]
 

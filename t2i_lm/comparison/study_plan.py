@@ -19,6 +19,7 @@ from t2i_lm.comparison.plan import (
     typed,
 )
 from t2i_lm.config.experiment import is_file_name
+from t2i_lm.config.file_kinds import STUDY
 from t2i_lm.config.sections import require
 
 STEPS, BATCH_SIZE = "trainer.max_steps", "data.batch_size"
@@ -207,7 +208,7 @@ def read_study(path: Path) -> Study:
     Raises:
         ValueError: naming the file and the key.
     """
-    study = read_schema(Study, path)
+    study = read_schema(Study, path, STUDY)
     try:
         require(bool(study.comparisons or study.runs), "comparisons", study.comparisons, "at least one comparison")
         require(bool(study.seeds), "seeds", study.seeds, "at least one seed")

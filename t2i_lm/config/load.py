@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
+from t2i_lm.config.file_kinds import EXPERIMENT, require_kind
 from t2i_lm.config.presets import PRESETS
 from t2i_lm.config.sections import ASSET, is_plugin
 from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value
@@ -282,6 +283,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, found {'no key' if not content else repr(content)}")
+    require_kind(path, content, EXPERIMENT)
     return content
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from t2i_lm.storage.reading import require_regular
 
 DOCUMENT_SEPARATOR = "\f"
 SUFFIXES = (".txt", ".txt.gz")
+_DATASET = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:.+)?")
 HUB_CHARACTERS = 2**24  # of a dataset on a hub that a model is measured on: some may be of terabytes
 # Keys of paths that are trained on; others are held-out text.
 TRAINED_ON = ("data.path", "data.replay_path")
@@ -39,8 +41,8 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
         files = [location]
     elif location.is_dir():
         files = _files_of_split(location, key)
-    elif path.lower().endswith(SUFFIXES):
-        raise ValueError(f"{key}={path!r}: no such file")
+    elif not is_dataset_name(path):
+        raise ValueError(f"{key}={path!r}: no such file or folder")
     else:
         yield from _hub_documents(path, key)
         return
@@ -65,16 +67,18 @@ def first_documents(path: str, key: str) -> Iterator[str]:
             return
 
 
+def is_dataset_name(path: str) -> bool:
+    """Whether a text's path, where no file or folder has it, is the name of a Hugging Face dataset."""
+    return _DATASET.fullmatch(path) is not None and not path.lower().endswith(SUFFIXES)
+
+
 def text_location(path: str, key: str) -> Path:
     """The file or folder of a text, which is absent for a text on a hub.
 
     Raises:
         ValueError: if there is no such shipped text, naming those that exist.
     """
-    try:
-        return resolve(path) if path.startswith(ASSET) else Path(path)
-    except ValueError as error:
-        raise ValueError(f"{key}={error}") from error
+    return resolve(path, key) if path.startswith(ASSET) else Path(path)
 
 
 def _files_of_split(folder: Path, key: str) -> list[Path]:

@@ -45,7 +45,7 @@ class Clip:
             import transformers
         except ImportError as error:
             raise ValueError("--clip requires transformers: pip install 't2i_lm[clip]'") from error
-        folder = resolve(reference)
+        folder = resolve(reference, "--clip")
         require_model(str(folder), "clip", f"--clip {reference}:")
         weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
         if weights is None:

@@ -45,7 +45,7 @@ def measure_coco(
     prepare_generation(model, bf16=options.bf16, compiled=options.compile, images=len(prompts))
     cut = count_cut(model, coco, prompts, log=first_rank)
     sampling = chosen_sampling(model, guidance=options.guidance, log=first_rank)
-    network = Inception(resolve(options.weights), options.features, options.weights_sha256)
+    network = Inception(resolve(options.weights, "--weights"), options.features, options.weights_sha256)
     clip = None if options.clip is None else Clip(options.clip)
     prompt_set = PromptSet(model=model, coco=coco, prompts=prompts, sampling=sampling, seed=options.seed, cut=cut)
     if options.canonical:

@@ -223,7 +223,7 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
     coco = read_coco(Path(settings.coco))
     prompts = choose_prompts(coco, settings.prompts, PROMPT_SEED)
     cut = count_cut(experiment, coco, prompts, log=local_rank() == 0)
-    network = Inception(resolve(settings.weights), settings.features, settings.weights_sha256)
+    network = Inception(resolve(settings.weights, "fid.weights"), settings.features, settings.weights_sha256)
     sampling = sampling_of(config.samples)
     prompt_set = PromptSet(model=experiment, coco=coco, prompts=prompts, sampling=sampling, seed=config.seed, cut=cut)
     reference = Reference(coco, network, Path(config.data.cache_dir))

@@ -16,7 +16,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.forgetting import NONFICTION, NOVELS, ForgettingConfig
 from t2i_lm.config.load import load_run
 from t2i_lm.config.sections import SHARDED
-from t2i_lm.data.text import DOCUMENT_SEPARATOR, SUFFIXES, read_documents, text_location
+from t2i_lm.data.text import DOCUMENT_SEPARATOR, is_dataset_name, read_documents, text_location
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.probes.questions import Task, read_tasks
 from t2i_lm.runtime.tables import markdown_table
@@ -141,7 +141,7 @@ def require_texts(config: ExperimentConfig) -> None:
     found = {
         key: read_text(path, f"forgetting.{key}")
         for key, path in settings.texts.items()
-        if text_location(path, f"forgetting.{key}").exists() or path.lower().endswith(SUFFIXES)
+        if text_location(path, f"forgetting.{key}").exists() or not is_dataset_name(path)
     }
     require_other_text(settings, found, "forgetting.second_text")
     require_unseen(config, found)

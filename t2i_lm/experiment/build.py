@@ -172,7 +172,7 @@ def open_backbone(config: ExperimentConfig) -> Backbone:
     """
     path = config.backbone.path
     if path is not None and not is_plugin(path) and config.init != "random":
-        _note_exported(resolve(path))
+        _note_exported(resolve(path, "backbone.path"))
     key = "backbone.config" if path is None else "backbone.path"
     with reading(key, str(config.value(key))):
         return build_backbone(config)

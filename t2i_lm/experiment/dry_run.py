@@ -5,7 +5,6 @@ come from the config: the backbone's preset, and `image_tokenizer.model` for the
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,7 +12,8 @@ from torch import nn
 from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import to_yaml
-from t2i_lm.config.sections import OPENED_BY_PATH, is_plugin
+from t2i_lm.config.sections import is_plugin
+from t2i_lm.experiment.required_files import absent_files, to_fetch
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.factory import choose_trained, empty_backbone, with_experts
@@ -23,7 +23,6 @@ from t2i_lm.modules.caption_term import CaptionTerm
 from t2i_lm.runtime.devices import precision
 from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.runtime.tables import compact
-from t2i_lm.storage import hub
 from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.joint_vocab import JointVocab
@@ -122,7 +121,9 @@ def describe(config: ExperimentConfig) -> str:
     """The resolved config, parameters by group, tokens, compute, memory and hours, as text."""
     planned = plan(config)
     lines = [to_yaml(config).rstrip(), "---"]
-    lines += [f"missing: {missing}" for missing in absent_files(config)]
+    absent = absent_files(config)
+    fetched = {key: f" (a run fetches it; or: {command})" for key, command in to_fetch(absent).items()}
+    lines += [f"missing: {key}={path}{fetched.get(key, '')}" for key, path in absent.items()]
     lines += [f"plug-in: {key} of {identity}" for key, identity in plugin_identities(config).items()]
     lines.append(f"precision here: {precision(config)}")
     total, trainable = parameter_count(planned.model), parameter_count(planned.model, trainable=True)
@@ -188,24 +189,6 @@ def memory_gib(config: ExperimentConfig, decoder: Backbone, length: int) -> dict
         name: (states / number + activations + (unsharded if number > 1 else 0)) / GIB
         for name, number in shards.items()
     }
-
-
-def absent_files(config: ExperimentConfig) -> list[str]:
-    """Keys of the files that a run requires and that are not on this machine."""
-    images = ("backbone", "text_tokenizer", "image_tokenizer")
-    lines = []
-    of_task = {"text": (), "image_tokenizer": images[:2] if config.reads_rows else ()}
-    for section in of_task.get(config.task, images):
-        path = getattr(config, section).path
-        if path is None or (not is_plugin(path) and find(path) is None):
-            fetch = f" (a run fetches it; or: {hub.parse(path).command})" if path and hub.is_hub(path) else ""
-            lines.append(f"{section}.path={path or 'null'}{fetch}")
-    data = config.data
-    if data.reads_path and data.path is None:
-        lines.append("data.path=null")
-    if data.source in OPENED_BY_PATH:
-        lines += [f"{key}={path}" for key, path in data.paths.items() if not Path(path).exists()]
-    return lines
 
 
 def parameter_count(model: nn.Module, trainable: bool = False) -> int:

@@ -49,13 +49,21 @@ def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig
     backbone = config.backbone
     source: str | Path | None = backbone.config
     if source is None and backbone.path is not None:
-        path = resolve(backbone.path)
+        path = resolve(backbone.path, "backbone.path")
         if not path.exists():
             raise ValueError(f"backbone.path={backbone.path}: no such file or folder")
         source = (path if path.is_dir() else path.parent) / "config.json"
+        if not source.is_file():
+            raise ValueError(
+                f"backbone.path={backbone.path}: there is no {source}, which states the sizes of the model; or name a "
+                "preset or such a file by backbone.config"
+            )
     if source is None:
         raise ValueError("backbone.config=null: give a preset, a model JSON, or backbone.path with a config.json")
-    known = decoder_config(source, positional_embedding_type=backbone.positional)
+    try:
+        known = decoder_config(source, positional_embedding_type=backbone.positional)
+    except ValueError as error:
+        raise ValueError(f"backbone.{'path' if backbone.config is None else 'config'}: {error}") from error
     return replace(known, seq_len=max(known.seq_len, backbone.seq_len or 0, length))
 
 
@@ -76,7 +84,7 @@ def huggingface_folder(config: ExperimentConfig) -> Path | None:
     )
     if named is None or named in PRESETS:
         return None
-    folder = resolve(named)
+    folder = resolve(named, f"backbone.{key}")
     require_regular_files(folder)
     if folder.suffix in UNREADABLE and folder.is_file():
         raise ValueError(
@@ -110,7 +118,7 @@ def _empty_open_lm(config: ExperimentConfig) -> Backbone:
 
 def _pretrained_open_lm(config: ExperimentConfig) -> Backbone:
     assert config.backbone.path is not None
-    path, wanted = resolve(config.backbone.path), decoder_architecture(config, config.data.length)
+    path, wanted = resolve(config.backbone.path, "backbone.path"), decoder_architecture(config, config.data.length)
     own = (path if path.is_dir() else path.parent) / "config.json"
     if own.is_file() and (trained := _architecture_in(own)) is not None:
         _require_trained_architecture(config, wanted, trained)
@@ -155,9 +163,10 @@ def _pretrained_huggingface(config: ExperimentConfig) -> Backbone:
     assert config.backbone.path is not None
     _require_own_positions(config)
     architecture, path = config.backbone.config, config.backbone.path
-    same = architecture is None or resolve(architecture).resolve() == resolve(path).resolve()
+    folder = resolve(path, "backbone.path")
+    same = architecture is None or resolve(architecture, "backbone.config").resolve() == folder.resolve()
     require(same, "backbone.config", architecture, f"null or {path}, whose weights are loaded")
-    return load_huggingface(resolve(path))
+    return load_huggingface(folder)
 
 
 # Methods that `Backbone` leaves to its subclasses.
@@ -242,7 +251,7 @@ def weights_hashes(config: ExperimentConfig) -> dict[str, str] | None:
         return None
     if is_plugin(path):
         return {path: _PLUGIN_SHA256[path]}
-    folder = resolve(path)
+    folder = resolve(path, "backbone.path")
     base = base_folder(folder)
     below = {} if base is None else {f"base/{name}": value for name, value in weights_sha256(base).items()}
     return weights_sha256(folder) | below
@@ -250,16 +259,17 @@ def weights_hashes(config: ExperimentConfig) -> dict[str, str] | None:
 
 def architecture_hashes(config: ExperimentConfig) -> dict[str, str]:
     """Hashes of the JSON files that state the architectures of backbone and image tokenizer, where there are any."""
-    named = {"backbone": config.backbone.config or config.backbone.path, "image_tokenizer": config.image_tokenizer.path}
+    backbone = "backbone.path" if config.backbone.config is None else "backbone.config"
     hashes = {}
-    for name, path in named.items():
+    for key in (backbone, "image_tokenizer.path"):
+        path = config.value(key)
         if path is None or path in PRESETS or is_plugin(path):
             continue
-        file = resolve(path)
+        file = resolve(path, key)
         if file.is_dir() or path != config.backbone.config:
             file = (file if file.is_dir() else file.parent) / "config.json"
         if file.is_file():
-            hashes[name] = known_sha256(file)
+            hashes[key.partition(".")[0]] = known_sha256(file)
     return hashes
 
 

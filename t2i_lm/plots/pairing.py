@@ -145,8 +145,12 @@ def find_group(root: Path, group: Group) -> dict[str, Run]:
         if len(arms) >= len(complete):
             complete = arms
     if len(complete) < group.required:
-        partner = f" with a partner among {', '.join(name for _, name in others)}" if group.required > 1 else ""
-        raise MissingRunsError(f"no run of {reference} in {root}{partner}; to make them: {group.command}")
+        partner = f" with a partner among {', '.join(name for _, name in others)}" if others else ""
+        partner = partner or " with one to compare it with"
+        raise MissingRunsError(
+            f"no run of {reference} in {root}{partner if group.required > 1 else ''}; to make them: {group.command}"
+            + "".join(f"; {line}" for line in _in_settings(root, reference))
+        )
     return complete
 
 
@@ -221,8 +225,15 @@ def _no_pair(root: Path, candidates: Mapping[str, list[Run]], problems: list[str
         lines += [
             "to make a pair:",
             *(f"  make {target} SCALE=demo" for _, _, target in ARMS.values()),
+            *_in_settings(root, ARMS["pretrained"][0]),
         ]
     return "\n".join(lines)
+
+
+def _in_settings(root: Path, name: str) -> list[str]:
+    """A line on folders below `root` that hold runs of an experiment, as those of a study do."""
+    folders = sorted({file.parents[2] for file in root.rglob(f"{name}/*/config.yaml")} - {root})
+    return [f"runs of {len(folders)} settings lie below it, for example --runs {folders[0]}"] if folders else []
 
 
 def _partner_command(arm: str, have: Run, near: Run | None) -> str:

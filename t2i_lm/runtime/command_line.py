@@ -69,6 +69,24 @@ def exit_code(body: Callable[[], int]) -> int:
         return 2
 
 
+def out_folder(text: str) -> Path:
+    """A folder to write, for `type=` of an option: it or a folder above it exists, and none of them is a file."""
+    path = Path(text)
+    nearest = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: expected a folder, {nearest} is none")
+    return path
+
+
+def out_file(text: str) -> Path:
+    """A file to write, for `type=` of an option."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: expected a file, it is a folder")
+    out_folder(str(path.parent))
+    return path
+
+
 def add_scale(parser: argparse.ArgumentParser) -> None:
     """Adds `--scale`."""
     parser.add_argument(
@@ -92,5 +110,5 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
 
 def add_figures(parser: argparse.ArgumentParser, out: str = "figures") -> None:
     """Adds `--out` and `--dry-run` of commands that train several runs and draw their figure."""
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of figures (default: %(default)s)")
+    parser.add_argument("--out", type=out_folder, default=out, help="folder of figures (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print the runs to train; train nothing")

@@ -92,7 +92,7 @@ def open_image_tokenizer(
         ValueError: if there is none, it cannot be read, or a plug-in cannot be used.
     """
     plugin = is_plugin(str(path))
-    file = Path(path) if plugin else resolve(str(path))
+    file = Path(path) if plugin else resolve(str(path), "image_tokenizer.path")
     if not plugin and not file.exists():
         raise ValueError(f"image_tokenizer.path={path}: no such file or folder")
     if expect is not None and not file.is_file():

@@ -277,7 +277,7 @@ def open_text_tokenizer(
         plugin.require(text, interface(TextTokenizer))
         return text
     absent = hub.is_hub(str(path)) and hub.cached(str(path)) is None
-    file = resolve(str(path))
+    file = resolve(str(path), "text_tokenizer.path")
     if absent and file.name in (SentencePieceTokenizer.in_folder, JsonTokenizer.in_folder):
         _fetch_beside(str(path), file.name)
     with reading("text_tokenizer.path", file):

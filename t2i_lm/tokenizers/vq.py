@@ -135,6 +135,10 @@ class VQTokenizer:
                 raise ValueError(f"image_tokenizer.path: no {name} in {folder}")
         with reading("image_tokenizer.path", folder / CONFIG):
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if not (isinstance(config, dict) and isinstance(config.get("model"), dict)):
+                raise ValueError(
+                    f"image_tokenizer.path: {folder / CONFIG} is not of an image tokenizer: it has no section model"
+                )
             try:
                 model = PatchedVQ(VQModelConfig(**config["model"]))
             except ValueError as error:

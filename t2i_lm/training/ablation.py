@@ -24,7 +24,7 @@ def ablated_experiments(
         scale: name of the overlay.
         freeze: groups to freeze, exactly these.
         tune: else, set of the paper to tune; everything else is frozen.
-        arms: else, names of experiments in the same folder, which are returned as they are.
+        arms: else, names of experiments, which are returned as they are; the YAML is one of them, in their folder.
 
     Raises:
         ValueError: on an unknown group, set, key or value, or several experiments.
@@ -45,6 +45,9 @@ def ablated_experiments(
             raise ValueError(f"--tune {tune}: expected one of {', '.join(TUNE_SETS)}")
         changes, suffix = [f"tune={tune}", "freeze=[]"], f"tune_{tune}"
     else:
+        arms = [*arms]
+        if path.stem not in arms:
+            raise ValueError(f"--all {path}: expected one of {', '.join(arms)}, which are trained from its folder")
         return [load_experiment(path.with_name(f"{arm}.yaml"), scale, overrides) for arm in arms]
     name = load_experiment(path, scale, overrides).name
     return [load_experiment(path, scale, [*overrides, *changes, f"name={name}_{suffix}"])]

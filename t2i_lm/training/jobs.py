@@ -17,6 +17,7 @@ from pathlib import Path
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import require
+from t2i_lm.experiment.required_files import missing_paths
 from t2i_lm.runtime.command_line import exit_code
 from t2i_lm.runtime.launch import is_first_process
 from t2i_lm.runtime.slurm import requeue
@@ -79,6 +80,14 @@ def is_first_of(jobs: Sequence[Job]) -> bool:
     return is_first_process(max(job.config.trainer.processes for job in jobs))
 
 
+def list_jobs(jobs: Sequence[Job]) -> int:
+    """Prints runs to train, and on stderr the paths that they lack; 2 if there are any, else 0."""
+    print(*(f"== {job.name}" for job in jobs), sep="\n", flush=True)
+    missing = missing_paths(job.config for job in jobs)
+    print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
+    return 2 if missing else 0
+
+
 def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -> int:
     """Trains all jobs and returns 0, or the exit code of the first that failed.
 
@@ -93,11 +102,14 @@ def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -
         keep_going: whether the others are still trained after a failure.
 
     Raises:
-        ValueError: if a path is missing, or parallel runs use several devices each.
+        ValueError: before anything is trained, naming every path that a run reads and that is not there; or if parallel
+            runs use several devices each.
     """
     require(parallel >= 1, "--jobs", parallel, "at least 1")
     for job in jobs:
         job.config.require_paths()
+    if missing := missing_paths(job.config for job in jobs):
+        raise ValueError("\n".join(missing))
     if parallel == 1 or len(jobs) < 2:
         return _run_in_sequence(jobs, keep_going)
     for job in jobs:

@@ -7,6 +7,7 @@ from typing import Any
 
 from t2i_lm.comparison.plan import read_plan_file
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.file_kinds import STRENGTHS, require_kind
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import require
 from t2i_lm.runtime.command_line import NO_SAMPLES
@@ -26,6 +27,8 @@ def read_strengths(path: Path) -> dict[str, list[list[str]]]:
         ValueError: naming the file and the key.
     """
     content = read_plan_file(path)
+    if isinstance(content, dict):
+        require_kind(path, content, STRENGTHS)
     try:
         require(isinstance(content, dict) and list(content) == ["strengths"], "plan", content, "one key, strengths")
         remedies: Any = content["strengths"]

@@ -1,5 +1,6 @@
 """Runs of `python -m t2i_lm.study`: the arms, seeds and settings of a plan; which exist, and what they answer."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -10,14 +11,12 @@ from t2i_lm.comparison.arms import Arms, pair_arms, unfinished
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.plan import Arm, Plan, setting_folder, setting_words
 from t2i_lm.comparison.study_plan import STEPS, Needed, Study
-from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
-from t2i_lm.config.presets import PRESETS
-from t2i_lm.config.sections import ASSET, OPENED_BY_PATH, RunConfig, is_plugin, require
+from t2i_lm.config.sections import RunConfig, require
 from t2i_lm.config.values import Plain, read_value
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.hub import is_hub
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 from t2i_lm.training.equal_runs import find_equal_run, require_no_results
 from t2i_lm.training.jobs import Job, run_jobs
@@ -28,9 +27,6 @@ RUNS = "study"
 SAMPLES = "samples."
 # In the name of the folder of runs that are trained once more with other threads.
 THREADS = "trainer.threads"
-# Keys of files and folders that a run writes, that a run of the study makes, or that evaluations check themselves.
-NOT_READ = ("run.dir", "data.cache_dir", "aligned_rows", "fid.coco", "fid.weights", "forgetting.tasks")
-READ = tuple(key for key in PATH_KEYS if key not in NOT_READ)
 
 
 @dataclass(frozen=True)
@@ -113,11 +109,13 @@ def study_runs(
         results: folder of collected results, whose runs are not trained again.
 
     Raises:
-        ValueError: on an unknown experiment, key or value, a path that is not set, or results that do not exist.
+        ValueError: on an unknown experiment, key or value, an override of what the plan sets for every run, a path that
+            is not set, or results that do not exist.
     """
     if results is not None and not results.is_dir():
         raise ValueError(f"--results {results}: no such folder")
     needed = study.needed()
+    _require_effect(overrides, needed)
     runs: dict[str, StudyRun] = {}
     of_arms: dict[tuple[str, int, str], str] = {}
     most = max((len(one.seeds) for one in needed), default=0)
@@ -150,6 +148,18 @@ def study_runs(
             kept = runs[key].job if key in runs and quiet else job
             runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS)
     return [*runs.values(), *_repeats([*runs.values()], needed[0], study.rounding)]
+
+
+def _require_effect(overrides: Sequence[str], needed: Sequence[Needed]) -> None:
+    """Refuses an override that changes no run, and names on stderr the comparisons in which one changes none."""
+    for word in overrides:
+        key = word.partition("=")[0]
+        require(key != "seed", "seed", word.partition("=")[2], "--seeds N with a study, whose plan names the seeds")
+        fixed = {one.group for one in needed if all(key in {**one.where, **arm.own} for arm in one.arms)}
+        if fixed == {one.group for one in needed}:
+            raise ValueError(f"{word}: without effect, the plan sets {key} itself; change it there")
+        if fixed:
+            print(f"note: {word} is not of {', '.join(sorted(fixed))}, where the plan sets {key}", file=sys.stderr)
 
 
 def _repeats(runs: Sequence[StudyRun], first: Needed, threads: int | None) -> Iterator[StudyRun]:
@@ -202,24 +212,6 @@ def _configure(
 @cache
 def _load(file: Path, scale: str, *overrides: str) -> ExperimentConfig:
     return load_experiment(file, scale, overrides)
-
-
-def missing_paths(runs: Sequence[StudyRun], states: Sequence[Progress]) -> list[str]:
-    """A line for each file or folder that a run to train reads, and that is not there."""
-    counts: dict[str, int] = {}
-    for run, state in zip(runs, states, strict=True):
-        config = run.job.config
-        keys = [key for key in READ if key != "data.path" or config.data.source in OPENED_BY_PATH]
-        for key in keys if not state.finished else []:
-            path = config.value(key)
-            if path is not None and not (_exists(path) or (key == "backbone.config" and path in PRESETS)):
-                counts[f"{key}={path}"] = counts.get(f"{key}={path}", 0) + 1
-    return [f"missing path: {word}, of {count} run{'s' * (count > 1)} to train" for word, count in counts.items()]
-
-
-def _exists(path: str) -> bool:
-    elsewhere = path.startswith(ASSET) or is_plugin(path) or is_hub(path) or "://" in path
-    return elsewhere or Path(path).exists()
 
 
 def progress_of(runs: Sequence[StudyRun]) -> list[Progress]:
@@ -285,12 +277,9 @@ def train(runs: Sequence[StudyRun], jobs: int) -> int:
     """Trains the runs that are not finished, those that start from aligned rows last; returns the exit code.
 
     Raises:
-        ValueError: before anything is trained, naming every path that a run reads and that is not there, or a folder of
-            collected results that runs would be trained in.
+        ValueError: before anything is trained, naming a folder of collected results that runs would be trained in.
     """
     states = progress_of(runs)
-    if missing := missing_paths(runs, states):
-        raise ValueError("\n".join(missing))
     require_no_results({_root(run) for run, state in zip(runs, states, strict=True) if not state.finished})
     code = 0
     for aligned in (False, True):  # aligned rows are made by runs before

@@ -52,7 +52,7 @@ def test_brackets_close_the_pair_that_was_opened_last() -> None:
 
 
 def test_every_symbol_is_one_id_of_the_shipped_tokenizer() -> None:
-    tokenizer = open_text_tokenizer(str(resolve("asset:lm_rotary/text_tokenizer.model")))
+    tokenizer = open_text_tokenizer(str(resolve("asset:lm_rotary/text_tokenizer.model", "path")))
     assert len(set(SYMBOLS)) == len(SYMBOLS) == 2 * PAIRS
     for word in SYMBOLS:
         assert len(tokenizer.encode(f"{word} {word}")) == 2, word

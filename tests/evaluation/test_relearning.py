@@ -130,7 +130,7 @@ def test_without_a_text_the_shipped_ones_are_used() -> None:
     options = parser().parse_args(["--checkpoint", "runs", "--relearn"])
     evaluator = RelearningEvaluator(options)
     assert (evaluator.text, evaluator.heldout) == (RELEARNING, NOVELS)
-    text = SentencePieceTokenizer(resolve("asset:lm_rotary/text_tokenizer.model"))
+    text = SentencePieceTokenizer(resolve("asset:lm_rotary/text_tokenizer.model", "text_tokenizer.path"))
     rows = beginnings(RELEARNING, "--relearn", evaluator.documents, text, BATCH * POINTS[-1], SHIPPED_LENGTH)
     assert rows.shape == (BATCH * POINTS[-1], SHIPPED_LENGTH)
 

@@ -119,14 +119,14 @@ def test_shipped_assets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     asset = f"asset:{folder.name}/{Path(name).name}" if folder.name == "text" else f"asset:{folder.name}"
 
     def read() -> Any:
-        t2i_lm.assets.resolve(asset)
+        t2i_lm.assets.resolve(asset, "backbone.path")
         return used(json.loads((tmp_path / folder.name / CARD).read_text()), "steps", "files", "completions")
 
     counts = inject(tmp_path / name, read, 2)
     assert counts["named"] >= FEW // 2
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"(restore it by `git -C .* checkout -- |`pip install ).*`"):
-        t2i_lm.assets.resolve(asset)
+        t2i_lm.assets.resolve(asset, "backbone.path")
 
 
 def write_folder(folder: Path) -> None:

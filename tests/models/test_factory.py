@@ -55,7 +55,7 @@ def test_pre_trained_weights_keep_the_positions_that_they_were_trained_with() ->
 def test_pre_trained_weights_keep_the_architecture_that_they_were_trained_with(
     change: dict[str, object], tmp_path: Path
 ) -> None:
-    own = json.loads((resolve("asset:lm_rotary") / "config.json").read_text())
+    own = json.loads((resolve("asset:lm_rotary", "backbone.path") / "config.json").read_text())
     file, (key,) = tmp_path / "model.json", change
     config = replace(ExperimentConfig(), backbone=BackboneConfig("asset:lm_rotary", str(file)))
     file.write_text(json.dumps(own | {"seq_len": 1024}))
@@ -68,7 +68,7 @@ def test_pre_trained_weights_keep_the_architecture_that_they_were_trained_with(
 def test_a_config_of_another_program_beside_the_weights_is_ignored_where_the_architecture_is_named(
     tmp_path: Path,
 ) -> None:
-    shutil.copyfile(resolve("asset:lm_rotary") / "model.safetensors", tmp_path / "model.safetensors")
+    shutil.copyfile(resolve("asset:lm_rotary", "backbone.path") / "model.safetensors", tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"another": "program"}')
     file = str(tmp_path / "model.safetensors")
     pretrained_backbone(replace(ExperimentConfig(), backbone=BackboneConfig(file, "demo_7m")))

@@ -107,6 +107,16 @@ def test_without_runs_the_error_has_both_commands_and_only_figure_2_is_written(
     assert {path.stem for path in (tmp_path / "out").iterdir()} == {"figure2"}
 
 
+def test_runs_in_folders_of_settings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("t2i_pretrained", "t2i_scratch"):
+        write_run(tmp_path / "study" / "optim.lr=1e-3", name)
+    for figure in ("4", "inits", "remedies"):
+        assert main(["--runs", str(tmp_path), "--out", str(tmp_path / "out"), "--figure", figure]) == 2
+        error = capsys.readouterr().err
+        assert f"runs of 1 settings lie below it, for example --runs {tmp_path}/study/optim.lr=1e-3" in error
+        assert "among ;" not in error
+
+
 def test_a_damaged_or_empty_run_is_skipped_and_named_in_the_error(runs: Path) -> None:
     broken = write_run(runs, "t2i_scratch", "20260401-100000")
     (broken / "config.yaml").write_text("a: [")

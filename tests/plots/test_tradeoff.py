@@ -269,7 +269,8 @@ def test_a_plan_trains_a_remedy_at_every_strength() -> None:
         ("strengths: {lora: {lora.rank: [1, 2], lora.alpha: [1]}}", "strengths.lora=.*lists of equal lengths"),
         ("strengths: {lora: [1]}", "strengths.lora=.*lists of values by config key"),
         ("strengths: []", "strengths=.*keys and values by remedy"),
-        ("arms: {}", "one key, strengths"),
+        ("arms: {}", "expected the strengths of remedies, found the plan of a comparison"),
+        ("strength: {}", "one key, strengths"),
         ("a: [", "is not YAML"),
     ],
 )

@@ -34,6 +34,9 @@ def test_the_former_spelling_is_read_with_a_note(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "note: hub:a/former.pt is now written hf://a/former.pt\n"
 
 
+KEY = "backbone.path"
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache as huggingface_hub lays it out, with one file, and no network."""
@@ -51,18 +54,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_fetched_files_work_offline(cache: Path) -> None:
     digest = hashlib.sha256(b"{}").hexdigest()
-    path = resolve(f"hf://some/tokenizer/tokenizer.json#sha256={digest}")
+    path = resolve(f"hf://some/tokenizer/tokenizer.json#sha256={digest}", KEY)
     assert path.read_text() == "{}"
     assert find("hf://some/tokenizer/tokenizer.json") == path
-    assert (resolve("hf://some/tokenizer") / "tokenizer.json").is_file()
+    assert (resolve("hf://some/tokenizer", KEY) / "tokenizer.json").is_file()
 
 
 def test_an_absent_file_names_the_command_that_fetches_it(cache: Path) -> None:
     assert find("hf://some/model/m.ckpt") is None
-    with pytest.raises(ValueError, match=r"hf download some/model m\.ckpt --revision v2"):
-        resolve("hf://some/model@v2/m.ckpt")
+    with pytest.raises(
+        ValueError, match=r"^backbone\.path=hf://some/model@v2/m\.ckpt.*hf download some/model m\.ckpt --revision v2"
+    ):
+        resolve("hf://some/model@v2/m.ckpt", KEY)
 
 
 def test_another_file_than_promised_is_refused(cache: Path) -> None:
     with pytest.raises(ValueError, match="has sha256"):
-        resolve(f"hf://some/tokenizer/tokenizer.json#sha256={'a' * 64}")
+        resolve(f"hf://some/tokenizer/tokenizer.json#sha256={'a' * 64}", KEY)

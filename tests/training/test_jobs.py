@@ -14,7 +14,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.storage.run_folder import OWNER, REPORT, read_run, run_folders
 from t2i_lm.training import jobs
-from t2i_lm.training.jobs import Job, run_jobs
+from t2i_lm.training.jobs import Job, list_jobs, run_jobs
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -24,6 +24,12 @@ QUIET = ["samples.prompts=0", "samples.preference_scenes=0", "trainer.threads=1"
 def arms(root: Path, *overrides: str) -> list[ExperimentConfig]:
     files = [EXPERIMENTS / f"uncond_{arm}.yaml" for arm in ("scratch", "pretrained")]
     return [load_experiment(file, "demo", [*overrides, *QUIET, f"run.dir={root}"]) for file in files]
+
+
+def broken(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
+    """A run that fails when it reads its language model, from a folder without one."""
+    folder.mkdir()
+    return replace(config, name="broken", backbone=replace(config.backbone, path=str(folder)), init="pretrained")
 
 
 def losses(root: Path) -> list[tuple[str, Any]]:
@@ -51,14 +57,12 @@ def test_a_failed_run_is_named_with_the_end_of_its_log_and_no_more_are_started(
     tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     good = arms(tmp_path, *tiny)[0]
-    bad = replace(
-        good, name="broken", backbone=replace(good.backbone, path=str(tmp_path / "absent")), init="pretrained"
-    )
+    bad = broken(good, tmp_path / "empty")
     jobs = [Job(config) for config in (bad, replace(bad, name="broken too"), replace(good, name="never"))]
     assert run_jobs(jobs, parallel=2) == 2
     captured = capfd.readouterr()
     assert "== broken: failed with code 2" in captured.err
-    assert "absent" in captured.err
+    assert "empty" in captured.err
     assert "never" not in captured.out
 
 
@@ -67,12 +71,26 @@ def test_keep_going_trains_the_others_after_a_failure(
     tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     good = replace(arms(tmp_path, *tiny)[0], name="good")
-    bad = replace(
-        good, name="broken", backbone=replace(good.backbone, path=str(tmp_path / "absent")), init="pretrained"
-    )
+    bad = broken(good, tmp_path / "empty")
     assert run_jobs([Job(bad), Job(good)], keep_going=True) == 2
-    assert "absent: no such file" in capfd.readouterr().err
+    assert "backbone.path" in capfd.readouterr().err
     assert [folder.parent.name for folder in run_folders(tmp_path)] == ["good"]
+
+
+def test_every_absent_path_is_named_before_anything_is_trained(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = arms(tmp_path, *tiny, f"backbone.path={tmp_path}/lm", f"image_tokenizer.path={tmp_path}/vq")
+    absent = (f"backbone.path={tmp_path}/lm", f"image_tokenizer.path={tmp_path}/vq")
+    lines = [f"missing path: {word}, of 2 runs to train" for word in absent]
+    with pytest.raises(ValueError, match="missing path") as caught:
+        run_jobs([Job(config) for config in two], keep_going=True)
+    assert str(caught.value).splitlines() == lines
+    assert run_folders(tmp_path) == []
+    assert list_jobs([Job(config) for config in two]) == 2
+    output = capsys.readouterr()
+    assert output.out.splitlines() == ["== uncond_scratch", "== uncond_pretrained"]
+    assert output.err.splitlines() == lines
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ class Prepared:
                 return
 
     def _content(self, path: str) -> str | None:
-        place = str(resolve(path)) if path.startswith(ASSET) else path
+        place = str(resolve(path, "data.path")) if path.startswith(ASSET) else path
         unknown = self.hub and not Path(place).is_absolute() and not Path(place).exists()
         return content_of(place, self.apart, self.hub) or (f"name {path}" if unknown else None)
 
