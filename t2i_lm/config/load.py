@@ -54,7 +54,7 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
         layers = [_file_layer(beside / "base.yaml"), _file_layer(overlay), *layers]
         if given.setdefault("scale", scale) != scale:
             raise ValueError(f"scale={given['scale']}: the scale is chosen by --scale, here {scale}")
-    merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), *map(_node, (*layers, given)))
+    merged = OmegaConf.merge(_schema(), *map(_node, (*layers, given)))
     try:
         config = OmegaConf.to_object(merged)
     except ValueError as error:
@@ -62,6 +62,12 @@ def load_experiment(path: str | Path, scale: str | None = None, overrides: Seque
         raise ValueError(f"{path}: {error}") if alone else error from error
     assert isinstance(config, ExperimentConfig)
     return config
+
+
+@cache
+def _schema() -> Any:
+    """Keys, types and defaults; OmegaConf takes a while for it, and merges into a copy."""
+    return OmegaConf.structured(ExperimentConfig)
 
 
 def experiment_names(folder: Path) -> list[str]:
