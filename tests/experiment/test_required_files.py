@@ -45,7 +45,7 @@ def test_an_absent_file_is_named_by_its_key(experiment: str, key: str, others: t
 
 
 def test_what_a_run_does_not_read_is_not_missing() -> None:
-    unread = ["data.replay_path=nowhere.txt", "aligned_rows=nowhere", "fid.coco=nowhere"]
+    unread = ["data.replay_path=nowhere.txt", "fid.coco=nowhere", "fid.weights=nowhere"]
     unread += ["forgetting.interval=null", "forgetting.text=nowhere.txt"]
     assert absent_files(load_experiment(PRETRAINED, "demo", unread)) == {}
 
