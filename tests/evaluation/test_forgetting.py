@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from t2i_lm.config.load import load_experiment
 from t2i_lm.evaluate import main as evaluate
 from t2i_lm.evaluation.forgetting import BASELINE, forgetting_report
 from t2i_lm.experiment.restore import load_trained
+from t2i_lm.models.decoder import Block
 from t2i_lm.storage.run_folder import Run
 from t2i_lm.storage.sealed import sealed
 from t2i_lm.train import main
@@ -52,6 +57,26 @@ def test_a_finished_run_reproduces_its_last_measurement(probed: Run) -> None:
         forgetting_report(model, model.config.forgetting, probed.folder)
         == (probed.records("forgetting")[-1]["forgetting"])
     )
+
+
+def test_the_demos_measurements_take_at_most_a_twentieth_of_its_training(probed: Run) -> None:
+    """By positions: a training step computes each three times, forward and backward."""
+    demo, positions = load_experiment(PRETRAINED, "demo"), 0
+
+    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal positions
+        if isinstance(module, Block):
+            positions += inputs[0].shape[:2].numel()
+
+    model = load_trained(probed.folder)
+    with register_module_forward_pre_hook(count):
+        forgetting_report(model, demo.forgetting)
+    trainer, interval = demo.trainer, demo.forgetting.interval
+    assert interval is not None
+    measurements = 1 + trainer.max_steps // interval
+    trained = 3 * trainer.max_steps * demo.data.batch_size * demo.data.length * model.decoder.config.n_layers
+    print(f"{measurements * positions / trained:.1%} of the training")
+    assert 0 < measurements * positions <= 0.05 * trained
 
 
 def test_evaluate_reproduces_the_last_measurement_of_a_run(
