@@ -5,7 +5,7 @@ import hashlib
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -145,11 +145,21 @@ def recurring_documents(held_out: str, key: str, trained: str) -> dict[str, Any]
     if not (text_location(held_out, key).exists() and text_location(trained, "data.path").exists()):
         return {"documents": 0, "of": 0, "first": ""}
     documents = list(read_documents(held_out, key))
-    known = {_digest(document) for document in documents}
-    found = {digest for document in read_documents(trained) if (digest := _digest(document)) in known}
-    recurring = [document for document in documents if _digest(document) in found]
-    first = " ".join(recurring[0].split())[:60] if recurring else ""
-    return {"documents": len(recurring), "of": len(documents), "first": first}
+    recurring = recurring_in(documents, read_documents(trained))
+    return {"documents": len(recurring), "of": len(documents), "first": beginning(recurring[0]) if recurring else ""}
+
+
+def recurring_in(documents: Sequence[str], others: Iterable[str]) -> list[str]:
+    """The documents that are also among others, white space aside."""
+    digests = [_digest(document) for document in documents]
+    known = set(digests)
+    found = {digest for other in others if (digest := _digest(other)) in known}
+    return [document for document, digest in zip(documents, digests, strict=True) if digest in found]
+
+
+def beginning(document: str) -> str:
+    """What a message shows of a document."""
+    return " ".join(document.split())[:60]
 
 
 def _digest(document: str) -> bytes:

@@ -9,6 +9,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,14 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.forgetting import NONFICTION, NOVELS, ForgettingConfig
 from t2i_lm.config.load import load_run
 from t2i_lm.config.sections import SHARDED
-from t2i_lm.data.text import DOCUMENT_SEPARATOR, is_dataset_name, read_documents, text_location
+from t2i_lm.data.text import (
+    DOCUMENT_SEPARATOR,
+    beginning,
+    is_dataset_name,
+    read_documents,
+    recurring_in,
+    text_location,
+)
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.probes.questions import Task, read_tasks
 from t2i_lm.runtime.tables import markdown_table
@@ -156,14 +164,13 @@ def require_unseen(config: ExperimentConfig, documents: Mapping[str, Sequence[st
     path, key = config.data.replay_path, "data.replay_path"
     if not config.data.replayed or path is None or not text_location(path, key).exists():
         return
-    measured = {document: name for name, several in documents.items() for document in several or ()}
-    for document in read_documents(path, key):
-        if document in measured:
-            name, words = f"forgetting.{measured[document]}", " ".join(document.split())[:60]
-            raise ValueError(
-                f"{key}={path}: a document of {name}={config.value(name)}, on which forgetting is measured, is in it "
-                f"({words!r}); give other text"
-            )
+    measured = {f"forgetting.{name}": several or () for name, several in documents.items()}
+    for document in recurring_in([*chain(*measured.values())], read_documents(path, key)):
+        name = next(name for name, several in measured.items() if document in several)
+        raise ValueError(
+            f"{key}={path}: a document of {name}={config.value(name)}, on which forgetting is measured, is in it "
+            f"({beginning(document)!r}); give other text"
+        )
 
 
 def require_other_text(settings: ForgettingConfig, documents: Mapping[str, Sequence[str] | None], flag: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.forgetting import NOVELS, RELEARNING
 from t2i_lm.data.splits import evenly_spaced_indices
-from t2i_lm.data.text import first_documents
+from t2i_lm.data.text import beginning, first_documents, recurring_in
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.forgetting import read_text, text_sha256
 
@@ -59,11 +59,10 @@ class RelearningEvaluator(Evaluator):
             raise ValueError(f"--relearn-heldout {self.heldout}: this is the text to train on; give another one")
         self.documents = read_text(self.text, "--relearn")
         self.heldout_documents = read_text(self.heldout, "--relearn-heldout")
-        if shared := {*(self.documents or ())} & {*(self.heldout_documents or ())}:
-            first = " ".join(min(shared).split())[:60]
+        if shared := recurring_in(self.heldout_documents or (), self.documents or ()):
             raise ValueError(
                 f"--relearn-heldout {self.heldout}: {len(shared)} of its documents are also in {self.text}, the text "
-                f"to train on, such as {first!r}; give other ones"
+                f"to train on, such as {beginning(shared[0])!r}; give other ones"
             )
 
     @staticmethod

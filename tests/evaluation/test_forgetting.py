@@ -260,7 +260,7 @@ def test_text_that_is_measured_on_is_not_replayed(
 ) -> None:
     heldout, replay = tmp_path / "heldout.txt", tmp_path / "replay.txt"
     heldout.write_text("a ring of stars\fa red circle")
-    replay.write_text("a blue square\fa red circle")
+    replay.write_text("a blue square\fa  red\ncircle\n")  # white space aside
     settings = ["forgetting.interval=2", f"forgetting.text={heldout}", "data.replay_ratio=0.25"]
     assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", *settings, f"data.replay_path={replay}"]) == 2
     said = (

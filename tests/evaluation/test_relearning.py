@@ -139,7 +139,7 @@ def test_without_a_text_the_shipped_ones_are_used() -> None:
     ("options", "words"),
     [
         (["--relearn", "TRAIN"], "--relearn TEXT requires --relearn-heldout"),
-        (["--relearn", "TRAIN", "--relearn-heldout", "COPY"], "1 of its documents are also in"),
+        (["--relearn", "TRAIN", "--relearn-heldout", "COPY"], "2 of its documents are also in"),
         (["--relearn", "--relearn-heldout", RELEARNING], "this is the text to train on"),
         (["--relearn", "TRAIN", "--relearn-heldout", "TRAIN"], "this is the text to train on"),
         (["--relearn", "nosuch.txt", "--relearn-heldout", "TRAIN"], "--relearn='nosuch.txt': no such file"),
