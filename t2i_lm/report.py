@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = options.plan or (PLAN if PLAN.is_file() else None)
         study = chosen_study(plan, options.scale)
         search = RunSearch(options.runs)
+        if options.scale is not None:
+            search.require_scale(options.scale)
         results = results_of(study, search.comparisons(study, options.strict), options.strict)
         beside = experiments_of(plan) if plan is not None else PLAN.parent
         experiments = beside if (beside / "base.yaml").is_file() else PLAN.parent

@@ -21,6 +21,12 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert error.count("\n") == 1
 
 
+def test_a_scale_of_no_run_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--runs", str(runs), "--scale", "papr"]) == 2
+    words = f"error: --scale papr: no run of it below {runs}; expected one of demo\n"
+    assert capsys.readouterr().err == words
+
+
 @pytest.mark.slow
 def test_the_page_needs_no_torch(runs: Path, tmp_path: Path) -> None:
     code = (

@@ -89,6 +89,12 @@ class RunSearch:
         """
         return [make_comparison(name, plan, partial(self._arms, plan, strict)) for name, plan in study.plans().items()]
 
+    def require_scale(self, scale: str) -> None:
+        """Refuses a scale that no run has, where there are runs; names of run folders end with it."""
+        known = sorted({folder.name.partition("-")[2].partition("-")[2] for folder in self._folders})
+        if known and scale not in known:
+            raise ValueError(f"--scale {scale}: no run of it below {self.root}; expected one of {', '.join(known)}")
+
     @cached_property
     def _folders(self) -> list[Path]:
         return [file.parent for file in self.root.rglob(CONFIG) if file.parent.parent != self.root]
