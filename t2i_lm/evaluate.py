@@ -16,7 +16,7 @@ from t2i_lm.evaluation.coco import CocoEvaluator
 from t2i_lm.evaluation.forgetting import ForgettingEvaluator
 from t2i_lm.evaluation.lm_eval import LmEvalEvaluator
 from t2i_lm.evaluation.relearning import RelearningEvaluator
-from t2i_lm.runtime.command_line import command_parser, exit_code
+from t2i_lm.runtime.command_line import command_parser, exit_code, out_folder
 from t2i_lm.storage.run_folder import find_run
 
 EXAMPLE = """example:
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = arguments.add_argument
     add("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, or folder of runs")
-    add("--out", type=Path, help="folder to write or continue (default: in RUN/evaluations)")
+    add("--out", type=out_folder, help="folder to write or continue (default: in RUN/evaluations)")
     add("--dry-run", action="store_true", help="check and describe; load no model, write nothing")
     add("--report", action="store_true", help="write RUN/report.json again from its last checkpoint; alone")
     for evaluator in EVALUATORS.values():

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         from t2i_lm.comparison.study_plan import first_seeds, read_study
-        from t2i_lm.experiment.required_files import missing_paths
+        from t2i_lm.experiment.required_files import print_missing
         from t2i_lm.training.cost import estimate
         from t2i_lm.training.jobs import is_first_of
         from t2i_lm.training.study import (
@@ -67,12 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         states = progress_of(runs)
         print(progress_table(runs, states), "", sep="\n", flush=True)
         to_train = [run.job.config for run, state in zip(runs, states, strict=True) if not state.finished]
-        if missing := missing_paths(to_train, made=("aligned_rows",)):
-            print(*missing, sep="\n", file=sys.stderr, flush=True)
+        missing = print_missing(to_train)
         if options.dry_run or not missing:
             print(estimate(runs, states, options.jobs), flush=True)
         if options.dry_run or missing:
-            return 2 if missing else 0
+            return missing
         code = train(runs, options.jobs)
         if code > 128 or not is_first_of([run.job for run in runs]):  # stopped by a signal, or another rank
             return code

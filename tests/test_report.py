@@ -23,7 +23,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_scale_of_no_run_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--runs", str(runs), "--scale", "papr"]) == 2
-    words = f"error: --scale papr: no run of it below {runs}; expected one of demo\n"
+    words = f"error: --scale papr: no run of it below {runs}; found: demo\n"
     assert capsys.readouterr().err == words
 
 

@@ -81,10 +81,14 @@ def test_an_override_that_changes_no_run_is_refused_and_one_of_some_runs_is_name
     assert main([str(plan), "--dry-run", "seed=5"]) == 2
     assert "error: seed='5': expected --seeds N with a study" in capsys.readouterr().err
     study_runs(read_study(plan), plan.parent, ["optim.lr=2e-3"])
-    assert capsys.readouterr().err == "note: optim.lr=2e-3 is not of slower, where the plan sets optim.lr\n"
+    assert capsys.readouterr().err == "note: optim.lr=2e-3 has no effect in slower, where the plan sets optim.lr\n"
     plan.write_text("seeds: [0]\ncomparisons: {one: {where: {optim.lr: 1e-4}}}")
     assert main([str(plan), "--dry-run", "optim.lr=2e-3"]) == 2
-    assert "optim.lr=2e-3: without effect, the plan sets optim.lr itself" in capsys.readouterr().err
+    assert "optim.lr=2e-3: no effect on any run, the plan sets optim.lr itself" in capsys.readouterr().err
+    slow, fast = (f"{{experiment: t2i_scratch, optim.lr: {lr}}}" for lr in ("1e-4", "1"))
+    arms = f"{{slow: {slow}, t2i_scratch: {{}}, fast: {fast}}}"
+    runs = configs(plan, f"seeds: [0]\ncomparisons: {{one: {{arms: {arms}}}}}", "optim.lr=2e-3")
+    assert sorted(run.job.config.optim.lr for run in runs) == [1e-4, 2e-3, 1]
 
 
 def configs(plan: Path, content: str, *overrides: str) -> list[StudyRun]:
@@ -286,7 +290,7 @@ def test_a_missing_path_is_named_before_anything_is_trained(
         "seeds: [0, 1]\ncomparisons: {one: {arms: {dose: {experiment: t2i_pretrained, backbone.path: no/where}, "
         "t2i_scratch: {}}}}"
     )
-    words = "missing path: backbone.path=no/where, of 2 runs to train"
+    words = "missing path: backbone.path=no/where (2 runs to train)"
     assert main([str(plan), "--dry-run", f"run.dir={tmp_path}"]) == 2
     output = capsys.readouterr()
     assert "4 of 4 runs to train" in output.out
@@ -355,7 +359,9 @@ def test_the_shipped_study_is_complete() -> None:
         ),
         ("runs: {one: {arms: [t2i_scratch], where: {optim.rl: 1}}}", "unknown key 'optim.rl'"),
         ("seeds: [0]", "comparisons={}: expected at least one comparison"),
-        ("seeds: zero\ncomparisons: {one: {}}", "seeds='zero': expected a list of integers"),
+        ("seeds: zero\ncomparisons: {one: {}}", "seeds='zero': expected a list of whole numbers"),
+        ("comparisons: {1: {}}", "comparisons.1: Key 1 (int)"),
+        ("comparisons: {one: {where: {data.path: 2024-01-01}}}", "comparisons.one.where.data.path: Value 'date'"),
         ("alpha: much\ncomparisons: {one: {}}", "alpha='much': expected a number"),
         ("comparisons: [one]", "comparisons=['one']: expected keys and values"),
     ],

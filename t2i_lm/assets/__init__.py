@@ -8,6 +8,7 @@ from t2i_lm.storage import hub
 from t2i_lm.storage.cards import CARD, require_intact
 
 PREFIX = ASSET
+_FOLDER = Path(str(files(__name__)))
 
 
 def resolve(path: str, key: str) -> Path:
@@ -23,23 +24,38 @@ def resolve(path: str, key: str) -> Path:
         ValueError: if there is no such asset, naming those that exist, the hub's file is out of reach, or a file is
             damaged.
     """
-    if hub.is_hub(path) or not path.startswith(PREFIX):
-        try:
-            file = hub.fetch(path) if hub.is_hub(path) else Path(path)
-        except ValueError as error:
-            raise ValueError(f"{key}={error}") from error
-        require_intact(file)
-        return file
-    folder, name = Path(str(files(__name__))), path.removeprefix(PREFIX)
-    asset = folder / name
-    if not asset.exists():
-        above = folder / name.rpartition("/")[0]
-        items = (above if above.is_dir() else folder).iterdir()
-        shown = (item for item in items if not item.name.startswith("_") and item.name != CARD)
-        known = sorted(item.relative_to(folder).as_posix() for item in shown)
-        raise ValueError(f"{key}={path}: expected one of {', '.join(f'{PREFIX}{name}' for name in known)}")
-    require_intact(asset, _remedy(asset.relative_to(folder)))
-    return asset
+    if path.startswith(PREFIX):
+        asset = _asset(path)
+        if not asset.exists():
+            raise ValueError(f"{key}={path}: expected one of {', '.join(_known(asset))}")
+        require_intact(asset, _remedy(asset.relative_to(_FOLDER)))
+        return asset
+    try:
+        file = hub.fetch(path) if hub.is_hub(path) else Path(path)
+    except ValueError as error:
+        raise ValueError(f"{key}={error}") from error
+    require_intact(file)
+    return file
+
+
+def find(path: str) -> Path | None:
+    """As `resolve`, without the network; None where there is no file."""
+    if hub.is_hub(path):
+        return hub.cached(path)
+    if not (_asset(path) if path.startswith(PREFIX) else Path(path)).exists():
+        return None
+    return resolve(path, "path")
+
+
+def _asset(path: str) -> Path:
+    return _FOLDER / path.removeprefix(PREFIX)
+
+
+def _known(absent: Path) -> list[str]:
+    """What is shipped in the folder of an absent file, or of all."""
+    items = (absent.parent if absent.parent.is_dir() else _FOLDER).iterdir()
+    shown = (item for item in items if not item.name.startswith("_") and item.name != CARD)
+    return sorted(f"{PREFIX}{item.relative_to(_FOLDER).as_posix()}" for item in shown)
 
 
 def _remedy(name: Path) -> str:
@@ -48,11 +64,3 @@ def _remedy(name: Path) -> str:
     if (package.parents[1] / ".git").exists():
         return f"restore it by `git -C {package} checkout -- {name.parts[0]}`"
     return "restore it by `pip install --force-reinstall --no-deps t2i_lm`"
-
-
-def find(path: str) -> Path | None:
-    """As `resolve`, without the network; None where there is no file."""
-    if path.startswith(PREFIX) and not Path(str(files(__name__)), path.removeprefix(PREFIX)).exists():
-        return None
-    file = hub.cached(path) if hub.is_hub(path) else resolve(path, "path")
-    return file if file is not None and file.exists() else None

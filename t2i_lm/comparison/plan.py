@@ -136,7 +136,8 @@ def require_settable(values: Mapping[Any, Any], where: str) -> None:
         ValueError: naming the key.
     """
     for key, value in values.items():
-        name = f"{where} {key}" if where.startswith("--") else f"{where}.{key}={value!r}"
+        name = f"{where} {key}" if where.startswith("--") else f"{where}.{key}"
+        name += "" if value is None else f"={value!r}"
         known = isinstance(key, str) and key in key_types()
         near = difflib.get_close_matches(str(key), list(key_types()), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -258,12 +259,12 @@ def _word(value: Any) -> str:
 Schema = TypeVar("Schema")
 # Words for the types of a plan's keys.
 TYPES = {
-    "list[int]": "a list of integers",
+    "list[int]": "a list of whole numbers",
     "list[str]": "a list of texts",
     "dict[str, typing.Any]": "keys and values",
-    "int | None": "null or an integer",
+    "int | None": "null or a whole number",
     "<class 'float'>": "a number",
-    "<class 'str'>": "a text",
+    "<class 'str'>": "text",
 }
 
 
@@ -317,7 +318,9 @@ def typed(schema: type[Schema], content: dict[str, Any], prefix: str = "") -> Sc
         result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(literal(content))))
     except OmegaConfBaseException as error:
         named = str(getattr(error, "full_key", None)).partition("[")[0]
-        raise ValueError(f"{prefix}{named}={content.get(named)!r}: expected {TYPES[forms[named]]}") from error
+        if named not in forms:  # a key or value inside
+            raise ValueError(f"{prefix}{named}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{prefix}{named}={content[named]!r}: expected {TYPES[forms[named]]}") from error
     assert isinstance(result, schema)
     return replace(result, **free)  # type: ignore[type-var]
 

@@ -249,10 +249,7 @@ class ExperimentConfig(Section):
             ("trainer.packing", False, "false"),
             ("trainer.fp8", False, "false"),
             ("trainer.autotune", False, "false"),
-            ("trainer.compile", False, "false"),
-            ("trainer.activation_checkpointing", False, "false"),
             ("loss.backend", "fused", "fused"),
-            ("loss.z", 0, "0"),
             ("optim.name", "adamw", "adamw"),
         ):
             no_language_model = f"{word}, {task} trains no language model"
@@ -289,9 +286,6 @@ class ExperimentConfig(Section):
         # Initial weights
         aligned_twice = self.init == "aligned" and self.new_rows not in ("random", "aligned")
         yield aligned_twice, "new_rows", "random or aligned with init=aligned, whose image rows are aligned"
-        unused_rows = self.aligned_rows is not None and self.image_rows != "aligned"
-        rows = f"null with init={self.init} and new_rows={self.new_rows}, which start from no aligned rows"
-        yield unused_rows, "aligned_rows", rows
 
         # Remedies
         for key, used in (

@@ -19,17 +19,17 @@ COMMANDS = {
     COMPARISON: "python -m t2i_lm.compare --plan {}",
     STRENGTHS: "python -m t2i_lm.remedies --plan {}",
 }
-# Keys that no other kind has; of an experiment, all but `scale`.
-_OWN = {
+_SHARED = {"scale", "seeds", "primary", "margin", "secondary", "alpha"}
+KEYS = {
+    EXPERIMENT: {key.name for key in fields(ExperimentConfig)},
+    STUDY: {*_SHARED, "comparisons", "runs", "rounding"},
+    COMPARISON: {*_SHARED, "arms", "where", "varied"},
     STRENGTHS: {"strengths"},
-    STUDY: {"comparisons", "runs"},
-    COMPARISON: {"arms"},
-    EXPERIMENT: {key.name for key in fields(ExperimentConfig)} - {"scale"},
 }
 
 
 def require_kind(path: Path, content: Mapping[str, Any], kind: str) -> None:
-    """Refuses a file all of whose telling keys are those of one other kind.
+    """Refuses a file all of whose keys are those of one other kind.
 
     Args:
         path: the file.
@@ -40,6 +40,6 @@ def require_kind(path: Path, content: Mapping[str, Any], kind: str) -> None:
         ValueError: with the command that takes the file.
     """
     keys = {str(key).partition(".")[0] for key in content}
-    found = [name for name, own in _OWN.items() if keys & own]
+    found = [name for name, own in KEYS.items() if keys <= own]
     if len(found) == 1 and found != [kind]:
         raise ValueError(f"{path}: expected {kind}, found {found[0]}; its command: {COMMANDS[found[0]].format(path)}")

@@ -17,7 +17,7 @@ from t2i_lm.storage.reading import require_regular
 
 DOCUMENT_SEPARATOR = "\f"
 SUFFIXES = (".txt", ".txt.gz")
-_DATASET = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:.+)?")
+_DATASET = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:[^/\\]+)?")
 HUB_CHARACTERS = 2**24  # of a dataset on a hub that a model is measured on: some may be of terabytes
 # Keys of paths that are trained on; others are held-out text.
 TRAINED_ON = ("data.path", "data.replay_path")
@@ -27,8 +27,8 @@ def read_documents(path: str, key: str = "data.path") -> Iterator[str]:
     """Documents of a text file (`.txt`, `.txt.gz`), a folder of them, or a Hugging Face dataset.
 
     Args:
-        path: file or folder, or `asset:NAME` (shipped); anything else is `hub-name[:split]`, column `text`. Of a
-            folder whose files are named after several splits, those of the key's split are read.
+        path: file or folder, or `asset:NAME` (shipped); else the name of a dataset, `[OWNER/]NAME[:SPLIT]`, column
+            `text`. Of a folder whose files are named after several splits, those of the key's split are read.
         key: config key of `path`.
 
     Raises:

@@ -63,7 +63,9 @@ def decoder_architecture(config: ExperimentConfig, length: int) -> DecoderConfig
     try:
         known = decoder_config(source, positional_embedding_type=backbone.positional)
     except ValueError as error:
-        raise ValueError(f"backbone.{'path' if backbone.config is None else 'config'}: {error}") from error
+        positional = backbone.positional is not None and "positional_embedding_type" in str(error)
+        key = "positional" if positional else "path" if backbone.config is None else "config"
+        raise ValueError(f"backbone.{key}: {error}") from error
     return replace(known, seq_len=max(known.seq_len, backbone.seq_len or 0, length))
 
 

@@ -233,7 +233,7 @@ def _no_pair(root: Path, candidates: Mapping[str, list[Run]], problems: list[str
 def _in_settings(root: Path, name: str) -> list[str]:
     """A line on folders below `root` that hold runs of an experiment, as those of a study do."""
     folders = sorted({file.parents[2] for file in root.rglob(f"{name}/*/config.yaml")} - {root})
-    return [f"runs of {len(folders)} settings lie below it, for example --runs {folders[0]}"] if folders else []
+    return [f"such runs lie in {len(folders)} folders below it, for example --runs {folders[0]}"] if folders else []
 
 
 def _partner_command(arm: str, have: Run, near: Run | None) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
@@ -17,7 +18,7 @@ from t2i_lm.comparison.plan import Plan, setting_folder, setting_words
 from t2i_lm.comparison.study_plan import Study
 from t2i_lm.storage.owner import OwnedError, require_free
 from t2i_lm.storage.reading import reason
-from t2i_lm.storage.run_folder import CONFIG, OWNER, Run, read_run
+from t2i_lm.storage.run_folder import CONFIG, OWNER, Run, read_config, read_environment, read_run
 from t2i_lm.training.study import RUNS as STUDY_RUNS
 from t2i_lm.training.sweep import RUNS as SWEEP_RUNS
 
@@ -90,10 +91,15 @@ class RunSearch:
         return [make_comparison(name, plan, partial(self._arms, plan, strict)) for name, plan in study.plans().items()]
 
     def require_scale(self, scale: str) -> None:
-        """Refuses a scale that no run has, where there are runs; names of run folders end with it."""
-        known = sorted({folder.name.partition("-")[2].partition("-")[2] for folder in self._folders})
-        if known and scale not in known:
-            raise ValueError(f"--scale {scale}: no run of it below {self.root}; expected one of {', '.join(known)}")
+        """Refuses a scale that no run has, where there are runs."""
+        found = set()
+        for folder in self._folders:
+            with suppress(ValueError, OSError, yaml.YAMLError):  # unreadable ones are named later
+                found.add(str(read_config(folder, read_environment(folder)).get("scale")))
+            if scale in found:
+                return
+        if found:
+            raise ValueError(f"--scale {scale}: no run of it below {self.root}; found: {', '.join(sorted(found))}")
 
     @cached_property
     def _folders(self) -> list[Path]:

@@ -70,20 +70,25 @@ def exit_code(body: Callable[[], int]) -> int:
 
 
 def out_folder(text: str) -> Path:
-    """A folder to write, for `type=` of an option: it or a folder above it exists, and none of them is a file."""
+    """A folder to write, for `type=` of an option."""
     path = Path(text)
-    nearest = next(one for one in (path, *path.absolute().parents) if one.exists())
+    try:
+        nearest = next(one for one in (path, *path.absolute().parents) if one.exists())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
     if not nearest.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: expected a folder, {nearest} is none")
+        raise argparse.ArgumentTypeError(f"{text}: expected a folder, {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text}: {nearest} cannot be written to")
     return path
 
 
 def out_file(text: str) -> Path:
     """A file to write, for `type=` of an option."""
     path = Path(text)
+    out_folder(str(path.parent))
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: expected a file, it is a folder")
-    out_folder(str(path.parent))
     return path
 
 

@@ -73,7 +73,7 @@ def memory_advice(config: ExperimentConfig) -> str:
         advice = ["a smaller data.batch_size"]
     elif trainer.strategy in SHARDED and trainer.accumulate_grad_batches == 1:
         advice = [f"{advice[0][:-1]}, between which whole gradients are held)"]
-    if not trainer.activation_checkpointing:
+    if not trainer.activation_checkpointing and config.task not in ("align", "image_tokenizer"):
         advice.append("trainer.activation_checkpointing=true (slower by a third)")
     if trainer.processes > 1 and trainer.strategy != "fsdp2":
         advice.append("trainer.strategy=fsdp2 (each process holds a part of the model)")

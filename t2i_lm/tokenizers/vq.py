@@ -137,7 +137,7 @@ class VQTokenizer:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             if not (isinstance(config, dict) and isinstance(config.get("model"), dict)):
                 raise ValueError(
-                    f"image_tokenizer.path: {folder / CONFIG} is not of an image tokenizer: it has no section model"
+                    f"image_tokenizer.path: {folder / CONFIG} is not an image tokenizer's: it has no section model"
                 )
             try:
                 model = PatchedVQ(VQModelConfig(**config["model"]))

@@ -24,7 +24,7 @@ def ablated_experiments(
         scale: name of the overlay.
         freeze: groups to freeze, exactly these.
         tune: else, set of the paper to tune; everything else is frozen.
-        arms: else, names of experiments, which are returned as they are; the YAML is one of them, in their folder.
+        arms: else, names of experiments, returned as they are from the folder of the YAML, which must be one of them.
 
     Raises:
         ValueError: on an unknown group, set, key or value, or several experiments.

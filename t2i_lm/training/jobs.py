@@ -17,7 +17,7 @@ from pathlib import Path
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import require
-from t2i_lm.experiment.required_files import missing_paths
+from t2i_lm.experiment.required_files import missing_paths, print_missing
 from t2i_lm.runtime.command_line import exit_code
 from t2i_lm.runtime.launch import is_first_process
 from t2i_lm.runtime.slurm import requeue
@@ -83,9 +83,7 @@ def is_first_of(jobs: Sequence[Job]) -> bool:
 def list_jobs(jobs: Sequence[Job]) -> int:
     """Prints runs to train, and on stderr the paths that they lack; 2 if there are any, else 0."""
     print(*(f"== {job.name}" for job in jobs), sep="\n", flush=True)
-    missing = missing_paths(job.config for job in jobs)
-    print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
-    return 2 if missing else 0
+    return print_missing(job.config for job in jobs)
 
 
 def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -> int:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -98,6 +99,9 @@ def _run(config: ExperimentConfig, resume: Path | None, allowed: Sequence[str], 
     require_logger(config.log.logger)
     loss_backend(config.loss.backend)
     require_texts(config)
+    if config.aligned_rows is not None and config.image_rows != "aligned":
+        unused = f"init={config.init} and new_rows={config.new_rows} start from no aligned rows"
+        print(f"note: aligned_rows={config.aligned_rows} is not used: {unused}", file=sys.stderr)
     config = resolve_aligned_rows(config)
     is_main = is_first_process(config.trainer.processes) and FOLDER_VARIABLE not in os.environ
     resumption = None

@@ -16,6 +16,7 @@ from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import RunConfig, require
 from t2i_lm.config.values import Plain, read_value
 from t2i_lm.runtime.command_line import NO_SAMPLES
+from t2i_lm.runtime.launch import global_rank
 from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 from t2i_lm.training.equal_runs import find_equal_run, require_no_results
@@ -155,11 +156,13 @@ def _require_effect(overrides: Sequence[str], needed: Sequence[Needed]) -> None:
     for word in overrides:
         key = word.partition("=")[0]
         require(key != "seed", "seed", word.partition("=")[2], "--seeds N with a study, whose plan names the seeds")
-        fixed = {one.group for one in needed if all(key in {**one.where, **arm.own} for arm in one.arms)}
-        if fixed == {one.group for one in needed}:
-            raise ValueError(f"{word}: without effect, the plan sets {key} itself; change it there")
-        if fixed:
-            print(f"note: {word} is not of {', '.join(sorted(fixed))}, where the plan sets {key}", file=sys.stderr)
+        groups = {one.group for one in needed}
+        changed = {one.group for one in needed if not all(key in {**one.where, **arm.own} for arm in one.arms)}
+        if not changed:
+            raise ValueError(f"{word}: no effect on any run, the plan sets {key} itself; change it there")
+        if changed < groups and global_rank() == 0:
+            unchanged = ", ".join(sorted(groups - changed))
+            print(f"note: {word} has no effect in {unchanged}, where the plan sets {key}", file=sys.stderr)
 
 
 def _repeats(runs: Sequence[StudyRun], first: Needed, threads: int | None) -> Iterator[StudyRun]:
@@ -277,7 +280,8 @@ def train(runs: Sequence[StudyRun], jobs: int) -> int:
     """Trains the runs that are not finished, those that start from aligned rows last; returns the exit code.
 
     Raises:
-        ValueError: before anything is trained, naming a folder of collected results that runs would be trained in.
+        ValueError: before anything is trained, naming a folder of collected results that runs would be trained in;
+            before runs from aligned rows, if there are none.
     """
     states = progress_of(runs)
     require_no_results({_root(run) for run, state in zip(runs, states, strict=True) if not state.finished})

@@ -1,13 +1,16 @@
 """A YAML file of another kind than a command takes is refused with the command that takes it."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from t2i_lm import ablate, compare, remedies, report, study, train
-from t2i_lm.config.file_kinds import COMPARISON, EXPERIMENT, STRENGTHS, STUDY, require_kind
+from t2i_lm.comparison.plan import Plan
+from t2i_lm.comparison.study_plan import Study
+from t2i_lm.config.file_kinds import COMPARISON, EXPERIMENT, KEYS, STRENGTHS, STUDY, require_kind
 from tests.runs import EXPERIMENTS, PRETRAINED
 
 FILES = {
@@ -45,6 +48,19 @@ def test_another_kind_is_refused_with_its_command(
     file, its_command = FILES[found]
     assert command([file if word == "FILE" else word for word in words]) == 2
     assert capsys.readouterr().err == f"error: {file}: expected {kind}, found {found}; its command: {its_command}\n"
+
+
+def test_the_keys_of_plans_are_those_of_their_classes() -> None:
+    for kind, schema in ((STUDY, Study), (COMPARISON, Plan)):
+        assert {key.name for key in fields(schema)} == KEYS[kind]
+
+
+@pytest.mark.parametrize(
+    "content", [{"scale": "demo"}, {"seed": [0, 1], "primary": "x"}, {"name": "x", "arms": []}, {}]
+)
+def test_a_file_of_mixed_or_few_keys_is_left_to_its_reader(content: dict[str, object]) -> None:
+    for kind in KEYS:
+        require_kind(Path("x.yaml"), content, kind)
 
 
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.rglob("*.yaml")), ids=lambda file: file.stem)

@@ -104,8 +104,7 @@ def test_null_is_null_where_a_key_may_be_null_and_text_in_quotes(tmp_path: Path)
 def test_every_path_key_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.yaml").write_text("data: {source: image_folder}\n")
-    values = ["new_rows=aligned", *(f"{key}=~/a b" for key in PATH_KEYS)]
-    config = load_experiment(tmp_path / "mine.yaml", None, values)
+    config = load_experiment(tmp_path / "mine.yaml", None, [f"{key}=~/a b" for key in PATH_KEYS])
     assert {config.value(key) for key in PATH_KEYS} == {f"{tmp_path}/a b"}
     assert load_experiment(PRETRAINED, "demo", ["name=~/x"]).name == "~/x"
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
 from t2i_lm.config.load import load_experiment
 from t2i_lm.evaluate import main as evaluate
@@ -59,24 +58,27 @@ def test_a_finished_run_reproduces_its_last_measurement(probed: Run) -> None:
     )
 
 
-def test_the_demos_measurements_take_at_most_a_twentieth_of_its_training(probed: Run) -> None:
-    """By positions: a training step computes each three times, forward and backward."""
+def test_the_demos_measurements_take_at_most_a_fiftieth_of_its_training(
+    probed: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By positions, of which a training step computes each three times; by time some percent (docs/evaluation.md)."""
     demo, positions = load_experiment(PRETRAINED, "demo"), 0
+    forward = Block.forward
 
-    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def counted(self: Block, x_BTD: Tensor, *more: Any) -> Tensor:
         nonlocal positions
-        if isinstance(module, Block):
-            positions += inputs[0].shape[:2].numel()
+        positions += x_BTD.shape[:2].numel()
+        return forward(self, x_BTD, *more)
 
     model = load_trained(probed.folder)
-    with register_module_forward_pre_hook(count):
-        forgetting_report(model, demo.forgetting)
+    monkeypatch.setattr(Block, "forward", counted)
+    forgetting_report(model, demo.forgetting)
     trainer, interval = demo.trainer, demo.forgetting.interval
     assert interval is not None
     measurements = 1 + trainer.max_steps // interval
     trained = 3 * trainer.max_steps * demo.data.batch_size * demo.data.length * model.decoder.config.n_layers
-    print(f"{measurements * positions / trained:.1%} of the training")
-    assert 0 < measurements * positions <= 0.05 * trained
+    print(f"{measurements * positions / trained:.2%} of the training")
+    assert 0.005 < measurements * positions / trained <= 0.02
 
 
 def test_evaluate_reproduces_the_last_measurement_of_a_run(

@@ -32,7 +32,9 @@ FOLDER = ("data.source=image_folder", "data.path=.")
         (PRETRAINED, "forgetting.tasks", ()),
         (PRETRAINED, "fid.coco", ("fid.interval=10", "fid.weights=README.md")),
         (PRETRAINED, "fid.weights", ("fid.interval=10", "fid.coco=.")),
+        (PRETRAINED, "data.path", ("data.source=shards", "data.train_size=null", "data.val_size=null")),
         (TEXT, "data.path", ("data.val_path=README.md",)),
+        (TEXT, "backbone.path", ("data.path=README.md", "data.val_path=README.md", "backbone.config=null")),
         (TEXT, "text_tokenizer.path", ("data.path=README.md", "data.val_path=README.md")),
     ],
 )
@@ -40,11 +42,12 @@ def test_an_absent_file_is_named_by_its_key(experiment: str, key: str, others: t
     path = f"{tmp_path}/absent.json"
     config = load_experiment(experiment, "demo", [*others, f"{key}={path}"])
     assert absent_files(config) == {key: path}
-    assert missing_paths([config, config]) == [f"missing path: {key}={path}, of 2 runs to train"]
-    assert missing_paths([config], made=(key,)) == []
+    assert missing_paths([config, config]) == [f"missing path: {key}={path} (2 runs to train)"]
 
 
 def test_what_a_run_does_not_read_is_not_missing() -> None:
+    random = ["backbone.path=nowhere", "backbone.config=demo_7m"]
+    assert absent_files(load_experiment(EXPERIMENTS / "t2i_scratch.yaml", "demo", random)) == {}
     unread = ["data.replay_path=nowhere.txt", "fid.coco=nowhere", "fid.weights=nowhere"]
     unread += ["forgetting.interval=null", "forgetting.text=nowhere.txt"]
     assert absent_files(load_experiment(PRETRAINED, "demo", unread)) == {}
@@ -64,7 +67,10 @@ def test_a_datasets_name_is_no_file(name: str) -> None:
     assert absent_files(load_experiment(PRETRAINED, "demo", ["data.source=hub", f"data.path={name}"])) == {}
 
 
-@pytest.mark.parametrize("path", ["/no/folder", "./texts", "../texts", "a/b/c", "book.txt", "org/book.txt.gz"])
+@pytest.mark.parametrize(
+    "path",
+    ["/no/folder", "./texts", "../texts", "a/b/c", "book.txt", "org/book.txt.gz", "s3://a/b", "hf://a/b", "C:/a"],
+)
 def test_a_path_is_no_datasets_name(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_experiment(PRETRAINED, "demo", [f"forgetting.text={path}"])
     assert [*absent_files(config)] == ["forgetting.text"]
@@ -78,6 +84,12 @@ def test_a_file_of_the_hub_is_fetched() -> None:
     assert absent == {"backbone.path": "hf://org/never-cached"}
     assert to_fetch(absent) == {"backbone.path": "hf download org/never-cached"}
     assert missing_paths([load_experiment(PRETRAINED, "demo", ["backbone.path=hf://org/never-cached"])]) == []
+
+
+def test_images_of_the_hub_are_not_fetched_by_a_path() -> None:
+    path = "hf://org/name/x.parquet"
+    absent = absent_files(load_experiment(PRETRAINED, "demo", ["data.source=parquet", f"data.path={path}"]))
+    assert (absent, to_fetch(absent)) == ({"data.path": path}, {})
 
 
 @pytest.mark.parametrize("key", ["backbone.path", "text_tokenizer.path", "image_tokenizer.path", "forgetting.text"])

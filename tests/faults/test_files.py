@@ -115,7 +115,7 @@ FILES = (
 def test_shipped_assets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(t2i_lm.assets.__file__).parent / Path(name).parent
     shutil.copytree(folder, tmp_path / folder.name)
-    monkeypatch.setattr(t2i_lm.assets, "files", lambda _: tmp_path)
+    monkeypatch.setattr(t2i_lm.assets, "_FOLDER", tmp_path)
     asset = f"asset:{folder.name}/{Path(name).name}" if folder.name == "text" else f"asset:{folder.name}"
 
     def read() -> Any:

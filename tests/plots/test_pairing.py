@@ -113,7 +113,7 @@ def test_runs_in_folders_of_settings_are_named(tmp_path: Path, capsys: pytest.Ca
     for figure in ("4", "inits", "remedies"):
         assert main(["--runs", str(tmp_path), "--out", str(tmp_path / "out"), "--figure", figure]) == 2
         error = capsys.readouterr().err
-        assert f"runs of 1 settings lie below it, for example --runs {tmp_path}/study/optim.lr=1e-3" in error
+        assert f"such runs lie in 1 folders below it, for example --runs {tmp_path}/study/optim.lr=1e-3" in error
         assert "among ;" not in error
 
 

@@ -1,11 +1,12 @@
 """Places to write that cannot be written are refused before anything is computed."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from t2i_lm import ablate, collect, compare, export, figures, probe, report, sample, study, sweep
+from t2i_lm import ablate, collect, compare, evaluate, export, figures, probe, report, sample, study, sweep
 
 Command = Callable[[list[str]], int]
 
@@ -21,6 +22,7 @@ Command = Callable[[list[str]], int]
         (probe.main, ("run",)),
         (sample.main, ("run",)),
         (export.main, ("run",)),
+        (evaluate.main, ("--checkpoint", "run")),
     ],
 )
 def test_a_file_in_place_of_a_folder_is_refused(
@@ -32,7 +34,20 @@ def test_a_file_in_place_of_a_folder_is_refused(
         with pytest.raises(SystemExit) as end:
             command([*words, "--out", str(place)])
         assert end.value.code == 2
-        assert f"argument --out: {place}: expected a folder, {file} is none" in capsys.readouterr().err
+        assert f"argument --out: {place}: expected a folder, {file} is a file" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 300)
+    with pytest.raises(SystemExit):
+        figures.main(["--out", str(long)])
+    assert f"argument --out: {long}: File name too long" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(SystemExit):
+        figures.main(["--out", str(tmp_path / "new" / "below")])
+    assert f"argument --out: {tmp_path}/new/below: {tmp_path} cannot be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [report.main, compare.main])

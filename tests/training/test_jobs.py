@@ -82,7 +82,7 @@ def test_every_absent_path_is_named_before_anything_is_trained(
 ) -> None:
     two = arms(tmp_path, *tiny, f"backbone.path={tmp_path}/lm", f"image_tokenizer.path={tmp_path}/vq")
     absent = (f"backbone.path={tmp_path}/lm", f"image_tokenizer.path={tmp_path}/vq")
-    lines = [f"missing path: {word}, of 2 runs to train" for word in absent]
+    lines = [f"missing path: {word} (2 runs to train)" for word in absent]
     with pytest.raises(ValueError, match="missing path") as caught:
         run_jobs([Job(config) for config in two], keep_going=True)
     assert str(caught.value).splitlines() == lines

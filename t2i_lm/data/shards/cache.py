@@ -64,7 +64,7 @@ class Prepared:
     @cached_property
     def contents(self) -> dict[str, str | None]:
         """The content at each of `paths`."""
-        return {key: self._content(path) for key, path in self.paths.items()}
+        return {key: self._content(key, path) for key, path in self.paths.items()}
 
     @property
     def key(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Prepared:
             ValueError: naming the key of data that has changed.
         """
         for key, path in self.paths.items():
-            if self._content(path) != self.contents[key]:
+            if self._content(key, path) != self.contents[key]:
                 raise ValueError(f"{key}={path}: its files have changed while they were read; prepare it again")
 
     def find(self) -> Path | None:
@@ -158,8 +158,8 @@ class Prepared:
                 say(f"preparing anew: {places} has changed since {older} was prepared ({when(file)})")
                 return
 
-    def _content(self, path: str) -> str | None:
-        place = str(resolve(path, "data.path")) if path.startswith(ASSET) else path
+    def _content(self, key: str, path: str) -> str | None:
+        place = str(resolve(path, key)) if path.startswith(ASSET) else path
         unknown = self.hub and not Path(place).is_absolute() and not Path(place).exists()
         return content_of(place, self.apart, self.hub) or (f"name {path}" if unknown else None)
 
