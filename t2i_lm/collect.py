@@ -11,7 +11,7 @@ EXAMPLE = """example:
   python -m t2i_lm.collect
   python -m t2i_lm.collect runs/study runs/sweep
   python -m t2i_lm.collect runs/t2i_pretrained/20260102-030405-demo --images
-  python -m t2i_lm.figures --runs docs/results
+  python -m t2i_lm.report --runs docs/results --plan experiments/plans/positions.yaml
 
 A run keeps its place below --runs. The results, some 30 kB a run, are drawn, compared and reported as run folders are,
 with equal numbers; they hold no checkpoints and no path of this machine. Unfinished runs, and runs that cannot be
