@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from t2i_lm.comparison.comparability import (
     CHANGES,
     ENVIRONMENT,
@@ -125,7 +123,7 @@ def finished_runs(
         try:
             run = read_run(file.parent)
             config_values(run)
-        except (ValueError, OSError, yaml.YAMLError) as error:
+        except (ValueError, OSError) as error:
             notes.append(f"left out, unreadable: {file.parent}: {reason(error)}")
             continue
         if wanted(run):

@@ -6,6 +6,7 @@ A difference is one number per seed, the first arm's value minus the second's. A
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -146,10 +147,7 @@ def _pairs_needed(power: Callable[[int], float]) -> int | None:
     """The least number of pairs, from two on, whose power is at least `POWER`; None above `MAX_PAIRS`."""
     low, high = 1, 2
     while power(high) < POWER:
-        if high > MAX_PAIRS:
+        if high == MAX_PAIRS:
             return None
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
-    return high
+        low, high = high, min(2 * high, MAX_PAIRS)
+    return low + 1 + bisect_left(range(low + 1, high), POWER, key=power)

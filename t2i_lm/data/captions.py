@@ -155,7 +155,7 @@ def _is_structure(text: str) -> bool:
         parse_json(text)
         return True
     except ValueError as error:
-        if str(error) == "nested too deeply":
+        if isinstance(error.__cause__, RecursionError):
             return True
     if text[1:].lstrip()[:1] not in ("'", '"'):  # `[a dog]` is a caption
         return False

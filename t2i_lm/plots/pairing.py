@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from t2i_lm.comparison.comparability import (
     PAIR_KEYS,
     MissingRunsError,
@@ -180,12 +178,9 @@ def newest_first(root: Path, name: str, records: str = "train", problems: list[s
 def _read(folder: Path) -> Run:
     """Reads a run; any damage is a ValueError of one line."""
     try:
-        run = read_run(folder)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+        return read_run(folder)
+    except (ValueError, OSError) as error:
         raise ValueError(f"unreadable: {reason(error)}") from error
-    if not isinstance(run.config, dict):
-        raise ValueError("unreadable: config.yaml holds no keys")
-    return run
 
 
 def _read_named(arm: str, folder: Path) -> Run:

@@ -9,8 +9,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from t2i_lm.comparison.arms import Arms, meets, pair_arms, unfinished
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, config_values, differences
 from t2i_lm.comparison.comparison import Comparison, make_comparison
@@ -94,7 +92,7 @@ class RunSearch:
         """Refuses a scale that no run has, where there are runs."""
         found = set()
         for folder in self._folders:
-            with suppress(ValueError, OSError, yaml.YAMLError):  # unreadable ones are named later
+            with suppress(ValueError, OSError):  # unreadable ones are named later
                 found.add(str(read_config(folder, read_environment(folder)).get("scale")))
             if scale in found:
                 return
@@ -144,7 +142,7 @@ def _finished(folder: Path) -> Run | str | None:
     try:
         run = read_run(folder)
         config_values(run)
-    except (ValueError, OSError, yaml.YAMLError, TypeError) as error:
+    except (ValueError, OSError, TypeError) as error:
         return f"left out, unreadable: {folder}: {reason(error)}"
     try:
         require_free(folder / OWNER)

@@ -11,6 +11,8 @@ from types import TracebackType
 
 # Set to 1, errors that end a command show their traceback too.
 DEBUG = "T2I_LM_DEBUG"
+# A full disk, an exhausted quota, a limit on the size of a file.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Packages whose ValueErrors are already messages for users.
 OWN = ("t2i_lm.", "callbacks.")
 # In place of torch's message, which advises to load with weights_only=False: that would run the code in the file.
@@ -108,7 +110,7 @@ def shows_traceback() -> bool:
 def _full_disk(error: BaseException | None) -> OSError | None:
     """The error of a full disk behind another: of a library that writes a cache while it reads."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -8,10 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from t2i_lm.storage.reading import reason
+from t2i_lm.storage.reading import FULL, reason
 
-# A full disk, an exhausted quota, a limit on the size of a file; a read-only file system and a failing disk.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A full disk; a read-only file system and a failing disk.
 DISK_ERRORS = (*FULL, errno.EROFS, errno.EIO)
 # Below this much free space a file system counts as full where no file is named.
 NEARLY_FULL = 2**20

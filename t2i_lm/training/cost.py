@@ -9,13 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from t2i_lm.assets import find
 from t2i_lm.comparison.comparability import config_values
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import flatten
 from t2i_lm.config.sections import require
+from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, REPORT, Run, read_run
 from t2i_lm.training.step_time import step_seconds, steps_in_all
 from t2i_lm.training.study import Progress, StudyRun
@@ -82,7 +81,8 @@ def _timed(configs: Sequence[ExperimentConfig]) -> float | None:
 def _step_seconds(config: ExperimentConfig) -> float | None:
     try:
         return step_seconds(config)
-    except Exception:  # an estimate alone: absent files, too little memory, a plug-in's error; training names them
+    except Exception as error:  # an estimate alone: absent files, too little memory, a plug-in's error
+        print(f"note: {config.name} is not timed: {reason(error)}", file=sys.stderr)
         return None
 
 
@@ -108,7 +108,7 @@ def _alike_elsewhere(study: Path, kinds: set[str]) -> list[Timed]:
                 run = read_run(file.parent)
                 if _kind(config_values(run)) in kinds:
                     found.append(run)
-        except (ValueError, OSError, yaml.YAMLError, KeyError, TypeError):  # damaged: named where it is used
+        except (ValueError, OSError, KeyError, TypeError):  # damaged: named where it is used
             continue
     return _times(found)
 

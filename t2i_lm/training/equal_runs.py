@@ -1,5 +1,6 @@
 """Runs that stand for a job: finished or interrupted ones of an equal config, of the files and the code of today."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -100,7 +101,11 @@ def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...
 
 def _same_start(config: ExperimentConfig, folder: Path) -> bool:
     """Whether a run has one config from its start, scenes and numerics of this code, and today's data and models."""
-    recorded = read_environment(folder)  # empty in a run that ended before it wrote one
+    try:
+        recorded = read_environment(folder)  # empty in a run that ended before it wrote one
+    except ValueError as error:
+        print(f"note: not taken for an equal run: {error}", file=sys.stderr)
+        return False
     if changes_of(recorded):
         return False
     oldest = IMAGES_FORMAT if config.task == "image_tokenizer" else SCENES_FORMAT
@@ -171,10 +176,11 @@ def _without(values: dict[str, object], apart: tuple[str, ...]) -> dict[str, obj
 
 @cache
 def _computed_in(file: Path) -> dict[str, object] | None:
-    """`_computed` of a run's config.yaml, cached since the file never changes; None for unknown keys or values."""
+    """`_computed` of a run's config.yaml, cached since the file never changes; None, with a line, if unreadable."""
     try:
         return _computed(load_experiment(file))
-    except ValueError:
+    except ValueError as error:
+        print(f"note: not taken for an equal run: {error}", file=sys.stderr)
         return None
 
 

@@ -251,8 +251,10 @@ def _find(run: StudyRun, folders: Sequence[Path]) -> tuple[Path | None, bool]:
             other = find_equal_run(config, of_name, (SAMPLES,))
             return other if other[1] else found
         return found
-    except ValueError:  # aligned rows that a run of this study has yet to make
-        return None, False
+    except ValueError:
+        if config.aligned_rows is None:
+            raise
+        return None, False  # a run of this study has yet to make the rows
 
 
 def progress_table(runs: Sequence[StudyRun], states: Sequence[Progress]) -> str:

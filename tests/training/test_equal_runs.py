@@ -215,3 +215,18 @@ def test_a_run_whose_files_are_gone_still_stands_for_its_jobs(tmp_path: Path) ->
     (run / ENVIRONMENT).write_text(json.dumps({"scenes": SCENES_FORMAT, **RECORDED}))
     (run / REPORT).write_text("{}")
     assert find_equal_run(config) == (run, True)
+
+
+def test_a_damaged_run_hides_no_equal_one_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ExperimentConfig(run=RunConfig(str(tmp_path)))
+    good, damaged, other = (tmp_path / config.name / f"2026010{day}-000000-demo" for day in (1, 2, 3))
+    for folder in (good, damaged, other):
+        folder.mkdir(parents=True)
+        save_experiment(config, folder / CONFIG)
+        (folder / REPORT).write_text("{}")
+    (damaged / ENVIRONMENT).write_text("{")
+    (other / CONFIG).write_text("nonsense: 1\n")
+    assert find_equal_run(config) == (good, True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [str(damaged) in line for line in lines] == [True, False]
+    assert "nonsense" in lines[1]

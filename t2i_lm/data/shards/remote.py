@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.reading import reason
+from t2i_lm.storage.reading import FULL, reason
 from t2i_lm.storage.sealed import opened
 from t2i_lm.storage.writing import problem as told
 from t2i_lm.storage.writing import write_atomic, writing
@@ -35,8 +35,6 @@ LOGINS = {
     **dict.fromkeys(("abfs", "abfss", "az"), "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and _KEY"),
 }
 RESUMES = "--resume continues the run from its last checkpoint"
-# Of a disk.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 T = TypeVar("T")
 
 
@@ -188,7 +186,7 @@ def _final(error: Exception, url: str) -> str | None:
     """What is wrong, where another try cannot help: a file or credentials that are missing, a disk that is full."""
     name, protocol = type(error).__name__, url.partition("://")[0]
     login = LOGINS.get(protocol, "those that its fsspec package reads")
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in (*FULL, errno.EROFS):
         return f"no room to keep it: {told(error)}"
     if isinstance(error, FileNotFoundError):
         private = f"; a private one requires credentials: {login}" if protocol in LOGINS else ""
