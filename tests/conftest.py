@@ -1,4 +1,4 @@
-"""Shared fixtures: one thread, no network, and tiny runs that are trained once for all tests.
+"""Shared fixtures: one thread, small figures, no network, and tiny runs that are trained once for all tests.
 
 A test that changes a run's folder copies it first.
 """
@@ -14,10 +14,12 @@ import pytest
 import torch
 from filelock import FileLock
 
+from t2i_lm.plots import panels
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from tests.decoders import tiny_decoder
 from tests.evaluation.tiny_tasks import TEXT, write_tasks
 from tests.runs import EXPERIMENTS, PRETRAINED, QUICK, SCRATCH, coco_arguments, train
+from tests.small_reports import use_small_reports
 
 # A test that uses one of these is a test of a whole run.
 RUNS = {"pretrained", "scratch", "guided", "probed", "measured", "language_model"}
@@ -35,8 +37,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+def _quick() -> None:
     torch.set_num_threads(1)
+    use_small_reports()
+    panels.DPI = 100
 
 
 @pytest.fixture(autouse=True)

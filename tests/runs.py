@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks import read_checkpoint
 from t2i_lm.storage.run_folder import REPORT, Run, read_run, run_folders
 from t2i_lm.train import main
+from tests.callbacks.toy_run import server
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -47,7 +50,53 @@ def launch_module(module: str, *arguments: str, **environment: str) -> "subproce
     )
 
 
-def succeed(*processes: "subprocess.Popen[str]") -> None:
+class Forked:
+    """`python -m MODULE ARGUMENTS` as `launch_module` starts it, sooner: forked from `toy_run.server`."""
+
+    def __init__(self, module: str, *arguments: str, **environment: str) -> None:
+        handle, log = tempfile.mkstemp()
+        os.close(handle)
+        self._log = Path(log)
+        self._process = server.Process(target=_run_module, args=(module, arguments, environment, self._log))
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float = 60) -> tuple[str, None]:
+        """Its output, once it has ended."""
+        self._process.join(timeout)
+        output = self._log.read_text()
+        if self._process.is_alive():
+            self._process.kill()
+            raise AssertionError(f"not ended after {timeout} s: {output}")
+        self._log.unlink()
+        return output, None
+
+
+def _run_module(module: str, arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> None:
+    output = os.open(log, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ |= {"OMP_NUM_THREADS": "1"} | environment
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+Launched = subprocess.Popen[str] | Forked
+
+
+def succeed(*processes: Launched) -> None:
     """Waits for processes, which must end without an error."""
     for process in processes:
         output, _ = process.communicate(timeout=500)

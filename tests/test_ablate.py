@@ -9,12 +9,12 @@ from t2i_lm.ablate import main
 from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.build import build
 from t2i_lm.export import main as export
-from t2i_lm.models.freeze import FREEZE_GROUPS, group_members
+from t2i_lm.models.freeze import group_members
 from t2i_lm.models.open_lm import load_open_lm
 from t2i_lm.modules.unconditional import UnconditionalImageModule
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main as train
-from tests.runs import EXPERIMENTS, ROOT, launch_module, succeed
+from tests.runs import EXPERIMENTS, ROOT
 from tests.two_ranks import train_on_two_ranks
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def checkpoints(run: Run) -> list[dict[str, torch.Tensor]]:
     return [torch.load(file, weights_only=True)["state_dict"] for file in files]
 
 
-@pytest.mark.parametrize("group", FREEZE_GROUPS)
+@pytest.mark.parametrize("group", ["attention", "text_rows", "position"])  # all groups: tests/models/test_freeze.py
 def test_a_frozen_group_is_bitwise_unchanged_by_a_run(group: str, tiny: list[str], tmp_path: Path) -> None:
     changes = [*tiny, f"run.dir={tmp_path}", "samples.prompts=0"]
     assert main(["--freeze", group, UNCONDITIONAL, *changes]) == 0
@@ -49,9 +49,9 @@ def test_a_frozen_group_is_bitwise_unchanged_by_a_run(group: str, tiny: list[str
 
 def test_frozen_parts_stay_frozen_on_two_processes(tiny: list[str], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    common = ["--freeze", "ffn", "--freeze", "text_rows", UNCONDITIONAL, *tiny, "samples.prompts=0"]
-    assert main([*common, f"run.dir={one}"]) == 0
-    succeed(launch_module("t2i_lm.ablate", *common, f"run.dir={two}", "trainer.devices=2", "trainer.strategy=ddp"))
+    common = ["--freeze", "ffn", "--freeze", "text_rows", *tiny, "samples.prompts=0", "loss_rows=image"]
+    assert main([UNCONDITIONAL, *common, f"run.dir={one}"]) == 0
+    train_on_two_ranks(UNCONDITIONAL, two, *common, "trainer.strategy=ddp", command=main)
     for name, tensor in checkpoints(newest(one))[-1].items():
         if "feed_forward" in name or name.endswith(".text"):
             assert torch.equal(checkpoints(newest(two))[-1][name], tensor), name
@@ -118,11 +118,6 @@ def test_a_dry_run_shows_the_frozen_groups(capsys: pytest.CaptureFixture[str], m
     monkeypatch.chdir(ROOT)
     assert main(["--freeze", "ffn", "--freeze", "first_half", "--dry-run"]) == 0
     assert "ffn" in capsys.readouterr().out
-
-
-def test_a_softmax_over_image_rows_alone_runs_on_two_processes(tiny: list[str], tmp_path: Path) -> None:
-    changes = [*tiny, "samples.prompts=0", "loss_rows=image", "trainer.strategy=ddp"]
-    train_on_two_ranks(UNCONDITIONAL, tmp_path, *changes)
 
 
 def test_freezing_an_image_tokenizer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

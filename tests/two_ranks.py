@@ -12,15 +12,24 @@ from t2i_lm.train import main
 from tests.callbacks.toy_run import finish, free_port, server
 
 
-def environments() -> list[dict[str, str]]:
-    """Those in which torchrun's two ranks meet."""
+def environments(nodes: int = 1) -> list[dict[str, str]]:
+    """Those in which torchrun's two ranks meet, on one node or one on each of two."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "tests"}
-    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // nodes)}
+    places = [("0", str(rank)) if nodes == 1 else (str(rank), "0") for rank in range(2)]
+    return [
+        {**common, "RANK": str(rank), "GROUP_RANK": node, "LOCAL_RANK": local}
+        for rank, (node, local) in enumerate(places)
+    ]
 
 
 def train_on_two_ranks(
-    experiment: str, root: Path, *overrides: str, around: Callable[[Callable[[], int]], int] | None = None
+    experiment: str,
+    root: Path,
+    *overrides: str,
+    around: Callable[[Callable[[], int]], int] | None = None,
+    command: Callable[[list[str]], int] = main,
+    nodes: int = 1,
 ) -> Run:
     """Trains with one process per rank, which both must succeed.
 
@@ -29,15 +38,17 @@ def train_on_two_ranks(
         root: folder of runs.
         overrides: options of `t2i_lm.train`; `trainer.strategy=ddp` is among them or another one.
         around: is called in each process with what trains, and returns the exit code.
+        command: of the experiment and overrides.
+        nodes: 1 or 2, on which the ranks are.
     """
     root.mkdir(parents=True, exist_ok=True)
-    arguments = [experiment, *overrides, "trainer.devices=2"]
+    arguments = [experiment, *overrides, f"trainer.devices={2 // nodes}", f"trainer.num_nodes={nodes}"]
     if "--resume" not in overrides:
         arguments.append(f"run.dir={root}")
     logs = [root / f"rank-{rank}.log" for rank in range(2)]
     processes = [
-        server.Process(target=_train, args=(arguments, environment, log, around))
-        for environment, log in zip(environments(), logs, strict=True)
+        server.Process(target=_train, args=(arguments, environment, log, command, around))
+        for environment, log in zip(environments(nodes), logs, strict=True)
     ]
     for process in processes:
         process.start()
@@ -47,13 +58,17 @@ def train_on_two_ranks(
 
 
 def _train(
-    arguments: list[str], environment: dict[str, str], log: Path, around: Callable[[Callable[[], int]], int] | None
+    arguments: list[str],
+    environment: dict[str, str],
+    log: Path,
+    command: Callable[[list[str]], int],
+    around: Callable[[Callable[[], int]], int] | None,
 ) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environment
     torch.set_num_threads(1)
-    code = main(arguments) if around is None else around(lambda: main(arguments))
+    code = command(arguments) if around is None else around(lambda: command(arguments))
     sys.stdout.flush()
     os._exit(code)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from t2i_lm.runtime.launch import is_first_process
 from t2i_lm.runtime.slurm import requeue
 from t2i_lm.training.equal_runs import find_equal_run
 
+# A process of its own for each run: none inherits threads or CUDA.
+CONTEXT: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -185,7 +188,7 @@ def _start(job: Job, slot: int, threads: int, gpu: str | None) -> Running:
     log.touch()
     trainer = replace(job.config.trainer, threads=job.config.trainer.threads or threads)
     job = replace(job, config=replace(job.config, trainer=trainer))
-    process = multiprocessing.get_context("spawn").Process(target=_run_logged, args=(job, log, gpu))
+    process = CONTEXT.Process(target=_run_logged, args=(job, log, gpu))
     process.start()
     print(f"== {job.name}: started, {log}", flush=True)
     return Running(job, process, slot, log, time.monotonic())

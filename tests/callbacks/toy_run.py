@@ -60,7 +60,7 @@ METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "events.log", "checkpoints"
 CLOCKS = ("time", "throughput", "digest")
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "lightning.pytorch", "callbacks", "t2i_lm.training.run"])
+server.set_forkserver_preload(["torch", "lightning.pytorch", "callbacks", "t2i_lm.training.run", "tests.preload"])
 
 
 class Witness(Callback):

@@ -9,9 +9,19 @@ from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.scenes.captions import caption_nats, picture_nats
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.scenes.space import enumerations, scene_nats
+from t2i_lm.evaluation import scenes
 from t2i_lm.evaluation.scenes import image_floor, loss_floors, text_floor
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _as_many_captions_as_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes, "FLOOR_CAPTIONS", 19_200)
+    monkeypatch.setattr(scenes, "_caption_lengths", lengths)
+
+
+lengths: dict[tuple[str, bool], float] = {}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
 import t2i_lm.models.padded_rows as padded_rows
 from t2i_lm.config.sections import OptimConfig
@@ -16,6 +15,7 @@ from t2i_lm.models.freeze import FREEZE_GROUPS, freeze, group_members
 from t2i_lm.models.fsdp import blocks_of, shard
 from t2i_lm.models.modality_experts import add_modality_experts
 from t2i_lm.modules.optim import adamw
+from tests.callbacks.toy_run import finish, server
 from tests.models.test_freeze import expanded
 
 STEPS = 2
@@ -77,7 +77,10 @@ def test_every_frozen_group_is_bitwise_unchanged_when_sharded(tmp_path: Path) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(worker, (port, str(tmp_path)), nprocs=2)
+    ranks = [server.Process(target=worker, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    assert finish(*ranks, timeout=120) == [0, 0]
     changed = torch.load(tmp_path / "changed.pt")
     assert set(changed) == set(FREEZE_GROUPS)
     for group, moved in changed.items():

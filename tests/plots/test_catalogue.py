@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from t2i_lm.plots import panels
 from t2i_lm.plots.catalogue import FIGURES, RenderedFigure, Request
 from t2i_lm.plots.panels import AXES_HEIGHT, WIDTH
 from t2i_lm.runtime.tables import compact
@@ -46,7 +47,10 @@ def texts(figure: Figure) -> str:
 
 
 @pytest.mark.parametrize("number", MODALITIES)
-def test_the_files_are_sharp_wide_and_not_blank(number: str, runs: Path, tmp_path: Path) -> None:
+def test_the_files_are_sharp_wide_and_not_blank(
+    number: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(panels, "DPI", 300)
     png, pdf = FIGURES[number](Request(runs)).save(tmp_path / "figure")
     with Image.open(png) as image:
         assert image.width == WIDTH * 300

@@ -14,6 +14,7 @@ from t2i_lm import compare, report
 from t2i_lm.generation.grid import save_grid
 from t2i_lm.plots.catalogue import FIGURES, figure2
 from t2i_lm.reporting.claims import CLAIMS
+from t2i_lm.reporting.images import PageImage
 from t2i_lm.reporting.provenance import config_hash
 from t2i_lm.reporting.setup import setup_rows
 from t2i_lm.storage.owner import own
@@ -57,9 +58,14 @@ def write_samples(folder: Path, captions: list[str]) -> None:
         save_grid(images, captions, folder / "samples" / f"{name}.png")
 
 
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
+
+
 @pytest.fixture
-def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command on a folder of runs: exit code, page, stderr."""
+def page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs the command on a folder of runs: exit code, page, stderr. Images of figures are left to `full`."""
+    for module in ("figures", "sections", "sweeps"):
+        monkeypatch.setattr(f"t2i_lm.reporting.{module}.figure_image", lambda figure: PageImage(PIXEL, 1, 1, True))
     plan = tmp_path / "study.yaml"
     plan.write_text(PLAN)
 

@@ -6,7 +6,7 @@ import pytest
 
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from tests.marks import needs_compiler
-from tests.runs import PRETRAINED, QUICK, curve, launch, same_losses, succeed, train
+from tests.runs import PRETRAINED, QUICK, Forked, curve, same_losses, succeed, train
 
 
 @pytest.mark.slow
@@ -20,7 +20,8 @@ def test_recomputed_activations_give_the_same_run(pretrained: Run, tiny: list[st
 def test_compiled_blocks_give_the_same_losses(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     # In a process of its own: a warning inside torch's tracer would be an error here.
     # Batches of one length: every other would be compiled anew.
-    succeed(launch(PRETRAINED, tmp_path, *tiny, *QUICK, "trainer.compile=true", "data.pad_to_multiple_of=112"))
+    changes = [*tiny, *QUICK, "trainer.compile=true", "data.pad_to_multiple_of=112", f"run.dir={tmp_path}"]
+    succeed(Forked("t2i_lm.train", PRETRAINED, *changes))
     same_losses(read_run(run_folders(tmp_path)[0]), pretrained, 1e-5)
 
 

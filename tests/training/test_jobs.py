@@ -15,6 +15,7 @@ from t2i_lm.config.load import load_experiment
 from t2i_lm.storage.run_folder import OWNER, REPORT, read_run, run_folders
 from t2i_lm.training import jobs
 from t2i_lm.training.jobs import Job, list_jobs, run_jobs
+from tests.callbacks.toy_run import server
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -39,8 +40,9 @@ def losses(root: Path) -> list[tuple[str, Any]]:
 
 @pytest.mark.slow
 def test_parallel_runs_equal_runs_in_sequence(
-    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(jobs, "CONTEXT", server)  # starts sooner
     assert run_jobs([Job(config) for config in arms(tmp_path / "sequence", *tiny)]) == 0
     capfd.readouterr()
     assert run_jobs([Job(config) for config in arms(tmp_path / "parallel", *tiny)], parallel=2) == 0
@@ -54,12 +56,13 @@ def test_parallel_runs_equal_runs_in_sequence(
 
 @pytest.mark.slow
 def test_a_failed_run_is_named_with_the_end_of_its_log_and_no_more_are_started(
-    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(jobs, "CONTEXT", server)
     good = arms(tmp_path, *tiny)[0]
     bad = broken(good, tmp_path / "empty")
-    jobs = [Job(config) for config in (bad, replace(bad, name="broken too"), replace(good, name="never"))]
-    assert run_jobs(jobs, parallel=2) == 2
+    several = [Job(config) for config in (bad, replace(bad, name="broken too"), replace(good, name="never"))]
+    assert run_jobs(several, parallel=2) == 2
     captured = capfd.readouterr()
     assert "== broken: failed with code 2" in captured.err
     assert "empty" in captured.err

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i_lm.storage.run_folder import Run, read_run, run_folders
+from t2i_lm.storage.run_folder import Run, read_run
 from t2i_lm.train import main
-from tests.callbacks.toy_run import free_port
 from tests.collectives import count_reductions
 from tests.marks import needs_torchs
-from tests.runs import PRETRAINED, QUICK, launch_module, same_losses, succeed, weights, without_newest
+from tests.runs import PRETRAINED, QUICK, same_losses, weights, without_newest
 from tests.two_ranks import train_on_two_ranks
 
 pytestmark = pytest.mark.slow
@@ -52,14 +51,11 @@ def test_micro_batches_of_a_step_are_reduced_together(
 
 def test_two_nodes_that_hold_copies_equal_one_process(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     """A mesh (2, 1): a node is one process, the whole model its shard."""
-    changes = [*QUICK, "trainer.strategy=hsdp", "trainer.num_nodes=2", "trainer.accumulate_grad_batches=2"]
-    where = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    command = ["-m", "t2i_lm.train", PRETRAINED, *tiny, *changes, f"run.dir={tmp_path}"]
-    succeed(*(launch_module("torch.distributed.run", *where, f"--node-rank={rank}", *command) for rank in range(2)))
-    (folder,) = run_folders(tmp_path)
-    same_losses(read_run(folder), pretrained, 1e-6)
+    changes = [*QUICK, "trainer.strategy=hsdp", "trainer.accumulate_grad_batches=2"]
+    run = train_on_two_ranks(PRETRAINED, tmp_path, *tiny, *changes, nodes=2)
+    same_losses(run, pretrained, 1e-6)
     for name, value in weights(pretrained).items():
-        assert torch.allclose(weights(read_run(folder))[name], value, atol=1e-5), name
+        assert torch.allclose(weights(run)[name], value, atol=1e-5), name
 
 
 def test_shards_go_on_from_a_whole_runs_checkpoint(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from t2i_lm.runtime.launch import global_rank, local_rank, world_size
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
 from tests.callbacks.toy_run import free_port
-from tests.runs import PRETRAINED, QUICK, ROOT, curve, launch_module, same_losses, succeed
+from tests.runs import PRETRAINED, QUICK, ROOT, Forked, curve, launch_module, same_losses, succeed
 from tests.slurm import task_environment
 from tests.test_train import wait_for_lines
 
@@ -20,7 +20,7 @@ from tests.test_train import wait_for_lines
 def test_two_tasks_train_one_run(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     port = free_port()
     changes = [*tiny, *QUICK, f"run.dir={tmp_path}", "trainer.strategy=ddp", "trainer.devices=2"]
-    succeed(*(launch_module("t2i_lm.train", PRETRAINED, *changes, **task_environment(rank, port)) for rank in range(2)))
+    succeed(*(Forked("t2i_lm.train", PRETRAINED, *changes, **task_environment(rank, port)) for rank in range(2)))
     (folder,) = run_folders(tmp_path)
     same_losses(read_run(folder), pretrained, 1e-6)
 

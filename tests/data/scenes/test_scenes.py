@@ -41,15 +41,9 @@ def failed_checks(image: Scene, described: Scene, mentioned: frozenset[str] | No
     return {name for name, right in results.items() if right is False}
 
 
-def test_objects_are_separate_and_inside_the_image() -> None:
-    for index in range(500):
-        scene = draw_scene(0, "train", index)
-        assert len(read_scene(np.asarray(render(scene))).objects) == len(scene.objects), scene
-
-
 @pytest.mark.slow
 def test_the_checker_is_exact_on_rendered_scenes() -> None:
-    for index in range(2000):
+    for index in range(500):
         scene = draw_scene(1, ("train", "iid", "compositional", "every_pair")[index % 4], index)
         assert check(np.asarray(render(scene)), scene.meaning(), checkable(scene))["exact"], scene
 
@@ -107,7 +101,7 @@ def alterations(scene: Scene) -> Iterator[tuple[str, Scene, set[str]]]:
 @pytest.mark.slow
 def test_one_altered_attribute_fails_its_own_check_and_the_dependent_ones() -> None:
     seen: Counter[str] = Counter()
-    for index in range(100):
+    for index in range(40):
         scene = draw_scene(2, "compositional" if index % 2 else "train", index)
         for attribute, image, wrong in alterations(scene):
             seen[attribute] += 1
@@ -116,7 +110,7 @@ def test_one_altered_attribute_fails_its_own_check_and_the_dependent_ones() -> N
                 left = {"exact"} if attribute == "count" else set()
                 assert failed_checks(image, scene, checkable(scene) - {attribute}) == left, (attribute, scene)
     assert set(seen) == set(ATTRIBUTES)
-    assert min(seen.values()) > 15
+    assert min(seen.values()) > 4
 
 
 def test_unmentioned_attributes_are_not_checked_and_an_unmentioned_floor_is_none() -> None:
@@ -140,7 +134,7 @@ def test_every_horizon_and_pair_of_grounds_is_read() -> None:
 @pytest.mark.slow
 def test_an_additional_shape_fails_count_if_mentioned_and_exact_always() -> None:
     seen: Counter[str] = Counter()
-    for index in range(300):
+    for index in range(100):
         scene = draw_scene(2, "compositional", index)
         free = [place for place in product((12, 52), repeat=2) if is_free(place, scene)]
         if not free:
@@ -244,7 +238,7 @@ def test_captions_have_one_derivation_and_floors_are_the_means_of_their_terms() 
 @pytest.mark.parametrize(("floor", "least"), [(False, -11.5), (True, -15.0)])
 def test_log_probabilities_match_frequencies(floor: bool, least: float) -> None:
     """One half of the samples selects captions, the other half counts them, which makes the check unbiased."""
-    number, count = int(floor), 60_000
+    number, count = int(floor), 30_000
     assert (STRATA[number].family, STRATA[number].floor) == ("single", floor)
     scenes, of_stratum = enumerations("trained")[number], math.log(STRATA[number].share / BLOCK)
     order = np.random.default_rng(0).integers(scenes.size, size=(2, count)).tolist()
@@ -255,7 +249,7 @@ def test_log_probabilities_match_frequencies(floor: bool, least: float) -> None:
     log_probs = {one.text: one.log_prob - of_stratum for one in captions(0) if one.log_prob - of_stratum > least}
     found = sum(caption.text in log_probs for caption in captions(1))
     expected = count * sum(math.exp(value) for value in log_probs.values())
-    assert expected > 60
+    assert expected > 30
     assert abs(found - expected) < 4 * math.sqrt(expected)
 
 
