@@ -23,7 +23,7 @@ IMAGES = $(PY) -m t2i_lm.train experiments/$(1).yaml run.dir=$(RUNS)/assets $(AR
 
 # Three processes, also on two cores: tests of several ranks wait. They share the files of tests, in the order that
 # tests/conftest.py gives them.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST = OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # TensorBoard's page with the charts of the figures, without its smoothing.
 DASHBOARD := \#custom_scalars&_smoothingWeight=0

@@ -10,21 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.callbacks.toy_model import Toy
-from tests.callbacks.toy_run import finish, free_port, run_to_end, start
+from tests.callbacks.toy_run import finish, free_port, run, run_to_end, server, start
 
 LINE = re.compile(
     r"^step (\d+)/24  [\d,]+ tokens/s  text \d\.\d{3}  image \d\.\d{3}  boundary \d\.\d{3}  all \d\.\d{3}  "
     r"ETA \d+:\d\d$"
 )
-RUN = """
-import sys
-from pathlib import Path
-
-import pytest
-from tests.callbacks.toy_model import Toy
-from tests.callbacks.toy_run import run
-sys.exit(run(Toy(Path(sys.argv[1]))))
-"""
 
 
 def plain_steps(output: str) -> list[int]:
@@ -51,20 +42,28 @@ def test_rank_1_prints_nothing(tmp_path: Path) -> None:
     assert "step" not in ranks[1].log.read_text()
 
 
+def run_in_terminal(toy: Toy, terminal: str, term: str) -> None:
+    os.setsid()
+    device = os.open(terminal, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(device, stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    os.environ |= {"TERM": term, "COLUMNS": "150"}
+    sys.exit(run(toy))
+
+
 def in_terminal(folder: Path, term: str) -> str:
     """Output of a run in a terminal of that type."""
-    child, terminal = pty.fork()
-    if child == 0:  # pragma: no cover
-        os.environ |= {"TERM": term, "COLUMNS": "150", "PYTHONPATH": os.pathsep.join(sys.path)}
-        os.execv(sys.executable, [sys.executable, "-W", "ignore", "-c", RUN, str(folder)])
+    ours, theirs = pty.openpty()
+    process = server.Process(target=run_in_terminal, args=(Toy(folder), os.ttyname(theirs), term))
+    process.start()
     shown = b""
-    while select.select([terminal], [], [], 60)[0]:
-        try:
-            shown += os.read(terminal, 65536)
-        except OSError:  # the other end is closed
-            break
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, shown.decode()
-    os.close(terminal)
+    while process.is_alive() or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.1)[0]:
+            shown += os.read(ours, 65536)
+    for end in (ours, theirs):
+        os.close(end)
+    assert finish(process) == [0], shown.decode()
     return shown.decode()
 
 

@@ -67,13 +67,13 @@ def test_text_is_taken_as_written(key: str, text: str, tmp_path: Path) -> None:
         loads_and_reads_back(key, text, tmp_path)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(text=WORDS.filter(stays_inside))
 def test_any_text_goes_through_override_and_config_file(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     loads_and_reads_back("name", text, tmp_path_factory.getbasetemp())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(texts=st.lists(WORDS))
 def test_any_list_of_texts_goes_through_the_config_file(
     texts: list[str], tmp_path_factory: pytest.TempPathFactory
@@ -234,7 +234,7 @@ def test_the_last_of_equal_overrides_wins_over_files() -> None:
     assert load_experiment(PRETRAINED, "demo", ["seed=3", "name=x", "seed=4"]).seed == 4
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=15)
 @given(number=st.floats(min_value=1e-9, max_value=1e9))
 def test_any_number_reads_back_exactly(number: float, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / "config.yaml"

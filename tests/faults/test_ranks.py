@@ -50,7 +50,7 @@ def exists(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=all_faults)])
 def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, rank: int) -> None:
     ranks = start_ranks(tmp_path, **in_step(14, signal_in="step", signal=signal.SIGKILL, ranks=[rank]))
     codes = finish(*ranks)

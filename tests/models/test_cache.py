@@ -1,6 +1,5 @@
 """Cache windows that grow in buckets, as CUDA graphs require, generate the same ids."""
 
-import shutil
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from t2i_lm.models.cache import SPARE, KVCache, Window
 from t2i_lm.models.cuda_graph import StepGraphs
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.generate import Sampling, generate
-from t2i_lm.runtime.devices import COMPILERS
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import Layout
 from tests.models.test_generate import setup
@@ -115,16 +113,6 @@ def test_steps_within_a_bucket_use_the_same_tensors(members: tuple[int, ...]) ->
         assert (columns.mask_B11T[:, 0, 0] == 0).sum(1).tolist() == [length + done for length in lengths]
         assert columns.keys_BHTK.shape[2] == columns.mask_B11T.shape[3] == -(-cache.filled // 8) * 8
     assert len(seen) == len({column // 8 for column in range(filled, 20)})
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
-def test_compiled_steps_in_buckets_generate_the_same_ids() -> None:
-    decoder, vocab, prompts = setup("rotary")
-    expected = generate(decoder, vocab, prompts[:2], 6)
-    decoder.bucket = 8
-    decoder.compile_steps()
-    assert torch.equal(generate(decoder, vocab, prompts[:2], 6), expected)
 
 
 @pytest.mark.slow

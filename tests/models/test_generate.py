@@ -34,8 +34,7 @@ def test_greedy_ids_equal_full_recomputation(positional: str) -> None:
             ids = torch.cat([ids, code[None] + vocab.image_offset])
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
+@pytest.mark.parametrize(("positional", "guidance"), [("rotary", 1.0), ("rotary", 2.0), ("head_rotary", 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_images_ids_do_not_depend_on_its_batch(dtype: torch.dtype, positional: str, guidance: float) -> None:
     """At the demo's width, where single-row bfloat16 matmuls round differently."""
@@ -51,7 +50,7 @@ def test_an_images_ids_do_not_depend_on_its_batch(dtype: torch.dtype, positional
     }
     seeds = list(range(8))
     together = generate(decoder, layout.vocab, prompts, 20, seeds, **how)
-    for at_once in (1, 2, 3, 5):
+    for at_once in (1, 3):
         assert torch.equal(generate(decoder, layout.vocab, prompts, 20, seeds, at_once=at_once, **how), together)
     backwards = generate(decoder, layout.vocab, prompts[::-1], 20, seeds[::-1], at_once=3, **how)
     assert torch.equal(backwards.flip(0), together)
@@ -187,10 +186,11 @@ def test_a_text_is_continued_on_a_gpu(seed: int | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
-@pytest.mark.parametrize("positional", ["rotary", "head_rotary"])
-def test_compiled_steps_generate_the_same_ids(positional: str) -> None:
+@pytest.mark.parametrize(("positional", "bucket"), [("rotary", 8), ("head_rotary", None)])
+def test_compiled_steps_generate_the_same_ids(positional: str, bucket: int | None) -> None:
     """For prompts of one length, and of several, whose columns are masked."""
     decoder, vocab, prompts = setup(positional)
+    decoder.bucket = bucket or decoder.bucket
     equal = [prompts[0], prompts[2]]
     expected = generate(decoder, vocab, prompts, 6, seeds=[1, 2, 3, 4]), generate(decoder, vocab, equal, 6)
     decoder.compile_steps()

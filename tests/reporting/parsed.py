@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
+# An image of one pixel, in place of figures that a test does not look at.
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 

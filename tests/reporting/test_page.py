@@ -20,7 +20,7 @@ from t2i_lm.reporting.setup import setup_rows
 from t2i_lm.storage.owner import own
 from t2i_lm.storage.run_folder import OWNER, read_run
 from tests.plots.synthetic_runs import EXPERIMENTS, read_lines, write_probe, write_relearning, write_run
-from tests.reporting.parsed import Element, parse
+from tests.reporting.parsed import PIXEL, Element, parse
 
 PLAN = """
 seeds: [0, 1, 2]
@@ -56,9 +56,6 @@ def write_samples(folder: Path, captions: list[str]) -> None:
     for number, name in enumerate(("originals", "reconstructions", "grid", "grid_familiar")):
         images = [np.full((64, 64, 3), 40 * number + 5 * place, np.uint8) for place in range(len(captions))]
         save_grid(images, captions, folder / "samples" / f"{name}.png")
-
-
-PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
 
 
 @pytest.fixture
