@@ -58,17 +58,6 @@ def kernel_distance(fake_ND: Tensor, real_ND: Tensor) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values))
 
 
-class _Identity(nn.Module):
-    """Replaces torchmetrics' network: the inputs are features already."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, features_ND: Tensor) -> Tensor:
-        return features_ND
-
-
 class FeatureDistance(FrechetInceptionDistance):
     """torchmetrics' FID on precomputed features: float64 sums (n, sum, outer product), added over ranks.
 
@@ -78,7 +67,9 @@ class FeatureDistance(FrechetInceptionDistance):
 
     def __init__(self, width: int, **options: Any) -> None:
         """`width` is D; options are `Metric`'s."""
-        super().__init__(feature=_Identity(width), **options)
+        network = nn.Identity()  # the inputs are features already
+        network.num_features = width  # type: ignore[assignment]
+        super().__init__(feature=network, **options)
 
     def compute(self) -> Tensor:
         """The distance, 0-d float64.

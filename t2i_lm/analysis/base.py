@@ -4,8 +4,9 @@ Shapes: `S` sequences, `T` positions.
 """
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -219,7 +220,7 @@ def finite(value: Any) -> Any:
         return {str(key): finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and value - value != 0 else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_runs(paths: Sequence[Path], varied: Sequence[str] = ()) -> list[ProbedRun]:
@@ -284,7 +285,7 @@ def find_shards(run: Run, config: ExperimentConfig) -> Path:
     expected = run.environment.get("data_hash")
     if expected is None:
         raise ValueError(f"{run.folder}: its env.json has no data_hash, so its token shards cannot be found")
-    for folder in _index_folders(Path(config.data.cache_dir)):
+    for folder in (file.parent for file in sorted(Path(config.data.cache_dir).glob("*/index.json"))):
         index = read_index(folder)
         if index is not None and index.get("data_hash") == expected:
             return folder
@@ -292,7 +293,3 @@ def find_shards(run: Run, config: ExperimentConfig) -> Path:
         f"{run.folder}: data.cache_dir={config.data.cache_dir} has no token shards of its data (data hash {expected}); "
         "python -m t2i_lm.prepare makes them again where the data has not changed"
     )
-
-
-def _index_folders(cache: Path) -> Iterator[Path]:
-    yield from (file.parent for file in sorted(cache.glob("*/index.json")))

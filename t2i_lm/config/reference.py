@@ -50,10 +50,9 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-def write_reference(path: Path = PATH) -> None:
+def write_reference() -> None:
     """Writes docs/configuration.md."""
-    path.parent.mkdir(exist_ok=True)
-    write_atomic(path, reference())
+    write_atomic(PATH, reference())
 
 
 def _table(title: str, section: type, prefix: str, documented: dict[str, dict[str, str]]) -> list[str]:

@@ -28,6 +28,7 @@ WORDS = {
 NAMES = {"train": "training", "val": "validation", "test": "test"}
 # One distinct image of so many is validation where a source has no validation split.
 HELD_OUT_EVERY = 20
+SHOWN = 8  # names of a folder in an error message
 _WORD = re.compile(
     rf"(?:^|[-._ 0-9])({'|'.join(word for words in WORDS.values() for word in words)})(?=$|[-._ 0-9])", re.IGNORECASE
 )
@@ -221,11 +222,11 @@ def files_below(root: Path, matches: Callable[[str], bool]) -> list[Path]:
     return sorted(found)
 
 
-def named_below(root: Path, limit: int = 8) -> str:
+def named_below(root: Path) -> str:
     """Names in a folder, for error messages."""
     names = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return f"it holds {', '.join(names[:limit])}{more}" if names else "it is empty"
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it is empty"
 
 
 def held_out(digests: Sequence[str | None]) -> set[str]:

@@ -156,10 +156,10 @@ def caption_preference(experiment: ImageExperiment, texts: Sequence[Any], image_
     for attribute in track(ATTRIBUTES, description="caption preference", transient=True):
         members, others = [], []
         for number, (scene, meaning) in enumerate(zip(scenes, meanings, strict=True)):
-            both = altered(scene, meaning["style"], attribute, "preference")
-            if both is not None:
+            other = altered(scene, meaning["style"], attribute, "preference")
+            if other is not None:
                 members.append(number)
-                others.append(both[1])
+                others.append(other)
         if members:
             true_B, other_B = own_nll_B[members], image_nll(experiment, others, image_ids_BN[members])
             wins = (true_B < other_B).double() + 0.5 * (true_B == other_B).double()

@@ -3,6 +3,7 @@
 Shapes: `B` sequences, `T` tokens, `V` vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -157,4 +158,4 @@ def _with_cache(decoder: Any, ids_BT: Tensor) -> Tensor:
 def _differ(one: Tensor, other: Tensor) -> float:
     """Largest difference, of the largest value of `other`; infinite where a value is not a number."""
     difference = float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1e-30))
-    return difference if difference == difference else float("inf")
+    return math.inf if math.isnan(difference) else difference

@@ -19,8 +19,6 @@ from t2i_lm.models.cache import KVCache, Window
 from t2i_lm.models.decoder import ROTARY, Block, Decoder, Rotary, Store, attend_with
 from t2i_lm.models.packing import ModalitySplit, Packed, TargetIndex
 
-EXPERTS = ("text", "image")
-
 
 class ExpertBlock(Block):
     """A block whose own layers compute text positions, and whose `image` block those of images."""
@@ -130,7 +128,7 @@ def add_modality_experts(dense: Backbone, first_image: int) -> ExpertDecoder:
 
 
 def expert_of(backbone: nn.Module, name: str) -> str | None:
-    """The half that a parameter belongs to, by its name: one of `EXPERTS`; None for token rows and dense models."""
+    """The half that a parameter belongs to, by its name: `text` or `image`; None for token rows and dense models."""
     if not isinstance(backbone, ExpertDecoder) or name.startswith(("tok_embeddings.", "output.")):
         return None
     return "image" if ".image." in name or name.startswith("image_") else "text"

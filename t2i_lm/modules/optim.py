@@ -32,7 +32,7 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig)
     return [group for group in groups if group["params"]]
 
 
-def orthogonalize(matrix_MN: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrix_MN: Tensor) -> Tensor:
     """Nearest semi-orthogonal matrix by the quintic Newton-Schulz iteration of Muon (Jordan et al., 2024).
 
     In bfloat16, as `torch.optim.Muon`, or in float32 where the device would emulate bfloat16.
@@ -41,7 +41,7 @@ def orthogonalize(matrix_MN: Tensor, steps: int = 5) -> Tensor:
     dtype = torch.bfloat16 if multiplies_bfloat16(matrix_MN.device.type) else torch.float32
     x_MN: Tensor = (matrix_MN if matrix_MN.shape[0] <= matrix_MN.shape[1] else matrix_MN.T).to(dtype)
     x_MN = x_MN / (x_MN.norm() + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram_MM = x_MN @ x_MN.T
         x_MN = a * x_MN + (b * gram_MM + c * gram_MM @ gram_MM) @ x_MN
     x_MN = x_MN.to(matrix_MN.dtype)

@@ -124,7 +124,8 @@ def _draw_matrices(axes: Axes, vocab: JointVocab, width: int) -> None:
 
 def figure1_table(images: Sequence[TokenizedImage], vocab: JointVocab, width: int) -> str:
     """Rows of the joint vocabulary, and the reconstruction of each image."""
-    rows = [(name, f"{size:,}") for name, size in zip(("text", "special", "image"), _sizes(vocab), strict=True)]
+    sizes = vocab.text_size, len(SPECIALS), vocab.image_size
+    rows = [(name, f"{size:,}") for name, size in zip(("text", "special", "image"), sizes, strict=True)]
     rows.append(("all", f"{vocab.size:,} x {width:,}"))
     psnr = [
         (image.caption[:60], _decibels(image.psnr, 2).removesuffix(" dB"), len(np.unique(image.ids_hw)))
@@ -132,10 +133,6 @@ def figure1_table(images: Sequence[TokenizedImage], vocab: JointVocab, width: in
     ]
     tables = [text_table(("rows of both matrices", ""), rows)]
     return "\n\n".join([*tables, text_table(("image", "PSNR (dB)", "distinct ids"), psnr)])
-
-
-def _sizes(vocab: JointVocab) -> tuple[int, int, int]:
-    return vocab.text_size, len(SPECIALS), vocab.image_size
 
 
 def image_tokenizer_sentence(run: Run) -> str:

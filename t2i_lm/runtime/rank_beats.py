@@ -226,7 +226,7 @@ class Ledger:
         if not silent:
             return None
         key = f" (trainer.rank_timeout={limit:g})" if limit == self.limits.rank_s else ""
-        text = self._each(f"not answered for {limit:g} s{key}, last seen {{where}}", silent, "has", "have")
+        text = self._each(f"not answered for {limit:g} s{key}, last seen {{where}}", silent)
         return Verdict(text, tuple(beat.rank for beat in silent), tuple(silent))
 
     def _absent(self, now: float) -> Verdict | None:
@@ -260,7 +260,7 @@ class Ledger:
         beats = [entry.beat for entry in behind]
         ahead = [rank for rank, entry in running.items() if entry.beat.place > last]
         waits = f", while {_ranks(ahead)} wait{'s' if len(ahead) == 1 else ''}" if ahead else ""
-        text = self._each(f"made no progress for {min(idle):.0f} s, {{where}}{waits}", beats, "has", "have")
+        text = self._each(f"made no progress for {min(idle):.0f} s, {{where}}{waits}", beats)
         return Verdict(text, tuple(beat.rank for beat in beats), stuck=True)
 
     def _patience(self, phase: str, slowest: float) -> float:
@@ -271,10 +271,10 @@ class Ledger:
         """A rank for messages, with host and process."""
         return f"rank {beat.rank} of {self.world} ({beat.host}, process {beat.pid})"
 
-    def _each(self, text: str, beats: Iterable[Beat], one: str, several: str) -> str:
+    def _each(self, text: str, beats: Iterable[Beat]) -> str:
         first, *more = beats
         others = f" and {_ranks([beat.rank for beat in more])}" if more else ""
-        return f"{self.name(first)}{others} {several if more else one} {text.format(where=first.where())}"
+        return f"{self.name(first)}{others} {'have' if more else 'has'} {text.format(where=first.where())}"
 
 
 def _ranks(numbers: list[int]) -> str:

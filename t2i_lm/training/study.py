@@ -359,7 +359,7 @@ def compare_arms(study: Study, runs: Sequence[StudyRun], strict: bool = True) ->
         runs: its runs.
         strict: whether another order of the data between the arms is refused.
     """
-    read: dict[Path, Run] = {}
+    read = cache(read_run)
     states = [(run, state) for run, state in zip(runs, progress_of(runs), strict=True) if state.folder is not None]
 
     def arms_of(name: str, plan: Plan) -> Arms:
@@ -367,7 +367,7 @@ def compare_arms(study: Study, runs: Sequence[StudyRun], strict: bool = True) ->
         notes = []
         for run, state in states:
             if name in run.roles and state.folder is not None:
-                content = read.setdefault(state.folder, read.get(state.folder) or read_run(state.folder))
+                content = read(state.folder)
                 if state.finished:
                     found[run.roles[name].arm.name].append(content)
                 else:

@@ -213,8 +213,8 @@ def _article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def altered(scene: Scene, style: str, attribute: str, seed: str) -> tuple[str, str] | None:
-    """A scene's caption, and the caption with one attribute altered; None if it does not mention the attribute.
+def altered(scene: Scene, style: str, attribute: str, seed: str) -> str | None:
+    """A scene's caption with one attribute altered; None if it does not mention the attribute.
 
     Raises:
         ValueError: on an unknown attribute.
@@ -225,13 +225,13 @@ def altered(scene: Scene, style: str, attribute: str, seed: str) -> tuple[str, s
     if attribute not in caption.mentioned:
         return None
     if attribute == "relation":
-        return caption.text, describe(scene, style, opposite=True).text
+        return describe(scene, style, opposite=True).text
     rng = random.Random(f"altered/{seed}/{style}/{attribute}")
     # The size of an object may be unmentioned, so objects are tried until the caption changes.
     for place in rng.sample(range(len(scene.objects)), len(scene.objects)):
         other = describe(_alter(scene, attribute, place, rng), style).text
         if other != caption.text:
-            return caption.text, other
+            return other
     return None
 
 
