@@ -22,6 +22,7 @@ from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import open_image, open_text
 from t2i_lm.plots.panels import GREY, captioned_figure, place_legend
+from t2i_lm.runtime.tables import upper_first
 from t2i_lm.tokenizers.entropy import (
     Entropy,
     ZipfFit,
@@ -127,15 +128,11 @@ def _sentence(found: dict[str, TokenStatistics], meaning: dict[str, dict[str, An
     if meaning is not None:
         shares = ", ".join(f"{name} {meaning[name]['explained']:.0%}" for name in ("ground", "colour", "kind", "size"))
         parts.append(f"of what its cell shows, an image id alone explains: {shares} of the entropy")
-    return _capitalized("; ".join(parts))
+    return f"{upper_first('; '.join(parts))}."
 
 
 def _words(entropies: list[Entropy]) -> str:
     return "token" if len(entropies) == 1 else f"{len(entropies)} tokens"
-
-
-def _capitalized(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _draw(found: dict[str, TokenStatistics], caption: str) -> Figure:

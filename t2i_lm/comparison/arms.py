@@ -18,14 +18,13 @@ from t2i_lm.comparison.comparability import (
     environment_value,
     following,
     precisions,
-    revisions,
+    revision_note,
 )
 from t2i_lm.comparison.plan import Plan, setting_words
 from t2i_lm.config.values import Plain, read_value
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 
-REVISIONS = "code revisions"  # start of the note on several
 PRECISIONS = "precision by seed"  # likewise
 
 
@@ -85,7 +84,6 @@ def pair_arms(
     arms = Arms(first, second, ())
     if not arms.seeds:
         raise MissingRunsError(_nothing_to_pair(plan, root, found, notes))
-    known = revisions(arms.runs)
     return Arms(
         first,
         second,
@@ -95,7 +93,7 @@ def pair_arms(
             *_by_design(plan, arms),
             *([] if ORDER in following(plan.own_keys) else _order(arms, strict)),
             *precision_note(arms.runs),
-            *([f"{REVISIONS}: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
+            *revision_note(arms.runs),
         ),
     )
 
@@ -255,15 +253,13 @@ def precision_note(runs: Iterable[Run]) -> list[str]:
 
 def _nothing_to_pair(plan: Plan, root: Path, found: Mapping[str, Sequence[Run]], notes: Sequence[str]) -> str:
     counts = ", ".join(f"{len(runs)} of {arm}" for arm, runs in found.items())
-    chosen = "".join(f", {key}={value}" for key, value in plan.where.items())
-    chosen += "".join(f", {arm.name} {' '.join(setting_words(arm.own))}" for arm in plan.parsed.values() if arm.own)
     seeds = ",".join(map(str, plan.seeds or (0, 1, 2)))
     settings: dict[tuple[str, ...], list[str]] = {}
     for name, arm in plan.parsed.items():
         words = setting_words({key: value for key, value in plan.required(name).items() if key not in ENVIRONMENT})
         settings.setdefault(tuple(words), []).append(f"--arm {arm.experiment}")
     lines = [
-        f"no seed has a finished run of both arms in {root} (scale {plan.scale}{chosen}): {counts}",
+        f"no seed has a finished run of both arms in {root} (scale {plan.scale}{plan.values_words}): {counts}",
         *notes,
         *(
             f"to make them: python -m t2i_lm.sweep {' '.join([f'seed={seeds}', *words, *options])} --scale {plan.scale}"

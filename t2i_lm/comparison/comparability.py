@@ -13,6 +13,7 @@ ORDER, PRECISION, CHANGES = "order of the data", "precision", "changes within a 
 SEED = "seed"  # its values are repetitions: none is the best
 # Runs of one figure agree in these.
 PAIR_KEYS = ("data hash", SEED, "scale", "trainer.max_steps", "log.interval", "log.ema")
+REVISIONS = "code revisions"  # start of the note on several
 # The arm itself: every comparison is between values of these.
 ARM_KEYS = ("name", "init")
 # Paths whose contents a hash of env.json covers.
@@ -86,7 +87,7 @@ def differences(
     """The value of each run by key, for all keys in which runs differ beyond the arm; empty if they are comparable.
 
     Keys are those of the config, without neutral ones and paths that are hashed, and the names in ENVIRONMENT. An entry
-    that env.json lacks is "unknown", which alone is no difference. The code revision is left to `revisions`.
+    that env.json lacks is "unknown", which alone is no difference. The code revision is left to `revision_note`.
 
     Args:
         runs: the runs to compare.
@@ -138,6 +139,12 @@ def precisions(runs: Iterable[Run]) -> dict[Any, list[str]]:
 def revisions(runs: Iterable[Run]) -> list[str]:
     """The code revisions of runs, where env.json has one."""
     return sorted({str(run.environment["git"]) for run in runs if run.environment.get("git")})
+
+
+def revision_note(runs: Iterable[Run]) -> list[str]:
+    """A note on runs of several code revisions."""
+    known = revisions(runs)
+    return [f"{REVISIONS}: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []
 
 
 def require_comparable(runs: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:

@@ -21,7 +21,7 @@ from t2i_lm.comparison.comparability import (
 )
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.decay import Decay, decay_sentences, fit_decay
-from t2i_lm.comparison.endpoints import TOKENS_SAVED, Endpoint
+from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.grid import require_one_version
 from t2i_lm.comparison.plan import Plan, setting_folder, setting_words
 from t2i_lm.comparison.statistics import PairedStatistics
@@ -140,7 +140,7 @@ def gap_curve(name: str, comparisons: Sequence[Comparison]) -> GapCurve:
             continue
         run = one.arms.runs[0]
         assert result.means is not None
-        saved = [other.statistics.mean for other in one.results if other.endpoint.name.startswith(f"{TOKENS_SAVED}.")]
+        saved = [other.statistics.mean for other in one.results if other.endpoint.of_pair]
         lengths.append(
             Length(
                 steps=int(run.metrics[-1]["step"]),

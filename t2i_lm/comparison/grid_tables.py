@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from t2i_lm.comparison.arms import PRECISIONS, REVISIONS, precision_note
-from t2i_lm.comparison.comparability import revisions
+from t2i_lm.comparison.arms import PRECISIONS, precision_note
+from t2i_lm.comparison.comparability import REVISIONS, revision_note
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.contrasts import contrasts
 from t2i_lm.comparison.grid import OPTIMISTIC, Grid, at_best, labeled_points, tune
@@ -58,13 +58,12 @@ def grid_table(grid: Grid) -> GridTable:
     names = f"{grid.plan.primary} by {' and '.join(grid.labels)}"
     tuned = tune(grid)
     runs = [run for one in grid.comparisons if one.arms is not None for run in one.arms.runs]
-    known = revisions(runs)
     general = [
         f"p (Holm): corrected for {sum(bool(row[-2]) for row in rows)} p-values, those of points with every planned "
         "seed; the verdict is of each comparison alone",
         *([OPTIMISTIC] if any(one.best for one in tuned) else []),
         *precision_note(runs),
-        *([f"{REVISIONS}: {', '.join(name[:7] for name in known)}"] if len(known) > 1 else []),
+        *revision_note(runs),
     ]
     return GridTable(
         title=f"{grid.name}: {names}, each arm minus {last}, paired by seed",

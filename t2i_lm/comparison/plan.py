@@ -219,6 +219,13 @@ class Plan:
         """Config keys of which an arm has a value of its own."""
         return frozenset(key for arm in self.parsed.values() for key in arm.own)
 
+    @property
+    def values_words(self) -> str:
+        """Values of `where` and of the arms, each after a comma, to follow a scale."""
+        shared = "".join(f", {key}={value}" for key, value in self.where.items())
+        own = (f", {arm.name} {' '.join(setting_words(arm.own))}" for arm in self.parsed.values() if arm.own)
+        return shared + "".join(own)
+
     def required(self, arm: str) -> dict[str, Any]:
         """The values that runs of an arm must have, by dotted key."""
         return {**self.where, **self.parsed[arm].own}

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from t2i_lm.comparison.arms import Arms
 from t2i_lm.comparison.comparability import revisions
 from t2i_lm.comparison.compare import DIFFERENCE, SMALL, UNDECIDED, Result
-from t2i_lm.comparison.plan import Plan, setting_words
+from t2i_lm.comparison.plan import Plan
 from t2i_lm.comparison.statistics import BOOTSTRAP_MIN, POWER
 from t2i_lm.runtime.tables import compact, latex_table, text_table
 
@@ -128,10 +128,8 @@ FORMATS: dict[str, Callable[[Plan, Arms, Sequence[Result]], str]] = {"text": tex
 def setting(plan: Plan, arms: Arms) -> str:
     """Seeds, scale, values of `where` and data of a comparison, in a line."""
     seeds = ", ".join(map(str, arms.seeds))
-    chosen = "".join(f", {key}={value}" for key, value in plan.where.items())
-    chosen += "".join(f", {arm.name} {' '.join(setting_words(arm.own))}" for arm in plan.parsed.values() if arm.own)
     return (
-        f"{len(arms.seeds)} seed{'s' * (len(arms.seeds) > 1)} ({seeds}), scale {plan.scale}{chosen}, "
+        f"{len(arms.seeds)} seed{'s' * (len(arms.seeds) > 1)} ({seeds}), scale {plan.scale}{plan.values_words}, "
         f"data hash {arms.runs[0].environment.get('data_hash')}"
     )
 

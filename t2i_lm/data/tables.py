@@ -293,10 +293,11 @@ def hub(data: DataConfig, split: str, size: int) -> Table:
     """A Hugging Face dataset by name, with its own validation split if it has one."""
     parts = _load_dataset(data, streaming=False)
     rows, automatic = parts.part(split)
-    return _open_table(rows, data, split, Origin([0], [_base(data)], [""]), automatic, not automatic, parts.notes)
+    return _open_table(rows, data, split, Origin([0], [base_folder(data)], [""]), automatic, not automatic, parts.notes)
 
 
-def _base(data: DataConfig) -> str:
+def base_folder(data: DataConfig) -> str:
+    """The folder that paths of images are relative to; empty for a dataset's name or a file."""
     return str(data.path) if Path(str(data.path)).is_dir() else ""
 
 
@@ -347,7 +348,7 @@ def hub_stream(data: DataConfig, split: str, size: int) -> Stream:
     parts = _load_dataset(data, streaming=True)
     rows, automatic = parts.part(split)
     keep = partial(in_split_of_stream, split=split) if automatic else None
-    return Stream(rows, f"data.path={data.path}", _base(data), keep, parts.notes)
+    return Stream(rows, f"data.path={data.path}", base_folder(data), keep, parts.notes)
 
 
 def _load_dataset(data: DataConfig, streaming: bool) -> HubParts:

@@ -113,7 +113,7 @@ def image_ids(config: ExperimentConfig) -> tuple[int, tuple[int, int]]:
     if path is not None:
         image = open_image_tokenizer(path, settings.size, settings.expect, settings.pixel_range)
         return image.vocab_size, image.grid
-    side = settings.size // (settings.model.patch * 2 ** (len(settings.model.block_out_channels) - 1))
+    side = settings.size // settings.model.cell
     return settings.model.codes, (side, side)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.comparison.arms import precision_note
-from t2i_lm.comparison.comparability import differences, revisions
+from t2i_lm.comparison.comparability import differences, revision_note
 from t2i_lm.plots.curves import Progress, progress
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import compact, text_table, upper_first
@@ -160,8 +160,7 @@ def _nonfinite(arms: Mapping[str, Run]) -> list[str]:
 
 def _revisions(runs: Iterable[Run]) -> list[str]:
     """A sentence where runs are of several code revisions."""
-    known = revisions(runs)
-    return [f"Code revisions: {', '.join(name[:7] for name in known)}."] if len(known) > 1 else []
+    return [f"{upper_first(note)}." for note in revision_note(runs)]
 
 
 def _differences(arms: Mapping[str, Run], varied: tuple[str, ...]) -> str:

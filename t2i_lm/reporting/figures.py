@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.comparability import IncomparableError, differences, following, revisions
+from t2i_lm.comparison.comparability import IncomparableError, differences, following, revision_note
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.panels import remove_caption
 from t2i_lm.reporting.images import PageImage, figure_image
@@ -148,5 +148,4 @@ def _notes(request: RecordingRequest) -> Iterator[str]:
     for key, values in request.differing.items():
         words = ", ".join(f"{arm} {str(value)[:SHOWN]}" for arm, value in zip(arms, values, strict=False))
         yield f"NOT CONTROLLED: {key}: {words}"
-    if len(known := revisions(request.arms.values())) > 1:
-        yield f"code revisions: {', '.join(one[:7] for one in known)}"
+    yield from revision_note(request.arms.values())

@@ -157,28 +157,25 @@ def _holder(file: Path) -> Owner | None:
 
 def has_ended(pid: int, born: str | None) -> bool:
     """Whether a process of this machine has ended; `born` is that of its `Owner`. False if unknown."""
+    return _lives(pid, born) is False
+
+
+def _lives(pid: int, born: str | None) -> bool | None:
+    """Whether a process of this machine lives; None if it is unknown whether it is another one with its number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return True
+        return False
     except PermissionError:  # it exists, and is another user's
         pass
     found = _born(pid)
-    return found is not None and born is not None and found != born
+    return None if found is None or born is None else found == born
 
 
 def _is_held(file: Path) -> bool:
     owner = _read(file)
-    if owner is not None and owner.machine == _machine():
-        try:
-            os.kill(owner.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # it exists, and is another user's
-            pass
-        born = _born(owner.pid)
-        if born is not None and owner.born is not None:
-            return born == owner.born
+    if owner is not None and owner.machine == _machine() and (lives := _lives(owner.pid, owner.born)) is not None:
+        return lives
     return _beats(file)
 
 

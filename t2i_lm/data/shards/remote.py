@@ -108,9 +108,7 @@ class RemoteFiles:
             persistently(attempt, url)
         except RemoteError as error:
             own.unlink(missing_ok=True)
-            raise ValueError(
-                f"token shard {url} {error}; --resume continues the run from its last checkpoint"
-            ) from error
+            raise ValueError(f"token shard {url} {error}; {RESUMES}") from error
         own.replace(target)
         make_room(self.folder, self.limit)
 

@@ -34,7 +34,7 @@ from t2i_lm.data.shards.row_groups import (
     write_digests,
 )
 from t2i_lm.data.splits import HELD_OUT_EVERY
-from t2i_lm.data.tables import Columns
+from t2i_lm.data.tables import Columns, base_folder
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 
 
@@ -72,7 +72,7 @@ def _streamed(config: ExperimentConfig, text: TextTokenizer, image: ImageTokeniz
     columns = _columns(found, origin)
     train = [(file, group) for file in range(len(found.train)) for group in range(len(found.train[file].rows))]
     val, held_out, notes = _held_out(found, train, data.val_size, origin)
-    base = _base(config)
+    base = base_folder(config.data)
     entry = {
         "rows": sum(found.train[file].rows[group] for file, group in train if (file, group) not in held_out),
         "rejects": {},
@@ -254,16 +254,10 @@ def images_of(config: ExperimentConfig, names: Sequence[str]) -> Iterator[Sample
     data, wanted = config.data, set(names)
     origin = f"data.path={data.path}"
     found = find_splits(str(data.path), origin)
-    columns, base = _columns(found, origin), _base(config)
+    columns, base = _columns(found, origin), base_folder(config.data)
     for file in [*found.train, *(found.val or ())]:
         for group, rows in enumerate(file.rows):
             places = [place for place in range(rows) if file.row_name(group, place) in wanted]
             if places:
                 samples = list(samples_of(file, group, columns, base))
                 yield from (samples[place] for place in places)
-
-
-def _base(config: ExperimentConfig) -> str:
-    """The folder that paths of images are relative to."""
-    path = Path(str(config.data.path))
-    return str(path) if path.is_dir() else ""
