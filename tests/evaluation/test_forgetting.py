@@ -191,7 +191,7 @@ def test_evaluate_refuses_wrong_inputs_before_loading_a_model(
     assert f"--forgetting {blank}: there is no text in it" in refused(probed.folder, "--forgetting", str(blank))
     for name in (str(tmp_path / "none"), "../none.txt", "org/books:test"):  # a name that is no file may be a dataset's
         said = refused(probed.folder, "--forgetting", name)
-        missing = "no such file" if name.endswith(".txt") else "is neither a file or folder nor a reachable"
+        missing = "nor a reachable Hugging Face dataset" if name.startswith("org") else "no such file or folder"
         assert f"--forgetting='{name}'" in said
         assert missing in said
     assert "is not a run folder and contains none" in refused(tmp_path / "nowhere", *text)
