@@ -82,13 +82,18 @@ class Forked:
         return output, None
 
 
-def _run_module(module: str, arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> None:
-    output = os.open(log, os.O_WRONLY)
+def write_into(log: Path, environment: dict[str, str]) -> None:
+    """Makes a forked process one of its own: output, variables of the environment, one thread."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)
-    os.environ |= {"OMP_NUM_THREADS": "1"} | environment
-    os.chdir(ROOT)
+    os.environ |= environment
     torch.set_num_threads(1)
+
+
+def _run_module(module: str, arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> None:
+    write_into(log, {"OMP_NUM_THREADS": "1"} | environment)
+    os.chdir(ROOT)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

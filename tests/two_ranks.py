@@ -5,11 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
 from tests.callbacks.toy_run import finish, free_port, server
+from tests.runs import write_into
 
 
 def environments(nodes: int = 1) -> list[dict[str, str]]:
@@ -64,11 +63,7 @@ def _train(
     command: Callable[[list[str]], int],
     around: Callable[[Callable[[], int]], int] | None,
 ) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ |= environment
-    torch.set_num_threads(1)
+    write_into(log, environment)
     code = command(arguments) if around is None else around(lambda: command(arguments))
     sys.stdout.flush()
     os._exit(code)

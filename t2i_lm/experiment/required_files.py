@@ -57,7 +57,8 @@ def missing_paths(configs: Iterable[ExperimentConfig]) -> list[str]:
     counts: Counter[str] = Counter()
     for config in configs:
         absent = absent_files(config)
-        counts.update(f"{key}={path}" for key, path in absent.items() if key not in to_fetch(absent))
+        fetched = to_fetch(absent)
+        counts.update(f"{key}={path}" for key, path in absent.items() if key not in fetched)
     return [f"missing path: {word} ({count} run{'s' * (count > 1)} to train)" for word, count in counts.items()]
 
 

@@ -143,12 +143,10 @@ def find_group(root: Path, group: Group) -> dict[str, Run]:
         if len(arms) >= len(complete):
             complete = arms
     if len(complete) < group.required:
-        partner = f" with a partner among {', '.join(name for _, name in others)}" if others else ""
-        partner = partner or " with one to compare it with"
-        raise MissingRunsError(
-            f"no run of {reference} in {root}{partner if group.required > 1 else ''}; to make them: {group.command}"
-            + "".join(f"; {line}" for line in _in_settings(root, reference))
-        )
+        names = ", ".join(name for _, name in others)
+        partner = f" with a partner among {names}" if names else " with one to compare it with"
+        lines = [f"no run of {reference} in {root}{partner if group.required > 1 else ''}"]
+        raise MissingRunsError("; ".join([*lines, f"to make them: {group.command}", *_in_settings(root, reference)]))
     return complete
 
 

@@ -74,7 +74,7 @@ def one_rank(rank: int, world: int, port: int, weights: Path, out: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [4])  # 3 batches: one rank has none
+@pytest.mark.parametrize("world", [2, 4])  # 3 batches: one rank has two, or none
 def test_several_ranks_equal_one(world: int, inception_weights: Path, tmp_path: Path) -> None:
     """With samples after ragged prompts, which another split into batches would change."""
     port = free_port()

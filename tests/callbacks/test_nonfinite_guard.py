@@ -56,7 +56,7 @@ def test_ranks_skip_together_when_one_has_a_nan(tmp_path: Path, rank: int) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_skip_a_spike_together_and_a_resumed_run_the_same(tmp_path: Path, rank: int) -> None:
     harm = {"spike_at": [9, 12], "on_rank": rank}
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -1,9 +1,12 @@
-"""A page of the report as elements and text, read by the standard library's parser."""
+"""A page of the report as elements and text, read by the standard library's parser; pages without figures."""
 
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-# An image of one pixel, in place of figures that a test does not look at.
+import pytest
+
+from t2i_lm.reporting.images import PageImage
+
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -62,6 +65,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.open[-1].children.append(data)
+
+
+def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
+    """An image of one pixel in place of each figure of a page, for tests that do not look at them."""
+    for module in ("figures", "sections", "sweeps"):
+        patch.setattr(f"t2i_lm.reporting.{module}.figure_image", lambda figure: PageImage(PIXEL, 1, 1, True))
 
 
 def parse(text: str) -> Element:

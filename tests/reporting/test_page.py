@@ -14,13 +14,12 @@ from t2i_lm import compare, report
 from t2i_lm.generation.grid import save_grid
 from t2i_lm.plots.catalogue import FIGURES, figure2
 from t2i_lm.reporting.claims import CLAIMS
-from t2i_lm.reporting.images import PageImage
 from t2i_lm.reporting.provenance import config_hash
 from t2i_lm.reporting.setup import setup_rows
 from t2i_lm.storage.owner import own
 from t2i_lm.storage.run_folder import OWNER, read_run
 from tests.plots.synthetic_runs import EXPERIMENTS, read_lines, write_probe, write_relearning, write_run
-from tests.reporting.parsed import PIXEL, Element, parse
+from tests.reporting.parsed import Element, leave_out_figures, parse
 
 PLAN = """
 seeds: [0, 1, 2]
@@ -61,8 +60,7 @@ def write_samples(folder: Path, captions: list[str]) -> None:
 @pytest.fixture
 def page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs the command on a folder of runs: exit code, page, stderr. Images of figures are left to `full`."""
-    for module in ("figures", "sections", "sweeps"):
-        monkeypatch.setattr(f"t2i_lm.reporting.{module}.figure_image", lambda figure: PageImage(PIXEL, 1, 1, True))
+    leave_out_figures(monkeypatch)
     plan = tmp_path / "study.yaml"
     plan.write_text(PLAN)
 

@@ -7,11 +7,10 @@ import pytest
 
 from t2i_lm.comparison.study_plan import Study, first_seeds, read_study
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.reporting.images import PageImage
 from t2i_lm.reporting.study_page import write_page
 from t2i_lm.training.study import StudyRun, compare_arms, shown_runs, study_runs
 from t2i_lm.training.study_results import results_of
-from tests.reporting.parsed import PIXEL, Element, parse
+from tests.reporting.parsed import Element, leave_out_figures, parse
 from tests.study_folders import finish
 
 EXPERIMENTS = Path("experiments")
@@ -35,8 +34,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[StudyRu
     results = results_of(plan, compare_arms(plan, runs))
     with pytest.MonkeyPatch.context() as patch:  # figures have tests of their own
         patch.setattr("t2i_lm.reporting.study_page.write_figures", lambda *_, **__: 0)
-        for module in ("figures", "sections", "sweeps"):
-            patch.setattr(f"t2i_lm.reporting.{module}.figure_image", lambda figure: PageImage(PIXEL, 1, 1, True))
+        leave_out_figures(patch)
         assert write_page(plan, runs, results, PLAN, EXPERIMENTS, folder, strict=True) == 0
     return plan, runs, parse((folder / "report.html").read_text())
 
