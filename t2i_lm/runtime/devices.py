@@ -107,7 +107,11 @@ def multiplies_bfloat16(device: str) -> bool:
     """Whether bfloat16 matmuls are faster than float32 on a device type (`cuda`, `cpu`)."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    # oneDNN also supports AVX-512 processors without instructions for bfloat16, several times slower than float32.
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @contextmanager

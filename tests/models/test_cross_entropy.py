@@ -11,7 +11,6 @@ import t2i_lm.models.cross_entropy as losses
 import t2i_lm.models.padded_rows as padded_rows
 from t2i_lm.config.sections import LOSS_BACKENDS
 from t2i_lm.models.cross_entropy import BACKENDS, TokenLoss, chunk_size, loss_backend
-from t2i_lm.runtime.devices import multiplies_bfloat16
 from tests.marks import needs_torchs
 
 Backend = Callable[..., TokenLoss]
@@ -191,8 +190,3 @@ def test_a_torch_without_a_chunked_loss_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
     with pytest.raises(ValueError, match=r"loss\.backend=torch: torch .* has no chunked loss; use loss\.backend=fused"):
         loss_backend("torch")
-
-
-def test_bfloat16_support_is_that_of_the_processor() -> None:
-    assert multiplies_bfloat16("cpu") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert not multiplies_bfloat16("meta")
