@@ -1,5 +1,6 @@
 """Unsupported devices and precisions are refused by name, and out-of-memory errors name the keys that help."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,26 @@ from t2i_lm.experiment.dry_run import plan
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.flops import PEAKS, flop_per_token, formula, peak_flops, product_parameters
-from t2i_lm.runtime.devices import is_out_of_memory, memory_advice, require_device
+from t2i_lm.runtime.devices import is_out_of_memory, memory_advice, multiplies_bfloat16, require_device
 from t2i_lm.train import main
 from t2i_lm.training import run as session
 from tests.marks import needs_gpu, needs_torchs
 from tests.runs import EXPERIMENTS, PRETRAINED, train
+
+
+def processor_seconds(dtype: torch.dtype) -> float:
+    """Processor time of one matmul of 512 x 512 matrices, all threads together."""
+    matrix_DD = torch.ones(512, 512, dtype=dtype)
+    before = time.process_time()
+    torch.mm(matrix_DD, matrix_DD)
+    return time.process_time() - before
+
+
+def test_bfloat16_is_chosen_where_the_processor_multiplies_it_faster_than_float32() -> None:
+    rounds = [(processor_seconds(torch.bfloat16), processor_seconds(torch.float32)) for _ in range(20)]
+    bfloat16, float32 = (min(column) for column in zip(*rounds, strict=True))
+    assert multiplies_bfloat16("cpu") == (bfloat16 < float32), (bfloat16, float32)
+    assert not multiplies_bfloat16("meta")
 
 
 @pytest.mark.parametrize("accelerator", ["tpu", "gpu", "cuda"])
