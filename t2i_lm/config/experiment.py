@@ -381,6 +381,18 @@ class ExperimentConfig(Section):
         """Initial image rows: `new_rows`, where init=aligned implies aligned."""
         return "aligned" if self.init == "aligned" else self.new_rows
 
+    @property
+    def notes(self) -> list[str]:
+        """A line for each key that is set and has no effect."""
+        decoder = ("trainer.compile", "trainer.activation_checkpointing", "loss.z")
+        no_decoder = self.task in ("align", "image_tokenizer")
+        unused = {
+            key: f"task={self.task} trains no language model" for key in decoder if no_decoder and self.value(key)
+        }
+        if self.aligned_rows is not None and self.image_rows != "aligned":
+            unused["aligned_rows"] = f"init={self.init} and new_rows={self.new_rows} start from no aligned rows"
+        return [f"note: {key}={self.value(key)} has no effect: {reason}" for key, reason in unused.items()]
+
     def require_paths(self) -> None:
         """Checks that every path is set that a run reads, and no path to data that it does not; a dry run does without.
 

@@ -125,6 +125,7 @@ def describe(config: ExperimentConfig) -> str:
     fetched = {key: f" (a run fetches it; or: {command})" for key, command in to_fetch(absent).items()}
     lines += [f"missing: {key}={path}{fetched.get(key, '')}" for key, path in absent.items()]
     lines += [f"plug-in: {key} of {identity}" for key, identity in plugin_identities(config).items()]
+    lines += config.notes
     lines.append(f"precision here: {precision(config)}")
     total, trainable = parameter_count(planned.model), parameter_count(planned.model, trainable=True)
     if not isinstance(planned.model, Backbone):

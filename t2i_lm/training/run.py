@@ -99,11 +99,11 @@ def _run(config: ExperimentConfig, resume: Path | None, allowed: Sequence[str], 
     require_logger(config.log.logger)
     loss_backend(config.loss.backend)
     require_texts(config)
-    if config.aligned_rows is not None and config.image_rows != "aligned":
-        unused = f"init={config.init} and new_rows={config.new_rows} start from no aligned rows"
-        print(f"note: aligned_rows={config.aligned_rows} is not used: {unused}", file=sys.stderr)
-    config = resolve_aligned_rows(config)
     is_main = is_first_process(config.trainer.processes) and FOLDER_VARIABLE not in os.environ
+    if is_main:
+        for line in config.notes:
+            print(line, file=sys.stderr)
+    config = resolve_aligned_rows(config)
     resumption = None
     if resume is not None:
         if is_main:

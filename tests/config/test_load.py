@@ -207,6 +207,26 @@ def test_remedies_that_cannot_be_right_are_refused(overrides: str, message: str)
         load_experiment(PRETRAINED, "demo", overrides.split())
 
 
+@pytest.mark.parametrize(
+    ("experiment", "override", "reason"),
+    [
+        ("align", "loss.z=0.1", "task=align trains no language model"),
+        ("image_tokenizer", "trainer.compile=true", "task=image_tokenizer trains no language model"),
+        ("image_tokenizer", "trainer.activation_checkpointing=true", "task=image_tokenizer trains no language model"),
+        ("t2i_scratch", "aligned_rows=rows", "init=random and new_rows=random start from no aligned rows"),
+    ],
+)
+def test_a_key_without_effect_is_noted(experiment: str, override: str, reason: str) -> None:
+    key, _, value = override.partition("=")
+    noted = load_experiment(PRETRAINED.with_stem(experiment), "demo", [override]).notes
+    assert noted == [f"note: {key}={value.capitalize() if value == 'true' else value} has no effect: {reason}"]
+
+
+@pytest.mark.parametrize("override", ["loss.z=0.1", "trainer.compile=true", "trainer.activation_checkpointing=true"])
+def test_a_key_with_effect_is_not_noted(override: str) -> None:
+    assert not load_experiment(PRETRAINED, "demo", [override]).notes
+
+
 def test_an_unknown_scale_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="demo, flickr8k, paper"):
         load_experiment(PRETRAINED, "huge")
