@@ -57,7 +57,7 @@ def one_at_a_time(data: Any) -> Callable[[], Any]:
 
     from t2i_lm.data.datamodules import make_sampler
     from t2i_lm.data.sampler import choose_caption
-    from t2i_lm.data.shards.format import open_split
+    from t2i_lm.data.shards.parts import open_split
 
     split, layout, config = open_split(data.folder, "train"), data.layout, data.config
 

@@ -13,7 +13,8 @@ from PIL import Image
 from sentencepiece import SentencePieceTrainer
 
 from t2i_lm.config.load import load_experiment
-from t2i_lm.data.shards.format import open_split, read_index
+from t2i_lm.data.shards.format import read_index
+from t2i_lm.data.shards.parts import open_split
 from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
 from t2i_lm.data.shards.tokenize import text_rows
 from t2i_lm.experiment.build import ImageExperiment, build

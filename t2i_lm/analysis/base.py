@@ -20,7 +20,8 @@ from callbacks.files.checkpoint_io import digests
 from t2i_lm.comparison.comparability import ORDER, require_comparable
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import PairBatches
-from t2i_lm.data.shards.format import Parts, read_index, validation_splits
+from t2i_lm.data.shards.format import read_index, validation_splits
+from t2i_lm.data.shards.parts import Parts
 from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import image_config, load_initial, load_trained, newest_checkpoint

@@ -14,7 +14,8 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import Batch, BatchDataModule, Batches, CaptionedIds
 from t2i_lm.data.order import CURRENT, Indices, former_permutation, keyed
 from t2i_lm.data.sampler import Draw
-from t2i_lm.data.shards.format import Parts, validation_splits
+from t2i_lm.data.shards.format import validation_splits
+from t2i_lm.data.shards.parts import Parts
 from t2i_lm.tokenizers.layout import IntArray
 
 

@@ -25,8 +25,9 @@ from t2i_lm.config.sections import SHARDED
 from t2i_lm.data.order import CURRENT, FORMER, FormerOrder, Indices, Order, PartsOrder, ShuffledOrder
 from t2i_lm.data.sampler import REPLAYED, Draw, IndexSampler, choose_caption, drops_caption
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import STREAM, Parts, read_index, validation_splits
+from t2i_lm.data.shards.format import STREAM, read_index, validation_splits
 from t2i_lm.data.shards.made_parts import StreamedParts
+from t2i_lm.data.shards.parts import Parts
 from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.data.text_ratio import TextRatio
 from t2i_lm.runtime.devices import uses_gpu

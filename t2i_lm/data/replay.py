@@ -16,7 +16,8 @@ from t2i_lm.data.datamodules import Batch, Batches, PairBatches, PairDataModule
 from t2i_lm.data.order import CURRENT, Indices, former_permutation, keyed
 from t2i_lm.data.sampler import REPLAYED, Draw
 from t2i_lm.data.shards.cache import FORMAT, Prepared, write_once
-from t2i_lm.data.shards.format import Parts, write_index
+from t2i_lm.data.shards.format import write_index
+from t2i_lm.data.shards.parts import Parts
 from t2i_lm.data.shards.tokenize import write_text_split
 from t2i_lm.data.text import read_documents
 from t2i_lm.tokenizers.base import TextTokenizer

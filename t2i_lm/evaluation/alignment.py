@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.parts import open_split
 from t2i_lm.evaluation.parts import part
 from t2i_lm.experiment.build import AlignmentExperiment
 from t2i_lm.models.aligned_rows import FILE, write_aligned_rows

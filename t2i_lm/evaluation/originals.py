@@ -12,7 +12,7 @@ import torch
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.pairs import cropped_images
 from t2i_lm.data.scenes.scene import render, scene_of
-from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.parts import open_split
 from t2i_lm.data.shards.prepare import cut
 from t2i_lm.data.shards.streamed import images_of, is_streamed
 from t2i_lm.data.sources import open_source

@@ -16,7 +16,7 @@ from callbacks.checkpoints import step_of
 from t2i_lm.config.load import load_run
 from t2i_lm.config.sections import SHARDED
 from t2i_lm.data.scenes.scene import SIZE
-from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.parts import open_split
 from t2i_lm.data.sources import SCENE_SPLITS
 from t2i_lm.evaluation.alignment import TABLE, alignment_report
 from t2i_lm.evaluation.forgetting import TABLE as COMPLETIONS

@@ -20,7 +20,7 @@ from t2i_lm.data.scenes.cells import code_meaning
 from t2i_lm.data.scenes.checker import check, shares_right
 from t2i_lm.data.scenes.oracle import SIDE
 from t2i_lm.data.scenes.source import SceneSource
-from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.parts import open_split
 from t2i_lm.data.shards.tokenize import stack_images, text_rows
 from t2i_lm.data.text import read_documents
 from t2i_lm.experiment.build import (

@@ -15,7 +15,7 @@ from PIL import Image
 from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.pairs import RejectedPairError
-from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.parts import open_split
 from t2i_lm.data.sources import open_source
 from t2i_lm.data.tars import find_tars, open_tars
 from t2i_lm.prepare import main

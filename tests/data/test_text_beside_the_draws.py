@@ -12,7 +12,7 @@ from t2i_lm.data.datamodules import PairBatches
 from t2i_lm.data.order import CURRENT, FORMER
 from t2i_lm.data.replay import ReplayBatches
 from t2i_lm.data.sampler import REPLAYED
-from t2i_lm.data.shards.format import Parts
+from t2i_lm.data.shards.parts import Parts
 from tests.data.shards.pair_shards import LAYOUT, write_pairs
 
 WINDOWS = 23

@@ -19,7 +19,8 @@ from t2i_lm.config.experiment import ExperimentConfig, may_move
 from t2i_lm.config.image_tokenizer import VQModelConfig
 from t2i_lm.config.load import flatten, load_run, save_experiment
 from t2i_lm.data.datamodules import PairBatches
-from t2i_lm.data.shards.format import PART, Parts, read_part
+from t2i_lm.data.shards.format import PART, read_part
+from t2i_lm.data.shards.parts import Parts
 from t2i_lm.evaluation.base import read_result
 from t2i_lm.models.open_lm import load_open_lm, save_open_lm
 from t2i_lm.storage.cards import CARD, write_card

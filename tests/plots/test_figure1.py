@@ -12,7 +12,7 @@ from PIL import Image
 
 from t2i_lm.config.load import load_run
 from t2i_lm.data.scenes.source import SceneSource
-from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.parts import open_split
 from t2i_lm.evaluation.originals import originals
 from t2i_lm.experiment.build import prepare
 from t2i_lm.generation.grid import grid_cells

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from t2i_lm.config.load import load_run
-from t2i_lm.data.shards.format import open_split
+from t2i_lm.data.shards.parts import open_split
 from t2i_lm.experiment.build import prepare
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.storage.run_folder import Run

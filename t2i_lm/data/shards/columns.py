@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from t2i_lm.data.shards.format import Parts
+from t2i_lm.data.shards.parts import Parts
 from t2i_lm.tokenizers.layout import IntArray
 
 Offsets = npt.NDArray[np.int64]

@@ -9,15 +9,8 @@ from typing import Any
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.shards.cache import say
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import (
-    INDEX,
-    PARTS,
-    Parts,
-    read_index,
-    validation_splits,
-    validations_in,
-    write_index,
-)
+from t2i_lm.data.shards.format import INDEX, PARTS, read_index, validation_splits, validations_in, write_index
+from t2i_lm.data.shards.parts import Parts
 from t2i_lm.storage.sealed import DIGEST
 
 # Key of the index: `images` that recur, and the ids of the `first` with its twin; by split where there are several.

@@ -26,15 +26,9 @@ from t2i_lm.data.order import Indices
 from t2i_lm.data.pairs import Pair, Sample
 from t2i_lm.data.shards.cache import say
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import (
-    STREAM,
-    PartError,
-    Parts,
-    pair_features,
-    read_index,
-    validations_in,
-)
+from t2i_lm.data.shards.format import STREAM, pair_features, read_index, validations_in
 from t2i_lm.data.shards.held_out import ids_digest
+from t2i_lm.data.shards.parts import PartError, Parts
 from t2i_lm.data.shards.rejects import NOTE_AFTER, Rejects
 from t2i_lm.data.shards.remote import RESUMES, RemoteError, make_room, touch
 from t2i_lm.data.shards.row_groups import StoredFile, pixel_digest, read_digests, samples_of

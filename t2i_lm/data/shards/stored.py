@@ -9,8 +9,9 @@ from typing import Any
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.shards.cache import say, short_hash
-from t2i_lm.data.shards.format import PARTS, Parts, data_hash, read_index
+from t2i_lm.data.shards.format import PARTS, data_hash, read_index
 from t2i_lm.data.shards.held_out import RECURRING, require_held_out
+from t2i_lm.data.shards.parts import Parts
 from t2i_lm.data.shards.remote import RemoteFiles, is_url, read_remote_index
 from t2i_lm.storage.writing import DiskError, write_atomic
 

@@ -16,7 +16,8 @@ from t2i_lm.data.identity import content_of
 from t2i_lm.data.replay import prepare_replay
 from t2i_lm.data.scenes.version import SCENES_FORMAT
 from t2i_lm.data.shards.cache import KEY, Prepared, shards_of
-from t2i_lm.data.shards.format import open_split, read_index, write_index
+from t2i_lm.data.shards.format import read_index, write_index
+from t2i_lm.data.shards.parts import open_split
 from t2i_lm.data.shards.prepare import prepare_text
 from t2i_lm.tokenizers.text import open_text_tokenizer
 from tests.runs import PRETRAINED

@@ -7,7 +7,8 @@ import numpy as np
 
 from t2i_lm.data.datamodules import CaptionedIds
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import Parts, open_split, pair_features, part_folder, read_part, write_index, write_part
+from t2i_lm.data.shards.format import pair_features, part_folder, read_part, write_index, write_part
+from t2i_lm.data.shards.parts import Parts, open_split
 
 COUNTS = (3, 1, 2, 4, 1)  # captions of each row
 

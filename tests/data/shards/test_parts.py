@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig, TrainerConfig
 from t2i_lm.data.datamodules import PairBatches, PairDataModule
-from t2i_lm.data.shards.format import PARTS, PartError, Parts, open_split, part_folder, read_index, write_index
+from t2i_lm.data.shards.format import PARTS, part_folder, read_index, write_index
+from t2i_lm.data.shards.parts import PartError, Parts, open_split
 from t2i_lm.storage.sealed import DIGEST
 from t2i_lm.tokenizers.layout import IntArray
 from tests.data.shards.pair_shards import LAYOUT, write_pairs

@@ -19,7 +19,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig, OptimConfig, TrainerConfig
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, make_sampler
 from t2i_lm.data.shards import remote
-from t2i_lm.data.shards.format import PartError, Parts
+from t2i_lm.data.shards.parts import PartError, Parts
 from t2i_lm.data.shards.stored import stored_shards
 from tests.data.http_server import serving
 from tests.data.shards.pair_shards import LAYOUT, TOKENIZERS, write_pairs

@@ -24,8 +24,9 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, make_sampler
 from t2i_lm.data.shards import remote
-from t2i_lm.data.shards.format import PartError, Parts, open_split, read_index
+from t2i_lm.data.shards.format import read_index
 from t2i_lm.data.shards.made_parts import MAKER, MAKERS, StreamedParts, replaced
+from t2i_lm.data.shards.parts import PartError, Parts, open_split
 from t2i_lm.data.shards.prepare import prepare_pairs
 from t2i_lm.data.shards.streamed import training_shards
 from t2i_lm.experiment.build import open_image, open_text

@@ -10,7 +10,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.datamodules import PairBatches
 from t2i_lm.data.shards.cache import shards_of
-from t2i_lm.data.shards.format import Parts
+from t2i_lm.data.shards.parts import Parts
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.open_lm import decoder_config

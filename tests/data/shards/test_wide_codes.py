@@ -12,7 +12,7 @@ from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.datamodules import PairBatches
 from t2i_lm.data.scenes.source import SceneSource
 from t2i_lm.data.shards.columns import PairColumns
-from t2i_lm.data.shards.format import Parts
+from t2i_lm.data.shards.parts import Parts
 from t2i_lm.data.shards.prepare import prepare_pairs
 from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.tokenizers.joint_vocab import JointVocab
