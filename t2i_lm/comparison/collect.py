@@ -19,7 +19,7 @@ from t2i_lm.comparison.arms import unfinished
 from t2i_lm.comparison.comparability import ARM_KEYS, ENVIRONMENT, ORDER, SEED, config_values, differences
 from t2i_lm.comparison.portable import portable, portable_config
 from t2i_lm.comparison.thinning import TRAIN, thinned_records
-from t2i_lm.config.experiment import is_neutral
+from t2i_lm.config.key_groups import is_neutral
 from t2i_lm.config.load import changed_yaml, flatten_mapping
 from t2i_lm.evaluation.base import FINISHED, read_result
 from t2i_lm.storage.line_digests import signed

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from functools import cache
 from typing import Any
 
-from t2i_lm.config.experiment import ExperimentConfig, is_neutral
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import is_neutral
 from t2i_lm.config.load import flatten_mapping, migrate
 from t2i_lm.storage.run_folder import CONFIG, Run
 

@@ -27,7 +27,7 @@ from t2i_lm.comparison.plan import Plan, setting_folder, setting_words
 from t2i_lm.comparison.statistics import PairedStatistics
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS, Family
 from t2i_lm.comparison.tables import interval_text, value_text
-from t2i_lm.config.experiment import is_neutral
+from t2i_lm.config.key_groups import is_neutral
 from t2i_lm.runtime.tables import compact, text_table
 from t2i_lm.storage.run_folder import Run
 

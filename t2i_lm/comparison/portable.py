@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.config.experiment import PATH_KEYS
+from t2i_lm.config.key_groups import PATH_KEYS
 
 # A path of two or more parts inside a text: neither an address of the web nor a closing tag.
 _PATH = re.compile(r"(?<![\w./<~-])/(?!/)[^\s/:;,'\"()<>|\[\]]+(?:/[^\s/:;,'\"()<>|\[\]]+)+/?")

@@ -1,4 +1,4 @@
-"""An experiment: its sections, the rules between them, and which keys change what is computed.
+"""An experiment: its sections, what follows from several of their keys, and the rules between them.
 
 Standard library only. `load.py` merges YAML files into this frozen dataclass; a change is `dataclasses.replace`.
 A wrong value raises a ValueError that names the key, the value and the allowed values.
@@ -11,6 +11,7 @@ from typing import Any
 
 from t2i_lm.config.forgetting import NOVELS, ForgettingConfig
 from t2i_lm.config.image_tokenizer import ImageTokenizerConfig
+from t2i_lm.config.key_groups import PLUGIN_KEYS
 from t2i_lm.config.lora import LoraConfig
 from t2i_lm.config.sections import (
     CODE,
@@ -38,83 +39,9 @@ CONTROLS = ("words_shuffled", "brackets", "digits")  # of data/control_text.py
 LOSS_ROWS = ("all", "image")
 INITS = ("pretrained", "random", "shuffled", "gaussian", "mimetic", "body_only", "embeddings_only", "aligned")
 NEW_ROWS = ("random", "mean", "aligned", "codebook", "words")
-# Keys that may select a plug-in.
-PLUGIN_KEYS = ("backbone.path", "text_tokenizer.path", "image_tokenizer.path", "data.source")
-# Keys of files and folders: `~` is the home folder, and a relative path starts where the run was started.
-PATH_KEYS = (
-    "aligned_rows",
-    "backbone.path",
-    "backbone.config",
-    "text_tokenizer.path",
-    "image_tokenizer.path",
-    "data.path",
-    "data.val_path",
-    "data.second_val_path",
-    "data.cache_dir",
-    "data.replay_path",
-    "fid.coco",
-    "fid.weights",
-    "forgetting.text",
-    "forgetting.second_text",
-    "forgetting.tasks",
-    "run.dir",
-)
 
-# Keys that change no curve, in three groups; `samples.` stands for all keys of the section.
-# 1. Where a run works, what it prints, and limits at which it stops. These may change when it is resumed.
-RESUMABLE = (
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.accelerator",
-    "trainer.threads",
-    "trainer.rank_timeout",
-    "trainer.phase_timeout",
-    "trainer.checkpoint_interval",
-    "trainer.keep_steps",
-    "data.workers",
-    "data.remote_cache_gib",
-    "log.logger",
-    "data.max_reject_share",
-    "data.max_recurring_share",
-    "data.max_truncated_share",
-)
-# 2. Where files lie, and what they must be.
-PLACES = ("run.", "data.cache_dir", "image_tokenizer.expect", "allow_code")
-# 3. What else a run measures, and at what cost it computes the same. Runs that differ here report other things.
-REPORTED = (
-    "samples.",
-    "fid.",
-    "forgetting.",
-    "trainer.packing",
-    "trainer.activation_checkpointing",
-    "data.pad_to_multiple_of",
-)
-
-
-# Keys that decide the model, the order of the data or an average, and cannot change within a run.
-FIXED = (
-    "name",
-    "task",
-    "scale",
-    "seed",
-    "init",
-    "tune",
-    "freeze",
-    "modality_experts",
-    "image_tokenizer.words",
-    "image_tokenizer.caption_weight",
-    "new_rows",
-    "loss_rows",
-    "backbone.",
-    "lora.",
-    "optim.name",
-    "data.source",
-    "data.batch_size",
-    "data.seed",
-    "trainer.accumulate_grad_batches",
-    "log.ema",
-)
+# Whether a config is refused, for which key, and what is expected there.
+Rule = tuple[bool, str, str]
 
 
 def is_file_name(name: str) -> bool:
@@ -126,30 +53,6 @@ def stays_inside(path: str) -> bool:
     """Whether a path names a folder below the one that it starts from."""
     parts = path.split("/")
     return all(part not in (".", "..") for part in parts) and parts[0] != "" and "\0" not in path
-
-
-def is_fixed(key: str) -> bool:
-    """Whether a dotted key cannot change within a run."""
-    return _among(key, FIXED) and key not in PATH_KEYS
-
-
-def may_move(key: str) -> bool:
-    """Whether a dotted key may change on resume: where a run works and where its files lie, whose content is hashed."""
-    return _among(key, (*RESUMABLE, *PLACES, *PATH_KEYS))
-
-
-def is_neutral(key: str) -> bool:
-    """Whether a dotted key changes no curve."""
-    return _among(key, (*RESUMABLE, *PLACES, *REPORTED))
-
-
-def is_reported(key: str) -> bool:
-    """Whether a key changes no curve, but what a run reports beside its curves."""
-    return _among(key, REPORTED)
-
-
-def _among(key: str, group: tuple[str, ...]) -> bool:
-    return any(key == one or (one.endswith(".") and key.startswith(one)) for one in group)
 
 
 @dataclass(frozen=True)
@@ -211,7 +114,7 @@ class ExperimentConfig(Section):
         self.one_of("loss_rows", LOSS_ROWS)
         self.check(0 <= self.seed < 2**32, "seed", "a value in [0, 2**32)")
         self.check(not any("," in group for group in self.freeze), "freeze", "names in brackets, such as [ffn,norm]")
-        for refused, key, expected in self._rules():
+        for refused, key, expected in rules(self):
             require(not refused, key, self.value(key), expected)
 
     def value(self, key: str) -> Any:
@@ -220,150 +123,6 @@ class ExperimentConfig(Section):
         for name in key.split("."):
             value = getattr(value, name)
         return value
-
-    def _rules(self) -> Iterator[tuple[bool, str, str]]:
-        """Rules between keys, in the order in which they are checked: (refused, key, expected value)."""
-        task, data, optim, trainer = f"task={self.task}", self.data, self.optim, self.trainer
-        sharded = f"trainer.strategy={trainer.strategy}"
-        for key in PLUGIN_KEYS:
-            code = (self.value(key) or "").startswith(CODE)
-            yield (
-                code and not self.allow_code,
-                key,
-                "a path or a plug-in; code: runs code, which requires allow_code=true",
-            )
-
-        # Tasks
-        text, image_tokenizer, align = (self.task == name for name in ("text", "image_tokenizer", "align"))
-        yield text != (data.source == "text"), "data.source", f"{'' if text else 'not '}text with {task}"
-        yield (text or image_tokenizer) and self.init != "random", "init", f"random, with which {task} starts"
-        yield self.loss_rows != "all" and self.task != "unconditional", "loss_rows", f"all with {task}"
-        yield data.control not in (None, *CONTROLS), "data.control", f"null or one of {', '.join(CONTROLS)}"
-        yield data.control is not None and not text, "data.control", f"null with {task}"
-        ratio = data.text_ratio is not None
-        yield ratio and self.task != "text_to_image", "data.text_ratio", f"null with {task}"
-        joined = f"random or all with data.text_ratio={data.text_ratio}, which is of the mean length of all captions"
-        yield ratio and data.captions == "first", "data.captions", joined
-        yield self.fid.interval is not None and self.task != "text_to_image", "fid.interval", f"null with {task}"
-        for key, plain, word in (
-            ("trainer.packing", False, "false"),
-            ("trainer.fp8", False, "false"),
-            ("trainer.autotune", False, "false"),
-            ("loss.backend", "fused", "fused"),
-            ("optim.name", "adamw", "adamw"),
-        ):
-            no_language_model = f"{word}, {task} trains no language model"
-            yield (align or image_tokenizer) and self.value(key) != plain, key, no_language_model
-        # A scale's default on shipped text is no request: it is left out where a run cannot measure.
-        forgetting = self.forgetting.interval is not None and self.forgetting.text != NOVELS
-        kept = self.task in KEEPS_LANGUAGE
-        yield forgetting and not kept, "forgetting.interval", f"null, {task} keeps no language model"
-        yield image_tokenizer and not data.has_images, "data.source", f"a source of images with {task}"
-        yield image_tokenizer and self.tune != "all", "tune", f"all with {task}"
-        yield image_tokenizer and bool(self.freeze), "freeze", f"an empty list with {task}"
-        cell = self.image_tokenizer.model.cell
-        whole_cells = self.image_tokenizer.size % cell == 0
-        yield image_tokenizer and not whole_cells, "image_tokenizer.size", f"a multiple of {cell}, the side of an id"
-        too_few = data.val_size is not None and data.val_size < data.batch_size
-        in_batches = f"on whole batches of data.batch_size={data.batch_size}, since the loss depends on their size"
-        if image_tokenizer and self.image_tokenizer.caption_weight > 0:
-            whole = (
-                f"1, image_tokenizer.caption_weight={self.image_tokenizer.caption_weight:g} compares the whole batch"
-            )
-            yield trainer.accumulate_grad_batches != 1, "trainer.accumulate_grad_batches", whole
-            yield data.captions == "all", "data.captions", f"first or random with {task}, which takes each image once"
-            yield too_few, "data.val_size", f"null or at least a batch: captions are compared {in_batches}"
-        if align:
-            rows_alone = f"{task} trains the image rows alone, from random ones"
-            yield self.tune != "all", "tune", f"all, {rows_alone}"
-            yield bool(self.freeze), "freeze", f"an empty list, {rows_alone}"
-            yield self.new_rows != "random", "new_rows", f"random, {rows_alone}"
-            yield self.init == "aligned", "init", f"another than aligned, {rows_alone}"
-            whole = f"1, {task} takes its negatives from the whole batch"
-            yield trainer.accumulate_grad_batches != 1, "trainer.accumulate_grad_batches", whole
-            yield too_few, "data.val_size", f"null or at least a batch: {task} validates {in_batches}"
-
-        # Initial weights
-        aligned_twice = self.init == "aligned" and self.new_rows not in ("random", "aligned")
-        yield aligned_twice, "new_rows", "random or aligned with init=aligned, whose image rows are aligned"
-
-        # Remedies
-        for key, used in (
-            ("loss.text_weight", self.loss.text_weight != 1),
-            ("loss.image_weight", self.loss.image_weight != 1),
-            ("loss.replay_weight", self.loss.replay_weight != 1),
-            ("distil.weight", self.distil.weight > 0),
-            ("data.replay_ratio", data.replay_ratio > 0),
-            ("lora.rank", self.lora.rank > 0),
-            ("modality_experts", self.modality_experts),
-            ("optim.gradient_projection", optim.gradient_projection),
-        ):
-            off = "1" if key.startswith("loss") else "false" if isinstance(self.value(key), bool) else "0"
-            yield used and self.task != "text_to_image", key, f"{off} with {task}, it is for task=text_to_image"
-        no_language = self.init not in ("pretrained", "aligned")
-        no_images = self.task not in ("text_to_image", "unconditional")
-        anchors = f"0 with init={self.init} and {task}: it requires an image model with pre-trained weights"
-        yield optim.l2_sp > 0 and (no_images or self.init == "random"), "optim.l2_sp", anchors
-        yield (
-            self.lora.rank > 0 and self.tune != "all",
-            "tune",
-            f"all with lora.rank={self.lora.rank}, which freezes all pre-trained weights",
-        )
-        no_replay = f"1 with data.replay_ratio={data.replay_ratio:g}"
-        yield self.loss.replay_weight != 1 and not data.replay_ratio, "loss.replay_weight", no_replay
-        dropped = data.caption_dropout > 0 and self.task != "text_to_image"
-        yield dropped, "data.caption_dropout", f"0 with {task}"
-        distil = f"0, init={self.init} has no language to distil from"
-        yield self.distil.weight > 0 and no_language, "distil.weight", distil
-        yield (
-            optim.l2_sp > 0 and self.lora.rank > 0,
-            "optim.l2_sp",
-            f"0 with lora.rank={self.lora.rank}, which leaves all pre-trained weights at their initial values",
-        )
-
-        experts = self.modality_experts
-        yield (
-            experts and trainer.fp8,
-            "trainer.fp8",
-            "false with modality_experts=true, of which a batch may use one half alone",
-        )
-        yield (
-            experts and self.lora.image_only,
-            "lora.image_only",
-            "false with modality_experts=true; with freeze=[text_expert] adapters are on the image half alone",
-        )
-        yield (
-            optim.gradient_projection and not data.replay_ratio,
-            "data.replay_ratio",
-            "more than 0 with optim.gradient_projection=true, whose second loss is that of replayed text",
-        )
-
-        # Sharded models
-        if trainer.strategy in SHARDED:
-            yield align or image_tokenizer, "trainer.strategy", f"ddp, {task} is small and not sharded"
-            yield optim.name == "muon", "optim.name", f"adamw with {sharded}, muon needs whole matrices"
-            for key in (
-                *("forgetting.interval", "fid.interval"),
-                *("optim.l2_sp", "optim.gradient_projection", "distil.weight", "lora.rank"),
-            ):
-                off = "null" if key.endswith("interval") else "false" if key.endswith("projection") else "0"
-                whole_model = f"{off} with {sharded}, {key} needs the whole model in every process; or use ddp"
-                requested = forgetting if key == "forgetting.interval" else bool(self.value(key))
-                yield requested, key, whole_model
-
-        # Steps and batches
-        steps = f"less than trainer.max_steps={trainer.max_steps}"
-        yield optim.warmup_steps >= trainer.max_steps, "optim.warmup_steps", steps
-        outside = any(not 1 <= step <= trainer.max_steps for step in trainer.keep_steps)
-        yield outside, "trainer.keep_steps", f"steps from 1 to trainer.max_steps={trainer.max_steps}"
-        share = trainer.processes * trainer.accumulate_grad_batches
-        factors = "trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches"
-        yield data.batch_size % share != 0, "data.batch_size", f"a multiple of {share} ({factors})"
-        yield (
-            optim.gradient_projection and math.ceil(data.replay_ratio * self.micro_batch) >= self.micro_batch,
-            "optim.gradient_projection",
-            f"false with micro-batches of {self.micro_batch}, which may hold no caption-image pair",
-        )
 
     @property
     def measures_forgetting(self) -> bool:
@@ -429,3 +188,164 @@ class ExperimentConfig(Section):
         """Samples of one rank in one forward pass."""
         trainer = self.trainer
         return self.data.batch_size // (trainer.processes * trainer.accumulate_grad_batches)
+
+
+def rules(config: ExperimentConfig) -> Iterator[Rule]:
+    """Rules between keys, in the order in which they are checked."""
+    yield from code_rules(config)
+    yield from task_rules(config)
+    yield from remedy_rules(config)
+    yield from sharding_rules(config)
+    yield from step_rules(config)
+
+
+def code_rules(config: ExperimentConfig) -> Iterator[Rule]:
+    """Code outside of packages."""
+    expected = "a path or a plug-in; code: runs code, which requires allow_code=true"
+    for key in PLUGIN_KEYS:
+        code = (config.value(key) or "").startswith(CODE)
+        yield code and not config.allow_code, key, expected
+
+
+def task_rules(config: ExperimentConfig) -> Iterator[Rule]:
+    """What each task takes."""
+    task, data = f"task={config.task}", config.data
+    text, image_tokenizer, align = (config.task == name for name in ("text", "image_tokenizer", "align"))
+    yield text != (data.source == "text"), "data.source", f"{'' if text else 'not '}text with {task}"
+    yield (text or image_tokenizer) and config.init != "random", "init", f"random, with which {task} starts"
+    yield config.loss_rows != "all" and config.task != "unconditional", "loss_rows", f"all with {task}"
+    yield data.control not in (None, *CONTROLS), "data.control", f"null or one of {', '.join(CONTROLS)}"
+    yield data.control is not None and not text, "data.control", f"null with {task}"
+    ratio = data.text_ratio is not None
+    yield ratio and config.task != "text_to_image", "data.text_ratio", f"null with {task}"
+    joined = f"random or all with data.text_ratio={data.text_ratio}, which is of the mean length of all captions"
+    yield ratio and data.captions == "first", "data.captions", joined
+    yield config.fid.interval is not None and config.task != "text_to_image", "fid.interval", f"null with {task}"
+    for key, plain, word in (
+        ("trainer.packing", False, "false"),
+        ("trainer.fp8", False, "false"),
+        ("trainer.autotune", False, "false"),
+        ("loss.backend", "fused", "fused"),
+        ("optim.name", "adamw", "adamw"),
+    ):
+        no_language_model = f"{word}, {task} trains no language model"
+        yield (align or image_tokenizer) and config.value(key) != plain, key, no_language_model
+    kept = config.task in KEEPS_LANGUAGE
+    yield requests_forgetting(config) and not kept, "forgetting.interval", f"null, {task} keeps no language model"
+    if image_tokenizer:
+        yield from image_tokenizer_rules(config)
+    if align:
+        yield from alignment_rules(config)
+    aligned_twice = config.init == "aligned" and config.new_rows not in ("random", "aligned")
+    yield aligned_twice, "new_rows", "random or aligned with init=aligned, whose image rows are aligned"
+
+
+def image_tokenizer_rules(config: ExperimentConfig) -> Iterator[Rule]:
+    """What the training of an image tokenizer takes."""
+    task, data, settings = f"task={config.task}", config.data, config.image_tokenizer
+    yield not data.has_images, "data.source", f"a source of images with {task}"
+    yield config.tune != "all", "tune", f"all with {task}"
+    yield bool(config.freeze), "freeze", f"an empty list with {task}"
+    cell = settings.model.cell
+    yield settings.size % cell != 0, "image_tokenizer.size", f"a multiple of {cell}, the side of an id"
+    if settings.caption_weight > 0:
+        whole = f"1, image_tokenizer.caption_weight={settings.caption_weight:g} compares the whole batch"
+        yield config.trainer.accumulate_grad_batches != 1, "trainer.accumulate_grad_batches", whole
+        yield data.captions == "all", "data.captions", f"first or random with {task}, which takes each image once"
+        yield below_a_batch(config, "captions are compared")
+
+
+def alignment_rules(config: ExperimentConfig) -> Iterator[Rule]:
+    """What an alignment takes."""
+    task = f"task={config.task}"
+    rows_alone = f"{task} trains the image rows alone, from random ones"
+    yield config.tune != "all", "tune", f"all, {rows_alone}"
+    yield bool(config.freeze), "freeze", f"an empty list, {rows_alone}"
+    yield config.new_rows != "random", "new_rows", f"random, {rows_alone}"
+    yield config.init == "aligned", "init", f"another than aligned, {rows_alone}"
+    whole = f"1, {task} takes its negatives from the whole batch"
+    yield config.trainer.accumulate_grad_batches != 1, "trainer.accumulate_grad_batches", whole
+    yield below_a_batch(config, f"{task} validates")
+
+
+def below_a_batch(config: ExperimentConfig, what: str) -> Rule:
+    """The rule of a contrastive loss, of which `what` is done on whole batches."""
+    size, batch = config.data.val_size, config.data.batch_size
+    whole = f"on whole batches of data.batch_size={batch}, since the loss depends on their size"
+    return size is not None and size < batch, "data.val_size", f"null or at least a batch: {what} {whole}"
+
+
+def requests_forgetting(config: ExperimentConfig) -> bool:
+    """Whether forgetting is requested: a scale's default on shipped text is left out where a run cannot measure."""
+    return config.forgetting.interval is not None and config.forgetting.text != NOVELS
+
+
+def remedy_rules(config: ExperimentConfig) -> Iterator[Rule]:
+    """Remedies: what they require, and which exclude each other."""
+    task, data, optim = f"task={config.task}", config.data, config.optim
+    for key, used in (
+        ("loss.text_weight", config.loss.text_weight != 1),
+        ("loss.image_weight", config.loss.image_weight != 1),
+        ("loss.replay_weight", config.loss.replay_weight != 1),
+        ("distil.weight", config.distil.weight > 0),
+        ("data.replay_ratio", data.replay_ratio > 0),
+        ("lora.rank", config.lora.rank > 0),
+        ("modality_experts", config.modality_experts),
+        ("optim.gradient_projection", optim.gradient_projection),
+    ):
+        off = "1" if key.startswith("loss") else "false" if isinstance(config.value(key), bool) else "0"
+        yield used and config.task != "text_to_image", key, f"{off} with {task}, it is for task=text_to_image"
+    no_language = config.init not in ("pretrained", "aligned")
+    no_images = config.task not in ("text_to_image", "unconditional")
+    anchors = f"0 with init={config.init} and {task}: it requires an image model with pre-trained weights"
+    yield optim.l2_sp > 0 and (no_images or config.init == "random"), "optim.l2_sp", anchors
+    frozen = f"all with lora.rank={config.lora.rank}, which freezes all pre-trained weights"
+    yield config.lora.rank > 0 and config.tune != "all", "tune", frozen
+    no_replay = f"1 with data.replay_ratio={data.replay_ratio:g}"
+    yield config.loss.replay_weight != 1 and not data.replay_ratio, "loss.replay_weight", no_replay
+    dropped = data.caption_dropout > 0 and config.task != "text_to_image"
+    yield dropped, "data.caption_dropout", f"0 with {task}"
+    distil = f"0, init={config.init} has no language to distil from"
+    yield config.distil.weight > 0 and no_language, "distil.weight", distil
+    kept = f"0 with lora.rank={config.lora.rank}, which leaves all pre-trained weights at their initial values"
+    yield optim.l2_sp > 0 and config.lora.rank > 0, "optim.l2_sp", kept
+    experts = config.modality_experts
+    one_half = "false with modality_experts=true, of which a batch may use one half alone"
+    yield experts and config.trainer.fp8, "trainer.fp8", one_half
+    image_half = "false with modality_experts=true; with freeze=[text_expert] adapters are on the image half alone"
+    yield experts and config.lora.image_only, "lora.image_only", image_half
+    replayed = "more than 0 with optim.gradient_projection=true, whose second loss is that of replayed text"
+    yield optim.gradient_projection and not data.replay_ratio, "data.replay_ratio", replayed
+
+
+def sharding_rules(config: ExperimentConfig) -> Iterator[Rule]:
+    """What sharded weights exclude."""
+    task, strategy = f"task={config.task}", config.trainer.strategy
+    if strategy not in SHARDED:
+        return
+    small = config.task in ("align", "image_tokenizer")
+    yield small, "trainer.strategy", f"ddp, {task} is small and not sharded"
+    sharded = f"trainer.strategy={strategy}"
+    yield config.optim.name == "muon", "optim.name", f"adamw with {sharded}, muon needs whole matrices"
+    for key in (
+        *("forgetting.interval", "fid.interval"),
+        *("optim.l2_sp", "optim.gradient_projection", "distil.weight", "lora.rank"),
+    ):
+        off = "null" if key.endswith("interval") else "false" if key.endswith("projection") else "0"
+        requested = requests_forgetting(config) if key == "forgetting.interval" else bool(config.value(key))
+        yield requested, key, f"{off} with {sharded}, {key} needs the whole model in every process; or use ddp"
+
+
+def step_rules(config: ExperimentConfig) -> Iterator[Rule]:
+    """Numbers of steps, and batches that are cut over processes."""
+    data, optim, trainer = config.data, config.optim, config.trainer
+    steps = f"less than trainer.max_steps={trainer.max_steps}"
+    yield optim.warmup_steps >= trainer.max_steps, "optim.warmup_steps", steps
+    outside = any(not 1 <= step <= trainer.max_steps for step in trainer.keep_steps)
+    yield outside, "trainer.keep_steps", f"steps from 1 to trainer.max_steps={trainer.max_steps}"
+    share = trainer.processes * trainer.accumulate_grad_batches
+    factors = "trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches"
+    yield data.batch_size % share != 0, "data.batch_size", f"a multiple of {share} ({factors})"
+    no_pair = optim.gradient_projection and math.ceil(data.replay_ratio * config.micro_batch) >= config.micro_batch
+    no_pairs = f"false with micro-batches of {config.micro_batch}, which may hold no caption-image pair"
+    yield no_pair, "optim.gradient_projection", no_pairs

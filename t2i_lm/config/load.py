@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.file_kinds import EXPERIMENT, require_kind
+from t2i_lm.config.key_groups import PATH_KEYS
 from t2i_lm.config.presets import PRESETS
 from t2i_lm.config.sections import ASSET, is_plugin
 from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value

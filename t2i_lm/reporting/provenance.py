@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.comparison.comparability import HASHED, config_values
-from t2i_lm.config.experiment import is_neutral, is_reported
+from t2i_lm.config.key_groups import is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.storage.run_folder import Run
 

@@ -12,7 +12,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.config.experiment import PLUGIN_KEYS, ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import PLUGIN_KEYS
 from t2i_lm.config.sections import CODE, PLUGIN, is_plugin
 
 

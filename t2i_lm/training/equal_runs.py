@@ -10,7 +10,8 @@ from typing import Any
 from t2i_lm.assets import find
 from t2i_lm.comparison.comparability import changes_of
 from t2i_lm.comparison.portable import portable_config
-from t2i_lm.config.experiment import ExperimentConfig, is_neutral, is_reported
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.identity import changed_data, data_contents, local_content

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.config.experiment import RESUMABLE, ExperimentConfig, is_fixed
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import RESUMABLE, is_fixed
 from t2i_lm.config.load import flatten, load_experiment, located
 from t2i_lm.config.values import key_types
 from t2i_lm.storage.run_folder import CONFIG, REPORT, find_run, require_checkpoints, run_folders

@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from callbacks import MetricsFile, find_resumable, read_record
 from callbacks.checkpoints import checkpoints, require_same_metrics, step_of, was_not_started
-from t2i_lm.config.experiment import ExperimentConfig, is_fixed, may_move
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import is_fixed, may_move
 from t2i_lm.config.load import changed_yaml, flatten, flatten_mapping, load_experiment, nested_yaml
 from t2i_lm.config.presets import PRESETS
 from t2i_lm.storage.reading import reading

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from callbacks.metrics.inception import WIDTHS
-from t2i_lm.config import experiment, image_tokenizer, sections
+from t2i_lm.config import experiment, image_tokenizer, key_groups, sections
 from t2i_lm.config.experiment import SCALES
 from t2i_lm.data.code_words import CHOICES
 from t2i_lm.data.sources import SOURCES
@@ -39,7 +39,7 @@ OF_PAIRS = [source for source in sections.SOURCES if source != "text"]
         pytest.param(image_tokenizer.CODE_WORDS, CHOICES, id="words of codes"),
         pytest.param(sections.FID_FEATURES, WIDTHS, id="FID features"),
         pytest.param(SCALES, [file.stem for file in OVERLAYS.glob("*.yaml")], id="scales"),
-        pytest.param(experiment.PLUGIN_KEYS, KINDS, id="plug-ins"),
+        pytest.param(key_groups.PLUGIN_KEYS, KINDS, id="plug-ins"),
     ],
 )
 def test_names_in_the_config_equal_the_implementations(

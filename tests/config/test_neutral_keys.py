@@ -2,7 +2,8 @@
 
 import pytest
 
-from t2i_lm.config.experiment import PLACES, REPORTED, RESUMABLE, ExperimentConfig, is_neutral, is_reported
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import PLACES, REPORTED, RESUMABLE, is_neutral, is_reported
 from t2i_lm.config.load import flatten
 
 KEYS = flatten(ExperimentConfig())

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig, stays_inside
+from t2i_lm.config.experiment import ExperimentConfig, stays_inside
+from t2i_lm.config.key_groups import PATH_KEYS
 from t2i_lm.config.load import load_experiment, save_experiment
 from t2i_lm.config.sections import OptimConfig
 from t2i_lm.config.values import key_types

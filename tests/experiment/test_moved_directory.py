@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import t2i_lm
-from t2i_lm.config.experiment import PATH_KEYS, ExperimentConfig
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import PATH_KEYS
 from t2i_lm.config.load import load_experiment, load_run, located, require_located, save_experiment
 from t2i_lm.config.sections import BackboneConfig
 from t2i_lm.experiment.build import open_backbone

@@ -15,8 +15,9 @@ import torch
 
 import t2i_lm.assets
 from t2i_lm.comparison.collect import collect
-from t2i_lm.config.experiment import ExperimentConfig, may_move
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.image_tokenizer import VQModelConfig
+from t2i_lm.config.key_groups import may_move
 from t2i_lm.config.load import flatten, load_run, save_experiment
 from t2i_lm.data.datamodules import PairBatches
 from t2i_lm.data.shards.format import PART, read_part

@@ -16,7 +16,8 @@ from callbacks import DurableCheckpointIO, MetricsFile
 from callbacks.checkpoints import checkpoint_path
 from callbacks.files.checkpoint_io import digest_of
 from callbacks.run_record import RECORD, STATE
-from t2i_lm.config.experiment import ExperimentConfig, may_move
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import may_move
 from t2i_lm.config.load import flatten, flatten_mapping, load_experiment, save_experiment
 from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, METRICS, read_run
 from t2i_lm.training.resumption import VALUES, find_resumption, require_same_config

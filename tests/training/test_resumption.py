@@ -14,7 +14,8 @@ import yaml
 from callbacks import DurableCheckpointIO, read_record
 from callbacks.checkpoints import checkpoint_path, checkpoints, mark_not_started, step_of
 from callbacks.run_record import RECORD
-from t2i_lm.config.experiment import FIXED, PATH_KEYS, RESUMABLE, ExperimentConfig, is_fixed, may_move
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import FIXED, PATH_KEYS, RESUMABLE, is_fixed, may_move
 from t2i_lm.config.load import flatten, flatten_mapping, load_experiment, save_experiment
 from t2i_lm.storage.run_folder import (
     CHECKPOINTS,

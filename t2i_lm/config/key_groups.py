@@ -1,0 +1,102 @@
+"""Which keys of an experiment name files, may change when a run is resumed, and change what is computed."""
+
+# Keys that may select a plug-in.
+PLUGIN_KEYS = ("backbone.path", "text_tokenizer.path", "image_tokenizer.path", "data.source")
+# Keys of files and folders: `~` is the home folder, and a relative path starts where the run was started.
+PATH_KEYS = (
+    "aligned_rows",
+    "backbone.path",
+    "backbone.config",
+    "text_tokenizer.path",
+    "image_tokenizer.path",
+    "data.path",
+    "data.val_path",
+    "data.second_val_path",
+    "data.cache_dir",
+    "data.replay_path",
+    "fid.coco",
+    "fid.weights",
+    "forgetting.text",
+    "forgetting.second_text",
+    "forgetting.tasks",
+    "run.dir",
+)
+
+# Keys that change no curve, in three groups; `samples.` stands for all keys of the section.
+# 1. Where a run works, what it prints, and limits at which it stops. These may change when it is resumed.
+RESUMABLE = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.accelerator",
+    "trainer.threads",
+    "trainer.rank_timeout",
+    "trainer.phase_timeout",
+    "trainer.checkpoint_interval",
+    "trainer.keep_steps",
+    "data.workers",
+    "data.remote_cache_gib",
+    "log.logger",
+    "data.max_reject_share",
+    "data.max_recurring_share",
+    "data.max_truncated_share",
+)
+# 2. Where files lie, and what they must be.
+PLACES = ("run.", "data.cache_dir", "image_tokenizer.expect", "allow_code")
+# 3. What else a run measures, and at what cost it computes the same. Runs that differ here report other things.
+REPORTED = (
+    "samples.",
+    "fid.",
+    "forgetting.",
+    "trainer.packing",
+    "trainer.activation_checkpointing",
+    "data.pad_to_multiple_of",
+)
+
+# Keys that decide the model, the order of the data or an average, and cannot change within a run.
+FIXED = (
+    "name",
+    "task",
+    "scale",
+    "seed",
+    "init",
+    "tune",
+    "freeze",
+    "modality_experts",
+    "image_tokenizer.words",
+    "image_tokenizer.caption_weight",
+    "new_rows",
+    "loss_rows",
+    "backbone.",
+    "lora.",
+    "optim.name",
+    "data.source",
+    "data.batch_size",
+    "data.seed",
+    "trainer.accumulate_grad_batches",
+    "log.ema",
+)
+
+
+def is_fixed(key: str) -> bool:
+    """Whether a dotted key cannot change within a run."""
+    return _among(key, FIXED) and key not in PATH_KEYS
+
+
+def may_move(key: str) -> bool:
+    """Whether a dotted key may change on resume: where a run works and where its files lie, whose content is hashed."""
+    return _among(key, (*RESUMABLE, *PLACES, *PATH_KEYS))
+
+
+def is_neutral(key: str) -> bool:
+    """Whether a dotted key changes no curve."""
+    return _among(key, (*RESUMABLE, *PLACES, *REPORTED))
+
+
+def is_reported(key: str) -> bool:
+    """Whether a key changes no curve, but what a run reports beside its curves."""
+    return _among(key, REPORTED)
+
+
+def _among(key: str, group: tuple[str, ...]) -> bool:
+    return any(key == one or (one.endswith(".") and key.startswith(one)) for one in group)
