@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from t2i_lm.comparison.comparability import IncomparableError, differences, following, revision_note
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.panels import remove_caption
@@ -37,6 +39,17 @@ class FigureBlock:
     arms: Mapping[str, Run] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     problem: str = ""
+
+    @classmethod
+    def drawn(cls, name: str, title: str, figure: Figure, caption: str, **fields: Any) -> "FigureBlock":
+        """The block of a figure, which loses its own caption; `fields` are further attributes."""
+        remove_caption(figure)
+        return cls(name, title, without_title(caption, title), image=figure_image(figure), **fields)
+
+
+def without_title(caption: str, title: str) -> str:
+    """A caption without the title that it begins with."""
+    return caption.removeprefix(title).lstrip(".: ").rstrip()
 
 
 @dataclass(frozen=True)
@@ -107,14 +120,13 @@ def draw_figures(
                     raise IncomparableError(f"figure {name}: {problem}") from error
                 blocks.append(FigureBlock(name, problem=problem))
                 continue
-            remove_caption(rendered.figure)
             blocks.append(
-                FigureBlock(
-                    name=name,
-                    title=rendered.title,
-                    caption=rendered.caption.removeprefix(rendered.title).removeprefix(".").strip(),
+                FigureBlock.drawn(
+                    name,
+                    rendered.title,
+                    rendered.figure,
+                    rendered.caption,
                     table=rendered.table,
-                    image=figure_image(rendered.figure),
                     arms=dict(request.arms),
                     notes=tuple(_notes(request)),
                 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.comparison.comparability import config_values
-from t2i_lm.reporting.figures import FigureBlock
+from t2i_lm.reporting.figures import FigureBlock, without_title
 from t2i_lm.reporting.images import whole_image
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CHECKPOINTS, PROBES, Run
@@ -130,8 +130,7 @@ def _block(record: ProbeRecord) -> FigureBlock:
     return FigureBlock(
         name=f"probe {record.file.stem}",
         title=content["title"],
-        caption=content["caption"].removeprefix(content["title"]).removeprefix(".").strip()
-        + f" All numbers: {record.file}.",
+        caption=f"{without_title(content['caption'], content['title'])} All numbers: {record.file}.",
         image=whole_image(_figure(record.file)),
         arms=record.runs,
     )

@@ -3,15 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from matplotlib.figure import Figure
-
 from t2i_lm.comparison.comparability import IncomparableError, config_values, mismatches, pair_values
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.decay import decay_sentences
 from t2i_lm.comparison.gap import gap_text
 from t2i_lm.comparison.grid_tables import grid_table
 from t2i_lm.comparison.tables import notes as table_notes
-from t2i_lm.plots.panels import remove_caption
 from t2i_lm.reporting.claims import CLAIMS, PAIR, Claim, claim_of_figure
 from t2i_lm.reporting.comparison_table import ComparisonTable, comparison_table
 from t2i_lm.reporting.figures import FigureBlock
@@ -27,7 +24,6 @@ from t2i_lm.reporting.findings import (
     result_sentence,
     start_sentence,
 )
-from t2i_lm.reporting.images import figure_image
 from t2i_lm.reporting.probes import find_probes, probe_command
 from t2i_lm.reporting.provenance import RunFacts
 from t2i_lm.reporting.request import (
@@ -259,7 +255,8 @@ def _add_grids(request: ReportRequest, sections: dict[str, Section]) -> None:
         )
         tables = {f"{curve.name}_gap": gap_text(curve) for curve in curves}
         for name, heading, figure, caption in figures_of(Results((), (grid,), curves)):
-            section.figures.append(_block(name, heading, figure, caption, tables.get(name, "")))
+            table_text = tables.get(name, "")
+            section.figures.append(FigureBlock.drawn(name, heading, figure, caption, table=table_text))
 
 
 def _claim_of(comparisons: Sequence[Comparison]) -> str | None:
@@ -278,12 +275,6 @@ def _add_facts(request: ReportRequest, section: Section, runs: Mapping[str, Run]
     """The facts of runs that the section does not have yet."""
     known = {one.folder for one in section.runs}
     section.runs += [one for one in facts(request, runs) if one.folder not in known]
-
-
-def _block(name: str, title: str, figure: Figure, caption: str, table: str) -> FigureBlock:
-    remove_caption(figure)
-    own = caption.removeprefix(title).lstrip(".: ")
-    return FigureBlock(name, title, own, table, figure_image(figure))
 
 
 def _add_comparisons(request: ReportRequest, sections: dict[str, Section]) -> None:

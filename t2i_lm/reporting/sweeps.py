@@ -12,12 +12,10 @@ from t2i_lm.comparison.best import best_of, no_best, seed_means
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, config_values, differences
 from t2i_lm.comparison.study_plan import BATCH_SIZE, STEPS
 from t2i_lm.plots.groups import arms_of
-from t2i_lm.plots.panels import remove_caption
 from t2i_lm.plots.sweep import MODALITIES, Outcome, distance, present, varied_in
 from t2i_lm.plots.sweep_grid import caption_of, draw, grids, seed_words, tables_of
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.findings import arm_label, endpoint_label
-from t2i_lm.reporting.images import figure_image
 from t2i_lm.reporting.provenance import changed_words
 from t2i_lm.reporting.search import Pool
 from t2i_lm.runtime.tables import upper_first
@@ -50,14 +48,12 @@ class Sweep:
     def figure(self) -> FigureBlock:
         """Its figure and table."""
         caption, title = caption_of(self.keys, self.outcomes), f"Sweep of {self.name}"
-        figure = draw(self.keys, self.outcomes, caption)
-        remove_caption(figure)
-        return FigureBlock(
-            name=f"sweep of {self.name}",
-            title=title,
-            caption=caption.removeprefix(title).removeprefix(".").strip(),
+        return FigureBlock.drawn(
+            f"sweep of {self.name}",
+            title,
+            draw(self.keys, self.outcomes, caption),
+            caption,
             table=tables_of(self.keys, self.outcomes),
-            image=figure_image(figure),
             arms={
                 f"{one.arm} {self._point(one.values)} seed {one.run.config['seed']}": one.run for one in self.outcomes
             },

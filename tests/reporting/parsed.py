@@ -69,8 +69,7 @@ class Page(HTMLParser):
 
 def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
     """An image of one pixel in place of each figure of a page, for tests that do not look at them."""
-    for module in ("figures", "sections", "sweeps"):
-        patch.setattr(f"t2i_lm.reporting.{module}.figure_image", lambda figure: PageImage(PIXEL, 1, 1, True))
+    patch.setattr("t2i_lm.reporting.figures.figure_image", lambda figure: PageImage(PIXEL, 1, 1, True))
 
 
 def parse(text: str) -> Element:
