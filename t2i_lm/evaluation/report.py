@@ -41,6 +41,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.runtime.loggers import add_text
+from t2i_lm.runtime.threads import use_threads
 from t2i_lm.storage.run_folder import (
     ENVIRONMENT_DIGEST,
     METRICS_DIGEST,
@@ -149,7 +150,7 @@ def row_norms(decoder: Backbone) -> dict[str, float]:
 def _for_sampling(experiment: ImageExperiment) -> None:
     """Puts the trained model into evaluation mode on the device that it was trained on."""
     settings = experiment.config.trainer
-    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    use_threads(settings.threads)
     experiment.module.eval()
     if uses_gpu(settings.accelerator):  # after training it lies on the CPU
         experiment.module.to("cuda")

@@ -142,8 +142,10 @@ def _run(job: Job) -> int:
 def _run_in_parallel(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
     import torch
 
+    from t2i_lm.runtime.threads import default_threads
+
     gpus = _visible_gpus(torch.cuda.device_count())
-    threads = max(1, torch.get_num_threads() // slots)
+    threads = max(1, default_threads() // slots)
     waiting, running, free = list(jobs), list[Running](), list(range(slots))
     codes, signals, started = list[int](), list[int](), time.monotonic()
 
@@ -202,9 +204,6 @@ def _run_logged(job: Job, log: Path, gpu: str | None) -> None:
     threading.Thread(target=_stop_with_parent, name="stop with parent", daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA is initialized
-    import torch
-
-    torch.set_num_threads(job.config.trainer.threads or torch.get_num_threads())
     sys.exit(_run(job))
 
 

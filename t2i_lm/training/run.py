@@ -37,6 +37,7 @@ from t2i_lm.runtime.loggers import require_logger
 from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.runtime.seeds import generator
 from t2i_lm.runtime.slurm import requeue
+from t2i_lm.runtime.threads import use_threads
 from t2i_lm.storage.owner import Ownership, own, require_free
 from t2i_lm.storage.run_folder import (
     CHECKPOINTS,
@@ -96,6 +97,7 @@ def run(config: ExperimentConfig, resume: Path | None = None, allowed: Sequence[
 
 def _run(config: ExperimentConfig, resume: Path | None, allowed: Sequence[str], watch: RankWatch | None) -> int:
     require_device(config.trainer)
+    use_threads(config.trainer.threads, config.trainer.devices)
     require_logger(config.log.logger)
     loss_backend(config.loss.backend)
     require_texts(config)
@@ -224,7 +226,7 @@ def _environment(experiment: Experiment, start: dict[str, Any], folder: Path) ->
         **start,
         stream_hash=make_sampler(config, experiment.data.train_set.part_sizes).stream_hash(samples),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        threads=config.trainer.threads or torch.get_num_threads(),
+        threads=torch.get_num_threads(),
         new_rows_seed=generator(config.seed, "new rows").initial_seed(),
         train_samples=size,
         parameters=sum(parameter.numel() for parameter in experiment.module.parameters()),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks import DurableCheckpointIO, EventLog, MetricsFile, RunCheckpoints, WallTime
@@ -83,8 +82,6 @@ def build_trainer(
     config = experiment.config
     trainer = config.trainer
     changed = [ChangedOptimizer()] if any(key.startswith(("optim.", "trainer.max_steps")) for key in allowed) else []
-    if trainer.threads:
-        torch.set_num_threads(trainer.threads)
     return pl.Trainer(
         max_steps=trainer.max_steps,
         accelerator=trainer.accelerator,
