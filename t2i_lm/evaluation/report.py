@@ -15,7 +15,7 @@ from callbacks import SampleBatch, WallTime
 from callbacks.checkpoints import step_of
 from t2i_lm.config.load import load_run
 from t2i_lm.config.sections import SHARDED
-from t2i_lm.data.scenes.scene import SIZE
+from t2i_lm.data.scenes.scene import SIZE, scene_from_meaning
 from t2i_lm.data.shards.parts import open_split
 from t2i_lm.data.sources import SCENE_SPLITS
 from t2i_lm.evaluation.alignment import TABLE, alignment_report
@@ -230,6 +230,8 @@ def _split_report(experiment: ImageExperiment, folder: Path, name: str, report: 
     if scenes:
         if count and checked:
             with part(report, "ceiling"):
+                for meaning in split[:1]["meaning"]:
+                    scene_from_meaning(json.loads(meaning))  # of this version, which has the split
                 report["ceiling"] = accuracy_ceiling(experiment, SCENE_SPLITS[config.data.hold_out_pairs, name])
         with part(report, "preference"):
             held_out = split[: min(config.samples.preference_scenes, len(split))]

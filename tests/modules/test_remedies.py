@@ -63,7 +63,7 @@ def test_weights_scale_each_modality_in_the_gradient_and_not_in_the_report() -> 
         by_hand = (nll_N * torch.tensor([0.5, 2.0, 1.0, 3.0])[class_BT[valid_BT]]).sum()
     expected = gradients(plain, by_hand)
     for name, grad in gradients(module, total).items():
-        assert torch.allclose(grad, expected[name], rtol=1e-4, atol=1e-5), name
+        assert (grad - expected[name]).abs().max() <= 3e-6 * expected[name].abs().max(), name
 
 
 def test_a_masked_caption_has_no_gradient_through_its_own_targets() -> None:
