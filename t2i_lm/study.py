@@ -1,11 +1,17 @@
 """Trains the runs of a plan, compares them, draws their figures and writes the report: `python -m t2i_lm.study`."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2i_lm.runtime.command_line import add_figures, add_jobs, command_parser, exit_code
+
+if TYPE_CHECKING:
+    from t2i_lm.comparison.comparison import Comparison
 
 EXAMPLE = """example:
   python -m t2i_lm.study experiments/study.yaml --dry-run
@@ -77,11 +83,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
         failed = write_results(results, out)
+        failed = _measure(study.measure, results.answer_first, out) or failed
         from t2i_lm.reporting.study_page import write_page
 
         return code or write_page(study, runs, results, options.plan, experiments, out, options.strict) or failed
 
     return exit_code(body)
+
+
+def _measure(names: Sequence[str], comparisons: Sequence["Comparison"], out: Path) -> int:
+    """Measures what is missing; returns the exit code of the first measurement that failed, or 0."""
+    from t2i_lm.reporting.measurements import missing_measurements
+
+    codes = []
+    for name, arguments in missing_measurements(names, comparisons[0], out) if comparisons else ():
+        print("==", shlex.join(["python", "-m", f"t2i_lm.{name}", *arguments]), flush=True)
+        codes.append(import_module(f"t2i_lm.{name}").main(arguments))
+    return next(filter(None, codes), 0)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ IN_STEPS = (
 )
 
 
+MEASUREMENTS = ("relearning", "probes")
+
+
 @dataclass(frozen=True)
 class Member:
     """One comparison of two arms, at one point of a grid.
@@ -106,6 +109,8 @@ class Study:
         comparisons: keys of a `Plan` by name; its runs are trained with the values of `where`. With more than two arms
             each is compared with the last one; with `over`, at every combination of values.
         runs: further experiments by name of the group, for figures: keys of a `RunGroup`.
+        measure: what is measured after training in the first seed's runs of the first comparison, for the report:
+            names of `MEASUREMENTS`.
         rounding: number of threads with which the runs of the first seed in the first comparison (of a grid: at its
             first point) are trained once more, on a CPU: what equal runs differ by is rounding. null: none.
     """
@@ -118,6 +123,7 @@ class Study:
     alpha: float = 0.05
     comparisons: dict[str, Any] = field(default_factory=dict)
     runs: dict[str, Any] = field(default_factory=dict)
+    measure: list[str] = field(default_factory=list)
     rounding: int | None = None
 
     def families(self) -> list[Family]:
@@ -212,6 +218,8 @@ def read_study(path: Path) -> Study:
     try:
         require(bool(study.comparisons or study.runs), "comparisons", study.comparisons, "at least one comparison")
         require(bool(study.seeds), "seeds", study.seeds, "at least one seed")
+        known = set(study.measure) <= {*MEASUREMENTS}
+        require(known, "measure", study.measure, f"a list of {', '.join(MEASUREMENTS)}")
         require(study.rounding is None or study.rounding >= 1, "rounding", study.rounding, "null or at least 1 thread")
         for section in ("comparisons", "runs"):
             for name, own in getattr(study, section).items():

@@ -25,6 +25,7 @@ from t2i_lm.reporting.request import (
     facts,
     first_pair,
     missing_runs,
+    named_pair,
     short_notes,
 )
 from t2i_lm.reporting.sections import build_sections
@@ -63,7 +64,7 @@ def render(request: ReportRequest) -> str:
     primary = request.comparisons[0] if request.comparisons else None
     arms = first_pair(primary)
     own = primary.plan.own_keys if primary is not None else frozenset()
-    blocks = draw_figures(request.pool.runs, request.root, request.strict, _named_pair(arms), request.varied, own)
+    blocks = draw_figures(request.pool.runs, request.root, request.strict, named_pair(arms), request.varied, own)
     sections = build_sections(request, blocks, arms)
     general = [*(request.results.problems if request.results else ())]
     general += [note for note in request.pool.notes if not any(note in section.notes for section in sections)]
@@ -87,12 +88,6 @@ def render(request: ReportRequest) -> str:
         general=general,
         made=_made(request),
     )
-
-
-def _named_pair(arms: Mapping[str, Run]) -> tuple[Run, Run] | None:
-    """The runs of Figures 3 and 4, if those are what is compared."""
-    inits = {str(run.config.get("init")): run for run in arms.values() if run.config.get("task") == "text_to_image"}
-    return (inits["pretrained"], inits["random"]) if set(inits) == {"pretrained", "random"} else None
 
 
 def _answer(

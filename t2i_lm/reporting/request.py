@@ -53,6 +53,12 @@ def first_pair(comparison: Comparison | None) -> dict[str, Run]:
     return {name: by_seed[seed][0] for name, by_seed in comparison.runs.items()}
 
 
+def named_pair(arms: Mapping[str, Run]) -> tuple[Run, Run] | None:
+    """The runs of Figures 3 and 4, if those are what is compared."""
+    inits = {str(run.config.get("init")): run for run in arms.values() if run.config.get("task") == "text_to_image"}
+    return (inits["pretrained"], inits["random"]) if set(inits) == {"pretrained", "random"} else None
+
+
 def by_arm(comparison: Comparison) -> dict[str, list[Run]]:
     """A comparison's runs by experiment, the first one of every seed; empty without any."""
     return {name: [by_seed[seed][0] for seed in sorted(by_seed)] for name, by_seed in comparison.runs.items()}

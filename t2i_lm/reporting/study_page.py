@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from t2i_lm.comparison.comparability import following
 from t2i_lm.comparison.study_plan import Study
 from t2i_lm.plots.catalogue import Request, write_figures
 from t2i_lm.reporting.figures import named, view
 from t2i_lm.reporting.page import write_report
-from t2i_lm.reporting.request import ReportRequest
+from t2i_lm.reporting.request import ReportRequest, first_pair, named_pair
 from t2i_lm.reporting.search import Pool, RunSearch
 from t2i_lm.training.study import StudyRun, figure_root, shown_runs
 from t2i_lm.training.study_results import Results
@@ -36,10 +37,15 @@ def write_page(
     finished, notes = shown_runs(runs)
     root, code = figure_root(runs), 0
     own = tuple(sorted({key for one in study.needed() for arm in one.arms for key in arm.own}))
-    with view(finished) as (folder, links):
+    primary = next(iter(results.answer_first), None)
+    pair = named_pair(first_pair(primary))  # as on the page
+    pair_keys = primary.plan.own_keys if primary is not None and pair is not None else ()
+    with view([*(pair or ()), *finished]) as (folder, links):
         names = {**{str(link): str(run) for link, run in links.items()}, str(folder): str(root)}
+        places = {run: link for link, run in links.items()}
         try:
-            drawn = Request(folder, strict=strict, varied=own)
+            one, two = (None, None) if pair is None else (places[run.folder] for run in pair)
+            drawn = Request(folder, one, two, strict, (*own, *pair_keys, *following(pair_keys)))
             code = write_figures(drawn, out, told=partial(named, names=names))
         except ValueError as error:
             print(f"figures: {named(str(error), names)}", file=sys.stderr)

@@ -113,20 +113,25 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fast")
-def test_a_process_on_another_machine_holds_it_as_long_as_it_touches_it(tmp_path: Path) -> None:
+def test_a_process_on_another_machine_holds_it_as_long_as_it_touches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "STALE_S", 1.0)
     file = tmp_path / "owner.json"
     entry(file, machine="other")
-    old = time.time() - 10
+    old = time.time() - 1000
     os.utime(file, (old, old))
 
-    def touch(after: float) -> None:
-        time.sleep(after)
-        os.utime(file, (old + 1, old + 1))  # by a clock that is late
+    def touch() -> None:
+        for second in range(1, 900):
+            os.utime(file, (old + second, old + second))  # by a clock that is late
+            time.sleep(0.02)
 
-    process = fork.Process(target=touch, args=(0.03,))
+    process = fork.Process(target=touch, daemon=True)
     process.start()
     with pytest.raises(OwnedError):
         own(file)
+    process.kill()
     process.join()
     own(file).release()
 
