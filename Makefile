@@ -74,7 +74,7 @@ rehearsal: $(STAMP)  ## the paper's run at its exact shapes with small parts, fr
 docs: $(STAMP)  ## docs/configuration.md from the docstrings of the config
 	$(PY) -c "from t2i_lm.config.reference import write_reference; write_reference()"
 
-study: $(STAMP)  ## every run of experiments/study.yaml that is missing, then tables, figures, report.html: SEEDS=1 JOBS=2
+study: $(STAMP)  ## every run of experiments/study.yaml that is missing, then relearning, probes, tables, figures, report.html: SEEDS=1 JOBS=2
 	$(PY) -m t2i_lm.study experiments/study.yaml --jobs $(or $(JOBS),1) $(if $(SEEDS),--seeds $(SEEDS)) run.dir=$(RUNS) $(ARGS)
 
 architectures: $(STAMP)  ## which architectures of transformers work, into docs/models.md (about 10 minutes)

@@ -1,10 +1,11 @@
 """Trains the runs of a plan, compares them, draws their figures and writes the report: `python -m t2i_lm.study`."""
 
 import argparse
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
         failed = write_results(results, out)
-        failed = _measure(study.measure, results.answer_first, out) or failed
+        if results.comparisons and not code:
+            code = _measure(study.measure, results.answer_first[0], out)
+            if code > 128:
+                return code
+            failed, code = code or failed, 0  # the page is written all the same
         from t2i_lm.reporting.study_page import write_page
 
         return code or write_page(study, runs, results, options.plan, experiments, out, options.strict) or failed
@@ -91,14 +96,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(body)
 
 
-def _measure(names: Sequence[str], comparisons: Sequence["Comparison"], out: Path) -> int:
-    """Measures what is missing; returns the exit code of the first measurement that failed, or 0."""
+def _measure(names: Sequence[str], comparison: "Comparison", out: Path) -> int:
+    """Measures what is missing, each in a process of its own; the exit code of the first that failed, or 0."""
     from t2i_lm.reporting.measurements import missing_measurements
+    from t2i_lm.runtime.launch import without_launcher
 
-    codes = []
-    for name, arguments in missing_measurements(names, comparisons[0], out) if comparisons else ():
-        print("==", shlex.join(["python", "-m", f"t2i_lm.{name}", *arguments]), flush=True)
-        codes.append(import_module(f"t2i_lm.{name}").main(arguments))
+    codes = [0]
+    for arguments in missing_measurements(names, comparison, out):
+        command = ["python", "-m", *arguments]
+        print("==", shlex.join(command), flush=True)
+        code = subprocess.run([sys.executable, *command[1:]], env=without_launcher(os.environ)).returncode
+        codes.append(code if code >= 0 else 128 - code)
+        if codes[-1] > 128:  # stopped by a signal
+            return codes[-1]
     return next(filter(None, codes), 0)
 
 

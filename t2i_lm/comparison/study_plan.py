@@ -34,7 +34,7 @@ IN_STEPS = (
 )
 
 
-MEASUREMENTS = ("relearning", "probes")
+MEASUREMENTS = ("relearning", "probes")  # of `python -m t2i_lm.evaluate --relearn`, and of `python -m t2i_lm.probe`
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Study:
         comparisons: keys of a `Plan` by name; its runs are trained with the values of `where`. With more than two arms
             each is compared with the last one; with `over`, at every combination of values.
         runs: further experiments by name of the group, for figures: keys of a `RunGroup`.
-        measure: what is measured after training in the first seed's runs of the first comparison, for the report:
-            names of `MEASUREMENTS`.
+        measure: names of `MEASUREMENTS`, made after training of the runs that the report shows: the lowest seed with
+            both arms of the comparison that answers first.
         rounding: number of threads with which the runs of the first seed in the first comparison (of a grid: at its
             first point) are trained once more, on a CPU: what equal runs differ by is rounding. null: none.
     """
@@ -219,7 +219,7 @@ def read_study(path: Path) -> Study:
         require(bool(study.comparisons or study.runs), "comparisons", study.comparisons, "at least one comparison")
         require(bool(study.seeds), "seeds", study.seeds, "at least one seed")
         known = set(study.measure) <= {*MEASUREMENTS}
-        require(known, "measure", study.measure, f"a list of {', '.join(MEASUREMENTS)}")
+        require(known, "measure", study.measure, f"names among {', '.join(MEASUREMENTS)}")
         require(study.rounding is None or study.rounding >= 1, "rounding", study.rounding, "null or at least 1 thread")
         for section in ("comparisons", "runs"):
             for name, own in getattr(study, section).items():

@@ -1,4 +1,4 @@
-"""An experiment: its sections, what follows from several of their keys, and the rules between them.
+"""An experiment: its sections, values derived from several keys, and the rules between keys.
 
 Standard library only. `load.py` merges YAML files into this frozen dataclass; a change is `dataclasses.replace`.
 A wrong value raises a ValueError that names the key, the value and the allowed values.
@@ -142,7 +142,7 @@ class ExperimentConfig(Section):
 
     @property
     def notes(self) -> list[str]:
-        """A line for each key that is set and has no effect."""
+        """A line for each key without effect: of a decoder where none is trained, and an unused `aligned_rows`."""
         decoder = ("trainer.compile", "trainer.activation_checkpointing", "loss.z")
         no_decoder = self.task in ("align", "image_tokenizer")
         unused = {

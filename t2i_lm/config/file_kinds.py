@@ -22,7 +22,7 @@ COMMANDS = {
 _SHARED = {"scale", "seeds", "primary", "margin", "secondary", "alpha"}
 KEYS = {
     EXPERIMENT: {key.name for key in fields(ExperimentConfig)},
-    STUDY: {*_SHARED, "comparisons", "runs", "rounding"},
+    STUDY: {*_SHARED, "comparisons", "runs", "measure", "rounding"},
     COMPARISON: {*_SHARED, "arms", "where", "varied"},
     STRENGTHS: {"strengths"},
 }

@@ -293,7 +293,8 @@ class TrainerConfig(Section, prefix="trainer"):
     keep_steps: list[int] = field(default_factory=list)
     """Steps whose checkpoints are saved and kept, such as [200, 400], beside the newest two."""
     threads: int | None = None
-    """CPU threads per process; null: one per core, or what a container's quota keeps busy, shared among processes."""
+    """CPU threads per process; null: OMP_NUM_THREADS, else the cores within a container's CPU quota, divided by
+    `devices`."""
     skip_loss_above: float | None = None
     """Skips steps, on all processes alike, whose loss exceeds this multiple of its moving average; null: none."""
     rank_timeout: float = 60.0

@@ -98,17 +98,6 @@ def of_last_checkpoint(run: Path, checkpoint_sha256: str) -> bool:
     return not digests or checkpoint_sha256 in digests[-1].read_text(encoding="ascii", errors="replace")
 
 
-def results_of(run: Path, name: str) -> list[dict[str, Any]]:
-    """The results of the evaluator `name` in a run folder, oldest first.
-
-    Raises:
-        ValueError: if one is damaged.
-    """
-    files = sorted(run.glob(f"evaluations/*/{name}.json"), key=lambda file: file.stat().st_mtime)
-    # Copies have other times than their originals.
-    return sorted(map(read_result, files), key=lambda result: str(result.get(FINISHED, "")))
-
-
 def read_result(file: Path) -> dict[str, Any]:
     """The result of an evaluator, OUT/NAME.json, verified by its digest, which those of earlier versions lack.
 

@@ -15,7 +15,7 @@ from callbacks import SampleBatch, WallTime
 from callbacks.checkpoints import step_of
 from t2i_lm.config.load import load_run
 from t2i_lm.config.sections import SHARDED
-from t2i_lm.data.scenes.scene import SIZE, scene_from_meaning
+from t2i_lm.data.scenes.scene import SIZE, scene_of
 from t2i_lm.data.shards.parts import open_split
 from t2i_lm.data.sources import SCENE_SPLITS
 from t2i_lm.evaluation.alignment import TABLE, alignment_report
@@ -41,7 +41,7 @@ from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.token_rows import TokenRows
 from t2i_lm.runtime.devices import uses_gpu
 from t2i_lm.runtime.loggers import add_text
-from t2i_lm.runtime.threads import use_threads
+from t2i_lm.runtime.threads import default_threads
 from t2i_lm.storage.run_folder import (
     ENVIRONMENT_DIGEST,
     METRICS_DIGEST,
@@ -127,6 +127,7 @@ def write_report_again(run: Path) -> dict[str, Any]:
             f"{checkpoint.name} is of step {steps:,} of {last:,}" if steps < last else f"step {last:,} is not validated"
         )
         raise ValueError(f"--report {run}: {left}; --resume finishes this run and writes its report")
+    torch.set_num_threads(config.trainer.threads or default_threads())
     experiment = load_trained_experiment(run, checkpoint)
     if isinstance(experiment, ImageExperiment):
         experiment.module = load_trained(run, checkpoint).module
@@ -150,7 +151,6 @@ def row_norms(decoder: Backbone) -> dict[str, float]:
 def _for_sampling(experiment: ImageExperiment) -> None:
     """Puts the trained model into evaluation mode on the device that it was trained on."""
     settings = experiment.config.trainer
-    use_threads(settings.threads)
     experiment.module.eval()
     if uses_gpu(settings.accelerator):  # after training it lies on the CPU
         experiment.module.to("cuda")
@@ -230,8 +230,7 @@ def _split_report(experiment: ImageExperiment, folder: Path, name: str, report: 
     if scenes:
         if count and checked:
             with part(report, "ceiling"):
-                for meaning in split[:1]["meaning"]:
-                    scene_from_meaning(json.loads(meaning))  # of this version, which has the split
+                scene_of(json.loads(str(split[0]["meaning"])))  # raises for scenes of an earlier version
                 report["ceiling"] = accuracy_ceiling(experiment, SCENE_SPLITS[config.data.hold_out_pairs, name])
         with part(report, "preference"):
             held_out = split[: min(config.samples.preference_scenes, len(split))]

@@ -20,7 +20,7 @@ from t2i_lm.runtime import progress
 from t2i_lm.runtime.launch import global_rank, world_size
 from t2i_lm.runtime.rank_beats import Limits
 from t2i_lm.runtime.rank_watch import RankWatch
-from t2i_lm.runtime.threads import use_threads
+from t2i_lm.runtime.threads import default_threads
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.run_folder import require_no_links
 from t2i_lm.storage.sealed import sealed
@@ -59,7 +59,7 @@ def evaluate(run: Path, evaluators: Mapping[str, Evaluator], options: argparse.N
         return
     with _watch(rank, world, config) if world > 1 else nullcontext():
         model = load_trained(run, checkpoint)
-        use_threads(model.config.trainer.threads)
+        torch.set_num_threads(model.config.trainer.threads or default_threads())
         context = EvaluationContext(run, checkpoint, sha256, model, out, rank, world)
         if world > 1:
             torch.distributed.init_process_group("gloo", timeout=PATIENCE)

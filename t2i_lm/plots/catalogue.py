@@ -57,6 +57,7 @@ class Request:
         strict: whether unfinished runs, and those that differ in more than what a figure compares, are refused; else
             its caption names them.
         varied: config keys in which the arms of any figure differ by design, such as each arm's own learning rate.
+        pair_keys: likewise, where the named pair alone is compared.
     """
 
     root: Path = Path("runs")
@@ -64,6 +65,7 @@ class Request:
     scratch: Path | None = None
     strict: bool = False
     varied: tuple[str, ...] = ()
+    pair_keys: tuple[str, ...] = ()
 
     def check(self, arms: Mapping[str, Run], varied: tuple[str, ...] = ()) -> None:
         """Refuses incomparable and unfinished runs if `strict`.
@@ -78,7 +80,8 @@ class Request:
 
     def by_design(self, arms: Mapping[str, Run]) -> tuple[str, ...]:
         """Config keys in which these arms differ by design, beside what their figure compares."""
-        return self.varied
+        own = {run.folder for run in arms.values()} == {self.pretrained, self.scratch}
+        return (*self.varied, *(self.pair_keys if own else ()))
 
     @cached_property
     def pair(self) -> RunPair:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i_lm.comparison.comparability import MissingRunsError
-from t2i_lm.evaluation.base import of_last_checkpoint, results_of
+from t2i_lm.evaluation.base import FINISHED, of_last_checkpoint, read_result
 from t2i_lm.plots.curves import Series
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import text_table
@@ -13,7 +13,6 @@ from t2i_lm.storage.run_folder import Run
 # Curves of a result (`evaluation/relearning.py`) by the arm that they are drawn as.
 CONTROLS = {"language_model": "language model", "random_weights": "random weights"}
 RUN = "run"
-NAME = "relearn"  # of the evaluator
 COMMAND = "python -m t2i_lm.evaluate --checkpoint {} --relearn"
 
 
@@ -58,14 +57,10 @@ def relearning_size(pair: RunPair) -> str:
 
 
 def is_measured(run: Run) -> bool:
-    """Whether there is a result of the last checkpoint.
-
-    Raises:
-        ValueError: if a result is damaged.
-    """
+    """Whether there is a result of the last checkpoint, and none is damaged."""
     try:
         return bool(_newest(run))
-    except MissingRunsError:
+    except (ValueError, OSError):
         return False
 
 
@@ -75,7 +70,9 @@ def _newest(run: Run) -> dict[str, Any]:
     Raises:
         ValueError: if there is none, or one is damaged.
     """
-    results = results_of(run.folder, NAME)
+    files = sorted(run.folder.glob("evaluations/*/relearn.json"), key=lambda file: file.stat().st_mtime)
+    # Copies have other times than their originals.
+    results = sorted(map(read_result, files), key=lambda result: result.get(FINISHED, ""))
     own = [one for one in results if of_last_checkpoint(run.folder, one["made_with"].get("checkpoint_sha256", ""))]
     if not own:
         problem = "was measured of other checkpoints than its last one" if results else "was not measured"

@@ -58,13 +58,11 @@ class RecordingRequest(Request):
 
     Attributes:
         folders: folder of each run by the one where figures find it.
-        pair_keys: config keys in which the named pair differs by design.
         arms: runs by arm, as `check` is given them.
         differing: values of the runs by key in which they differ against the rules.
     """
 
     folders: Mapping[Path, Path] = field(default_factory=dict)
-    pair_keys: tuple[str, ...] = ()
     arms: dict[str, Run] = field(default_factory=dict)
     differing: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -73,11 +71,6 @@ class RecordingRequest(Request):
         self.arms.update({arm: replace(run, folder=self.folders[run.folder]) for arm, run in arms.items()})
         self.differing.update(differences(list(arms.values()), varied, self.by_design(arms), paired=True))
         super().check(arms, varied)
-
-    def by_design(self, arms: Mapping[str, Run]) -> tuple[str, ...]:
-        """Those of every figure, and the pair's own where it alone is compared."""
-        own = {run.folder for run in arms.values()} == {self.pretrained, self.scratch}
-        return (*self.varied, *(self.pair_keys if own else ()))
 
 
 def draw_figures(

@@ -1,37 +1,47 @@
 """What a study measures after training for its page, of the runs that answer first: relearning and probes."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from t2i_lm.comparison.comparability import following
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.plots.relearning import is_measured
-from t2i_lm.reporting.probes import find_probes
+from t2i_lm.reporting.probes import ORDER, find_probes
 from t2i_lm.reporting.request import first_pair
-from t2i_lm.storage.run_folder import CHECKPOINTS
-
-# A command of `python -m t2i_lm.NAME`, and its arguments.
-Command = tuple[str, list[str]]
+from t2i_lm.storage.run_folder import Run, is_collected
 
 
-def missing_measurements(names: Sequence[str], comparison: Comparison, out: Path) -> Iterator[Command]:
-    """The commands that measure what is missing; a note on stderr where there is no run to measure.
+def missing_measurements(names: Sequence[str], comparison: Comparison, out: Path) -> list[list[str]]:
+    """Arguments of `python -m` that measure what is missing; a note on stderr on runs that cannot be measured.
+
+    A probe that is not available for the runs counts as missing: all probes are repeated.
 
     Args:
         names: of `study_plan.MEASUREMENTS`.
-        comparison: whose first seed is measured.
+        comparison: whose lowest seed with both arms is measured.
         out: folder of the study's figures.
     """
     pair = [*first_pair(comparison).values()]
-    if names and not all((run.folder / CHECKPOINTS).is_dir() for run in pair):
-        collected = next(run.folder for run in pair if not (run.folder / CHECKPOINTS).is_dir())
-        print(f"note: no {' and '.join(names)}: {collected} has no checkpoints", file=sys.stderr)
-        return
+    missing: dict[str, list[list[str]]] = {}
     if "relearning" in names:
-        for run in pair:
-            if not is_measured(run):
-                yield "evaluate", ["--checkpoint", str(run.folder), "--relearn"]
-    if "probes" in names and pair and find_probes(pair, pair)[0] is None:
-        keys = sorted({*comparison.plan.varied, *comparison.plan.own_keys})
+        folders = [str(run.folder) for run in pair if not is_measured(run)]
+        missing["relearning"] = [["t2i_lm.evaluate", "--checkpoint", folder, "--relearn"] for folder in folders]
+    if "probes" in names and pair and not _are_probed(pair):
+        keys = sorted({*comparison.plan.varied, *comparison.plan.own_keys, *following(comparison.plan.own_keys)})
         varied = [word for key in keys for word in ("--varied", key)]
-        yield "probe", [*(str(run.folder) for run in pair), "--out", str(out / "probes"), *varied]
+        folders = [str(run.folder) for run in pair]
+        missing["probes"] = [["t2i_lm.probe", *folders, "--out", str(out / "probes"), *varied]]
+    wanted = [name for name, commands in missing.items() if commands]
+    if wanted and (without := [str(run.folder) for run in pair if is_collected(run.folder)]):
+        print(f"note: no {' and '.join(wanted)}: no checkpoints in {', '.join(without)}", file=sys.stderr)
+        return []
+    return [command for commands in missing.values() for command in commands]
+
+
+def _are_probed(pair: Sequence[Run]) -> bool:
+    """Whether every probe of these runs together is recorded."""
+    probes, _ = find_probes(pair, pair)
+    if probes is None or len(probes.figures) < len(ORDER):
+        return False
+    return {run.folder for run in probes.runs.values()} == {run.folder for run in pair}

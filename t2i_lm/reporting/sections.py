@@ -200,7 +200,8 @@ def _add_sweeps(request: ReportRequest, sections: Mapping[str, Section]) -> None
 
 
 def _add_probes(request: ReportRequest, section: Section, arms: Mapping[str, Run]) -> None:
-    probes, notes = find_probes(request.pool.runs, list(arms.values()))
+    pool = {run.folder: run for run in (*arms.values(), *request.pool.runs)}
+    probes, notes = find_probes([*pool.values()], list(arms.values()))
     section.notes += notes
     if probes is None:
         section.missing = "no probe of these runs", probe_command(run.folder for run in arms.values())

@@ -45,7 +45,7 @@ def write_page(
         places = {run: link for link, run in links.items()}
         try:
             one, two = (None, None) if pair is None else (places[run.folder] for run in pair)
-            drawn = Request(folder, one, two, strict, (*own, *pair_keys, *following(pair_keys)))
+            drawn = Request(folder, one, two, strict, own, (*pair_keys, *following(pair_keys)))
             code = write_figures(drawn, out, told=partial(named, names=names))
         except ValueError as error:
             print(f"figures: {named(str(error), names)}", file=sys.stderr)

@@ -107,9 +107,13 @@ def multiplies_bfloat16(device: str) -> bool:
     """Whether bfloat16 matmuls are faster than float32 on a device type (`cuda`, `cpu`)."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # The operator is absent where torch is built without oneDNN, as on Apple silicon.
+    onednn: Any = torch.backends.mkldnn
+    if device != "cpu" or not (onednn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     # oneDNN also supports AVX-512 processors without instructions for bfloat16, several times slower than float32.
+    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.12
+        return bool(torch.cpu._is_avx512_bf16_supported())
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 

@@ -1,6 +1,7 @@
 """Ranks of this process, by what its launcher says in the environment. Imports no torch."""
 
 import os
+from collections.abc import Mapping
 
 # Numbers that are not 0 in all but the first process, of Lightning's launcher and of those that set no RANK.
 OTHERS = ("NODE_RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
@@ -29,6 +30,14 @@ def global_rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process alone: without what tells it that it is one of several."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *OTHERS)
+    return {
+        name: value for name, value in environment.items() if name not in ranks and not name.startswith("SLURM_STEP_")
+    }
 
 
 def _number(torchrun: str, srun: str, alone: int) -> int:

@@ -2,37 +2,57 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 
 import torch
 
 from callbacks.files.cgroups import groups, words
+from t2i_lm.config.sections import TrainerConfig
 
-CHOSEN = "OMP_NUM_THREADS"  # variable that decides torch's default, also of processes that are started here
-
-
-def use_threads(threads: int | None, processes: int = 1) -> None:
-    """Sets the threads of this process: `trainer.threads`, or its share of `default_threads`.
-
-    Args:
-        threads: `trainer.threads`.
-        processes: that share this machine, of which Lightning starts the others with as many.
-    """
-    alone = processes == 1 or CHOSEN in os.environ
-    count = threads or (default_threads() if alone else max(1, default_threads() // processes))
-    torch.set_num_threads(count)
-    if processes > 1:
-        os.environ[CHOSEN] = str(count)  # else Lightning sets both by the number of cores
+# OpenMP's variable, of which torch and Lightning take their default. Launched processes inherit it.
+VARIABLE = "OMP_NUM_THREADS"
+CHOSEN = VARIABLE in os.environ  # by the user or a launcher, before any run here
+TORCHS = torch.get_num_threads()
 
 
 def default_threads() -> int:
-    """Torch's default, OMP_NUM_THREADS or the number of cores, but no more than a container's quota keeps busy.
+    """OMP_NUM_THREADS, else the cores within the CPU quota of this process's container.
 
-    Threads beyond the quota would wait for each other: torch counts all cores of the machine.
+    Torch counts all cores of the machine. Threads beyond the quota wait for each other.
     """
-    count = torch.get_num_threads()
-    return count if CHOSEN in os.environ else min([count, *map(ceil, processor_quotas())])
+    return TORCHS if CHOSEN else min([TORCHS, *map(ceil, processor_quotas())])
+
+
+def threads_of(trainer: TrainerConfig) -> int:
+    """Threads of each process of a run: `trainer.threads`, else its share of `default_threads` on this machine."""
+    if trainer.threads is not None:
+        return trainer.threads
+    if CHOSEN:
+        return default_threads()
+    if "SLURM_CPUS_PER_TASK" in os.environ:  # a task's own cores, which need not be divided
+        return max(1, min(default_threads(), int(os.environ["SLURM_CPUS_PER_TASK"])))
+    return max(1, default_threads() // trainer.devices)
+
+
+@contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Sets the threads of this process and of those that it launches.
+
+    By the variable too: without it, Lightning sets the number of cores.
+    """
+    before, threads = os.environ.get(VARIABLE), torch.get_num_threads()
+    torch.set_num_threads(count)
+    os.environ[VARIABLE] = str(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
 
 
 def processor_quotas(root: Path = Path("/")) -> Iterator[float]:

@@ -235,5 +235,7 @@ def _born(pid: int) -> str | None:
         except OSError:
             return None
         return "" if state in "ZX" else fields[18]
-    found = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.split()
+    same = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}  # for every process that asks
+    command = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
+    found = subprocess.run(command, env=same, capture_output=True, text=True).stdout.split()
     return "" if not found or found[0].startswith("Z") else " ".join(found[1:])

@@ -37,7 +37,7 @@ from t2i_lm.runtime.loggers import require_logger
 from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.runtime.seeds import generator
 from t2i_lm.runtime.slurm import requeue
-from t2i_lm.runtime.threads import use_threads
+from t2i_lm.runtime.threads import threads_of, use_threads
 from t2i_lm.storage.owner import Ownership, own, require_free
 from t2i_lm.storage.run_folder import (
     CHECKPOINTS,
@@ -91,13 +91,12 @@ def run(config: ExperimentConfig, resume: Path | None = None, allowed: Sequence[
         MemoryError: if the memory of a GPU or of this machine is exhausted, with the keys that lower its use.
         FloatingPointError: if the gradient stays non-finite.
     """
-    with watch_ranks(config.trainer) or nullcontext() as watch:
+    with use_threads(threads_of(config.trainer)), watch_ranks(config.trainer) or nullcontext() as watch:
         return _run(config, resume, allowed, watch)
 
 
 def _run(config: ExperimentConfig, resume: Path | None, allowed: Sequence[str], watch: RankWatch | None) -> int:
     require_device(config.trainer)
-    use_threads(config.trainer.threads, config.trainer.devices)
     require_logger(config.log.logger)
     loss_backend(config.loss.backend)
     require_texts(config)

@@ -7,6 +7,7 @@ import pytest
 
 from t2i_lm.comparison.study_plan import Study, first_seeds, read_study
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.plots.pairing import RunPair
 from t2i_lm.reporting.study_page import write_page
 from t2i_lm.training.study import StudyRun, compare_arms, shown_runs, study_runs
 from t2i_lm.training.study_results import results_of
@@ -33,9 +34,16 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[StudyRu
     finish([run for run in made if run.repeats], lambda config: image_loss(config) + 0.02, first=500, threads=3)
     results = results_of(plan, compare_arms(plan, runs))
     with pytest.MonkeyPatch.context() as patch:  # figures have tests of their own
-        patch.setattr("t2i_lm.reporting.study_page.write_figures", lambda *_, **__: 0)
+        drawn: list[RunPair] = []
+        patch.setattr(
+            "t2i_lm.reporting.study_page.write_figures", lambda request, *_, **__: drawn.append(request.pair) or 0
+        )
         leave_out_figures(patch)
         assert write_page(plan, runs, results, PLAN, EXPERIMENTS, folder, strict=True) == 0
+    assert [(run.config["init"], run.config["seed"]) for run in drawn[0].arms.values()] == [
+        ("pretrained", 0),
+        ("random", 0),
+    ], "the pair of the page"
     return plan, runs, parse((folder / "report.html").read_text())
 
 

@@ -1,25 +1,24 @@
 """CPU threads: those of the config, else the machine's, within the quota of a container and shared among ranks."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from t2i_lm.config.sections import TrainerConfig
 from t2i_lm.runtime import threads
-from t2i_lm.runtime.threads import CHOSEN, default_threads, processor_quotas, use_threads
+from t2i_lm.runtime.threads import VARIABLE, default_threads, processor_quotas, threads_of, use_threads
 
 
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads of torch as before, and no choice in the environment."""
-    monkeypatch.setenv(CHOSEN, "1")  # so that it is restored also where a test sets it
-    monkeypatch.delenv(CHOSEN)
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine of eight cores on which nobody has chosen a number of threads; returns what changes it."""
+    monkeypatch.setattr(threads, "TORCHS", 8)
+    monkeypatch.setattr(threads, "CHOSEN", False)
+    monkeypatch.setattr(threads, "processor_quotas", lambda: iter([]))
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    return monkeypatch
 
 
 @pytest.mark.parametrize(
@@ -48,26 +47,32 @@ def test_a_system_without_control_groups_has_no_quota(tmp_path: Path) -> None:
     assert not list(processor_quotas(tmp_path))
 
 
-def test_threads_stay_within_a_quota_unless_they_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_threads() <= 4
-    monkeypatch.setattr(threads, "processor_quotas", lambda: iter([1.5, 3.0]))
+def test_threads_stay_within_a_quota_unless_they_are_chosen(cores: pytest.MonkeyPatch) -> None:
+    assert default_threads() == 8
+    cores.setattr(threads, "processor_quotas", lambda: iter([1.5, 3.0]))
     assert default_threads() == 2
-    use_threads(None)
-    assert torch.get_num_threads() == 2
-    use_threads(3)
-    assert torch.get_num_threads() == 3
-    monkeypatch.setenv(CHOSEN, "4")
-    torch.set_num_threads(4)
-    use_threads(None)
-    assert torch.get_num_threads() == 4
+    assert threads_of(TrainerConfig(threads=3)) == 3
+    cores.setattr(threads, "CHOSEN", True)
+    assert default_threads() == 8
 
 
-def test_ranks_share_the_cores_and_have_the_threads_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "processor_quotas", lambda: iter([4.0]))
-    use_threads(None, processes=2)
-    assert (torch.get_num_threads(), os.environ[CHOSEN]) == (2, "2")
-    monkeypatch.delenv(CHOSEN)
-    use_threads(None, processes=8)
-    assert torch.get_num_threads() == 1
-    use_threads(3, processes=8)
-    assert (torch.get_num_threads(), os.environ[CHOSEN]) == (3, "3")
+def test_ranks_share_the_cores_of_a_machine(cores: pytest.MonkeyPatch) -> None:
+    assert threads_of(TrainerConfig(devices=2)) == 4
+    assert threads_of(TrainerConfig(devices=16)) == 1
+    assert threads_of(TrainerConfig(devices=16, threads=3)) == 3
+    cores.setenv("SLURM_CPUS_PER_TASK", "6")  # a task's own
+    assert threads_of(TrainerConfig(devices=2)) == 6
+    cores.setattr(threads, "CHOSEN", True)
+    assert threads_of(TrainerConfig(devices=2)) == 8
+
+
+@pytest.mark.parametrize("chosen", [None, "1"])
+def test_a_run_leaves_the_number_of_threads_as_it_was(chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.delenv(VARIABLE)
+    if chosen is not None:
+        monkeypatch.setenv(VARIABLE, chosen)
+    with use_threads(3):
+        assert (torch.get_num_threads(), os.environ[VARIABLE]) == (3, "3")
+    assert (torch.get_num_threads(), os.environ.get(VARIABLE)) == (before, chosen)

@@ -116,7 +116,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_on_another_machine_holds_it_as_long_as_it_touches_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(owner, "STALE_S", 1.0)
+    monkeypatch.setattr(owner, "HEARTBEAT_S", 0.4)  # watched for a second
     file = tmp_path / "owner.json"
     entry(file, machine="other")
     old = time.time() - 1000
@@ -129,6 +129,8 @@ def test_a_process_on_another_machine_holds_it_as_long_as_it_touches_it(
 
     process = fork.Process(target=touch, daemon=True)
     process.start()
+    while file.stat().st_mtime == old:
+        time.sleep(0.005)
     with pytest.raises(OwnedError):
         own(file)
     process.kill()

@@ -2,7 +2,7 @@
 
 A folder has `SPLIT/part-00000`, ... and `index.json`, which marks it as complete. Splits are `train` and `val`, or for
 scenes `train`, `val/iid` and `val/compositional`. A part with its `part.json` is written to a temporary folder and
-renamed, so that an interrupted preparation continues after the last complete part. `parts.py` reads them. Index and
+renamed, so that an interrupted preparation continues after the last complete part. `parts.py` reads parts. Index and
 `part.json` hold digests of themselves; the JSON that `datasets` writes beside the Arrow files is not read.
 
 Pair shards have columns `id`, `image_ids` (fixed-size list), `text_ids` (all captions, a list of lists) and `meaning`
