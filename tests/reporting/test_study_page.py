@@ -7,6 +7,7 @@ import pytest
 
 from t2i_lm.comparison.study_plan import Study, first_seeds, read_study
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.plots.catalogue import Request
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.reporting.study_page import write_page
 from t2i_lm.training.study import StudyRun, compare_arms, shown_runs, study_runs
@@ -33,11 +34,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[StudyRu
     finish([run for run in made if not run.repeats], image_loss)
     finish([run for run in made if run.repeats], lambda config: image_loss(config) + 0.02, first=500, threads=3)
     results = results_of(plan, compare_arms(plan, runs))
+    drawn: list[RunPair] = []
+
+    def draw(request: Request, *_: object, **__: object) -> int:
+        drawn.append(request.pair)
+        return 0
+
     with pytest.MonkeyPatch.context() as patch:  # figures have tests of their own
-        drawn: list[RunPair] = []
-        patch.setattr(
-            "t2i_lm.reporting.study_page.write_figures", lambda request, *_, **__: drawn.append(request.pair) or 0
-        )
+        patch.setattr("t2i_lm.reporting.study_page.write_figures", draw)
         leave_out_figures(patch)
         assert write_page(plan, runs, results, PLAN, EXPERIMENTS, folder, strict=True) == 0
     assert [(run.config["init"], run.config["seed"]) for run in drawn[0].arms.values()] == [
