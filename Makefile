@@ -9,6 +9,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # Changes when the dependencies change, so an old environment is brought up to date and a fresh one is left alone.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+# An environment whose Python is gone, or of another machine, is made again.
+ALIVE := $(shell [ ! -e $(STAMP) ] || $(PY) -c '' 2>/dev/null || rm -f $(STAMP))
 TRAIN = $(PY) -m t2i_lm.train experiments/$(1).yaml --scale $(SCALE) $(if $(RESUME),--resume latest) run.dir=$(RUNS) $(ARGS)
 
 TEXT ?=

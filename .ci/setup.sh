@@ -29,6 +29,7 @@ fi
 # One installation at a time; a lock left by a killed one is taken over.
 lock="$venv.lock"
 while ! mkdir "$lock" 2>/dev/null; do
+    [ -d "$lock" ] || mkdir "$lock" || fail "$lock cannot be made, so nothing can be installed here"
     holder=$(cat "$lock/pid" 2>/dev/null || { sleep 1; cat "$lock/pid" 2>/dev/null; } || true)
     if [ -n "$holder" ] && kill -0 "$holder" 2>/dev/null; then
         sleep 2

@@ -6,6 +6,7 @@ counts as missing. Lightning's own writer goes through TMPDIR; on another file s
 truncate.
 """
 
+import errno
 import hashlib
 import os
 import time
@@ -301,8 +302,12 @@ def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
+    """Syncs a rename, where the file system can: some shared ones, such as CIFS, sync files alone."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(handle)

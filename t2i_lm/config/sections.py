@@ -265,7 +265,7 @@ class TrainerConfig(Section, prefix="trainer"):
     max_steps: int = 100_000
     """Optimizer steps."""
     accelerator: str = "auto"
-    """`auto`, `cpu`, `gpu`, `cuda` or `mps`."""
+    """`auto`, `cpu`, `gpu` or `cuda`. Losses are summed in float64, which Apple's MPS does not have."""
     devices: int = 1
     """Processes per node, one per GPU."""
     num_nodes: int = 1

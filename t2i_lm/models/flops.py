@@ -6,16 +6,20 @@ frozen parts count as trained, so that arms and settings compare. Of routed expe
 of modality experts one.
 """
 
+import re
+
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.experts import expert_weights
 from t2i_lm.models.modality_experts import idle_parameters
 
-# Dense bfloat16 operations per second, by a part of the driver's name of the device; the first match counts.
+# Dense bfloat16 operations per second, by words in the driver's name of the device; the first match counts.
 PEAKS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "L40S": 362e12,
 }
@@ -35,8 +39,11 @@ def flop_per_token(decoder: Backbone, length: int) -> float:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 operations per second of a device; None if unknown."""
-    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+    """Dense bfloat16 operations per second of a device; None if unknown, as of a part of one (MIG, virtual GPUs)."""
+    words = re.split(r"[\s-]+", device_name)
+    if {"MIG", "GRID"} & {*words}:
+        return None
+    return next((peak for name, peak in PEAKS.items() if {*name.split()} <= {*words}), None)
 
 
 def formula(decoder: Backbone, length: int, device_name: str | None) -> str:

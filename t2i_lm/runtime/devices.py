@@ -1,11 +1,14 @@
 """Capabilities of the local devices, and memory errors."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
+from sysconfig import get_path
 from typing import Any
 
 import torch
@@ -13,11 +16,13 @@ import torch
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import SHARDED, TrainerConfig, require
 
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 FLOAT8_CAPABILITY = (8, 9)
-COMPILERS = ("c++", "g++", "clang++")  # torch.compile requires one of these
+# AMD architectures with bfloat16 matmuls: MI100 and later, RDNA 3 and later.
+BFLOAT16_AMD = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+COMPILER = "clang++" if sys.platform == "darwin" else "g++"  # that torch.compile calls, unless CXX names another one
 # In the RuntimeErrors of CUDA and its libraries, whose memory is not torch's allocator's.
-GPU_FULL = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+GPU_FULL = ("CUDA error: out of memory", "HIP error: out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def require_device(trainer: TrainerConfig) -> None:
@@ -28,13 +33,12 @@ def require_device(trainer: TrainerConfig) -> None:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     possible = [name for name in ACCELERATORS if name not in ("gpu", "cuda") or gpus]
-    if not torch.backends.mps.is_available():
-        possible.remove("mps")
     here = f"one of {', '.join(possible)} on this machine"
     require(trainer.accelerator in possible, "trainer.accelerator", trainer.accelerator, here)
     if uses_gpu(trainer.accelerator):
         here = f"at most {gpus}, the GPUs of this machine (trainer.num_nodes counts machines)"
         require(trainer.devices <= gpus, "trainer.devices", trainer.devices, here)
+        _require_kernels()
         slow = trainer.precision == "bf16-mixed" and not multiplies_bfloat16("cuda")
         name = torch.cuda.get_device_name()
         require(not slow, "trainer.precision", trainer.precision, f"32-true: {name} has no bfloat16 matmuls")
@@ -44,10 +48,23 @@ def require_device(trainer: TrainerConfig) -> None:
     require(tunes or not trainer.autotune, "trainer.autotune", trainer.autotune, "false: this run uses no GPU")
 
 
+def _require_kernels() -> None:
+    """Checks that torch is built for the GPU: else the first kernel fails, after the data is prepared."""
+    capability, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    numbers = [int(digits) for name in built if (digits := re.sub(r"\D", "", name.partition("_")[2]))]
+    if torch.version.hip is None and numbers and capability[0] * 10 + capability[1] < min(numbers):
+        raise ValueError(
+            f"trainer.accelerator: torch {torch.__version__} is built for {', '.join(built)}, not for this machine's "
+            f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]}): install torch for an older CUDA "
+            "(https://download.pytorch.org/whl/cu126), or use trainer.accelerator=cpu"
+        )
+
+
 def _require_float8(trainer: TrainerConfig) -> None:
     gpu = uses_gpu(trainer.accelerator)
     name = torch.cuda.get_device_name() if gpu else "this processor"
-    capable = gpu and torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY
+    # On ROCm the capability is the number of AMD's architecture.
+    capable = gpu and torch.version.hip is None and torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY
     here = f"false: {name} has no float8 matmuls (NVIDIA GPUs since Ada and Hopper do)"
     require(capable, "trainer.fp8", trainer.fp8, here)
     if find_spec("torchao") is None:
@@ -105,6 +122,8 @@ def device_name(config: ExperimentConfig) -> str | None:
 
 def multiplies_bfloat16(device: str) -> bool:
     """Whether bfloat16 matmuls are faster than float32 on a device type (`cuda`, `cpu`)."""
+    if device == "cuda" and torch.version.hip is not None:  # where torch calls every GPU capable
+        return torch.cuda.get_device_properties().gcnArchName.startswith(BFLOAT16_AMD)
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # The operator is absent where torch is built without oneDNN, as on Apple silicon.
@@ -133,9 +152,16 @@ def exact_convolutions() -> Iterator[None]:
 
 
 def can_compile(key: str) -> bool:
-    """Whether there is a C++ compiler; if not, prints that `key` has no effect."""
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    available = any(map(which, compilers))
-    if not available:
-        print(f"{key}: no compiler ({', '.join(compilers)}), nothing is compiled", file=sys.stderr)
-    return available
+    """Whether torch.compile finds a C++ compiler and Python's headers; if not, prints that `key` has no effect."""
+    if missing := missing_to_compile():
+        print(f"{key}: {', '.join(missing)}, nothing is compiled", file=sys.stderr)
+    return not missing
+
+
+def missing_to_compile() -> list[str]:
+    """What torch.compile requires on a CPU and does not find."""
+    compiler = os.environ.get("CXX") or COMPILER
+    missing = [] if which(compiler) else [f"no compiler ({compiler}; CXX names another one)"]
+    if not Path(get_path("include"), "Python.h").is_file():
+        missing.append("no Python.h (on Debian: apt install python3-dev)")
+    return missing

@@ -6,6 +6,7 @@ Finished parts are reused after an interruption; parts of a different job are re
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -130,7 +131,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if the folder cannot be written.
     """
-    name = f"{path.name}.{os.getpid()}.tmp"
+    name = f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     own = path / name if path.is_dir() else path.with_name(name)
     try:
         with writing(path, own):

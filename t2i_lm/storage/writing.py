@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,7 +44,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with writing(path):
             yield path
         return
-    own = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # Containers on several machines may have equal process ids.
+    own = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         with writing(path, own):
             yield own

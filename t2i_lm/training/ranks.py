@@ -28,8 +28,13 @@ from t2i_lm.storage.owner import Ownership
 from t2i_lm.training.sharded_strategy import ShardedStrategy
 
 
-def cluster() -> ClusterEnvironment:
-    """Who launched this process, in Lightning's order: torchrun, Slurm's `srun`, others, or Lightning or a person."""
+def cluster(processes: int) -> ClusterEnvironment:
+    """Who launched this process, in Lightning's order: torchrun, Slurm's `srun`, others, or Lightning or a person.
+
+    Nobody of a run of one process, also in a job of several tasks, for which Lightning refuses a run without `srun`.
+    """
+    if processes == 1:
+        return LightningEnvironment()
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     if SLURMEnvironment.detect():
@@ -44,7 +49,7 @@ def watch_ranks(trainer: TrainerConfig) -> RankWatch | None:
     Of a process that has yet to launch the others, it begins when they are launched (`WatchedRanks`).
     """
     world = trainer.processes
-    environment = cluster()
+    environment = cluster(world)
     if world == 1 or (isinstance(environment, SLURMEnvironment) and "SLURM_PROCID" not in os.environ):
         return None
     if isinstance(environment, LightningEnvironment):

@@ -224,7 +224,7 @@ def _environment(experiment: Experiment, start: dict[str, Any], folder: Path) ->
     return environment(
         **start,
         stream_hash=make_sampler(config, experiment.data.train_set.part_sizes).stream_hash(samples),
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        device=device_name(config) or "cpu",
         threads=torch.get_num_threads(),
         new_rows_seed=generator(config.seed, "new rows").initial_seed(),
         train_samples=size,

@@ -13,7 +13,7 @@ from callbacks import DurableCheckpointIO, EventLog, MetricsFile, RunCheckpoints
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import SHARDED
 from t2i_lm.experiment.build import Experiment
-from t2i_lm.runtime.devices import precision
+from t2i_lm.runtime.devices import precision, uses_gpu
 from t2i_lm.runtime.loggers import build_logger
 from t2i_lm.runtime.rank_watch import RankWatch
 from t2i_lm.storage.run_folder import CHECKPOINTS
@@ -84,7 +84,7 @@ def build_trainer(
     changed = [ChangedOptimizer()] if any(key.startswith(("optim.", "trainer.max_steps")) for key in allowed) else []
     return pl.Trainer(
         max_steps=trainer.max_steps,
-        accelerator=trainer.accelerator,
+        accelerator="cuda" if uses_gpu(trainer.accelerator) else "cpu",
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
         strategy=build_strategy(config, watch),
@@ -96,7 +96,7 @@ def build_trainer(
         logger=build_logger(config, folder, purge),
         callbacks=[*changed, *callbacks_for(experiment, folder, events, record, watch)],
         default_root_dir=folder / CHECKPOINTS,  # where Lightning looks for its own checkpoints of Slurm, and finds none
-        plugins=[DurableCheckpointIO(), cluster()],
+        plugins=[DurableCheckpointIO(), cluster(trainer.processes)],
         use_distributed_sampler=False,
         num_sanity_val_steps=0 if resumed else -1,
         enable_progress_bar=False,

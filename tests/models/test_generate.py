@@ -1,4 +1,3 @@
-import shutil
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.generate import Sampling, continue_text, filter_top_k, filter_top_p, generate, sample_ids, uniforms
-from t2i_lm.runtime.devices import COMPILERS
+from t2i_lm.runtime.devices import missing_to_compile
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import Layout
 from tests.decoders import tiny_decoder as tiny
@@ -185,7 +184,7 @@ def test_a_text_is_continued_on_a_gpu(seed: int | None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+@pytest.mark.skipif(bool(missing_to_compile()), reason="no C++ compiler")
 @pytest.mark.parametrize(("positional", "bucket"), [("rotary", 8), ("head_rotary", None)])
 def test_compiled_steps_generate_the_same_ids(positional: str, bucket: int | None) -> None:
     """For prompts of one length, and of several, whose columns are masked."""

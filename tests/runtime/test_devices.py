@@ -14,7 +14,14 @@ from t2i_lm.experiment.dry_run import plan
 from t2i_lm.experiment.restore import load_trained
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.flops import PEAKS, flop_per_token, formula, peak_flops, product_parameters
-from t2i_lm.runtime.devices import is_out_of_memory, memory_advice, multiplies_bfloat16, require_device
+from t2i_lm.runtime import devices
+from t2i_lm.runtime.devices import (
+    can_compile,
+    is_out_of_memory,
+    memory_advice,
+    multiplies_bfloat16,
+    require_device,
+)
 from t2i_lm.train import main
 from t2i_lm.training import run as session
 from tests.marks import needs_gpu, needs_torchs
@@ -43,6 +50,33 @@ def test_a_missing_accelerator_is_refused_with_the_available_ones(accelerator: s
     with pytest.raises(ValueError, match=rf"trainer\.accelerator='{accelerator}': expected one of auto, cpu"):
         require_device(TrainerConfig(accelerator=accelerator))
     require_device(TrainerConfig(accelerator="cpu", devices=2, precision="bf16-mixed"))
+
+
+def test_a_gpu_older_than_torchs_kernels_is_refused_before_anything_is_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "Tesla V100-SXM2-16GB")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
+    with pytest.raises(ValueError, match=r"built for sm_75, .* not for this machine's Tesla V100-SXM2-16GB \(sm_70\)"):
+        require_device(TrainerConfig())
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_60", "sm_90a"])
+    require_device(TrainerConfig())
+
+
+def test_compilation_needs_a_compiler_and_pythons_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    monkeypatch.setattr(devices, "get_path", lambda _: str(tmp_path))
+    assert not can_compile("--compile")
+    message = f"--compile: no compiler ({tmp_path}/g++; CXX names another one), no Python.h (on Debian: apt install "
+    assert message in capsys.readouterr().err
+    (tmp_path / "g++").touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    assert can_compile("--compile")
+    assert capsys.readouterr().err == ""
 
 
 def test_float8_is_refused_on_a_processor_without_it() -> None:
@@ -131,4 +165,5 @@ def test_peaks_distinguish_variants_of_a_device() -> None:
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == PEAKS["H100"] == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("some card") is None
+    for name in ("some card", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "GRID A100-10C"):
+        assert peak_flops(name) is None, name

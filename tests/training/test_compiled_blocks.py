@@ -35,5 +35,5 @@ def test_without_a_compiler_blocks_run_eagerly(
 ) -> None:
     monkeypatch.setattr("t2i_lm.runtime.devices.which", lambda _: None)
     run = train(PRETRAINED, tmp_path, *tiny, "trainer.compile=true")
-    assert "trainer.compile: no compiler (c++" in capsys.readouterr().err
+    assert "trainer.compile: no compiler (" in capsys.readouterr().err
     assert curve(run) == curve(pretrained)

@@ -6,10 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
+from t2i_lm.config.sections import TrainerConfig
 from t2i_lm.runtime.launch import global_rank, local_rank, world_size
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
+from t2i_lm.training.ranks import cluster, watch_ranks
 from tests.callbacks.toy_run import free_port
 from tests.runs import PRETRAINED, QUICK, ROOT, Forked, curve, launch_module, same_losses, succeed
 from tests.slurm import task_environment
@@ -66,11 +69,11 @@ def test_the_batch_script_requeues_resumes_and_hands_over_its_finished_run(tmp_p
     for name, line in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "8"}
     script = ["bash", str(ROOT / "experiments" / "slurm" / "train.sbatch"), "t2i_scratch", "paper", "seed=1"]
     codes = [subprocess.run(script, cwd=tmp_path, env=environment).returncode for _ in range(2)]
     assert codes == [143, 0]
-    train = ".venv/bin/python -m t2i_lm.train experiments/t2i_scratch.yaml --scale paper"
+    train = "--cpus-per-task=8 .venv/bin/python -m t2i_lm.train experiments/t2i_scratch.yaml --scale paper"
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"{train} run.dir=runs/4711 seed=1",
         "scontrol requeue 4711",
@@ -94,3 +97,10 @@ def test_a_batch_script_that_has_not_called_srun_is_one_process(monkeypatch: pyt
     for key, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
         monkeypatch.setenv(key, value)
     assert (global_rank(), local_rank(), world_size()) == (0, 0, 1)
+
+
+def test_a_run_of_one_process_needs_no_srun_in_a_job_of_several_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "batch", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(key, value)
+    assert watch_ranks(TrainerConfig()) is None
+    assert isinstance(cluster(1), LightningEnvironment)

@@ -28,7 +28,7 @@ from t2i_lm.data.shards.cache import say
 from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.shards.format import STREAM, pair_features, read_index, validations_in
 from t2i_lm.data.shards.held_out import ids_digest
-from t2i_lm.data.shards.parts import PartError, Parts
+from t2i_lm.data.shards.parts import PartError, Parts, shared_zeros
 from t2i_lm.data.shards.rejects import NOTE_AFTER, Rejects
 from t2i_lm.data.shards.remote import RESUMES, RemoteError, make_room, touch
 from t2i_lm.data.shards.row_groups import StoredFile, pixel_digest, read_digests, samples_of
@@ -88,8 +88,7 @@ class StreamedParts(Parts):
         self._encoder.tokenizers()
         self._made = _Made(self._kept.with_suffix(".jsonl"))
         self._paths, self._mapped = {}, {}
-        self._verified = torch.zeros(len(self.rows), dtype=torch.int64)
-        self._verified.share_memory_()  # type: ignore[no-untyped-call]
+        self._verified = shared_zeros(len(self.rows))
         self._ahead: _Ahead | None = None
         if line := self._made.summary():
             say(line)

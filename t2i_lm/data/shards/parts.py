@@ -68,10 +68,8 @@ class Parts:
                 f"{index['splits'][split]['rows']:,} in {len(self._files)}; {self._remedy}"
             )
         self._remote = RemoteFiles.of(folder)
-        # State of each part's files when they were verified, 0 before; in memory that workers share, so that one of
-        # them verifies a part.
-        self._verified = torch.zeros(len(entries), dtype=torch.int64)
-        self._verified.share_memory_()  # type: ignore[no-untyped-call]
+        # State of each part's files when they were verified, 0 before.
+        self._verified = shared_zeros(len(entries))
         self._paths: dict[int, tuple[str, ...]] = {}
         self._mapped: dict[int, list[int] | None] = {}  # inodes of the files of `dataset`
         self._threads: ThreadPoolExecutor | None = None
@@ -261,6 +259,14 @@ def open_split(folder: Path, split: str) -> datasets.Dataset:
         ValueError: if a part is missing or damaged.
     """
     return Parts(folder, split).dataset()
+
+
+def shared_zeros(size: int) -> torch.Tensor:
+    """Zeros (size,) int64 in memory that workers share; in each process's own where there is none (no /dev/shm)."""
+    zeros = torch.zeros(size, dtype=torch.int64)
+    with suppress(RuntimeError):
+        zeros.share_memory_()  # type: ignore[no-untyped-call]
+    return zeros
 
 
 def _map(file: Path) -> pa.Table:

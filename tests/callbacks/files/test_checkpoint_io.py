@@ -1,8 +1,10 @@
 """Checkpoint files: damaged ones are never read, a failed write leaves older ones intact."""
 
+import errno
 import hashlib
 import os
 import random
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,22 @@ def test_a_full_disk_at_any_sync_or_rename_leaves_earlier_files_intact(
         for path in folder.glob("*.ckpt"):
             verify(path)
         assert not list(folder.glob("*.tmp"))
+
+
+def test_a_file_system_that_cannot_sync_folders_is_written_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CIFS and VirtualBox's shared folders answer EINVAL."""
+    sync = os.fsync
+
+    def files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    DurableCheckpointIO().save_checkpoint(content(7), checkpoint_path(folder, 7))
+    verify(checkpoint_path(folder, 7))
 
 
 def test_a_full_disk_at_any_write_leaves_earlier_files_intact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
