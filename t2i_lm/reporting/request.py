@@ -54,8 +54,12 @@ def first_pair(comparison: Comparison | None) -> dict[str, Run]:
 
 
 def named_pair(arms: Mapping[str, Run]) -> tuple[Run, Run] | None:
-    """The runs of Figures 3 and 4, if those are what is compared."""
-    inits = {str(run.config.get("init")): run for run in arms.values() if run.config.get("task") == "text_to_image"}
+    """The runs of Figures 3 and 4, if those are what is compared; not arms with names and keys of their own."""
+    inits = {
+        str(run.config.get("init")): run
+        for arm, run in arms.items()
+        if run.config.get("task") == "text_to_image" and arm == run.config.get("name")
+    }
     return (inits["pretrained"], inits["random"]) if set(inits) == {"pretrained", "random"} else None
 
 

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from t2i_lm.comparison.study_plan import Study
-from t2i_lm.reporting.request import missing_runs, short_notes
+from t2i_lm.reporting.request import missing_runs, named_pair, short_notes
 from t2i_lm.reporting.search import RunSearch
+from t2i_lm.storage.run_folder import read_run
 from tests.plots.synthetic_runs import write_run
 
 
@@ -37,3 +38,10 @@ def test_runs_that_repeat_others_with_other_threads_count_with_them(tmp_path: Pa
     (made,) = RunSearch(tmp_path).comparisons(study, strict=True)
     assert made.arms is not None, made.problem
     assert [len(runs) for arm in (made.arms.first, made.arms.second) for runs in arm.values()] == [2, 2]
+
+
+def test_the_pair_of_figures_3_and_4_is_that_of_the_experiments_themselves(tmp_path: Path) -> None:
+    runs = {name: read_run(write_run(tmp_path, name)) for name in ("t2i_pretrained", "t2i_scratch")}
+    assert named_pair(runs) == tuple(runs.values())
+    assert named_pair({"step_50": runs["t2i_pretrained"], "t2i_scratch": runs["t2i_scratch"]}) is None
+    assert named_pair({"t2i_scratch": runs["t2i_scratch"]}) is None
