@@ -84,14 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
         failed = write_results(results, out)
-        if results.comparisons and not code:
-            code = _measure(study.measure, results.answer_first[0], out)
-            if code > 128:
-                return code
-            failed, code = code or failed, 0  # the page is written all the same
+        measured = 0 if code or not results.comparisons else _measure(study.measure, results.answer_first[0], out)
+        if measured > 128:
+            return measured
         from t2i_lm.reporting.study_page import write_page
 
-        return code or write_page(study, runs, results, options.plan, experiments, out, options.strict) or failed
+        return (
+            code
+            or write_page(study, runs, results, options.plan, experiments, out, options.strict)
+            or measured
+            or failed
+        )
 
     return exit_code(body)
 
@@ -101,15 +104,16 @@ def _measure(names: Sequence[str], comparison: "Comparison", out: Path) -> int:
     from t2i_lm.reporting.measurements import missing_measurements
     from t2i_lm.runtime.launch import without_launcher
 
-    codes = [0]
+    failed = 0
     for arguments in missing_measurements(names, comparison, out):
         command = ["python", "-m", *arguments]
         print("==", shlex.join(command), flush=True)
         code = subprocess.run([sys.executable, *command[1:]], env=without_launcher(os.environ)).returncode
-        codes.append(code if code >= 0 else 128 - code)
-        if codes[-1] > 128:  # stopped by a signal
-            return codes[-1]
-    return next(filter(None, codes), 0)
+        code = code if code >= 0 else 128 - code
+        if code > 128:  # stopped by a signal
+            return code
+        failed = failed or code
+    return failed
 
 
 if __name__ == "__main__":
