@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,11 @@ class RunCheckpoints(Checkpoint):
         events: EventLog | None = None,
         background: bool = True,
         keep_steps: Collection[int] = (),
+        timeout: timedelta | None = None,
     ) -> None:
         """`metrics` is truncated on resume to its size at the checkpoint; `background=False` lets training wait.
+
+        `timeout` is that of the ranks' agreement, in which one may wait for the file of another; None: torch's.
 
         Raises:
             ValueError: if `every_n_steps`, `keep` or one of `keep_steps` is less than 1.
@@ -76,7 +80,7 @@ class RunCheckpoints(Checkpoint):
                 raise ValueError(f"{name}={value}: expected at least 1")
         self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep
         self.keep_steps = frozenset(keep_steps)
-        self.metrics, self.events, self.background = metrics, events, background
+        self.metrics, self.events, self.background, self.timeout = metrics, events, background, timeout
         self._staging = Staging()
         self._flight: SaveInFlight | None = None
         self._flight_step = 0
@@ -95,7 +99,8 @@ class RunCheckpoints(Checkpoint):
         self._first_step = trainer.global_step
         if distributed():
             self.folder = trainer.strategy.broadcast(self.folder)  # other ranks may not know the run's folder
-            self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+            own = dist.get_backend() != "gloo"
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout) if own else None
         self._saved_step, self._consistent = trainer.global_step, True
         if trainer.is_global_zero:
             if self.metrics and self._resume_size is not None and not self.metrics.cut_to(self._resume_size):

@@ -54,19 +54,14 @@ class Preemption(Callback):
         self.saver, self.timeout = saver, timeout
         self._received = 0
         self._received_at = 0.0
-        self._installed = False
+        self._handlers: dict[int, Any] = {}  # those of before, while this callback's are installed
         self._group: Any = None
         self._shared_batches: list[int] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Makes the ranks' group, which a run that resumes after its last step needs too, though it trains no more."""
+        """Installs the handlers, and makes the ranks' group: also where a run resumes after its last step."""
         if self._group is None and distributed() and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)
-
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._install(trainer)  # the first validation can be long
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._install(trainer)
 
     def on_train_batch_start(
@@ -79,8 +74,6 @@ class Preemption(Callback):
         # Ranks can agree only before batches that all of them have.
         mine = [0 if number == float("inf") else int(number) for number in trainer.num_val_batches]
         self._shared_batches = [-self._highest(-number) for number in mine]
-        if trainer.state.fn == TrainerFn.VALIDATING:  # of the last step, after training
-            self._install(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
@@ -90,7 +83,7 @@ class Preemption(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         # A resumed run repeats the validation.
-        if self._installed and batch_idx < self._shared_batches[dataloader_idx]:
+        if batch_idx < self._shared_batches[dataloader_idx]:
             self.stop_if_asked(trainer)
 
     def stop_if_asked(self, trainer: pl.Trainer) -> None:
@@ -113,10 +106,10 @@ class Preemption(Callback):
         self.stop_if_asked(trainer)  # by a signal during the last validation or save
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._installed = False  # Lightning restores the earlier handlers
+        self._uninstall()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._installed = False
+        self._uninstall()
 
     def _highest(self, value: int) -> int:
         """The highest value of all ranks."""
@@ -127,17 +120,21 @@ class Preemption(Callback):
         return int(agreed)
 
     def _install(self, trainer: pl.Trainer) -> None:
-        if self._installed:
-            return
-        if threading.current_thread() is not threading.main_thread():
+        if self._handlers or threading.current_thread() is not threading.main_thread():
             return  # Python handles signals only in the main thread
         self._received = 0
-        for number in SIGNALS:
-            signal.signal(number, self._note)
-        self._installed = True
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # Lightning's handler of SIGTERM begins a collective call, in which ranks would wait that were not signalled,
+        # and its loop broadcasts the request in every batch, which synchronizes the device.
+        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
         loop = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
-            loop._broadcast_sigterm_tensor = _no_broadcast  # type: ignore[method-assign]
+            loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+
+    def _uninstall(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self._received:
@@ -150,5 +147,5 @@ class Preemption(Callback):
             os.kill(os.getpid(), number)
 
 
-def _no_broadcast() -> None:
-    """Replaces Lightning's per-batch SIGTERM broadcast, which synchronizes the device."""
+def _nothing() -> None:
+    """Takes the place of a method of Lightning."""

@@ -59,6 +59,8 @@ class RngState(Callback):
             if self.events and trainer.is_global_zero:
                 text = f"{len(states)} -> {trainer.world_size} ranks at step {trainer.global_step}"
                 self.events.write("reseeded", f"{text}: random generators restart from the seed")
+        elif trainer.global_rank:  # equal until here, so that ranks build equal models; now for dropout
+            _reseed(self.seed, trainer.global_step, trainer.global_rank)
         self._after_step, self._after_validation = _collect(), None
 
     def on_train_batch_end(

@@ -71,6 +71,11 @@ class Forked:
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
+    def signal_group(self, number: int) -> None:
+        """As torchrun and terminals do."""
+        assert self._process.pid is not None
+        os.killpg(self._process.pid, number)
+
     def communicate(self, timeout: float = 60) -> tuple[str, None]:
         """Its output, once it has ended."""
         self._process.join(timeout)
@@ -93,6 +98,7 @@ def write_into(log: Path, environment: dict[str, str]) -> None:
 
 def _run_module(module: str, arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> None:
     write_into(log, {"OMP_NUM_THREADS": "1"} | environment)
+    os.setpgid(0, 0)
     os.chdir(ROOT)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

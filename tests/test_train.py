@@ -155,10 +155,10 @@ def test_two_processes_equal_one(pretrained: Run, tiny: list[str], tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_stopped_run_resumes_like_an_unbroken_one(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
-    """SIGTERM between steps: saved, exit code 143, and the resumed run equals the unbroken one."""
-    process = Forked("t2i_lm.train", PRETRAINED, *tiny, f"run.dir={tmp_path}")
+    """SIGTERM between steps, also to loader workers: saved, exit code 143; the resumed run equals the unbroken one."""
+    process = Forked("t2i_lm.train", PRETRAINED, *tiny, f"run.dir={tmp_path}", "data.workers=1")
     metrics = wait_for_lines(process, tmp_path, 2)
-    process.send_signal(signal.SIGTERM)
+    process.signal_group(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
     assert "--resume" in output

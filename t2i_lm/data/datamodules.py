@@ -5,6 +5,7 @@ The pipeline: `prepare` writes shards -> `Parts` memory-maps them -> `IndexSampl
 integer `consumed`, which follows from the optimizer steps taken, and the version of the order.
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -208,6 +209,11 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
+def _leave_group(worker: int) -> None:
+    """Spares a worker the signals that torchrun and terminals send to the whole group of a run that then saves."""
+    os.setpgid(0, 0)
+
+
 class BatchDataModule(pl.LightningDataModule):
     """Loaders over `Batches`: training in the order of `IndexSampler`, validation in sequence.
 
@@ -261,10 +267,15 @@ class BatchDataModule(pl.LightningDataModule):
         Sharded ranks gather weights in each batch: they have equally many, some of fewer samples.
 
         Raises:
-            ValueError: if a sharded rank has too few samples for that.
+            ValueError: if a rank has no sample, or a sharded rank too few for that.
         """
         assert self.trainer is not None
         rank, world, micro = self.trainer.global_rank, self.trainer.world_size, self.config.micro_batch
+        if len(split) < world:
+            raise ValueError(
+                f"data.val_size: {len(split):,} validation samples over {world} processes: expected at least {world}, "
+                "one for each"
+            )
         draws = [(0, index) for index in range(rank, len(split), world)]
         batches = [draws[start : start + micro] for start in range(0, len(draws), micro)]
         fewest, most = len(split) // world, ceil(ceil(len(split) / world) / micro)
@@ -306,6 +317,7 @@ class BatchDataModule(pl.LightningDataModule):
             batch_sampler=batches,
             collate_fn=_identity,
             num_workers=self.config.data.workers,
+            worker_init_fn=_leave_group,
             persistent_workers=self.config.data.workers > 0,
             pin_memory=uses_gpu(self.config.trainer.accelerator),  # for asynchronous copies
         )

@@ -16,6 +16,7 @@ from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.metadata import METADATA, SUFFIXES, image_name, image_path, read_rows
 from t2i_lm.data.pairs import RejectedPairError
+from t2i_lm.runtime.progress import going_on
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.reading import require_regular
 
@@ -92,6 +93,7 @@ def content_of(path: str, apart: Sequence[str | Path] = (), hub: bool = False, t
     left = {True: [CAPTIONED_BYTES, FILES], False: [OTHER_BYTES, FILES]}
     digest = hashlib.sha256()
     for name in names:
+        going_on()
         budget = left[Path(name).suffix.lower() in CAPTIONED]
         try:
             status = files[name].stat()
@@ -115,6 +117,7 @@ def _members(folder: Path, apart: set[Path]) -> dict[str, Path]:
             folders.clear()
             continue
         entered.add(real)
+        going_on()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             if not name.startswith("."):

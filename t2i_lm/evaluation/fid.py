@@ -46,7 +46,7 @@ from t2i_lm.generation.images import (
 )
 from t2i_lm.models.generate import Sampling
 from t2i_lm.runtime.launch import local_rank
-from t2i_lm.runtime.progress import log_progress
+from t2i_lm.runtime.progress import going_on, log_progress
 from t2i_lm.storage.resumable import ResumableParts
 
 # Images per pass of the feature network, and images per part of the reference.
@@ -233,6 +233,7 @@ def training_fid(experiment: Experiment) -> tuple[FidTask, Inception] | None:
         experiment.image.to(experiment.module.device)
         images = decode(experiment, prompt_set.codes(numbers))
         experiment.image.to(torch.device("cpu"))  # leaves the GPU to training
+        going_on()
         return stack_images([square(Image.fromarray(image)) for image in images])
 
     def features(network: Inception, rank: int, world: int) -> Iterator[tuple[Sequence[int], Tensor]]:

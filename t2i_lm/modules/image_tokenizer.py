@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
+from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from t2i_lm.config.experiment import ExperimentConfig
@@ -105,8 +108,9 @@ class ImageTokenizerModule(OptimizedModule):
     def _seed_codebook(self) -> None:
         centers = torch.empty_like(self.model.codebook)
         if self.global_rank == 0:
+            points_NE = self.recent.cpu().double().numpy()
             means, _ = kmeans2(
-                self.recent.cpu().double().numpy(), len(centers), minit="++", rng=self.config.seed, missing="warn"
+                points_NE, spread_out(points_NE, len(centers), self.config.seed), minit="matrix", missing="warn"
             )
             centers.copy_(torch.from_numpy(means))
         _from_rank_zero(centers)
@@ -128,10 +132,13 @@ class ImageTokenizerModule(OptimizedModule):
         error = (self.model.embed(self.model.nearest(latents_1Ehw)) - latents_1Ehw).square().sum(dim=1).flatten()
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.global_step)
         count = int(unused.sum())
-        if count and float(error.sum()) > 0:
-            chosen = torch.multinomial(error.cpu().double() + 1e-12, count, generator=generator)
+        if count:  # on all ranks, whose recent latents differ
             fresh = self.model.codebook.clone()
-            fresh[unused] = self.recent[chosen.to(fresh.device)]
+            if self.global_rank == 0 and float(error.nansum()) > 0:
+                # Latents of a step that was skipped may not be finite.
+                weight_N = torch.where(error.isfinite(), error.double() + 1e-12, 0.0).cpu()
+                chosen = torch.multinomial(weight_N, count, generator=generator)
+                fresh[unused] = self.recent[chosen.to(fresh.device)]
             self.model.codebook.copy_(_from_rank_zero(fresh))
         self.used.zero_()
 
@@ -183,6 +190,18 @@ class ImageTokenizerModule(OptimizedModule):
             "codes_used": float((codes > 0).double().mean()),
             "code_perplexity": float(entropy.exp()),
         }
+
+
+def spread_out(points_NE: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
+    """k-means++ seeds as `kmeans2(minit="++")` of scipy draws them, which takes O(count) times as long."""
+    rng = np.random.default_rng(seed)
+    chosen = [int(rng.integers(len(points_NE)))]
+    nearest_N = np.full(len(points_NE), np.inf)
+    for _ in range(1, count):
+        nearest_N = np.minimum(nearest_N, cdist(points_NE[chosen[-1:]], points_NE, metric="sqeuclidean")[0])
+        shares_N = (nearest_N / nearest_N.sum()).cumsum()
+        chosen.append(min(int(np.searchsorted(shares_N, rng.uniform())), len(points_NE) - 1))
+    return points_NE[chosen]
 
 
 def edge_loss(output_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:

@@ -231,18 +231,13 @@ class Ledger:
 
     def _absent(self, now: float) -> Verdict | None:
         waited = now - self.started
-        absent = [
-            rank
-            for rank in self.watched
-            if rank not in self.entries
-            # A launched process that exists is still starting.
-            and waited > (self.limits.phase_s if rank in self.children else self.limits.rank_s)
-        ]
-        if not absent:
+        absent = [rank for rank in self.watched if rank not in self.entries]
+        # It may still import its packages from a slow file system, or finish the run before this one.
+        if not absent or waited <= self.limits.phase_s:
             return None
         text = (
             f"{_ranks(absent)} of {self.world} did not arrive at {self.meeting} within {waited:.0f} s "
-            f"(trainer.rank_timeout={self.limits.rank_s:g}): not started, ended before, or without a connection"
+            f"(trainer.phase_timeout={self.limits.phase_s:g}): not started, ended before, or without a connection"
         )
         return Verdict(text, tuple(absent))
 

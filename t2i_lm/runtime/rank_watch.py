@@ -5,6 +5,7 @@ its own, so it needs neither the collectives nor another port. Rank 0 reads all 
 verdict; the others judge rank 0 alone. Times are compared within one process, never between two clocks.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import DistError
 
@@ -174,6 +176,9 @@ class RankWatch:
 
         After an error that another rank caused, this process ends in here, as soon as it is known which.
         """
+        if error is not None:
+            # At exit, Lightning shuts NCCL down, which waits for ranks that end in a collective.
+            atexit.unregister(_destroy_dist_connection)
         if error is not None and is_peer_gone(error):
             self._cut = True
             if self._signals is not None:

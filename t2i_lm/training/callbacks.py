@@ -88,8 +88,11 @@ def callbacks_for(
         perplexity = EMASplitPerplexity(interval, config.log.ema, metrics, [throughput], splits, prefix)
     meter = perplexity or RunScalars(interval, metrics, splits)
     every, kept = config.trainer.checkpoint_interval, config.trainer.keep_steps
-    saver = RunCheckpoints(folder / CHECKPOINTS, every, metrics=meter.file, events=events, keep_steps=kept)
-    preemption = Preemption(saver, None if watch is None else collective_timeout(watch.limits))
+    timeout = None if watch is None else collective_timeout(watch.limits)
+    saver = RunCheckpoints(
+        folder / CHECKPOINTS, every, metrics=meter.file, events=events, keep_steps=kept, timeout=timeout
+    )
+    preemption = Preemption(saver, timeout)
     return [
         # First, as the next in the list may wait for other ranks.
         *([] if watch is None else [RankProgress(watch)]),

@@ -9,6 +9,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.lsf import LSFEnvironment
@@ -17,6 +19,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from callbacks import EventLog, RunCheckpoints
 from t2i_lm.config.sections import TrainerConfig
@@ -143,6 +147,21 @@ class WatchedDDP(WatchedRanks, DDPStrategy):
 
 class WatchedShards(WatchedRanks, ShardedStrategy):
     """FSDP2 with a watch over its ranks."""
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        assert self.model is not None
+        assert self._timeout is not None
+        bound_collectives(self.model, self._timeout)
+
+
+def bound_collectives(model: nn.Module, timeout: timedelta) -> None:
+    """Gives the process groups of sharded parameters a `timeout`: those of a mesh have torch's, 10 min for NCCL."""
+    # Public in later versions of torch.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
+    for group in {group for mesh in meshes for group in mesh.get_all_groups()}:
+        set_timeout(timeout, group)
 
 
 class _Launcher(_SubprocessScriptLauncher):

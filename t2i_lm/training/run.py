@@ -13,10 +13,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import EventLog, MetricsFile, Preempted
-from callbacks.checkpoints import mark_not_started
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import save_experiment
 from t2i_lm.config.sections import SHARDED
@@ -40,7 +38,6 @@ from t2i_lm.runtime.slurm import requeue
 from t2i_lm.runtime.threads import threads_of, use_threads
 from t2i_lm.storage.owner import Ownership, own, require_free
 from t2i_lm.storage.run_folder import (
-    CHECKPOINTS,
     CONFIG,
     CONFIG_DIGEST,
     ENVIRONMENT,
@@ -174,13 +171,6 @@ def _train(
             if alone and (line := requeue()):
                 print(line, flush=True)
         return stop.exit_code
-    except SIGTERMException:  # by Lightning, in the moments before Preemption's handlers are installed
-        if trainer.is_global_zero:
-            if not trainer.global_step:
-                mark_not_started(folder / CHECKPOINTS)
-            events.write("preempted", "by SIGTERM, nothing to save")
-            print(f"stopped by SIGTERM. Continue with --resume {folder}", flush=True)
-        return 128 + signal.SIGTERM
     except SystemExit as stop:  # by Lightning
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None

@@ -5,16 +5,30 @@ import os
 import shutil
 import signal
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 import callbacks.checkpoints
-from callbacks import CorruptCheckpointError, DurableCheckpointIO, EventLog, Preempted, RunCheckpoints, find_resumable
+import callbacks.preemption
+from callbacks import (
+    CorruptCheckpointError,
+    DurableCheckpointIO,
+    EventLog,
+    Preempted,
+    Preemption,
+    RngState,
+    RunCheckpoints,
+    find_resumable,
+)
 from callbacks.checkpoints import checkpoint_path, checkpoints, step_of
 from callbacks.files.checkpoint_io import digest_of, verify
 from tests.callbacks.toy_model import Toy
@@ -259,3 +273,39 @@ def test_a_number_out_of_range_is_refused_by_name(tmp_path: Path, name: str) -> 
     options: dict[str, Any] = {"every_n_steps": 1, "keep": 1, name: 0}
     with pytest.raises(ValueError, match=f"{name}=0: expected at least 1"):
         RunCheckpoints(tmp_path, **options)
+
+
+def test_the_agreements_of_ranks_have_the_given_time_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside NCCL's group they have one of the host, whose own time-out would be torch's."""
+    made: list[dict[str, Any]] = []
+    for module in (callbacks.checkpoints, callbacks.preemption):
+        monkeypatch.setattr(module, "distributed", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "new_group", lambda **options: made.append(options))
+    timeout = timedelta(hours=2)
+    trainer: Any = SimpleNamespace(
+        global_step=0,
+        is_global_zero=False,
+        strategy=SimpleNamespace(broadcast=lambda folder: folder),
+        fit_loop=SimpleNamespace(epoch_loop=None),
+        _signal_connector=SimpleNamespace(),
+    )
+    saver = RunCheckpoints(tmp_path, 5, timeout=timeout)
+    saver.on_train_start(trainer, pl.LightningModule())
+    preemption = Preemption(saver, timeout)
+    preemption.setup(trainer, pl.LightningModule(), "fit")
+    preemption.teardown(trainer, pl.LightningModule(), "fit")
+    assert made == [{"backend": "gloo", "timeout": timeout}] * 2
+
+
+def test_ranks_of_a_new_run_draw_other_numbers_in_training() -> None:
+    """Equal until then, so that they build equal models; equal masks of dropout would be one mask for all."""
+    drawn = []
+    for rank in range(3):
+        torch.manual_seed(0)
+        trainer: Any = SimpleNamespace(global_rank=rank, world_size=3, global_step=0)
+        RngState(0).on_train_start(trainer, pl.LightningModule())
+        drawn.append(float(torch.rand(())))
+    torch.manual_seed(0)
+    assert drawn[0] == float(torch.rand(()))
+    assert len(set(drawn)) == 3

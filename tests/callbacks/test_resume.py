@@ -318,6 +318,17 @@ def unbroken_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_one_rank_signalled_between_the_checkpoint_and_the_first_step_stops_both(
+    unbroken_pair: Path, tmp_path: Path
+) -> None:
+    for where in ("step", "start", "start"):
+        harm = {"signal_in": where, "at_step": 13 if where == "step" else 14, "signal": signal.SIGTERM, "ranks": [0]}
+        assert finish(*start_ranks(tmp_path, **harm), timeout=30) == [143, 143]
+        assert newest_step(tmp_path) == 14
+    assert finish(*start_ranks(tmp_path)) == [0, 0]
+    assert lines(tmp_path) == lines(unbroken_pair)
+
+
 @pytest.mark.parametrize("first", [1, 2])
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, first: int) -> None:
     unbroken, changed = tmp_path / "unbroken", tmp_path / "changed"

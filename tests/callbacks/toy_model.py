@@ -112,6 +112,9 @@ class ToyData(pl.LightningDataModule):
         self.toy, self.consumed = toy, 0
 
     def train_dataloader(self) -> DataLoader[Tensor]:
+        assert self.trainer is not None
+        assert isinstance(self.trainer.lightning_module, ToyModule)
+        self.trainer.lightning_module.signal_here("start")
         positions = Positions(self.toy, self.consumed)
         return DataLoader(Rows(TRAIN, 0, noise=not self.toy.plain), batch_sampler=positions, collate_fn=_same)
 

@@ -1,15 +1,21 @@
 """A rank that dies, stops, hangs or never arrives ends the run on the others, which name it."""
 
+import atexit
 import os
 import re
 import signal
+import time
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 
 from callbacks import EventLog
+from t2i_lm.runtime import rank_watch
+from t2i_lm.runtime.rank_beats import Limits
 from tests.callbacks.toy_model import Toy
 from tests.callbacks.toy_run import EVENTS, finish, free_port, lines, start
 
@@ -51,10 +57,27 @@ def test_a_stopped_rank_is_named_by_the_other_and_leaves_no_process(tmp_path: Pa
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_never_arrives_is_named(tmp_path: Path, rank: int) -> None:
     port = free_port()
-    assert finish(start(Toy(tmp_path, rank=1 - rank, world=2, port=port, rank_s=RANK_S))) == [1]
+    toy = Toy(tmp_path, rank=1 - rank, world=2, port=port, rank_s=RANK_S, harm={"phase_s": RANK_S})
+    assert finish(start(toy)) == [1]
     (line,) = errors(tmp_path, 1 - rank)
     assert re.search(rf"rank {rank} of 2 did not arrive at 127\.0\.0\.1:{port} within [34] s", line)
     assert "start the run again" in line
+
+
+def test_a_rank_that_arrives_late_is_waited_for(tmp_path: Path) -> None:
+    port = free_port()
+    first = start(Toy(tmp_path, world=2, port=port, rank_s=RANK_S, steps=2))
+    time.sleep(2 * RANK_S)
+    assert finish(first, start(Toy(tmp_path, rank=1, world=2, port=port, rank_s=RANK_S, steps=2))) == [0, 0]
+
+
+def test_a_rank_that_fails_does_not_wait_for_the_shutdown_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning registers it to be called at exit."""
+    forgotten: list[object] = []
+    monkeypatch.setattr(atexit, "unregister", forgotten.append)
+    with suppress(OSError), rank_watch.RankWatch(0, 2, Limits(3, 3)):
+        raise OSError("full disk")
+    assert forgotten == [_destroy_dist_connection]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -9,7 +9,7 @@ import torch
 
 from t2i_lm.storage.run_folder import Run, read_run
 from t2i_lm.train import main
-from tests.collectives import count_reductions
+from tests.collectives import count_reductions, note_timeouts
 from tests.marks import needs_torchs
 from tests.runs import PRETRAINED, QUICK, same_losses, weights, without_newest
 from tests.two_ranks import train_on_two_ranks
@@ -52,8 +52,10 @@ def test_micro_batches_of_a_step_are_reduced_together(
 def test_two_nodes_that_hold_copies_equal_one_process(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
     """A mesh (2, 1): a node is one process, the whole model its shard."""
     changes = [*QUICK, "trainer.strategy=hsdp", "trainer.accumulate_grad_batches=2"]
-    run = train_on_two_ranks(PRETRAINED, tmp_path, *tiny, *changes, nodes=2)
+    file = tmp_path / "timeouts.json"
+    run = train_on_two_ranks(PRETRAINED, tmp_path, *tiny, *changes, nodes=2, around=partial(note_timeouts, file))
     same_losses(run, pretrained, 1e-6)
+    assert json.loads(file.read_text()) == [1980.0] * 2  # not torch's own
     for name, value in weights(pretrained).items():
         assert torch.allclose(weights(run)[name], value, atol=1e-5), name
 

@@ -59,11 +59,17 @@ def test_slurms_signal_saves_and_requeues_and_the_job_goes_on(pretrained: Run, t
     assert curve(read_run(metrics.parent)) == curve(pretrained)
 
 
-def test_the_batch_script_requeues_resumes_and_hands_over_its_finished_run(tmp_path: Path) -> None:
-    """With stand-ins: `srun` writes the run's config, and ends as a stopped run does, then as a finished one."""
+@pytest.mark.parametrize("saved", ["step-00000500.ckpt", "not-started", ".step-00000500.ckpt.tmp", None])
+def test_the_batch_script_requeues_resumes_and_hands_over_its_finished_run(saved: str | None, tmp_path: Path) -> None:
+    """With stand-ins: `srun` writes files of a run, and ends as a stopped run does, then as a finished one.
+
+    A run that has nothing to resume, as of a machine lost before its first checkpoint, begins again.
+    """
+    folder = "runs/$SLURM_JOB_ID/t2i_scratch/DATE-paper"
+    files = " ".join(f"{folder}/{name}" for name in ("config.yaml", *([f"checkpoints/{saved}"] if saved else [])))
     programs = {
-        "srun": "mkdir -p runs/$SLURM_JOB_ID/t2i_scratch/DATE-paper; touch runs/$SLURM_JOB_ID/t2i_scratch/DATE-paper/"
-        'config.yaml; echo "$@" >> calls; [ -e stopped ] || { touch stopped; exit 143; }',
+        "srun": f'mkdir -p {folder}/checkpoints; touch {files}; echo "$@" >> calls; '
+        "[ -e stopped ] || { touch stopped; exit 143; }",
         "scontrol": 'echo scontrol "$@" >> calls',
     }
     for name, line in programs.items():
@@ -73,11 +79,15 @@ def test_the_batch_script_requeues_resumes_and_hands_over_its_finished_run(tmp_p
     script = ["bash", str(ROOT / "experiments" / "slurm" / "train.sbatch"), "t2i_scratch", "paper", "seed=1"]
     codes = [subprocess.run(script, cwd=tmp_path, env=environment).returncode for _ in range(2)]
     assert codes == [143, 0]
-    train = "--cpus-per-task=8 .venv/bin/python -m t2i_lm.train experiments/t2i_scratch.yaml --scale paper"
+    train = (
+        "--cpus-per-task=8 --kill-on-bad-exit=1 .venv/bin/python -m t2i_lm.train experiments/t2i_scratch.yaml "
+        "--scale paper"
+    )
+    resume = "--resume latest " if saved in ("step-00000500.ckpt", "not-started") else ""
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"{train} run.dir=runs/4711 seed=1",
         "scontrol requeue 4711",
-        f"{train} --resume latest run.dir=runs/4711 seed=1",
+        f"{train} {resume}run.dir=runs/4711 seed=1",
     ]
     assert [run.name for run in run_folders(tmp_path / "runs", "t2i_scratch")] == ["DATE-paper"]
     assert not (tmp_path / "runs" / "4711").exists()

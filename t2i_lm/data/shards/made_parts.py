@@ -34,7 +34,7 @@ from t2i_lm.data.shards.remote import RESUMES, RemoteError, make_room, touch
 from t2i_lm.data.shards.row_groups import StoredFile, pixel_digest, read_digests, samples_of
 from t2i_lm.data.shards.tokenize import PairRows
 from t2i_lm.runtime.devices import uses_gpu
-from t2i_lm.runtime.launch import local_rank
+from t2i_lm.runtime.launch import global_rank, local_rank, world_size
 from t2i_lm.storage.writing import atomic_file, problem, writing
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.image import open_image_tokenizer
@@ -413,8 +413,13 @@ class _Ahead:
             threading.Thread(target=self._work, name=MAKER).start()
 
     def add(self, numbers: Iterable[int]) -> None:
-        """Asks for parts that have not been asked for, or have been deleted since."""
-        for number in set(numbers) - self._asked:
+        """Asks for parts that have not been asked for, or have been deleted since.
+
+        Each rank begins elsewhere, since all ranks read from the same parts and one would wait for the other.
+        """
+        fresh = [number for number in dict.fromkeys(numbers) if number not in self._asked]
+        start = len(fresh) * global_rank() // world_size()
+        for number in fresh[start:] + fresh[:start]:
             self._asked.add(number)
             self._queue.put(number)
 

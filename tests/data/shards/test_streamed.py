@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, make_sampler
-from t2i_lm.data.shards import remote
+from t2i_lm.data.shards import made_parts, remote
 from t2i_lm.data.shards.format import read_index
 from t2i_lm.data.shards.made_parts import MAKER, MAKERS, StreamedParts, replaced
 from t2i_lm.data.shards.parts import PartError, Parts, open_split
@@ -379,6 +379,19 @@ def soon(holds: Callable[[], bool]) -> bool:
 
 def makers() -> int:
     return sum(thread.name == MAKER for thread in threading.enumerate())
+
+
+def test_ranks_begin_at_other_parts(monkeypatch: pytest.MonkeyPatch, folder: Path, setting: Any) -> None:
+    monkeypatch.setattr(made_parts, "MAKERS", 0)
+    orders = []
+    for rank in range(3):
+        monkeypatch.setattr(made_parts, "global_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(made_parts, "world_size", lambda: 3)
+        parts = setting(folder).parts()
+        parts.fetch_later([6, 1, 6, 4])
+        assert parts._ahead is not None
+        orders.append(list(parts._ahead._queue.queue))
+    assert orders == [[6, 1, 4], [1, 4, 6], [4, 6, 1]]
 
 
 def test_threads_that_make_parts_end_with_them(folder: Path, setting: Any) -> None:
