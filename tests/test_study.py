@@ -253,6 +253,26 @@ def test_collected_results_are_finished_runs_and_nothing_is_trained_among_them(
     assert f"error: --results {tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
 
 
+def test_collected_results_without_samples_stand_for_runs_that_show_some_but_measure_none(
+    plan: Path, tmp_path: Path
+) -> None:
+    where = f"run.dir={tmp_path}/runs"
+    made = configs(plan, "seeds: [0]\ncomparisons: {one: {}}", where, "samples.prompts=0")
+    finish(made, lambda _: 1.0)
+    results = tmp_path / "results"
+    assert collect(["--runs", str(tmp_path / "runs"), "--out", str(results)]) == 0
+
+    def states(secondary: str) -> set[str]:
+        plan.write_text(f"seeds: [0]\nsecondary: [{secondary}]\ncomparisons: {{one: {{}}}}")
+        runs = study_runs(read_study(plan), plan.parent, [f"run.dir={tmp_path}/new"], results)
+        return {str(state) for state in progress_of(runs)}
+
+    assert states("val.text.nll") == {"finished"}
+    assert states("report.iid.preference.kind.preferred") == {"missing"}
+    plain = configs(plan, "seeds: [0]\ncomparisons: {one: {}}", where)
+    assert {str(state) for state in progress_of(plain)} == {"missing"}, "can be trained with samples"
+
+
 def test_the_cost_is_that_of_each_setting_else_of_alike_runs_elsewhere(
     plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from t2i_lm.config.values import Plain, read_value
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.launch import global_rank
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.run_folder import CONFIG, Run, read_run
+from t2i_lm.storage.run_folder import CONFIG, Run, is_collected, read_run
 from t2i_lm.training.equal_runs import find_equal_run, require_no_results
 from t2i_lm.training.jobs import Job, run_jobs
 from t2i_lm.training.sweep import in_proportion
@@ -59,6 +59,7 @@ class StudyRun:
         results: folder of collected results, of which a finished run stands for it; None for none.
         repeats: whether it is another one of the study once more, with other threads and in a folder of its own: they
             do not stand for each other.
+        sampled: whether an endpoint of a comparison that needs it is measured on samples.
     """
 
     roles: Mapping[str, Role]
@@ -66,6 +67,7 @@ class StudyRun:
     job: Job
     results: Path | None = None
     repeats: bool = False
+    sampled: bool = False
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -141,13 +143,14 @@ def study_runs(
             if other != arm.name:
                 raise ValueError(f"{one.use}: the arms {other} and {arm.name} have equal configs; expected another")
             before = runs[key].roles if key in runs else {}
+            measured = any(use in sampled for use in (*before, one.use))
             others = [word for word in words if word not in everywhere and word.partition("=")[0] not in arm.own]
             plain = arm.name == arm.experiment and not others
             role = Role(one.group, arm, " ".join(setting_words(one.point)), plain)
             job = Job(config, label=" ".join([*words, f"seed={seed}"]))
             # A run with samples serves where none are needed, too.
             kept = runs[key].job if key in runs and quiet else job
-            runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS)
+            runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS, sampled=measured)
     return [*runs.values(), *_repeats([*runs.values()], needed[0], study.rounding)]
 
 
@@ -247,8 +250,11 @@ def _find(run: StudyRun, folders: Sequence[Path]) -> tuple[Path | None, bool]:
     of_name = [*filter(may_serve, folders)]
     try:
         found = find_equal_run(config, of_name)
-        if config.samples.prompts == 0 and not found[1]:  # a finished run with samples serves, too
-            other = find_equal_run(config, of_name, (SAMPLES,))
+        if not found[1] and not run.sampled:
+            # A finished run with samples serves where none are needed, and a collected one, which is drawn without
+            # training, also without samples.
+            others = of_name if config.samples.prompts == 0 else [*filter(is_collected, of_name)]
+            other = find_equal_run(config, others, (SAMPLES,))
             return other if other[1] else found
         return found
     except ValueError:
