@@ -23,6 +23,7 @@ from t2i_lm.data.shards.cache import former_scenes
 from t2i_lm.data.shards.format import read_index
 from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
 from t2i_lm.data.shards.streamed import training_shards
+from t2i_lm.experiment.own_tokenizer import require_own_tokenizer
 from t2i_lm.models.aligned_rows import read_aligned_rows
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import ImageRowSource, expand_vocabulary
@@ -203,7 +204,7 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
     """
     text, image = open_text(config), open_image(config, local_rank())
     decoder = open_backbone(config)
-    require_own_tokenizer(text, decoder.config.vocab_size)
+    require_own_tokenizer(text, decoder.config.vocab_size, config.backbone.path)
     rows = config.image_rows
     with reading("aligned_rows", str(config.aligned_rows)):
         text_VD = decoder.tok_embeddings.text
@@ -232,27 +233,6 @@ def words_of_codes(image: ImageTokenizer, text: TextTokenizer, config: Experimen
             f"expected {image.vocab_size}, one for each (empty for a code without words)"
         )
     return [pieces_of(text, phrase) if phrase else [] for phrase in words]
-
-
-def require_own_tokenizer(text: TextTokenizer, rows: int) -> None:
-    """Checks that a backbone has a row for every id that encoding produces; notes other ids without a row.
-
-    Raises:
-        ValueError: if it has not.
-    """
-    if text.vocab_size <= rows:
-        return
-    encoded = max(getattr(text, "encoded_size", text.vocab_size), text.document_end + 1)
-    if encoded > rows:
-        raise ValueError(
-            f"text_tokenizer.path has {text.vocab_size} pieces but the backbone {rows} rows: this is not the tokenizer "
-            "that the backbone was trained with"
-        )
-    print(
-        f"note: {text.vocab_size - rows} special tokens of text_tokenizer.path have no row in the backbone; no text is "
-        "encoded as one",
-        file=sys.stderr,
-    )
 
 
 def build_model(config: ExperimentConfig) -> ImageModel:
@@ -308,7 +288,7 @@ def build_text(config: ExperimentConfig, run: Environment | None) -> TextExperim
         allowed = f"at most {rows}, the rows of the backbone"
         require(settings.vocab_size <= rows, "text_tokenizer.vocab_size", settings.vocab_size, allowed)
     else:
-        require_own_tokenizer(open_text(config), rows)
+        require_own_tokenizer(open_text(config), rows, config.backbone.path)
     shards, text = prepare_text(config)
     data = TextDataModule(config, shards)
     module = TextModule(decoder, config)
@@ -325,7 +305,7 @@ def build_image_tokenizer(config: ExperimentConfig, run: Environment | None) -> 
         module = ImageTokenizerModule(model, config)
         return ImageTokenizerExperiment(config=config, module=module, data=ImageDataModule(config))
     text, rows_VD = open_text(config), _rows_of_words(config)
-    require_own_tokenizer(text, len(rows_VD))
+    require_own_tokenizer(text, len(rows_VD), config.backbone.path)
     with seeded(config.seed):
         if settings.words is None:
             model = PatchedVQ(settings.model)

@@ -4,7 +4,9 @@ The model is built on the meta device, so the paper's 1.5B parameters take secon
 come from the config: the backbone's preset, and `image_tokenizer.model` for the image ids.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import to_yaml
 from t2i_lm.config.sections import is_plugin
+from t2i_lm.experiment.own_tokenizer import require_own_tokenizer
 from t2i_lm.experiment.required_files import absent_files, to_fetch
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
@@ -20,13 +23,14 @@ from t2i_lm.models.factory import choose_trained, empty_backbone, with_experts
 from t2i_lm.models.flops import PEAKS, flop_per_token, formula
 from t2i_lm.models.freeze import group_table, overlaps
 from t2i_lm.modules.caption_term import CaptionTerm
-from t2i_lm.runtime.devices import precision
+from t2i_lm.runtime.devices import precision, require_device
 from t2i_lm.runtime.plugins import plugin_identities
 from t2i_lm.runtime.tables import compact
 from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.image import open_image_tokenizer
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import ImageLayout, Layout
+from t2i_lm.tokenizers.text import open_text_tokenizer
 from t2i_lm.tokenizers.vq import PatchedVQ
 from t2i_lm.tokenizers.words import WordVQ
 
@@ -126,6 +130,9 @@ def describe(config: ExperimentConfig) -> str:
     lines += [f"missing: {key}={path}{fetched.get(key, '')}" for key, path in absent.items()]
     lines += [f"plug-in: {key} of {identity}" for key, identity in plugin_identities(config).items()]
     lines += config.notes
+    for reason in refusals(config):
+        if reason.partition("=")[0] not in absent:
+            lines.append(f"a run is refused here: {reason}")
     lines.append(f"precision here: {precision(config)}")
     total, trainable = parameter_count(planned.model), parameter_count(planned.model, trainable=True)
     if not isinstance(planned.model, Backbone):
@@ -142,6 +149,32 @@ def describe(config: ExperimentConfig) -> str:
         )
     length = planned.layout.length if planned.layout is not None else config.data.length
     return "\n".join([*lines, *cost(config, planned.model, length)])
+
+
+def refusals(config: ExperimentConfig) -> Iterator[str]:
+    """Why a run would end on this machine before its data is prepared."""
+    checks = (config.require_paths, partial(require_device, config.trainer), partial(require_tokenizer_at_hand, config))
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            yield str(error)
+
+
+def require_tokenizer_at_hand(config: ExperimentConfig) -> None:
+    """`require_own_tokenizer` where both files are on this machine.
+
+    Raises:
+        ValueError: as it does, or if the tokenizer cannot be read.
+    """
+    backbone, settings = config.backbone.path, config.text_tokenizer
+    if backbone is None or settings.path is None or is_plugin(settings.path) or find(settings.path) is None:
+        return
+    with torch.device("meta"):
+        rows = empty_backbone(config).config.vocab_size
+    require_own_tokenizer(
+        open_text_tokenizer(settings.path, settings.document_start, settings.document_end), rows, backbone
+    )
 
 
 def cost(config: ExperimentConfig, decoder: Backbone, length: int) -> list[str]:
