@@ -14,7 +14,7 @@ EXAMPLE = """example:
 
 RUN is a run folder, or a folder of runs, whose newest is used. An image depends on its prompt, the seed and its number,
 not on its batch; but a batch of another size may be rounded differently, above all on a GPU or with --compile, and
-where two ids are nearly equally likely the other may be sampled. --cfg needs a run with data.caption_dropout > 0."""
+where two ids are nearly equally likely the other may be sampled. --cfg is meant for runs with data.caption_dropout."""
 
 
 def parser() -> argparse.ArgumentParser:

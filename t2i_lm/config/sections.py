@@ -147,7 +147,7 @@ class DataConfig(Section, prefix="data"):
     captions: str = "random"
     """Of several captions of an image: the `first`, a `random` one per epoch, or `all`, each a sample of its own."""
     caption_dropout: float = 0.0
-    """Share of training captions left empty, in [0, 1); classifier-free guidance requires some."""
+    """Share of training captions left empty, in [0, 1), for classifier-free guidance."""
     control: str | None = None
     """With task=text, what replaces the words of documents: `words_shuffled`, `brackets` (nested pairs) or `digits`."""
     text_ratio: float | None = None
@@ -240,7 +240,7 @@ class OptimConfig(Section, prefix="optim"):
     warmup_steps: int = 2000
     """Optimizer steps of linear warm-up, fewer than trainer.max_steps."""
     final_lr_ratio: float = 0.0
-    """Learning rate at the end, as a share of `lr`, in [0, 1]."""
+    """Learning rate at the end of the cosine, as a share of `lr`; 1: constant after the warm-up."""
     grad_clip: float = 1.0
     """Largest norm of the gradients."""
     l2_sp: float = 0.0
@@ -275,7 +275,7 @@ class TrainerConfig(Section, prefix="trainer"):
     precision: str = "auto"
     """`32-true`, `bf16-mixed`, or `auto`: bf16-mixed where the device computes in bfloat16, else 32-true."""
     accumulate_grad_batches: int = 1
-    """Micro-batches per optimizer step, reduced together; under fsdp2 and hsdp their gradients are unsharded."""
+    """Micro-batches per optimizer step; under fsdp2 and hsdp, whole gradients are kept between them."""
     activation_checkpointing: bool = False
     """Recomputes blocks in the backward pass: less memory, a third more time, the same values."""
     packing: bool = False
@@ -350,7 +350,7 @@ class SampleConfig(Section, prefix="samples"):
     top_p: float | None = None
     """Probability mass that is sampled from, in (0, 1]; null: all."""
     guidance: float = 1.0
-    """Scale of classifier-free guidance, which requires data.caption_dropout in training; 1: none."""
+    """Scale of classifier-free guidance, meant for runs with data.caption_dropout above 0; 1: none."""
     interval: int | None = None
     """Optimizer steps between grids during training; null, or a sharded model: only at the end."""
     preference_scenes: int = 500

@@ -1,5 +1,6 @@
 """The logger of a run, and Markdown texts beside its curves."""
 
+import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.load import flatten
 from t2i_lm.runtime.lasting_loggers import LastingCSVLogger, LastingTensorBoardLogger
 from t2i_lm.storage.run_folder import logged_position
 
@@ -30,7 +32,17 @@ def build_logger(config: ExperimentConfig, folder: Path, purge: int | None = Non
     if name == "wandb":
         from lightning.pytorch.loggers import WandbLogger
 
-        return WandbLogger(project="t2i_lm", name=folder.name, save_dir=folder)
+        label = f"{config.name}/{folder.name}"
+        # A resumed run continues its own curves; the path tells runs of equal names apart.
+        unique = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        return WandbLogger(
+            project="t2i_lm",
+            name=label,
+            save_dir=folder,
+            id=f"{label.replace('/', '-')}-{unique}",
+            resume="allow",
+            config=flatten(config),
+        )
     return False
 
 
