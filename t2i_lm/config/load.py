@@ -345,20 +345,21 @@ def _typed(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _suggestion(key: str, known: set[str]) -> str:
-    """The known key whose last part is nearest, then as a whole, or the keys of its section."""
+    """The nearest known key: of an equal last part, else of the same section, else of all; or the section's keys."""
     values = [name for name in sorted(known) if not any(other.startswith(f"{name}.") for other in known)]
+    section, _, last = key.rpartition(".")
+    own = [name for name in values if section and name.startswith(f"{section}.")]
 
     def likeness(name: str) -> tuple[float, float]:
-        pairs = (key.rpartition(".")[2], name.rpartition(".")[2]), (key, name)
-        last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        return last, whole
+        pairs = (last, name.rpartition(".")[2]), (key, name)
+        of_last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return of_last, whole
 
-    best = max(values, key=likeness)
+    best = max([name for name in values if name.rpartition(".")[2] == last] or own or values, key=likeness)
     if likeness(best)[0] > 0.6:
         return f"; did you mean {best!r}?"
-    section = key.rpartition(".")[0]
-    names = [name.removeprefix(f"{section}.") for name in values if section and name.startswith(f"{section}.")]
-    return f"; {section} has {', '.join(names)}" if names else ""
+    names = ", ".join(name.removeprefix(f"{section}.") for name in own)
+    return f"; {section} has {names}" if own else "; all keys: docs/configuration.md"
 
 
 def _section_as_value(key: str, value: object) -> ValueError:

@@ -180,7 +180,7 @@ class DataConfig(Section, prefix="data"):
 
     def __post_init__(self) -> None:
         if not is_plugin(self.source):
-            self.one_of("source", SOURCES)
+            self.check(self.source in SOURCES, "source", f"one of {', '.join(SOURCES)}, or plugin:NAME")
             readers = f"null where data.source={self.source}; {', '.join(OPENED_BY_PATH)} read one"
             self.check(self.val_path is None or self.source in OPENED_BY_PATH, "val_path", readers)
         images = f"null where data.source={self.source}; {', '.join(IMAGES_BY_PATH)} read one"

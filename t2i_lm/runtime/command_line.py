@@ -116,4 +116,4 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
 def add_figures(parser: argparse.ArgumentParser, out: str = "figures") -> None:
     """Adds `--out` and `--dry-run` of commands that train several runs and draw their figure."""
     parser.add_argument("--out", type=out_folder, default=out, help="folder of figures (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="print the runs to train; train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs to train and their time; make none")

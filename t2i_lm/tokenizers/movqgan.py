@@ -15,10 +15,23 @@ LEVELS, CODES = (1, 2, 2, 4), 16_384
 AVERAGES = ("model_ema.", "ema_")
 # Prefixes of tensors in a training checkpoint outside the autoencoder.
 SKIPPED = ("loss.", *AVERAGES)
+OTHERS = "other VQ models are read by a plug-in (docs/plugins.md)"
 
 _ENCODER_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _DECODER_ATTENTION = _ENCODER_ATTENTION | {"norm": "spatial_norm"}
 _MID = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
+
+
+def require_movqgan(state: Mapping[str, Tensor]) -> None:
+    """Checks that a state dict has the encoder and the decoder of a MoVQGAN.
+
+    Raises:
+        ValueError: if it is another VQ model's.
+    """
+    if not any(key.startswith("encoder.down.") for key in state):
+        raise ValueError(f"it has no tensors encoder.down.*; {OTHERS}")
+    if not any(key.startswith("decoder.") and ".conv_y." in key for key in state):
+        raise ValueError(f"its decoder is not normalized by the codes, as a VQGAN's of taming-transformers; {OTHERS}")
 
 
 def diffusers_config(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -272,6 +272,7 @@ class MoVQGAN(VQTokenizer):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             state = saved.get("state_dict", saved)
+            movqgan.require_movqgan(state)
             config = movqgan.diffusers_config(state)
         except pickle.UnpicklingError as error:
             raise ValueError(f"image_tokenizer.path: {path} contains more than tensors and is not loaded") from error
