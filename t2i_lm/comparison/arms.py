@@ -1,5 +1,6 @@
 """Search for the runs of two arms, paired by seed; what cannot be compared is refused, what is left out is named."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 
 PRECISIONS = "precision by seed"  # likewise
+MOST_SHOWN = 3  # values of a key, and keys, that a message names
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,9 @@ def _require_one_setting(
         words, choices = [], []
         for key, values in differing.items():
             counts = Counter(map(str, values))
-            words.append(f"{key}: " + ", ".join(f"{value} ({count} runs)" for value, count in counts.most_common()))
+            shown = [f"{_short(value)} ({count} runs)" for value, count in counts.most_common(MOST_SHOWN)]
+            more = [f"and {len(counts) - MOST_SHOWN} more"] if len(counts) > MOST_SHOWN else []
+            words.append(f"{key}: {', '.join([*shown, *more])}")
             if key == CHANGES:  # nothing to choose by
                 continue
             value = counts.most_common(1)[0][0]
@@ -202,7 +206,14 @@ def _require_one_setting(
                 f"arms: {{{arm}: {{{key}: {value}}}}} in a plan" if alone else f"{names.get(key, key)}={value}"
             )
         advice = f"Choose one, for example {' '.join(choices)}" if choices else "Train the changed runs again"
+        if len(words) > MOST_SHOWN:
+            advice += "; runs of several plans are compared by `python -m t2i_lm.study PLAN --results FOLDER`"
         raise IncomparableError(f"the runs are of more than one setting: {'; '.join(words)}. {advice}")
+
+
+def _short(value: str) -> str:
+    """A value with the beginnings of hashes."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1...", value)
 
 
 def _absent(plan: Plan, first: Mapping[int, Any], second: Mapping[int, Any]) -> list[str]:

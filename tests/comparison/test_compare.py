@@ -168,6 +168,25 @@ def test_runs_of_another_setting_are_refused_until_one_is_chosen(
     assert find_arms(Plan(where={key: value}), runs).seeds == [0, 1, 2, 3, 4]
 
 
+def test_a_folder_of_many_settings_is_told_in_short(runs: Path) -> None:
+    for number in range(5):
+        change = {
+            "optim.lr": 0.01 + number,
+            "optim.weight_decay": number,
+            "data.length": 120 + number,
+            "lora.rank": number,
+        }
+        set_environment(
+            seeded_run(runs, ARMS[0], 9 + number, config=change), tokenizers={"image": f"{number}" * 64, "text": "cc"}
+        )
+    with pytest.raises(IncomparableError) as refusal:
+        find_arms(Plan(), runs)
+    message = str(refusal.value)
+    assert "optim.lr: 0.002 (10 runs), 0.01 (1 runs), 1.01 (1 runs), and 3 more;" in message
+    assert "00000000... (1 runs)" in message
+    assert message.endswith("compared by `python -m t2i_lm.study PLAN --results FOLDER`")
+
+
 def test_other_weights_or_tokenizers_are_another_setting(runs: Path) -> None:
     folder = seeded_run(runs, ARMS[0], 9)
     for run in runs.rglob("env.json"):
