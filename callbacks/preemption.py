@@ -45,8 +45,6 @@ class Preemption(Callback):
     agree once per optimizer step and per validation batch, over a process group on the host, without synchronizing the
     device. A second Ctrl-C ends the process immediately; a second SIGTERM or SIGUSR1 has no effect, since torchrun
     forwards to its workers what Slurm already sent them.
-
-    List it before callbacks that work in `on_train_start`.
     """
 
     def __init__(self, saver: RunCheckpoints, timeout: timedelta | None = None) -> None:
@@ -105,12 +103,6 @@ class Preemption(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop_if_asked(trainer)  # by a signal during the last validation or save
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._uninstall()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._uninstall()
-
     def _highest(self, value: int) -> int:
         """The highest value of all ranks."""
         if not distributed():
@@ -127,13 +119,16 @@ class Preemption(Callback):
         # Lightning's handler of SIGTERM begins a collective call, in which ranks would wait that were not signalled,
         # and its loop broadcasts the request in every batch, which synchronizes the device.
         trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+        # After other callbacks have saved, also on an error.
+        trainer._signal_connector.teardown = self._uninstall  # type: ignore[method-assign]
         loop = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
     def _uninstall(self) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # not one of another language's code
+                signal.signal(number, handler)
         self._handlers = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:

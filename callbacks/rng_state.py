@@ -20,7 +20,8 @@ class RngState(Callback):
     Lightning saves none. The saved state is that at the end of the last step and its validation, not at the moment
     of saving: by then the next batch may have been loaded, and a resumed run loads it again. With another number of
     ranks each rank is seeded from (seed, step, rank) instead, which is logged in `events`. Generators in loader workers
-    always restart: a dataset's random choices must be a function of (seed, epoch, index).
+    always restart: a dataset's random choices must be a function of (seed, epoch, index). In a new run, ranks after the
+    first are seeded likewise: equal until training starts, so that they build equal models.
 
     List it last, so that the state includes what other callbacks sample at the end of a step.
     """
@@ -59,7 +60,7 @@ class RngState(Callback):
             if self.events and trainer.is_global_zero:
                 text = f"{len(states)} -> {trainer.world_size} ranks at step {trainer.global_step}"
                 self.events.write("reseeded", f"{text}: random generators restart from the seed")
-        elif trainer.global_rank:  # equal until here, so that ranks build equal models; now for dropout
+        elif trainer.global_rank:
             _reseed(self.seed, trainer.global_step, trainer.global_rank)
         self._after_step, self._after_validation = _collect(), None
 

@@ -27,7 +27,7 @@ from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 
 PRECISIONS = "precision by seed"  # likewise
-MOST_SHOWN = 3  # values of a key, and keys, that a message names
+MOST_SHOWN = 3  # values of a key that a message names; of more keys, it names the command of several plans, too
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
     """
     text, image = open_text(config), open_image(config, local_rank())
     decoder = open_backbone(config)
-    require_own_tokenizer(text, decoder.config.vocab_size, config.backbone.path)
+    require_own_tokenizer(text, decoder.config.vocab_size, None if config.init == "random" else config.backbone.path)
     rows = config.image_rows
     with reading("aligned_rows", str(config.aligned_rows)):
         text_VD = decoder.tok_embeddings.text
@@ -288,7 +288,7 @@ def build_text(config: ExperimentConfig, run: Environment | None) -> TextExperim
         allowed = f"at most {rows}, the rows of the backbone"
         require(settings.vocab_size <= rows, "text_tokenizer.vocab_size", settings.vocab_size, allowed)
     else:
-        require_own_tokenizer(open_text(config), rows, config.backbone.path)
+        require_own_tokenizer(open_text(config), rows)
     shards, text = prepare_text(config)
     data = TextDataModule(config, shards)
     module = TextModule(decoder, config)

@@ -168,7 +168,8 @@ def require_tokenizer_at_hand(config: ExperimentConfig) -> None:
         ValueError: as it does, or if the tokenizer cannot be read.
     """
     backbone, settings = config.backbone.path, config.text_tokenizer
-    if backbone is None or settings.path is None or is_plugin(settings.path) or find(settings.path) is None:
+    used = config.init != "random" or config.reads_rows
+    if not used or backbone is None or settings.path is None or is_plugin(settings.path) or find(settings.path) is None:
         return
     with torch.device("meta"):
         rows = empty_backbone(config).config.vocab_size

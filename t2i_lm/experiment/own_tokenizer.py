@@ -12,7 +12,8 @@ from t2i_lm.tokenizers.text import open_text_tokenizer
 
 # Files of the tokenizer beside a model's weights: of transformers, and of this suite's exports.
 BESIDE = ("tokenizer.json", "tokenizer.model", "text_tokenizer.model")
-# Two files of one tokenizer encode it into equal ids, whatever their format.
+# Two files of one tokenizer encode it into the same ids, whatever their format, but for spaces or capitals that one of
+# them normalizes; the ids of another tokenizer have next to nothing in common with them.
 SAMPLE = "A large red circle, left of 12 Blue squares; it wasn't seen in 1867."
 
 
@@ -22,7 +23,7 @@ def require_own_tokenizer(text: TextTokenizer, rows: int, backbone: str | None =
     Args:
         text: the text tokenizer.
         rows: of the backbone.
-        backbone: `backbone.path`, whose folder may have the tokenizer; None for none.
+        backbone: `backbone.path` where its weights are used, whose folder may have the tokenizer.
 
     Raises:
         ValueError: if it has not, or if the tokenizer beside its weights encodes text otherwise.
@@ -59,9 +60,10 @@ def _beside(backbone: str | None) -> list[Path]:
 
 
 def _is_equal(text: TextTokenizer, file: Path) -> bool:
-    """Whether a tokenizer's file gives the ids of `text`; assumed of one that cannot be read."""
+    """Whether most ids of a tokenizer's file are those of `text`; assumed of a file that cannot be read."""
     if file_sha256(file) == text.sha256:
         return True
     with suppress(ValueError):
-        return open_text_tokenizer(file).encode(SAMPLE) == text.encode(SAMPLE)
+        own, ids = set(open_text_tokenizer(file).encode(SAMPLE)), set(text.encode(SAMPLE))
+        return 2 * len(own & ids) > len(own)
     return True

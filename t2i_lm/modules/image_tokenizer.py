@@ -108,7 +108,8 @@ class ImageTokenizerModule(OptimizedModule):
     def _seed_codebook(self) -> None:
         centers = torch.empty_like(self.model.codebook)
         if self.global_rank == 0:
-            points_NE = self.recent.cpu().double().numpy()
+            finite = self.recent.isfinite().all(dim=1)
+            points_NE = self.recent[finite].cpu().double().numpy()
             means, _ = kmeans2(
                 points_NE, spread_out(points_NE, len(centers), self.config.seed), minit="matrix", missing="warn"
             )
@@ -134,11 +135,12 @@ class ImageTokenizerModule(OptimizedModule):
         count = int(unused.sum())
         if count:  # on all ranks, whose recent latents differ
             fresh = self.model.codebook.clone()
-            if self.global_rank == 0 and float(error.nansum()) > 0:
-                # Latents of a step that was skipped may not be finite.
-                weight_N = torch.where(error.isfinite(), error.double() + 1e-12, 0.0).cpu()
+            finite = error.isfinite()  # not all of them after a step that was skipped
+            count = min(count, int(finite.sum()))
+            if self.global_rank == 0 and float(error[finite].sum()) > 0:
+                weight_N = torch.where(finite, error.double() + 1e-12, 0.0).cpu()
                 chosen = torch.multinomial(weight_N, count, generator=generator)
-                fresh[unused] = self.recent[chosen.to(fresh.device)]
+                fresh[unused.nonzero()[:count, 0]] = self.recent[chosen.to(fresh.device)]
             self.model.codebook.copy_(_from_rank_zero(fresh))
         self.used.zero_()
 

@@ -98,7 +98,7 @@ def callbacks_for(
         *([] if watch is None else [RankProgress(watch)]),
         # Before the meter, which records it.
         throughput,
-        # Before callbacks that work long in `on_train_start`, where its handlers are installed.
+        # Before callbacks that work long in `on_train_start`: a signal before is answered at the first step.
         preemption,
         # Before the meters: a step that it stops at is not measured.
         NonFiniteGuard(events=events, skip_above=config.trainer.skip_loss_above, samples=experiment.data.sample_names),

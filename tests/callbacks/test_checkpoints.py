@@ -294,7 +294,7 @@ def test_the_agreements_of_ranks_have_the_given_time_out(tmp_path: Path, monkeyp
     saver.on_train_start(trainer, pl.LightningModule())
     preemption = Preemption(saver, timeout)
     preemption.setup(trainer, pl.LightningModule(), "fit")
-    preemption.teardown(trainer, pl.LightningModule(), "fit")
+    trainer._signal_connector.teardown()
     assert made == [{"backend": "gloo", "timeout": timeout}] * 2
 
 

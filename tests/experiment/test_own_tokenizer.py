@@ -1,10 +1,13 @@
 """Whether a text tokenizer is the backbone's own: by the ids that it can produce, and by the one beside the weights."""
 
+import gzip
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import tokenizers
 
+from t2i_lm.assets import resolve
 from t2i_lm.experiment.own_tokenizer import require_own_tokenizer
 from t2i_lm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer, train_sentencepiece
 from t2i_lm.train import main
@@ -53,22 +56,24 @@ def test_special_tokens_alone_may_lack_a_row(
     assert max(text.encode("a cat <image_soft_token> <a><b> <plain> <eos>")) < rows
 
 
-def trained(file: Path, texts: list[str]) -> SentencePieceTokenizer:
-    return train_sentencepiece(iter(texts * 20), 280, file)
+def trained(file: Path, text: str) -> SentencePieceTokenizer:
+    """A tokenizer of a shipped text."""
+    with gzip.open(resolve(f"asset:text/{text}.txt.gz", "text"), "rt", encoding="utf-8") as lines:
+        return train_sentencepiece(islice(lines, 500), 1000, file)
 
 
 def test_the_tokenizer_beside_the_weights_is_the_backbones(tmp_path: Path) -> None:
     """Another one of no more pieces than the backbone has rows would give ids of other words, without an error."""
     model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     model.mkdir()
-    own = trained(model / "text_tokenizer.model", ["a large red circle", "left of blue squares"])
-    other = trained(elsewhere / "other.model", ["it was seen in 1867", "quite another language"])
-    require_own_tokenizer(own, 300, str(model))
-    require_own_tokenizer(other, 300, str(elsewhere))
-    require_own_tokenizer(other, 300, None)
-    require_own_tokenizer(other, 300, "plugin:model")
+    own = trained(model / "text_tokenizer.model", "novels")
+    other = trained(elsewhere / "other.model", "nonfiction")
+    require_own_tokenizer(own, 1000, str(model))
+    require_own_tokenizer(other, 1000, str(elsewhere))
+    require_own_tokenizer(other, 1000, None)
+    require_own_tokenizer(other, 1000, "plugin:model")
     with pytest.raises(ValueError, match=rf"beside the weights .* set text_tokenizer\.path={model}/text_tokenizer"):
-        require_own_tokenizer(other, 300, str(model))
+        require_own_tokenizer(other, 1000, str(model))
 
 
 def test_another_file_of_the_same_tokenizer_is_the_backbones(tmp_path: Path) -> None:
@@ -78,17 +83,17 @@ def test_another_file_of_the_same_tokenizer_is_the_backbones(tmp_path: Path) -> 
     assert copy.sha256 != JsonTokenizer(tmp_path / "model" / "tokenizer.json").sha256
     require_own_tokenizer(copy, 300, str(tmp_path / "model"))
     # One of several formats is enough, and one that cannot be read decides nothing.
-    trained(tmp_path / "model" / "tokenizer.model", ["quite another language"])
+    trained(tmp_path / "model" / "tokenizer.model", "nonfiction")
     require_own_tokenizer(copy, 300, str(tmp_path / "model"))
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     require_own_tokenizer(copy, 300, str(tmp_path / "model"))
 
 
-@pytest.mark.parametrize("experiment", ["t2i_pretrained", "t2i_scratch", "uncond_pretrained"])
+@pytest.mark.parametrize("experiment", ["t2i_pretrained", "uncond_pretrained"])
 def test_runs_and_dry_runs_refuse_a_foreign_tokenizer(
     experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = trained(tmp_path / "other.model", ["quite another language"])
+    other = trained(tmp_path / "other.model", "nonfiction")
     command = [str(EXPERIMENTS / f"{experiment}.yaml"), f"text_tokenizer.path={other.path}", f"run.dir={tmp_path}"]
     assert main(command) == 2
     refusal = "text_tokenizer.path: encodes text otherwise than"

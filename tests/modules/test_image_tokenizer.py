@@ -44,7 +44,7 @@ def test_unused_codes_become_finite_latents(module: ImageTokenizerModule) -> Non
     assert not module.used.any()
 
 
-@pytest.mark.parametrize("harm", [float("nan"), None])
+@pytest.mark.parametrize("harm", [float("nan"), float("inf"), None])
 def test_ranks_of_other_latents_take_part_in_a_restart(
     harm: float | None, module: ImageTokenizerModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:

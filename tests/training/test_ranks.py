@@ -60,7 +60,7 @@ def test_a_rank_that_never_arrives_is_named(tmp_path: Path, rank: int) -> None:
     toy = Toy(tmp_path, rank=1 - rank, world=2, port=port, rank_s=RANK_S, harm={"phase_s": RANK_S})
     assert finish(start(toy)) == [1]
     (line,) = errors(tmp_path, 1 - rank)
-    assert re.search(rf"rank {rank} of 2 did not arrive at 127\.0\.0\.1:{port} within [34] s", line)
+    assert re.search(rf"rank {rank} of 2 did not arrive at 127\.0\.0\.1:{port} within \d+ s", line)
     assert "start the run again" in line
 
 

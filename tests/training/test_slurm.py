@@ -79,10 +79,7 @@ def test_the_batch_script_requeues_resumes_and_hands_over_its_finished_run(saved
     script = ["bash", str(ROOT / "experiments" / "slurm" / "train.sbatch"), "t2i_scratch", "paper", "seed=1"]
     codes = [subprocess.run(script, cwd=tmp_path, env=environment).returncode for _ in range(2)]
     assert codes == [143, 0]
-    train = (
-        "--cpus-per-task=8 --kill-on-bad-exit=1 .venv/bin/python -m t2i_lm.train experiments/t2i_scratch.yaml "
-        "--scale paper"
-    )
+    train = "--cpus-per-task=8 .venv/bin/python -m t2i_lm.train experiments/t2i_scratch.yaml --scale paper"
     resume = "--resume latest " if saved in ("step-00000500.ckpt", "not-started") else ""
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"{train} run.dir=runs/4711 seed=1",

@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from filelock import FileLock
 
 from t2i_lm.config.experiment import ExperimentConfig
@@ -34,7 +35,7 @@ from t2i_lm.data.shards.remote import RESUMES, RemoteError, make_room, touch
 from t2i_lm.data.shards.row_groups import StoredFile, pixel_digest, read_digests, samples_of
 from t2i_lm.data.shards.tokenize import PairRows
 from t2i_lm.runtime.devices import uses_gpu
-from t2i_lm.runtime.launch import global_rank, local_rank, world_size
+from t2i_lm.runtime.launch import local_rank
 from t2i_lm.storage.writing import atomic_file, problem, writing
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.image import open_image_tokenizer
@@ -418,7 +419,8 @@ class _Ahead:
         Each rank begins elsewhere, since all ranks read from the same parts and one would wait for the other.
         """
         fresh = [number for number in dict.fromkeys(numbers) if number not in self._asked]
-        start = len(fresh) * global_rank() // world_size()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        start = len(fresh) * rank // world
         for number in fresh[start:] + fresh[:start]:
             self._asked.add(number)
             self._queue.put(number)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import DataConfig, OptimConfig, TrainerConfig
-from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, make_sampler
+from t2i_lm.data.datamodules import BatchDataModule, CaptionedIds, PairDataModule, make_sampler
 from t2i_lm.data.shards import remote
 from t2i_lm.data.shards.parts import PartError, Parts
 from t2i_lm.data.shards.stored import stored_shards
@@ -95,7 +95,11 @@ def batches(config: ExperimentConfig, rank: int = 0, consumed: int = 0, workers:
     sampler = make_sampler(config, data.train_set.part_sizes, rank, config.trainer.devices)
     sampler.consumed, sampler.announce, sampler.ahead = consumed, data.train_set.announce, 3 * 12
     loader: Any = DataLoader(data.train_set, batch_sampler=sampler, collate_fn=lambda batch: batch, num_workers=workers)
-    return [batch["ids_BT"] for batch in loader]
+    found = [batch["ids_BT"] for batch in loader]
+    assert isinstance(data.train_set, CaptionedIds)
+    if threads := data.train_set.columns.parts._threads:
+        threads.shutdown()  # which may still fetch and make room
+    return found
 
 
 def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -385,8 +386,8 @@ def test_ranks_begin_at_other_parts(monkeypatch: pytest.MonkeyPatch, folder: Pat
     monkeypatch.setattr(made_parts, "MAKERS", 0)
     orders = []
     for rank in range(3):
-        monkeypatch.setattr(made_parts, "global_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(made_parts, "world_size", lambda: 3)
+        ranks = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda rank=rank: rank, get_world_size=lambda: 3)
+        monkeypatch.setattr(made_parts, "dist", ranks)
         parts = setting(folder).parts()
         parts.fetch_later([6, 1, 6, 4])
         assert parts._ahead is not None
