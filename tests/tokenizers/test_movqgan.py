@@ -84,16 +84,20 @@ def test_the_published_models_are_distinguished(width: int, blocks: int, name: s
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-def test_other_vq_models_are_told_apart(tiny: Path, tmp_path: Path) -> None:
-    state = torch.load(tiny / "checkpoint.ckpt", weights_only=True)["state_dict"]
-    plain = {key.replace(".norm_layer.", "."): value for key, value in state.items() if ".conv_" not in key}
-    for name, tensors, why in (
-        ("taming", plain, "its decoder is not normalized by the codes"),
-        ("llamagen", {"encoder.conv_blocks.0.res.0.norm1.weight": torch.zeros(2)}, r"no tensors encoder\.down"),
-    ):
-        torch.save({"state_dict": tensors}, tmp_path / f"{name}.ckpt")
-        with pytest.raises(ValueError, match=f"is not a MoVQGAN checkpoint: .*{why}.*plug-in"):
-            MoVQGAN.from_checkpoint(tmp_path / f"{name}.ckpt")
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["encoder.conv_blocks.0.res.0.norm1.weight"], r"it has no tensors encoder\.down"),  # as LlamaGen's
+        (
+            ["encoder.down.0.block.0.conv1.weight", "decoder.mid.block_1.norm1.weight"],
+            "its decoder is not normalized by",
+        ),
+    ],
+)
+def test_other_vq_models_are_told_apart(names: list[str], why: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": {name: torch.zeros(2) for name in names}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=f"is not a MoVQGAN checkpoint: {why}.*plug-in"):
+        MoVQGAN.from_checkpoint(tmp_path / "other.ckpt")
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
