@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 
-from callbacks.base.interval_sums import distributed
+from callbacks.base.interval_sums import distributed, host_group
 from callbacks.files.checkpoint_io import (
     SUFFIX,
     CorruptCheckpointError,
@@ -99,8 +99,7 @@ class RunCheckpoints(Checkpoint):
         self._first_step = trainer.global_step
         if distributed():
             self.folder = trainer.strategy.broadcast(self.folder)  # other ranks may not know the run's folder
-            own = dist.get_backend() != "gloo"
-            self._group = dist.new_group(backend="gloo", timeout=self.timeout) if own else None
+            self._group = host_group(self.timeout)
         self._saved_step, self._consistent = trainer.global_step, True
         if trainer.is_global_zero:
             if self.metrics and self._resume_size is not None and not self.metrics.cut_to(self._resume_size):

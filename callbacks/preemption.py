@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.base.interval_sums import distributed
+from callbacks.base.interval_sums import distributed, host_group
 from callbacks.checkpoints import RunCheckpoints
 
 # Slurm's scripts ask for SIGUSR1 some time before the limit (`--signal=USR1@120`).
@@ -58,8 +58,8 @@ class Preemption(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Installs the handlers, and makes the ranks' group: also where a run resumes after its last step."""
-        if self._group is None and distributed() and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+        if self._group is None and distributed():
+            self._group = host_group(self.timeout)
         self._install(trainer)
 
     def on_train_batch_start(

@@ -3,6 +3,9 @@
 S is the number of sums, W the number of ranks.
 """
 
+from datetime import timedelta
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +14,14 @@ from torch import Tensor
 def distributed() -> bool:
     """Whether there are several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def host_group(timeout: timedelta | None) -> Any:
+    """Another group of all ranks, for agreements on the host; None where the default group is one.
+
+    `timeout` is that of its calls; None: torch's.
+    """
+    return dist.new_group(backend="gloo", timeout=timeout) if dist.get_backend() != "gloo" else None
 
 
 def collective_device() -> torch.device:

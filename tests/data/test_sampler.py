@@ -66,19 +66,23 @@ def test_sharded_ranks_validate_in_equally_many_batches(strategy: str, samples: 
     assert len({len(one) for one in batches}) == (2 if strategy == "ddp" else 1)
 
 
-def test_fewer_validation_samples_than_ranks_are_refused() -> None:
-    trainer = TrainerConfig(devices=8, strategy="ddp")
+def of_rank(rank: int, strategy: str) -> BatchDataModule:
+    """The data of one of eight ranks, a sample at a time."""
+    trainer = TrainerConfig(devices=8, strategy=strategy)
     data = BatchDataModule(ExperimentConfig(data=DataConfig(batch_size=8), trainer=trainer))
-    data.trainer = SimpleNamespace(global_rank=0, world_size=8)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=8)  # type: ignore[assignment]
+    return data
+
+
+def test_fewer_validation_samples_than_ranks_are_refused() -> None:
+    data = of_rank(0, "ddp")
     with pytest.raises(ValueError, match=r"^data\.val_size: 7 validation samples over 8 processes: expected "):
         data.validation_batches(range(7))
     assert data.validation_batches(range(8)) == [[(0, 0)]]
 
 
 def test_too_few_validation_samples_for_sharded_ranks_are_refused() -> None:
-    trainer = TrainerConfig(devices=8, strategy="fsdp2")
-    data = BatchDataModule(ExperimentConfig(data=DataConfig(batch_size=8), trainer=trainer))
-    data.trainer = SimpleNamespace(global_rank=7, world_size=8)  # type: ignore[assignment]
+    data = of_rank(7, "fsdp2")
     with pytest.raises(ValueError, match=r"^data\.val_size: 9 validation samples over 8 processes, 1 at a time: "):
         data.validation_batches(range(9))
     assert data.validation_batches(range(16)) == [[(0, 7)], [(0, 15)]]
