@@ -63,7 +63,7 @@ def build(shape: str, device: str) -> VQTokenizer:
     kinds = ["DownEncoderBlock2D"] * (levels - 1) + ["AttnDownEncoderBlock2D"]
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = VQModel(  # type: ignore[no-untyped-call]
+        model: Any = VQModel(
             down_block_types=kinds,
             up_block_types=[kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(kinds)],
             layers_per_block=2,

@@ -77,7 +77,7 @@ class PatchedVQ(VQAutoencoder):
 
     def __init__(self, config: VQModelConfig) -> None:
         channels, levels = 3 * config.patch**2, len(config.block_out_channels)
-        vq = VQModel(  # type: ignore[no-untyped-call]
+        vq = VQModel(
             in_channels=channels,
             out_channels=channels,
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -175,7 +175,7 @@ class VQTokenizer:
         if whole is None and len(files) == 1:  # such as diffusion_pytorch_model.fp16.safetensors
             options["variant"] = files[0].stem.partition(".")[2]
         with reading("image_tokenizer.path", folder):
-            vq, found = VQModel.from_pretrained(  # type: ignore[no-untyped-call]
+            vq, found = VQModel.from_pretrained(
                 folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True, **options
             )
         for problem in ("missing", "unexpected"):
@@ -281,7 +281,7 @@ class MoVQGAN(VQTokenizer):
         name = movqgan.size_name(config)
         if expect is not None and name != expect:
             raise ValueError(f"image_tokenizer.expect={expect!r}: {path} is the {name} model")
-        vq: Any = VQModel(**config)  # type: ignore[no-untyped-call]
+        vq: Any = VQModel(**config)
         try:
             vq.load_state_dict(movqgan.to_diffusers(state, len(config["block_out_channels"])))
         except RuntimeError as error:
