@@ -52,6 +52,7 @@ from callbacks.files.checkpoint_io import _HashingFile
 from t2i_lm.runtime.command_line import exit_code
 from t2i_lm.runtime.rank_beats import Limits
 from t2i_lm.runtime.rank_watch import RankWatch
+from t2i_lm.training.jobs import PRELOAD
 from t2i_lm.training.ranks import WatchedDDP, prepare_last_words
 from tests.callbacks.toy_model import Positions, Toy, ToyData, ToyModule
 
@@ -59,8 +60,9 @@ METRICS, EVENTS, CHECKPOINTS = "metrics.jsonl", "events.log", "checkpoints"
 # Fields that a clock measured, or that cover such a field.
 CLOCKS = ("time", "throughput", "digest")
 
+# A process has one server: that of t2i_lm.training.jobs, too.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "lightning.pytorch", "callbacks", "t2i_lm.training.run", "tests.preload"])
+server.set_forkserver_preload([*PRELOAD, "callbacks", "t2i_lm.training.run", "tests.preload"])
 
 
 class Witness(Callback):

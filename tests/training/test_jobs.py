@@ -14,8 +14,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.storage.run_folder import OWNER, REPORT, read_run, run_folders
 from t2i_lm.training import jobs
-from t2i_lm.training.jobs import Job, list_jobs, run_jobs
-from tests.callbacks.toy_run import server
+from t2i_lm.training.jobs import PRELOAD, Job, list_jobs, run_jobs
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -40,9 +39,8 @@ def losses(root: Path) -> list[tuple[str, Any]]:
 
 @pytest.mark.slow
 def test_parallel_runs_equal_runs_in_sequence(
-    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(jobs, "CONTEXT", server)  # starts sooner
     assert run_jobs([Job(config) for config in arms(tmp_path / "sequence", *tiny)]) == 0
     capfd.readouterr()
     assert run_jobs([Job(config) for config in arms(tmp_path / "parallel", *tiny)], parallel=2) == 0
@@ -55,10 +53,20 @@ def test_parallel_runs_equal_runs_in_sequence(
 
 
 @pytest.mark.slow
+def test_what_runs_are_forked_from_does_not_call_cuda() -> None:
+    """A child of a process that has called it cannot use a GPU."""
+    program = """import importlib, os, sys
+import torch
+torch.cuda.device_count = torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = lambda *_: os._exit(3)
+for name in sys.argv[1:]:
+    importlib.import_module(name)"""
+    assert subprocess.run([sys.executable, "-c", program, *PRELOAD], check=False).returncode == 0
+
+
+@pytest.mark.slow
 def test_a_failed_run_is_named_with_the_end_of_its_log_and_no_more_are_started(
-    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(jobs, "CONTEXT", server)
     good = arms(tmp_path, *tiny)[0]
     bad = broken(good, tmp_path / "empty")
     several = [Job(config) for config in (bad, replace(bad, name="broken too"), replace(good, name="never"))]
