@@ -5,14 +5,10 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from t2i_lm.runtime.command_line import add_figures, add_jobs, command_parser, exit_code
-
-if TYPE_CHECKING:
-    from t2i_lm.comparison.comparison import Comparison
 
 EXAMPLE = """example:
   python -m t2i_lm.study experiments/study.yaml --dry-run
@@ -53,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(argv)
 
     def body() -> int:
+        from t2i_lm.comparison.relearning import relearning_command
         from t2i_lm.comparison.study_plan import first_seeds, read_study
         from t2i_lm.experiment.required_files import print_missing
+        from t2i_lm.reporting.measurements import missing_measurements
         from t2i_lm.training.cost import estimate
         from t2i_lm.training.jobs import is_first_of
         from t2i_lm.training.study import (
@@ -64,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress_table,
             study_runs,
             train,
+            without_relearning,
         )
         from t2i_lm.training.study_results import results_of, write_results
 
@@ -82,9 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = train(runs, options.jobs)
         if code > 128 or not is_first_of([run.job for run in runs]):  # stopped by a signal, or another rank
             return code
+        relearned = _run_all(relearning_command(folder) for folder in without_relearning(study, runs))
+        if relearned > 128:
+            return relearned
         results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
         failed = write_results(results, out)
-        measured = 0 if code or not results.comparisons else _measure(study.measure, results.answer_first[0], out)
+        first = results.answer_first[:1] if not code else []
+        measured = _run_all(command for one in first for command in missing_measurements(study.measure, one, out))
         if measured > 128:
             return measured
         from t2i_lm.reporting.study_page import write_page
@@ -92,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return (
             code
             or write_page(study, runs, results, options.plan, experiments, out, options.strict)
+            or relearned
             or measured
             or failed
         )
@@ -99,13 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(body)
 
 
-def _measure(names: Sequence[str], comparison: "Comparison", out: Path) -> int:
-    """Measures what is missing, each in a process of its own; the exit code of the first that failed, or 0."""
-    from t2i_lm.reporting.measurements import missing_measurements
+def _run_all(commands: Iterable[Sequence[str]]) -> int:
+    """Runs `python -m` with each list of arguments; the exit code of the first that failed, or 0."""
     from t2i_lm.runtime.launch import without_launcher
 
     failed = 0
-    for arguments in missing_measurements(names, comparison, out):
+    for arguments in commands:
         command = ["python", "-m", *arguments]
         print("==", shlex.join(command), flush=True)
         code = subprocess.run([sys.executable, *command[1:]], env=without_launcher(os.environ)).returncode

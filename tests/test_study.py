@@ -23,7 +23,16 @@ from t2i_lm.training import cost
 from t2i_lm.training.cost import estimate
 from t2i_lm.training.jobs import Job
 from t2i_lm.training.remedies import read_strengths
-from t2i_lm.training.study import StudyRun, compare_arms, progress_of, progress_table, shown_runs, study_runs
+from t2i_lm.training.study import (
+    StudyRun,
+    compare_arms,
+    progress_of,
+    progress_table,
+    shown_runs,
+    study_runs,
+    without_relearning,
+)
+from tests.plots.synthetic_runs import write_relearning
 from tests.runs import QUICK
 from tests.study_folders import finish
 
@@ -323,6 +332,28 @@ def test_a_missing_path_is_named_before_anything_is_trained(
         plan.write_text(f"seeds: [0]\ncomparisons: {{one: {{arms: {own % name}}}}}")
         assert main([str(plan), "--dry-run", f"run.dir={tmp_path}"]) == code
         assert ("missing path: backbone.config=no/where.json" in capsys.readouterr().err) == bool(code)
+
+
+def test_runs_whose_relearning_is_an_endpoint_are_measured_once(plan: Path, tmp_path: Path) -> None:
+    where = f"run.dir={tmp_path}/runs"
+    content = "seeds: [0]\ncomparisons: {one: {secondary: [relearning.step_10.nll]}, two: {where: {optim.lr: 1e-4}}}"
+    runs = configs(plan, content, where)
+    study = read_study(plan)
+    assert without_relearning(study, runs) == []
+    finish(runs, lambda _: 1.0)
+    folders = without_relearning(study, runs)
+    assert [(folder.parent.name, folder.parents[1].name) for folder in folders] == [
+        ("t2i_pretrained", "study"),
+        ("t2i_scratch", "study"),
+    ]
+    write_relearning(folders[0], 9.0)
+    assert without_relearning(study, runs) == folders[1:]
+    write_relearning(folders[1], 9.0)
+    assert collect(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]) == 0
+    again = study_runs(study, plan.parent, [f"run.dir={tmp_path}/new"], tmp_path / "results")
+    assert without_relearning(study, again) == []
+    one = compare_arms(study, again)[0]
+    assert [result.endpoint.name for result in one.results] == ["val/iid.image.nll", "relearning.step_10.nll"]
 
 
 @pytest.mark.parametrize("file", sorted((EXPERIMENTS / "plans").glob("*.yaml")), ids=lambda file: file.stem)

@@ -5,22 +5,25 @@ Names:
     val.image.nll                         metrics.jsonl: the last validation, in it image, nll; of the primary split
     val/compositional.image.nll           the same of a named split
     forgetting.text.text_rows.nll         the last record with `forgetting`
+    relearning.step_60.nll                the newest `evaluate --relearn` of the run: held-out text loss after 60 steps
     report.iid.preference.color.preferred report.json
     tokens_saved.image                    of a pair: tokens that the second run needs beyond the first for an equal loss
                                           of the primary split
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from t2i_lm.comparison.comparability import IncomparableError, config_values
+from t2i_lm.comparison.relearning import relearning_of, way_of
+from t2i_lm.evaluation.relearning import POINTS
 from t2i_lm.storage.run_folder import VAL, Run
 
-REPORT, TOKENS_SAVED, FORGETTING = "report", "tokens_saved", "forgetting"
+REPORT, TOKENS_SAVED, FORGETTING, RELEARNING = "report", "tokens_saved", "forgetting", "relearning"
 # Of a validation: modalities and aggregates, and what is known of each.
 MODALITIES, LOSSES = ("text", "image", "boundary", "all", "all_no_boundary"), ("nll", "ppl")
 NONFINITE = "nonfinite"  # number of losses that an entry leaves out
@@ -50,13 +53,21 @@ class Endpoint:
                 f"endpoint {self.name!r}: expected {source}.MODALITY.nll or .ppl, MODALITY one of "
                 f"{', '.join(MODALITIES)}"
             )
+        steps = [f"step_{step}" for step in POINTS]
+        if source == RELEARNING and (len(path) != 2 or path[0] not in steps or path[1] != "nll"):
+            raise ValueError(f"endpoint {self.name!r}: expected {source}.STEP.nll, STEP one of {', '.join(steps)}")
         if source == TOKENS_SAVED and (len(path) > 1 or path[0] not in MODALITIES):
             raise ValueError(f"endpoint {self.name!r}: expected {source}. and one of {', '.join(MODALITIES)}")
 
     @property
+    def source(self) -> str:
+        """What it is read from: the first part of its name."""
+        return self.name.partition(".")[0]
+
+    @property
     def of_pair(self) -> bool:
         """Whether it is of a pair of runs rather than the difference of two values."""
-        return self.name.startswith(f"{TOKENS_SAVED}.")
+        return self.source == TOKENS_SAVED
 
     @property
     def unit(self) -> str:
@@ -75,7 +86,7 @@ class Endpoint:
             ValueError: if the run does not have it; names what is there instead.
         """
         source, *path = self.name.split(".")
-        tree: Any = run.report if source == REPORT else _last(run, source, self.name)
+        tree: Any = SOURCES[source](run) if source in SOURCES else _last(run, source, self.name)
         read = [source]
         for name in path:
             if not isinstance(tree, dict) or name not in tree:
@@ -104,10 +115,12 @@ class Endpoint:
             IncomparableError: naming what each was measured on, or with.
         """
         self._require_one_setting(runs, varied)
-        if not self.name.startswith(f"{FORGETTING}."):
+        if self.source == RELEARNING:
+            self._require_one_way(runs)
+        if self.source != FORGETTING:
             return
         found = [self._measured_on(run) for run in runs]
-        if len({str((run.environment.get("tokenizers") or {}).get("text")) for run in runs}) > 1:
+        if len({_text_tokenizer(run) for run in runs}) > 1:
             found = [{"name": one.get("name")} for one in found]  # the others depend on the tokenizer
         if all("unigram loss" in one for one in found):
             found = [{key: value for key, value in one.items() if key != "name"} for one in found]
@@ -130,6 +143,13 @@ class Endpoint:
         for key, values in unequal_settings(runs, keys).items():
             words = ", ".join(f"{value} ({count} runs)" for value, count in Counter(values).items())
             raise IncomparableError(f"endpoint {self.name}: the runs were not measured alike: {key} {words}")
+
+    def _require_one_way(self, runs: Sequence[Run]) -> None:
+        ways = [way_of(relearning_of(run)) | {"text tokenizer": _text_tokenizer(run)} for run in runs]
+        for key in dict.fromkeys(key for way in ways for key in way):
+            if len(counts := Counter(str(way.get(key)) for way in ways)) > 1:
+                words = ", ".join(f"{value} ({count} runs)" for value, count in counts.items())
+                raise IncomparableError(f"endpoint {self.name}: relearning was not measured in one way: {key} {words}")
 
     def _measured_on(self, run: Run) -> dict[str, Any]:
         """What tells apart the texts, or questions, of a run's last measurement; an older run may lack some."""
@@ -204,6 +224,25 @@ def _curve(run: Run, modality: str) -> Curve:
             f"endpoint {TOKENS_SAVED}.{modality}: {run.folder} has {len(points)} validations of {modality}"
         )
     return points
+
+
+def _text_tokenizer(run: Run) -> str:
+    return str((run.environment.get("tokenizers") or {}).get("text"))
+
+
+def _report(run: Run) -> Any:
+    return run.report
+
+
+def _relearning(run: Run) -> dict[str, Any]:
+    result = relearning_of(run)
+    return {
+        f"step_{step}": {"nll": nll} for step, nll in zip(result["steps"], result["nll"]["run"]["nll"], strict=True)
+    }
+
+
+# Sources other than the last record of metrics.jsonl.
+SOURCES: dict[str, Callable[[Run], Any]] = {REPORT: _report, RELEARNING: _relearning}
 
 
 def _last(run: Run, kind: str, endpoint: str) -> Any:

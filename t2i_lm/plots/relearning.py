@@ -1,19 +1,15 @@
 """Relearning curves of both arms and their controls, from the results of `evaluate --relearn`."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from t2i_lm.comparison.comparability import MissingRunsError
-from t2i_lm.evaluation.base import FINISHED, of_last_checkpoint, read_result
+from t2i_lm.comparison.relearning import relearning_of, way_of
 from t2i_lm.plots.curves import Series
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.run_folder import Run
 
 # Curves of a result (`evaluation/relearning.py`) by the arm that they are drawn as.
 CONTROLS = {"language_model": "language model", "random_weights": "random weights"}
 RUN = "run"
-COMMAND = "python -m t2i_lm.evaluate --checkpoint {} --relearn"
 
 
 def relearning_curves(pair: RunPair) -> tuple[list[int], dict[str, list[float]]]:
@@ -22,11 +18,8 @@ def relearning_curves(pair: RunPair) -> tuple[list[int], dict[str, list[float]]]
     Raises:
         ValueError: if an arm was not measured, or the two were measured in different ways.
     """
-    results = {arm: _newest(run) for arm, run in pair.arms.items()}
-    ways = [
-        {key: value for key, value in result["made_with"].items() if key != "checkpoint_sha256"}
-        for result in results.values()
-    ]
+    results = {arm: relearning_of(run) for arm, run in pair.arms.items()}
+    ways = [way_of(result) for result in results.values()]
     if differing := sorted(key for key in {*ways[0], *ways[1]} if ways[0].get(key) != ways[1].get(key)):
         named = "; ".join(f"{key}: {ways[0].get(key)!r} and {ways[1].get(key)!r}" for key in differing)
         raise ValueError(f"relearning of the two arms was measured in different ways: {named}")
@@ -50,31 +43,7 @@ def relearning_table(steps: list[int], curves: Mapping[str, list[float]]) -> str
 
 def relearning_size(pair: RunPair) -> str:
     """The held-out text in words, as far as the results say."""
-    made_with = _newest(pair.pretrained)["made_with"]
+    made_with = relearning_of(pair.pretrained)["made_with"]
     if "rows" not in made_with or "length" not in made_with:
         return "held-out text"
     return f"{made_with['rows'][1]} held-out rows of {made_with['length']} ids"
-
-
-def is_measured(run: Run) -> bool:
-    """Whether there is a result of the last checkpoint, and none is damaged."""
-    try:
-        return bool(_newest(run))
-    except (ValueError, OSError):
-        return False
-
-
-def _newest(run: Run) -> dict[str, Any]:
-    """The newest result of the last checkpoint.
-
-    Raises:
-        ValueError: if there is none, or one is damaged.
-    """
-    files = sorted(run.folder.glob("evaluations/*/relearn.json"), key=lambda file: file.stat().st_mtime)
-    # Copies have other times than their originals.
-    results = sorted(map(read_result, files), key=lambda result: result.get(FINISHED, ""))
-    own = [one for one in results if of_last_checkpoint(run.folder, one["made_with"].get("checkpoint_sha256", ""))]
-    if not own:
-        problem = "was measured of other checkpoints than its last one" if results else "was not measured"
-        raise MissingRunsError(f"relearning of {run.folder} {problem}: {COMMAND.format(run.folder)}")
-    return own[-1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from t2i_lm.comparison.comparability import following
 from t2i_lm.comparison.comparison import Comparison
-from t2i_lm.plots.relearning import is_measured
+from t2i_lm.comparison.relearning import is_measured, relearning_command
 from t2i_lm.reporting.probes import ORDER, find_probes
 from t2i_lm.reporting.request import first_pair
 from t2i_lm.storage.run_folder import Run, is_collected
@@ -25,8 +25,7 @@ def missing_measurements(names: Sequence[str], comparison: Comparison, out: Path
     pair = [*first_pair(comparison).values()]
     missing: dict[str, list[list[str]]] = {}
     if "relearning" in names:
-        folders = [str(run.folder) for run in pair if not is_measured(run)]
-        missing["relearning"] = [["t2i_lm.evaluate", "--checkpoint", folder, "--relearn"] for folder in folders]
+        missing["relearning"] = [relearning_command(run.folder) for run in pair if not is_measured(run)]
     if "probes" in names and pair and not _are_probed(pair):
         keys = sorted({*comparison.plan.varied, *comparison.plan.own_keys, *following(comparison.plan.own_keys)})
         varied = [word for key in keys for word in ("--varied", key)]

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from t2i_lm.comparison.arms import Arms, pair_arms, unfinished
 from t2i_lm.comparison.comparison import Comparison, make_comparison
+from t2i_lm.comparison.endpoints import RELEARNING
 from t2i_lm.comparison.plan import Arm, Plan, setting_folder, setting_words
+from t2i_lm.comparison.relearning import is_measured
 from t2i_lm.comparison.study_plan import STEPS, Needed, Study
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
@@ -307,6 +309,17 @@ def train(runs: Sequence[StudyRun], jobs: int) -> int:
         if code > 128:  # stopped by a signal
             break
     return code
+
+
+def without_relearning(study: Study, runs: Sequence[StudyRun]) -> list[Path]:
+    """Finished runs with checkpoints of which a comparison has an endpoint of relearning that was not measured."""
+    measured = {name for name, plan in study.plans().items() if any(one.source == RELEARNING for one in plan.endpoints)}
+    folders = [
+        state.folder
+        for run, state in zip(runs, progress_of(runs), strict=True)
+        if state.finished and state.folder is not None and measured.intersection(run.uses)
+    ]
+    return [folder for folder in folders if not is_collected(folder) and not is_measured(read_run(folder))]
 
 
 def figure_root(runs: Sequence[StudyRun]) -> Path:

@@ -21,7 +21,7 @@ from t2i_lm.comparison.statistics import holm, paired_statistics
 from t2i_lm.comparison.tables import as_json, latex, text
 from t2i_lm.reporting.setup import setup_rows
 from t2i_lm.storage.run_folder import read_run
-from tests.plots.synthetic_runs import read_lines, write_run
+from tests.plots.synthetic_runs import read_lines, write_relearning, write_run
 
 ARMS = ("t2i_pretrained", "t2i_scratch")
 
@@ -291,6 +291,28 @@ def test_forgetting_of_other_texts_is_refused(changed: dict[str, Any], named: st
         compare(plan, Arms({0: [one]}, {0: [other]}, ()))
     Endpoint("val.image.nll").require_one_measurement([one, other])
     Endpoint("forgetting.second_text.text_rows.nll").require_one_measurement([one, other])
+
+
+def test_relearning_is_compared_where_it_was_measured_in_one_way(tmp_path: Path) -> None:
+    folders = [seeded_run(tmp_path, arm, 0) for arm in ARMS]
+    plan = Plan(seeds=[0], primary="relearning.step_10.nll", secondary=[])
+    runs = [read_run(folder) for folder in folders]
+    arms = Arms({0: runs[:1]}, {0: runs[1:]}, ())
+    with pytest.raises(ValueError, match=r"relearning of .* was not measured: python -m t2i_lm.evaluate .*--relearn"):
+        compare(plan, arms)
+    write_relearning(folders[0], 9.0, length=128)
+    write_relearning(folders[1], 9.5, length=128)
+    assert compare(plan, arms)[0].differences[0] == pytest.approx(-0.5)
+    assert Endpoint("relearning.step_5.nll").value(runs[0]) == 7.0
+    assert Endpoint(plan.primary).unit == "nats/token"
+    (folders[1] / "evaluations" / "last" / "relearn.json").unlink()
+    (folders[1] / "evaluations" / "last").rmdir()
+    write_relearning(folders[1], 9.5, length=64)
+    with pytest.raises(IncomparableError, match=r"not measured in one way: length 128 \(1 runs\), 64 \(1 runs\)"):
+        compare(plan, arms)
+    for name in ("relearning.step_7.nll", "relearning.step_5", "relearning.text.nll"):
+        with pytest.raises(ValueError, match=f"endpoint '{name}': expected relearning.STEP.nll, STEP one of step_0, "):
+            Endpoint(name)
 
 
 def test_samples_of_other_settings_are_refused_unless_the_plan_varies_them(tmp_path: Path) -> None:

@@ -94,17 +94,15 @@ def test_collected_results_are_noted_where_something_is_missing(
 
 
 def test_a_measurement_that_fails_is_the_exit_code_and_a_stopped_one_ends_the_others(
-    comparison: Comparison, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "failing.py").write_text("import os, sys; sys.exit(3 if 'RANK' not in os.environ else 4)")
     (tmp_path / "stopped.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("RANK", "0")  # under a launcher, a measurement is alone
     commands = [["failing"], ["this"], ["stopped", "one"], ["that"]]
-    monkeypatch.setattr("t2i_lm.reporting.measurements.missing_measurements", lambda *_: commands[:2])
-    assert command._measure(["relearning"], comparison, tmp_path) == 3
-    monkeypatch.setattr("t2i_lm.reporting.measurements.missing_measurements", lambda *_: commands[2:])
-    assert command._measure(["relearning"], comparison, tmp_path) == 143
+    assert command._run_all(commands[:2]) == 3
+    assert command._run_all(commands[2:]) == 143
     assert [line for line in capfd.readouterr().out.splitlines() if line.startswith("==")] == [
         "== python -m failing",
         "== python -m this",
