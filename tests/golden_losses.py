@@ -1,4 +1,4 @@
-"""The first 50 losses of every shipped experiment at a tiny scale, in float32 on one thread of a CPU.
+"""The first 20 losses of every shipped experiment at a tiny scale, in float32 on one thread of a CPU.
 
 `python -m tests.golden_losses` writes them to golden_losses.json again, after a change that is meant to change them.
 """
@@ -17,7 +17,7 @@ from tests.runs import EXPERIMENTS, QUICK, train
 FILE = Path(__file__).with_name("golden_losses.json")
 # Models of fixed bits, so that losses depend on no initialization by torch and no training of a tokenizer.
 MODELS = FILE.with_name("data_files") / "old_run"
-STEPS = 50
+STEPS = 20
 NAMES = sorted(
     path.relative_to(EXPERIMENTS).with_suffix("").as_posix()
     for folder in (EXPERIMENTS, EXPERIMENTS / "remedies")

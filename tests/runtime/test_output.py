@@ -20,9 +20,11 @@ import sys
 from t2i_lm.runtime.command_line import exit_code
 from rich.console import Console
 def body():
+    console = Console()
     for n in range(3000):
         print("läufe 图片 \\ud83d \\udce5", n)
-        Console().print("图片 läufe")
+        if n % 100 == 0:
+            console.print("图片 läufe")
     print("done", file=sys.stderr)
     return 0
 sys.exit(exit_code(body))
