@@ -11,6 +11,7 @@ from t2i_lm.config.load import flatten_mapping, migrate
 from t2i_lm.storage.run_folder import CONFIG, Run
 
 ORDER, PRECISION, CHANGES = "order of the data", "precision", "changes within a run"
+REPLAYED = "replayed text"
 SEED = "seed"  # its values are repetitions: none is the best
 # Runs of one figure agree in these.
 PAIR_KEYS = ("data hash", SEED, "scale", "trainer.max_steps", "log.interval", "log.ema")
@@ -27,6 +28,7 @@ ENVIRONMENT = {
     "backbone": "backbone weights",
     "configs.backbone": "backbone config",
     "plugins": "plug-ins",
+    "replay_hash": REPLAYED,
     "stream_hash": ORDER,
     "precision": PRECISION,
     "numerics": "numerics",  # version of what the code computes
@@ -47,9 +49,11 @@ CONTENT = (
 FOLLOWING = {
     "backbone.": ("backbone weights", "backbone config"),
     **{f"data.{name}": ("data hash", ORDER) for name in CONTENT},
-    **{f"data.{name}": (ORDER,) for name in ("batch_size", "caption_dropout", "replay_", "shuffle_parts")},
+    **{f"data.{name}": (ORDER,) for name in ("batch_size", "caption_dropout", "shuffle_parts")},
+    "data.replay_": (REPLAYED, ORDER),
+    "data.length": (REPLAYED,),
     "image_tokenizer.": ("image tokenizer", "data hash", ORDER),
-    "text_tokenizer.": ("text tokenizer", "data hash", ORDER),
+    "text_tokenizer.": ("text tokenizer", "data hash", ORDER, REPLAYED),
 }
 
 

@@ -8,6 +8,7 @@ from statistics import fmean, variance
 from t2i_lm.comparison.arms import Arms
 from t2i_lm.comparison.comparability import IncomparableError
 from t2i_lm.comparison.endpoints import Endpoint
+from t2i_lm.comparison.measurement import require_one_measurement, require_one_tokenizer
 from t2i_lm.comparison.plan import Margin, Plan
 from t2i_lm.comparison.statistics import (
     PairedStatistics,
@@ -99,7 +100,8 @@ def _decided(plan: Plan, results: Sequence[Result]) -> list[Result]:
 def _result(plan: Plan, arms: Arms, endpoint: Endpoint, primary: bool) -> Result:
     first, second = ({seed: arm[seed] for seed in arms.seeds} for arm in (arms.first, arms.second))
     runs = [run for arm in (first, second) for runs in arm.values() for run in runs]
-    endpoint.require_one_measurement(runs, (*plan.varied, *plan.own_keys))
+    require_one_tokenizer(endpoint, runs)
+    require_one_measurement(endpoint, runs, (*plan.varied, *plan.own_keys))
     means = None
     margin = None
     if endpoint.of_pair:

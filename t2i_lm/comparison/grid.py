@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from t2i_lm.comparison.arms import Arms, find_arms, finished_runs, meets, pair_arms
@@ -12,6 +13,7 @@ from t2i_lm.comparison.best import Best, best_value, common_value, no_best
 from t2i_lm.comparison.comparability import ORDER, SEED, IncomparableError, config_values, differences
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.endpoints import Endpoint
+from t2i_lm.comparison.measurement import require_one_measurement
 from t2i_lm.comparison.plan import Plan, require_settable, setting_folder, setting_words
 from t2i_lm.comparison.statistics import holm
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS, Family, Member
@@ -121,7 +123,7 @@ def require_one_version(comparisons: Sequence[Comparison], keys: Collection[str]
     everything = [run for runs in arms.values() for run in runs]
     if everything:
         varied = (SEED, ORDER, *keys, *(key for one in comparisons for key in one.plan.varied))
-        Endpoint(comparisons[0].plan.primary).require_one_measurement(everything, varied)
+        require_one_measurement(Endpoint(comparisons[0].plan.primary), everything, varied)
     own = {*keys, *(IN_STEPS if STEPS in keys else ())}
     for name, runs in arms.items():
         if differing := differences(runs, (SEED, ORDER), own, one_arm=True, paired=True):
@@ -197,7 +199,9 @@ def _tuned(key: str, condition: Mapping[str, Any], points: Sequence[tuple[Any, C
             continue
         endpoint = comparison.results[0].endpoint
         for arm, by_seed in comparison.runs.items():
-            losses.setdefault(arm, {})[str(value)] = {seed: endpoint.value(runs[-1]) for seed, runs in by_seed.items()}
+            losses.setdefault(arm, {})[str(value)] = {
+                seed: fmean(map(endpoint.value, runs)) for seed, runs in by_seed.items()
+            }
     if missing:
         return Tuned(condition, (), None, tuple(missing))
     best = {arm: best_value(arm, key, by_value) for arm, by_value in losses.items()}

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from t2i_lm.comparison.endpoints import Endpoint
+from t2i_lm.comparison.measurement import require_one_measurement
 from t2i_lm.plots.curves import text_series
 from t2i_lm.plots.panels import Panel
 from t2i_lm.runtime.tables import text_table
@@ -29,7 +30,7 @@ def require_same_texts(runs: Iterable[Run], keys: Sequence[str] = TEXTS) -> None
     measured = [(run, records[-1]["forgetting"]) for run in runs if (records := run.records("forgetting"))]
     for key in keys:
         with_text = [run for run, record in measured if record.get(key)]
-        Endpoint(f"forgetting.{key}.text_rows.nll").require_one_measurement(with_text)
+        require_one_measurement(Endpoint(f"forgetting.{key}.text_rows.nll"), with_text)
 
 
 def retention_panels(arms: Mapping[str, Run]) -> list[Panel]:

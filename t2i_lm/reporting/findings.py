@@ -10,6 +10,7 @@ from t2i_lm.comparison.comparability import IncomparableError, config_values
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, SMALL, Result
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.endpoints import FORGETTING, TOKENS_SAVED, Endpoint
+from t2i_lm.comparison.measurement import require_one_measurement
 from t2i_lm.comparison.statistics import paired_statistics
 from t2i_lm.comparison.tables import interval_text, sentence, value_text
 from t2i_lm.evaluation.forgetting import completion_rows
@@ -261,7 +262,7 @@ def forgetting_sentences(arms: Mapping[str, Sequence[Run]], alpha: float = 0.05)
     sentences, most = [], 1
     measured = [run for runs in arms.values() for run in runs if _forgotten(run) is not None]
     try:
-        MEASURED.require_one_measurement(measured)
+        require_one_measurement(MEASURED, measured)
     except IncomparableError as error:
         return [f"REFUSED: {error}."]
     for arm, runs in arms.items():

@@ -6,7 +6,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.endpoints import SETTINGS, unequal_settings
+from t2i_lm.comparison.endpoints import SETTINGS
+from t2i_lm.comparison.measurement import unequal_settings
 from t2i_lm.plots.captions import SPLITS
 from t2i_lm.reporting.findings import arm_label
 from t2i_lm.reporting.images import CaptionedImage, PageImage, captioned_images, whole_image

@@ -57,6 +57,17 @@ def test_the_bootstrap_covers_the_mean_of_skewed_differences_better_than_the_t_i
     assert covered["bootstrap_interval"] / DRAWS > 0.95 - 2 * SLACK
 
 
+def test_the_bootstrap_of_differences_that_tie_covers_or_is_none() -> None:
+    """Shares of 64 samples; an interval must not end at the mean for want of resamples that differ."""
+    assert paired_statistics([0.0, 0.0, 0.0, 1.0], None).bootstrap_interval is None
+    random = np.random.default_rng(0)
+    shares = (random.binomial(64, 0.5, (DRAWS, 5)) - random.binomial(64, 0.4, (DRAWS, 5))) / 64
+    found = [one.bootstrap_interval for one in (paired_statistics(list(row), None) for row in shares)]
+    known = [interval for interval in found if interval is not None]
+    assert len(known) > 0.8 * DRAWS
+    assert np.mean([low <= 0.1 <= high for low, high in known]) >= 0.95 - SLACK
+
+
 @pytest.mark.parametrize("pairs", [3, 5, 10])
 def test_equivalence_is_claimed_at_most_at_its_level_where_there_is_none(pairs: int) -> None:
     claimed = np.mean([(one.p_equivalence or 0) < 0.05 for one in studies(MARGIN, pairs)])

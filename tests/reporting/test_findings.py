@@ -47,7 +47,7 @@ def test_losses_of_other_held_out_texts_have_no_mean_and_seeds_without_one_are_c
     assert "(n = 2 of 3 seeds)" in said
     change_forgetting(folders[1], targets=9999)
     (refused,) = forgetting_sentences({"pretrained": [*map(read_run, folders)]})
-    assert "forgetting was not measured on the same text: targets 512 (1 runs), 9999 (1 runs)" in refused
+    assert "the runs were not measured alike: targets 512 (1 runs), 9999 (1 runs)" in refused
 
 
 def test_runs_of_an_image_tokenizer_have_no_token_counts_and_no_losses_to_be_finite(tmp_path: Path) -> None:
