@@ -35,7 +35,7 @@ class Forgetting(Periodic):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:  # not resumed
-            self.due(trainer, pl_module, 0)
+            self.measure_now(trainer, pl_module, 0)
 
     def is_due(self, trainer: pl.Trainer, step: int) -> bool:
         return super().is_due(trainer, step) or step == trainer.max_steps

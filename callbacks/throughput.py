@@ -3,13 +3,14 @@
 import resource
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 
+from callbacks.base.periodic import MEASUREMENT
 from callbacks.checkpoints import SAVE
 
 # Lightning's name of the action that fetches a training batch.
@@ -18,30 +19,50 @@ FETCH = ".train_dataloader_next"
 WAITING = 0.02
 
 
+class Reading(NamedTuple):
+    """A time and the seconds waited for batches until then."""
+
+    time: float
+    waited: float
+
+    def since(self, earlier: "Reading") -> "Reading":
+        """The differences to an earlier one."""
+        return Reading(self.time - earlier.time, self.waited - earlier.waited)
+
+
 class WaitClock(Profiler):
-    """Seconds that training waits for its batches and for its checkpoints.
+    """Seconds that training waits for its batches, its checkpoints and measurements.
 
     Attributes:
         seconds: of all batches.
+        measuring: of all measurements.
         stalls: of each save since `take_stalls`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds = self._began = self._save_began = 0.0
+        self.seconds = self.measuring = 0.0
         self.stalls: list[float] = []
+        self._began: dict[str, float] = {}
 
     def start(self, action_name: str) -> None:
-        if action_name.endswith(FETCH):
-            self._began = time.perf_counter()
-        elif action_name == SAVE:
-            self._save_began = time.perf_counter()
+        if action_name.endswith(FETCH) or action_name in (SAVE, MEASUREMENT):
+            self._began[action_name] = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
-        if action_name.endswith(FETCH):
-            self.seconds += time.perf_counter() - self._began
-        elif action_name == SAVE:
-            self.stalls.append(time.perf_counter() - self._save_began)
+        if action_name not in self._began:
+            return
+        seconds = time.perf_counter() - self._began.pop(action_name)
+        if action_name == SAVE:
+            self.stalls.append(seconds)
+        elif action_name == MEASUREMENT:
+            self.measuring += seconds
+        else:
+            self.seconds += seconds
+
+    def now(self) -> "Reading":
+        """The time, without that of measurements, and the seconds waited for batches."""
+        return Reading(time.perf_counter() - self.measuring, self.seconds)
 
     def take_stalls(self) -> list[float]:
         """The stalls so far, which are then forgotten."""
@@ -50,7 +71,7 @@ class WaitClock(Profiler):
 
 
 class Throughput(Callback):
-    """Tokens/s over each logging interval, excluding validations and everything after them before the next batch.
+    """Tokens/s over each logging interval, excluding measurements, validations and what follows these before a batch.
 
     On a GPU the host runs ahead of the device within an interval, whose end synchronizes: times of intervals are
     correct, times of single steps are not. `data_wait` is the share of time spent fetching batches; near 0, loading is
@@ -63,8 +84,8 @@ class Throughput(Callback):
         self.flop_per_token, self.peak = flop_per_token, peak
         self.clock = WaitClock()
         self._steps = self._steps_left = 0  # optimizer steps of the interval, and after it
-        self._began = self._waited = 0.0  # start of the interval, and seconds waited until then
-        self._paused: tuple[float, float] | None = None  # the same two at the start of a validation
+        self._began = Reading(0.0, 0.0)  # at the start of the interval
+        self._paused: Reading | None = None  # at the start of a validation
         self._seen: dict[str, int] | None = None  # unknown at the start of a resumed run
         self._device, self._world, self._step = torch.device("cpu"), 1, 0
         self.latest: dict[str, float] = {}
@@ -76,16 +97,15 @@ class Throughput(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._device, self._world = pl_module.device, trainer.world_size
         self._step = trainer.global_step
-        self._began, self._waited, self._paused = time.perf_counter(), self.clock.seconds, None
+        self._began, self._paused = self.clock.now(), None
         self._seen = None if trainer.global_step else {}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._paused is not None:  # excludes the validation and what followed it
-            began, waited = self._paused
-            self._began += time.perf_counter() - began
-            self._waited += self.clock.seconds - waited
+            pause = self.clock.now().since(self._paused)
+            self._began = Reading(self._began.time + pause.time, self._began.waited + pause.waited)
             self._paused = None
 
     def on_train_batch_end(
@@ -97,20 +117,21 @@ class Throughput(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._paused = time.perf_counter(), self.clock.seconds
+            self._paused = self.clock.now()
 
     def record(self, seen: dict[str, int]) -> dict[str, Any]:
         """The interval's `throughput`.
 
-        `samples_per_s`, `tokens_per_s` (positions) and `tokens_real_per_s` (pads excluded) are totals of all ranks;
-        `tflop_per_s` and `mfu` (its share of the peak) are per device; `data_wait` (share of time) and `memory_mib`
-        (peak) are this rank's; `eta_s` is the remaining time at this speed, without validations; `save_stall_s` is the
-        mean over the interval's saves, which the rates include. The first interval of a resumed run has no rates: an
-        earlier process did part of it.
+        `samples_per_s`, `tokens_per_s` (positions, pads included) and `tokens_real_per_s` (pads excluded) are totals of
+        all ranks; `tflop_per_s` and `mfu` (its share of the peak) are per device, of all positions, also of pads that
+        are not computed (`data.pad_to_multiple_of`, `trainer.packing`); `data_wait` (share of time) and `memory_mib`
+        (peak) are this rank's; `eta_s` is the remaining time at this speed, without validations and measurements;
+        `save_stall_s` is the mean over the interval's saves, which the rates include. The first interval of a resumed
+        run has no rates: an earlier process did part of it.
         """
-        now, waited = time.perf_counter(), self.clock.seconds
-        seconds, wait = now - self._began, waited - self._waited
-        self._began, self._waited = now, waited
+        now = self.clock.now()
+        seconds, wait = now.since(self._began)
+        self._began = now
         before, self._seen = self._seen, dict(seen)
         steps, self._steps = self._steps, 0
         fields: dict[str, float] = {}

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import EMASplitPerplexity, Throughput
+from callbacks.base.periodic import Periodic
 from tests.callbacks.test_perplexity import fit
 
 
@@ -56,6 +57,26 @@ def test_waiting_is_for_data_alone_and_validations_are_left_out(tmp_path: Path, 
     for speed in speeds:
         assert speed["data_wait"] > 0.5 if loading else speed["data_wait"] < 0.2
         assert speed["samples_per_s"] > 4 / 1.0
+
+
+class Probe(Periodic):
+    """A measurement of half a second, also before the first step."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.measure_now(trainer, pl_module, 0)
+
+    def due(self, *_: Any) -> None:
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_measurements_are_left_out(tmp_path: Path) -> None:
+    meter = EMASplitPerplexity(2, 0.5, tmp_path / "metrics.jsonl", extras=[Throughput()])
+    written = fit(tmp_path, [[(1.0, 1)] * 3] * 6, [[(1.0, 1)] * 3], meter, others=[Probe(2), Slow(0.05)])
+    speeds = [line["throughput"]["samples_per_s"] for line in written if "throughput" in line]
+    assert len(speeds) == 3
+    assert min(speeds) > 4 / 0.4  # 0.1 s of steps an interval, 0.6 s with a measurement
 
 
 def test_speed_is_drawn_in_tensorboard(tmp_path: Path) -> None:

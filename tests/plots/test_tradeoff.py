@@ -115,9 +115,7 @@ def test_other_held_out_texts_are_refused_in_one_figure(name: str, arm: str, tmp
         if "forgetting" in line:
             line["forgetting"]["text"] |= {"name": "mine", "targets": 99, "floors": {"unigram": {"nll": 3.0}}}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(
-        IncomparableError, match=r"not measured alike: targets 512 \(1 runs\), 99 \(1 runs\)"
-    ):
+    with pytest.raises(IncomparableError, match=r"not measured alike: targets 512 \(1 runs\), 99 \(1 runs\)"):
         FIGURES[name](Request(tmp_path))
 
 
