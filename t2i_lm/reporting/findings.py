@@ -9,7 +9,7 @@ import numpy as np
 from t2i_lm.comparison.comparability import IncomparableError, config_values
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, SMALL, Result
 from t2i_lm.comparison.comparison import Comparison
-from t2i_lm.comparison.endpoints import FORGETTING, TOKENS_SAVED, Endpoint
+from t2i_lm.comparison.endpoints import FORGETTING, RELEARNING, TOKENS_SAVED, Endpoint
 from t2i_lm.comparison.measurement import require_one_measurement
 from t2i_lm.comparison.statistics import paired_statistics
 from t2i_lm.comparison.tables import interval_text, sentence, value_text
@@ -45,6 +45,8 @@ def endpoint_label(name: str) -> str:
     if source == FORGETTING and path[-1] == "nll" and path[0] in TEXTS and path[1] in ROWS:
         at = ", best temperature" if "best_temperature" in path else ""
         return f"loss of {TEXTS[path[0]]} after training ({ROWS[path[1]]}{at})"
+    if source == RELEARNING:
+        return f"loss of plain text after {path[0].removeprefix('step_')} steps of relearning"
     kind, _, split = source.partition("/")
     if kind == "val" and len(path) == 2 and path[1] in ("nll", "ppl"):
         modality = "total" if path[0] == "all" else path[0]

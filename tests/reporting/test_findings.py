@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from t2i_lm.reporting.findings import alignment_sentences, forgetting_sentences
+import pytest
+
+from t2i_lm.reporting.findings import alignment_sentences, endpoint_label, forgetting_sentences
 from t2i_lm.reporting.setup import _last_counts, positions_of
 from t2i_lm.storage.run_folder import METRICS, REPORT, read_run
 from tests.plots.synthetic_runs import write_run
@@ -65,3 +67,15 @@ def test_positions_are_those_of_the_config_or_of_files_at_hand() -> None:
     assert positions_of({"backbone.path": "asset:lm_rotary"}) == "rotary"
     assert positions_of({"backbone.path": "asset:lm_rotary", "backbone.positional": "head_rotary"}) == "head_rotary"
     assert positions_of({"backbone.path": "/nowhere"}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("val/iid.image.nll", "held-out image loss (new images of trained color-shape pairs)"),
+        ("relearning.step_60.nll", "loss of plain text after 60 steps of relearning"),
+        ("report.iid.preference.kind.preferred", "report.iid.preference.kind.preferred"),
+    ],
+)
+def test_an_endpoint_is_named_in_words_where_it_has_some(name: str, words: str) -> None:
+    assert endpoint_label(name) == words
