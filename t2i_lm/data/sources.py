@@ -11,9 +11,10 @@ from t2i_lm.config.sections import DataConfig, is_plugin
 from t2i_lm.data.digests import digests_of_files, store_path
 from t2i_lm.data.image_folder import image_folder
 from t2i_lm.data.pairs import CaptionedSource, StreamedSource
+from t2i_lm.data.parquet_files import parquet
 from t2i_lm.data.scenes.source import SceneSource, paraphrases
 from t2i_lm.data.splits import SPLITS, location, split_by_content, split_files
-from t2i_lm.data.tables import hub, hub_stream, parquet
+from t2i_lm.data.tables import hub, hub_stream
 from t2i_lm.data.tars import TarFolder, find_tars, open_tars, require_pairs, tar_digests
 from t2i_lm.runtime.launch import global_rank
 from t2i_lm.runtime.plugins import SOURCE, find_plugin

@@ -1,11 +1,10 @@
-"""Rows of Parquet files and Hugging Face datasets, stored or streamed, with an image and a caption column.
+"""Rows of tables with an image and a caption column: of Hugging Face datasets, stored or streamed.
 
 An image is bytes, or the path of a file: relative to the Parquet file that names it. Rows are pairs of their own; rows
 with the same image are on one side of the split.
 """
 
 import bisect
-import hashlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,23 +15,18 @@ from typing import Any
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.captions import CAPTION_NAMES, captions_of, find_name, other_captions
 from t2i_lm.data.digests import digests_of_files, file_digest, image_digest, image_digests, store_path
-from t2i_lm.data.identity import content_of
 from t2i_lm.data.metadata import SPLIT_NAMES, image_path
 from t2i_lm.data.pairs import Pair, RejectedPairError, Sample, decode_image
 from t2i_lm.data.splits import (
     HELD_OUT_EVERY,
     choose,
     column_splits,
-    files_below,
     in_split_of_stream,
     location,
-    named_below,
     named_splits,
     split_by_content,
-    split_files,
 )
 from t2i_lm.runtime.progress import Advance
-from t2i_lm.storage.reading import require_regular
 
 # In order of preference.
 IMAGE_COLUMNS = (
@@ -151,7 +145,7 @@ class Table:
         return self.columns.pair(self.rows[row], f"row {row}", where, folder)
 
 
-def _open_table(
+def open_table(
     rows: Any, data: DataConfig, split: str, origin: Origin, automatic: bool, named: bool, notes: Sequence[str]
 ) -> Table:
     """The rows of a split: unless they are `named`, by a column `split`; else, where `automatic`, by their images."""
@@ -237,43 +231,6 @@ def _digests_of_cells(rows: Any, columns: Columns, advance: Advance) -> Iterator
                 yield image_digest(content)
 
 
-def parquet(data: DataConfig, split: str, size: int) -> Table:
-    """Parquet files (one, or those of a folder) with an image and a caption column."""
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-
-    key, root = location(data, split)
-    files = split_files(data, split, find_parquet)
-    # `datasets` identifies files by name and time alone.
-    contents = [content_of(str(file)) for file in files.files]
-    cache = str(Path(data.cache_dir) / "parquet" / hashlib.sha256(repr(contents).encode()).hexdigest()[:12])
-    names = [str(file.resolve()) for file in files.files]
-    try:
-        starts = [0]
-        for file in files.files:
-            require_regular(file)
-            starts.append(starts[-1] + pyarrow.parquet.read_metadata(file).num_rows)
-        rows = datasets.Dataset.from_parquet(names, cache_dir=cache)  # `load_dataset` would count it over the network
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{key}={root} cannot be read as Parquet: {_one_line(error.__cause__ or error)}") from error
-    assert len(rows) == starts[-1], (len(rows), starts)
-    origin = Origin(starts[:-1], [str(file.parent) for file in files.files], [file.name for file in files.files])
-    return _open_table(rows, data, split, origin, files.automatic, files.named, files.notes)
-
-
-def find_parquet(folder: Path) -> list[Path]:
-    """The Parquet files of a folder and its subfolders.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    files = files_below(folder, lambda name: name.lower().endswith((".parquet", ".pq")))
-    if not files:
-        raise ValueError(f"data.source=parquet: no Parquet file in {folder} or its subfolders; {named_below(folder)}")
-    return files
-
-
 @dataclass(frozen=True)
 class HubParts:
     """A Hugging Face dataset's splits: training, validation if there is one, and what is left out."""
@@ -293,7 +250,7 @@ def hub(data: DataConfig, split: str, size: int) -> Table:
     """A Hugging Face dataset by name, with its own validation split if it has one."""
     parts = _load_dataset(data, streaming=False)
     rows, automatic = parts.part(split)
-    return _open_table(rows, data, split, Origin([0], [base_folder(data)], [""]), automatic, not automatic, parts.notes)
+    return open_table(rows, data, split, Origin([0], [base_folder(data)], [""]), automatic, not automatic, parts.notes)
 
 
 def base_folder(data: DataConfig) -> str:
@@ -335,7 +292,7 @@ class Stream:
             except StopIteration:
                 return
             except Exception as error:  # of network, archive and Arrow readers
-                raise ValueError(f"{self.origin} {name} cannot be read: {_one_line(error)}") from error
+                raise ValueError(f"{self.origin} {name} cannot be read: {one_line(error)}") from error
             if self.keep is None or self.keep(self.columns.digest(row, self.folder)):
                 yield partial(self.columns.pair, row, name, name, self.folder)
 
@@ -354,15 +311,30 @@ def hub_stream(data: DataConfig, split: str, size: int) -> Stream:
 def _load_dataset(data: DataConfig, streaming: bool) -> HubParts:
     import datasets
 
+    require_no_pattern(str(data.path), f"data.path={data.path}")
     try:
         parts = datasets.load_dataset(str(data.path), streaming=streaming)
     except Exception as error:  # of network, builders and Arrow readers
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         raise ValueError(
             f"data.path={data.path}: no such Hugging Face dataset, or it is unreachable or unreadable: "
-            f"{_one_line(cause or error)}"
+            f"{one_line(cause or error)}"
         ) from error
     return hub_parts(parts, f"data.path={data.path}")
+
+
+def require_no_pattern(path: str, origin: str) -> None:
+    """Checks that `datasets` reads a local folder, and no others that its path matches as a pattern.
+
+    Raises:
+        ValueError: naming the characters.
+    """
+    place = str(Path(path).resolve())
+    if Path(path).exists() and (found := [sign for sign in ("*", "?", "[", "::") if sign in place]):
+        raise ValueError(
+            f"{origin}: {' and '.join(found)} in {place} would match other folders; rename it, or use "
+            "data.source=parquet for a folder of Parquet files"
+        )
 
 
 def hub_parts(parts: Mapping[str, Any], origin: str) -> HubParts:
@@ -390,6 +362,7 @@ def _part(parts: Mapping[str, Any], split: str, usual: str, origin: str) -> str 
     return named[0] if named else None
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The first line of a library's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -13,6 +13,7 @@ from PIL import Image
 
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.pairs import RejectedPairError
+from t2i_lm.data.shards.row_groups import find_splits
 from t2i_lm.data.sources import open_source
 from t2i_lm.data.tables import Stream, Table
 
@@ -161,10 +162,80 @@ def test_files_named_after_splits_are_kept_apart_as_by_datasets(tmp_path: Path) 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_files_that_are_no_parquet_are_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", PAIR)
     (tmp_path / "x.parquet").write_bytes(content)
-    with pytest.raises(ValueError, match=r"data\.path=.* cannot be read as Parquet") as error:
+    with pytest.raises(ValueError, match=r"data\.path=.*: x\.parquet cannot be read as Parquet") as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
+
+
+PAIR = {"image": [png(0), png(1)], "text": ["a", "b"]}
+OTHERS = {
+    "damaged pages": (PAIR, True, r"sub/b\.parquet cannot be read as Parquet"),
+    "captions of another type": (PAIR | {"text": [["c"]] * 2}, False, r"sub/b\.parquet cannot be read as Parquet"),
+    "no captions": ({"image": [png(2)], "more": [1]}, False, r"sub/b\.parquet: no column captions .* more \(int64\)"),
+    "captions of another name": (
+        {"image": [png(2)], "captions": ["c"], "text": ["c"]},
+        False,
+        r"sub/b\.parquet: columns image, captions would be read, but image, text of .*a\.parquet",
+    ),
+    "a column split": (PAIR | {"split": ["val"] * 2}, False, r"sub/b\.parquet: columns image, text, split would be"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_file_of_a_folder_that_cannot_be_read_with_the_others_is_named(kind: str, tmp_path: Path) -> None:
+    columns, damages, message = OTHERS[kind]
+    write(tmp_path / "a.parquet", PAIR)
+    other = write(tmp_path / "sub" / "b.parquet", columns)
+    if damages:
+        content = bytearray(other.read_bytes())
+        content[4:60] = b"\xff" * 56
+        other.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"data\.path=.*: {message}"):
+        opened(tmp_path)
+
+
+def test_files_without_rows_and_with_more_columns_are_no_obstacle(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"image": [], "text": []})  # of unknown types
+    columns = pyarrow.table(PAIR)
+    with pyarrow.parquet.ParquetWriter(tmp_path / "b.parquet", columns.schema) as writer:
+        writer.write_table(columns[:0])  # a row group without rows
+        writer.write_table(columns)
+    write(tmp_path / "c.parquet", {"more": [1, 2], "image": [png(2), png(3)], "text": ["c", "d"], "alt": ["x"] * 2})
+    assert captions(tmp_path) == ["a", "b", "c", "d"]
+    found = opened(tmp_path)
+    names = [found.origin.of(row)[0] for row in range(4)]
+    assert names == ["b.parquet row 0", "b.parquet row 1", "c.parquet row 0", "c.parquet row 1"]
+    with pytest.raises(ValueError, match=r"data\.path=.*a\.parquet: no rows in a\.parquet"):
+        opened(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run?", "run*", "[!x]"])
+def test_a_folder_whose_name_is_a_pattern_is_read_itself_or_refused(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name / "train[0].parquet", PAIR)
+    write(tmp_path / "run1" / "train0.parquet", PAIR | {"text": ["other"] * 2})
+    assert captions(tmp_path / name) == captions(tmp_path / name / "train[0].parquet") == ["a", "b"]
+    message = r"data\.path=.* would match other folders; rename it, or use data\.source=parquet"
+    for source in ("hub", "hub_stream"):
+        data = DataConfig(source=source, path=str(tmp_path / name), train_size=None, val_size=None)
+        with pytest.raises(ValueError, match=message):
+            open_source(data, "train", 16)
+    with pytest.raises(ValueError, match=message):
+        find_splits(str(tmp_path / name), f"data.path={tmp_path / name}")
+
+
+def test_rows_that_change_while_they_are_opened_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "x.parquet", PAIR)
+    read = datasets.Dataset.from_parquet
+
+    def written_to(*arguments: Any, **options: Any) -> Any:
+        write(file, {"image": [png(2)] * 3, "text": ["c"] * 3})
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", written_to)
+    with pytest.raises(ValueError, match=r"data\.path=.*x\.parquet: 3 rows were read where its files have 2"):
+        opened(file)
 
 
 def test_a_stream_resolves_paths_and_reports_a_file_that_breaks_off(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from t2i_lm.data.pairs import Pair, Sample
 from t2i_lm.data.shards.remote import RemoteError, is_url, open_place, persistently
 from t2i_lm.data.splits import path_split
-from t2i_lm.data.tables import Columns, hub_parts
+from t2i_lm.data.tables import Columns, hub_parts, require_no_pattern
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.writing import write_atomic
 
@@ -131,6 +131,7 @@ def find_splits(path: str, origin: str) -> StoredSplits:
 
 def _listed_by_datasets(path: str, origin: str) -> Mapping[str, dict[str, str]]:
     """URLs by name, by split, as `datasets` finds them: by a card's configuration, or words in names."""
+    require_no_pattern(path, origin)
     try:
         builder = datasets.load_dataset_builder(path)
     except Exception as error:  # of network, builders and cards
