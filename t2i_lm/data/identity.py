@@ -16,6 +16,7 @@ from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.metadata import METADATA, SUFFIXES, image_name, image_path, read_rows
 from t2i_lm.data.pairs import RejectedPairError
+from t2i_lm.data.text import dataset_split
 from t2i_lm.runtime.progress import going_on
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.reading import require_regular
@@ -72,16 +73,20 @@ def content_of(path: str, apart: Sequence[str | Path] = (), hub: bool = False, t
         times: whether files that are not hashed are identified by their modification times, too.
 
     Returns:
-        A digest of the file or folder; the commit of a dataset. None if it is unknown without the network, or if there
-        is nothing at the path.
+        A digest of the file or folder; the commit of a dataset, with the split unless that is `train`. None if it is
+        unknown without the network, or if there is nothing at the path.
     """
     location = Path(path)
     if location.is_file():
         files = {location.name: location}
     elif location.is_dir():
         files = _members(location, {Path(folder).resolve() for folder in apart})
+    elif hub:
+        repository, split = dataset_split(path)
+        commit = _commit(repository)
+        return commit if commit is None or split == "train" else f"{commit}:{split}"
     else:
-        return _commit(path.partition(":")[0]) if hub else None
+        return None
     tables = [file for file in files.values() if file.suffix.lower() in TABLES]
     known = {os.path.realpath(file) for file in files.values()}
     for table in tables if len(tables) <= FILES else []:

@@ -72,6 +72,18 @@ def is_dataset_name(path: str) -> bool:
     return _DATASET.fullmatch(path) is not None and not path.lower().endswith(SUFFIXES)
 
 
+def dataset_split(name: str) -> tuple[str, str]:
+    """The repository and the split that the name of a Hugging Face dataset, `NAME[:SPLIT]`, stands for."""
+    repository, _, split = name.partition(":")
+    return repository, split or "train"
+
+
+def same_dataset(one: str, other: str) -> bool:
+    """Whether two texts are one split of one Hugging Face dataset."""
+    on_hub = all(is_dataset_name(path) and not Path(path).exists() for path in (one, other))
+    return on_hub and dataset_split(one) == dataset_split(other)
+
+
 def text_location(path: str, key: str) -> Path:
     """The file or folder of a text, which is absent for a text on a hub.
 
@@ -105,9 +117,9 @@ def _files_of_split(folder: Path, key: str) -> list[Path]:
 def _hub_documents(name: str, key: str) -> Iterator[str]:
     from datasets import load_dataset
 
-    repository, _, split = name.partition(":")
+    repository, split = dataset_split(name)
     try:
-        rows = load_dataset(repository, split=split or "train", streaming=True)
+        rows = load_dataset(repository, split=split, streaming=True)
         iterator = iter(rows)
         row = next(iterator, None)
     except Exception as error:  # of network, builders and Arrow readers

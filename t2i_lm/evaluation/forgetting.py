@@ -23,6 +23,7 @@ from t2i_lm.data.text import (
     is_dataset_name,
     read_documents,
     recurring_in,
+    same_dataset,
     text_location,
 )
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
@@ -152,17 +153,24 @@ def require_texts(config: ExperimentConfig) -> None:
         if text_location(path, f"forgetting.{key}").exists() or not is_dataset_name(path)
     }
     require_other_text(settings, found, "forgetting.second_text")
-    require_unseen(config, found)
+    require_unseen(config, dict.fromkeys(settings.texts) | found)
 
 
 def require_unseen(config: ExperimentConfig, documents: Mapping[str, Sequence[str] | None]) -> None:
-    """Checks that no document of a run's held-out texts is replayed; of one on a hub, nothing is read here.
+    """Checks that no document of a run's held-out texts is replayed; of those on a hub, names alone are compared.
 
     Raises:
         ValueError: naming both texts and the document.
     """
     path, key = config.data.replay_path, "data.replay_path"
-    if not config.data.replayed or path is None or not text_location(path, key).exists():
+    if not config.data.replayed or path is None:
+        return
+    for name in documents:
+        if same_dataset(path, text := str(config.value(f"forgetting.{name}"))):
+            raise ValueError(
+                f"{key}={path}: forgetting.{name}={text} is the same text; name another split, or other text"
+            )
+    if not text_location(path, key).exists():
         return
     measured = {f"forgetting.{name}": several or () for name, several in documents.items()}
     for document in recurring_in([*chain(*measured.values())], read_documents(path, key)):
@@ -181,7 +189,8 @@ def require_other_text(settings: ForgettingConfig, documents: Mapping[str, Seque
     """
     first, second = (documents.get(key) for key in ("text", "second_text"))
     same = bool(first and second) and len(recurring_in(first or (), second or ())) == len(first or ())
-    if same or (settings.text is not None and settings.text == settings.second_text):
+    one, other = settings.text, settings.second_text
+    if same or (one is not None and other is not None and (one == other or same_dataset(one, other))):
         raise ValueError(f"{flag} {settings.second_text}: the same text as {settings.text}; give one of another domain")
 
 

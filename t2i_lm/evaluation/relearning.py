@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.forgetting import NOVELS, RELEARNING
 from t2i_lm.data.splits import evenly_spaced_indices
-from t2i_lm.data.text import beginning, first_documents, recurring_in
+from t2i_lm.data.text import beginning, first_documents, recurring_in, same_dataset
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
 from t2i_lm.evaluation.forgetting import read_text, text_sha256
 
@@ -55,7 +55,7 @@ class RelearningEvaluator(Evaluator):
         self.text, self.heldout = options.relearn, options.relearn_heldout or NOVELS
         if options.relearn_heldout is None and self.text != RELEARNING:
             raise ValueError("--relearn TEXT requires --relearn-heldout, the text that the loss is measured on")
-        if self.text == self.heldout:
+        if self.text == self.heldout or same_dataset(self.text, self.heldout):
             raise ValueError(f"--relearn-heldout {self.heldout}: this is the text to train on; give another one")
         self.documents = read_text(self.text, "--relearn")
         self.heldout_documents = read_text(self.heldout, "--relearn-heldout")

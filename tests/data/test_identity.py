@@ -153,7 +153,7 @@ def test_images_that_a_table_names_are_part_of_it(tmp_path: Path, kind: str, nam
     assert content_of(str(table)) != before
 
 
-def test_what_is_nowhere_has_no_content_and_a_dataset_its_cached_commit(
+def test_what_is_nowhere_has_no_content_and_a_dataset_its_cached_commit_and_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert content_of(str(tmp_path / "absent")) is None
@@ -162,7 +162,8 @@ def test_what_is_nowhere_has_no_content_and_a_dataset_its_cached_commit(
     refs = tmp_path / "datasets--some--name" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text("0123abc")
-    assert content_of("some/name:train", hub=True) == "commit 0123abc"
+    assert content_of("some/name", hub=True) == content_of("some/name:train", hub=True) == "commit 0123abc"
+    assert content_of("some/name:test", hub=True) == "commit 0123abc:test"
 
 
 def test_columns_that_hold_no_image_name_are_no_obstacle(tmp_path: Path) -> None:

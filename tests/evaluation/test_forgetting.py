@@ -269,3 +269,7 @@ def test_text_that_is_measured_on_is_not_replayed(
         f"data.replay_path={replay}: a document of forgetting.text={heldout}, on which forgetting is measured, is in it"
     )
     assert f"{said} ('a red circle')" in capsys.readouterr().err
+    settings[1] = "forgetting.text=org/books:train"
+    assert main([PRETRAINED, *tiny, f"run.dir={tmp_path}", *settings, "data.replay_path=org/books"]) == 2
+    said = "data.replay_path=org/books: forgetting.text=org/books:train is the same text"
+    assert said in capsys.readouterr().err

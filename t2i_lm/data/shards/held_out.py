@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.shards.cache import say
 from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.shards.format import INDEX, PARTS, read_index, validation_splits, validations_in, write_index
 from t2i_lm.data.shards.parts import Parts
+from t2i_lm.data.text import dataset_split, is_dataset_name, same_dataset, text_location
 from t2i_lm.storage.sealed import DIGEST
 
 # Key of the index: `images` that recur, and the ids of the `first` with its twin; by split where there are several.
@@ -80,6 +82,28 @@ def require_held_out(config: ExperimentConfig, folder: Path) -> None:
                 f"of {twin}), so validation would measure what was trained on. Remove them, or raise "
                 f"data.max_recurring_share={config.data.max_recurring_share}"
             )
+
+
+def require_other_dataset(data: DataConfig) -> None:
+    """Checks that held-out text on a hub is not the text that is trained on; says that more is not compared there.
+
+    Raises:
+        ValueError: if it is the same split, and `data.max_recurring_share` allows less than all of it.
+    """
+    path, held_out = str(data.path), str(data.val_path)
+    keys = {"data.path": path, "data.val_path": held_out}
+    on_hub = [
+        f"{key}={name}" for key, name in keys.items() if is_dataset_name(name) and not text_location(name, key).exists()
+    ]
+    if same_dataset(path, held_out):
+        if data.max_recurring_share < 1:
+            raise ValueError(
+                f"data.val_path={held_out}: the text of data.path={path}, so validation would measure what was "
+                f"trained on. Name another split ({dataset_split(path)[0]}:SPLIT), or raise "
+                f"data.max_recurring_share={data.max_recurring_share}"
+            )
+    elif on_hub:
+        say(f"{' and '.join(on_hub)}: on a hub; whether documents of data.val_path are also in data.path is not known")
 
 
 def require_held_out_text(config: ExperimentConfig, index: dict[str, Any]) -> None:

@@ -36,7 +36,12 @@ from t2i_lm.data.shards.format import (
     write_index,
     write_part,
 )
-from t2i_lm.data.shards.held_out import RECURRING_TEXT, require_held_out, require_held_out_text
+from t2i_lm.data.shards.held_out import (
+    RECURRING_TEXT,
+    require_held_out,
+    require_held_out_text,
+    require_other_dataset,
+)
 from t2i_lm.data.shards.rejects import Rejects
 from t2i_lm.data.shards.stored import stored_shards
 from t2i_lm.data.shards.tokenize import PairRows, encode_images, write_text_split
@@ -231,6 +236,7 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
     data = config.data
     if data.val_path is None:
         raise ValueError("data.val_path=null: held-out text is required, for example data.val_path=heldout.txt.gz")
+    require_other_dataset(data)
     path = config.text_tokenizer.path
     settings = config.text_tokenizer
     text = open_text_tokenizer(path or _train_text_tokenizer(config), settings.document_start, settings.document_end)

@@ -17,6 +17,7 @@ from t2i_lm.data.replay import prepare_replay
 from t2i_lm.data.scenes.version import SCENES_FORMAT
 from t2i_lm.data.shards.cache import KEY, Prepared, shards_of
 from t2i_lm.data.shards.format import read_index, write_index
+from t2i_lm.data.shards.held_out import require_other_dataset
 from t2i_lm.data.shards.parts import open_split
 from t2i_lm.data.shards.prepare import prepare_text
 from t2i_lm.tokenizers.text import open_text_tokenizer
@@ -195,6 +196,41 @@ def test_held_out_text_that_is_trained_on_is_refused(tmp_path: Path) -> None:
     prepare_text(allowed)
     with pytest.raises(ValueError, match=message):
         prepare_text(inside)  # from the index of the shards
+
+
+@pytest.mark.parametrize(
+    ("path", "val_path", "same"),
+    [
+        *(("org/a", "org/a", True), ("org/a", "org/a:train", True), ("org/a:x", "org/a:x", True)),
+        *(
+            ("org/a", "org/a:test", False),
+            ("org/a:x", "org/a", False),
+            ("org/a", "org/b", False),
+            ("a.txt", "o/a", False),
+        ),
+    ],
+)
+def test_text_on_a_hub_that_is_trained_on_is_refused_by_name(
+    path: str, val_path: str, same: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ExperimentConfig(task="text", init="random", data=DataConfig(source="text", path=path, val_path=val_path))
+    if same:
+        with pytest.raises(
+            ValueError, match=rf"data\.val_path={val_path}: the text of data\.path={path}, .*org/a:SPLIT"
+        ):
+            prepare_text(config)
+        config = replace(config, data=replace(config.data, max_recurring_share=1.0))
+    require_other_dataset(config.data)
+    assert ("are also in data.path is not known" in capsys.readouterr().err) != same
+
+
+def test_splits_of_one_dataset_have_shards_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("t2i_lm.data.identity._commit", lambda name: "commit 12")
+    pairs = [("org/a", "org/a:validation"), ("org/a", "org/a:test"), ("org/a:validation", "org/a:test")]
+    folders = {
+        Prepared(tmp_path, "text", SETTINGS, {"data.path": one, "data.val_path": other}).folder for one, other in pairs
+    }
+    assert len(folders) == 3
 
 
 def test_shards_of_a_folder_that_is_gone_are_not_reused(tmp_path: Path) -> None:
