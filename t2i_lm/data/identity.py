@@ -16,6 +16,7 @@ from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.metadata import METADATA, SUFFIXES, image_name, image_path, read_rows
 from t2i_lm.data.pairs import RejectedPairError
+from t2i_lm.data.splits import LOST_AND_FOUND
 from t2i_lm.data.text import dataset_split
 from t2i_lm.runtime.progress import going_on
 from t2i_lm.storage.hashing import file_sha256
@@ -114,9 +115,18 @@ def content_of(path: str, apart: Sequence[str | Path] = (), hub: bool = False, t
 
 
 def _members(folder: Path, apart: set[Path]) -> dict[str, Path]:
-    """Every file below a folder by its relative name; links are followed, but no folder is entered twice."""
+    """Every file below a folder by its relative name, and every subfolder that cannot be listed (its reader says so).
+
+    Links are followed, but no folder is entered twice.
+    """
     files, entered = {}, set[str]()
-    for root, folders, names in os.walk(folder, followlinks=True):
+
+    def add_unlisted(error: OSError) -> None:
+        place = Path(error.filename)
+        if place.name != LOST_AND_FOUND and place.resolve() not in apart:
+            files[f"{place.relative_to(folder).as_posix()}/"] = place  # an entry that no file has
+
+    for root, folders, names in os.walk(folder, onerror=add_unlisted, followlinks=True):
         real = os.path.realpath(root)
         if real in entered or (root != str(folder) and Path(real) in apart):
             folders.clear()

@@ -29,6 +29,9 @@ NAMES = {"train": "training", "val": "validation", "test": "test"}
 # One distinct image of so many is validation where a source has no validation split.
 HELD_OUT_EVERY = 20
 SHOWN = 8  # names of a folder in an error message
+LEAVE_OUT = "repair it, or begin its name with a dot, with which it is left out"
+LOST_AND_FOUND = "lost+found"  # of a disk's root, never readable for users
+_FILE_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,5}$", re.IGNORECASE)
 _WORD = re.compile(
     rf"(?:^|[-._ 0-9])({'|'.join(word for words in WORDS.values() for word in words)})(?=$|[-._ 0-9])", re.IGNORECASE
 )
@@ -210,16 +213,29 @@ def files_below(root: Path, matches: Callable[[str], bool]) -> list[Path]:
     """Files of a folder and its subfolders by name, in order of their paths.
 
     As `datasets` does, those whose name, or a folder's, starts with a dot or two underscores are left out.
+
+    Raises:
+        ValueError: if a folder cannot be listed, or a link leads nowhere, unless its suffix is of another kind of file.
     """
     found, visited = list[Path](), set[str]()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_refuse_unlisted, followlinks=True):
         if (real := os.path.realpath(folder)) in visited:
             folders.clear()
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        found += [Path(folder, name) for name in files if not name.startswith((".", "__")) and matches(name)]
+        for name in (name for name in files if not name.startswith((".", "__"))):
+            path = Path(folder, name)
+            if matches(name):
+                found.append(path)
+            elif not _FILE_SUFFIX.search(name) and path.is_symlink() and not path.exists():
+                raise ValueError(f"{path}: a link to {os.readlink(path)}, which cannot be reached; {LEAVE_OUT}")
     return sorted(found)
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    if Path(error.filename).name != LOST_AND_FOUND:
+        raise ValueError(f"{error.filename}: a folder that cannot be listed ({error.strerror}); {LEAVE_OUT}") from error
 
 
 def named_below(root: Path) -> str:

@@ -1,9 +1,11 @@
 """The split by words in names and by content of images."""
 
+import errno
 import os
 import random
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,6 +17,8 @@ from PIL import Image
 
 from t2i_lm.config.sections import DataConfig
 from t2i_lm.data.digests import image_digests, store_path
+from t2i_lm.data.identity import content_of
+from t2i_lm.data.parquet_files import find_parquet
 from t2i_lm.data.splits import (
     SPLITS,
     WORDS,
@@ -27,6 +31,8 @@ from t2i_lm.data.splits import (
     validations_of,
 )
 from t2i_lm.data.tables import hub_parts
+from t2i_lm.data.tars import find_tars
+from t2i_lm.data.text import read_documents
 
 OURS = {"train": "train", "validation": "val", "test": "test"}
 
@@ -198,6 +204,50 @@ def test_digests_are_kept_until_a_file_changes(tmp_path: Path) -> None:
     assert image_digests(files, store) == first
     store.write_text("{")
     assert image_digests(files, store) == first
+
+
+@pytest.fixture
+def unlisted(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of folders that cannot be listed, by whatever user."""
+    names, scandir = set[str](), os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path).name in names:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    return names
+
+
+READERS = {"text": lambda folder: list(read_documents(str(folder))), "tars": find_tars, "Parquet": find_parquet}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_folders_that_cannot_be_listed_and_links_to_nothing_are_named(
+    kind: str, tmp_path: Path, unlisted: set[str]
+) -> None:
+    data = tmp_path / "data"
+    (data / "val").mkdir(parents=True)
+    for name in ("a.txt", "a.tar", "a.parquet"):
+        (data / name).touch()
+    before = content_of(str(data))
+    READERS[kind](data)
+    unlisted.add("val")
+    assert content_of(str(data)) != before  # the reader names it
+    with pytest.raises(ValueError, match=r"data/val: a folder that cannot be listed \(Permission denied\); repair it"):
+        READERS[kind](data)
+    (data / "val").rename(data / ".val")
+    (data / "lost+found").mkdir()
+    unlisted.update((".val", "lost+found"))
+    for name in ("README.md", "picture.svg"):
+        (data / name).symlink_to(tmp_path / "gone")
+    READERS[kind](data)
+    for name in ("more", "v1.2"):
+        (data / name).symlink_to(tmp_path / "gone")
+        with pytest.raises(ValueError, match=rf"data/{name}: a link to .*gone, which cannot be reached; repair it"):
+            READERS[kind](data)
+        (data / name).unlink()
 
 
 @pytest.mark.parametrize(
