@@ -89,10 +89,10 @@ def prepare_replay(config: ExperimentConfig, text: TextTokenizer) -> Path:
     )
 
     def write(folder: Path) -> None:
-        split = write_text_split(folder, "train", read_documents(path, "data.replay_path"), text, length - 1)
+        documents = read_documents(path, "data.replay_path")
+        split = write_text_split(folder, "train", documents, text, length - 1, prepared.require_unchanged)
         if not split["rows"]:
             raise ValueError(f"data.replay_path={path}: less text than one row of data.length={length} ids")
-        prepared.require_unchanged()
         write_index(folder, {"tokenizers": {"text": text.sha256}, "source": "replay", "splits": {"train": split}})
 
     return prepared.find() or write_once(prepared, write)

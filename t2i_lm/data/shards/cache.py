@@ -7,9 +7,11 @@ at the same place has another folder; older folders stay.
 import hashlib
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +39,8 @@ FORMAT = 3
 KEY, SHA256 = "key.json", "sha256"
 # Seconds between checks of what other processes are writing, and until a line says who they are.
 POLL_S, PATIENCE_S = 0.5, 10.0
+# Share of the time that checks of the data may take while parts are written.
+CHECK_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -117,14 +121,18 @@ class Prepared:
         if known is not None and file_sha256(self.folder) != known:
             raise ValueError(f"{self.folder} is damaged: its sha256 differs from {self._key_file.name}; {remedy}")
 
-    def require_unchanged(self) -> None:
-        """Checks that the data is still what it was before it was read.
+    def require_unchanged(self, hub: bool = True) -> None:
+        """Checks that the data is still what it was before it was read; on a hub only with `hub`, and with a network.
 
         Raises:
             ValueError: naming the key of data that has changed.
         """
         for key, path in self.paths.items():
-            if self._content(key, path) != self.contents[key]:
+            known = self.contents[key] or ""
+            if not hub and not known.startswith("content "):
+                continue
+            found = self._content(key, path) or ""
+            if found != known and not (known.startswith("commit ") and found.startswith("name ")):
                 raise ValueError(f"{key}={path}: its files have changed while they were read; prepare it again")
 
     def find(self) -> Path | None:
@@ -280,6 +288,46 @@ def write_once(prepared: Prepared, write: Callable[[Path], None]) -> Path:
         except OwnedError as error:
             waited.sleep(error)
     return folder
+
+
+class PartsGuard:
+    """Checks before a part is complete that the data is unchanged.
+
+    Parts that were completed since the last check are deleted if it has changed, whichever process wrote them. A check
+    may take `CHECK_SHARE` of the time: of many files, parts between two checks are complete without one.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self._good, self._due = self._parts(), time.monotonic()
+
+    def before_part(self, part: Path) -> None:
+        """If one is due, `check`, of data on this machine alone; all samples of `part` have been read."""
+        if (started := time.monotonic()) >= self._due:
+            self.check(hub=False)
+            self._good.add(part)
+            self._due = time.monotonic() + (time.monotonic() - started) / CHECK_SHARE
+
+    def check(self, hub: bool = True) -> None:
+        """`Prepared.require_unchanged`.
+
+        Raises:
+            ValueError: naming the key of data that has changed.
+        """
+        complete = self._parts()
+        try:
+            self.prepared.require_unchanged(hub)
+        except ValueError:
+            for part in self._parts() - self._good:
+                removed = part.with_name(f"{part.name}.changed")
+                with suppress(OSError):  # another process has removed it
+                    part.rename(removed)
+                shutil.rmtree(removed, ignore_errors=True)
+            raise
+        self._good |= complete
+
+    def _parts(self) -> set[Path]:
+        return set(self.prepared.folder.rglob("part-?????"))
 
 
 class Waiting:

@@ -62,7 +62,13 @@ def part_folder(folder: Path, split: str, number: int) -> Path:
     return folder / split / f"part-{number:05d}"
 
 
-def write_part(target: Path, rows: Rows, features: datasets.Features, details: Callable[[], dict[str, Any]]) -> None:
+def write_part(
+    target: Path,
+    rows: Rows,
+    features: datasets.Features,
+    details: Callable[[], dict[str, Any]],
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Writes one part atomically.
 
     Args:
@@ -70,6 +76,7 @@ def write_part(target: Path, rows: Rows, features: datasets.Features, details: C
         rows: generator of its rows.
         features: its schema.
         details: further fields of its `part.json`, called after all rows are written.
+        check: called when all is written; no part is left of one that it refuses by an error.
 
     Raises:
         OSError: if the disk is full, naming the part; parts that are complete stay.
@@ -79,6 +86,8 @@ def write_part(target: Path, rows: Rows, features: datasets.Features, details: C
     try:
         with writing(target, work):
             _write_part(target, work, rows, features, details)
+            check()
+            (work / "data").rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -107,7 +116,6 @@ def _write_part(
     shards = {file.name: file_sha256(file) for file in sorted((work / "data").glob("*.arrow"))}
     entry = sealed({"rows": count, "sha256": shards, **details()})
     (work / "data" / PART).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
-    (work / "data").rename(target)
 
 
 def read_part(target: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from t2i_lm.data.pairs import CaptionedSource, Sample, StreamedSource, cropped_i
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
 from t2i_lm.data.shards.cache import (
     FORMAT,
+    PartsGuard,
     Prepared,
     Waiting,
     former_scenes,
@@ -97,12 +98,13 @@ def prepare_pairs(
             if not isinstance(source, StreamedSource) and not len(source):
                 raise ValueError(f"{_origin(config)}: no {split} sample{_sizes(sources)}; expected at least one")
         prepared.write_key()
+        guard = PartsGuard(prepared)
         # The smaller splits first, so that their faults appear before the work on the largest.
         parts = {
-            split: write_pair_split(config, prepared.folder, split, sources[split], text, image)
+            split: write_pair_split(config, prepared.folder, split, sources[split], text, image, guard.before_part)
             for split in (*validations, "train")
         }
-        prepared.require_unchanged()
+        guard.check()
         notes = {split: lines for split, source in sources.items() if (lines := list(getattr(source, "notes", ())))}
         folder = write_once(prepared, lambda folder: _write_pair_index(config, folder, parts, tokenizers, notes))
     require_held_out(config, folder)
@@ -125,8 +127,11 @@ def write_pair_split(
     source: CaptionedSource | StreamedSource,
     text: TextTokenizer,
     image: ImageTokenizer,
+    check: Callable[[Path], None] = lambda part: None,
 ) -> list[Path]:
     """Writes the parts of a split that are missing and not owned, until none is missing; returns their folders.
+
+    Before a part is complete, `check` of its folder may raise an error.
 
     Raises:
         ValueError: if too many samples are unusable, or none is usable.
@@ -156,7 +161,7 @@ def write_pair_split(
                 rejects.add_parts(targets)
                 rows = PairRows(parts[number](), text, image, advance, rejects)
                 try:
-                    idle = not _write_pair_part(targets[number], rows, features) and idle
+                    idle = not _write_pair_part(targets[number], rows, features, check) and idle
                 except OwnedError as error:
                     held = error
             if idle and held is not None:
@@ -166,7 +171,7 @@ def write_pair_split(
     return targets
 
 
-def _write_pair_part(target: Path, rows: PairRows, features: datasets.Features) -> bool:
+def _write_pair_part(target: Path, rows: PairRows, features: datasets.Features, check: Callable[[Path], None]) -> bool:
     """Writes a part, unless it exists; returns whether it was written.
 
     Raises:
@@ -176,7 +181,7 @@ def _write_pair_part(target: Path, rows: PairRows, features: datasets.Features) 
     with own(target.with_name(f"{target.name}.{OWNER}")):
         if target.exists():
             return False
-        write_part(target, rows, features, rows.details)
+        write_part(target, rows, features, rows.details, partial(check, target))
         return True
 
 
@@ -250,11 +255,11 @@ def prepare_text(config: ExperimentConfig) -> tuple[Path, TextTokenizer]:
         for key, split, source in (("data.path", "train", data.path), ("data.val_path", "val", data.val_path)):
             with progress(f"tokenizing {split} text", None, unit="documents") as advance:
                 texts = control_documents(_counted(read_documents(str(source), key), advance), data.control)
-                entry = write_text_split(folder, split, texts, text, data.length)
+                entry = write_text_split(folder, split, texts, text, data.length, prepared.require_unchanged)
             if not entry["rows"]:
                 raise ValueError(f"{key}={source}: less text than one row of data.length={data.length} ids")
             index["splits"][split] = entry
-        prepared.require_unchanged()
+        prepared.require_unchanged()  # documents were compared, too
         write_index(folder, index)
 
     folder = prepared.find() or write_once(prepared, write)

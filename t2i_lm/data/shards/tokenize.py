@@ -6,7 +6,7 @@ Shapes: `B` images, `C` = 3 channels, `H`, `W` pixels, `N` image ids.
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -200,15 +200,21 @@ def _encodable(paragraph: str) -> Iterator[str]:
 
 
 def write_text_split(
-    folder: Path, split: str, documents: Iterable[str], text: TextTokenizer, length: int
+    folder: Path,
+    split: str,
+    documents: Iterable[str],
+    text: TextTokenizer,
+    length: int,
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """Writes a split of `length` + 1 ids per row as one part, and returns its entry for the index.
 
-    An existing part is reused; `documents` are then not read.
+    An existing part is reused; `documents` are then not read. Before the part is complete, `check` may raise an error.
     """
     target = part_folder(folder, split, 0)
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        write_part(target, lambda: text_rows(documents, text, length), text_features(text.vocab_size, length), dict)
+        features = text_features(text.vocab_size, length)
+        write_part(target, lambda: text_rows(documents, text, length), features, dict, check)
     entry = read_part(target)
     return {"rows": entry["rows"], "parts": [entry["sha256"]]}

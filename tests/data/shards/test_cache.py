@@ -2,11 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
+from torch import Tensor
 
 from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
@@ -19,8 +22,10 @@ from t2i_lm.data.shards.cache import KEY, Prepared, shards_of
 from t2i_lm.data.shards.format import read_index, write_index
 from t2i_lm.data.shards.held_out import require_other_dataset
 from t2i_lm.data.shards.parts import open_split
-from t2i_lm.data.shards.prepare import prepare_text
+from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
+from t2i_lm.data.shards.tokenize import text_rows
 from t2i_lm.tokenizers.text import open_text_tokenizer
+from tests.data.shards.test_rejects import Codes, Letters
 from tests.runs import PRETRAINED
 
 ASSET = "asset:lm_rotary/text_tokenizer.model"
@@ -156,6 +161,81 @@ def test_data_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("b")
     with pytest.raises(ValueError, match=r"data\.path=.*a\.txt: its files have changed while they were read"):
         prepared.require_unchanged()
+
+
+def rewritten(image: Path, color: int) -> None:
+    Image.new("RGB", (2, 2), (color, color, color)).save(image)
+
+
+class Changing(Codes):
+    """Another image of the data is written in a call of the encoder: of the second training part."""
+
+    def __init__(self, image: Path) -> None:
+        super().__init__()
+        self.image, self.calls = image, 0
+
+    def encode(self, images_uint8_BCHW: Tensor, low_precision: bool = False) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            rewritten(self.image, 200)
+        return super().encode(images_uint8_BCHW, low_precision)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(1e9, ["train/part-00000", "val/part-00000"]), (1e-9, ["val/part-00000"])])
+def test_no_part_stays_that_was_written_while_the_data_changed(
+    share: float, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the data is checked before every part, or just before the first and at the end."""
+    monkeypatch.setattr("t2i_lm.data.shards.cache.CHECK_SHARE", share)
+    colors = {"val": range(100, 102), "train": range(12)}
+    for split, several in colors.items():
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        lines = [json.dumps({"file_name": f"{color}.png", "caption": "a"}) for color in several]
+        (tmp_path / "photos" / split / "metadata.jsonl").write_text("\n".join(lines))
+        for color in several:
+            rewritten(tmp_path / "photos" / split / f"{color}.png", color)
+
+    def prepared(cache: str, image: Codes) -> Path:
+        data = DataConfig(
+            source="image_folder", path=str(tmp_path / "photos"), part_size=4, cache_dir=str(tmp_path / cache)
+        )
+        return prepare_pairs(ExperimentConfig(data=data), Letters(), image)
+
+    changed = tmp_path / "photos" / "train" / "9.png"
+    with pytest.raises(ValueError, match=r"data\.path=.*photos: its files have changed while they were read"):
+        prepared("cache", Changing(changed))
+    (folder,) = (tmp_path / "cache").glob("image_folder-*")
+    assert sorted(str(part.relative_to(folder)) for part in folder.glob("*/part-*")) == kept
+    rewritten(changed, 9)
+    again, clean = prepared("cache", Codes()), prepared("other", Codes())
+    assert (again, read_index(again)["data_hash"]) == (folder, read_index(clean)["data_hash"])
+
+
+@pytest.mark.parametrize("kind", ["text shards", "replay shards"])
+def test_no_text_stays_that_was_written_while_it_changed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_texts(tmp_path, "aaaa")
+    with monkeypatch.context() as patch:
+
+        def changing(*arguments: Any) -> Iterator[dict[str, Any]]:
+            yield from text_rows(*arguments)
+            write_texts(tmp_path, "zzzz")
+
+        patch.setattr("t2i_lm.data.shards.tokenize.text_rows", changing)
+        with pytest.raises(ValueError, match=r"its files have changed while they were read"):
+            PREPARATIONS[kind](text_config(tmp_path))
+    assert not list((tmp_path / "cache").rglob("part-*"))
+
+
+def test_a_lost_network_is_no_change_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    prepared = Prepared(tmp_path, "hub", SETTINGS, {"data.path": "some/name"})
+    with monkeypatch.context() as patch:
+        patch.setattr("t2i_lm.data.identity._commit", lambda name: "commit 12")
+        assert prepared.contents == {"data.path": "commit 12"}
+        prepared.require_unchanged()
+    prepared.require_unchanged()
 
 
 def test_without_a_network_the_newest_folder_of_a_dataset_is_reused(
