@@ -20,7 +20,7 @@ from t2i_lm.data.splits import LOST_AND_FOUND
 from t2i_lm.data.text import dataset_split
 from t2i_lm.runtime.progress import going_on
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.reading import require_regular
+from t2i_lm.storage.reading import require_lasting, require_regular
 
 # Keys of data in a config.
 DATA_KEYS = (
@@ -107,7 +107,8 @@ def content_of(path: str, apart: Sequence[str | Path] = (), hub: bool = False, t
             whole = min(budget) >= 0
             mark = file_sha256(files[name]) if whole else f"modified {status.st_mtime_ns}" if times else ""
             entry = [status.st_size, mark]
-        except OSError:  # a link to nothing, or unreadable: so it will be for the reader
+        except OSError as error:  # a link to nothing, or unreadable: so it will be for the reader
+            require_lasting(error, str(files[name]))
             entry = ["unreadable"]
         # A file is named by its place in a folder; on its own, only its content counts.
         digest.update(repr(["" if files[name] == location else name, *entry]).encode())
@@ -123,6 +124,7 @@ def _members(folder: Path, apart: set[Path]) -> dict[str, Path]:
 
     def add_unlisted(error: OSError) -> None:
         place = Path(error.filename)
+        require_lasting(error, str(place))
         if place.name != LOST_AND_FOUND and place.resolve() not in apart:
             files[f"{place.relative_to(folder).as_posix()}/"] = place  # an entry that no file has
 

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from t2i_lm.data.color_modes import UnknownRangeError
 from t2i_lm.data.image_files import MAX_PIXELS as MAX_PIXELS
 from t2i_lm.data.image_files import TooLargeError, open_image, read_rgb
-from t2i_lm.storage.reading import SpecialFileError
+from t2i_lm.storage.reading import SpecialFileError, require_lasting
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def decode_image(file: Any, name: str) -> Image.Image:
     Raises:
         RejectedPairError: if the file is missing, not an image of a format in `image_files.py`, truncated, too large
             to be decoded in 300 MB, or of a mode whose values have no known range (`color_modes.py`).
+        ValueError: if the system cannot read it now, as with too many open files.
+        MemoryError: if the memory is exhausted.
     """
     held = file.getbuffer().nbytes if isinstance(file, io.BytesIO) else 0
     with _rejecting(name), open_image(file) as image:
@@ -90,7 +92,7 @@ def rgb_of(image: Image.Image, name: str) -> Image.Image:
 
 @contextmanager
 def _rejecting(name: str) -> Iterator[None]:
-    """Makes a RejectedPairError of what opening and decoding an image raise."""
+    """Makes a RejectedPairError of what opening and decoding an image raise, faults of the system aside."""
     try:
         yield
     except FileNotFoundError as error:
@@ -102,6 +104,7 @@ def _rejecting(name: str) -> Iterator[None]:
     except (UnknownRangeError, SpecialFileError) as error:
         raise RejectedPairError(str(error), name) from error
     except Exception as error:  # Pillow's readers raise many types on damaged files
+        require_lasting(error, name)
         if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of a reader
             raise RejectedPairError(f"unreadable file ({error.strerror})", name) from error
         raise RejectedPairError("truncated or corrupt", name) from error

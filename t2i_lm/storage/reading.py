@@ -13,6 +13,12 @@ from types import TracebackType
 DEBUG = "T2I_LM_DEBUG"
 # A full disk, an exhausted quota, a limit on the size of a file.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Faults of the system or of a network file system: the same file may be read a moment later.
+PASSING = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT),
+    *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ENETDOWN, errno.ENETUNREACH),
+)
 # Packages whose ValueErrors are already messages for users.
 OWN = ("t2i_lm.", "callbacks.")
 # In place of torch's message, which advises to load with weights_only=False: that would run the code in the file.
@@ -34,6 +40,19 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+def require_lasting(error: BaseException, name: str) -> None:
+    """Passes an error of a file, and raises anew one of memory or of the system, which says nothing about the file.
+
+    Raises:
+        MemoryError: if the memory is exhausted.
+        ValueError: if the system failed (`PASSING`), naming the file.
+    """
+    if isinstance(error, MemoryError):
+        raise MemoryError(f"{name}: the memory is exhausted") from error
+    if isinstance(error, OSError) and error.errno in PASSING:
+        raise ValueError(f"{name} cannot be read now: {os.strerror(error.errno)}; start again once it can") from error
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:

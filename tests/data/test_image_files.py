@@ -1,10 +1,14 @@
 """The memory of an image is bounded by its header; other formats and special files are refused."""
 
+import errno
 import io
 import os
+import resource
 import socket
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,8 @@ import pytest
 from PIL import Image
 
 from t2i_lm.data import image_files
-from t2i_lm.data.digests import file_digest, image_digest
+from t2i_lm.data.digests import file_digest, image_digest, image_digests, store_path
+from t2i_lm.data.identity import content_of
 from t2i_lm.data.pairs import RejectedPairError, decode_image
 from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.reading import SpecialFileError
@@ -97,3 +102,56 @@ def test_conversion_in_tiles_equals_conversion_as_a_whole(monkeypatch: pytest.Mo
     tiled = [np.asarray(decode_image(io.BytesIO(content), "x")) for content in contents]
     for first, second in zip(whole, tiled, strict=True):
         assert np.array_equal(first, second)
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """This process cannot open a further file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_many_open_files_and_no_memory_are_no_fault_of_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.png"
+    file.write_bytes(encoded(Image.new("RGB", (4, 4)), "PNG"))
+    for read in (lambda: decode_image(file, str(file)), lambda: file_digest(file), lambda: content_of(str(file))):
+        with pytest.raises(ValueError, match=r"x\.png cannot be read now: Too many open files; start again"):  # noqa: SIM117
+            with no_more_files():
+                read()
+    monkeypatch.setattr(Image, "open", lambda *_, **__: bytes(2**62))
+    with pytest.raises(MemoryError, match=r"x\.png: the memory is exhausted"):
+        decode_image(file, str(file))
+    with pytest.raises(MemoryError):
+        file_digest(file)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])
+def test_no_digest_is_kept_of_a_file_that_could_not_be_read(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, store = [tmp_path / "a.png", tmp_path / "b.png"], store_path(str(tmp_path / "cache"), "image", tmp_path)
+    for color, file in enumerate(files):
+        file.write_bytes(encoded(Image.new("RGB", (4, 4), (color, 0, 0)), "PNG"))
+    read_bytes = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path == files[1]:
+            raise OSError(number, os.strerror(number), str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        if number == errno.EACCES:
+            assert image_digests(files, store)[1] is None
+        else:
+            with pytest.raises(ValueError, match=r"b\.png cannot be read now: Stale file handle"):
+                image_digests(files, store)
+    assert image_digests(files, store) == [file_digest(file) for file in files]
+    assert None not in image_digests(files, store)
