@@ -14,7 +14,7 @@ from t2i_lm.data.identity import content_of
 from t2i_lm.data.metadata import SPLIT_NAMES
 from t2i_lm.data.splits import files_below, location, named_below, split_files
 from t2i_lm.data.tables import Columns, Origin, Table, one_line, open_table
-from t2i_lm.storage.reading import require_regular
+from t2i_lm.storage.reading import require_lasting, require_regular
 
 # Rows that are read at a time: the size of the first row group, the default of `datasets`, may be 0.
 BATCH_ROWS = 1000
@@ -105,7 +105,6 @@ def _with_rows(paths: Sequence[Path], root: Path, origin: str) -> list[ParquetFi
 def _read_footer(path: Path, name: str) -> ParquetFile | None:
     """A file by its footer; None if it has no rows."""
     import datasets
-    import pyarrow
     import pyarrow.parquet
 
     if "::" in str(path.resolve()):
@@ -114,7 +113,8 @@ def _read_footer(path: Path, name: str) -> ParquetFile | None:
         require_regular(path)
         metadata = pyarrow.parquet.read_metadata(path)
         features = datasets.Features.from_arrow_schema(metadata.schema.to_arrow_schema())
-    except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # of footers, and of the features that `datasets` keeps there
+        require_lasting(error, name)
         raise ValueError(f"{name} cannot be read as Parquet: {one_line(error)}") from error
     if not metadata.num_rows:
         return None

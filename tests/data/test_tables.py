@@ -160,6 +160,13 @@ def test_files_named_after_splits_are_kept_apart_as_by_datasets(tmp_path: Path) 
         opened(data)
 
 
+def test_features_of_datasets_that_are_damaged_are_refused_with_the_file(tmp_path: Path) -> None:
+    table = pyarrow.table(PAIR).replace_schema_metadata({"huggingface": '{"info": {"features": "image"}}'})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"data\.path=.*: x\.parquet cannot be read as Parquet"):
+        opened(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_files_that_are_no_parquet_are_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", PAIR)
@@ -223,6 +230,13 @@ def test_a_folder_whose_name_is_a_pattern_is_read_itself_or_refused(name: str, t
             open_source(data, "train", 16)
     with pytest.raises(ValueError, match=message):
         find_splits(str(tmp_path / name), f"data.path={tmp_path / name}")
+
+
+@pytest.mark.parametrize("source", ["parquet", "hub"])
+def test_a_path_that_datasets_would_take_apart_is_refused(source: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "a::b" / "x.parquet", PAIR)
+    with pytest.raises(ValueError, match=r"data\.path=.*a::b.*rename it"):
+        opened(file.parent, source=source)
 
 
 def test_rows_that_change_while_they_are_opened_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
