@@ -7,6 +7,7 @@ The cache comes first, so that a fetched file works offline. Without FILE, the r
 import json
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,9 @@ from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.writing import is_disk_error, problem
 
 PREFIXES = ("hf://", "hub:")
+# Files that a tokenizer's is read with, in order of precedence: they say where documents begin and end.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 _FORM = re.compile(
     r"(hf://|hub:)(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[^#]+))?(#sha256=(?P<sha256>[0-9a-f]{64}))?"
 )
@@ -30,10 +34,16 @@ class HubFile:
     sha256: str | None
 
     @property
+    def beside(self) -> list[str]:
+        """The files that a tokenizer's is read with; the repository may lack some."""
+        folder, slash, name = (self.file or "").rpartition("/")
+        return [f"{folder}{slash}{other}" for other in BESIDE_TOKENIZER] if name in TOKENIZERS else []
+
+    @property
     def command(self) -> str:
-        """The shell command that fetches it into the cache."""
-        parts = ["hf download", self.repo, self.file or "", f"--revision {self.revision}" if self.revision else ""]
-        return " ".join(part for part in parts if part)
+        """The shell command that fetches it into the cache, of a tokenizer with the files beside it."""
+        revision = f"--revision {self.revision}" if self.revision else ""
+        return " ".join(part for part in ("hf download", self.repo, self.file, *self.beside, revision) if part)
 
 
 def is_hub(path: str) -> bool:
@@ -108,6 +118,46 @@ def fetch(reference: str) -> Path:
         if digest != remote.sha256:
             raise ValueError(f"{reference}: the file at {path} has sha256 {digest}")
     return path
+
+
+def beside(reference: str, path: Path) -> list[str]:
+    """References to the files that a tokenizer's is read with, of the commit that its file in the cache is of."""
+    remote = parse(reference)
+    commit = path.parents[(remote.file or "").count("/")].name
+    return [f"hf://{remote.repo}@{commit}/{name}" for name in remote.beside]
+
+
+def fetch_if_there(reference: str) -> None:
+    """Fetches a file of a commit, unless it has none, which the cache may know without the network.
+
+    Raises:
+        ValueError: as `fetch`, if it is unknown whether there is one.
+    """
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    remote = parse(reference)
+    if not _is_absent(remote.repo, str(remote.revision), str(remote.file)):
+        try:
+            fetch(reference)
+        except ValueError as error:
+            if not isinstance(error.__cause__, RemoteEntryNotFoundError):
+                raise
+
+
+def _is_absent(repo: str, commit: str, file: str) -> bool:
+    """Whether the cache knows that a commit has no such file: by a former request, or the list of its files."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    if try_to_load_from_cache(repo, file, revision=commit) is _CACHED_NO_EXIST:
+        return True
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:  # of older versions, which keep no list
+        return False
+    with suppress(CachedRepoTreeNotFoundError):
+        return file not in {entry.path for entry in get_cached_repo_tree(repo, revision=commit)}
+    return False
 
 
 def require_model(reference: str, kind: str, key: str) -> None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2i_lm.storage.hub import BESIDE_TOKENIZER
+
 if TYPE_CHECKING:  # imports torch, which commands do late
     from t2i_lm.tokenizers.base import TextTokenizer
 
 # Files beside a tokenizer that name its special tokens or their ids, in order of precedence.
-TOKENIZER_CONFIG, TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
-MODEL_CONFIGS = ("generation_config.json", "config.json")
+TOKENIZER_CONFIG, TOKENS_MAP, *MODEL_CONFIGS = BESIDE_TOKENIZER
 # Value of `text_tokenizer.document_start` for a model that stands behind the end of the document before.
 NONE = "none"
 
@@ -69,6 +70,13 @@ def stated_documents(folder: Path, token_id: Callable[[str], int | None], size: 
         start = _require(token_id(token), token, folder / TOKENIZER_CONFIG, "bos_token")
         return replace(known, start=start, start_from=TOKENIZER_CONFIG)
     return known
+
+
+def states_both(folder: Path) -> bool:
+    """Whether the first of a folder's files states both ends, so that no other one is read."""
+    config = _read(folder / TOKENIZER_CONFIG)
+    begins = config.get("add_bos_token") is not True or _token(config.get("bos_token")) is not None
+    return begins and _token(config.get("eos_token")) is not None
 
 
 def chosen_documents(

@@ -2,8 +2,9 @@
 
 import hashlib
 import io
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,20 +15,14 @@ from sentencepiece import sentencepiece_model_pb2
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.sections import is_plugin
+from t2i_lm.runtime.launch import local_rank
 from t2i_lm.runtime.plugins import TEXT_TOKENIZER, find_plugin, interface
 from t2i_lm.storage import hub
 from t2i_lm.storage.reading import reading
 from t2i_lm.storage.writing import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.bounds import is_panic, require_bounded_charsmap, require_bounded_json
-from t2i_lm.tokenizers.documents import (
-    MODEL_CONFIGS,
-    TOKENIZER_CONFIG,
-    TOKENS_MAP,
-    Documents,
-    chosen_documents,
-    stated_documents,
-)
+from t2i_lm.tokenizers.documents import Documents, chosen_documents, stated_documents, states_both
 
 # Length to which a text is cut, in characters.
 MAX_CHARACTERS = 100_000
@@ -276,22 +271,31 @@ def open_text_tokenizer(
             text: TextTokenizer = plugin.function(plugin.argument)
         plugin.require(text, interface(TextTokenizer))
         return text
-    absent = hub.is_hub(str(path)) and hub.cached(str(path)) is None
     file = resolve(str(path), "text_tokenizer.path")
-    if absent and file.name in (SentencePieceTokenizer.in_folder, JsonTokenizer.in_folder):
-        _fetch_beside(str(path), file.name)
+    if hub.is_hub(str(path)) and not (document_start and document_end):
+        _fetch_beside(str(path), file)
     with reading("text_tokenizer.path", file):
         text = next(known for known in FORMATS if known.recognizes(file)).open(file)
     text.choose_documents(document_start, document_end)
     return text
 
 
-def _fetch_beside(reference: str, name: str) -> None:
-    """Fetches the files of a repository on the hub that state the ends of a document, those that it has."""
-    folder = reference.partition("#")[0].removesuffix(name)
-    for other in (TOKENIZER_CONFIG, TOKENS_MAP, *MODEL_CONFIGS):
-        with suppress(ValueError):
-            hub.fetch(f"{folder}{other}")
+def _fetch_beside(reference: str, file: Path) -> None:
+    """Fetches the files that state the ends of a document, as far as they are read; a line says if one is unknown."""
+    for other in hub.beside(reference, file):
+        if states_both(file.parent):
+            break
+        try:
+            hub.fetch_if_there(other)
+        except ValueError:
+            if local_rank() == 0:
+                print(
+                    f"note: text_tokenizer.path={reference}: {other.rpartition('/')[2]} is not in the cache and cannot "
+                    "be fetched: without it, documents may begin and end otherwise than the model's. Where there is a "
+                    f"network: {hub.parse(reference).command}",
+                    file=sys.stderr,
+                )
+            break
 
 
 def in_parts(text: str, characters: int, fits: Callable[[str], bool]) -> Iterator[str]:

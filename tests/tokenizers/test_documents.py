@@ -4,11 +4,14 @@ import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tokenizers
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +142,97 @@ def test_a_sentencepiece_model_begins_documents_only_where_its_folder_says_so(tm
     assert (document_start(text), text.document_end) == (1, 2)
     with pytest.raises(ValueError, match="no such token"):
         open_text_tokenizer(path, "<no>")
+
+
+COMMIT = "0" * 40
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, without a network, after `hf download` of a repository's tokenizer.json alone."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots").mkdir()
+    write_json(repository / "snapshots" / COMMIT)
+    return repository
+
+
+REFERENCE = "hf://some/model/tokenizer.json"
+OTHERS = ("special_tokens_map.json", "generation_config.json", "config.json")
+
+
+@pytest.mark.parametrize(
+    ("held", "start", "end", "read"),
+    [
+        ({"tokenizer_config.json": ADDS}, BOS, EOS, 1),  # which states both ends
+        ({"generation_config.json": {"eos_token_id": PAD}}, None, PAD, 4),
+    ],
+)
+def test_files_beside_a_cached_tokenizer_of_the_hub_are_fetched(
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    held: dict[str, Any],
+    start: int | None,
+    end: int,
+    read: int,
+) -> None:
+    asked = list[str]()
+
+    def download(repo: str, name: str, revision: str | None = None, local_files_only: bool = False) -> str:
+        file = repository / "snapshots" / COMMIT / name
+        if not file.exists() and not local_files_only:
+            assert revision == COMMIT  # not a newer one, whose files would lie elsewhere
+            asked.append(name)
+            if name not in held:
+                response: Any = SimpleNamespace(headers={}, request=None)
+                raise RemoteEntryNotFoundError("no such file", response=response)
+            file.write_text(json.dumps(held[name]))
+        if not file.exists():
+            raise LocalEntryNotFoundError("offline")
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    text = open_text_tokenizer(REFERENCE)
+    assert (document_start(text), text.document_end) == (start, end)
+    assert asked == ["tokenizer_config.json", *OTHERS][:read]
+    assert not capsys.readouterr().err
+
+
+def test_files_beside_a_tokenizer_that_are_out_of_reach_are_said(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert document_start(open_text_tokenizer(REFERENCE)) is None
+    said = capsys.readouterr().err
+    assert said.count("note: ") == 1
+    assert f"{REFERENCE}: tokenizer_config.json is not in the cache and cannot be fetched" in said
+    assert f"hf download some/model tokenizer.json tokenizer_config.json {' '.join(OTHERS)}\n" in said
+    open_text_tokenizer(REFERENCE, "<bos>", "<eos>")
+    assert not capsys.readouterr().err  # what they would say is given
+
+
+@pytest.mark.parametrize("by_list", [False, True])
+def test_files_that_the_cache_knows_to_be_absent_are_not_asked_for(
+    repository: Path, capsys: pytest.CaptureFixture[str], by_list: bool
+) -> None:
+    (repository / "snapshots" / COMMIT / "tokenizer_config.json").write_text("{}")
+    if by_list:
+        if not hasattr(huggingface_hub, "get_cached_repo_tree"):
+            pytest.skip("this version of huggingface_hub keeps no lists of files")
+        (repository / "trees").mkdir()
+        files = {"tokenizer_config.json": {"size": 2, "blob_id": "x"}}
+        (repository / "trees" / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": files}))
+    else:
+        (repository / ".no_exist" / COMMIT).mkdir(parents=True)
+        for name in OTHERS:
+            (repository / ".no_exist" / COMMIT / name).touch()
+    assert open_text_tokenizer(REFERENCE).document_end == EOS
+    assert not capsys.readouterr().err
 
 
 class PlugIn:
