@@ -12,7 +12,7 @@ import torch
 
 from t2i_lm.assets import resolve
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.sections import is_plugin, require
+from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.alignment import BagDataModule
 from t2i_lm.data.captioned_images import CaptionedImageDataModule
 from t2i_lm.data.code_words import code_words, first_captions
@@ -23,7 +23,7 @@ from t2i_lm.data.shards.cache import former_scenes
 from t2i_lm.data.shards.format import read_index
 from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
 from t2i_lm.data.shards.streamed import training_shards
-from t2i_lm.experiment.own_tokenizer import require_own_tokenizer
+from t2i_lm.experiment.own_tokenizer import require_tokenizer, require_tokenizer_at_hand
 from t2i_lm.models.aligned_rows import read_aligned_rows
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import ImageRowSource, expand_vocabulary
@@ -159,10 +159,18 @@ def open_image(config: ExperimentConfig, rank: int = 0) -> ImageTokenizer:
 
 
 def prepare(config: ExperimentConfig, rank: int = 0) -> Path:
-    """Writes the experiment's token shards where they are absent, and returns their folder."""
+    """Writes the experiment's token shards where they are absent, and returns their folder.
+
+    Raises:
+        ValueError: if the text tokenizer does not fit a backbone that is on this machine, or as `prepare_pairs` and
+            `prepare_text` do.
+    """
+    text = None if config.text_tokenizer.path is None else open_text(config)
+    require_tokenizer_at_hand(config, text)
     if config.task == "text":
         return prepare_text(config)[0]
-    return prepare_pairs(config, open_text(config), open_image(config, rank))
+    assert text is not None
+    return prepare_pairs(config, text, open_image(config, rank))
 
 
 def open_backbone(config: ExperimentConfig) -> Backbone:
@@ -204,7 +212,7 @@ def build_expanded(config: ExperimentConfig) -> tuple[Backbone, JointVocab, Text
     """
     text, image = open_text(config), open_image(config, local_rank())
     decoder = open_backbone(config)
-    require_own_tokenizer(text, decoder.config.vocab_size, None if config.init == "random" else config.backbone.path)
+    require_tokenizer(config, text, decoder.config.vocab_size)
     rows = config.image_rows
     with reading("aligned_rows", str(config.aligned_rows)):
         text_VD = decoder.tok_embeddings.text
@@ -283,12 +291,8 @@ def build_text(config: ExperimentConfig, run: Environment | None) -> TextExperim
     decoder = open_backbone(config)
     choose_trained(decoder, config)
     prepare_blocks(decoder, config)
-    rows, settings = decoder.config.vocab_size, config.text_tokenizer
-    if settings.path is None:
-        allowed = f"at most {rows}, the rows of the backbone"
-        require(settings.vocab_size <= rows, "text_tokenizer.vocab_size", settings.vocab_size, allowed)
-    else:
-        require_own_tokenizer(open_text(config), rows)
+    trained_here = config.text_tokenizer.path is None
+    require_tokenizer(config, None if trained_here else open_text(config), decoder.config.vocab_size)
     shards, text = prepare_text(config)
     data = TextDataModule(config, shards)
     module = TextModule(decoder, config)
@@ -305,7 +309,7 @@ def build_image_tokenizer(config: ExperimentConfig, run: Environment | None) -> 
         module = ImageTokenizerModule(model, config)
         return ImageTokenizerExperiment(config=config, module=module, data=ImageDataModule(config))
     text, rows_VD = open_text(config), _rows_of_words(config)
-    require_own_tokenizer(text, len(rows_VD), config.backbone.path)
+    require_tokenizer(config, text, len(rows_VD))
     with seeded(config.seed):
         if settings.words is None:
             model = PatchedVQ(settings.model)

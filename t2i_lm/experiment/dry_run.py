@@ -15,7 +15,7 @@ from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import to_yaml
 from t2i_lm.config.sections import is_plugin
-from t2i_lm.experiment.own_tokenizer import require_own_tokenizer
+from t2i_lm.experiment.own_tokenizer import require_tokenizer_at_hand
 from t2i_lm.experiment.required_files import absent_files, to_fetch
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.models.expand import expand_vocabulary
@@ -153,7 +153,7 @@ def describe(config: ExperimentConfig) -> str:
 
 def refusals(config: ExperimentConfig) -> Iterator[str]:
     """Why a run would end on this machine before its data is prepared."""
-    checks = (config.require_paths, partial(require_device, config.trainer), partial(require_tokenizer_at_hand, config))
+    checks = (config.require_paths, partial(require_device, config.trainer), partial(_require_own_tokenizer, config))
     for check in checks:
         try:
             check()
@@ -161,21 +161,15 @@ def refusals(config: ExperimentConfig) -> Iterator[str]:
             yield str(error)
 
 
-def require_tokenizer_at_hand(config: ExperimentConfig) -> None:
-    """`require_own_tokenizer` where both files are on this machine.
-
-    Raises:
-        ValueError: as it does, or if the tokenizer cannot be read.
-    """
-    backbone, settings = config.backbone.path, config.text_tokenizer
-    used = config.init != "random" or config.reads_rows
-    if not used or backbone is None or settings.path is None or is_plugin(settings.path) or find(settings.path) is None:
-        return
-    with torch.device("meta"):
-        rows = empty_backbone(config).config.vocab_size
-    require_own_tokenizer(
-        open_text_tokenizer(settings.path, settings.document_start, settings.document_end), rows, backbone
-    )
+def _require_own_tokenizer(config: ExperimentConfig) -> None:
+    """Checks the text tokenizer, where a run has one and it is on this machine."""
+    settings = config.text_tokenizer
+    if config.task == "text" and settings.path is None:
+        require_tokenizer_at_hand(config, None)
+    used = settings.path is not None and (config.task != "image_tokenizer" or config.reads_rows)
+    if used and not is_plugin(str(settings.path)) and find(str(settings.path)) is not None:
+        text = open_text_tokenizer(str(settings.path), settings.document_start, settings.document_end)
+        require_tokenizer_at_hand(config, text)
 
 
 def cost(config: ExperimentConfig, decoder: Backbone, length: int) -> list[str]:

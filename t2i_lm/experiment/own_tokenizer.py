@@ -4,9 +4,15 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from t2i_lm.assets import find
-from t2i_lm.config.sections import is_plugin
+from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.presets import PRESETS
+from t2i_lm.config.sections import is_plugin, require
+from t2i_lm.models.factory import empty_backbone
 from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.text import open_text_tokenizer
 
@@ -36,6 +42,40 @@ def require_own_tokenizer(text: TextTokenizer, rows: int, backbone: str | None =
             f"text_tokenizer.path: encodes text otherwise than {beside[0]}, which lies beside the weights of "
             f"backbone.path: to the backbone its ids would be other words; set text_tokenizer.path={beside[0]}"
         )
+
+
+def require_tokenizer(config: ExperimentConfig, text: TextTokenizer | None, rows: int) -> None:
+    """Checks the text tokenizer of an experiment against the rows of its backbone.
+
+    Args:
+        config: the experiment.
+        text: its text tokenizer; None where one of `text_tokenizer.vocab_size` is trained.
+        rows: of the backbone.
+
+    Raises:
+        ValueError: as `require_own_tokenizer`, or if the one to train has more pieces than the backbone rows.
+    """
+    size, reads_weights = config.text_tokenizer.vocab_size, config.init != "random" or config.reads_rows
+    if text is None:
+        allowed = f"at most {rows}, the rows of the backbone"
+        require(size <= rows, "text_tokenizer.vocab_size", size, allowed)
+    else:
+        require_own_tokenizer(text, rows, config.backbone.path if reads_weights else None)
+
+
+def require_tokenizer_at_hand(config: ExperimentConfig, text: TextTokenizer | None) -> None:
+    """`require_tokenizer` without the backbone's weights, where the files that state its rows are on this machine.
+
+    Raises:
+        ValueError: as it does, or if the backbone's architecture cannot be read.
+    """
+    key = "backbone.path" if config.backbone.config is None else "backbone.config"
+    path = config.value(key)
+    if path is None or not (path in PRESETS or is_plugin(path) or find(path)):
+        return
+    with reading(key, path), torch.device("meta"):
+        rows = empty_backbone(config).config.vocab_size
+    require_tokenizer(config, text, rows)
 
 
 def _require_rows(text: TextTokenizer, rows: int) -> None:

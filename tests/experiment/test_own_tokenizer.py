@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from sentencepiece import SentencePieceTrainer
 
 from t2i_lm.assets import resolve
 from t2i_lm.experiment.own_tokenizer import require_own_tokenizer
+from t2i_lm.prepare import main as prepare
 from t2i_lm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer, train_sentencepiece
 from t2i_lm.train import main
 from tests.runs import EXPERIMENTS
@@ -90,7 +92,7 @@ def test_another_file_of_the_same_tokenizer_is_the_backbones(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("experiment", ["t2i_pretrained", "uncond_pretrained"])
-def test_runs_and_dry_runs_refuse_a_foreign_tokenizer(
+def test_runs_dry_runs_and_prepare_refuse_a_foreign_tokenizer(
     experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = trained(tmp_path / "other.model", "nonfiction")
@@ -100,3 +102,35 @@ def test_runs_and_dry_runs_refuse_a_foreign_tokenizer(
     assert f"error: {refusal}" in capsys.readouterr().err
     assert main([*command, "--dry-run"]) == 0
     assert f"a run is refused here: {refusal}" in capsys.readouterr().out
+    assert prepare([*command, f"data.cache_dir={tmp_path}/cache"]) == 2
+    assert f"error: {refusal}" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "keys", "refusal"),
+    [
+        ("t2i_scratch", ["text_tokenizer.path={folder}/large.model"], "pieces but the backbone 4096 rows"),
+        ("text_lm", ["text_tokenizer.path={folder}/large.model"], "pieces but the backbone 4096 rows"),
+        ("text_lm", ["text_tokenizer.vocab_size=4200"], "text_tokenizer.vocab_size=4200: expected at most"),
+    ],
+)
+def test_prepare_refuses_more_pieces_than_the_backbone_has_rows(
+    experiment: str, keys: list[str], refusal: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "books.txt").write_text("words")
+    texts = [f"{key}={tmp_path}/books.txt" for key in ("data.path", "data.val_path") if experiment == "text_lm"]
+    SentencePieceTrainer.train(
+        sentence_iterator=(chr(0x4E00 + number) for number in range(4_200)),
+        model_prefix=str(tmp_path / "large"),
+        model_type="char",
+        vocab_size=4_200,
+        minloglevel=2,
+    )
+    keys = [key.format(folder=tmp_path) for key in keys]
+    command = [str(EXPERIMENTS / f"{experiment}.yaml"), *texts, *keys, f"data.cache_dir={tmp_path}/cache"]
+    assert prepare(command) == 2
+    assert refusal in capsys.readouterr().err
+    assert main([*command, "--dry-run"]) == 0
+    assert refusal in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()
