@@ -88,7 +88,8 @@ class BagDataModule(BatchDataModule):
         data, seed, shuffle = self.config.data, self.config.seed, self.config.align.shuffle_pairs
         self.train_set = BagBatches(self.open(self.folder, "train"), data.captions, seed, shuffle)
         self.val_sets = {
-            split: BagBatches(self.open(self.folder, split), "first", seed, shuffle) for split in self.validation_splits
+            split: BagBatches(self.open(self.folder, split), "first", seed, shuffle).cut(self.val_size)
+            for split in self.validation_splits
         }
         for name, split in {"train": self.train_set, **self.val_sets}.items():
             if len(split) < data.batch_size:

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import datasets
 import lightning.pytorch as pl
@@ -90,6 +90,13 @@ class CaptionedIds(Batches):
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def cut(self, size: int | None) -> Self:
+        """Leaves out the samples behind the first `size`."""
+        if size is not None:
+            self._starts = np.minimum(self._starts, size).tolist()
+            self._sizes = np.diff(self._starts)
+        return self
 
     @property
     def part_sizes(self) -> Indices:
@@ -237,6 +244,11 @@ class BatchDataModule(pl.LightningDataModule):
         return self.val_sets[self.validation_splits[0]]
 
     @property
+    def val_size(self) -> int | None:
+        """Samples of a validation split that are used of those prepared; None: all, `prepare` has left out others."""
+        return self.config.data.val_size if self.config.data.source == "hub_stream" else None
+
+    @property
     def consumed(self) -> int:
         """Samples trained on so far, over all ranks: the whole state."""
         return int(self.trainer.global_step) * self.config.data.batch_size if self.trainer else self._consumed
@@ -377,7 +389,7 @@ class PairDataModule(BatchDataModule):
         train = self.open(self.folder, "train")
         self.train_set = PairBatches(train, self.layout, data.captions, seed, multiple, dropout, self.ratio)
         self.val_sets = {
-            split: PairBatches(self.open(self.folder, split), self.layout, "first", seed, multiple)
+            split: PairBatches(self.open(self.folder, split), self.layout, "first", seed, multiple).cut(self.val_size)
             for split in self.validation_splits
         }
 

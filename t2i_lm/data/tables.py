@@ -301,7 +301,8 @@ def hub_stream(data: DataConfig, split: str, size: int) -> Stream:
     """As `hub`, but read once, in order, and not stored: for data that does not fit on a disk."""
     limit = data.train_size if split == "train" else data.val_size
     if limit is not None:
-        raise ValueError(f"data.{split}_size={limit}: expected null, since a stream is read to its end")
+        later = "; runs on its shards may set it" if split == "val" else ""
+        raise ValueError(f"data.{split}_size={limit}: expected null, since a stream is read to its end{later}")
     parts = _load_dataset(data, streaming=True)
     rows, automatic = parts.part(split)
     keep = partial(in_split_of_stream, split=split) if automatic else None

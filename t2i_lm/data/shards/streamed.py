@@ -7,7 +7,7 @@ are prepared as local shards at the start. The parts are in `made_parts.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -43,7 +43,8 @@ def training_shards(
 ) -> Path:
     """The folder that an experiment trains on: token shards, or the index of a dataset whose parts are made on the way.
 
-    Shards that `prepare` has written for `data.source=hub_stream` are used where they are complete.
+    Shards that `prepare` has written for `data.source=hub_stream` are used where they are complete. They hold all
+    validation rows, of which a run uses the first `data.val_size`.
 
     Args:
         config: the experiment.
@@ -58,9 +59,13 @@ def training_shards(
         return prepare_pairs(config, text, image, run)
     tokenizers = {"text": text.sha256, "image": image.sha256}
     if not is_url(str(config.data.path)):
-        index = read_index(shards_of(config, tokenizers, image.vocab_size > 2**16).folder)
+        whole = replace(config, data=replace(config.data, val_size=None))
+        index = read_index(shards_of(whole, tokenizers, image.vocab_size > 2**16).folder)
         if index is not None and (not run or run.get("data_hash") in (None, index["data_hash"])):
-            return prepare_pairs(config, text, image, run)
+            size, rows = config.data.val_size, index["splits"]["val"]["rows"]
+            if size is not None and size < rows:
+                say(f"data.val_size={size}: the first of {rows:,} validation rows are used")
+            return prepare_pairs(whole, text, image, run)
     return _streamed(config, text, image)
 
 
@@ -135,7 +140,9 @@ def _require_streamable(config: ExperimentConfig) -> None:
     }
     for message, holds in refused.items():
         if holds:
-            raise ValueError(f"{message} {source}, which is read while training; or {PREPARE}")
+            # `prepare` reads names and folders, and takes no size either.
+            remedy = "" if is_url(str(data.path)) or message.startswith("data.train_size") else f"; or {PREPARE}"
+            raise ValueError(f"{message} {source}, which is read while training{remedy}")
 
 
 def _columns(found: StoredSplits, origin: str) -> tuple[str, str]:
@@ -171,9 +178,10 @@ def _held_out(
         own = [(file, group) for file in found.val for group in range(len(file.rows))]
         return _up_to(own, val_size), set(), found.notes
     if len(train) < 2:
+        remedy = "write smaller ones" if is_url(origin) else PREPARE
         raise ValueError(
             f"{origin}: no validation split, and its training split is one row group, so that none can be held out; "
-            f"{PREPARE}"
+            f"{remedy}"
         )
     drawn = [train[number] for number in Permutation(len(train), "held out")[np.arange(len(train))]]
     most = len(train) - 1 if val_size else max(1, len(train) // HELD_OUT_EVERY)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
+from t2i_lm.data.alignment import BagDataModule
 from t2i_lm.data.datamodules import BatchDataModule, PairDataModule, make_sampler
 from t2i_lm.data.shards import made_parts, remote
 from t2i_lm.data.shards.format import read_index
@@ -147,6 +148,27 @@ def test_rows_are_those_that_prepare_writes_and_its_shards_are_used_where_they_a
     text, image = open_text(streamed.config), open_image(streamed.config)
     assert training_shards(streamed.config, text, image, run) == parts.folder  # a run that began to stream goes on so
     assert "50 train rows" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [PairDataModule, BagDataModule])
+def test_a_run_with_a_validation_size_uses_so_many_rows_of_the_shards_that_prepare_wrote(
+    folder: Path, setting: Any, capsys: pytest.CaptureFixture[str], module: Any
+) -> None:
+    whole = setting(folder)
+    prepared = prepare_pairs(whole.config, open_text(whole.config), open_image(whole.config))
+    some = whole.having(val_size=5, batch_size=4)
+    assert some.shards() == prepared
+    rows = len(open_split(prepared, "val"))
+    assert f"data.val_size=5: the first of {rows} validation rows are used" in capsys.readouterr().err
+    layout = [LAYOUT] if module is PairDataModule else []
+    cut, every = (module(one.config, prepared, *layout) for one in (some, whole.having(batch_size=4)))
+    for data in (cut, every):
+        data.setup("fit")
+    assert (len(cut.val_set), len(every.val_set)) == (5, rows)
+    assert len(cut.train_set) == len(every.train_set)
+    draws = [(0, index) for index in range(5)]
+    ours, theirs = (data.val_set.__getitems__(draws) for data in (cut, every))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if torch.is_tensor(ours[name]))
 
 
 @pytest.mark.parametrize("protocol", ["http", "file", "memory"])
@@ -330,6 +352,8 @@ def test_without_a_validation_split_row_groups_are_held_out_and_their_images_are
     pq.write_table(table(rows), folder / "all.parquet")
     with pytest.raises(ValueError, match=r"its training split is one row group.*python -m t2i_lm\.prepare once"):
         setting(folder).shards()
+    with pytest.raises(ValueError, match=r"none can be held out; write smaller ones$"):
+        setting(f"file://{folder}").shards()
 
 
 def test_what_cannot_be_streamed_is_refused_at_the_start(
@@ -345,7 +369,8 @@ def test_what_cannot_be_streamed_is_refused_at_the_start(
     refused(r"data\.shuffle_parts=None: expected a number of parts, such as 16, with data\.source", shuffle_parts=None)
     refused(r"data\.captions=all: expected random or first.*run python -m t2i_lm\.prepare once", captions="all")
     refused(r"data\.text_ratio=0\.1: expected null", text_ratio=0.1)
-    refused(r"data\.train_size=5: expected null", train_size=5)
+    refused(r"data\.train_size=5: expected null.*which is read while training$", train_size=5)
+    refused(r"data\.captions=all: .*which is read while training$", f"file://{folder}", captions="all")
     shuffled = setting(folder)
     with pytest.raises(ValueError, match=r"align\.shuffle_pairs=True: expected false with data\.source=hub_stream"):
         Setting(replace(shuffled.config, align=replace(shuffled.config.align, shuffle_pairs=True))).shards()
