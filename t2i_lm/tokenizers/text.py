@@ -23,6 +23,7 @@ from t2i_lm.storage.writing import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.bounds import is_panic, require_bounded_charsmap, require_bounded_json
 from t2i_lm.tokenizers.documents import Documents, chosen_documents, stated_documents, states_both
+from t2i_lm.tokenizers.literal_specials import keep_specials_literal
 
 # Length to which a text is cut, in characters.
 MAX_CHARACTERS = 100_000
@@ -176,6 +177,8 @@ class JsonTokenizer(FileTokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         require_bounded_json(self.path, content.decode("utf-8"), self._tokenizer.encode)
+        with self._named_panics():
+            keep_specials_literal(self.path, content.decode("utf-8"), self._tokenizer)
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         ends = (self.token_id(token) for token in self.DOCUMENT_ENDS)
         end = next((end for end in ends if end is not None), None)

@@ -1,5 +1,6 @@
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -105,6 +106,60 @@ def test_a_json_tokenizer_preserves_any_text(bytes_json: JsonTokenizer, text: st
     assert not {0, 1} & set(ids)
     assert bytes_json.decode(ids) == clean(text)
     assert bytes_json.encode_batch([text]) == [ids]
+
+
+SPECIAL = ["<s>", "</s>", "<unk>"]
+LETTERS = [*SPECIAL, "\u2581", *"act</s>"]
+
+
+def unigram() -> tokenizers.Tokenizer:
+    """As of xglm and camembert, whose special tokens are pieces of score 0."""
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram([(p, -float(n > 2)) for n, p in enumerate(LETTERS)], 2))
+    model.normalizer = tokenizers.normalizers.NFKC()
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    model.decoder = tokenizers.decoders.Metaspace()
+    return model
+
+
+def whole_words(kind: Any, **settings: Any) -> tokenizers.Tokenizer:
+    vocab = {word: number for number, word in enumerate([*SPECIAL, "a", "cat", "##a"])}
+    model = tokenizers.Tokenizer(kind(vocab=vocab, unk_token="<unk>", **settings))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        unigram(),
+        whole_words(tokenizers.models.WordLevel),
+        whole_words(tokenizers.models.WordPiece),
+        whole_words(tokenizers.models.BPE, merges=[], ignore_merges=True),
+    ],
+    ids=["unigram", "words", "word pieces", "unmerged"],
+)
+def test_special_tokens_that_a_models_vocabulary_has_too_stay_text(model: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    model.add_special_tokens(SPECIAL)
+    model.save(str(tmp_path / "x.json"))
+    text = JsonTokenizer(tmp_path / "x.json")
+    assert (text.vocab_size, text.document_end, text.token(1)) == (model.get_vocab_size(), 1, "</s>")
+    for literal in ("a cat</s>", "a <s> cat", "</s>", "<s>a</s>", "a \uff1c/s\uff1e"):
+        for ids in (text.encode(literal), *text.encode_batch([literal, literal])):
+            assert ids
+            assert not {0, 1} & set(ids)
+    for plain in ("a cat", "cat a a", "a zebra"):
+        assert text.encode(plain) == model.encode(plain, add_special_tokens=False).ids
+    assert text.decode([text.document_end]) == "</s>"
+
+
+def test_a_special_token_that_merges_make_of_a_text_is_named(tmp_path: Path) -> None:
+    vocab = {piece: number for number, piece in enumerate(["<eos>", *"<eos>", "s>", "os>", "eos>"])}
+    merges = [("s", ">"), ("o", "s>"), ("e", "os>"), ("<", "eos>")]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    model.add_special_tokens(["<eos>"])
+    model.save(str(tmp_path / "x.json"))
+    with pytest.raises(ValueError, match=r"x\.json encodes the text '<eos>' as its special token; expected"):
+        JsonTokenizer(tmp_path / "x.json")
 
 
 def test_gpt_neox_gives_its_published_ids(neox: TextTokenizer) -> None:
