@@ -96,7 +96,7 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
         folder = "" if root.is_file() else os.path.relpath(table.parent, root)
         for row, group in zip(rows, _row_splits(rows, table, root, divided), strict=True):
             image = _image(row, str(table.parent), folder)
-            where = os.path.normpath(image.path) if image.path else row.where
+            where = os.path.abspath(image.path) if image.path else row.where
             listed.add(where)
             groups.setdefault(group, {}).setdefault(where, image).rows.append(row)
     names = {group: [image.full_name for image in images.values()] for group, images in groups.items()}
@@ -108,7 +108,7 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
     for image in images:
         name = image.full_name if several else image.name
         image.id = name.encode("utf-8", "backslashreplace").decode()
-    if unlisted := sorted(pictures - listed):
+    if unlisted := sorted(file for path, file in pictures.items() if path not in listed):
         notes.append(f"{key}={root}: {len(unlisted):,} image files are listed by no metadata (first: {unlisted[0]})")
     if choice.automatic:
         paths = [image.path or "" for image in images]
@@ -118,12 +118,12 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
     return ImageFolder(images, notes)
 
 
-def _tables(key: str, root: Path) -> tuple[list[Path], set[str]]:
-    """The metadata files at `root`, and the image files beside and below them."""
+def _tables(key: str, root: Path) -> tuple[list[Path], dict[str, str]]:
+    """The metadata files at `root`, and the image files beside and below them, by absolute path."""
     if root.is_file():
         if root.suffix not in SUFFIXES:
             raise ValueError(f"{key}={root}: expected a folder, or a metadata file ({', '.join(SUFFIXES)})")
-        return [root], set()
+        return [root], {}
     if not root.is_dir():
         raise ValueError(f"{key}={root}: no such folder")
     files = files_below(root, lambda name: name in METADATA or name.lower().endswith(IMAGE_SUFFIXES))
@@ -136,7 +136,7 @@ def _tables(key: str, root: Path) -> tuple[list[Path], set[str]]:
     for table in tables:
         if twin := next((other for other in tables if other.parent == table.parent and other != table), None):
             raise ValueError(f"{key}={root}: {table} and {twin.name} are both there; keep one")
-    return tables, {os.path.normpath(file) for file in files if file.name not in METADATA}
+    return tables, {os.path.abspath(file): os.path.normpath(file) for file in files if file.name not in METADATA}
 
 
 def _image(row: Row, beside: str, folder: str) -> ListedImage:

@@ -323,6 +323,19 @@ def test_images_that_no_row_lists_are_counted_and_two_metadata_files_are_refused
         opened(tmp_path)
 
 
+def test_absolute_names_are_those_of_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = write_images(tmp_path / "x", [f"{n}.png" for n in range(3)])
+    rows = [{"file_name": str(tmp_path / "x" / name), "caption": "absolute"} for name in names]
+    rows += [{"file_name": name, "caption": "relative"} for name in names]
+    (tmp_path / "x" / "metadata.jsonl").write_bytes(lines(rows))
+    monkeypatch.chdir(tmp_path)
+    train, val = opened(Path("x")), opened(Path("x"), "val")
+    assert not any("listed by no metadata" in note for note in train.notes)
+    assert list((captions(train) | captions(val)).values()) == [["absolute", "relative"]] * 3
+    write_images(tmp_path / "x", ["more.png"])
+    assert opened(Path("x")).notes[-1].endswith("1 image files are listed by no metadata (first: x/more.png)")
+
+
 def test_a_folder_without_metadata_lists_what_it_holds(tmp_path: Path) -> None:
     write_images(tmp_path, ["0.png"])
     (tmp_path / "captions.txt").write_text("a")
