@@ -95,6 +95,9 @@ def open_image_tokenizer(
     file = Path(path) if plugin else resolve(str(path), "image_tokenizer.path")
     if not plugin and not file.exists():
         raise ValueError(f"image_tokenizer.path={path}: no such file or folder")
+    if not plugin and _is_part_of_folder(file):
+        folder = str(path).rpartition("/")[0] or "."
+        raise ValueError(f"image_tokenizer.path={path}: a file of a model's folder; set image_tokenizer.path={folder}")
     if expect is not None and not file.is_file():
         raise ValueError(f"image_tokenizer.expect={expect!r}: only a MoVQGAN checkpoint has a size, {file} is none")
     if plugin:
@@ -107,6 +110,12 @@ def open_image_tokenizer(
     _require_range(pixel_range is None or known.has_range, pixel_range, path)
     with reading("image_tokenizer.path", file):
         return known.open(file, image_size, expect, pixel_range)
+
+
+def _is_part_of_folder(file: Path) -> bool:
+    """Whether a file is one of several of a tokenizer: only a MoVQGAN is a single one."""
+    kept_with_config = file.suffix == ".bin" and (file.parent / CONFIG).is_file()
+    return file.is_file() and (file.suffix in (".safetensors", ".json") or kept_with_config)
 
 
 def _require_range(allowed: bool, pixel_range: Sequence[float] | None, path: str | Path) -> None:

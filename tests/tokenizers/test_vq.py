@@ -128,6 +128,14 @@ def test_a_pixel_range_of_ones_own_tokenizer_is_refused(tmp_path: Path) -> None:
         open_image_tokenizer(tmp_path, 32, pixel_range=[0, 1])
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "diffusion_pytorch_model.bin"])
+def test_a_file_of_a_folder_is_answered_with_the_folder(name: str, tmp_path: Path) -> None:
+    save_tokenizer(PatchedVQ(VQModelConfig(block_out_channels=[16, 16], codes=32)), tmp_path, torch.float32)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=rf"{name}: a file of a model's folder; set image_tokenizer\.path={tmp_path}$"):
+        open_image_tokenizer(tmp_path / name, 32)
+
+
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"image_tokenizer\.path=.*movqgan\.ckpt: no such file or folder"):
         open_image_tokenizer(tmp_path / "movqgan.ckpt", 32)
