@@ -15,9 +15,10 @@ from sentencepiece import SentencePieceTrainer
 from t2i_lm.config.load import load_experiment
 from t2i_lm.data.shards.format import read_index
 from t2i_lm.data.shards.parts import open_split
-from t2i_lm.data.shards.prepare import prepare_pairs, prepare_text
-from t2i_lm.data.shards.tokenize import text_rows
-from t2i_lm.experiment.build import ImageExperiment, build
+from t2i_lm.data.shards.prepare import cut, prepare_pairs, prepare_text
+from t2i_lm.data.shards.tokenize import encode_images, text_rows
+from t2i_lm.data.sources import open_source
+from t2i_lm.experiment.build import ImageExperiment, build, open_image, open_text
 from t2i_lm.prepare import main
 from t2i_lm.tokenizers.text import SentencePieceTokenizer, open_text_tokenizer, train_sentencepiece
 from t2i_lm.tokenizers.vq import VQTokenizer
@@ -83,6 +84,23 @@ def test_too_many_unusable_samples_stop_the_preparation(
     error = capsys.readouterr().err
     assert "3 of 58 train samples cannot be used" in error
     assert "data.max_reject_share=0.01" in error
+
+
+def test_too_many_unusable_samples_refuse_shards_that_are_reused(
+    tiny: list[str], photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([PRETRAINED, *overrides(tiny, photographs, 0.1)]) == 0
+    assert main([PRETRAINED, *overrides(tiny, photographs, 0.1)]) == 0
+    capsys.readouterr()
+    assert main([PRETRAINED, *overrides(tiny, photographs, 0.01)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "3 of 58 train samples cannot be used: 1 " in error
+    assert error.endswith("data.max_reject_share=0.01 allows fewer. Raise it, or repair the samples")
+    folder = next((photographs / "cache").glob("image_folder-*/index.json")).parent
+    elsewhere = ["data.source=shards", f"data.path={folder}"]
+    for share, code in ((0.1, 0), (0.01, 2)):
+        assert main([PRETRAINED, *overrides(tiny, photographs, share), *elsewhere]) == code
+    assert f"data.path={folder}: 3 of 58 train samples cannot be used" in capsys.readouterr().err
 
 
 def test_shards_are_prepared_once_and_a_damaged_one_is_named(tiny: list[str], tmp_path: Path) -> None:
@@ -251,6 +269,21 @@ def test_ids_in_bfloat16_are_checked_before_they_are_used(
     assert main([PRETRAINED, *changes, "image_tokenizer.precision=bfloat16"]) == 2
     assert "at least 99.9% must" in capsys.readouterr().err
     assert not list(tmp_path.glob("scenes-*"))
+
+
+def test_the_tokenizer_that_wrote_ids_in_bfloat16_encodes_in_float32_afterwards(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t2i_lm.data.shards.prepare.MIN_EQUAL_IDS", 0.0)
+    changes = [*tiny, f"data.cache_dir={tmp_path}", "image_tokenizer.precision=bfloat16"]
+    config = load_experiment(PRETRAINED, "demo", changes)
+    text, image = open_text(config), open_image(config)
+    written = open_split(prepare_pairs(config, text, image), "train")["image_ids"]
+    images = [read().image for read in cut(open_source(config.data, "train", 64), None, 10**6)[0][0]()]
+    float32_BN, bfloat16_BN = (encode_images(image, map(np.asarray, images), low) for low in (False, True))
+    assert np.array_equal(written, bfloat16_BN)
+    assert not np.array_equal(float32_BN, bfloat16_BN)
+    assert np.array_equal(encode_images(open_image(config), map(np.asarray, images)), float32_BN)
 
 
 def test_a_part_without_usable_samples_is_written_and_skipped(tiny: list[str], photographs: Path) -> None:

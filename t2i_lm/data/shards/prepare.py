@@ -43,7 +43,7 @@ from t2i_lm.data.shards.held_out import (
     require_held_out_text,
     require_other_dataset,
 )
-from t2i_lm.data.shards.rejects import Rejects
+from t2i_lm.data.shards.rejects import Rejects, require_few_rejects
 from t2i_lm.data.shards.stored import stored_shards
 from t2i_lm.data.shards.tokenize import PairRows, encode_images, write_text_split
 from t2i_lm.data.sources import open_source
@@ -91,7 +91,6 @@ def prepare_pairs(
     if folder is None:
         if config.image_tokenizer.precision == "bfloat16":
             _require_equal_ids(config, image)
-            image.low_precision = True
         validations = validations_of(config.data)
         sources = {split: open_source(config.data, split, image.image_size) for split in ("train", *validations)}
         for split, source in sources.items():
@@ -107,6 +106,8 @@ def prepare_pairs(
         guard.check()
         notes = {split: lines for split, source in sources.items() if (lines := list(getattr(source, "notes", ())))}
         folder = write_once(prepared, lambda folder: _write_pair_index(config, folder, parts, tokenizers, notes))
+    else:
+        require_few_rejects(config.data.max_reject_share, read_index(folder) or {}, _origin(config))
     require_held_out(config, folder)
     return folder
 
@@ -144,7 +145,7 @@ def write_pair_split(
     # Files that are repaired have another folder.
     remedy = "" if data.path and Path(data.path).exists() else f" and delete {folder}"
     rejects = Rejects(data.max_reject_share, split, total, _origin(config), remedy)
-    waited = Waiting()
+    low_precision, waited = config.image_tokenizer.precision == "bfloat16", Waiting()
 
     def missing() -> list[int]:
         return [number for number, target in enumerate(targets) if not target.exists()]
@@ -159,7 +160,7 @@ def write_pair_split(
             idle = True
             for number in numbers:
                 rejects.add_parts(targets)
-                rows = PairRows(parts[number](), text, image, advance, rejects)
+                rows = PairRows(parts[number](), text, image, advance, rejects, low_precision)
                 try:
                     idle = not _write_pair_part(targets[number], rows, features, check) and idle
                 except OwnedError as error:

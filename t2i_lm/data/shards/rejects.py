@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from t2i_lm.data.shards.cache import say
 from t2i_lm.data.shards.format import read_part
@@ -64,18 +65,22 @@ class Rejects:
             f"Raise it, or repair the samples{self.remedy}"
         )
 
+    def require_few(self) -> None:
+        """Raises a ValueError if the rejects of the whole split exceed the share."""
+        read = self.rows + self.counts.total()
+        if read and self.counts.total() / read > self.share:
+            raise self.refusal(Counter(), {}, 0)
+
     def require_usable(self) -> None:
         """Prints the rejects of the whole split by reason.
 
         Raises:
             ValueError: if they exceed the share, or no sample is usable.
         """
+        self.require_few()
         nothing = Counter[str]()
-        read = self.rows + self.counts.total()
-        if read and self.counts.total() / read > self.share:
-            raise self.refusal(nothing, {}, 0)
         if not self.rows:
-            found = f"; {self._message(nothing, {}, 0)}" if read else ""
+            found = f"; {self._message(nothing, {}, 0)}" if self.counts else ""
             raise ValueError(f"{self.origin}: no usable {self.split} sample{found}")
         if self.counts:
             say(self._message(nothing, {}, 0))
@@ -83,6 +88,17 @@ class Rejects:
     def _message(self, part: Counter[str], examples: dict[str, str], read: int) -> str:
         counts, firsts = self.counts + part, examples | self.examples
         read += self.rows + self.counts.total()
-        reasons = "; ".join(f"{count:,} {reason} (first: {firsts[reason]})" for reason, count in counts.most_common())
+        first = {reason: f" (first: {example})" for reason, example in firsts.items()}
+        reasons = "; ".join(f"{count:,} {reason}{first.get(reason, '')}" for reason, count in counts.most_common())
         so_far = "" if read == self.total or not part else " read so far"
         return f"{counts.total():,} of {read:,} {self.split} samples{so_far} cannot be used: {reasons}"
+
+
+def require_few_rejects(share: float, index: dict[str, Any], origin: str) -> None:
+    """Checks shards that are reused, of which an index counts the rejects by split and reason.
+
+    Raises:
+        ValueError: if those of a split exceed `data.max_reject_share`.
+    """
+    for split, entry in index["splits"].items():
+        Rejects(share, split, None, origin, counts=Counter(entry.get("rejects", {})), rows=entry["rows"]).require_few()

@@ -12,6 +12,7 @@ from t2i_lm.data.shards.cache import say, short_hash
 from t2i_lm.data.shards.format import PARTS, data_hash, read_index
 from t2i_lm.data.shards.held_out import RECURRING, require_held_out
 from t2i_lm.data.shards.parts import Parts
+from t2i_lm.data.shards.rejects import require_few_rejects
 from t2i_lm.data.shards.remote import RemoteFiles, is_url, read_remote_index
 from t2i_lm.storage.writing import DiskError, write_atomic
 
@@ -42,6 +43,7 @@ def stored_shards(config: ExperimentConfig, tokenizers: dict[str, str], image_to
         )
     rows = ", ".join(f"{entry['rows']:,} {split}" for split, entry in sorted(index["splits"].items()))
     say(f"reading {path}: {rows} rows, data hash {index['data_hash']}")
+    require_few_rejects(data.max_reject_share, index, f"data.path={path}")
     require_held_out(config, folder)
     return folder
 

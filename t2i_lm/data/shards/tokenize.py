@@ -46,6 +46,7 @@ class Encoder:
 
         Raises:
             MemoryError: if a single image does not fit.
+            ValueError: if the tokenizer makes other ids than it says.
         """
         ids, done = list[Tensor](), 0
         while done < len(images):
@@ -73,11 +74,27 @@ class Encoder:
         """None if out of memory, of which the error's traceback would hold a part."""
         precision = {"low_precision": True} if low_precision else {}
         try:
-            return self.image.encode(images_BCHW, **precision).cpu()
+            return self._valid(self.image.encode(images_BCHW, **precision).cpu(), len(images_BCHW))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         return None
+
+    def _valid(self, ids_BN: Tensor, images: int) -> Tensor:
+        height, width = self.image.grid
+        expected, found = (images, height * width), tuple(ids_BN.shape)
+        if found != expected or ids_BN.is_floating_point():
+            raise ValueError(
+                f"image_tokenizer.path: encodes {images} images as {ids_BN.dtype} of shape {found}; expected integers "
+                f"of shape {expected}, its grid of {height} x {width}"
+            )
+        least, most = (int(end) for end in torch.aminmax(ids_BN))
+        if least < 0 or most >= self.image.vocab_size:
+            raise ValueError(
+                f"image_tokenizer.path: encodes images as ids in [{least}, {most}]; expected ids in "
+                f"[0, {self.image.vocab_size}), its vocab_size"
+            )
+        return ids_BN
 
 
 @dataclass
@@ -86,6 +103,7 @@ class PairRows:
 
     Attributes:
         judge: of the rejects of the whole split.
+        low_precision: whether to encode images in bfloat16.
         rejects: number of unusable samples by reason.
         examples: message of the first one by reason.
         caption_tokens: number of captions by length in ids.
@@ -96,6 +114,7 @@ class PairRows:
     image: ImageTokenizer
     advance: Advance
     judge: Rejects
+    low_precision: bool = False
     rejects: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     caption_tokens: Counter[int] = field(default_factory=Counter)
@@ -138,7 +157,7 @@ class PairRows:
         return {"rejects": dict(self.rejects), "examples": self.examples, "caption_tokens": lengths}
 
     def _encode(self, batch: list[tuple[Pair, Any]]) -> Iterator[dict[str, Any]]:
-        ids_BN = self._ids([image for _, image in batch]).numpy()
+        ids_BN = self._ids([image for _, image in batch], self.low_precision).numpy()
         self.advance(len(batch))
         width = np.uint16 if self.image.vocab_size <= 2**16 else np.uint32
         for (pair, _), ids_N in zip(batch, ids_BN, strict=True):
