@@ -221,6 +221,8 @@ def task_rules(config: ExperimentConfig) -> Iterator[Rule]:
     joined = f"random or all with data.text_ratio={data.text_ratio}, which is of the mean length of all captions"
     yield ratio and data.captions == "first", "data.captions", joined
     yield config.fid.interval is not None and config.task != "text_to_image", "fid.interval", f"null with {task}"
+    guided = config.task == "unconditional" and config.samples.guidance != 1
+    yield guided, "samples.guidance", f"1 with {task}, whose images have no caption to be guided by"
     for key, plain, word in (
         ("trainer.packing", False, "false"),
         ("trainer.fp8", False, "false"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.evaluation.base import EvaluationContext, Evaluator
+from t2i_lm.runtime.tables import with_error
 from t2i_lm.storage.hashing import folder_sha256
 from t2i_lm.storage.run_folder import environment
 from t2i_lm.tokenizers.documents import document_start
@@ -213,8 +214,8 @@ def _change(entry: dict[str, Any], after: Sequence[Any], before: Sequence[Any]) 
 
 
 def _line(entry: dict[str, Any]) -> str:
-    line = f"{entry['value']:.4f}" + ("" if entry["se"] is None else f" +- {entry['se']:.4f}")
+    line = with_error(f"{entry['value']:.4f}", entry["se"])
     if "before" in entry:
-        error = f" +- {entry['change_se']:.4f}" if "change_se" in entry else ""
-        line += f" (before {entry['before']:.4f}, change {entry['change']:+.4f}{error})"
+        change = with_error(f"{entry['change']:+.4f}", entry.get("change_se"))
+        line += f" (before {entry['before']:.4f}, change {change})"
     return line

@@ -169,7 +169,7 @@ def relearn(
     rows: RelearningRows,
     advance: Callable[[int], object] = lambda steps: None,
     start: int | None = None,
-) -> dict[str, list[float]]:
+) -> dict[str, Any]:
     """Held-out loss of a decoder, which it trains, at each of `POINTS`.
 
     All parameters are trained, with the loss over the text rows, in float32, without dropout and in the same order for
@@ -182,7 +182,7 @@ def relearn(
         start: id of the beginning of a document, which is no target (`probes/heldout.py`).
 
     Returns:
-        `nll` per token over the text rows, and its standard error `se` over held-out rows, in nats.
+        `nll` per token over the text rows, and its standard error `se` over held-out rows (None of one), in nats.
     """
     import torch
 
@@ -194,7 +194,7 @@ def relearn(
     optimizer = torch.optim.AdamW(decoder.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.0)
     order_S = torch.randperm(len(rows.train_ST), generator=torch.Generator().manual_seed(0))
     device = decoder.output.text.device
-    result: dict[str, list[float]] = {"nll": [], "se": []}
+    result: dict[str, Any] = {"nll": [], "se": []}
     for step in range(POINTS[-1] + 1):
         if step in POINTS:
             entry = summary("nll", text_losses(decoder, rows.heldout_RT, start)["text_rows"])

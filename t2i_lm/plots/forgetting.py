@@ -8,7 +8,7 @@ from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.measurement import require_one_measurement
 from t2i_lm.plots.curves import text_series
 from t2i_lm.plots.panels import Panel
-from t2i_lm.runtime.tables import text_table
+from t2i_lm.runtime.tables import text_table, with_error
 from t2i_lm.storage.run_folder import Run
 
 TEXTS = ("text", "second_text")
@@ -81,7 +81,7 @@ def retention_table(arms: Mapping[str, Run]) -> str:
 
 
 def _nll(entry: Mapping[str, Any]) -> str:
-    return f"{entry['nll']:.3f} +- {entry['se']:.3f}" if "nll" in entry else ""
+    return with_error(f"{entry['nll']:.3f}", entry["se"], digits=3) if "nll" in entry else ""
 
 
 def _best(entry: Mapping[str, Any]) -> str:
@@ -90,7 +90,10 @@ def _best(entry: Mapping[str, Any]) -> str:
 
 
 def _top1(entry: Mapping[str, Any]) -> str:
-    return f"{100 * entry['top1']:.1f} % +- {100 * entry['top1_se']:.1f}" if "top1" in entry else ""
+    if "top1" not in entry:
+        return ""
+    error = entry["top1_se"]
+    return with_error(f"{100 * entry['top1']:.1f} %", None if error is None else 100 * error, digits=1)
 
 
 def _last(arms: Mapping[str, Run], key: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from t2i_lm.comparison.comparability import ORDER, MissingRunsError, config_valu
 from t2i_lm.plots.groups import Group
 from t2i_lm.plots.pairing import newest_first
 from t2i_lm.plots.panels import GREY, captioned_figure
-from t2i_lm.runtime.tables import text_table
+from t2i_lm.runtime.tables import known, text_table
 from t2i_lm.storage.run_folder import VAL, Run, run_folders
 
 # Prefix of a remedy's experiment; the rest of the name is its arm.
@@ -132,16 +132,21 @@ def point_of(arm: str, run: Run, strength: str = "") -> Point:
     return Point(
         arm,
         entry["change"],
-        entry["change_se"],
+        _or_nan(entry["change_se"]),
         image_loss(run),
         step,
         split,
         strength,
         tuple(str(measured[key].get("name", key.replace("_", " "))) for key in texts),
         second.get("change", math.nan),
-        second.get("change_se", math.nan),
+        _or_nan(second.get("change_se")),
         round(step * config["data.batch_size"] * (1 - config["data.replay_ratio"])),
     )
+
+
+def _or_nan(error: float | None) -> float:
+    """A standard error, unknown of a single row of text."""
+    return math.nan if error is None else error
 
 
 def scratch_run(root: Path, partner: Run) -> Run | None:
@@ -181,8 +186,8 @@ def tradeoff_table(points: Sequence[Point], scratch: float | None) -> str:
         (
             f"{point.label} {point.strength}".strip(),
             f"{point.text_increase:.4f}",
-            f"{point.text_increase_se:.4f}",
-            *((f"{point.second_increase:.4f}", f"{point.second_increase_se:.4f}") if both else ()),
+            known(point.text_increase_se),
+            *((f"{point.second_increase:.4f}", known(point.second_increase_se)) if both else ()),
             f"{point.image:.4f}",
             f"{point.image - base.image:+z.4f}",
             "*" if point in best else "",
@@ -288,7 +293,7 @@ def probe_table(arms: Mapping[str, Run]) -> str:
                 if not isinstance(entry, dict) or key not in before or key == "floors":
                     continue
                 unit = "nll" if "nll" in entry else "accuracy"
-                change, error = entry.get("change", math.nan), entry.get("change_se", math.nan)
-                values = f"{before[key][unit]:.4f}", f"{entry[unit]:.4f}", f"{change:+z.4f}", f"{error:.4f}"
+                change, error = entry.get("change", math.nan), known(entry.get("change_se"))
+                values = f"{before[key][unit]:.4f}", f"{entry[unit]:.4f}", f"{change:+z.4f}", error
                 rows.append((f"{arm}, {name} {key} {unit}", *values))
     return text_table(("arm, probe", "before", "after", "change", "+-"), rows)

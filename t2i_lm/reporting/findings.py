@@ -21,7 +21,7 @@ from t2i_lm.plots.panels import arm_style
 from t2i_lm.plots.published import own_systems
 from t2i_lm.plots.relearning import relearning_curves
 from t2i_lm.plots.tradeoff import point_of
-from t2i_lm.runtime.tables import upper_first
+from t2i_lm.runtime.tables import upper_first, with_error
 from t2i_lm.storage.run_folder import Run
 
 ONE_RUN = "One run of each: no interval over seeds."
@@ -275,9 +275,9 @@ def forgetting_sentences(arms: Mapping[str, Sequence[Run]], alpha: float = 0.05)
         last = found[-1]
         label = upper_first(arm_label(arm)) + (f", {last.name}" if last.name else "")
         change = float(np.mean([one.after - one.before for one in found]))
-        noise = f" ± {last.change_se:.4f}" if len(found) == 1 and last.change_se is not None else ""
         words = f"{label}: {np.mean([one.before for one in found]):.4f} before, "
-        words += f"{_over_seeds([one.after for one in found], alpha)} after; change {change:+.4f}{noise}"
+        words += f"{_over_seeds([one.after for one in found], alpha)} after; change "
+        words += with_error(f"{change:+.4f}", last.change_se if len(found) == 1 else None, sign="±")
         best = [one.best for one in found if one.best is not None]
         if len(best) == len(found):
             words += f"; {_over_seeds(best, alpha)} after, at its best temperature"
@@ -318,7 +318,8 @@ def remedy_sentences(arms: Mapping[str, Run]) -> list[str]:
     }
     return [
         *(
-            f"{what}: {point.label}, text loss {point.text_increase:+.4f} ± {point.text_increase_se:.4f}, image loss "
+            f"{what}: {point.label}, text loss "
+            f"{with_error(f'{point.text_increase:+.4f}', point.text_increase_se, sign='±')}, image loss "
             f"{point.image:.4f} nats/token."
             for what, point in chosen.items()
         ),

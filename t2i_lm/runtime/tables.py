@@ -1,5 +1,6 @@
 """Tables and numbers as text: fixed-width for a terminal, Markdown, LaTeX, counts with a suffix."""
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,16 @@ def compact(number: float, digits: int = 3) -> str:
         if abs(rounded) >= size:
             return f"{number / size:.{digits}g}{suffix}"
     return f"{number:.{digits}g}"
+
+
+def known(error: float | None, digits: int = 4) -> str:
+    """A standard error; empty for an unknown one, as that of a single value is."""
+    return "" if error is None or math.isnan(error) else f"{error:.{digits}f}"
+
+
+def with_error(value: str, error: float | None, digits: int = 4, sign: str = "+-") -> str:
+    """A value with its standard error, which is left out where it is unknown."""
+    return f"{value} {sign} {known(error, digits)}" if known(error) else value
 
 
 def upper_first(text: str) -> str:

@@ -201,6 +201,7 @@ REPLAYED = "data.replay_ratio=0.25 optim.gradient_projection=true"
         ("lora.rank=2 tune=ffn", "tune='ffn': expected all with lora.rank=2"),
         ("loss.replay_weight=0.5", r"loss.replay_weight=0.5: expected 1 with data.replay_ratio=0"),
         ("data.caption_dropout=0.1 task=unconditional", r"data.caption_dropout=0.1: expected 0 with task=uncond"),
+        ("samples.guidance=3 task=unconditional", r"samples.guidance=3.0: expected 1 with task=unconditional"),
         ("optim.name=muon task=align", "optim.name='muon': expected adamw, task=align trains no language model"),
         ("backbone.seq_len=0", "backbone.seq_len=0: expected null or at least 1"),
     ],

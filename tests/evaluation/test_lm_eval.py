@@ -10,6 +10,7 @@ import torch
 
 from t2i_lm.evaluate import main
 from t2i_lm.evaluation.forgetting import BASELINE, forgetting_report
+from t2i_lm.evaluation.lm_eval import _line
 from t2i_lm.evaluation.probes.heldout import text_losses
 from t2i_lm.evaluation.probes.questions import encode_option
 from t2i_lm.evaluation.probes.scores import score_continuations
@@ -205,6 +206,12 @@ def test_a_generating_task_is_scored_and_a_random_start_has_no_before(scratch: R
     found = json.loads((tmp_path / "out" / "lm_eval.json").read_text())
     assert found["before"] is False
     assert found["tasks"]["tiny_rings"]["metrics"]["exact_match"]["value"] == 0
+
+
+def test_an_unknown_standard_error_is_left_out() -> None:
+    values = {"value": 0.5, "se": None, "before": 0.25, "change": 0.25, "change_se": None}
+    assert _line(values) == "0.5000 (before 0.2500, change +0.2500)"
+    assert _line(values | {"se": 0.1, "change_se": 0.2}) == "0.5000 +- 0.1000 (before 0.2500, change +0.2500 +- 0.2000)"
 
 
 def test_wrong_options_are_refused_before_loading_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

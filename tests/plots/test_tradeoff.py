@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from t2i_lm.evaluation.forgetting import write_completions
 from t2i_lm.figures import main as figures
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.tradeoff import Point, pareto_front
+from t2i_lm.reporting.findings import forgetting_sentences, remedy_sentences
 from t2i_lm.storage.run_folder import read_run
 from t2i_lm.training.remedies import read_strengths, remedy_jobs
 from tests.plots.synthetic_runs import read_lines, write_run
@@ -153,6 +156,27 @@ def test_runs_of_an_earlier_version_are_drawn_without_floors(runs: Path) -> None
     assert "Softmax over the text rows/pretrained/val" in gids
     assert "pretrained, after" in drawing.table
     assert "unigram" not in drawing.table
+
+
+def test_an_unknown_standard_error_is_left_out(runs: Path) -> None:
+    """As of a single row of text or a single question."""
+
+    def unknown(tree: dict[str, Any]) -> dict[str, Any]:
+        values = {key: unknown(value) if isinstance(value, dict) else value for key, value in tree.items()}
+        return {key: None if key.endswith("se") else value for key, value in values.items()}
+
+    for file in runs.glob("*/*/metrics.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [line | {"forgetting": unknown(line["forgetting"])} if "forgetting" in line else line for line in lines]
+        file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    tables = [FIGURES[name](Request(runs)).table for name in ("forgetting", "remedies")]
+    assert "pretrained, before, top-1 accuracy" in tables[0]
+    assert not re.search(r"\+- +\d|nan\b|None", "\n".join(tables))
+    folders = {"pretrained": "t2i_pretrained/20260301-100000-demo", "replay": "remedy_replay/20260301-130000-demo"}
+    arms = {arm: read_run(runs / folder) for arm, folder in folders.items()}
+    said = " ".join([*remedy_sentences(arms), *forgetting_sentences({arm: [run] for arm, run in arms.items()})])
+    assert "text loss +0.2500, image loss" in said
+    assert "change +0.2500;" in said
 
 
 def test_table_1_of_a_pair_is_written_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

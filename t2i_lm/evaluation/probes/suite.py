@@ -2,6 +2,7 @@
 
 The numbers of a record are means over rows of text or questions, `se` their standard error; where the model was
 measured before training, `change` is the mean of the paired differences and `change_se` its own, much smaller error.
+The error of a single row or question is None.
 Differences are taken between equal rows and equal questions only: the file from before training holds their hashes.
 A text's floors are what a model reaches without knowing the language: a uniform guess among the text rows, the text's
 own frequencies of pieces (cross-validated), and the same architecture with random weights.
@@ -83,13 +84,18 @@ class Probes:
             training, and why.
 
         Raises:
-            ValueError: if text or questions cannot be read, or the rows are longer than the model's positions.
+            ValueError: if text or questions cannot be read, or rows or completions do not fit the model's positions.
         """
         settings, limit = self.settings, decoder.config.seq_len
         if settings.length > limit:
             raise ValueError(
                 f"forgetting.length={settings.length}: the backbone has {limit} positions; "
                 f"give at most {limit} (evaluate: --length {limit})"
+            )
+        if settings.completion_tokens >= limit:  # at least one id is continued
+            raise ValueError(
+                f"forgetting.completion_tokens={settings.completion_tokens}: the backbone has {limit} positions; "
+                f"give at most {limit - 1}"
             )
         if self._texts is None:
             self._texts = self._read_texts()
@@ -232,10 +238,10 @@ def text_name(path: str) -> str:
     return name
 
 
-def summary(unit: str, values: Sequence[float], before: Sequence[float] | None = None) -> dict[str, float]:
+def summary(unit: str, values: Sequence[float], before: Sequence[float] | None = None) -> dict[str, Any]:
     """Mean and standard error as `unit` and `se`; `ppl` for nll; with `before`, mean and error of the differences."""
     column = torch.tensor(values, dtype=torch.float64)
-    entry = {unit: float(column.mean()), "se": _error(column)}
+    entry: dict[str, Any] = {unit: float(column.mean()), "se": _error(column)}
     if unit == "nll":
         entry["ppl"] = math.exp(min(entry[unit], 700.0))
     if before is not None and len(before) == len(values):
@@ -244,6 +250,6 @@ def summary(unit: str, values: Sequence[float], before: Sequence[float] | None =
     return entry
 
 
-def _error(column: Tensor) -> float:
-    """Standard error of a mean; 0 for a single value."""
-    return float(column.std() / len(column) ** 0.5) if len(column) > 1 else 0.0
+def _error(column: Tensor) -> float | None:
+    """Standard error of a mean; None, unknown, for a single value."""
+    return float(column.std() / len(column) ** 0.5) if len(column) > 1 else None

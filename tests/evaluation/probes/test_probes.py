@@ -181,6 +181,8 @@ def test_summaries_have_standard_errors_and_paired_changes() -> None:
     assert (entry["change"], entry["change_se"]) == (1, 0)
     assert summary("accuracy", [1.0, 0.0])["se"] == pytest.approx(0.5)
     assert "change" not in summary("accuracy", [1.0, 0.0], [1.0])
+    single = summary("nll", [1.0], [0.5])
+    assert (single["change"], single["se"], single["change_se"]) == (0.5, None, None)  # unknown, not 0
 
 
 def test_later_measurements_are_compared_with_the_first(
@@ -212,6 +214,12 @@ def test_later_measurements_are_compared_with_the_first(
     json.dumps(later, allow_nan=False)
     with pytest.raises(ValueError, match=r"forgetting\.length=65: the backbone has 64.*--length 64"):
         Probes(ForgettingConfig(text=str(book), length=65), text)(decoder)
+    with pytest.raises(
+        ValueError, match=r"forgetting\.completion_tokens=64: the backbone has 64 positions; .* most 63$"
+    ):
+        Probes(ForgettingConfig(text=str(book), length=64, completion_tokens=64), text)(decoder)
+    longest = ForgettingConfig(text=str(book), rows=1, length=64, completion_tokens=63)
+    assert Probes(longest, text)(decoder)["text"]["text_rows"]["top1_se"] is None
 
 
 def test_only_equal_rows_and_questions_of_one_tokenizer_are_compared(
