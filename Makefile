@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 # An environment whose Python is gone, or of another machine, is made again.
 ALIVE := $(shell [ ! -e $(STAMP) ] || $(PY) -c '' 2>/dev/null || rm -f $(STAMP))
-TRAIN = $(PY) -m t2i_lm.train experiments/$(1).yaml --scale $(SCALE) $(if $(RESUME),--resume latest) run.dir=$(RUNS) $(ARGS)
+TRAIN = $(PY) -m t2i_lm.train experiments/$(1).yaml --scale $(SCALE) $(if $(filter-out 0,$(RESUME)),--resume latest) run.dir=$(RUNS) $(ARGS)
 
 TEXT ?=
 HELDOUT ?=

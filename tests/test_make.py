@@ -27,7 +27,8 @@ def test_exp_targets_pass_scale_resume_and_overrides() -> None:
     plan = make("-n", "exp-pretrained", "SCALE=flickr8k", "RESUME=1", "ARGS=data.path=x")
     assert "t2i_lm.train experiments/t2i_pretrained.yaml --scale flickr8k --resume latest" in plan
     assert "data.path=x" in plan
-    assert "--resume" not in make("-n", "exp-scratch")
+    for words in ((), ("RESUME=0",), ("RESUME=",)):
+        assert "--resume" not in make("-n", "exp-scratch", *words)
 
 
 @pytest.fixture

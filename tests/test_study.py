@@ -408,6 +408,10 @@ def test_the_shipped_study_is_complete() -> None:
             "comparisons: {one: {arms: {a: {experiment: t2i_scratch, optim.lr: 3e-3}, t2i_scratch: {}}}}",
             "one: the arms a and t2i_scratch have equal configs",
         ),
+        (
+            "comparisons: {one: {arms: {a: {experiment: t2i_scratch, data.workers: 1}, t2i_scratch: {}}}}",
+            "expected arms that differ in a key that changes what a run computes or reports",
+        ),
         ("runs: {one: {arms: [t2i_scratch], where: {optim.rl: 1}}}", "unknown key 'optim.rl'"),
         ("seeds: [0]", "comparisons={}: expected at least one comparison"),
         ("seeds: zero\ncomparisons: {one: {}}", "seeds='zero': expected a list of whole numbers"),

@@ -48,6 +48,11 @@ def test_keys_with_several_values_are_distinguished_from_lists_and_single_values
         (["data.batch_size=7,16"], "data.batch_size=7: 19,200 samples"),
         (["optim.lrr=1e-3,2e-3"], "did you mean 'optim.lr'"),
         (["optim.lr=1e-3,fast"], "optim.lr"),
+        (["trainer.threads=1,2"], "trainer.threads='1,2': expected a key that changes what a run computes or reports"),
+        (["optim.lr=1e-3,2e-3", "data.workers=0,1"], "data.workers='0,1': expected a key that changes"),
+        (["optim.lr=1e-3,3e-3", "optim.lr=6e-3"], "optim.lr=6e-3: optim.lr=1e-3,3e-3 is given, too"),
+        (["seed=0,1,2", "seed=3,4"], "seed=3,4: seed=0,1,2 is given, too"),
+        (["seed=0,1", "data.length=96", "data.length=112"], "data.length=112: data.length=96 is given, too"),
         (["optim.lr=1e-3,0.001"], "two of the values are the same"),
         (["optim.lr=1e-3,2e-3", "--arm", "align"], "task=align has no loss of text or image tokens"),
         (["optim.lr=1e-3,2e-3", "--arm", "t2i_scrach"], "--arm t2i_scrach: expected one of align,"),
@@ -58,6 +63,18 @@ def test_an_impossible_sweep_is_refused_by_name(
 ) -> None:
     assert main([*words, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_sweep_elsewhere_names_the_folder_that_lacks_experiments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["seed=0,1", "--dry-run"]) == 2
+    assert f"--arm t2i_pretrained: no experiments in {tmp_path}/experiments" in capsys.readouterr().err
+
+
+def test_keys_that_only_a_report_shows_are_swept() -> None:
+    assert split_keys(["samples.temperature=0.5,1"])[0] == ("samples.temperature",)
 
 
 def test_every_arm_runs_at_every_value_with_every_seed() -> None:

@@ -20,6 +20,7 @@ from t2i_lm.comparison.plan import (
 )
 from t2i_lm.config.experiment import is_file_name
 from t2i_lm.config.file_kinds import STUDY
+from t2i_lm.config.key_groups import COMPARED, is_compared
 from t2i_lm.config.sections import require
 
 STEPS, BATCH_SIZE = "trainer.max_steps", "data.batch_size"
@@ -199,6 +200,7 @@ def _points(over: Any, where: Mapping[str, Any], arms: tuple[Arm, ...], key: str
         several = isinstance(values, list) and len(values) > 0
         once = several and len({of_type(name, one) for one in values}) == len(values)
         require(once, f"{key}over.{name}", values, "a list of values, each once")
+        require(is_compared(name), f"{key}over.{name}", values, COMPARED)
         require(
             name not in where and name not in own,
             f"{key}over.{name}",

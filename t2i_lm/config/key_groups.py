@@ -53,6 +53,9 @@ REPORTED = (
     "data.pad_to_multiple_of",
 )
 
+# What a key must be whose values are compared.
+COMPARED = "a key that changes what a run computes or reports (runs that differ in others alone count as one)"
+
 # Keys that decide the model, the order of the data or an average, and cannot change within a run.
 FIXED = (
     "name",
@@ -96,6 +99,11 @@ def is_neutral(key: str) -> bool:
 def is_reported(key: str) -> bool:
     """Whether a key changes no curve, but what a run reports beside its curves."""
     return _among(key, REPORTED)
+
+
+def is_compared(key: str) -> bool:
+    """Whether runs that differ in a key alone are different runs; else either stands for the other."""
+    return is_reported(key) or not is_neutral(key)
 
 
 def _among(key: str, group: tuple[str, ...]) -> bool:

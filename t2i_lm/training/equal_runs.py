@@ -11,7 +11,7 @@ from t2i_lm.assets import find
 from t2i_lm.comparison.comparability import changes_of
 from t2i_lm.comparison.portable import portable_config
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.key_groups import is_neutral, is_reported
+from t2i_lm.config.key_groups import is_compared
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.identity import changed_data, data_contents, local_content
@@ -51,7 +51,7 @@ def find_equal_run(
         from t2i_lm.models.aligned_rows import resolve_aligned_rows
 
         config = resolve_aligned_rows(config)  # as in a run's config.yaml
-    computed = _without(_computed(config), apart)
+    computed = _without(compared_values(config), apart)
     equal = []
     for folder in folders:
         found = _computed_in(folder / CONFIG)
@@ -92,7 +92,7 @@ def _lacks_steps(config: ExperimentConfig, folder: Path) -> bool:
 
 def _equal_results(config: ExperimentConfig, folder: Path, apart: tuple[str, ...]) -> bool:
     """Whether collected results are of a run of an equal config; their paths are shorter, and `latest` is resolved."""
-    own, theirs = portable_config(_computed(config), [Path.cwd()]), _computed_in(folder / CONFIG)
+    own, theirs = portable_config(compared_values(config), [Path.cwd()]), _computed_in(folder / CONFIG)
     if theirs is None or not (folder / REPORT).is_file():
         return False
     if config.aligned_rows == "latest":
@@ -177,13 +177,14 @@ def _without(values: dict[str, object], apart: tuple[str, ...]) -> dict[str, obj
 
 @cache
 def _computed_in(file: Path) -> dict[str, object] | None:
-    """`_computed` of a run's config.yaml, cached since the file never changes; None, with a line, if unreadable."""
+    """Those of a run's config.yaml, cached since the file never changes; None, with a line, if it cannot be read."""
     try:
-        return _computed(load_experiment(file))
+        return compared_values(load_experiment(file))
     except ValueError as error:
         print(f"note: not taken for an equal run: {error}", file=sys.stderr)
         return None
 
 
-def _computed(config: ExperimentConfig) -> dict[str, object]:
-    return {key: value for key, value in flatten(config).items() if not is_neutral(key) or is_reported(key)}
+def compared_values(config: ExperimentConfig) -> dict[str, object]:
+    """The values by which runs are told apart, by dotted key."""
+    return {key: value for key, value in flatten(config).items() if is_compared(key)}

@@ -8,9 +8,10 @@ from typing import Any
 from t2i_lm.comparison.plan import read_plan_file
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.file_kinds import STRENGTHS, require_kind
-from t2i_lm.config.load import flatten, load_experiment
+from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import require
 from t2i_lm.runtime.command_line import NO_SAMPLES
+from t2i_lm.training.equal_runs import compared_values
 from t2i_lm.training.jobs import Job
 
 BASE = Path("experiments/t2i_pretrained.yaml")
@@ -98,7 +99,7 @@ def remedy_jobs(
                 print(f"left out: {config.name} requires {lacking}")
                 break
             config.require_paths()
-            if (values := flatten(config)) in seen:
+            if (values := compared_values(config)) in seen:
                 raise ValueError(f"{' '.join(settings)}: two strengths of {config.name} are the same")
             seen.append(values)
             jobs.append(Job(config, label=" ".join(settings)))

@@ -14,6 +14,7 @@ from t2i_lm.comparison.plan import Arm, Plan, setting_folder, setting_words
 from t2i_lm.comparison.relearning import is_measured
 from t2i_lm.comparison.study_plan import STEPS, Needed, Study
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import COMPARED
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
 from t2i_lm.config.sections import RunConfig, require
 from t2i_lm.config.values import Plain, read_value
@@ -21,7 +22,7 @@ from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.launch import global_rank
 from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.run_folder import CONFIG, Run, is_collected, read_run
-from t2i_lm.training.equal_runs import find_equal_run, require_no_results
+from t2i_lm.training.equal_runs import compared_values, find_equal_run, require_no_results
 from t2i_lm.training.jobs import Job, run_jobs
 from t2i_lm.training.sweep import in_proportion
 
@@ -140,10 +141,11 @@ def study_runs(
             if config.aligned_rows is None:  # else a run of this study makes the file
                 config.require_paths()
             key = repr({name: value for name, value in flatten(config).items() if not name.startswith(SAMPLES)})
-            values = {name: value for name, value in flatten(config).items() if name not in ("name", "run.dir")}
+            values = {name: value for name, value in compared_values(config).items() if name != "name"}
             other = of_arms.setdefault((one.use, seed, repr((values, one.point))), arm.name)
             if other != arm.name:
-                raise ValueError(f"{one.use}: the arms {other} and {arm.name} have equal configs; expected another")
+                arms = f"the arms {other} and {arm.name}"
+                raise ValueError(f"{one.use}: {arms} have equal configs; expected arms that differ in {COMPARED}")
             before = runs[key].roles if key in runs else {}
             measured = any(use in sampled for use in (*before, one.use))
             others = [word for word in words if word not in everywhere and word.partition("=")[0] not in arm.own]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from t2i_lm.comparison.study_plan import BATCH_SIZE, IN_STEPS, STEPS
 from t2i_lm.config.experiment import ExperimentConfig
+from t2i_lm.config.key_groups import COMPARED, is_compared
 from t2i_lm.config.load import experiment_names, flatten, load_experiment
-from t2i_lm.config.sections import RunConfig
+from t2i_lm.config.sections import RunConfig, require
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.storage.run_folder import Run, read_run
 from t2i_lm.training.equal_runs import find_equal_run
@@ -29,11 +30,15 @@ def split_keys(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[st
     """The swept keys, all values of keys with several (`key=value,value`), and the `key=value` strings of every run.
 
     Raises:
-        ValueError: unless one or two keys beside `seed`, or `seed` alone, have several values.
+        ValueError: unless one or two keys beside `seed`, or `seed` alone, have several values, each key is given once,
+            and runs with other values are other runs.
     """
-    several, fixed = dict[str, list[str]](), list[str]()
+    several, fixed, given = dict[str, list[str]](), list[str](), dict[str, str]()
     for word in words:
         key, _, text = word.partition("=")
+        if key in given:
+            raise ValueError(f"{word}: {given[key]} is given, too; give each key once, all of its values in one list")
+        given[key] = word
         values = [value for value in text.split(",") if value]
         if len(values) > 1 and not text.startswith(("[", "{", '"', "'")):
             several[key] = list(dict.fromkeys(values))
@@ -43,6 +48,8 @@ def split_keys(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[st
     if not 1 <= len(swept) <= 2:
         problem = f"{', '.join(swept)} have several values" if swept else "no key has several values"
         raise ValueError(f"{problem}: expected one or two, such as optim.lr=3e-3,6e-3, and seed beside them")
+    for key in swept:
+        require(is_compared(key), key, ",".join(several[key]), COMPARED)
     return tuple(swept), several, fixed
 
 
@@ -70,7 +77,9 @@ def sweep_jobs(
     for arm, *values in product(dict.fromkeys(arms), *(several[name] for name in order)):
         file = folder / f"{arm}.yaml"
         if not file.is_file():
-            raise ValueError(f"--arm {arm}: expected one of {', '.join(experiment_names(folder))}")
+            names = experiment_names(folder)
+            expected = f"expected one of {', '.join(names)}" if names else f"no experiments in {folder.absolute()}"
+            raise ValueError(f"--arm {arm}: {expected}")
         point = [f"{name}={value}" for name, value in zip(order, values, strict=True)]
         overrides = [*NO_SAMPLES, *fixed, *point]
         config = load_experiment(file, scale, overrides)

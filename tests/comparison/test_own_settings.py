@@ -150,6 +150,10 @@ def test_a_faulty_arm_is_refused_by_name(content: str, words: str, tmp_path: Pat
         ("one: {over: {optim.lr: []}}", "expected a list of values, each once"),
         ("one: {over: {optim.lr: [1, 1]}}", "expected a list of values, each once"),
         ("one: {over: {seed: [1, 2]}}", "another key than seed"),
+        (
+            "one: {over: {trainer.threads: [1, 2]}}",
+            r"over\.trainer\.threads=\[1, 2\]: expected a key that changes what",
+        ),
         ("one: {over: [1]}", "lists of values by config key"),
         ("one: {over: {optim.lr: [1, 2]}, where: {optim.lr: 1}}", "a key that neither where nor an arm sets"),
         ("one: {over: {optim.lr: [1, 2]}, arms: {a: {optim.lr: 1}, b: {}}}", "a key that neither where nor an arm"),

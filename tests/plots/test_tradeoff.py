@@ -276,8 +276,9 @@ def test_a_plan_trains_a_remedy_at_every_strength() -> None:
         *(f"remedy_lora_image lora.rank={rank} lora.alpha={2.0 * rank}" for rank in (4, 16, 64)),
     ]
     assert [job.config.distil.weight for job in jobs[2:6]] == [0.1, 0.3, 1.0, 3.0]
-    with pytest.raises(ValueError, match=r"two strengths of remedy_distil are the same"):
-        remedy_jobs("x", None, None, ["distil"], "demo", [], BASE, {"distil": [["distil.weight=1"]] * 2})
+    for same in ([["distil.weight=1"]] * 2, [["trainer.threads=1"], ["trainer.threads=2"]]):
+        with pytest.raises(ValueError, match=r"two strengths of remedy_distil are the same"):
+            remedy_jobs("x", None, None, ["distil"], "demo", [], BASE, {"distil": same})
     with pytest.raises(ValueError, match=r"--plan: strengths of l2: expected one of caption_mask"):
         remedy_jobs("x", "y", None, [], "demo", [], BASE, {"l2": [["optim.l2_sp=1"]]})
 
