@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import add_figures, add_jobs, command_parser, exit_code
+from t2i_lm.runtime.command_line import add_figures, add_jobs, command_parser, exit_code, failure
 
 EXAMPLE = """example:
   python -m t2i_lm.study experiments/study.yaml --dry-run
@@ -82,14 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code > 128 or not is_first_of([run.job for run in runs]):  # stopped by a signal, or another rank
             return code
         relearned = _run_all(relearning_command(folder) for folder in without_relearning(study, runs))
-        if relearned > 128:
-            return relearned
         results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
         failed = write_results(results, out)
         first = results.answer_first[:1] if not code else []
         measured = _run_all(command for one in first for command in missing_measurements(study.measure, one, out))
-        if measured > 128:
-            return measured
         from t2i_lm.reporting.study_page import write_page
 
         return (
@@ -111,10 +107,11 @@ def _run_all(commands: Iterable[Sequence[str]]) -> int:
     for arguments in commands:
         command = ["python", "-m", *arguments]
         print("==", shlex.join(command), flush=True)
-        code = subprocess.run([sys.executable, *command[1:]], env=without_launcher(os.environ)).returncode
-        code = code if code >= 0 else 128 - code
-        if code > 128:  # stopped by a signal
-            return code
+        code, words = failure(
+            subprocess.run([sys.executable, *command[1:]], env=without_launcher(os.environ)).returncode
+        )
+        if code:
+            print(f"== {shlex.join(command)}: {words}", file=sys.stderr)
         failed = failed or code
     return failed
 

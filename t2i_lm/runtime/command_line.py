@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -67,6 +68,19 @@ def exit_code(body: Callable[[], int]) -> int:
             message = f"{as_text(error.object)!r}: {UTF8_REQUIRED}"
         print(f"error: {escaped(message)}", file=sys.stderr)
         return 2
+
+
+def failure(code: int) -> tuple[int, str]:
+    """The exit code of a command whose process failed with a code, and how that ended in words; 0 for 0.
+
+    Codes above 128 are left to signals to the command itself: a process that a signal ended alone is a failure.
+    """
+    number = -code if code < 0 else code - 128
+    if number not in signal.valid_signals():
+        return 1 if code > 128 else code, f"failed with code {code}"
+    known = {one.value: one.name for one in signal.Signals}
+    words = f"{'killed' if code < 0 else 'stopped'} by {known.get(number, f'signal {number}')}"
+    return 1, words + (" (perhaps for lack of memory)" if code == -signal.SIGKILL else "")
 
 
 def out_folder(text: str) -> Path:

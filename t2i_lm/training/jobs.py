@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
@@ -16,10 +15,11 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from t2i_lm.comparison.plan import setting_folder
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import require
 from t2i_lm.experiment.required_files import missing_paths, print_missing
-from t2i_lm.runtime.command_line import exit_code
+from t2i_lm.runtime.command_line import exit_code, failure
 from t2i_lm.runtime.launch import is_first_process
 from t2i_lm.runtime.slurm import requeue
 from t2i_lm.training.equal_runs import find_equal_run
@@ -101,8 +101,8 @@ def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -
 
     Parallel runs divide the processor's cores among them, take the GPUs in turn, and write a log each in the folder of
     runs. Two runs with one core each take less time than one after another with two cores, whose threads wait for
-    each other. A signal is forwarded to every run, which saves itself; the code is then 128 plus its number. If this
-    process is killed, they save themselves, too.
+    each other. A signal is forwarded to every run, which saves itself; the code is then 128 plus its number, and only
+    then above 128. If this process is killed, they save themselves, too.
 
     Args:
         jobs: runs to train.
@@ -177,9 +177,9 @@ def _run_in_parallel(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
                     running.remove(one)
                     one.process.join()
                     free.append(one.slot)
-                    code = one.process.exitcode or 0
-                    codes.append(code if code >= 0 else 128 - code)
-                    _report(one, codes[-1], started, len(codes), len(jobs))
+                    code, words = failure(one.process.exitcode or 0)
+                    codes.append(code)
+                    _report(one, words if code else "", started, len(codes), len(jobs))
         finally:  # after any error here: no run outlives this process
             for one in running:
                 one.send(signal.SIGTERM)
@@ -192,7 +192,7 @@ def _run_in_parallel(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
 
 
 def _start(job: Job, slot: int, threads: int, gpu: str | None) -> Running:
-    log = Path(job.config.run.dir) / (re.sub(r"[^\w.=-]", "_", job.name) + ".log")
+    log = Path(job.config.run.dir) / f"{setting_folder([job.name])}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
     trainer = replace(job.config.trainer, threads=job.config.trainer.threads or threads)
@@ -229,10 +229,10 @@ def _visible_gpus(count: int) -> list[str]:
     return (named.split(",") if named else [str(number) for number in range(count)])[:count]
 
 
-def _report(one: Running, code: int, started: float, done: int, jobs: int) -> None:
-    if code:
+def _report(one: Running, failed: str, started: float, done: int, jobs: int) -> None:
+    if failed:
         took = timedelta(seconds=round(time.monotonic() - one.started))
-        print(f"== {one.job.name}: failed with code {code} after {took}; last lines of its log:", file=sys.stderr)
+        print(f"== {one.job.name}: {failed} after {took}; last lines of its log:", file=sys.stderr)
         print(*one.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:], sep="\n", file=sys.stderr)
         return
     _print_finished(one.job, one.started, started, done, jobs)

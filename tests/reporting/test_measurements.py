@@ -93,18 +93,24 @@ def test_collected_results_are_noted_where_something_is_missing(
     assert capsys.readouterr().err == ""
 
 
-def test_a_measurement_that_fails_is_the_exit_code_and_a_stopped_one_ends_the_others(
+def test_a_measurement_that_fails_or_is_killed_is_named_and_ends_no_others(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "failing.py").write_text("import os, sys; sys.exit(3 if 'RANK' not in os.environ else 4)")
-    (tmp_path / "stopped.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    (tmp_path / "killed.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("RANK", "0")  # under a launcher, a measurement is alone
-    commands = [["failing"], ["this"], ["stopped", "one"], ["that"]]
+    commands = [["failing"], ["this"], ["killed", "one"], ["this"]]
     assert command._run_all(commands[:2]) == 3
-    assert command._run_all(commands[2:]) == 143
-    assert [line for line in capfd.readouterr().out.splitlines() if line.startswith("==")] == [
+    assert command._run_all(commands[2:]) == 1
+    captured = capfd.readouterr()
+    assert [line for line in captured.err.splitlines() if line.startswith("==")] == [
+        "== python -m failing: failed with code 3",
+        "== python -m killed one: killed by SIGKILL (perhaps for lack of memory)",
+    ]
+    assert [line for line in captured.out.splitlines() if line.startswith("==")] == [
         "== python -m failing",
         "== python -m this",
-        "== python -m stopped one",
+        "== python -m killed one",
+        "== python -m this",
     ]

@@ -1,5 +1,7 @@
 """Several runs: equal in parallel and in sequence, failures by name, and a signal that stops all of them."""
 
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -86,6 +88,30 @@ def test_keep_going_trains_the_others_after_a_failure(
     assert run_jobs([Job(bad), Job(good)], keep_going=True) == 2
     assert "backbone.path" in capfd.readouterr().err
     assert [folder.parent.name for folder in run_folders(tmp_path)] == ["good"]
+
+
+def end(job: Job, log: Path, gpu: str | None) -> None:
+    """In place of a run in a process of its own: killed, stopped by a signal that it handles, or finished."""
+    if job.config.seed == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(128 + signal.SIGTERM if job.config.seed == 1 else 0)
+
+
+def test_a_run_that_a_signal_ends_alone_is_a_failure_and_stops_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "_run_logged", end)
+    monkeypatch.setattr(jobs, "CONTEXT", multiprocessing.get_context("fork"))  # at once: these processes load nothing
+    configs = [replace(arms(tmp_path)[0], seed=seed) for seed in range(3)]
+    several = [Job(config, label=f"seed={config.seed} data.path={'x' * 250}") for config in configs]
+    assert run_jobs(several, parallel=2, keep_going=True) == 1
+    captured = capfd.readouterr()
+    name = "== uncond_scratch seed=0"
+    assert captured.err.count(f"{name} data.path=") == 1
+    assert "xx: killed by SIGKILL (perhaps for lack of memory) after" in captured.err
+    assert "xx: stopped by SIGTERM after" in captured.err
+    assert "xx: finished after" in captured.out
+    assert len([*tmp_path.glob("uncond_scratch_seed=*.log")]) == 3
 
 
 def test_every_absent_path_is_named_before_anything_is_trained(
