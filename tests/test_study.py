@@ -260,6 +260,10 @@ def test_collected_results_are_finished_runs_and_nothing_is_trained_among_them(
     assert f"error: {results / 'study'} holds collected results" in capsys.readouterr().err
     assert main([str(plan), "--results", str(tmp_path / "nowhere")]) == 2
     assert f"error: --results {tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
+    inside = study_runs(read_study(plan), plan.parent, elsewhere, results / "study")
+    assert [state.folder for state in progress_of(inside)] == [state.folder for state in progress_of(runs)]
+    assert main([str(plan), "--results", str(tmp_path / "new" / "study" / "t2i_scratch")]) == 2
+    assert "t2i_scratch: expected a folder that holds study, or study itself" in capsys.readouterr().err
 
 
 def test_collected_results_without_samples_stand_for_runs_that_show_some_but_measure_none(

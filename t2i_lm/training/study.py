@@ -112,14 +112,13 @@ def study_runs(
         study: the plan.
         experiments: folder of experiment files.
         overrides: `key=value` strings of every run; a setting's own values win.
-        results: folder of collected results, whose runs are not trained again.
+        results: folder of collected results, or the one of a study's in it, whose runs are not trained again.
 
     Raises:
         ValueError: on an unknown experiment, key or value, an override of what the plan sets for every run, a path that
-            is not set, or results that do not exist.
+            is not set, or a folder without results of a study.
     """
-    if results is not None and not results.is_dir():
-        raise ValueError(f"--results {results}: no such folder")
+    collected = None if results is None else _collected(results)
     needed = study.needed()
     _require_effect(overrides, needed)
     runs: dict[str, StudyRun] = {}
@@ -154,8 +153,21 @@ def study_runs(
             job = Job(config, label=" ".join([*words, f"seed={seed}"]))
             # A run with samples serves where none are needed, too.
             kept = runs[key].job if key in runs and quiet else job
-            runs[key] = StudyRun({**before, one.use: role}, seed, kept, results and results / RUNS, sampled=measured)
+            runs[key] = StudyRun({**before, one.use: role}, seed, kept, collected, sampled=measured)
     return [*runs.values(), *_repeats([*runs.values()], needed[0], study.rounding)]
+
+
+def _collected(results: Path) -> Path:
+    """The folder of a study's runs in collected results, which may be named itself."""
+    if (results / RUNS).is_dir():
+        return results / RUNS
+    if not results.is_dir():
+        raise ValueError(f"--results {results}: no such folder")
+    if results.absolute().name != RUNS:
+        raise ValueError(
+            f"--results {results}: expected a folder that holds {RUNS}, or {RUNS} itself, of collected results"
+        )
+    return results
 
 
 def _require_effect(overrides: Sequence[str], needed: Sequence[Needed]) -> None:
