@@ -7,11 +7,13 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -133,13 +135,41 @@ def require_no_links(folder: Path) -> None:
 
 
 def run_folders(root: Path, name: str | None = None, scale: str = "") -> list[Path]:
-    """Run folders below `root`, optionally of one experiment and one scale, oldest first."""
+    """Run folders below `root` as of `in_order`, optionally of one experiment and one scale, oldest first."""
     of_name = "*" if name is None else glob.escape(name)
-    runs = [path.parent for path in root.glob(f"{of_name}/*/{CONFIG}")]
-    if scale:
-        own = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(scale)}(-\d+)?")  # `new_run_folder`
-        runs = [folder for folder in runs if own.fullmatch(folder.name)]
-    return sorted(runs, key=lambda folder: folder.name)
+    runs = in_order(path.parent for path in root.glob(f"{of_name}/*/{CONFIG}"))
+    return [folder for folder in runs if _has_form(folder.name, scale)] if scale else runs
+
+
+def in_order(folders: Iterable[Path]) -> list[Path]:
+    """Run folders with a name of `new_run_folder`, oldest first; a line on stderr names each other one.
+
+    A folder that was renamed or copied has no place in this order, and is used only where its own path is given.
+    """
+    found = {folder: _has_form(folder.name, _scale_of(folder)) for folder in folders}
+    for folder, has_form in found.items():
+        if not has_form:
+            _tell_left_out(folder)
+    return sorted((folder for folder, has_form in found.items() if has_form), key=lambda folder: folder.name)
+
+
+def _has_form(name: str, scale: str | None) -> bool:
+    """Whether a folder's name is one of `new_run_folder` for a scale; None: for any."""
+    return bool(re.fullmatch(rf"\d{{8}}-\d{{6}}-{'.+' if scale is None else re.escape(scale)}(-\d+)?", name))
+
+
+def _scale_of(folder: Path) -> str | None:
+    """The scale that a config.yaml names in plain letters, as almost all do; None for others and damaged ones."""
+    try:
+        line = re.search(r"^scale: ([\w-]+)$", (folder / CONFIG).read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return line[1] if line else None
+
+
+@cache
+def _tell_left_out(folder: Path) -> None:
+    print(f"note: {folder} is left out: its name is not DATE-TIME-SCALE; give its own path to use it", file=sys.stderr)
 
 
 def find_run(path: Path) -> Path:
@@ -150,9 +180,7 @@ def find_run(path: Path) -> Path:
     """
     if (path / CONFIG).is_file():
         return path
-    runs = sorted(
-        (file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{CONFIG}")), key=lambda run: run.name
-    )
+    runs = in_order(file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{CONFIG}"))
     if not runs:
         raise ValueError(f"{path} is not a run folder and contains none (a run folder has a {CONFIG})")
     return runs[-1]

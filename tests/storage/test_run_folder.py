@@ -13,6 +13,7 @@ from t2i_lm.storage.run_folder import (
     CONFIG,
     METRICS,
     environment,
+    find_run,
     new_run_folder,
     read_run,
     require_no_links,
@@ -137,6 +138,28 @@ def test_runs_are_found_by_a_name_with_characters_of_patterns(name: str, tmp_pat
         folder.mkdir(parents=True)
         (folder / "config.yaml").touch()
     assert run_folders(tmp_path, name) == [folders[name]]
+
+
+@pytest.mark.parametrize(
+    "name", ["old", "latest", "20260101-000003-demo-old", "20260101-000003-demo copy", "2026-demo"]
+)
+def test_a_renamed_or_copied_run_is_not_the_newest_and_is_used_by_its_path(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = write_run(tmp_path / "runs", "t2i_scratch", "20260101-000002")
+    aside = write_run(tmp_path / "runs", "t2i_scratch", "20260101-000003").rename(newest.with_name(name))
+    assert run_folders(tmp_path / "runs") == [newest]
+    assert find_run(tmp_path / "runs") == find_run(tmp_path / "runs" / "t2i_scratch") == newest
+    left_out = f"note: {aside} is left out: its name is not DATE-TIME-SCALE; give its own path to use it\n"
+    assert capsys.readouterr().err == left_out
+    assert find_run(aside) == aside
+
+
+def test_a_run_of_a_damaged_config_keeps_its_place_and_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "t2i_scratch")
+    for content in (b"a: [", b"\xff"):
+        (folder / CONFIG).write_bytes(content)
+        assert run_folders(tmp_path) == [folder]
 
 
 def test_runs_of_a_scale_are_not_those_of_one_whose_name_begins_like_it(tmp_path: Path) -> None:

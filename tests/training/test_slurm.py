@@ -65,7 +65,7 @@ def test_the_batch_script_requeues_resumes_and_hands_over_its_finished_run(saved
 
     A run that has nothing to resume, as of a machine lost before its first checkpoint, begins again.
     """
-    folder = "runs/$SLURM_JOB_ID/t2i_scratch/DATE-paper"
+    folder = "runs/$SLURM_JOB_ID/t2i_scratch/20260301-100000-paper"
     files = " ".join(f"{folder}/{name}" for name in ("config.yaml", *([f"checkpoints/{saved}"] if saved else [])))
     programs = {
         "srun": f'mkdir -p {folder}/checkpoints; touch {files}; echo "$@" >> calls; '
@@ -86,7 +86,7 @@ def test_the_batch_script_requeues_resumes_and_hands_over_its_finished_run(saved
         "scontrol requeue 4711",
         f"{train} {resume}run.dir=runs/4711 seed=1",
     ]
-    assert [run.name for run in run_folders(tmp_path / "runs", "t2i_scratch")] == ["DATE-paper"]
+    assert [run.name for run in run_folders(tmp_path / "runs", "t2i_scratch")] == ["20260301-100000-paper"]
     assert not (tmp_path / "runs" / "4711").exists()
 
 
