@@ -67,7 +67,11 @@ class MissingRunsError(ValueError):
 
 def mismatches(one: Run, two: Run) -> list[str]:
     """PAIR_KEYS in which two runs differ; an unknown value differs from every other."""
-    mine, other = pair_values(one), pair_values(two)
+    return unequal(pair_values(one), pair_values(two))
+
+
+def unequal(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """As `mismatches`, of the `pair_values` of both, which take a while to compute."""
     return [key for key in PAIR_KEYS if mine[key] is None or mine[key] != other[key]]
 
 

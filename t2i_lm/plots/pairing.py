@@ -1,8 +1,9 @@
 """Search for the runs of a figure: the two arms of Figures 3 and 4, and groups of arms."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from t2i_lm.comparison.comparability import (
     MissingRunsError,
     config_differences,
     differences,
-    mismatches,
     pair_values,
+    unequal,
 )
 from t2i_lm.plots.groups import Group
 from t2i_lm.storage.reading import reason
@@ -114,11 +115,12 @@ def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None =
         arm: _discover(root, ARMS[arm][0], problems=problems) if folder is None else [_read_named(arm, folder)]
         for arm, folder in named.items()
     }
+    pretrained_runs, scratch_runs = (_with_values(candidates[arm]) for arm in ("pretrained", "scratch"))
     pairs = [
         RunPair(mine, other)
-        for mine in candidates["pretrained"]
-        for other in candidates["scratch"]
-        if not mismatches(mine, other)
+        for mine, values in pretrained_runs
+        for other, theirs in scratch_runs
+        if not unequal(values, theirs)
     ]
     if not pairs:
         raise MissingRunsError(_no_pair(root, candidates, problems))
@@ -135,10 +137,13 @@ def find_group(root: Path, group: Group) -> dict[str, Run]:
         ValueError: if fewer than the required arms are there.
     """
     (first, reference), *others = group.experiments.items()
-    candidates = {arm: _discover(root, name, group.records) for arm, name in others}
+    candidates = {arm: _with_values(_discover(root, name, group.records)) for arm, name in others}
     complete: dict[str, Run] = {}
-    for run in _discover(root, reference, group.records):  # oldest first: of equally many arms, the newest stay
-        matching = {arm: [other for other in runs if not mismatches(run, other)] for arm, runs in candidates.items()}
+    # Oldest first: of equally many arms, the newest stay.
+    for run, values in _with_values(_discover(root, reference, group.records)):
+        matching = {
+            arm: [other for other, theirs in runs if not unequal(values, theirs)] for arm, runs in candidates.items()
+        }
         arms = {first: run} | {arm: runs[-1] for arm, runs in matching.items() if runs}
         if len(arms) >= len(complete):
             complete = arms
@@ -148,6 +153,10 @@ def find_group(root: Path, group: Group) -> dict[str, Run]:
         lines = [f"no run of {reference} in {root}{partner if group.required > 1 else ''}"]
         raise MissingRunsError("; ".join([*lines, f"to make them: {group.command}", *_in_settings(root, reference)]))
     return complete
+
+
+def _with_values(runs: Iterable[Run]) -> list[tuple[Run, dict[str, Any]]]:
+    return [(run, pair_values(run)) for run in runs]
 
 
 def _discover(root: Path, name: str, records: str = "train", problems: list[str] | None = None) -> list[Run]:
@@ -203,12 +212,11 @@ def _no_pair(root: Path, candidates: Mapping[str, list[Run]], problems: list[str
     listed = [_row(run) for runs in candidates.values() for run in runs] + problems
     lines += ["runs found:", *(f"  {row}" for row in listed)] if listed else ["runs found: none"]
     mine, other = candidates["pretrained"], candidates["scratch"]
-    combinations = [(one, two) for one in reversed(mine) for two in reversed(other)]
+    combinations = [*product(_with_values(reversed(mine)), _with_values(reversed(other)))]
     if combinations:
-        one, two = min(combinations, key=lambda both: len(mismatches(*both)))
+        (one, values), (two, theirs) = min(combinations, key=lambda both: len(unequal(both[0][1], both[1][1])))
         lines.append(f"nearest: {_label(one)} and {_label(two)} differ in")
-        values = pair_values(one), pair_values(two)
-        lines += [f"  {key}: {values[0][key]} and {values[1][key]}" for key in mismatches(one, two)]
+        lines += [f"  {key}: {values[key]} and {theirs[key]}" for key in unequal(values, theirs)]
         lines += ["to make the partner of the first:", f"  {_partner_command('scratch', one, two)}"]
     elif mine or other:
         arm, have = ("scratch", mine[-1]) if mine else ("pretrained", other[-1])

@@ -1,12 +1,16 @@
 """Search for a pair of comparable runs, and the error with the command that makes the missing one."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from t2i_lm.comparison import comparability
 from t2i_lm.figures import main
-from t2i_lm.plots.pairing import find_pair
+from t2i_lm.plots.groups import Group
+from t2i_lm.plots.pairing import find_group, find_pair
+from t2i_lm.storage.run_folder import Run
 from tests.plots.synthetic_runs import write_run
 
 
@@ -67,6 +71,26 @@ def test_speed_and_measurements_are_no_difference(runs: Path) -> None:
     assert not find_pair(runs).uncontrolled()
     write_run(runs, "t2i_scratch", "20260303-100000", config=quick | {"trainer.fp8": True})
     assert find_pair(runs).uncontrolled() == {"trainer.fp8": (False, True)}
+
+
+def test_the_config_of_each_run_is_compared_once_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, arm in product(range(4), ("t2i_pretrained", "t2i_scratch")):
+        write_run(tmp_path, arm, f"20260301-10000{number}", config={"seed": number}, steps=5)
+    read: list[Run] = []
+    values = comparability.config_values
+
+    def counted(run: Run) -> dict[str, Any]:
+        read.append(run)
+        return values(run)
+
+    monkeypatch.setattr(comparability, "config_values", counted)
+    assert chosen(tmp_path) == ("20260301-100003", "20260301-100003")
+    assert len(read) == 8
+    group = Group({"pretrained": "t2i_pretrained", "scratch": "t2i_scratch"}, "make study")
+    assert {run.config["seed"] for run in find_group(tmp_path, group).values()} == {3}
+    assert len(read) == 16
 
 
 def test_two_unknown_data_hashes_do_not_match(tmp_path: Path) -> None:
