@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -81,15 +82,20 @@ def test_numerics_name_float8(run: Path) -> None:
 
 
 def test_by_default_a_new_folder_of_the_run_is_written(
-    guided: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    guided: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(guided.folder, tmp_path / "run")
-    assert main(["--checkpoint", str(run), PROMPT, "--each", "2", "--cfg", "2", "--temperature", "0.5"]) == 0
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260301-120000")
+    for _ in range(2):  # in one second
+        assert main(["--checkpoint", str(run), PROMPT, "--each", "2", "--cfg", "2", "--temperature", "0.5"]) == 0
     out = capsys.readouterr()
     assert "note:" not in out.err
     written = [Path(line) for line in out.out.splitlines() if line.endswith(".png")]
-    assert len(written) == 3
-    assert all(path.is_file() and (run / "drawn") in path.parents for path in written)
+    assert all(path.is_file() for path in written)
+    folders = [run / "drawn" / name for name in ("20260301-120000", "20260301-120000-1")]
+    assert [path.parent for path in written] == [folders[0]] * 3 + [folders[1]] * 3
+    assert main(["--checkpoint", str(run), "xyzzy" * 500]) == 2
+    assert sorted((run / "drawn").iterdir()) == folders, "after an error none is left"
 
 
 def test_a_run_whose_tokenizer_changed_is_refused(

@@ -1,8 +1,8 @@
 """A folder of generated images: one PNG per image and a captioned grid."""
 
 import re
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from t2i_lm.generation.images import (
 )
 from t2i_lm.models.generate import Sampling
 from t2i_lm.storage.resumable import atomic_folder, require_new_folder
-from t2i_lm.storage.run_folder import find_run, require_no_links
+from t2i_lm.storage.run_folder import find_run, new_dated_folder, require_no_links
 
 
 def sample_run(
@@ -56,11 +56,18 @@ def sample_run(
     """
     run = find_run(checkpoint)
     require_no_links(run)
-    out = out or run / "drawn" / time.strftime("%Y%m%d-%H%M%S")
-    require_new_folder(out)
-    model = load_trained(run)
-    prepare_generation(model, bf16=bf16, compiled=compiled, images=len(prompts) * each)
-    return write_images(model, prompts, each, seed, chosen_sampling(model, **sampling), out)
+    reserved = None if out else new_dated_folder(run / "drawn")
+    folder = out or reserved
+    assert folder is not None
+    require_new_folder(folder)
+    try:
+        model = load_trained(run)
+        prepare_generation(model, bf16=bf16, compiled=compiled, images=len(prompts) * each)
+        return write_images(model, prompts, each, seed, chosen_sampling(model, **sampling), folder)
+    finally:
+        if reserved is not None:
+            with suppress(OSError):  # it holds images, unless there was an error
+                reserved.rmdir()
 
 
 def write_images(

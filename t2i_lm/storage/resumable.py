@@ -118,8 +118,13 @@ def require_new_folder(out: Path) -> None:
     Raises:
         ValueError: if something would be overwritten.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not _is_temporary(entry, out) for entry in out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder; nothing is overwritten")
+
+
+def _is_temporary(entry: Path, out: Path) -> bool:
+    """Whether an entry of a folder is one that `atomic_folder` is about to fill it from."""
+    return entry.name.startswith(f"{out.name}.") and entry.suffix == ".tmp"
 
 
 @contextmanager
@@ -129,6 +134,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     If `path` is already an empty folder, the files are moved into it instead.
 
     Raises:
+        ValueError: if another process has written `path` meanwhile.
         OSError: if the folder cannot be written.
     """
     name = f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
@@ -137,6 +143,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with writing(path, own):
             own.mkdir(parents=True)
             yield own
+            require_new_folder(path)
             if own.parent == path:
                 for file in sorted(own.iterdir()):
                     file.rename(path / file.name)

@@ -1,5 +1,6 @@
 """Run folders: config, environment, metrics, report, checkpoints and samples of a run."""
 
+import errno
 import glob
 import gzip
 import json
@@ -105,17 +106,29 @@ def new_run_folder(root: Path, name: str, scale: str) -> Path:
     Raises:
         ValueError: if it cannot be created.
     """
+    try:
+        return new_dated_folder(root / name, f"-{scale}")
+    except OSError as error:
+        raise ValueError(f"run.dir={root}: cannot create {error}") from error
+
+
+def new_dated_folder(parent: Path, end: str = "") -> Path:
+    """Creates `parent/DATE-TIME` followed by `end`, with a number appended if that exists.
+
+    Raises:
+        OSError: naming the folder that cannot be created.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    for attempt in range(100):
-        folder = root / name / (f"{stamp}-{scale}" + (f"-{attempt}" if attempt else ""))
+    for number in range(100):
+        folder = parent / (f"{stamp}{end}" + (f"-{number}" if number else ""))
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
         except OSError as error:
-            raise ValueError(f"run.dir={root}: cannot create {DiskError.of(error, folder)}") from error
+            raise DiskError.of(error, folder) from error
         return folder
-    raise ValueError(f"run.dir={root}: a hundred runs of {name} started in one second")
+    raise DiskError(errno.EEXIST, "a hundred folders of one second exist", str(parent / f"{stamp}{end}"))
 
 
 def require_no_links(folder: Path) -> None:

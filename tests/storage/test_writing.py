@@ -72,6 +72,23 @@ def test_a_folder_that_does_not_fit_is_not_there_and_names_the_file_in_it(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_of_two_that_write_one_folder_the_second_changes_nothing(there: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+
+    def write(content: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+        with atomic_folder(out) as folder:
+            (folder / "image").write_text(content)
+            meanwhile()
+
+    with pytest.raises(ValueError, match="out: exists and is not an empty folder"):
+        write("second", lambda: write("first"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"image": "first"}
+
+
 def test_links_are_replaced_and_devices_written(tmp_path: Path) -> None:
     other, link = tmp_path / "other", tmp_path / "link"
     other.write_text("other")
