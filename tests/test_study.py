@@ -394,7 +394,7 @@ def test_the_shipped_study_is_complete() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("comparisons: {one: {arms: [t2i_pretrained, t2i_scrach]}}", "no experiment t2i_scrach; expected one of"),
+        ("comparisons: {one: {arms: [t2i_pretrained, t2i_scrach]}}", "no experiment t2i_scrach in "),
         ("comparisons: {one: {arm: [a, b]}}", "unknown key comparisons.one.'arm'; did you mean 'arms'"),
         ("comparisons: {one: 3}", "comparisons.one=3: expected keys and values"),
         ("comparisons: {one: null}\nruns: {one: {arms: [t2i_scratch]}}", "comparisons.one=None: expected keys and"),

@@ -215,7 +215,7 @@ def _configure(
     file = experiments / f"{arm.experiment}.yaml"
     if not file.is_file():
         names = experiment_names(experiments)
-        raise ValueError(f"arms: no experiment {arm.experiment}; expected one of {', '.join(names)}")
+        raise ValueError(f"arms: no experiment {arm.experiment} in {experiments}; expected one of {', '.join(names)}")
     plain = _load(file, needed.scale, *overrides)
     own = {**needed.where, **arm.own}
     follows = []
