@@ -83,6 +83,11 @@ class Request:
         own = {run.folder for run in arms.values()} == {self.pretrained, self.scratch}
         return (*self.varied, *(self.pair_keys if own else ()))
 
+    @property
+    def is_named(self) -> bool:
+        """Whether the user names both runs of the pair."""
+        return self.pretrained is not None and self.scratch is not None
+
     @cached_property
     def pair(self) -> RunPair:
         """The two arms of Figures 3 and 4, read once.
@@ -217,11 +222,13 @@ def figure6(request: Request) -> RenderedFigure:
 
 def figure_forgetting(request: Request) -> RenderedFigure:
     """Forgetting: held-out text perplexity by tokens seen, over the text rows and over all rows (Table 1 as curves)."""
-    arms = find_group(request.root, FORGETTING)
+    named = request.pair.arms if request.is_named else {}
+    measured = named and all(run.records(FORGETTING.records) for run in named.values())
+    arms = named if measured else find_group(request.root, FORGETTING)
     request.check(arms, FORGETTING.varied)
     require_same_texts(arms.values())
     title = "Perplexity of held-out text in text-to-image training"
-    caption = f"{title}. {group_caption(arms, varied=FORGETTING.varied, how=HOW)}"
+    caption = f"{title}. {group_caption(arms, varied=(*FORGETTING.varied, *request.by_design(arms)), how=HOW)}"
     table = "\n\n".join([loss_table(arms, "image"), retention_table(arms), probe_table(arms)])
     return RenderedFigure(title, draw_panels(retention_panels(arms), caption), caption, table)
 
@@ -318,6 +325,8 @@ FIGURES: dict[str, Callable[[Request], RenderedFigure]] = {
     "relearning": figure_relearning,
     "remedies": figure_remedies,
 }
+# Figures of the pair, or of one of its runs, that the user may name.
+OF_PAIR = ("1", "3", "4", "forgetting", "relearning")
 # Figures that need no run.
 WITHOUT_RUNS = ("2",)
 TABLE = "Table 1"

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from t2i_lm.comparison.comparability import IncomparableError, differences, following, revision_note
-from t2i_lm.plots.catalogue import FIGURES, Request
+from t2i_lm.plots.catalogue import FIGURES, OF_PAIR, Request
 from t2i_lm.plots.panels import remove_caption
 from t2i_lm.reporting.images import PageImage, figure_image
 from t2i_lm.storage.run_folder import Run
@@ -87,7 +87,7 @@ def draw_figures(
         runs: the finished runs, oldest first.
         root: their folder, for messages.
         strict: whether incomparable runs are refused.
-        pair: the runs of Figures 3 and 4, from pre-trained and from random weights; None to search.
+        pair: the runs of figures of a pair, from pre-trained and from random weights; None to search.
         varied: config keys in which arms differ by design.
         own: those of which each arm of the pair has its own value, such as its best learning rate.
 
@@ -95,13 +95,15 @@ def draw_figures(
         IncomparableError: if `strict`, naming the figure and the keys.
     """
     pair_keys = (*own, *following(own))
-    # The pair first: it may lie beside the runs of the other figures, in the folder of a sweep.
-    with view([*(pair or ()), *runs]) as (top, folders):
-        views = {folder: link for link, folder in folders.items()}
-        one, two = (None, None) if pair is None else (views[run.folder] for run in pair)
-        names = {**{str(link): str(folder) for link, folder in folders.items()}, str(top): str(root)}
+    # The pair may lie in the folder of a sweep or of a setting: no run to compare others with.
+    with view(runs) as alone, view([*(pair or ()), *runs]) as together:
+        links = {folder: link for link, folder in together[1].items()}
+        one, two = (None, None) if pair is None else (links[run.folder] for run in pair)
+        names = {str(link): str(folder) for _, folders in (alone, together) for link, folder in folders.items()}
+        names |= {str(top): str(root) for top, _ in (alone, together)}
         blocks = []
         for name, render in FIGURES.items():
+            top, folders = together if name in OF_PAIR else alone
             request = RecordingRequest(
                 top, one, two, strict=strict, varied=varied, folders=folders, pair_keys=pair_keys
             )

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.plan import setting_words
+from t2i_lm.plots.catalogue import OF_PAIR
+from t2i_lm.plots.pairing import ARMS
+from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.findings import arm_label
 from t2i_lm.reporting.provenance import RunFacts, run_facts
 from t2i_lm.reporting.search import Pool, RunSearch
@@ -119,10 +122,44 @@ def short_notes(notes: Sequence[str]) -> list[str]:
     return [*others, *words]
 
 
-def figures_command(request: ReportRequest, names: Sequence[str]) -> str:
-    """What draws figures of the catalogue."""
-    options = [word for name in names for word in ("--figure", name)]
-    return shlex.join(["python", "-m", "t2i_lm.figures", *options, "--runs", str(request.root)])
+def figures_command(request: ReportRequest, blocks: Sequence[FigureBlock]) -> str:
+    """What draws figures of the catalogue from the runs that they are drawn from here."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for block in blocks:
+        names.setdefault(_runs_options(request, block), []).append(block.name)
+    return "; ".join(
+        shlex.join(
+            ["python", "-m", "t2i_lm.figures", *(word for name in several for word in ("--figure", name)), *options]
+        )
+        if options
+        else report_command(request)
+        for options, several in names.items()
+    )
+
+
+def table1_command(arms: Mapping[str, Run], default: str) -> str:
+    """What writes Table 1 of both arms; the default where one is missing."""
+    options = _pair_options(arms)
+    return shlex.join(["python", "-m", "t2i_lm.figures", "--table", *options]) if {*arms} == {*ARMS} else default
+
+
+def _runs_options(request: ReportRequest, block: FigureBlock) -> tuple[str, ...]:
+    """The options that find a figure's runs; empty where these lie in several folders, of which none finds all."""
+    own = _pair_options(block.arms) if block.name in OF_PAIR else ()
+    places = {run.folder.parents[1] for run in block.arms.values() or request.pool.runs}
+    if len(places) == 1:
+        return ("--runs", str(*places), *own)
+    return own or (() if block.arms else ("--runs", str(request.root)))
+
+
+def _pair_options(arms: Mapping[str, Run]) -> tuple[str, ...]:
+    return tuple(word for arm, run in arms.items() if arm in ARMS for word in (f"--{arm}", str(run.folder)))
+
+
+def report_command(request: ReportRequest) -> str:
+    """What writes the page."""
+    plan = [] if request.plan is None else ["--plan", str(request.plan)]
+    return shlex.join(["python", "-m", "t2i_lm.report", "--runs", str(request.root), *plan])
 
 
 def compare_command(request: ReportRequest, comparison: Comparison) -> str:

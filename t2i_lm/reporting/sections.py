@@ -36,6 +36,7 @@ from t2i_lm.reporting.request import (
     missing_runs,
     setting_of,
     short_notes,
+    table1_command,
 )
 from t2i_lm.reporting.samples import SampleBlock, sample_blocks, sampling_notes, score_rows
 from t2i_lm.reporting.setup import positions_of
@@ -90,7 +91,7 @@ def build_sections(request: ReportRequest, blocks: Sequence[FigureBlock], arms: 
         section.figures = [block for block in section.figures if block.image is not None]
         section.notes += _notes_on(request.pool.notes, section.claim)
         if section.figures:
-            section.command = figures_command(request, [block.name for block in section.figures])
+            section.command = figures_command(request, section.figures)
         section.runs = facts(request, {arm: run for block in section.figures for arm, run in block.arms.items()})
         if key == "samples":
             _add_samples(request, section, arms)
@@ -218,7 +219,7 @@ def _add_completions(request: ReportRequest, section: Section, blocks: Sequence[
     section.header = ("arm", "prompt", "before training", "after training")
     if section.rows:
         section.found.append("Greedy completions among the text rows, at the first and at the last measurement.")
-        section.command = section.claim.command
+        section.command = table1_command(block.arms, section.claim.command)
         section.runs = facts(request, block.arms)
     elif block.image is None:
         section.missing = missing_runs(block.problem, section.claim.command)

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t2i_lm import compare, report
+from t2i_lm import compare, figures, report
 from t2i_lm.generation.grid import save_grid
-from t2i_lm.plots.catalogue import FIGURES, figure2
+from t2i_lm.plots.catalogue import FIGURES, RenderedFigure, Request, figure2
 from t2i_lm.reporting.claims import CLAIMS
 from t2i_lm.reporting.provenance import config_hash
 from t2i_lm.reporting.setup import setup_rows
 from t2i_lm.storage.owner import own
-from t2i_lm.storage.run_folder import OWNER, read_run
+from t2i_lm.storage.run_folder import OWNER, Run, read_run
 from tests.plots.synthetic_runs import EXPERIMENTS, read_lines, write_probe, write_relearning, write_run
 from tests.reporting.parsed import Element, leave_out_figures, parse
 
@@ -504,3 +505,48 @@ def test_arms_that_were_sampled_differently_are_named(tmp_path: Path, page: Comm
         "NOT CONTROLLED: samples.temperature: pre-trained 1.0, random weights 0.2"
         in found.one("section", id="samples").text
     )
+
+
+@pytest.mark.parametrize("folder", ["study", "study/optim.lr={}"])
+def test_the_command_of_a_figure_draws_it_from_the_runs_of_the_page(
+    folder: str, tmp_path: Path, page: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "runs"
+    for number, rate in enumerate((0.002, 0.001)[: 1 + ("{}" in folder)], start=1):
+        pair = write_pair(root / folder.format(rate), day=number, config={"optim.lr": rate}, forgotten=1.0)
+        for one, best in zip(pair, (0.002, 0.001), strict=True):
+            vary(one, abs(rate - best))
+    plan = "rates: {over: {optim.lr: [0.001, 0.002]}}" if "{}" in folder else "pretraining: {}"
+    (tmp_path / "study.yaml").write_text(
+        f"seeds: [0]\nprimary: val.image.nll\nsecondary: []\ncomparisons: {{{plan}}}\n"
+    )
+    code, found, _ = page(root)
+    assert code == 0
+    drawn: list[dict[str, Run]] = []
+    monkeypatch.setattr(Request, "check", lambda self, arms, varied=(): drawn.append(arms))
+    monkeypatch.setattr(RenderedFigure, "save", lambda self, stem: [stem])
+    for key, option in (("figure3", "--figure 3"), ("forgetting", "--figure forgetting"), ("table1", "--table")):
+        section = found.one("section", id=key)
+        command = section.one("p", **{"class": "again"}).one("code").text
+        assert f"t2i_lm.figures {option}" in command
+        assert figures.main([*shlex.split(command)[3:], "--out", str(tmp_path / "out")]) == 0
+        for run in drawn[-1].values():
+            assert str(run.folder) in section.text
+
+
+def test_the_pair_of_a_plan_is_no_arm_of_other_figures(tmp_path: Path, page: Command) -> None:
+    root = tmp_path / "runs"
+    for day, rate in enumerate((0.001, 0.002, 0.004), start=1):
+        pair = write_pair(root / "study" / f"optim.lr={rate}", day=day, config={"optim.lr": rate})
+        for folder, best in zip(pair, (0.002, 0.001), strict=True):
+            vary(folder, abs(rate - best))
+    for name in ("t2i_gaussian", "t2i_shuffled"):
+        write_run(root / "study" / "backbone.path=x", name, config={"optim.lr": 0.004, "backbone.path": "x"})
+    (tmp_path / "study.yaml").write_text(
+        "seeds: [0]\nprimary: val.image.nll\nsecondary: []\n"
+        "comparisons: {rates: {over: {optim.lr: [0.001, 0.002, 0.004]}}}\n"
+    )
+    code, found, error = page(root, "--strict")
+    assert code == 0, error
+    assert found.one("section", id="figure3").all("figure")
+    assert not found.one("section", id="inits").all("figure")
