@@ -7,9 +7,10 @@ from statistics import fmean, stdev
 
 import pytest
 
+from t2i_lm.comparison.comparability import IncomparableError, require_comparable
 from t2i_lm.config.load import flatten
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
-from t2i_lm.plots.sweep import Outcome, at_edges, draw_sweep, sweep_caption, sweep_table
+from t2i_lm.plots.sweep import Outcome, at_edges, draw_sweep, sweep_caption, sweep_table, varied_in
 from t2i_lm.plots.sweep_grid import caption_of, draw, tables_of
 from t2i_lm.storage.run_folder import THINNED, read_run, run_folders
 from t2i_lm.sweep import main
@@ -241,3 +242,31 @@ def test_strict_checks_every_run_of_several_seeds_and_keys(tmp_path: Path, capsy
     capsys.readouterr()
     assert main([*words, "--strict", "--out", str(tmp_path / "figures")]) == 2
     assert "precision: pretrained 1e-3 seed 0 32-true, pretrained 1e-3 seed 1 bf16-mixed, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "entries"),
+    [
+        ("data.train_size", (100, 200), ("data_hash", "stream_hash")),
+        ("data.control", ("brackets", "digits"), ("data_hash",)),
+        ("image_tokenizer.path", ("asset:image_tokenizer", "code:mine:open"), ("data_hash", "tokenizers", "plugins")),
+        ("backbone.path", ("asset:lm_rotary", "asset:lm_head_rotary"), ("backbone", "configs")),
+        ("trainer.precision", ("32-true", "bf16-mixed"), ("precision",)),
+    ],
+)
+def test_what_follows_from_a_swept_key_is_by_design(
+    key: str, values: tuple[object, ...], entries: tuple[str, ...], tmp_path: Path
+) -> None:
+    outcomes = []
+    for number, value in enumerate(values):
+        folder = write_run(tmp_path, "t2i_pretrained", f"2026010{number + 1}-100000", config={key: value})
+        environment = json.loads((folder / "env.json").read_text())
+        for entry in entries:
+            nested = {"tokenizers": "image", "configs": "backbone"}.get(entry)
+            environment[entry] = {nested: str(number)} if nested else str(number)
+        (folder / "env.json").write_text(json.dumps(environment))
+        outcomes.append(Outcome("pretrained", (str(value),), read_run(folder)))
+    require_comparable({one.value: one.run for one in outcomes}, varied_in([key]))
+    assert "NOT CONTROLLED" not in sweep_caption(key, outcomes)
+    with pytest.raises(IncomparableError):
+        require_comparable({one.value: one.run for one in outcomes}, varied_in(["optim.lr"]))

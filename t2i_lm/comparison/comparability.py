@@ -11,7 +11,7 @@ from t2i_lm.config.load import flatten_mapping, migrate
 from t2i_lm.storage.run_folder import CONFIG, Run
 
 ORDER, PRECISION, CHANGES = "order of the data", "precision", "changes within a run"
-REPLAYED = "replayed text"
+REPLAYED, PLUGINS = "replayed text", "plug-ins"
 SEED = "seed"  # its values are repetitions: none is the best
 # Runs of one figure agree in these.
 PAIR_KEYS = ("data hash", SEED, "scale", "trainer.max_steps", "log.interval", "log.ema")
@@ -27,7 +27,7 @@ ENVIRONMENT = {
     "tokenizers.image": "image tokenizer",
     "backbone": "backbone weights",
     "configs.backbone": "backbone config",
-    "plugins": "plug-ins",
+    "plugins": PLUGINS,
     "replay_hash": REPLAYED,
     "stream_hash": ORDER,
     "precision": PRECISION,
@@ -35,7 +35,6 @@ ENVIRONMENT = {
 }
 # Entries that follow from keys of an arm's own, by the beginning of the key.
 CONTENT = (
-    "source",
     "path",
     "val_path",
     "second_val_path",
@@ -44,16 +43,21 @@ CONTENT = (
     "seed",
     "hold_out_pairs",
     "captions",
+    "control",
+    "part_size",
     "text_ratio",
 )
 FOLLOWING = {
-    "backbone.": ("backbone weights", "backbone config"),
+    "backbone.": ("backbone weights", "backbone config", PLUGINS),
     **{f"data.{name}": ("data hash", ORDER) for name in CONTENT},
     **{f"data.{name}": (ORDER,) for name in ("batch_size", "caption_dropout", "shuffle_parts")},
     "data.replay_": (REPLAYED, ORDER),
     "data.length": (REPLAYED,),
-    "image_tokenizer.": ("image tokenizer", "data hash", ORDER),
-    "text_tokenizer.": ("text tokenizer", "data hash", ORDER, REPLAYED),
+    "data.source": ("data hash", ORDER, PLUGINS),
+    "image_tokenizer.": ("image tokenizer", "data hash", ORDER, PLUGINS),
+    "text_tokenizer.": ("text tokenizer", "data hash", ORDER, REPLAYED, PLUGINS),
+    "trainer.max_steps": (ORDER,),
+    "trainer.precision": (PRECISION,),
 }
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from t2i_lm.comparison.best import Losses, best_of, best_value, common_value, no_best
-from t2i_lm.comparison.comparability import ORDER, SEED
+from t2i_lm.comparison.comparability import ORDER, SEED, following
 from t2i_lm.comparison.study_plan import BATCH_SIZE, IN_STEPS, STEPS
 from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.groups import FIGURE5, INITS
@@ -182,9 +182,12 @@ def present(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def varied_in(keys: Sequence[str]) -> tuple[str, ...]:
-    """Keys in which the runs of a sweep differ by design: a batch size changes the steps for the same tokens."""
+    """Keys, and entries of env.json, in which the runs of a sweep differ by design.
+
+    A batch size changes the steps for the same tokens.
+    """
     steps = (STEPS, *IN_STEPS) if BATCH_SIZE in keys else ()
-    return (*keys, *steps, SEED, ORDER, *FIGURE5.varied, *INITS.varied)
+    return (*keys, *following(keys), *steps, SEED, ORDER, *FIGURE5.varied, *INITS.varied)
 
 
 def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
