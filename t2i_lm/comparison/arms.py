@@ -1,6 +1,7 @@
 """Search for the runs of two arms, paired by seed; what cannot be compared is refused, what is left out is named."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from t2i_lm.comparison.comparability import (
     revision_note,
 )
 from t2i_lm.comparison.plan import Plan, setting_words
-from t2i_lm.config.values import Plain, read_value
+from t2i_lm.config.values import Plain, read_value, value_word
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import CONFIG, Run, read_run
 
@@ -200,10 +201,13 @@ def _require_one_setting(
             words.append(f"{key}: {', '.join([*shown, *more])}")
             if key == CHANGES:  # nothing to choose by
                 continue
-            value = counts.most_common(1)[0][0]
+            common = counts.most_common(1)[0][0]
+            word = value_word(next(value for value in values if str(value) == common))
             alone = arm is not None and key.startswith(tuple(own_value))
             choices.append(
-                f"arms: {{{arm}: {{{key}: {value}}}}} in a plan" if alone else f"{names.get(key, key)}={value}"
+                f"arms: {{{arm}: {{{key}: {word}}}}} in a plan"
+                if alone
+                else shlex.quote(f"{names.get(key, key)}={word}")
             )
         advice = f"Choose one, for example {' '.join(choices)}" if choices else "Train the changed runs again"
         if len(words) > MOST_SHOWN:
@@ -268,12 +272,13 @@ def _nothing_to_pair(plan: Plan, root: Path, found: Mapping[str, Sequence[Run]],
     settings: dict[tuple[str, ...], list[str]] = {}
     for name, arm in plan.parsed.items():
         words = setting_words({key: value for key, value in plan.required(name).items() if key not in ENVIRONMENT})
-        settings.setdefault(tuple(words), []).append(f"--arm {arm.experiment}")
+        settings.setdefault(tuple(words), []).extend(("--arm", arm.experiment))
     lines = [
         f"no seed has a finished run of both arms in {root} (scale {plan.scale}{plan.values_words}): {counts}",
         *notes,
         *(
-            f"to make them: python -m t2i_lm.sweep {' '.join([f'seed={seeds}', *words, *options])} --scale {plan.scale}"
+            "to make them: "
+            + shlex.join(["python", "-m", "t2i_lm.sweep", f"seed={seeds}", *words, *options, "--scale", plan.scale])
             for words, options in settings.items()
         ),
     ]

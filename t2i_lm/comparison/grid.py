@@ -17,6 +17,7 @@ from t2i_lm.comparison.measurement import require_one_measurement
 from t2i_lm.comparison.plan import Plan, require_settable, setting_folder, setting_words
 from t2i_lm.comparison.statistics import holm
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS, Family, Member
+from t2i_lm.config.values import value_word
 from t2i_lm.storage.run_folder import Run
 
 # Keys that are tuned: an arm's best value of them is looked for, under every value of the other keys of a grid.
@@ -199,7 +200,7 @@ def _tuned(key: str, condition: Mapping[str, Any], points: Sequence[tuple[Any, C
             continue
         endpoint = comparison.results[0].endpoint
         for arm, by_seed in comparison.runs.items():
-            losses.setdefault(arm, {})[str(value)] = {
+            losses.setdefault(arm, {})[value_word(value)] = {
                 seed: fmean(map(endpoint.value, runs)) for seed, runs in by_seed.items()
             }
     if missing:
@@ -247,7 +248,7 @@ def _pairs(grid: Grid) -> list[_Pair]:
         final = [*grid.plan.parsed][1]  # the last arm, with which each is compared
         for other in [name for name in best if name != final]:
             points = {
-                str(member.point[key]): comparison
+                value_word(member.point[key]): comparison
                 for member, comparison in zip(grid.family.members, grid.comparisons, strict=True)
                 if next(iter(member.plan.parsed)) == other and tuned.condition.items() <= member.point.items()
             }
@@ -287,7 +288,7 @@ def labeled_points(grid: Grid) -> list[tuple[tuple[str, ...], Comparison, float 
     corrected = holm([None if result is None else result.statistics.p_difference for result in tested])
     several = "arm" in grid.labels[:1]
     return [
-        ((*([next(iter(one.plan.parsed))] if several else []), *map(str, member.point.values())), one, p)
+        ((*([next(iter(one.plan.parsed))] if several else []), *map(value_word, member.point.values())), one, p)
         for member, one, p in zip(grid.family.members, grid.comparisons, corrected, strict=True)
     ]
 

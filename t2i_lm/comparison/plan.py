@@ -15,9 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.config.experiment import is_file_name
 from t2i_lm.config.file_kinds import COMPARISON, require_kind
-from t2i_lm.config.load import literal
+from t2i_lm.config.load import given_value, literal
 from t2i_lm.config.sections import require
-from t2i_lm.config.values import Plain, key_types, read_value
+from t2i_lm.config.values import Plain, key_types, read_value, value_word
 from t2i_lm.storage.run_folder import PRIMARY, VAL
 from t2i_lm.storage.yaml_text import problem_of, read_yaml
 
@@ -222,7 +222,7 @@ class Plan:
     @property
     def values_words(self) -> str:
         """Values of `where` and of the arms, each after a comma, to follow a scale."""
-        shared = "".join(f", {key}={value}" for key, value in self.where.items())
+        shared = "".join(f", {word}" for word in setting_words(self.where))
         own = (f", {arm.name} {' '.join(setting_words(arm.own))}" for arm in self.parsed.values() if arm.own)
         return shared + "".join(own)
 
@@ -254,13 +254,7 @@ def setting_folder(words: Sequence[str]) -> str:
 
 def setting_words(where: Mapping[str, Any]) -> list[str]:
     """Values by config key as `key=value` strings."""
-    return [f"{key}={_word(value)}" for key, value in where.items()]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, float) and float(f"{value:g}") == value:
-        return f"{value:g}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return [f"{key}={value_word(value)}" for key, value in where.items()]
 
 
 Schema = TypeVar("Schema")
@@ -344,5 +338,5 @@ def chosen_plan(path: Path | None, scale: str | None, where: Sequence[str]) -> P
         key, equals, value = item.partition("=")
         if not (key and equals):
             raise ValueError(f"{item!r} is not of the form key=value, for example optim.lr=1e-3")
-        more[key] = value
+        more[key] = given_value(key, value)
     return replace(plan, scale=scale or plan.scale, where={**plan.where, **more})

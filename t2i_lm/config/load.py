@@ -260,15 +260,18 @@ def _override_layer(overrides: Sequence[str]) -> dict[str, Any]:
         if is_dataclass(key_types().get(key)):
             raise _section_as_value(key, text)
         text = text if key in PATH_KEYS else as_text(text)
-        _set(tree, key, _listed(key, text) if text.startswith("[") and _is_list(key) else Plain(text))
+        _set(tree, key, given_value(key, text))
     return _typed(migrate(tree, "command line"))
 
 
-def _is_list(key: str) -> bool:
-    return getattr(key_types().get(MOVED_KEYS.get(key, key)), "__origin__", None) is list
+def given_value(key: str, text: str) -> Any:
+    """What `key=text` gives: a list of texts in brackets where the key takes a list, else a text.
 
-
-def _listed(key: str, text: str) -> list[Any]:
+    Raises:
+        ValueError: naming a list that cannot be read.
+    """
+    if not text.startswith("[") or getattr(key_types().get(MOVED_KEYS.get(key, key)), "__origin__", None) is not list:
+        return Plain(text)
     try:
         values = _yaml(text)
     except yaml.YAMLError as error:

@@ -3,6 +3,7 @@
 Standard library only. Files and `key=value` follow the same rules, so `name=007` is the text 007 in both.
 """
 
+import json
 import math
 import os
 import re
@@ -125,6 +126,15 @@ def _float(text: str) -> float | None:
 
 
 _READERS: dict[type, Any] = {bool: _bool, int: _int, float: _float, str: _text}
+
+
+def value_word(value: object) -> str:
+    """A value of a config as `key=value` takes it."""
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_path(key: str, text: str) -> str:

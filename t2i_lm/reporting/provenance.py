@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_lm.comparison.comparability import HASHED, config_values
+from t2i_lm.comparison.plan import setting_words
 from t2i_lm.config.key_groups import is_neutral, is_reported
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.storage.run_folder import Run
@@ -71,25 +72,37 @@ def config_hash(run: Run) -> str:
 
 def train_command(run: Run, experiments: Path) -> str:
     """What trains a run again: its experiment and the values that differ from it, or its config where there is none."""
-    file = _experiment(run, experiments)
+    file = experiment_file(run, experiments)
     if file is None:
         return shlex.join(["python", "-m", "t2i_lm.train", str(run.folder / "config.yaml")])
     scale = ["--scale", str(config_values(run)["scale"])]
-    return shlex.join(["python", "-m", "t2i_lm.train", str(file), *scale, *changed_words(run, experiments)])
+    return shlex.join(
+        ["python", "-m", "t2i_lm.train", str(file), *scale, *setting_words(changed_values(run, experiments))]
+    )
 
 
-def changed_words(run: Run, experiments: Path) -> list[str]:
-    """The values of a run that differ from its experiment's as `key=value`; empty where there is no experiment."""
-    file, values = _experiment(run, experiments), config_values(run)
-    base = {} if file is None else _base(file, str(values["scale"]))
-    return [
-        f"{key}={_word(value)}"
-        for key, value in values.items()
-        if base and value != base.get(key) and (is_reported(key) or not is_neutral(key)) and key not in RUN_KEYS
-    ]
+def changed_values(run: Run, experiments: Path) -> dict[str, Any]:
+    """The values of a run that differ from its experiment's, by key; empty where there is no experiment."""
+    base = experiment_values(run, experiments)
+    return {
+        key: value
+        for key, value in config_values(run).items()
+        if base and value != base.get(key) and _is_given(key) and key not in RUN_KEYS
+    }
 
 
-def _experiment(run: Run, experiments: Path) -> Path | None:
+def _is_given(key: str) -> bool:
+    """Whether a run's command gives a key: not where it works, but that its plug-ins may run."""
+    return key == "allow_code" or is_reported(key) or not is_neutral(key)
+
+
+def experiment_values(run: Run, experiments: Path) -> Mapping[str, Any]:
+    """The values of a run's experiment at its scale, by key; empty where there is no experiment."""
+    file = experiment_file(run, experiments)
+    return {} if file is None else _base(file, str(config_values(run)["scale"]))
+
+
+def experiment_file(run: Run, experiments: Path) -> Path | None:
     """The file of a run's experiment; None where it cannot be read."""
     file = experiments / f"{run.name}.yaml"
     file = file if file.is_file() else experiments / "remedies" / f"{run.name.removeprefix('remedy_')}.yaml"
@@ -103,17 +116,6 @@ def _experiment(run: Run, experiments: Path) -> Path | None:
 @cache
 def _base(file: Path, scale: str) -> dict[str, Any]:
     return flatten(load_experiment(file, scale))
-
-
-def _word(value: Any) -> str:
-    """A config value as `key=value` takes it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | dict):
-        return json.dumps(value)
-    return str(value)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

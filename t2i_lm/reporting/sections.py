@@ -194,7 +194,7 @@ def _add_sweeps(request: ReportRequest, sections: Mapping[str, Section]) -> None
         section.notes += notes if key == "sweeps" else []
         section.figures = [sweep.figure() for sweep in sweeps]
         section.found = [sentence for sweep in sweeps for sentence in sweep.sentences()]
-        section.command = "; ".join(sweep.command(request.experiments) for sweep in sweeps)
+        section.command = "; ".join(filter(None, (sweep.command(request.experiments) for sweep in sweeps)))
         section.runs = facts(request, {arm: run for block in section.figures for arm, run in block.arms.items()})
     if found and not sections["sweeps"].figures:
         sections["sweeps"].missing = "every sweep here is over two keys, in the next section", CLAIMS["sweeps"].command

@@ -1,7 +1,7 @@
 """Sweeps for the page: a figure of every key, and of every two keys, in whose values runs of `t2i_lm.sweep` differ."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
@@ -10,14 +10,18 @@ from typing import Any
 
 from t2i_lm.comparison.best import best_of, no_best, seed_means
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, config_values, differences
-from t2i_lm.comparison.study_plan import BATCH_SIZE, STEPS
+from t2i_lm.comparison.plan import setting_words
+from t2i_lm.comparison.study_plan import BATCH_SIZE, IN_STEPS, STEPS
+from t2i_lm.config.key_groups import is_neutral
+from t2i_lm.config.values import value_word
 from t2i_lm.plots.groups import arms_of
 from t2i_lm.plots.sweep import MODALITIES, Outcome, distance, present, varied_in
 from t2i_lm.plots.sweep_grid import caption_of, draw, grids, seed_words, tables_of
 from t2i_lm.reporting.figures import FigureBlock
 from t2i_lm.reporting.findings import arm_label, endpoint_label
-from t2i_lm.reporting.provenance import changed_words
+from t2i_lm.reporting.provenance import changed_values, experiment_file, experiment_values
 from t2i_lm.reporting.search import Pool
+from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.tables import upper_first
 from t2i_lm.storage.run_folder import VAL, Run
 
@@ -91,20 +95,44 @@ class Sweep:
         return sentences
 
     def command(self, experiments: Path) -> str:
-        """What trains its arms at its values with its seeds, and with what else all runs have other than by default."""
+        """What trains its arms at its values with its seeds, and with what else all runs have other than by default.
+
+        Empty where no sweep does: without the file of an experiment, or where a value has a comma.
+        """
         runs = [one.run for one in self.outcomes]
-        own = (*varied_in(self.keys), "samples.")
-        shared = set.intersection(*({*changed_words(run, experiments)} for run in runs))
-        seeds = sorted({run.config["seed"] for run in runs})
-        swept = [
-            f"{key}={','.join(sorted({one.values[number] for one in self.outcomes}, key=_order))}"
-            for number, key in enumerate(self.keys)
-        ]
-        arms = [word for name in dict.fromkeys(run.name for run in runs) for word in ("--arm", name)]
-        scale = ["--scale", str(runs[0].config["scale"])]
-        words = [*scale, *arms, *swept, f"seed={','.join(map(str, seeds))}"]
-        words += sorted(word for word in shared if not word.startswith(own))
-        return shlex.join(["python", "-m", "t2i_lm.sweep", *words])
+        files = [experiment_file(run, experiments) for run in runs]
+        shared = self._shared(experiments)
+        columns = [sorted({*column}, key=_order) for column in zip(*(one.values for one in self.outcomes), strict=True)]
+        if None in files or shared is None or any("," in value for column in columns for value in column):
+            return ""
+        names = dict.fromkeys(file.relative_to(experiments).with_suffix("") for file in files if file is not None)
+        arms = [word for name in names for word in ("--arm", str(name))]
+        swept = [f"{key}={','.join(column)}" for key, column in zip(self.keys, columns, strict=True)]
+        seeds = ",".join(map(str, sorted({run.config[SEED] for run in runs})))
+        scale, equal = ["--scale", str(runs[0].config["scale"])], [f"--equal={self._equal}"] if self._equal else []
+        words = sorted(word for word in setting_words(shared) if word not in NO_SAMPLES)
+        return shlex.join(["python", "-m", "t2i_lm.sweep", *scale, *arms, *equal, *swept, f"seed={seeds}", *words])
+
+    @property
+    def _equal(self) -> str:
+        """What runs of several batch sizes share, as the command's option; empty where none are swept alone."""
+        if BATCH_SIZE not in self.keys or STEPS in self.keys:
+            return ""
+        return "tokens" if len({config_values(one.run)[STEPS] for one in self.outcomes}) > 1 else "steps"
+
+    def _shared(self, experiments: Path) -> dict[str, Any] | None:
+        """The values that all runs have other than by default, by key; None where no steps give their tokens."""
+        runs = [one.run for one in self.outcomes]
+        values = [config_values(run) for run in runs]
+        first, base = values[0], experiment_values(runs[0], experiments)
+        keys = {key for run in runs for key in changed_values(run, experiments)} - {*self.keys, SEED}
+        if base and self._equal == "tokens":
+            steps, rest = divmod(first[STEPS] * first[BATCH_SIZE], base[BATCH_SIZE])
+            # Where all runs have one value it was given: else it changes with the steps.
+            keys |= {key for key in IN_STEPS if first[key] and not is_neutral(key)} - {*self.keys}
+            shared = {STEPS: steps} if steps != base[STEPS] else {}
+            return None if rest else shared | _agreed(keys, values)
+        return _agreed(keys, values)
 
     def _point(self, values: Sequence[str]) -> str:
         return " ".join(f"{key}={value}" for key, value in zip(self.keys, values, strict=True))
@@ -180,13 +208,19 @@ def _values(keys: Sequence[str], run: Run) -> tuple[str, ...]:
     return tuple(_word(values[key]) for key in keys)
 
 
+def _agreed(keys: Collection[str], values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Values that are equal in all runs."""
+    return {key: values[0][key] for key in keys if all(one[key] == values[0][key] for one in values)}
+
+
 def _word(value: Any) -> str:
-    short = f"{value:g}" if isinstance(value, float) else str(value)
-    return short if not isinstance(value, float) or float(short) == value else repr(value)
+    """A value; of a list with one entry the entry, which a sweep takes for it."""
+    return value_word(value[0] if isinstance(value, list) and len(value) == 1 else value)
 
 
-def _order(value: str) -> tuple[bool, float, str]:
+def _order(value: str) -> tuple[int, float, str]:
+    """Numbers by size, then words, then lists, which a sweep takes among its values but not as the first."""
     try:
-        return False, float(value), value
+        return 0, float(value), value
     except ValueError:
-        return True, 0.0, value
+        return 1 + value.startswith("["), 0.0, value

@@ -13,6 +13,7 @@ from t2i_lm.comparison.grid import Grid, at_best, grids, names_at_best, tune
 from t2i_lm.comparison.grid_tables import grid_json, grid_text
 from t2i_lm.comparison.study_plan import STEPS, Study
 from t2i_lm.comparison.tables import as_json, text
+from t2i_lm.config.values import value_word
 from t2i_lm.plots.gap import TITLE, draw_gap, draw_grid, gap_caption, grid_caption
 from t2i_lm.plots.groups import arm_of
 from t2i_lm.plots.panels import save_figure
@@ -92,6 +93,8 @@ def write_results(results: Results, out: Path) -> int:
         except ValueError as error:
             print(f"{name}: {error}", file=sys.stderr)
             code = 2
+            for suffix in (".txt", ".json"):  # of an earlier result
+                (out / f"{name}{suffix}").unlink(missing_ok=True)
             continue
         write_atomic(out / f"{name}.txt", f"{table}\n")
         write_atomic(out / f"{name}.json", f"{content}\n")
@@ -130,7 +133,7 @@ def outcomes_of(grid: Grid) -> list[Outcome]:
         return []
     for member, one in zip(grid.family.members, grid.comparisons, strict=True):
         for run in one.arms.runs if one.arms is not None else ():
-            found[run.folder] = Outcome(arm_of(run.name), tuple(map(str, member.point.values())), run)
+            found[run.folder] = Outcome(arm_of(run.name), tuple(map(value_word, member.point.values())), run)
     return list(found.values())
 
 

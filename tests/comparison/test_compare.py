@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,8 @@ from t2i_lm.comparison.comparability import SEED, IncomparableError, differences
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, UNDECIDED, compare
 from t2i_lm.comparison.comparison import make_comparison
 from t2i_lm.comparison.endpoints import Endpoint, tokens_saved
-from t2i_lm.comparison.plan import SECONDARY, Plan, read_plan
+from t2i_lm.comparison.grid import find_grid
+from t2i_lm.comparison.plan import SECONDARY, Plan, chosen_plan, read_plan
 from t2i_lm.comparison.statistics import holm, paired_statistics
 from t2i_lm.comparison.tables import as_json, latex, text
 from t2i_lm.reporting.setup import setup_rows
@@ -187,6 +189,17 @@ def test_a_folder_of_many_settings_is_told_in_short(runs: Path) -> None:
     assert message.endswith("compared by `python -m t2i_lm.study PLAN --results FOLDER`")
 
 
+def test_the_values_to_choose_by_are_as_the_command_takes_them(tmp_path: Path) -> None:
+    for number, config in enumerate(({"data.text_ratio": None, "freeze": ["ffn"]}, {"data.text_ratio": 0.5})):
+        for name in ("t2i_pretrained", "t2i_scratch"):
+            seeded_run(tmp_path, name, 0, 10 + number, config=config)
+    with pytest.raises(IncomparableError, match="Choose one, for example") as error:
+        find_arms(Plan(), tmp_path)
+    words = shlex.split(str(error.value).partition("for example ")[2])
+    assert words == ['freeze=["ffn"]', "data.text_ratio=null"]
+    assert len(find_arms(chosen_plan(None, None, words), tmp_path).runs) == 2
+
+
 def test_other_weights_or_tokenizers_are_another_setting(runs: Path) -> None:
     folder = seeded_run(runs, ARMS[0], 9)
     for run in runs.rglob("env.json"):
@@ -221,6 +234,18 @@ def test_arms_of_other_precisions_are_refused(runs: Path) -> None:
     set_environment(next(runs.glob("t2i_pretrained/20260112*")), precision="32-true")
     with pytest.raises(IncomparableError, match=r"precision: bf16-mixed \(9 runs\), 32-true \(1 runs\)"):
         find_arms(Plan(), runs)
+
+
+def test_arms_and_points_of_a_grid_may_have_precisions_of_their_own(tmp_path: Path) -> None:
+    for number, precision in enumerate(("32-true", "bf16-mixed")):
+        for name in ("t2i_pretrained", "t2i_scratch"):
+            folder = seeded_run(tmp_path, name, 0, 10 + number, config={"trainer.precision": precision})
+            set_environment(folder, precision=precision)
+    own = {"t2i_pretrained": {"trainer.precision": "32-true"}, "t2i_scratch": {"trainer.precision": "bf16-mixed"}}
+    assert (
+        "by design: precision: t2i_pretrained 32-true, t2i_scratch bf16-mixed" in find_arms(Plan(own), tmp_path).notes
+    )
+    assert len(find_grid(Plan(), ["trainer.precision"], tmp_path).comparisons) == 2
 
 
 def test_another_order_of_the_data_is_refused_or_named(runs: Path) -> None:

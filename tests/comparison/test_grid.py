@@ -389,6 +389,16 @@ def test_without_a_best_value_the_answer_is_the_reason() -> None:
     assert "no best value: MISSING at optim.lr=0.006: seeds 2" in str(answer.problem)
 
 
+def test_a_comparison_that_can_no_longer_be_made_leaves_no_former_table(tmp_path: Path) -> None:
+    comparison = made({"over": {"optim.lr": RATES[:2]}}).comparisons[0]
+    assert write_results(Results((comparison,)), tmp_path) == 0
+    names = {file.name for file in tmp_path.iterdir()}
+    assert len(names) == 2
+    lost = replace(comparison, arms=None, problem=ValueError("runs are gone"))
+    assert write_results(Results((lost,)), tmp_path) == 2
+    assert not [*tmp_path.iterdir()]
+
+
 def test_points_that_are_refused_are_not_called_missing() -> None:
     (grid,) = made({"over": {"optim.lr": RATES}}).grids
     for problem, words, state in (

@@ -1,11 +1,20 @@
 """Sweeps on the page: of one key, and of two where runs fill a grid."""
 
 import json
+import shlex
 from itertools import product
 from pathlib import Path
 
+import pytest
+
+from t2i_lm.config.load import flatten
+from t2i_lm.reporting.provenance import train_command
 from t2i_lm.reporting.search import RunSearch
 from t2i_lm.reporting.sweeps import find_sweeps
+from t2i_lm.storage.run_folder import read_run
+from t2i_lm.sweep import parser
+from t2i_lm.train import main as train
+from t2i_lm.training.sweep import sweep_jobs
 from tests.plots.synthetic_runs import write_run
 
 ARMS = ("t2i_pretrained", "t2i_scratch")
@@ -39,7 +48,7 @@ def test_runs_that_fill_a_grid_are_one_sweep_of_two_keys(tmp_path: Path) -> None
     assert gaps.endswith("1 seed per value, no interval.")
     command = sweep.command(EXPERIMENTS)
     arms = "--arm t2i_pretrained --arm t2i_scratch"
-    assert f"--scale demo {arms} data.batch_size=16,32 optim.lr=0.001,0.002 seed=0" in command
+    assert f"--scale demo {arms} --equal=steps data.batch_size=16,32 optim.lr=0.001,0.002 seed=0" in command
 
 
 def test_two_sweeps_through_one_point_are_no_grid(tmp_path: Path) -> None:
@@ -136,3 +145,50 @@ def test_a_run_with_losses_that_are_not_finite_is_left_out_by_name(tmp_path: Pat
     (sweep,), notes = find_sweeps(RunSearch(tmp_path).sweep_pool())
     assert len(sweep.outcomes) == 5
     assert notes == [f"left out, 3 validation losses that are not finite: {folder}"]
+
+
+def swept(words: list[str]) -> dict[str, dict[str, object]]:
+    """The configs of the runs of `t2i_lm.sweep` with some words, by their values."""
+    options = parser().parse_intermixed_args(words)
+    _, jobs = sweep_jobs(options.keys, options.arm or ARMS, options.scale, equal_tokens=options.equal == "tokens")
+    return {repr(config): config for config in (flatten(job.config) for job in jobs.values())}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "data.batch_size=8,16 trainer.max_steps=60",
+        "data.batch_size=8,16 trainer.max_steps=20 optim.warmup_steps=2 trainer.val_check_interval=10",
+        "data.batch_size=8,32 trainer.max_steps=60 --equal steps optim.lr=0.001,0.002",
+        "freeze=ffn,[] trainer.max_steps=60 samples.prompts=3",
+        "trainer.skip_loss_above=null,9 trainer.max_steps=60 allow_code=true",
+        "optim.l2_sp=0.1,1 trainer.max_steps=60 --arm remedies/l2_sp --arm t2i_pretrained",
+    ],
+)
+def test_the_command_of_a_sweep_trains_its_runs(words: str, tmp_path: Path) -> None:
+    runs = swept(words.split())
+    for number, config in enumerate(runs.values()):
+        write_run(tmp_path / "sweep", str(config["name"]), f"20260301-{100000 + number}", config=config)
+    (sweep,), _ = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert swept(shlex.split(sweep.command(EXPERIMENTS))[3:]).keys() == runs.keys()
+
+
+def test_values_that_no_sweep_takes_have_no_command(tmp_path: Path) -> None:
+    write_sweep(tmp_path, [{"freeze": freeze} for freeze in (["ffn", "norm"], ["ffn"])])
+    (sweep,), _ = find_sweeps(RunSearch(tmp_path).sweep_pool())
+    assert sweep.command(EXPERIMENTS) == ""
+    assert "freeze" in sweep.sentences()[0]
+
+
+def test_the_command_of_a_run_without_an_experiment_trains_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"data.val_size": 8, "allow_code": True, "text_tokenizer.path": "asset:lm_rotary/text_tokenizer.model"}
+    run = read_run(write_run(tmp_path, "t2i_scratch", config=config))
+    words = shlex.split(train_command(run, tmp_path))[3:]
+    assert words == [str(run.folder / "config.yaml")]
+    assert train([*words, "--dry-run"]) == 0
+    assert "max_steps: 300" in capsys.readouterr().out
+    assert train([*words, "--dry-run", "--scale", "paper"]) == 2
+    assert "has the scale of its run, demo; leave --scale out" in capsys.readouterr().err
+    assert "allow_code=true" in train_command(run, EXPERIMENTS)
