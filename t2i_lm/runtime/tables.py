@@ -71,8 +71,9 @@ def latex_table(header: Sequence[Any], rows: Iterable[Sequence[Any]], columns: s
     """
 
     def line(row: Sequence[Any]) -> str:
-        cells = ("".join(_LATEX.get(mark, mark) for mark in str(value).strip()) for value in row)
-        return f"{' & '.join(cells)} \\\\"
+        text = " & ".join("".join(_LATEX.get(mark, mark) for mark in str(value).strip()) for value in row)
+        # After the end of a line above, [ would begin its length, and * be its star.
+        return f"{{{text[0]}}}{text[1:]} \\\\" if text.startswith(("[", "*")) else f"{text} \\\\"
 
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(header), r"\midrule", *map(line, rows)]
     return "\n".join([*body, r"\bottomrule", r"\end{tabular}"])

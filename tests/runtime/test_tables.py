@@ -2,7 +2,7 @@
 
 import pytest
 
-from t2i_lm.runtime.tables import markdown_table, text_table
+from t2i_lm.runtime.tables import latex_table, markdown_table, text_table
 
 
 def test_columns_are_as_wide_as_their_widest_cell_and_numbers_right_aligned() -> None:
@@ -29,3 +29,9 @@ def test_markdown_cells_hold_no_image_and_no_link() -> None:
         assert "<img" not in html
         assert "<a" not in html
         assert token in html.replace("&#33;", "!")
+
+
+def test_a_row_of_latex_that_begins_like_an_option_is_text() -> None:
+    lines = latex_table(("[a]", "b"), [("[INST]", "*"), ("*", "[x]"), ("a", "[y]")], "ll").splitlines()
+    assert lines[2] == r"{[}a] & b \\"
+    assert lines[4:7] == [r"{[}INST] & * \\", r"{*} & [x] \\", r"a & [y] \\"]
