@@ -61,6 +61,9 @@ FOLLOWING = {
 }
 
 
+OF_RESULTS = "collected results lack it"  # in messages on what only the run itself can give
+
+
 class IncomparableError(ValueError):
     """Runs differ in more than the experiment varies."""
 

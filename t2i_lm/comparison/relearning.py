@@ -1,11 +1,12 @@
 """What `evaluate --relearn` measured of a run: its newest result, and in which way it was made."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
-from t2i_lm.comparison.comparability import MissingRunsError
+from t2i_lm.comparison.comparability import OF_RESULTS, MissingRunsError
 from t2i_lm.evaluation.base import FINISHED, of_last_checkpoint, read_result
-from t2i_lm.storage.run_folder import Run
+from t2i_lm.storage.run_folder import Run, is_collected
 
 COMMAND = "python -m t2i_lm.evaluate --checkpoint {} --relearn"
 
@@ -27,7 +28,10 @@ def relearning_of(run: Run) -> dict[str, Any]:
     own = [one for one in results if of_last_checkpoint(run.folder, one["made_with"].get("checkpoint_sha256", ""))]
     if not own:
         problem = "was measured of other checkpoints than its last one" if results else "was not measured"
-        raise MissingRunsError(f"relearning of {run.folder} {problem}: {COMMAND.format(run.folder)}")
+        if is_collected(run.folder):
+            remedy = "measure the run itself and collect it again"
+            raise MissingRunsError(f"relearning of {run.folder} {problem}: {OF_RESULTS}; {remedy}")
+        raise MissingRunsError(f"relearning of {run.folder} {problem}: {COMMAND.format(shlex.quote(str(run.folder)))}")
     return own[-1]
 
 

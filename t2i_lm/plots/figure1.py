@@ -1,6 +1,7 @@
 """Figure 1: images as ids of an image tokenizer, and the matrices of a decoder expanded by their vocabulary."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from t2i_lm.comparison.comparability import MissingRunsError
+from t2i_lm.comparison.comparability import OF_RESULTS, MissingRunsError
 from t2i_lm.plots.panels import GREY, captioned_figure
 from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.reading import reading
-from t2i_lm.storage.run_folder import TOKENS, Run, read_run, run_folders
+from t2i_lm.storage.run_folder import TOKENS, Run, is_collected, read_run, run_folders
 from t2i_lm.tokenizers.joint_vocab import SPECIALS, JointVocab
 
 Pixels = npt.NDArray[Any]
@@ -62,8 +63,12 @@ def tokenized_images(run: Run) -> tuple[list[TokenizedImage], JointVocab, int]:
     """
     file = run.folder / TOKENS
     if not file.is_file():
-        again = f"python -m t2i_lm.evaluate --checkpoint {run.folder} --report"
-        raise MissingRunsError(f"Figure 1: {run.folder} has no {TOKENS}; to write it: {again}")
+        if is_collected(run.folder):
+            raise MissingRunsError(
+                f"Figure 1: {run.folder}, {TOKENS}: {OF_RESULTS}; collect the run again with --images"
+            )
+        again = shlex.join(["python", "-m", "t2i_lm.evaluate", "--checkpoint", str(run.folder), "--report"])
+        raise MissingRunsError(f"Figure 1: {run.folder} has no {TOKENS}; to make it: {again}")
     with reading("run folder", file), np.load(file) as stored:
         originals, ids, decoded, captions = (
             stored[name] for name in ("originals", "ids", "reconstructions", "captions")

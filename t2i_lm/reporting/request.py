@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2i_lm.comparison.comparability import OF_RESULTS
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.plan import setting_words
 from t2i_lm.plots.catalogue import OF_PAIR
@@ -101,8 +102,10 @@ def facts(request: ReportRequest, arms: Mapping[str, Run]) -> list[RunFacts]:
 
 
 def missing_runs(problem: str, command: str) -> tuple[str, str]:
-    """Why a section has no runs, in one line, and the command that makes them."""
+    """Why a section has no runs, in one line, and the command that makes them; empty where none does."""
     first, *rest = problem.splitlines() or [""]
+    if OF_RESULTS in first:
+        return first, ""
     if not rest and (found := re.match(r"(.*?)(?:; to make (?:them|it): (?=\S)|: (?=python -m ))(.*)", first)):
         return found[1], found[2]
     own = next((line.partition(": ")[2] for line in rest if line.startswith("to make them: ")), "")

@@ -1,9 +1,10 @@
 """Sections of the page: the paper's claim, what was found here, figures, tables, samples, and where they come from."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from t2i_lm.comparison.comparability import IncomparableError, config_values, mismatches, pair_values
+from t2i_lm.comparison.comparability import OF_RESULTS, IncomparableError, config_values, mismatches, pair_values
 from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.decay import decay_sentences
 from t2i_lm.comparison.gap import gap_text
@@ -42,7 +43,7 @@ from t2i_lm.reporting.samples import SampleBlock, sample_blocks, sampling_notes,
 from t2i_lm.reporting.setup import positions_of
 from t2i_lm.reporting.sweeps import find_sweeps
 from t2i_lm.runtime.tables import upper_first
-from t2i_lm.storage.run_folder import SAMPLES, Run
+from t2i_lm.storage.run_folder import SAMPLES, Run, is_collected
 from t2i_lm.training.study_results import Results, figures_of
 
 
@@ -182,7 +183,9 @@ def _add_samples(request: ReportRequest, section: Section, arms: Mapping[str, Ru
             "caption than under one with a single attribute altered; chance is 50 %. ± is the standard error over "
             f"images. {ONE_RUN}"
         )
-    section.command = f"python -m t2i_lm.evaluate --checkpoint {next(iter(sampled.values())).folder} --report"
+    folder = next(iter(sampled.values())).folder
+    again = ["python", "-m", "t2i_lm.evaluate", "--checkpoint", str(folder), "--report"]
+    section.command = "" if is_collected(folder) else shlex.join(again)
     section.runs = facts(request, {arm_label(name): run for name, run in sampled.items()})
 
 
@@ -204,10 +207,14 @@ def _add_probes(request: ReportRequest, section: Section, arms: Mapping[str, Run
     pool = {run.folder: run for run in (*arms.values(), *request.pool.runs)}
     probes, notes = find_probes([*pool.values()], list(arms.values()))
     section.notes += notes
-    if probes is None:
+    if probes is None and any(is_collected(run.folder) for run in arms.values()):
+        remedy = "probe the runs themselves and collect them again with --images"
+        section.missing = f"no probe of these runs: {OF_RESULTS}; {remedy}", ""
+    elif probes is None:
         section.missing = "no probe of these runs", probe_command(run.folder for run in arms.values())
     else:
-        section.figures, section.command = probes.figures, probes.command
+        section.figures = probes.figures
+        section.command = "" if any(is_collected(run.folder) for run in probes.runs.values()) else probes.command
         section.found = [*probes.sentences, ONE_RUN]
         section.runs = facts(request, {arm_label(arm): run for arm, run in probes.runs.items()})
 

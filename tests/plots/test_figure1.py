@@ -18,7 +18,8 @@ from t2i_lm.experiment.build import prepare
 from t2i_lm.generation.grid import grid_cells
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.figure1 import TokenizedImage, _decibels, newest_run, tokenized_images
-from t2i_lm.storage.run_folder import Run
+from t2i_lm.storage.run_folder import THINNED, TOKENS, Run
+from tests.plots.synthetic_runs import write_run, write_tokens
 
 
 def test_figure_1_shows_images_their_ids_and_the_expanded_matrices(pretrained: Run) -> None:
@@ -36,9 +37,23 @@ def test_figure_1_shows_images_their_ids_and_the_expanded_matrices(pretrained: R
     assert images[0].caption in rendered.caption
 
 
+def test_a_dollar_in_a_caption_begins_no_formula(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "t2i_pretrained")
+    write_tokens(folder)
+    with np.load(folder / TOKENS) as stored:
+        arrays = {**stored, "captions": np.array(["a coin of $1__2$", "a note of $5"])}
+    np.savez(folder / TOKENS, **arrays)
+    rendered = FIGURES["1"](Request(tmp_path))
+    assert "$1__2$" in rendered.caption
+    assert rendered.save(tmp_path / "figure1")
+
+
 def test_figure_1_needs_one_run(tmp_path: Path) -> None:
     assert newest_run(tmp_path) is None
-    with pytest.raises(ValueError, match=r"has no samples/tokens.npz; to write it: .* --report"):
+    with pytest.raises(ValueError, match=r"has no samples/tokens.npz; to make it: .* --report"):
+        tokenized_images(Run(tmp_path, {}, {}, [], None))
+    (tmp_path / THINNED).touch()
+    with pytest.raises(ValueError, match="lack it; collect the run again with --images"):
         tokenized_images(Run(tmp_path, {}, {}, [], None))
     with pytest.raises(ValueError, match="make exp-pretrained"):
         FIGURES["1"](Request(tmp_path))

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from t2i_lm.comparison.relearning import relearning_of
 from t2i_lm.plots.catalogue import FIGURES, Request
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.plots.relearning import relearning_curves
-from t2i_lm.storage.run_folder import read_run
+from t2i_lm.storage.run_folder import THINNED, Run, read_run
 from t2i_lm.storage.sealed import sealed
 from tests.plots.synthetic_runs import RELEARNING_STEPS, write_relearning, write_run
 
@@ -30,9 +31,12 @@ def test_arms_and_controls_are_drawn_and_tabled(tmp_path: Path) -> None:
 
 def test_an_arm_that_was_not_measured_names_the_command(tmp_path: Path) -> None:
     write_relearning(write_run(tmp_path, "t2i_pretrained"), 12.3)
-    write_run(tmp_path, "t2i_scratch")
+    folder = write_run(tmp_path, "t2i_scratch")
     with pytest.raises(ValueError, match=r"t2i_scratch.* was not measured: python -m t2i_lm.evaluate .*--relearn"):
         FIGURES["relearning"](Request(tmp_path))
+    (folder / THINNED).touch()
+    with pytest.raises(ValueError, match=r"was not measured: collected results lack it; measure the run itself"):
+        relearning_of(Run(folder, {}, {}, [], None))
 
 
 def test_a_result_of_another_checkpoint_is_not_that_of_the_run(tmp_path: Path) -> None:

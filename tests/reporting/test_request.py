@@ -3,9 +3,11 @@ from pathlib import Path
 import pytest
 
 from t2i_lm.comparison.study_plan import Study
-from t2i_lm.reporting.request import missing_runs, named_pair, short_notes
-from t2i_lm.reporting.search import RunSearch
-from t2i_lm.storage.run_folder import read_run
+from t2i_lm.reporting.claims import CLAIMS
+from t2i_lm.reporting.request import ReportRequest, missing_runs, named_pair, short_notes
+from t2i_lm.reporting.search import Pool, RunSearch
+from t2i_lm.reporting.sections import Section, _add_probes
+from t2i_lm.storage.run_folder import THINNED, read_run
 from tests.plots.synthetic_runs import write_run
 
 
@@ -16,6 +18,7 @@ from tests.plots.synthetic_runs import write_run
         ("relearning of a: b was not measured: python -m x", ("relearning of a: b was not measured", "python -m x")),
         ("no seed\nleft out\nto make them: python -m y", ("no seed", "python -m y")),
         ("no pair\nto make a pair:\n  make z", ("no pair", "the section's")),
+        ("a: collected results lack it; do b", ("a: collected results lack it; do b", "")),
         ("", ("no finished runs for this section", "the section's")),
     ],
 )
@@ -45,3 +48,18 @@ def test_the_pair_of_figures_3_and_4_is_that_of_the_experiments_themselves(tmp_p
     assert named_pair(runs) == tuple(runs.values())
     assert named_pair({"step_50": runs["t2i_pretrained"], "t2i_scratch": runs["t2i_scratch"]}) is None
     assert named_pair({"t2i_scratch": runs["t2i_scratch"]}) is None
+
+
+def test_probes_of_collected_results_are_advised_of_the_runs_themselves(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, "t2i_scratch"))
+    request = ReportRequest([], Pool((), ()), RunSearch(tmp_path), None, Path("experiments"), strict=False)
+    advised = []
+    for _ in range(2):
+        section = Section("probes", CLAIMS["probes"])
+        _add_probes(request, section, {"t2i_scratch": run})
+        advised.append(section.missing)
+        (run.folder / THINNED).touch()
+    assert advised[0] == ("no probe of these runs", f"python -m t2i_lm.probe {run.folder}")
+    assert advised[1] is not None
+    assert advised[1][0].endswith("lack it; probe the runs themselves and collect them again with --images")
+    assert not advised[1][1]
