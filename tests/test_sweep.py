@@ -10,6 +10,7 @@ import pytest
 from t2i_lm.comparison.comparability import IncomparableError, require_comparable
 from t2i_lm.config.load import flatten
 from t2i_lm.data.scenes.version import SCENES, SCENES_FORMAT
+from t2i_lm.plots.panels import ARM_STYLES, arm_styles
 from t2i_lm.plots.sweep import Outcome, at_edges, draw_sweep, sweep_caption, sweep_table, varied_in
 from t2i_lm.plots.sweep_grid import caption_of, draw, tables_of
 from t2i_lm.storage.run_folder import THINNED, read_run, run_folders
@@ -270,3 +271,24 @@ def test_what_follows_from_a_swept_key_is_by_design(
     assert "NOT CONTROLLED" not in sweep_caption(key, outcomes)
     with pytest.raises(IncomparableError):
         require_comparable({one.value: one.run for one in outcomes}, varied_in(["optim.lr"]))
+
+
+def test_arms_without_a_style_are_told_apart() -> None:
+    names = ("pretrained", "sampling", "mine", "yours", *(f"arm_{number}" for number in range(20)))
+    styles = arm_styles(names)
+    looks = {(style.color, style.marker) for style in styles.values()}
+    assert len(looks) == len(names)
+    assert styles["pretrained"] == ARM_STYLES["pretrained"]
+    assert len({styles[name].color for name in names[:4]}) == 4
+    assert styles["arm_3"].label == "arm 3"
+
+
+def test_a_swept_arm_without_a_style_has_a_line_of_its_own_color(tmp_path: Path) -> None:
+    outcomes = [
+        Outcome(arm, (str(rate),), read_run(write_run(tmp_path / arm, "t2i_scratch", f"2026010{number}-100000")))
+        for arm in ("scratch", "mine", "yours")
+        for number, rate in enumerate((0.001, 0.002))
+    ]
+    (axes, _) = draw_sweep("optim.lr", outcomes, "A caption with $a__b$.").axes
+    colors = {str(line.get_color()) for line in axes.get_lines() if str(line.get_linestyle()) != "None"}
+    assert len(colors) == 3

@@ -25,7 +25,7 @@ from t2i_lm.data.shards.parts import Parts
 from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import image_config, load_initial, load_trained, newest_checkpoint
-from t2i_lm.plots.panels import ARM_STYLES, STYLE, ArmStyle, arm_style, remove_caption, save_figure
+from t2i_lm.plots.panels import STYLE, ArmStyle, arm_style, numbered_style, remove_caption, save_figure
 from t2i_lm.storage.run_folder import PROBES, Run, environment, find_run, read_run
 from t2i_lm.storage.sealed import sealed
 from t2i_lm.storage.writing import atomic_file, problem, write_atomic
@@ -34,7 +34,6 @@ from t2i_lm.tokenizers.layout import ImageLayout, Layout
 State = Literal["initial", "trained"]
 # Modalities that have rows, positions and losses of their own.
 PROBED = ("text", "image")
-MARKERS = "osv^DPX"
 LONGEST = 200  # characters of a folder's name
 RECORD_DPI = 150
 
@@ -265,14 +264,10 @@ def _looks(runs: Sequence[Run], configs: Sequence[ExperimentConfig]) -> dict[str
     arms = ["scratch" if config.init == "random" else config.init for config in configs]
     if len(set(arms)) == len(arms):
         return {arm: arm_style(arm) for arm in arms}
-    colors = list(dict.fromkeys(style.color for style in ARM_STYLES.values()))
     labels = [f"{run.name}/{run.folder.name}" for run in runs]
     if len(set(labels)) < len(labels):
         labels = [str(run.folder) for run in runs]
-    return {
-        label: ArmStyle(label, colors[number % len(colors)], MARKERS[number % len(MARKERS)])
-        for number, label in enumerate(labels)
-    }
+    return {label: numbered_style(label, number) for number, label in enumerate(labels)}
 
 
 def find_shards(run: Run, config: ExperimentConfig) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from t2i_lm.analysis.base import ProbedRun, ProbeResult, Settings
 from t2i_lm.analysis.looks import MODALITY_LOOKS
@@ -22,7 +23,7 @@ from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import open_image, open_text
 from t2i_lm.plots.panels import GREY, captioned_figure, place_legend
-from t2i_lm.runtime.tables import upper_first
+from t2i_lm.runtime.tables import compact, upper_first
 from t2i_lm.tokenizers.entropy import (
     Entropy,
     ZipfFit,
@@ -151,6 +152,9 @@ def _draw(found: dict[str, TokenStatistics], caption: str) -> Figure:
             for key, value in one.compressed.items():
                 bits.plot(places.index(key) + shift, value, look.marker, color=look.color, markersize=8)
         ranks.set(xscale="log", yscale="log", xlabel="rank", ylabel="count")
+        for axis in (ranks.xaxis, ranks.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+            axis.set_minor_formatter(NullFormatter())
         ranks.set_title("Counts by rank", loc="left")
         bits.set_xticks(range(len(places)), [key.replace(" and ", "\n+ ") for key in places])
         bits.set(ylabel="bits/token", xlabel="context, or compressor", ylim=(0, None))

@@ -77,7 +77,9 @@ def draw_gap(curve: GapCurve, caption: str) -> Figure:
             _point(axes, length.tokens, length.statistics, list(length.differences.values()))
         grid = np.geomspace(tokens[0], tokens[-1], 200)
         for kind, fit in curve.decay.fits.items():
-            form = "a t$^{-b}$" + (" + c" if len(PARAMETERS[kind]) == 3 else "")
+            form = "a t\N{SUPERSCRIPT MINUS}\N{MODIFIER LETTER SMALL B}" + (
+                " + c" if len(PARAMETERS[kind]) == 3 else ""
+            )
             preferred = ", preferred by AICc" if kind == curve.decay.chosen else ""
             label = f"fit to {'a ' * (kind == CONSTANT)}{kind}, {form}{preferred}"
             dashes = "--" if fit.problem else "-"

@@ -72,6 +72,8 @@ ARM_STYLES = {
     "language_model": ArmStyle("the language model, before images", "#009E73", "P"),
     "random_weights": ArmStyle("random weights, no training", "#555555", "v"),
 }
+# Of arms without a row: 7 colors and 8 markers, 56 looks.
+COLORS, MARKERS = tuple(dict.fromkeys(style.color for style in ARM_STYLES.values())), "osv^DPX<"
 LEGEND_COLUMNS = 5
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib: the same letters on every machine
@@ -92,6 +94,7 @@ STYLE: dict[Any, Any] = {
     "legend.handlelength": 1.9,
     "legend.columnspacing": 1.3,
     "pdf.fonttype": 42,  # TrueType, embedded: text stays text
+    "text.parse_math": False,  # captions and names are of users: a `$` in them begins no formula
 }
 WIDTH, AXES_HEIGHT = 8.0, 4.0  # inches
 CAPTION = "caption"  # gid of a figure's caption
@@ -107,6 +110,23 @@ CEILING = 1e9
 def arm_style(arm: str) -> ArmStyle:
     """The style of an arm; grey, labeled by its name, for an arm without a row in ARM_STYLES."""
     return ARM_STYLES.get(arm) or ArmStyle(arm.replace("_", " "), GREY, "X")
+
+
+def arm_styles(arms: Iterable[str]) -> dict[str, ArmStyle]:
+    """The styles of the arms of a figure; those without a row in ARM_STYLES differ in color and marker."""
+    names = dict.fromkeys(arms)
+    taken = {ARM_STYLES[arm].color for arm in names if arm in ARM_STYLES}
+    free = [number for number, color in enumerate(COLORS) if color not in taken] or [*range(len(COLORS))]
+    styles = {arm: arm_style(arm) for arm in names}
+    for place, arm in enumerate(arm for arm in names if arm not in ARM_STYLES):
+        number = free[place % len(free)] + len(COLORS) * (place // len(free))
+        styles[arm] = numbered_style(styles[arm].label, number)
+    return styles
+
+
+def numbered_style(label: str, number: int) -> ArmStyle:
+    """The style of one of several curves that are no arms of ARM_STYLES."""
+    return ArmStyle(label, COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
 
 
 def draw_panels(
@@ -177,8 +197,9 @@ def remove_caption(figure: Figure) -> None:
 
 def _draw_panel(axes: Axes, panel: Panel, tokens_per_step: float | None) -> None:
     """Draws thin raw curves below thick averages below validation markers."""
+    styles = arm_styles(panel.series)
     for order, (arm, one) in enumerate(panel.series.items()):
-        look, gid = arm_style(arm), f"{panel.title}/{arm}"
+        look, gid = styles[arm], f"{panel.title}/{arm}"
         axes.plot(
             one.tokens,
             one.raw,
@@ -311,7 +332,7 @@ def _legend(arms: Iterable[str], labels: Mapping[str, str], smoothing: str, spli
     def key(label: str, **look: Any) -> Line2D:
         return Line2D([], [], label=label, **{"color": GREY, "linewidth": 2.2, **look})
 
-    styles = {arm: arm_style(arm) for arm in arms}
+    styles = arm_styles(arms)
     handles = [key(labels.get(arm, one.label), color=one.color, linestyle=one.dashes) for arm, one in styles.items()]
     if smoothing:
         handles += [key("raw", linewidth=0.9, alpha=0.6), key(smoothing)]

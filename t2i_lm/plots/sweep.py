@@ -12,7 +12,7 @@ from t2i_lm.comparison.comparability import ORDER, SEED, following
 from t2i_lm.comparison.study_plan import BATCH_SIZE, IN_STEPS, STEPS
 from t2i_lm.plots.captions import group_caption
 from t2i_lm.plots.groups import FIGURE5, INITS
-from t2i_lm.plots.panels import LOG_RATIO, arm_style, captioned_figure
+from t2i_lm.plots.panels import LOG_RATIO, ArmStyle, arm_styles, captioned_figure
 from t2i_lm.runtime.tables import text_table
 from t2i_lm.storage.run_folder import VAL, Run
 
@@ -194,12 +194,13 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
     """A panel per modality, a line per arm, a point per value; lines carry a gid of the form `MODALITY/ARM`."""
     by_modality = {modality: losses(outcomes, modality) for modality in present(outcomes)}
     places = _places(list(dict.fromkeys(outcome.value for outcome in outcomes)))
+    styles = arm_styles(one.arm for one in outcomes)
     with captioned_figure(caption) as figure:
         panels = figure.subplots(1, len(by_modality), squeeze=False)[0]
         for axes, (modality, arms) in zip(panels, by_modality.items(), strict=True):
             training = losses(outcomes, modality, training=True)
             for arm, values in arms.items():
-                _draw_arm(axes, key, arm, values, training.get(arm, {}), places, f"{modality}/{arm}")
+                _draw_arm(axes, key, styles[arm], values, training.get(arm, {}), places, f"{modality}/{arm}")
             _label(axes, key, places)
             axes.set_title(MODALITIES[modality])
         panels[0].set_ylabel("loss (nats/token)")
@@ -210,13 +211,13 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
 def _draw_arm(
     axes: Axes,
     key: str,
-    arm: str,
+    look: ArmStyle,
     values: Losses,
     training: Losses,
     places: Mapping[str, float],
     gid: str,
 ) -> None:
-    look, unordered = arm_style(arm), key == SEED
+    unordered = key == SEED
     pale = sorted((places[value], fmean(nlls.values())) for value, nlls in training.items())
     faint = {"linestyle": "none" if unordered else "-", "marker": look.marker, "markersize": 4, "alpha": 0.4}
     axes.plot(*zip(*pale, strict=True), color=look.color, **faint)  # type: ignore[arg-type]

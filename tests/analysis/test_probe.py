@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from t2i_lm.analysis.base import MARKERS, NotAvailableError, open_runs
+from t2i_lm.analysis.base import NotAvailableError, open_runs
 from t2i_lm.analysis.similarity import weight_distances
 from t2i_lm.analysis.states import layer_states, positions_of, require_same_sequences
 from t2i_lm.analysis.suite import PROBES
+from t2i_lm.plots.panels import MARKERS
 from t2i_lm.probe import NAMES, main
 from t2i_lm.reporting.probes import find_probes
 from t2i_lm.reporting.search import RunSearch
