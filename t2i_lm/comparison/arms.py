@@ -272,7 +272,7 @@ def _nothing_to_pair(plan: Plan, root: Path, found: Mapping[str, Sequence[Run]],
     settings: dict[tuple[str, ...], list[str]] = {}
     for name, arm in plan.parsed.items():
         words = setting_words({key: value for key, value in plan.required(name).items() if key not in ENVIRONMENT})
-        settings.setdefault(tuple(words), []).extend(("--arm", arm.experiment))
+        settings.setdefault(tuple(words), []).extend(("--arm", re.sub("^remedy_", "remedies/", arm.experiment)))
     lines = [
         f"no seed has a finished run of both arms in {root} (scale {plan.scale}{plan.values_words}): {counts}",
         *notes,

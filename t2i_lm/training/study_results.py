@@ -79,7 +79,8 @@ def results_of(study: Study, comparisons: Sequence[Comparison], strict: bool = T
 def write_results(results: Results, out: Path) -> int:
     """Prints every table and writes it to a folder: NAME.txt and NAME.json, and of a gap also its figure.
 
-    Tables of a grid have its name, those of its points are printed only as rows of it.
+    Tables of a grid have its name, those of its points are printed only as rows of it. Former files of what cannot be
+    made are removed.
 
     Returns:
         0, or 2 if something cannot be made, after naming the reason on stderr.
@@ -93,8 +94,7 @@ def write_results(results: Results, out: Path) -> int:
         except ValueError as error:
             print(f"{name}: {error}", file=sys.stderr)
             code = 2
-            for suffix in (".txt", ".json"):  # of an earlier result
-                (out / f"{name}{suffix}").unlink(missing_ok=True)
+            _remove(out, name)
             continue
         write_atomic(out / f"{name}.txt", f"{table}\n")
         write_atomic(out / f"{name}.json", f"{content}\n")
@@ -104,7 +104,16 @@ def write_results(results: Results, out: Path) -> int:
         print(*save_figure(figure, out / stem, title, caption), sep="\n")
     for problem in results.problems:
         print(problem, file=sys.stderr)
+        name = problem.partition(": ")[0]
+        _remove(out, *((name, f"{name}_losses") if problem in results.refused else (f"{name}_gap",)))
     return 2 if results.problems else code
+
+
+def _remove(out: Path, *names: str) -> None:
+    """Removes the files of earlier results, whose verdict no longer holds."""
+    for name in names:
+        for suffix in (".txt", ".json", ".png", ".pdf"):
+            (out / f"{name}{suffix}").unlink(missing_ok=True)
 
 
 def figures_of(results: Results) -> Iterator[tuple[str, str, Figure, str]]:

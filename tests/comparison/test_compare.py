@@ -277,6 +277,8 @@ def test_without_a_pair_the_command_that_makes_one_is_named(tmp_path: Path) -> N
         find_arms(Plan(seeds=[0, 3], where={"optim.lr": 0.002}), tmp_path)
     assert "1 of t2i_pretrained, 0 of t2i_scratch" in str(refusal.value)
     assert "python -m t2i_lm.sweep seed=0,3 optim.lr=0.002 --arm t2i_pretrained" in str(refusal.value)
+    with pytest.raises(ValueError, match="--arm remedies/l2_sp --arm t2i_scratch"):
+        find_arms(Plan(arms=["remedy_l2_sp", "t2i_scratch"]), tmp_path)
 
 
 @pytest.mark.parametrize(

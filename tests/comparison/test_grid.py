@@ -19,7 +19,7 @@ from t2i_lm.comparison.best import best_value, common_value
 from t2i_lm.comparison.comparability import IncomparableError, MissingRunsError
 from t2i_lm.comparison.comparison import make_comparison
 from t2i_lm.comparison.gap import find_gap_curve
-from t2i_lm.comparison.grid import OPTIMISTIC, at_best, names_at_best, tune
+from t2i_lm.comparison.grid import OPTIMISTIC, at_best, labeled_points, names_at_best, tune
 from t2i_lm.comparison.grid_tables import grid_json, grid_table, grid_text
 from t2i_lm.comparison.plan import Arm, Plan
 from t2i_lm.comparison.study_plan import Study
@@ -397,6 +397,16 @@ def test_a_comparison_that_can_no_longer_be_made_leaves_no_former_table(tmp_path
     lost = replace(comparison, arms=None, problem=ValueError("runs are gone"))
     assert write_results(Results((lost,)), tmp_path) == 2
     assert not [*tmp_path.iterdir()]
+    for name in ("one.json", "one.png", "one_losses.pdf", "one_gap.txt", "two_gap.txt"):
+        (tmp_path / name).touch()
+    problems = ("one: the runs of an arm differ", "two: gap against training tokens: too few")
+    assert write_results(Results((), problems=problems, refused=problems[:1]), tmp_path) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["one_gap.txt"]
+
+
+def test_the_labels_of_a_grid_are_as_keys_take_their_values() -> None:
+    (grid,) = made({"over": {"data.text_ratio": [None, 0.5]}}).grids
+    assert [labels for labels, _, _ in labeled_points(grid)] == [("null",), ("0.5",)]
 
 
 def test_points_that_are_refused_are_not_called_missing() -> None:
