@@ -8,7 +8,7 @@ images of the report. `storage.run_folder.read_run` reads it as a run folder.
 import gzip
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from t2i_lm.storage.run_folder import (
     THINNED_ENTRY,
     Run,
     config_digest,
+    in_order,
     is_collected,
     metrics_digest,
     read_run,
@@ -160,8 +161,8 @@ def _own(folder: Path) -> list[Path]:
     return [folder] if (folder / CONFIG).is_file() else []
 
 
-def _run_folders(root: Path) -> Iterator[Path]:
-    return (file.parent for file in sorted(root.rglob(CONFIG)) if file.parent != root)
+def _run_folders(root: Path) -> list[Path]:
+    return in_order(file.parent for file in root.rglob(CONFIG) if file.parent != root)
 
 
 def _require_same(run: Run, target: Path, source: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from t2i_lm.comparison.plan import Plan, setting_folder, setting_words
 from t2i_lm.comparison.study_plan import Study
 from t2i_lm.storage.owner import OwnedError, require_free
 from t2i_lm.storage.reading import reason
-from t2i_lm.storage.run_folder import CONFIG, OWNER, Run, read_config, read_environment, read_run
+from t2i_lm.storage.run_folder import CONFIG, OWNER, Run, in_order, read_config, read_environment, read_run, run_folders
 from t2i_lm.training.study import RUNS as STUDY_RUNS
 from t2i_lm.training.sweep import RUNS as SWEEP_RUNS
 
@@ -77,7 +77,7 @@ class RunSearch:
     def sweep_pool(self) -> Pool:
         """The runs of sweeps below the folder, or beside that of a study."""
         top = self.root.parent if self.root.name == STUDY_RUNS else self.root
-        return self.pool(file.parent for file in (top / SWEEP_RUNS).glob(f"*/*/{CONFIG}"))
+        return self.pool(run_folders(top / SWEEP_RUNS))
 
     def comparisons(self, study: Study, strict: bool) -> list[Comparison]:
         """Every comparison of a study, from the finished runs.
@@ -101,7 +101,7 @@ class RunSearch:
 
     @cached_property
     def _folders(self) -> list[Path]:
-        return [file.parent for file in self.root.rglob(CONFIG) if file.parent.parent != self.root]
+        return in_order(file.parent for file in self.root.rglob(CONFIG) if file.parent.parent != self.root)
 
     def _arms(self, plan: Plan, strict: bool) -> Arms:
         """The runs of a plan, without those of another setting of a study."""

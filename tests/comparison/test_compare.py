@@ -257,6 +257,13 @@ def test_another_order_of_the_data_is_refused_or_named(runs: Path) -> None:
     )
 
 
+def test_a_copy_of_a_run_is_no_second_run(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = next(runs.glob("t2i_pretrained/20260112*"))
+    shutil.copytree(folder, folder.with_name(f"{folder.name}.bak"))
+    assert len(find_arms(Plan(), runs).runs) == 10
+    assert f"note: {folder}.bak is left out: its name is not DATE-TIME-SCALE" in capfd.readouterr().err
+
+
 def test_code_revisions_are_a_note(runs: Path) -> None:
     set_environment(next(runs.glob("t2i_pretrained/20260112*")), git="c" * 40)
     assert find_arms(Plan(), runs).notes == ("code revisions: aaaaaaa, ccccccc",)

@@ -239,11 +239,11 @@ def test_everything_from_files_is_escaped(tmp_path: Path, page: Command) -> None
     root = tmp_path / "runs"
     config = {"backbone.config": EVIL, "backbone.path": None, "data.source": "image_folder", "data.path": f"/x/{EVIL}"}
     for name in ARMS:
-        folder = write_run(root, name, '20260301-<script>"', config=config, data_hash=EVIL, forgotten=1.0)
+        folder = write_run(root, name, config=config, data_hash=EVIL, forgotten=1.0)
         write_samples(folder, [EVIL, "<b>bold</b>"])
         lines = (folder / "metrics.jsonl").read_text().replace("Simply put", json.dumps(EVIL)[1:-1])
         (folder / "metrics.jsonl").write_text(lines)
-    damaged = root / "t2i_scratch" / "<script>alert(2)"
+    damaged = root / "t2i_scratch" / "20260301-093000-<script>alert(2)"
     damaged.mkdir()
     (damaged / "config.yaml").write_text("a: [")
     code, tree, _ = page(root)
