@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import shlex
 from dataclasses import replace
 from pathlib import Path
