@@ -3,8 +3,8 @@
 import json
 import random
 import re
-import shutil
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
