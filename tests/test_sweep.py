@@ -54,7 +54,7 @@ def test_keys_with_several_values_are_distinguished_from_lists_and_single_values
         (["optim.lr=1e-3,2e-3", "data.workers=0,1"], "data.workers='0,1': expected a key that changes"),
         (["optim.lr=1e-3,3e-3", "optim.lr=6e-3"], "optim.lr=6e-3: optim.lr=1e-3,3e-3 is given, too"),
         (["seed=0,1,2", "seed=3,4"], "seed=3,4: seed=0,1,2 is given, too"),
-        (["seed=0,1", "data.length=96", "data.length=112"], "data.length=112: data.length=96 is given, too"),
+        (["seed=0,1", "data.length=96", "data.length=96,112"], "data.length=96,112: data.length=96 is given, too"),
         (["optim.lr=1e-3,0.001"], "two of the values are the same"),
         (["optim.lr=1e-3,2e-3", "--arm", "align"], "task=align has no loss of text or image tokens"),
         (["optim.lr=1e-3,2e-3", "--arm", "t2i_scrach"], "--arm t2i_scrach: expected one of align,"),

@@ -30,17 +30,18 @@ def split_keys(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[st
     """The swept keys, all values of keys with several (`key=value,value`), and the `key=value` strings of every run.
 
     Raises:
-        ValueError: unless one or two keys beside `seed`, or `seed` alone, have several values, each key is given once,
-            and runs with other values are other runs.
+        ValueError: unless one or two keys beside `seed`, or `seed` alone, have several values, and runs with other
+            values are other runs; if a key with several values is given again.
     """
     several, fixed, given = dict[str, list[str]](), list[str](), dict[str, str]()
     for word in words:
         key, _, text = word.partition("=")
-        if key in given:
-            raise ValueError(f"{word}: {given[key]} is given, too; give each key once, all of its values in one list")
-        given[key] = word
         values = [value for value in text.split(",") if value]
-        if len(values) > 1 and not text.startswith(("[", "{", '"', "'")):
+        has_several = len(values) > 1 and not text.startswith(("[", "{", '"', "'"))
+        if key in several or (has_several and key in given):
+            raise ValueError(f"{word}: {given[key]} is given, too; give all values of a swept key in one list")
+        given[key] = word
+        if has_several:
             several[key] = list(dict.fromkeys(values))
         else:
             fixed.append(word)
