@@ -1,10 +1,7 @@
 """A study: its runs, their state and cost; one trained, compared, drawn and continued."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +30,7 @@ from t2i_lm.training.study import (
     without_relearning,
 )
 from tests.plots.synthetic_runs import write_relearning
-from tests.runs import QUICK
+from tests.runs import QUICK, Forked
 from tests.study_folders import finish
 
 EXPERIMENTS = Path("experiments")
@@ -477,10 +474,10 @@ def test_a_killed_study_goes_on_where_it_was(plan: Path, tiny: list[str], tmp_pa
     plan.write_text("seeds: [3]\nsecondary: []\ncomparisons: {pretraining: {}}\n")
     steps = ["trainer.max_steps=20", "trainer.val_check_interval=20", "trainer.checkpoint_interval=1", "log.interval=1"]
     command = [str(plan), *tiny, *steps, f"run.dir={tmp_path}", "--out", str(tmp_path / "out"), *QUICK]
-    process = subprocess.Popen([sys.executable, "-m", "t2i_lm.study", *command], start_new_session=True)
+    process = Forked("t2i_lm.study", *command)
     wait_until(lambda: len(list(tmp_path.glob("study/t2i_scratch/*/checkpoints/*.ckpt"))) > 0, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.signal_group(signal.SIGKILL)
+    process.communicate()
     first, second = (run_folders(tmp_path / "study", name) for name in ("t2i_pretrained", "t2i_scratch"))
     assert ((first[0] / REPORT).exists(), (second[0] / REPORT).exists()) == (True, False)
     before = (first[0] / "metrics.jsonl").read_bytes()
@@ -492,7 +489,7 @@ def test_a_killed_study_goes_on_where_it_was(plan: Path, tiny: list[str], tmp_pa
     assert json.loads((tmp_path / "out" / "pretraining.json").read_text())["seeds"] == [3]
 
 
-def wait_until(done: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+def wait_until(done: Callable[[], bool], process: Forked) -> None:
     deadline = time.monotonic() + 240
     while not done():
         assert process.poll() is None, "the study was over before it could be killed"

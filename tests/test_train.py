@@ -23,7 +23,6 @@ from tests.runs import (
     checkpoints,
     curve,
     doubled_points,
-    launch,
     losses,
     same_losses,
     succeed,
@@ -148,7 +147,8 @@ def test_bfloat16_trains_to_nearly_the_same_losses(pretrained: Run, tiny: list[s
 
 @pytest.mark.slow
 def test_two_processes_equal_one(pretrained: Run, tiny: list[str], tmp_path: Path) -> None:
-    succeed(launch(PRETRAINED, tmp_path, *tiny, *QUICK, "trainer.strategy=ddp", "trainer.devices=2"))
+    ranks = ("trainer.strategy=ddp", "trainer.devices=2")
+    succeed(Forked("t2i_lm.train", PRETRAINED, *tiny, *QUICK, *ranks, f"run.dir={tmp_path}"))
     assert len(run_folders(tmp_path)) == 1
     same_losses(read_run(run_folders(tmp_path)[0]), pretrained, 1e-6)
 

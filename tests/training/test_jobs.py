@@ -17,6 +17,7 @@ from t2i_lm.config.load import load_experiment
 from t2i_lm.storage.run_folder import OWNER, REPORT, read_run, run_folders
 from t2i_lm.training import jobs
 from t2i_lm.training.jobs import PRELOAD, Job, list_jobs, run_jobs
+from tests.runs import Forked
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -152,10 +153,7 @@ def test_runs_of_several_devices_are_not_trained_in_parallel(tiny: list[str], tm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_saves_and_stops_all_runs(number: signal.Signals, tiny: list[str], tmp_path: Path) -> None:
     long = ["trainer.max_steps=4000", "trainer.val_check_interval=4000", "trainer.checkpoint_interval=4000"]
-    command = [sys.executable, "-m", "t2i_lm.ablate", "--all", "--jobs", "2", *tiny, *QUIET, *long]
-    process = subprocess.Popen(
-        [*command, f"run.dir={tmp_path}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = Forked("t2i_lm.ablate", "--all", "--jobs", "2", *tiny, *QUIET, *long, f"run.dir={tmp_path}")
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         metrics = list(tmp_path.glob("*/*/metrics.jsonl"))
