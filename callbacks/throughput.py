@@ -60,7 +60,7 @@ class WaitClock(Profiler):
         else:
             self.seconds += seconds
 
-    def now(self) -> "Reading":
+    def now(self) -> Reading:
         """The time, without that of measurements, and the seconds waited for batches."""
         return Reading(time.perf_counter() - self.measuring, self.seconds)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from t2i_lm.comparison.relearning import relearning_of
-from t2i_lm.evaluation.relearning import POINTS
+from t2i_lm.evaluation.relearning import POINTS, RUN
 from t2i_lm.storage.run_folder import VAL, Run
 
 REPORT, TOKENS_SAVED, FORGETTING, RELEARNING = "report", "tokens_saved", "forgetting", "relearning"
@@ -118,7 +118,7 @@ class Endpoint:
             return run.report
         if self.source == RELEARNING:
             result = relearning_of(run)
-            losses = zip(result["steps"], result["nll"]["run"]["nll"], strict=True)
+            losses = zip(result["steps"], result["nll"][RUN]["nll"], strict=True)
             return {f"step_{step}": {"nll": nll} for step, nll in losses}
         return _last(run, self.source, self.name)
 

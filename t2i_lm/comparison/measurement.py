@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from t2i_lm.comparison.comparability import IncomparableError, config_values
+from t2i_lm.comparison.comparability import IncomparableError, config_values, environment_value
 from t2i_lm.comparison.endpoints import (
     FID,
     FORGETTING,
@@ -17,9 +17,9 @@ from t2i_lm.comparison.endpoints import (
     Endpoint,
 )
 from t2i_lm.comparison.relearning import relearning_of, way_of
+from t2i_lm.comparison.study_plan import STEPS
 from t2i_lm.storage.run_folder import Run
 
-STEPS = "trainer.max_steps"
 # Tokenizers that the loss of a modality depends on.
 TOKENIZERS = {"text": ("text",), "image": ("image",)}
 BITS_PER_BYTE = "bits_per_byte"
@@ -42,17 +42,17 @@ def require_one_measurement(endpoint: Endpoint, runs: Sequence[Run], varied: tup
         IncomparableError: naming what each was measured on, or with.
     """
     keys = [key for key in (FID_KEYS if endpoint.source == FID else endpoint.setting_keys) if key not in varied]
-    ways = [{key: config_values(run).get(key) for key in keys} for run in runs]
+    ways = _settings(runs, keys)
     if endpoint.source in (FID, PROMPTS) and STEPS not in varied:
-        for run, way in zip(runs, ways, strict=True):
-            way["step"] = run.records(endpoint.source)[-1].get("step") if run.records(endpoint.source) else None
+        steps = [next((one.get("step") for one in reversed(run.records(endpoint.source))), None) for run in runs]
+        ways = [way | {"step": step} for way, step in zip(ways, steps, strict=True)]
     if endpoint.source == FORGETTING:
         ways = [way | found for way, found in zip(ways, _held_out(endpoint, runs), strict=True)]
     if endpoint.source == RELEARNING:
         ways = [way | way_of(relearning_of(run)) for way, run in zip(ways, runs, strict=True)]
     for key, values in _unequal(ways).items():
-        words = ", ".join(f"{value} ({count} runs)" for value, count in Counter(map(str, values)).items())
-        raise IncomparableError(f"endpoint {endpoint.name}: the runs were not measured alike: {key} {words}")
+        counts = _counts(values)
+        raise IncomparableError(f"endpoint {endpoint.name}: the runs were not measured alike: {key} {counts}")
 
 
 def require_one_tokenizer(endpoint: Endpoint, runs: Sequence[Run]) -> None:
@@ -62,19 +62,26 @@ def require_one_tokenizer(endpoint: Endpoint, runs: Sequence[Run]) -> None:
         IncomparableError: if the tokenizers of the endpoint's modality differ.
     """
     for kind in _tokenizers_of(endpoint):
-        hashes = [(run.environment.get("tokenizers") or {}).get(kind) for run in runs]
+        hashes = [environment_value(run, f"tokenizers.{kind}") for run in runs]
         if len({str(one) for one in hashes if one is not None}) > 1:
-            words = ", ".join(f"{value} ({count} runs)" for value, count in Counter(map(str, hashes)).items())
             advice = f"; {BITS_PER_BYTE} compares" if endpoint.source == FORGETTING else ""
             raise IncomparableError(
-                f"endpoint {endpoint.name}: is per token, and runs have different {kind} tokenizers: {words}{advice}"
+                f"endpoint {endpoint.name}: is per token, and runs have different {kind} tokenizers: "
+                f"{_counts(hashes)}{advice}"
             )
 
 
 def unequal_settings(runs: Sequence[Run], keys: Iterable[str]) -> dict[str, list[Any]]:
     """Each run's value of the config keys in which they differ, neutral ones too."""
-    names, configs = tuple(keys), [config_values(run) for run in runs]
-    return _unequal([{key: config.get(key) for key in names} for config in configs])
+    return _unequal(_settings(runs, tuple(keys)))
+
+
+def _settings(runs: Sequence[Run], keys: Sequence[str]) -> list[dict[str, Any]]:
+    return [{key: config.get(key) for key in keys} for config in map(config_values, runs)]
+
+
+def _counts(values: Iterable[Any]) -> str:
+    return ", ".join(f"{value} ({count} runs)" for value, count in Counter(map(str, values)).items())
 
 
 def _unequal(ways: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -95,7 +102,7 @@ def _tokenizers_of(endpoint: Endpoint) -> tuple[str, ...]:
 def _held_out(endpoint: Endpoint, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What tells apart the texts, or questions, of each run's last measurement; an older run may lack some."""
     found = [_measured_on(endpoint, run) for run in runs]
-    if len({str((run.environment.get("tokenizers") or {}).get("text")) for run in runs}) > 1:
+    if len({str(environment_value(run, "tokenizers.text")) for run in runs}) > 1:
         found = [{"name": one.get("name")} for one in found]  # the others depend on the tokenizer
     if all("unigram loss" in one for one in found):
         found = [{key: value for key, value in one.items() if key != "name"} for one in found]

@@ -8,10 +8,8 @@ from t2i_lm.comparison.comparability import OF_RESULTS, MissingRunsError
 from t2i_lm.evaluation.base import FINISHED, of_last_checkpoint, read_result
 from t2i_lm.storage.run_folder import Run, is_collected
 
-COMMAND = "python -m t2i_lm.evaluate --checkpoint {} --relearn"
 
-
-def relearning_command(run: Path) -> list[str]:
+def relearning_command(run: str | Path) -> list[str]:
     """Arguments of `python -m` that measure a run."""
     return ["t2i_lm.evaluate", "--checkpoint", str(run), "--relearn"]
 
@@ -31,7 +29,8 @@ def relearning_of(run: Run) -> dict[str, Any]:
         if is_collected(run.folder):
             remedy = "measure the run itself and collect it again"
             raise MissingRunsError(f"relearning of {run.folder} {problem}: {OF_RESULTS}; {remedy}")
-        raise MissingRunsError(f"relearning of {run.folder} {problem}: {COMMAND.format(shlex.quote(str(run.folder)))}")
+        command = shlex.join(["python", "-m", *relearning_command(run.folder)])
+        raise MissingRunsError(f"relearning of {run.folder} {problem}: {command}")
     return own[-1]
 
 

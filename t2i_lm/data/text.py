@@ -72,6 +72,11 @@ def is_dataset_name(path: str) -> bool:
     return _DATASET.fullmatch(path) is not None and not path.lower().endswith(SUFFIXES)
 
 
+def is_on_hub(path: str) -> bool:
+    """Whether a text is one of a Hugging Face dataset, and not on this machine."""
+    return is_dataset_name(path) and not Path(path).exists()
+
+
 def dataset_split(name: str) -> tuple[str, str]:
     """The repository and the split that the name of a Hugging Face dataset, `NAME[:SPLIT]`, stands for."""
     repository, _, split = name.partition(":")
@@ -80,8 +85,7 @@ def dataset_split(name: str) -> tuple[str, str]:
 
 def same_dataset(one: str, other: str) -> bool:
     """Whether two texts are one split of one Hugging Face dataset."""
-    on_hub = all(is_dataset_name(path) and not Path(path).exists() for path in (one, other))
-    return on_hub and dataset_split(one) == dataset_split(other)
+    return is_on_hub(one) and is_on_hub(other) and dataset_split(one) == dataset_split(other)
 
 
 def text_location(path: str, key: str) -> Path:

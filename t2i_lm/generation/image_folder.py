@@ -56,18 +56,16 @@ def sample_run(
     """
     run = find_run(checkpoint)
     require_no_links(run)
-    reserved = None if out else new_dated_folder(run / "drawn")
-    folder = out or reserved
-    assert folder is not None
+    folder = out or new_dated_folder(run / "drawn")
     require_new_folder(folder)
     try:
         model = load_trained(run)
         prepare_generation(model, bf16=bf16, compiled=compiled, images=len(prompts) * each)
         return write_images(model, prompts, each, seed, chosen_sampling(model, **sampling), folder)
     finally:
-        if reserved is not None:
+        if not out:
             with suppress(OSError):  # it holds images, unless there was an error
-                reserved.rmdir()
+                folder.rmdir()
 
 
 def write_images(

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 from t2i_lm.comparison.relearning import relearning_of, way_of
+from t2i_lm.evaluation.relearning import LANGUAGE_MODEL, RANDOM, RUN
 from t2i_lm.plots.curves import Series
 from t2i_lm.plots.pairing import RunPair
 from t2i_lm.runtime.tables import text_table
 
 # Curves of a result (`evaluation/relearning.py`) by the arm that they are drawn as.
-CONTROLS = {"language_model": "language model", "random_weights": "random weights"}
-RUN = "run"
+CONTROLS = {"language_model": LANGUAGE_MODEL, "random_weights": RANDOM}
 
 
 def relearning_curves(pair: RunPair) -> tuple[list[int], dict[str, list[float]]]:

@@ -6,7 +6,7 @@ Paper: "Pre-trained Language Models Do Not Help Auto-regressive Text-to-Image Ge
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from t2i_lm.comparison.relearning import COMMAND as RELEARN
+from t2i_lm.comparison.relearning import relearning_command
 from t2i_lm.plots import tradeoff
 from t2i_lm.plots.groups import FIGURE5, FIGURE6, FORGETTING, INITS
 from t2i_lm.plots.pairing import ARMS
@@ -143,7 +143,7 @@ CLAIMS: dict[str, Claim] = {
         "Relearning",
         "Not measured: whether the language is gone or only suppressed.",
         "",
-        RELEARN.format("RUN"),
+        " ".join(["python", "-m", *relearning_command("RUN")]),
         ("relearning",),
         PAIR,
     ),

@@ -11,7 +11,7 @@ from typing import Any
 
 from t2i_lm.comparison.comparability import HASHED, config_values
 from t2i_lm.comparison.plan import setting_words
-from t2i_lm.config.key_groups import is_neutral, is_reported
+from t2i_lm.config.key_groups import is_compared, is_neutral
 from t2i_lm.config.load import flatten, load_experiment
 from t2i_lm.storage.run_folder import Run
 
@@ -93,7 +93,7 @@ def changed_values(run: Run, experiments: Path) -> dict[str, Any]:
 
 def _is_given(key: str) -> bool:
     """Whether a run's command gives a key: not where it works, but that its plug-ins may run."""
-    return key == "allow_code" or is_reported(key) or not is_neutral(key)
+    return key == "allow_code" or is_compared(key)
 
 
 def experiment_values(run: Run, experiments: Path) -> Mapping[str, Any]:

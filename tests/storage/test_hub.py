@@ -7,8 +7,7 @@ import pytest
 
 from t2i_lm.assets import find, resolve
 from t2i_lm.storage.hub import HubFile, parse
-
-COMMIT = "0" * 40
+from tests.storage.hub_cache import offline_snapshot
 
 
 @pytest.mark.parametrize(
@@ -40,15 +39,9 @@ KEY = "backbone.path"
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache as huggingface_hub lays it out, with one file, and no network."""
-    import huggingface_hub.constants as constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    repository = tmp_path / "models--some--tokenizer"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    (repository / "snapshots" / COMMIT).mkdir(parents=True)
-    (repository / "snapshots" / COMMIT / "tokenizer.json").write_text("{}")
+    snapshot = offline_snapshot(tmp_path, "some/tokenizer", monkeypatch)
+    snapshot.mkdir()
+    (snapshot / "tokenizer.json").write_text("{}")
     return tmp_path
 
 

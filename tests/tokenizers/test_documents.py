@@ -26,6 +26,7 @@ from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.documents import context_id, describe_documents, document_key, document_start, leading_ids
 from t2i_lm.tokenizers.text import JsonTokenizer, open_text_tokenizer, train_sentencepiece
 from tests.decoders import tiny_decoder
+from tests.storage.hub_cache import COMMIT, offline_snapshot
 
 EOS, BOS, PAD = 256, 257, 258  # beside the 256 bytes
 
@@ -144,22 +145,12 @@ def test_a_sentencepiece_model_begins_documents_only_where_its_folder_says_so(tm
         open_text_tokenizer(path, "<no>")
 
 
-COMMIT = "0" * 40
-
-
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub's cache, without a network, after `hf download` of a repository's tokenizer.json alone."""
-    import huggingface_hub.constants as constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    repository = tmp_path / "models--some--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    (repository / "snapshots").mkdir()
-    write_json(repository / "snapshots" / COMMIT)
-    return repository
+    snapshot = offline_snapshot(tmp_path, "some/model", monkeypatch)
+    write_json(snapshot)
+    return snapshot.parents[1]
 
 
 REFERENCE = "hf://some/model/tokenizer.json"

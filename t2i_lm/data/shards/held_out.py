@@ -12,7 +12,7 @@ from t2i_lm.data.shards.cache import say
 from t2i_lm.data.shards.columns import PairColumns
 from t2i_lm.data.shards.format import INDEX, PARTS, read_index, validation_splits, validations_in, write_index
 from t2i_lm.data.shards.parts import Parts
-from t2i_lm.data.text import dataset_split, is_dataset_name, same_dataset, text_location
+from t2i_lm.data.text import dataset_split, is_on_hub, same_dataset
 from t2i_lm.storage.sealed import DIGEST
 
 # Key of the index: `images` that recur, and the ids of the `first` with its twin; by split where there are several.
@@ -92,9 +92,7 @@ def require_other_dataset(data: DataConfig) -> None:
     """
     path, held_out = str(data.path), str(data.val_path)
     keys = {"data.path": path, "data.val_path": held_out}
-    on_hub = [
-        f"{key}={name}" for key, name in keys.items() if is_dataset_name(name) and not text_location(name, key).exists()
-    ]
+    on_hub = [f"{key}={name}" for key, name in keys.items() if is_on_hub(name)]
     if same_dataset(path, held_out):
         if data.max_recurring_share < 1:
             raise ValueError(
