@@ -24,8 +24,8 @@ EXPORT = rm -rf $(RUNS)/assets/export && $(PY) -m t2i_lm.export $(RUNS)/assets/$
 IMAGES = $(PY) -m t2i_lm.train experiments/$(1).yaml run.dir=$(RUNS)/assets $(ARGS) && $(call EXPORT,$(1),$(1))
 
 # Three processes, also on two cores: tests of several ranks wait. They share the files of tests, in the order that
-# tests/conftest.py gives them.
-PYTEST = OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+# tests/conftest.py gives them. Their commands read the compiled modules of the first one.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # TensorBoard's page with the charts of the figures, without its smoothing.
 DASHBOARD := \#custom_scalars&_smoothingWeight=0

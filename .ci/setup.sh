@@ -50,7 +50,10 @@ echo "installing into $venv (a few minutes the first time; about 7 GB with torch
 quiet=--quiet
 [ -t 1 ] && quiet= # a terminal gets pip's progress bars
 # shellcheck disable=SC2086 - an empty option must vanish
-"$venv/bin/python" -m pip install --disable-pip-version-check $quiet --constraint constraints.txt --editable '.[dev]' ||
+"$venv/bin/python" -m pip install --disable-pip-version-check $quiet --no-compile --constraint constraints.txt \
+    --editable '.[dev]' ||
     fail "pip could not install the packages (see above). Run the same command again: it goes on where it stopped"
+# On all cores, where pip compiles on one. Some packages hold templates that are no Python.
+"$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
 rm -f "$venv"/.installed-*
 touch "$stamp"
