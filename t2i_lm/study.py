@@ -15,6 +15,7 @@ EXAMPLE = """example:
   python -m t2i_lm.study experiments/study.yaml --jobs 2
   python -m t2i_lm.study experiments/study.yaml --seeds 1 trainer.max_steps=400
   python -m t2i_lm.study experiments/plans/learning_rates.yaml --results docs/results --dry-run
+  python -m t2i_lm.study experiments/plans/ratio.yaml --results docs/results --no-train
 
 finished runs of the same config are not trained again and interrupted ones resume, so the command can be stopped and
 repeated; with --results, runs whose results were collected there are finished, too. Runs: RUN.DIR/study. Tables of the
@@ -33,6 +34,12 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds of the plan")
     add_jobs(arguments)
     arguments.add_argument("--results", type=Path, metavar="DIR", help="collected results whose runs are not trained")
+    arguments.add_argument(
+        "--no-train",
+        dest="train",
+        action="store_false",
+        help="train and measure nothing: tables, figures and report of the finished runs",
+    )
     add_figures(arguments, OUT)
     arguments.add_argument(
         "--no-strict",
@@ -73,18 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         states = progress_of(runs)
         print(progress_table(runs, states), "", sep="\n", flush=True)
         to_train = [run.job.config for run, state in zip(runs, states, strict=True) if not state.finished]
-        missing = print_missing(to_train)
-        if options.dry_run or not missing:
+        missing = print_missing(to_train) if options.train else 0
+        if options.dry_run or (options.train and not missing):
             print(estimate(runs, states, options.jobs), flush=True)
         if options.dry_run or missing:
             return missing
-        code = train(runs, options.jobs)
+        if not options.train and not any(state.finished for state in states):
+            raise ValueError(f"--no-train: no run of {options.plan} is finished, so there is nothing to draw")
+        code = train(runs, options.jobs) if options.train else 0
         if code > 128 or not is_first_of([run.job for run in runs]):  # stopped by a signal, or another rank
             return code
-        relearned = _run_all(relearning_command(folder) for folder in without_relearning(study, runs))
+        unmeasured = without_relearning(study, runs) if options.train else []
+        relearned = _run_all(map(relearning_command, unmeasured))
         results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
         failed = write_results(results, out)
-        first = results.answer_first[:1] if not code else []
+        first = results.answer_first[:1] if options.train and not code else []
         measured = _run_all(command for one in first for command in missing_measurements(study.measure, one, out))
         from t2i_lm.reporting.study_page import write_page
 

@@ -432,6 +432,13 @@ def test_a_faulty_study_is_refused_by_name(
     assert error.count("\n") == 1
 
 
+def test_drawing_a_study_without_a_finished_run_is_refused(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(plan), "--no-train", f"run.dir={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"error: --no-train: no run of {plan} is finished, so there is nothing to draw\n"
+
+
 def test_too_many_seeds_are_refused(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(plan), "--dry-run", "--seeds", "3"]) == 2
     assert "--seeds=3: expected 1 to 2" in capsys.readouterr().err
@@ -458,6 +465,12 @@ def test_a_study_trains_compares_draws_and_goes_on(
     assert [str(state) for state in states] == ["finished", "finished", "missing", "missing"]
     assert "t2i_scratch     finished  missing" in progress_table(runs, states)
     assert "2 of 4 runs to train, 4 steps; about 0:00:" in estimate(runs, states, 1)
+
+    assert main([*command, "--no-train", "--results", str(tmp_path / "study")]) == 0
+    assert len(run_folders(tmp_path / "study")) == 2
+    output = capsys.readouterr().out
+    assert "to train" not in output
+    assert "MISSING: seed 4 of t2i_scratch" in output
 
     assert main(command) == 0
     assert len(run_folders(tmp_path / "study")) == 4
