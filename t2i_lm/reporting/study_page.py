@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from t2i_lm.comparison.comparability import following
+from t2i_lm.comparison.comparability import MissingRunsError, following
 from t2i_lm.comparison.study_plan import Study
 from t2i_lm.plots.catalogue import Request, write_figures
 from t2i_lm.reporting.figures import named, view
@@ -31,8 +31,8 @@ def write_page(
         strict: whether incomparable runs are refused.
 
     Returns:
-        0, or 2 if a figure of existing runs, or every figure, cannot be drawn, after naming the reason on stderr; the
-        page says what is missing.
+        0, or 2 if a figure of existing runs cannot be drawn, or none of a plan with both arms, after naming the reason
+        on stderr; the page says what is missing.
     """
     finished, notes = shown_runs(runs)
     root, code = figure_root(runs), 0
@@ -48,11 +48,18 @@ def write_page(
             drawn = Request(folder, one, two, strict, own, (*pair_keys, *following(pair_keys)))
             code = write_figures(drawn, out, told=partial(named, names=names))
         except ValueError as error:
-            print(f"figures: {named(str(error), names)}", file=sys.stderr)
-            code = 2
+            if _has_pair(runs) or not isinstance(error, MissingRunsError):
+                print(f"figures: {named(str(error), names)}", file=sys.stderr)
+                code = 2
     pool = Pool(tuple(finished), tuple(notes))
     request = ReportRequest(results.answer_first, pool, RunSearch(root), plan, experiments, strict, results, own)
     page = out / "report.html"
     write_report(request, page)
     print(page)
     return code
+
+
+def _has_pair(runs: Sequence[StudyRun]) -> bool:
+    """Whether a plan has text-to-image runs from pre-trained and from random weights, which figures are drawn of."""
+    configs = [run.job.config for run in runs]
+    return {"pretrained", "random"} <= {config.init for config in configs if config.task == "text_to_image"}

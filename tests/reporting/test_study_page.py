@@ -115,3 +115,24 @@ def test_forgetting_is_told_over_seeds(study: tuple[Study, list[StudyRun], Eleme
     table = page.all("table", data_comparison="pretraining")[0]
     row = table.one("tr", data_endpoint="forgetting.text.text_rows.best_temperature.nll")
     assert row.all("td")[0].text.startswith("loss of plain text after training")
+
+
+@pytest.mark.parametrize(
+    ("other", "code"), [("{experiment: t2i_pretrained, optim.lr: 1e-3}", 0), ("{experiment: t2i_scratch}", 2)]
+)
+def test_only_a_plan_with_both_arms_requires_figures_of_a_pair(
+    other: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "seeds: [0]\nsecondary: []\ncomparisons:\n  rates:\n    where: {forgetting.interval: null}\n"
+        f"    arms: {{default: {{experiment: t2i_pretrained}}, other: {other}}}"
+    )
+    study = read_study(plan)
+    runs = study_runs(study, EXPERIMENTS, [f"run.dir={tmp_path}"])
+    finish(runs[: 1 if code else 2], image_loss)
+    results = results_of(study, compare_arms(study, runs))
+    leave_out_figures(monkeypatch)
+    assert write_page(study, runs, results, plan, EXPERIMENTS, tmp_path, strict=True) == code
+    assert ("figures: no run from pre-trained and run from random" in capsys.readouterr().err) == bool(code)
+    assert (tmp_path / "report.html").is_file()
