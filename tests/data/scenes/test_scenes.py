@@ -43,7 +43,7 @@ def failed_checks(image: Scene, described: Scene, mentioned: frozenset[str] | No
 
 @pytest.mark.slow
 def test_the_checker_is_exact_on_rendered_scenes() -> None:
-    for index in range(500):
+    for index in range(200):
         scene = draw_scene(1, ("train", "iid", "compositional", "every_pair")[index % 4], index)
         assert check(np.asarray(render(scene)), scene.meaning(), checkable(scene))["exact"], scene
 
@@ -101,7 +101,7 @@ def alterations(scene: Scene) -> Iterator[tuple[str, Scene, set[str]]]:
 @pytest.mark.slow
 def test_one_altered_attribute_fails_its_own_check_and_the_dependent_ones() -> None:
     seen: Counter[str] = Counter()
-    for index in range(40):
+    for index in range(24):
         scene = draw_scene(2, "compositional" if index % 2 else "train", index)
         for attribute, image, wrong in alterations(scene):
             seen[attribute] += 1
@@ -110,7 +110,7 @@ def test_one_altered_attribute_fails_its_own_check_and_the_dependent_ones() -> N
                 left = {"exact"} if attribute == "count" else set()
                 assert failed_checks(image, scene, checkable(scene) - {attribute}) == left, (attribute, scene)
     assert set(seen) == set(ATTRIBUTES)
-    assert min(seen.values()) > 4
+    assert min(seen.values()) > 2
 
 
 def test_unmentioned_attributes_are_not_checked_and_an_unmentioned_floor_is_none() -> None:
@@ -134,7 +134,7 @@ def test_every_horizon_and_pair_of_grounds_is_read() -> None:
 @pytest.mark.slow
 def test_an_additional_shape_fails_count_if_mentioned_and_exact_always() -> None:
     seen: Counter[str] = Counter()
-    for index in range(100):
+    for index in range(50):
         scene = draw_scene(2, "compositional", index)
         free = [place for place in product((12, 52), repeat=2) if is_free(place, scene)]
         if not free:
@@ -163,17 +163,17 @@ def test_shares_have_binomial_standard_errors() -> None:
 
 def test_the_checker_tolerates_blur_and_noise() -> None:
     totals: Counter[str] = Counter()
-    for index in range(300):
+    for index in range(100):
         scene = draw_scene(0, "compositional", index)
         pixels = np.asarray(render(scene).filter(ImageFilter.GaussianBlur(1.2)), dtype=np.float64)
         noisy = np.clip(pixels + np.random.default_rng(index).normal(0, 8, pixels.shape), 0, 255).astype(np.uint8)
         result = check(noisy, scene.meaning(), EVERYTHING - {"relation"})
         totals.update({name: bool(value) for name, value in result.items()})
-    assert totals["background"] >= 0.98 * 300
-    assert totals["floor"] >= 0.98 * 300
-    assert totals["colour"] >= 0.98 * 300
-    assert totals["kind"] >= 0.99 * 300
-    assert totals["size"] >= 0.99 * 300
+    assert totals["background"] >= 0.98 * 100
+    assert totals["floor"] >= 0.98 * 100
+    assert totals["colour"] >= 0.98 * 100
+    assert totals["kind"] >= 0.99 * 100
+    assert totals["size"] >= 0.99 * 100
 
 
 @settings(max_examples=60, deadline=None)
