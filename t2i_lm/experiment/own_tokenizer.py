@@ -12,12 +12,12 @@ from t2i_lm.config.presets import PRESETS
 from t2i_lm.config.sections import is_plugin, require
 from t2i_lm.models.factory import empty_backbone
 from t2i_lm.storage.hashing import file_sha256
+from t2i_lm.storage.hub import TOKENIZERS
 from t2i_lm.storage.reading import reading
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.documents import document_start
 from t2i_lm.tokenizers.text import open_text_tokenizer
 
-# Files of the tokenizer beside a model's weights: of transformers, and of this suite's exports.
-BESIDE = ("tokenizer.json", "tokenizer.model", "text_tokenizer.model")
 # Two files of one tokenizer encode it into the same ids, whatever their format, but for spaces or capitals that one of
 # them normalizes; the ids of another tokenizer have next to nothing in common with them.
 SAMPLE = "A large red circle, left of 12 Blue squares; it wasn't seen in 1867."
@@ -32,7 +32,8 @@ def require_own_tokenizer(text: TextTokenizer, rows: int, backbone: str | None =
         backbone: `backbone.path` where its weights are used, whose folder may have the tokenizer.
 
     Raises:
-        ValueError: if it has not, or if the tokenizer beside its weights encodes text otherwise.
+        ValueError: if it has not, or none for the beginning or the end of a document, or if the tokenizer beside its
+            weights encodes text otherwise.
     """
     if text.vocab_size > rows:
         _require_rows(text, rows)
@@ -85,6 +86,12 @@ def _require_rows(text: TextTokenizer, rows: int) -> None:
             f"text_tokenizer.path has {text.vocab_size} pieces but the backbone {rows} rows: this is not the tokenizer "
             "that the backbone was trained with"
         )
+    start = document_start(text)
+    if start is not None and start >= rows:
+        raise ValueError(
+            f"text_tokenizer.document_start: id {start} has no row in the backbone, which has {rows} rows: expected a "
+            "token with a row, or none"
+        )
     print(
         f"note: {text.vocab_size - rows} special tokens of text_tokenizer.path have no row in the backbone; no text is "
         "encoded as one",
@@ -96,7 +103,7 @@ def _beside(backbone: str | None) -> list[Path]:
     if backbone is None or is_plugin(backbone):
         return []
     folder = find(backbone)
-    return [] if folder is None else [folder / name for name in BESIDE if (folder / name).is_file()]
+    return [] if folder is None else [folder / name for name in TOKENIZERS if (folder / name).is_file()]
 
 
 def _is_equal(text: TextTokenizer, file: Path) -> bool:

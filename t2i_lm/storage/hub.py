@@ -16,8 +16,9 @@ from t2i_lm.storage.hashing import file_sha256
 from t2i_lm.storage.writing import is_disk_error, problem
 
 PREFIXES = ("hf://", "hub:")
+# Names of a tokenizer beside a model's weights: of transformers, and of this suite's exports.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "text_tokenizer.json", "text_tokenizer.model")
 # Files that a tokenizer's is read with, in order of precedence: they say where documents begin and end.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 _FORM = re.compile(
     r"(hf://|hub:)(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[^#]+))?(#sha256=(?P<sha256>[0-9a-f]{64}))?"

@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceTrainer
 from t2i_lm.assets import resolve
 from t2i_lm.experiment.own_tokenizer import require_own_tokenizer
 from t2i_lm.prepare import main as prepare
-from t2i_lm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer, train_sentencepiece
+from t2i_lm.tokenizers.text import JsonTokenizer, SentencePieceTokenizer, open_text_tokenizer, train_sentencepiece
 from t2i_lm.train import main
 from tests.runs import EXPERIMENTS
 
@@ -89,6 +89,22 @@ def test_another_file_of_the_same_tokenizer_is_the_backbones(tmp_path: Path) -> 
     require_own_tokenizer(copy, 300, str(tmp_path / "model"))
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     require_own_tokenizer(copy, 300, str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "text_tokenizer.json"])
+def test_a_json_tokenizer_beside_the_weights_is_found_by_every_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    byte_tokenizer(tmp_path / "model", [], []).path.rename(tmp_path / "model" / name)
+    with pytest.raises(ValueError, match=rf"beside the weights .* set text_tokenizer\.path={tmp_path}/model/{name}"):
+        require_own_tokenizer(trained(tmp_path / "other.model", "novels"), 1000, str(tmp_path / "model"))
+
+
+def test_a_document_start_without_a_row_is_refused(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path, ["<bos>"], [])
+    text = open_text_tokenizer(tmp_path / "tokenizer.json", document_start="<bos>")
+    require_own_tokenizer(text, 258)
+    with pytest.raises(ValueError, match=r"text_tokenizer\.document_start: id 257 .*has 257 rows"):
+        require_own_tokenizer(text, 257)
 
 
 @pytest.mark.parametrize("experiment", ["t2i_pretrained", "uncond_pretrained"])
