@@ -29,6 +29,8 @@ FORMAT = "--format transformers"
 TOLERANCE = 1e-5
 # Positions of the sequences on which logits are compared.
 COMPARED = 64
+# Keys by which `generate` begins, ends and pads.
+GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 EPS = 1e-5  # of every norm in the decoder
 LAYER_NORMS = ("default_layer_norm", "lp_layer_norm", "gain_only_layer_norm", "gain_only_lp_layer_norm")
 SWIGLU = ("swiglu", "swiglu_torch")
@@ -84,7 +86,8 @@ def save_transformers(decoder: Backbone, folder: Path, dtype: torch.dtype, keys:
         decoder: expanded or not, without adapters.
         folder: exists and is empty.
         dtype: of the written weights.
-        keys: more keys for `config.json`.
+        keys: more keys for `config.json`; ids of `GENERATION` for `generation_config.json` too, which `generate` and
+            `documents.py` read.
 
     Returns:
         The decoder with the written weights, in float32.
@@ -103,11 +106,16 @@ def save_transformers(decoder: Backbone, folder: Path, dtype: torch.dtype, keys:
         model.load_state_dict(transformers_state(written))
         with writing(folder):
             model.to(dtype).save_pretrained(folder)
-    path = folder / "config.json"
-    content = json.loads(path.read_text(encoding="utf-8")) | dict(keys)
-    write_atomic(path, json.dumps(content, indent=2) + "\n")
+    _add_keys(folder / "config.json", keys)
+    if ids := {key: keys[key] for key in GENERATION if key in keys}:
+        _add_keys(folder / "generation_config.json", ids)
     require_equal_logits(written, folder)
     return written
+
+
+def _add_keys(file: Path, keys: Mapping[str, Any]) -> None:
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    write_atomic(file, json.dumps(content | dict(keys), indent=2) + "\n")
 
 
 @torch.no_grad()

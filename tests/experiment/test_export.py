@@ -39,7 +39,8 @@ def test_an_exported_run_computes_the_same_logits(run: Path, tmp_path: Path) -> 
     ranges = (512, 519, 551)
     assert (card["text_rows"], card["image_offset"], card["rows"]) == ranges
     assert (model.config.text_rows, model.config.image_offset, model.config.vocab_size) == ranges
-    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (512, 513, 518)
+    for read in (model.config, model.generation_config):
+        assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (512, 513, 518)
     assert card["architecture"] == "StableLmForCausalLM"
     assert "AutoTokenizer does not read it" in card["text_tokenizer"]
     assert (out / "text_tokenizer.model").is_file()

@@ -75,12 +75,17 @@ def test_a_backbone_of_transformers_is_written_as_its_own_class(tmp_path: Path) 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 16}
-    config = transformers.Qwen3Config(vocab_size=50, max_position_embeddings=24, **sizes)
+    ends = {"bos_token_id": 1, "eos_token_id": 2}  # of the base
+    config = transformers.Qwen3Config(vocab_size=50, max_position_embeddings=24, **sizes, **ends)
     backbone = HuggingFaceDecoder(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     expand_vocabulary(backbone, 20, torch.Generator().manual_seed(0))
-    written = save_transformers(backbone, tmp_path, torch.bfloat16, {"image_offset": 57})
+    written = save_transformers(
+        backbone, tmp_path, torch.bfloat16, {"image_offset": 57, "eos_token_id": 51, "pad_token_id": 56}
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert (type(model).__name__, model.config.image_offset) == ("Qwen3ForCausalLM", 57)
+    for read in (model.config, model.generation_config):
+        assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (1, 51, 56)
     ids_BT = torch.arange(40).view(2, 20) * 11 % 77
     with torch.no_grad():
         assert torch.allclose(model(ids_BT).logits, written(ids_BT), atol=1e-6)
