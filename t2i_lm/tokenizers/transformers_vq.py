@@ -23,15 +23,19 @@ PREPROCESSOR = "preprocessor_config.json"
 
 @dataclass(frozen=True)
 class Kind:
-    """A VQ model: its class in transformers, and the config key of its codebook size."""
+    """A VQ model: its class in transformers, and the config key of its codebook size.
+
+    `unused` are prefixes of tensors of a decoder that the class lacks.
+    """
 
     model: str
     codes: str
+    unused: tuple[str, ...] = ()
 
 
 KINDS = {
     "emu3_vqgan": Kind("Emu3VQVAE", "codebook_size"),
-    "chameleon_vqgan": Kind("ChameleonVQVAE", "num_embeddings"),
+    "chameleon_vqgan": Kind("ChameleonVQVAE", "num_embeddings", ("decoder.", "post_quant_conv.")),
     "janus_vqgan": Kind("JanusVQVAE", "num_embeddings"),
 }
 
@@ -89,7 +93,8 @@ class TransformersVQ:
         """Loads a `save_pretrained` folder; `pixel_range` (black, white) replaces that of its image processor.
 
         Raises:
-            ValueError: if it cannot be read, or the image size is not a multiple of the downsampling.
+            ValueError: if it cannot be read, weights and config differ, or the image size is not a multiple of the
+                downsampling.
         """
         try:
             import transformers
@@ -114,8 +119,11 @@ class TransformersVQ:
             ) from error
         finally:
             log.set_verbosity(verbosity)
-        # transformers draws missing tensors at random: ids would differ in every process.
+        # transformers draws missing tensors at random: ids would differ in every process. Unexpected ones belong to
+        # another architecture than the config's, whose ids are others.
         require_no_problem(folder, "missing", found["missing_keys"])
+        unexpected = [name for name in found["unexpected_keys"] if not name.startswith(self._kind.unused)]
+        require_no_problem(folder, "unexpected", unexpected)
         self.model.eval().requires_grad_(False)
         self.pixels = chosen_range(pixel_range, PixelRange()) if pixel_range else stated_range(folder)
         self.image_size, self.low_precision = image_size, False
@@ -124,6 +132,8 @@ class TransformersVQ:
         if image_size % multiplier:
             raise ValueError(f"image_tokenizer.size={image_size}: expected a multiple of {multiplier}")
         self._side = image_size // multiplier
+        if self._kind.model == "JanusVQVAE":  # into which it shapes ids to decode; else the grid of its config
+            self.model.quantize.quant_state_dims = [self._side, self._side]
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -54,6 +54,18 @@ def test_ids_equal_transformers_and_images_are_decoded(folder: Path) -> None:
         assert (again.shape, again.dtype) == ((2, 3, 32, 32), torch.uint8)
 
 
+def test_images_of_another_size_are_decoded(folder: Path) -> None:
+    tokenizer = open_image_tokenizer(folder, 48)
+    ids_BN = tokenizer.encode(images(size=48))
+    assert ids_BN.shape == (2, 144)
+    if tokenizer.decodes:
+        again = tokenizer.decode(ids_BN)
+        assert again.shape == (2, 3, 48, 48)
+        ids_BN[:, -1] = (ids_BN[:, -1] + 1) % 40  # of the last row and column
+        change_BCHW = (tokenizer.decode(ids_BN).float() - again.float()).abs()
+        assert change_BCHW[..., 24:, 24:].mean() > 2 * change_BCHW[..., :24, :24].mean()
+
+
 # preprocessor_config.json -> values of black and white.
 PROCESSORS: list[tuple[dict[str, Any], float, float]] = [
     ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, -1, 1),
@@ -142,4 +154,19 @@ def test_a_folder_with_missing_tensors_is_refused_by_their_names(folder: Path, p
     state = load_file(file)
     save_file({name: value for name, value in state.items() if not name.startswith(part)}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{folder.name} has missing tensors: {part}"):
+        open_image_tokenizer(folder, 32)
+
+
+def test_weights_of_more_blocks_than_the_config_has_are_refused_by_their_names(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    decoder = {"decoder.more.weight": torch.zeros(1), "post_quant_conv.more": torch.zeros(1)}
+    save_file(state | decoder, file, {"format": "pt"})
+    if folder.name == "Chameleon":  # whose decoder transformers does not have
+        open_image_tokenizer(folder, 32)
+    else:
+        with pytest.raises(ValueError, match=r"has unexpected tensors: .*post_quant_conv\.more"):
+            open_image_tokenizer(folder, 32)
+    save_file(state | {"encoder.down.0.block.1.norm1.weight": torch.zeros(32)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{folder.name} has unexpected tensors: encoder\.down\.0\.block\.1"):
         open_image_tokenizer(folder, 32)
