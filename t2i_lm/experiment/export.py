@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,9 @@ from t2i_lm.runtime.progress import progress
 from t2i_lm.storage.cards import write_card
 from t2i_lm.storage.resumable import atomic_folder, require_new_folder, share
 from t2i_lm.storage.run_folder import Run, find_run, read_run, require_checkpoints
-from t2i_lm.storage.writing import atomic_file, write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
+from t2i_lm.tokenizers.documents import document_start
+from t2i_lm.tokenizers.exported import write_tokenizer
 from t2i_lm.tokenizers.vq import VQTokenizer, save_tokenizer
 from t2i_lm.tokenizers.words import WordVQ
 
@@ -148,8 +148,7 @@ def export_language_model(experiment: TextExperiment, out: Path, dtype: torch.dt
     """A backbone with its tokenizer; held-out bits per byte and ten completions of the exported weights."""
     decoder, text = experiment.module.decoder, experiment.text
     _write_native(decoder, out, dtype, experiment.config.name)
-    with atomic_file(out / f"text_tokenizer{text.path.suffix}") as file:
-        shutil.copyfile(text.path, file)
+    write_tokenizer(text, out, "text_tokenizer")
     return language_model_numbers(_read_back(decoder, out), text, open_split(experiment.shards, "val"))
 
 
@@ -202,26 +201,27 @@ def export_transformers_decoder(model: ImageModel, out: Path, dtype: torch.dtype
 
 def export_transformers_language_model(experiment: TextExperiment, out: Path, dtype: torch.dtype) -> dict[str, Any]:
     """A backbone and its tokenizer for `transformers`; the same numbers as `export_language_model`."""
-    text = experiment.text
-    keys = {"eos_token_id": text.document_end}
-    written, library = _write_transformers(experiment.module.decoder, text, out, dtype, keys)
+    text, start = experiment.text, document_start(experiment.text)
+    keys = {"eos_token_id": text.document_end} | ({} if start is None else {"bos_token_id": start})
+    written, library = _write_transformers(experiment.module.decoder, text, out, dtype, keys, begin=True)
     return {**library, **language_model_numbers(written, text, open_split(experiment.shards, "val"))}
 
 
 def _write_transformers(
-    decoder: Backbone, text: TextTokenizer, out: Path, dtype: torch.dtype, keys: dict[str, int]
+    decoder: Backbone, text: TextTokenizer, out: Path, dtype: torch.dtype, keys: dict[str, int], begin: bool = False
 ) -> tuple[Backbone, dict[str, Any]]:
-    """Writes model and tokenizer, all or nothing; the decoder as written, and entries of the card."""
+    """Writes model and tokenizer, all or nothing; the decoder as written, and entries of the card.
+
+    With `begin`, `AutoTokenizer` puts the beginning of documents in front of a text.
+    """
     with atomic_folder(out) as folder:
         written = save_transformers(decoder, folder, dtype, keys)
         if text.path.suffix == ".json":
-            shutil.copyfile(text.path, folder / "tokenizer.json")
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": decoder.config.seq_len}
-            write_atomic(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+            write_tokenizer(text, folder, "tokenizer", settings, begin)
             tokenizer = "tokenizer.json, for AutoTokenizer"
         else:
-            name = f"text_tokenizer{text.path.suffix}"
-            shutil.copyfile(text.path, folder / name)
+            name = write_tokenizer(text, folder, "text_tokenizer").name
             tokenizer = f"{name}, for sentencepiece.SentencePieceProcessor; AutoTokenizer does not read it"
         (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
     library = {"architecture": architecture, "transformers": require_transformers(FORMAT).__version__}

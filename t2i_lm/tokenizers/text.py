@@ -22,7 +22,7 @@ from t2i_lm.storage.reading import reading
 from t2i_lm.storage.writing import write_atomic
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.bounds import is_panic, require_bounded_charsmap, require_bounded_json
-from t2i_lm.tokenizers.documents import Documents, chosen_documents, stated_documents, states_both
+from t2i_lm.tokenizers.documents import TOKENIZER_CONFIG, Documents, chosen_documents, stated_documents, states_both
 from t2i_lm.tokenizers.literal_specials import keep_specials_literal
 
 # Length to which a text is cut, in characters.
@@ -41,7 +41,8 @@ class FileTokenizer:
     path: Path
     vocab_size: int
     documents: Documents
-    # Name of the tokenizer's file in a model's folder: only there, the files beside it are the model's.
+    # Name of the tokenizer's file in a model's folder: only there, the files beside it are the model's. In an export of
+    # this suite, its name begins with `text_`.
     in_folder: str
     end_names: str
 
@@ -49,11 +50,21 @@ class FileTokenizer:
         """Id of a token; None for an unknown one."""
         raise NotImplementedError
 
+    def token(self, number: int) -> str | None:
+        """A token by its id; None for an unknown one."""
+        raise NotImplementedError
+
+    def put_first(self) -> int | None:
+        """Id that the tokenizer's own file puts in front of a text; None where it puts none."""
+        return None
+
     def find_documents(self, own: Documents) -> None:
         """Sets `documents`, from what the tokenizer's own file says and the files beside it."""
         self._own_end = own.end
         self.documents = own
-        if self.path.name == self.in_folder:
+        # Exports of earlier versions say nothing of documents, whatever lies beside them.
+        exported = self.path.name == f"text_{self.in_folder}" and (self.path.parent / TOKENIZER_CONFIG).is_file()
+        if exported or self.path.name == self.in_folder:
             self.documents = stated_documents(self.path.parent, self.token_id, self.vocab_size, own)
 
     def choose_documents(self, start: str | None, end: str | None) -> None:
@@ -124,9 +135,8 @@ class SentencePieceTokenizer(FileTokenizer):
         piece = int(self._pieces.piece_to_id(token))
         return piece if self._pieces.id_to_piece(piece) == token else None
 
-    def token(self, piece: int) -> str:
-        """A piece by its id."""
-        return str(self._pieces.id_to_piece(piece))
+    def token(self, number: int) -> str:
+        return str(self._pieces.id_to_piece(number))
 
     def encode(self, text: str) -> list[int]:
         """Piece ids of a text."""
@@ -182,9 +192,9 @@ class JsonTokenizer(FileTokenizer):
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         ends = (self.token_id(token) for token in self.DOCUMENT_ENDS)
         end = next((end for end in ends if end is not None), None)
-        self.find_documents(Documents(self._put_first(), end, "its post-processor", "by its name"))
+        self.find_documents(Documents(self.put_first(), end, "its post-processor", "by its name"))
 
-    def _put_first(self) -> int | None:
+    def put_first(self) -> int | None:
         """Last id that the post-processor puts in front of a text; None where it puts none."""
         plain, whole = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
         found = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
@@ -195,7 +205,6 @@ class JsonTokenizer(FileTokenizer):
         return None if number is None else int(number)
 
     def token(self, number: int) -> str | None:
-        """A token by its id."""
         token: str | None = self._tokenizer.id_to_token(number)
         return token
 

@@ -13,6 +13,8 @@ from t2i_lm.export import main
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.open_lm import decoder_config, save_open_lm
 from t2i_lm.storage.run_folder import Run, run_folders
+from t2i_lm.tokenizers.documents import TOKENIZER_CONFIG, document_start
+from t2i_lm.tokenizers.text import SentencePieceTokenizer, open_text_tokenizer
 from t2i_lm.train import main as train
 
 
@@ -81,6 +83,7 @@ def test_a_tokenizer_json_is_written_for_auto_tokenizer(tiny: list[str], tmp_pat
     overrides = [
         f"backbone.path={tmp_path}/lm",
         f"text_tokenizer.path={tmp_path}/tokenizer.json",
+        "text_tokenizer.document_start=<|endoftext|>",
         "trainer.max_steps=3",
     ]
     experiment = str(ROOT / "experiments" / "t2i_pretrained.yaml")
@@ -90,6 +93,7 @@ def test_a_tokenizer_json_is_written_for_auto_tokenizer(tiny: list[str], tmp_pat
     assert main([str(folder), "--out", str(tmp_path / "out"), *TRANSFORMERS]) == 0
     reread = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert reread("a red star")["input_ids"] == t2i_lm.load(folder).tokenizers.text.encode("a red star")
+    assert document_start(open_text_tokenizer(tmp_path / "out" / "tokenizer.json")) == 0
     assert json.loads((tmp_path / "out" / "card.json").read_text())["architecture"] == "OlmoeForCausalLM"
 
 
@@ -104,6 +108,8 @@ def test_a_language_model_has_the_same_numbers_in_both_formats(language_model: P
         cards[form] = json.loads((tmp_path / form / "card.json").read_text())
         assert "model.safetensors" in cards[form].pop("files")
         assert cards[form].pop("digest")
+        text = SentencePieceTokenizer(tmp_path / form / "text_tokenizer.model")
+        assert text.documents.end_from == TOKENIZER_CONFIG
     assert cards["transformers"].items() >= cards["native"].items()
     assert cards["transformers"]["architecture"] == "StableLmForCausalLM"
     card = cards["native"]

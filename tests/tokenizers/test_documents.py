@@ -24,6 +24,7 @@ from t2i_lm.evaluation.probes.scores import score_continuations, score_targets
 from t2i_lm.evaluation.probes.suite import Probes
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.documents import context_id, describe_documents, document_key, document_start, leading_ids
+from t2i_lm.tokenizers.exported import write_tokenizer
 from t2i_lm.tokenizers.text import JsonTokenizer, open_text_tokenizer, train_sentencepiece
 from tests.decoders import tiny_decoder
 from tests.storage.hub_cache import COMMIT, offline_snapshot
@@ -129,6 +130,44 @@ def test_a_damaged_file_and_a_missing_end_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"text_tokenizer\.path: .*tokenizer_config\.json is not JSON"):
         open_text_tokenizer(path)
+
+
+@pytest.mark.parametrize("first", [None, "<bos>"])
+@pytest.mark.parametrize(("start", "end"), [(None, None), ("<bos>", "<pad>"), ("<pad>", None), ("none", "<eos>")])
+@pytest.mark.parametrize("stem", ["tokenizer", "text_tokenizer"])
+def test_an_exported_tokenizer_keeps_both_ends(
+    first: str | None, start: str | None, end: str | None, stem: str, tmp_path: Path
+) -> None:
+    path = write_json(tmp_path / "base", first, tokenizer_config=ADDS)
+    text, out = open_text_tokenizer(path, start, end), tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps({"eos_token_id": 65, "bos_token_id": 66}))  # the model's
+    file = write_tokenizer(text, out, stem, {"model_max_length": 8})
+    again = open_text_tokenizer(file)
+    assert (document_start(again), again.document_end) == (document_start(text), text.document_end)
+    assert (again.sha256 == text.sha256) == (first is None or start in (None, "<bos>"))  # copied where it can be
+    assert again.encode("a red ring <bos>") == text.encode("a red ring <bos>")
+    assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 8
+    transformers = pytest.importorskip("transformers")
+    with_start = write_tokenizer(text, out, "tokenizer", {"tokenizer_class": "PreTrainedTokenizerFast"}, begin=True)
+    again, own = open_text_tokenizer(with_start), transformers.AutoTokenizer.from_pretrained(out)
+    ids = [] if document_start(text) is None else [document_start(text)]
+    assert own("a red ring").input_ids == [*ids, *text.encode("a red ring")]
+    assert own.eos_token_id == again.document_end == text.document_end
+    assert document_start(again) == document_start(text)
+
+
+def test_an_exported_sentencepiece_model_keeps_both_ends_and_one_of_earlier_versions_its_own(tmp_path: Path) -> None:
+    lines = [f"sentence number {n} of many" for n in range(200)]
+    path = train_sentencepiece(iter(lines), 340, tmp_path / "pieces.spm").path
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9}))
+    file = write_tokenizer(open_text_tokenizer(path, "<s>", "<unk>"), tmp_path, "text_tokenizer")
+    assert file.name == "text_tokenizer.model"
+    again = open_text_tokenizer(file)
+    assert (document_start(again), again.document_end) == (1, 0)
+    (tmp_path / "tokenizer_config.json").unlink()
+    again = open_text_tokenizer(file)
+    assert (document_start(again), again.document_end) == (None, 2)
 
 
 def test_a_sentencepiece_model_begins_documents_only_where_its_folder_says_so(tmp_path: Path) -> None:
