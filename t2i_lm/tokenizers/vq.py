@@ -56,8 +56,9 @@ class VQAutoencoder(nn.Module):
         return self.vq.quant_conv(self.vq.encoder(F.pixel_unshuffle(pixels_BCHW, self.patch)))  # type: ignore[no-any-return]
 
     def nearest(self, latents_BEhw: Tensor) -> Tensor:
-        """Ids (B, h, w) of the nearest codes, computed in float32."""
-        distance = squared_distances(by_cell(latents_BEhw.float()), self.codebook.float())
+        """Ids (B, h, w) of the nearest codes, computed in float32, also under autocast."""
+        with torch.autocast(latents_BEhw.device.type, enabled=False):
+            distance = squared_distances(by_cell(latents_BEhw.float()), self.codebook.float())
         return distance.argmin(dim=1).view(latents_BEhw.shape[0], *latents_BEhw.shape[2:])
 
     def embed(self, ids_Bhw: Tensor) -> Tensor:

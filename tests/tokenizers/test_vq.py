@@ -58,10 +58,12 @@ def test_a_tokenizer_works_at_other_sizes(folder: Path) -> None:
 
 def test_nearest_is_the_euclidean_nearest(folder: Path) -> None:
     model = VQTokenizer.from_folder(folder, 64).model
-    latents = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(0))
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
     expected = torch.cdist(flat.double(), model.codebook.double()).argmin(dim=1)
     assert torch.equal(model.nearest(latents).flatten(), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.nearest(latents).flatten(), expected)
 
 
 @pytest.mark.parametrize("chosen", ["tf32", "ieee"])
