@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +21,9 @@ from callbacks.files.checkpoint_io import digests
 from t2i_lm.comparison.comparability import ORDER, require_comparable
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.data.datamodules import PairBatches
-from t2i_lm.data.shards.format import read_index, validation_splits
+from t2i_lm.data.shards.format import STREAM, read_index, validation_splits
 from t2i_lm.data.shards.parts import Parts
+from t2i_lm.data.shards.remote import is_url
 from t2i_lm.data.splits import evenly_spaced_indices
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import image_config, load_initial, load_trained, newest_checkpoint
@@ -44,13 +46,12 @@ class NotAvailableError(ValueError):
 
 @dataclass(frozen=True)
 class ProbedRun:
-    """A finished run of task=text_to_image or unconditional, with its token shards.
+    """A finished run of task=text_to_image or unconditional.
 
     Attributes:
         label: its name in numbers and legends, unique among the runs.
         look: of its curves.
         checkpoint: the newest intact one.
-        shards: folder of its token shards.
     """
 
     label: str
@@ -58,7 +59,11 @@ class ProbedRun:
     run: Run
     config: ExperimentConfig
     checkpoint: Path
-    shards: Path
+
+    @cached_property
+    def shards(self) -> Path:
+        """The folder of its token shards; raises a NotAvailableError if there is none."""
+        return find_shards(self.run, self.config)
 
     @property
     def step(self) -> int:
@@ -91,9 +96,14 @@ class ProbedRun:
         """A split of the shards.
 
         Raises:
+            NotAvailableError: if the run has no shards, or streamed the training split.
             ValueError: if there is none, or a shard is missing or damaged.
         """
         index = read_index(self.shards) or {}
+        if STREAM in index and name == "train":
+            raise NotAvailableError(
+                f"{self.run.folder}: its training rows were made while training (data.source=hub_stream) and not kept"
+            )
         if name in index.get("splits", {}):
             return Parts(self.shards, name)
         raise ValueError(f"{self.shards} has no split {name}")
@@ -231,8 +241,8 @@ def open_runs(paths: Sequence[Path], varied: Sequence[str] = ()) -> list[ProbedR
         varied: keys, beside the arm, in which they differ by design.
 
     Raises:
-        ValueError: if a run is named twice, of another task or unfinished, has no checkpoint or no shards of its data,
-            or if runs cannot be compared.
+        ValueError: if a run is named twice, of another task or unfinished, has no checkpoint, or if runs cannot be
+            compared.
     """
     folders = [find_run(path) for path in paths]
     if repeated := {folder for folder in folders if [f.resolve() for f in folders].count(folder.resolve()) > 1}:
@@ -250,7 +260,7 @@ def open_runs(paths: Sequence[Path], varied: Sequence[str] = ()) -> list[ProbedR
     order = (ORDER,) if "seed" in varied else ()
     require_comparable(dict(zip(looks, runs, strict=True)), (*varied, *order))
     opened = [
-        ProbedRun(label, look, run, config, newest_checkpoint(run.folder), find_shards(run, config))
+        ProbedRun(label, look, run, config, newest_checkpoint(run.folder))
         for (label, look), run, config in zip(looks.items(), runs, configs, strict=True)
     ]
     if len({one.step for one in opened}) > 1 and "trainer.max_steps" not in varied:
@@ -271,21 +281,28 @@ def _looks(runs: Sequence[Run], configs: Sequence[ExperimentConfig]) -> dict[str
 
 
 def find_shards(run: Run, config: ExperimentConfig) -> Path:
-    """The folder of a run's token shards in its cache: that of equal data hash.
+    """The folder of a run's token shards, with its data hash: `data.path` of data.source=shards, or one in its cache.
 
     Nothing is prepared: shards made anew from data that has changed would not be those of the run.
 
     Raises:
-        ValueError: if there is none.
+        NotAvailableError: if there is none.
     """
+    data = config.data
     expected = run.environment.get("data_hash")
     if expected is None:
-        raise ValueError(f"{run.folder}: its env.json has no data_hash, so its token shards cannot be found")
-    for folder in (file.parent for file in sorted(Path(config.data.cache_dir).glob("*/index.json"))):
+        raise NotAvailableError(f"{run.folder}: its env.json has no data_hash, so its token shards cannot be found")
+    stored = [Path(str(data.path))] if data.source == "shards" and not is_url(str(data.path)) else []
+    cached = (file.parent for file in sorted(Path(data.cache_dir).glob("*/index.json")))
+    for folder in (*stored, *cached):
         index = read_index(folder)
         if index is not None and index.get("data_hash") == expected:
             return folder
-    raise ValueError(
-        f"{run.folder}: data.cache_dir={config.data.cache_dir} has no token shards of its data (data hash {expected}); "
+    if stored:
+        raise NotAvailableError(
+            f"{run.folder}: data.path={data.path} has no token shards of its data (data hash {expected}); restore them"
+        )
+    raise NotAvailableError(
+        f"{run.folder}: data.cache_dir={data.cache_dir} has no token shards of its data (data hash {expected}); "
         "python -m t2i_lm.prepare makes them again where the data has not changed"
     )

@@ -15,6 +15,7 @@ from t2i_lm.analysis.base import NotAvailableError, open_runs
 from t2i_lm.analysis.similarity import weight_distances
 from t2i_lm.analysis.states import layer_states, positions_of, require_same_sequences
 from t2i_lm.analysis.suite import PROBES
+from t2i_lm.data.shards.format import INDEX, STREAM
 from t2i_lm.plots.panels import MARKERS
 from t2i_lm.probe import NAMES, main
 from t2i_lm.reporting.probes import find_probes
@@ -183,10 +184,8 @@ def change_environment(folder: Path, **values: Any) -> None:
     [
         (unfinished, r"is unfinished \(step 8 of 8\)"),
         (without_checkpoint, "has no intact checkpoint"),
-        (of_other_data, r"has no token shards of its data \(data hash 0123456789abcdef\)"),
         (of_another_backbone, "its weights have changed since"),
         (of_another_task, "is a run of task=align; expected text_to_image"),
-        (without_cache, r"data.cache_dir=.*/gone has no token shards of its data"),
     ],
 )
 def test_a_run_that_cannot_be_probed_is_one_line(
@@ -201,6 +200,44 @@ def test_a_run_that_cannot_be_probed_is_one_line(
     line = refused(capsys, folder, "--only", "rows", "--out", tmp_path / "out")
     assert re.search(words, line), line
     assert not (tmp_path / "out").exists()
+
+
+def test_without_its_shards_only_the_rows_of_a_run_are_probed(
+    pretrained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(pretrained, tmp_path)
+    without_cache(folder)
+    assert main([str(folder), "--out", str(tmp_path / "out"), *SMALL]) == 0
+    said = capsys.readouterr()
+    assert {file.stem for file in (tmp_path / "out").iterdir()} == {"rows"}
+    for name in set(NAMES) - {"rows"}:
+        assert re.search(f"note: {name} is left out: .* has no token shards of its data", said.err)
+    of_other_data(folder)
+    line = refused(capsys, folder, "--only", "tokens")
+    assert re.search(
+        r"tokens: .*data\.cache_dir=.* has no token shards of its data \(data hash 0123456789abcdef\)", line
+    )
+
+
+def test_shards_of_a_folder_are_read_in_place_and_streamed_rows_are_not_available(
+    pretrained: Run, tmp_path: Path
+) -> None:
+    (one,) = open_runs([pretrained.folder])
+    place, data = tmp_path / "prepared", replace(one.config.data, source="shards", train_size=None, val_size=None)
+    shutil.copytree(one.shards, place)
+    data = replace(data, path=str(place), cache_dir=str(tmp_path / "cache"))
+    stored = replace(one, config=replace(one.config, data=data))
+    assert stored.shards == place
+    assert len(stored.split("train")) == len(one.split("train"))
+    index = json.loads((place / INDEX).read_text()) | {STREAM: {"urls": []}}
+    (place / INDEX).write_text(json.dumps(sealed(index)))
+    assert stored.held_out == one.held_out
+    assert len(stored.split(stored.held_out)) == len(one.split(one.held_out))
+    with pytest.raises(NotAvailableError, match=r"training rows were made while training \(data\.source=hub_stream\)"):
+        stored.split("train")
+    shutil.rmtree(place)
+    with pytest.raises(NotAvailableError, match=rf"data\.path={place} has no token shards .*; restore them"):
+        _ = replace(stored).shards
 
 
 def test_runs_that_cannot_be_compared_are_one_line(
