@@ -79,7 +79,7 @@ def test_perplexity_of_the_validation_pairs_is_the_runs_own(trained: TrainedRun,
     files = []
     for number, (image, caption) in enumerate(pairs[:3]):
         image.save(tmp_path / f"{number}.png")
-        files.append((tmp_path / f"{number}.png", caption))
+        files.append((tmp_path / f"{number}.png", f" {caption}\n"))  # training captions have no space around them
     assert trained.perplexity(files) == trained.perplexity(pairs[:3])
 
 

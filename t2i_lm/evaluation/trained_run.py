@@ -22,7 +22,14 @@ from t2i_lm.data.pairs import RejectedPairError, center_crop, decode_image, rgb_
 from t2i_lm.data.shards.tokenize import encode_images
 from t2i_lm.experiment.build import ImageModel
 from t2i_lm.experiment.restore import load_trained
-from t2i_lm.generation.images import ImageArray, chosen_sampling, generate_images, require_fitting, seeds_of
+from t2i_lm.generation.images import (
+    ImageArray,
+    chosen_sampling,
+    encode_caption,
+    generate_images,
+    require_fitting,
+    seeds_of,
+)
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.runtime.devices import precision
 from t2i_lm.storage.run_folder import VAL, find_run, read_run
@@ -186,7 +193,7 @@ class TrainedRun:
 
         def crops() -> Iterator[ImageArray]:
             for image_or_file, caption in pairs:
-                texts.append(np.array(text.encode(caption), dtype=np.int64))
+                texts.append(np.array(encode_caption(text, caption), dtype=np.int64))
                 yield center_crop(_rgb(image_or_file), image.image_size)
 
         codes_BN = encode_images(image, crops(), low_precision)

@@ -135,6 +135,11 @@ def caption_layout(model: ImageModel) -> tuple[Layout, TextTokenizer]:
     return model.layout, model.text
 
 
+def encode_caption(text: TextTokenizer, caption: str) -> list[int]:
+    """Ids of a caption, of which no space around it counts, as in training."""
+    return text.encode(caption.strip())
+
+
 def require_fitting(model: ImageModel, captions: Sequence[str]) -> None:
     """Checks that the sequence holds every caption whole.
 
@@ -143,7 +148,7 @@ def require_fitting(model: ImageModel, captions: Sequence[str]) -> None:
     """
     layout, text = caption_layout(model)
     for caption in captions:
-        ids = len(text.encode(caption))
+        ids = len(encode_caption(text, caption))
         if ids > layout.text_budget:
             raise ValueError(f"prompt {caption[:CAPTION_START]!r}...: {ids} ids, but at most {layout.text_budget} fit")
 
@@ -151,7 +156,8 @@ def require_fitting(model: ImageModel, captions: Sequence[str]) -> None:
 def caption_prompts(model: ImageModel, captions: Sequence[str]) -> list[Tensor]:
     """Joint ids of each caption up to `<image>`, cut to the text budget."""
     layout, text = caption_layout(model)
-    return [torch.from_numpy(layout.prompt(np.array(text.encode(caption), dtype=np.int64))) for caption in captions]
+    ids = (np.array(encode_caption(text, caption), dtype=np.int64) for caption in captions)
+    return [torch.from_numpy(layout.prompt(ids_T)) for ids_T in ids]
 
 
 def generate_images(

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_lm.generation.images import generate_codes, numerics, prepare_generation
+from t2i_lm.generation.images import (
+    caption_prompts,
+    generate_codes,
+    numerics,
+    prepare_generation,
+    require_fitting,
+)
 from t2i_lm.runtime.devices import missing_to_compile
 from t2i_lm.tokenizers.layout import Layout
 from tests.decoders import image_model
@@ -25,6 +31,17 @@ def test_a_few_images_are_not_compiled_for_on_a_cpu(capsys: pytest.CaptureFixtur
     compiler = not missing_to_compile()
     assert numerics(model)["compiled"] == compiler
     assert (capsys.readouterr().err == "") == compiler
+
+
+def test_space_around_a_caption_does_not_count_as_in_training() -> None:
+    """Training captions have none: with it, the last id of the prompt would be one that no caption ends with."""
+    model = image_model()
+    plain, *spaced = caption_prompts(model, ["a red ring", "a red ring ", " a red ring\n"])
+    assert all(torch.equal(prompt_T, plain) for prompt_T in spaced)
+    longest = "a red ring" * 20
+    while len(model.text.encode(longest)) > model.layout.text_budget:  # at the limit
+        longest = longest[:-1]
+    require_fitting(model, [f" {longest}\n\n"])
 
 
 def test_rounded_weights_sample_the_same_codes_in_any_batch() -> None:
