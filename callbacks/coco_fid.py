@@ -33,6 +33,7 @@ class FidTask:
     Attributes:
         prompts: number of prompts.
         sample: images (B, 3, H, W) uint8 for prompt numbers, from the current module and random generators of its own.
+            It raises a FloatingPointError where the module's logits are not finite.
         reference: features of the real images.
         card: everything that the number depends on, and under `title` the number's name. Called at each measurement,
             since a trainer may change how the module computes after a run is set up.
@@ -53,7 +54,7 @@ class CocoFID(Periodic):
     loggers. Network and sums are not part of the module, so checkpoints do not contain them. The subsets of the kernel
     distance come from all reference images, whose features rank 0 keeps (0.3 GB for val2014). Each batch is generated
     by one rank, so the value does not depend on the number of ranks. On a request to stop, the measurement is abandoned
-    after the current batch.
+    after the current batch; also, with a line on stderr, where a model that has diverged cannot be sampled from.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class CocoFID(Periodic):
             logger.log_metrics(scalars, step=head.get("tokens_nominal", step))
 
     def measure(self, trainer: pl.Trainer, device: torch.device) -> dict[str, Any] | None:
-        """The distances of the current module; None on a request to stop. Every rank must call it."""
+        """The distances of the current module; None if asked to stop or without samples. Every rank must call it."""
         rank, world = trainer.global_rank, trainer.world_size
         task, network = self.task, self.network
         network.to(torch.device("cpu") if device.type == "mps" else device)
@@ -109,17 +110,25 @@ class CocoFID(Periodic):
             metric.update(torch.empty(0, network.width), real=False)  # a rank may have no batch
             prompts = range(task.prompts)
             batches = [prompts[start : start + task.batch] for start in range(0, task.prompts, task.batch)]
-            rows = FeatureRows()
+            rows, failure = FeatureRows(), None
             for turn in range(0, len(batches), world):  # equally often on every rank: `asked` is a collective call
                 if self.preemption is not None and self.preemption.asked():
                     return None
-                if turn + rank < len(batches):
+                if turn + rank < len(batches) and failure is None:
                     numbers = batches[turn + rank]
-                    features_BD = network(task.sample(numbers))
+                    try:
+                        features_BD = network(task.sample(numbers))
+                    except FloatingPointError as error:
+                        failure = error
+                        continue
                     metric.update(features_BD, real=False)
                     rows.add(numbers, features_BD)
         finally:
             network.to(torch.device("cpu"))  # frees device memory for training
+        if failure is not None:
+            tell(f"no FID: {failure}; training continues")
+        if _on_any_rank(failure is not None):
+            return None
         metric.to(collective_device() if distributed() else torch.device("cpu"))
         distance = float(metric.compute())
         kid, deviation = self._kernel_distance(rows.gathered())
@@ -149,6 +158,15 @@ class CocoFID(Periodic):
         self._real.to(torch.device("cpu"))
         self._real.reset()
         return self._real
+
+
+def _on_any_rank(value: bool) -> bool:
+    """Whether it holds on any rank; every rank must call it."""
+    if not distributed():
+        return value
+    agreed = torch.tensor(int(value), device=collective_device())
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
+    return bool(agreed)
 
 
 class FeatureRows:

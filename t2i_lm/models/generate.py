@@ -21,6 +21,16 @@ MIN_ROWS = 2
 Progress = Callable[[int, int, Tensor], None]
 
 
+class NotFiniteError(ValueError, FloatingPointError):
+    """Logits from which nothing can be sampled."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__(
+            f"logits are NaN or infinite: the model has diverged, or temperature={temperature:g} is too small or the "
+            "guidance too large for it"
+        )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Sampling of the next code from logits: guidance, then temperature, then top-k, then top-p.
@@ -77,6 +87,11 @@ def sample_ids(logits_BV: Tensor, uniform_B: Tensor | None) -> Tensor:
     share_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
     reached_BV = share_BV > uniform_B[:, None] * share_BV[:, -1:]
     return reached_BV.int().argmax(dim=-1)  # the first True
+
+
+def can_sample(logits_BV: Tensor) -> Tensor:
+    """Whether ids can be sampled from each row (B,): its largest logit is finite, and none is NaN."""
+    return logits_BV.amax(dim=-1).isfinite()
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
@@ -150,6 +165,7 @@ def generate(
 
     Raises:
         ValueError: if seeds and prompts differ in number, guidance has no null prompt, or a prompt is too long.
+        NotFiniteError: if a batch had logits that are NaN or infinite.
     """
     sampling = sampling or Sampling()
     if seeds is not None and len(seeds) != len(prompts):
@@ -178,6 +194,7 @@ def generate(
             length = (end or max(map(len, heads))) + image_tokens
             caches[number] = decoder.generation_cache(len(heads), length, caches[number])
             last.append(prefill(decoder, heads, caches[number], end))
+        finite_B = torch.ones(len(members), dtype=torch.bool, device=device)  # read once, at the end
         for step in range(image_tokens):
             logits_XV = torch.cat([decoder.output(last_XD, image_rows_only=True) for last_XD in last])
             logits_BV = logits_XV
@@ -185,6 +202,7 @@ def generate(
                 own_BV, null_BV = logits_XV.chunk(2)
                 logits_BV = null_BV + sampling.guidance * (own_BV - null_BV)
             logits_BV = filter_top_p(filter_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
+            finite_B &= can_sample(logits_BV)
             codes_B = sample_ids(logits_BV, None if uniform_BN is None else uniform_BN[:, step])
             codes_BN[rows_B, step] = codes_B
             if step + 1 < image_tokens:
@@ -194,6 +212,8 @@ def generate(
             done += 1
             if on_token is not None:
                 on_token(done, len(batches) * image_tokens, codes_BN)
+        if not finite_B.all():
+            raise NotFiniteError(sampling.temperature)
     return codes_BN.cpu()
 
 
@@ -234,18 +254,25 @@ def continue_text(
 
     Returns:
         The new ids, one-dimensional int64 on the CPU; joint ids if `all_rows`.
+
+    Raises:
+        NotFiniteError: if logits are NaN or infinite.
     """
     cache = decoder.new_cache(1, len(prompt) + tokens)
     text_size = None if all_rows else decoder.config.vocab_size
     device = decoder.output.text.device
     uniform_1N = None if seed is None else uniforms([seed], tokens).to(device)
     last_BD, added = decoder.hidden(prompt[None].to(device), cache)[:, -1], []
+    finite_1 = torch.ones(1, dtype=torch.bool, device=device)
     for step in range(tokens):
         logits_BV = decoder.output(last_BD)[:, :text_size] / temperature
+        finite_1 &= can_sample(logits_BV)
         chosen_B = sample_ids(logits_BV, None if uniform_1N is None else uniform_1N[:, step])
         if int(chosen_B) == stop:
             break
         added.append(int(chosen_B))
         if step + 1 < tokens:
             last_BD = decoder.next_hidden(chosen_B, cache)
+    if not finite_1.all():
+        raise NotFiniteError(temperature)
     return torch.tensor(added, dtype=torch.int64)

@@ -58,8 +58,19 @@ class Model:
         return gray_B1hw.expand(-1, 3, -1, -1).repeat_interleave(8, 2).repeat_interleave(8, 3).to(torch.uint8)
 
 
-def callback(weights: Path, prompts: int = DRAWN, batch: int = 4, **options: Any) -> CocoFID:
-    task = FidTask(prompts, Model().draw, reference, lambda: {"title": "FID"}, batch)
+class Diverged(Model):
+    """From the prompt on whose number is 4 or more."""
+
+    def draw(self, numbers: Sequence[int]) -> Tensor:
+        if max(numbers) >= 4:
+            self.decoder.norm.weight.data.fill_(float("nan"))
+        return super().draw(numbers)
+
+
+def callback(
+    weights: Path, prompts: int = DRAWN, batch: int = 4, model: type[Model] = Model, **options: Any
+) -> CocoFID:
+    task = FidTask(prompts, model().draw, reference, lambda: {"title": "FID"}, batch)
     return CocoFID(1, task, Inception(weights, 64), **options)
 
 
@@ -70,6 +81,7 @@ def one_rank(rank: int, world: int, port: int, weights: Path, out: Path) -> None
     dist.init_process_group("gloo")
     trainer: Any = SimpleNamespace(global_rank=rank, world_size=world)
     torch.save(callback(weights).measure(trainer, torch.device("cpu")), out / str(rank))
+    assert callback(weights, model=Diverged).measure(trainer, torch.device("cpu")) is None  # on all ranks
     dist.destroy_process_group()
 
 
@@ -118,6 +130,18 @@ def test_the_card_is_read_when_it_is_written(inception_weights: Path, tmp_path: 
     trainer: Any = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True, loggers=[])
     fid.due(trainer, LightningModule(), 3)
     assert json.loads((tmp_path / "step-00000003.json").read_text())["card"]["fp8"] is True
+
+
+def test_a_model_that_has_diverged_has_no_fid_and_trains_on(
+    inception_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer: Any = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True, loggers=[])
+    fid = callback(inception_weights, model=Diverged, folder=tmp_path)
+    fid.due(trainer, LightningModule(), 3)
+    assert fid.latest is None
+    assert not list(tmp_path.iterdir())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("no FID: logits are NaN or infinite: the model has diverged")
 
 
 def test_a_stop_request_abandons_the_measurement(inception_weights: Path) -> None:

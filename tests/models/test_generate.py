@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import numpy as np
@@ -6,7 +7,16 @@ import torch
 
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
-from t2i_lm.models.generate import Sampling, continue_text, filter_top_k, filter_top_p, generate, sample_ids, uniforms
+from t2i_lm.models.generate import (
+    NotFiniteError,
+    Sampling,
+    continue_text,
+    filter_top_k,
+    filter_top_p,
+    generate,
+    sample_ids,
+    uniforms,
+)
 from t2i_lm.runtime.devices import missing_to_compile
 from t2i_lm.tokenizers.joint_vocab import JointVocab
 from t2i_lm.tokenizers.layout import Layout
@@ -146,6 +156,29 @@ def test_invalid_settings_are_refused(change: dict[str, float], message: str) ->
         generate(decoder, vocab, prompts, 6, sampling=Sampling(**change))
     with pytest.raises(ValueError, match="1 seeds for 4 prompts"):
         generate(decoder, vocab, prompts, 6, seeds=[1])
+
+
+@pytest.mark.parametrize("seeds", [None, range(4)])
+@pytest.mark.parametrize(("value", "changes"), [(math.nan, {}), (math.nan, {"top_k": 3, "top_p": 0.9}), (math.inf, {})])
+def test_nothing_is_sampled_from_logits_that_are_not_finite(
+    value: float, changes: dict[str, Any], seeds: range | None
+) -> None:
+    """They gave code 0 for every token."""
+    decoder, vocab, prompts = setup("rotary")
+    with torch.no_grad():
+        decoder.norm.weight[3] = value
+    with pytest.raises(NotFiniteError, match="logits are NaN or infinite: the model has diverged, or temperature=1 "):
+        generate(decoder, vocab, prompts, 6, seeds, Sampling(**changes))
+    for all_rows in (False, True):
+        with pytest.raises(NotFiniteError, match="logits are NaN or infinite"):
+            continue_text(decoder, torch.tensor([7, 3]), 4, -1, None if seeds is None else 5, all_rows=all_rows)
+
+
+def test_a_temperature_at_which_logits_overflow_is_named() -> None:
+    decoder, vocab, prompts = setup("rotary")
+    generate(decoder, vocab, prompts, 6, range(4), Sampling(1e-30))
+    with pytest.raises(NotFiniteError, match="temperature=1e-39 is too small"):
+        generate(decoder, vocab, prompts, 6, range(4), Sampling(1e-39))
 
 
 @pytest.mark.parametrize("all_rows", [False, True])

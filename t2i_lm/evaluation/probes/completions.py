@@ -7,7 +7,7 @@ image rows win; masked completions hide the latter.
 import torch
 
 from t2i_lm.models.backbone import Backbone
-from t2i_lm.models.generate import continue_text
+from t2i_lm.models.generate import NotFiniteError, continue_text
 from t2i_lm.tokenizers.base import TextTokenizer
 from t2i_lm.tokenizers.documents import leading_ids
 from t2i_lm.tokenizers.joint_vocab import SPECIALS
@@ -20,6 +20,9 @@ PROMPTS = {
         "plush girafe => girafe peluche\ncheese =>"
     ),
 }
+
+# In place of a completion by a model whose logits are NaN or infinite.
+NOT_FINITE = "(none: the logits are not finite)"
 
 
 def complete(decoder: Backbone, text: TextTokenizer, prompt: str, tokens: int, limit: int) -> dict[str, str]:
@@ -36,7 +39,11 @@ def complete(decoder: Backbone, text: TextTokenizer, prompt: str, tokens: int, l
     prompt_T = torch.tensor(ids, device=decoder.output.text.device)
     result = {"prompt": prompt}
     for name, all_rows in (("masked", False), ("unmasked", True)):
-        added = continue_text(decoder, prompt_T, tokens, stop=text.document_end, all_rows=all_rows)
+        try:
+            added = continue_text(decoder, prompt_T, tokens, stop=text.document_end, all_rows=all_rows)
+        except NotFiniteError:  # of a model that has diverged, which ends no run
+            result[name] = NOT_FINITE
+            continue
         result[name] = spell(added.tolist(), text, len(decoder.output.text))
     return result
 

@@ -1,6 +1,7 @@
 """Probes on a tiny decoder and a tiny text: every number against a direct computation."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +173,11 @@ def test_completions_distinguish_leaking_image_rows_from_forgetting(
     assert loud["unmasked"].startswith("<image ")
     assert spell([text.vocab_size, text.vocab_size + 7 + 3], text, text.vocab_size) == "<doc><image 3>"
     assert complete(decoder, text, " ".join(TEXT), 5, 64)["masked"]  # longer than the model's positions
+    with torch.no_grad():  # as training may do, which the measurement must not end
+        decoder.output.image.fill_(math.nan)
+    broken = complete(decoder, text, "the red circle", 5, 64)
+    assert broken["masked"] == quiet["masked"]
+    assert broken["unmasked"] == "(none: the logits are not finite)"
 
 
 def test_summaries_have_standard_errors_and_paired_changes() -> None:
