@@ -241,12 +241,20 @@ def _sentence(runs: Sequence[ProbedRun], found: Mapping[str, Mapping[State, Mapp
     )
 
 
+def _layer(group: str) -> int:
+    """The number in `layer N.KIND`."""
+    return int(group.partition(".")[0].removeprefix("layer "))
+
+
 def _draw(runs: list[ProbedRun], found: Mapping[str, Mapping[State, Mapping[str, Agreement]]], caption: str) -> Figure:
-    example = found[runs[0].label]["trained"]
-    kinds = [ALL, *(group for group in example if group != ALL and not group.startswith("layer "))]
-    layered = [kind for kind in ("attention", "ffn") if f"layer 1.{kind}" in example]
-    layers = sum(group.endswith(".attention") for group in example)
-    columns = [*kinds, *(f"layer {layer}.{kind}" for kind in layered for layer in range(1, layers + 1))]
+    groups_of_runs = dict.fromkeys(group for states in found.values() for group in states["trained"])
+    kinds = [ALL, *(group for group in groups_of_runs if group != ALL and not group.startswith("layer "))]
+    layered = {}  # groups of the layers in which a kind is trained: of frozen ones there are none
+    for kind in ("attention", "ffn"):
+        groups = [group for group in groups_of_runs if group.startswith("layer ") and group.endswith(f".{kind}")]
+        if groups:
+            layered[kind] = sorted(groups, key=_layer)
+    columns = [*kinds, *(group for groups in layered.values() for group in groups)]
     labels = {"ffn": "feed-fwd", "embedding": "embed."}
     with captioned_figure(caption, 5.2) as figure:
         cosines, ratios = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
@@ -282,27 +290,24 @@ def _draw(runs: list[ProbedRun], found: Mapping[str, Mapping[State, Mapping[str,
         ratios.yaxis.set_minor_formatter(NullFormatter())
         cosines.set_title("Cosine of text and image gradients", loc="left")
         ratios.set_title("Ratio of their norms", loc="left")
-        for line in range(len(kinds), len(columns), max(1, layers)):
-            for axes in (cosines, ratios):
-                axes.axvline(line - 0.5, color="#bbbbbb", linewidth=0.8)
-        ticks = [
-            group.partition(".")[0].removeprefix("layer ") if "." in group else labels.get(group, group)
-            for group in columns
-        ]
+        ticks = [str(_layer(group)) if "." in group else labels.get(group, group) for group in columns]
         ratios.set_xticks(range(len(columns)), ticks)
         for tick in ratios.get_xticklabels()[: len(kinds)]:
             tick.set_rotation(30)
-        for number, kind in enumerate(layered):
-            middle = len(kinds) + number * layers + (layers - 1) / 2
+        first = len(kinds)
+        for kind, groups in layered.items():
+            for axes in (cosines, ratios):
+                axes.axvline(first - 0.5, color="#bbbbbb", linewidth=0.8)
             name = {"ffn": "feed-forward"}.get(kind, kind)
             ratios.annotate(
                 f"{name}, by layer",
-                (middle, -0.22),
+                (first + (len(groups) - 1) / 2, -0.22),
                 xycoords=("data", "axes fraction"),
                 ha="center",
                 va="top",
                 fontsize=9,
             )
+            first += len(groups)
         keys = [
             Line2D([], [], linestyle="none", marker=one.look.marker, color=one.look.color, label=one.look.label)
             for one in runs

@@ -1,6 +1,8 @@
 """Cosine of gradients, against two backward passes by hand."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i_lm.analysis.base import NotAvailableError
-from t2i_lm.analysis.gradients import gradient_agreement, trainable_groups
+from t2i_lm.analysis.gradients import _draw, gradient_agreement, trainable_groups
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.expand import expand_vocabulary
+from t2i_lm.models.freeze import freeze
+from t2i_lm.plots.panels import arm_style
 from t2i_lm.tokenizers.layout import IMAGE, TEXT, Layout, modality_of_target
 from tests.decoders import tiny_decoder
 
@@ -85,3 +89,27 @@ def test_without_text_targets_there_is_no_text_loss() -> None:
     decoder, ((ids_BT, modality_BT), *_) = expanded()
     with pytest.raises(NotAvailableError, match="no text targets"):
         gradient_agreement(decoder, [(ids_BT, modality_BT.clamp(min=IMAGE))])
+
+
+@pytest.mark.parametrize(
+    ("frozen", "layers"),
+    [
+        ([], ["1", "2", "1", "2"]),
+        (["first_half"], ["2", "2"]),
+        (["attention"], ["1", "2"]),
+        (["ffn"], ["1", "2"]),
+        (["attention", "ffn"], []),
+    ],
+)
+def test_the_figure_has_a_column_for_every_layer_that_is_trained(frozen: list[str], layers: list[str]) -> None:
+    decoder, batches = expanded()
+    freeze(decoder, frozen)
+    found = gradient_agreement(decoder, batches[:2])
+    run: Any = SimpleNamespace(label="pretrained", look=arm_style("pretrained"))  # all that is drawn of a run
+    figure = _draw([run], {"pretrained": {"initial": found, "trained": found}}, "")
+    axes = figure.axes[1]
+    ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert [tick for tick in ticks if tick.isdigit()] == layers
+    said = {text.get_text() for text in axes.texts}
+    kinds = {"attention": "attention", "ffn": "feed-forward"}
+    assert said == {f"{name}, by layer" for kind, name in kinds.items() if kind not in frozen}
