@@ -20,4 +20,6 @@ class LoraConfig(Section, prefix="lora"):
     def __post_init__(self) -> None:
         self.at_least(0, "rank")
         self.positive("alpha")
+        default = type(self).alpha
+        self.check(self.rank > 0 or self.alpha == default, "alpha", f"{default:g} with lora.rank=0, without adapters")
         self.check(self.rank > 0 or not self.image_only, "image_only", "false with lora.rank=0, without adapters")

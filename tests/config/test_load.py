@@ -186,6 +186,7 @@ REPLAYED = "data.replay_ratio=0.25 optim.gradient_projection=true"
         ("modality_experts=true trainer.fp8=true", "trainer.fp8=True: expected false with modality_experts=true"),
         ("modality_experts=true lora.rank=2 lora.image_only=true", "lora.image_only=True: .*the image half alone"),
         ("lora.image_only=true", "lora.image_only=True: expected false with lora.rank=0"),
+        ("lora.alpha=32", "lora.alpha=32.0: expected 16 with lora.rank=0"),
         (
             "optim.gradient_projection=true",
             "data.replay_ratio=0.0: expected more than 0 with optim.gradient",
