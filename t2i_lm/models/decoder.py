@@ -197,7 +197,9 @@ def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, causal: bool, mask: T
     """Scaled dot-product attention; the mask is added to the scores.
 
     Torch's bfloat16 flash kernel for CPUs is slow on short sequences (5 times slower than plain products at
-    104 positions, 1.5 times at 320), which therefore use plain products. It is also slow on one position: compiled
+    104 positions, 1.5 times at 320), which therefore use plain products. These round the scores to bfloat16 before the
+    softmax, where the kernel keeps them in float32: of 512 positions, the relative error is 0.3 % instead of 0.2 % at
+    scores of standard deviation 1, and 0.9 % at 4. The kernel is also slow on one position: compiled
     sums, which read keys and values once, make a whole step an eighth shorter.
     """
     B, H, T, K = q_BHTK.shape
