@@ -74,7 +74,7 @@ def load_trained(run: Path, checkpoint: Path | None = None) -> ImageModel:
     """
     config = image_config(run)
     checkpoint = checkpoint or newest_checkpoint(run)
-    model = build_model(_without_weights(config))
+    model = build_model(without_weights(config))
     _require_same_tokenizers(model, run)
     _load_weights(model.module, checkpoint)
     return _for_evaluation(model, config)
@@ -90,7 +90,7 @@ def load_trained_experiment(run: Path, checkpoint: Path) -> Experiment:
     if config.task == "image_tokenizer":
         return _trained_image_tokenizer(config, environment, checkpoint)
     config = _found(config, run)
-    experiment = build(_without_weights(config), environment)
+    experiment = build(without_weights(config), environment)
     trained_on = environment.get("data_hash")
     if trained_on is not None and experiment.index.get("data_hash") != trained_on:
         raise ValueError(
@@ -186,9 +186,12 @@ def _found(config: ExperimentConfig, run: Path) -> ExperimentConfig:
     return config
 
 
-def _without_weights(config: ExperimentConfig) -> ExperimentConfig:
-    """The config of a model whose every weight a checkpoint replaces: only the architecture is read."""
-    return _without_training_terms(replace(config, init="random", new_rows="random", aligned_rows=None))
+def without_weights(config: ExperimentConfig) -> ExperimentConfig:
+    """The config of a model whose every weight a checkpoint replaces: only the architecture is read.
+
+    Terms of training go first: some require pre-trained weights.
+    """
+    return replace(_without_training_terms(config), init="random", new_rows="random", aligned_rows=None)
 
 
 def _without_training_terms(config: ExperimentConfig) -> ExperimentConfig:

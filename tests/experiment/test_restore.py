@@ -8,12 +8,21 @@ import pytest
 import torch
 
 from t2i_lm.config.image_tokenizer import VQModelConfig
+from t2i_lm.config.load import experiment_names, load_experiment
 from t2i_lm.data.scenes.source import SceneSource
-from t2i_lm.experiment.restore import load_trained, newest_checkpoint
+from t2i_lm.experiment.restore import load_trained, newest_checkpoint, without_weights
 from t2i_lm.storage.run_folder import ENVIRONMENT, REPORT, Run
 from t2i_lm.storage.sealed import sealed
 from t2i_lm.tokenizers.text import train_sentencepiece
 from t2i_lm.tokenizers.vq import PatchedVQ, save_tokenizer
+from tests.runs import EXPERIMENTS
+
+
+@pytest.mark.parametrize("folder", [EXPERIMENTS, EXPERIMENTS / "remedies"], ids=lambda folder: folder.name)
+def test_a_trained_model_of_every_shipped_experiment_can_be_built(folder: Path) -> None:
+    for name in experiment_names(folder):
+        config = without_weights(load_experiment(folder / f"{name}.yaml", "demo"))
+        assert (config.init, config.optim.l2_sp, config.distil.weight) == ("random", 0, 0), name
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_so_is_the_one_that_is_used(

@@ -9,6 +9,7 @@ import torch
 
 from t2i_lm.config.load import load_experiment
 from t2i_lm.experiment.build import build_model
+from t2i_lm.experiment.restore import load_trained
 from t2i_lm.storage.run_folder import Run
 from tests.runs import PRETRAINED, QUICK, curve, losses, resume_from_middle, train, weights
 from tests.two_ranks import train_on_two_ranks
@@ -60,6 +61,12 @@ def test_only_unfrozen_parameters_are_trained(remedied: Run, combination: str) -
     for name, value in trained.items():
         trainable = name.endswith((".special", ".image")) or re.search(TRAINABLE[combination], name) is not None
         assert torch.equal(value, initial[name]) != trainable, name
+
+
+def test_a_run_with_remedies_is_loaded_with_the_weights_of_its_checkpoint(remedied: Run) -> None:
+    loaded, trained = load_trained(remedied.folder).module.state_dict(), weights(remedied)
+    assert set(loaded) == set(trained)
+    assert all(torch.equal(value, trained[name]) for name, value in loaded.items())
 
 
 def test_replay_is_a_modality_of_its_own_and_takes_its_share(remedied: Run, pretrained: Run) -> None:
