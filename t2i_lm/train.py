@@ -9,6 +9,7 @@ from pathlib import Path
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.runtime.command_line import add_scale, command_parser, exit_code
+from t2i_lm.runtime.launch import require_launched
 from t2i_lm.storage.run_folder import CONFIG, ENVIRONMENT
 from t2i_lm.training.resume import resumed_run
 
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(describe(config))
             return 0
+        require_launched(config.trainer)
         config.require_paths()
         from t2i_lm.training.run import run  # imports torch and Lightning, after the config is checked
 

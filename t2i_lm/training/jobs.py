@@ -20,7 +20,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import require
 from t2i_lm.experiment.required_files import missing_paths, print_missing
 from t2i_lm.runtime.command_line import exit_code, failure
-from t2i_lm.runtime.launch import is_first_process
+from t2i_lm.runtime.launch import is_first_process, require_launched
 from t2i_lm.runtime.slurm import requeue
 from t2i_lm.training.equal_runs import find_equal_run
 
@@ -110,11 +110,12 @@ def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -
         keep_going: whether the others are still trained after a failure.
 
     Raises:
-        ValueError: before anything is trained, naming every path that a run reads and that is not there; or if parallel
-            runs use several devices each.
+        ValueError: before anything is trained, naming every path that a run reads and that is not there; or if a
+            launcher started other numbers of processes, or parallel runs use several devices each.
     """
     require(parallel >= 1, "--jobs", parallel, "at least 1")
     for job in jobs:
+        require_launched(job.config.trainer)
         job.config.require_paths()
     if missing := missing_paths(job.config for job in jobs):
         raise ValueError("\n".join(missing))
