@@ -88,6 +88,7 @@ class RunCheckpoints(Checkpoint):
         self._group: Any = None
         self._saved_step = 0  # nothing to save before the first step
         self._in_validation = False
+        self._marked = False  # on rank 0, until the first step of a run that was stopped before it
         # Between two optimizer steps; inside one, parameters and counters are inconsistent.
         self._consistent = False
         self._metrics_end: tuple[int, str] = (0, "")  # size and last digest after the last step, before its validation
@@ -107,6 +108,7 @@ class RunCheckpoints(Checkpoint):
                 text = f"{self.metrics.path.name} changed since the checkpoint; {removed} lines of later steps removed"
                 self._log("metrics-changed", text)
             self._metrics_end = self.metrics.end() if self.metrics else (0, "")
+            self._marked = (self.folder / NOT_STARTED).exists()
         self._resume_size = None
 
     def on_train_batch_start(
@@ -130,6 +132,9 @@ class RunCheckpoints(Checkpoint):
         self._consistent = True
         if self.metrics and trainer.is_global_zero:
             self._metrics_end = self.metrics.end()
+        if self._marked and trainer.global_step > self._first_step:
+            self._marked = False
+            self._remove(self.folder / NOT_STARTED, Path.unlink)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save(trainer)

@@ -61,9 +61,20 @@ def find_equal_run(
     finished = [folder for folder in equal if (folder / REPORT).is_file()]
     if finished:
         return finished[-1], True
-    # A run that was killed before its first checkpoint has nothing to resume from.
-    saved = [folder for folder in equal if any((folder / CHECKPOINTS).glob("*"))]
-    return (saved[-1] if saved else None), False
+    return next(filter(_can_resume, reversed(equal)), None), False
+
+
+def _can_resume(folder: Path) -> bool:
+    """Whether a run has something to resume from; one that was killed before its first checkpoint has nothing."""
+    if not any((folder / CHECKPOINTS).glob("*")):
+        return False
+    from t2i_lm.training.resumption import can_resume  # imports torch
+
+    try:
+        return can_resume(folder)
+    except ValueError as error:
+        print(f"note: not resumed: {error}", file=sys.stderr)
+        return False
 
 
 def require_no_results(folders: Iterable[Path]) -> None:

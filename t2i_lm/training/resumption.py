@@ -129,14 +129,29 @@ def find_resumption(folder: Path, allowed: Sequence[str] = ()) -> Resumption:
             record, state = read_record(checkpoint)
         require_whole_metrics(folder, state)
         return Resumption(folder, checkpoint, record, events, tuple(allowed))
-    metrics = MetricsFile(folder / METRICS)
-    if was_not_started(folder / CHECKPOINTS) and not any(record.get("step", 0) for record in metrics.read()):
+    if _begins_again(folder):
         return Resumption(folder, None, allowed=tuple(allowed))
     raise ValueError(
         f"--resume {folder}: no checkpoint can be verified ({_found(folder, events)}). Nothing was changed. Restore "
         "the files; of a checkpoint that you trust, `sha256sum NAME > NAME.sha256` in its folder makes a lost digest "
         "again. Without --resume, the same command starts a new run at step 0 in a folder of its own"
     )
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether a run has a checkpoint, or was stopped before its first step: the rest of a killed save is neither.
+
+    Raises:
+        ValueError: if metrics.jsonl is damaged.
+    """
+    return bool(checkpoints(folder / CHECKPOINTS)) or _begins_again(folder)
+
+
+def _begins_again(folder: Path) -> bool:
+    """Whether a run was stopped before its first step, and has measured none since."""
+    if not was_not_started(folder / CHECKPOINTS):
+        return False
+    return not any(record.get("step", 0) for record in MetricsFile(folder / METRICS).read())
 
 
 def require_whole_metrics(folder: Path, state: dict[str, Any]) -> None:

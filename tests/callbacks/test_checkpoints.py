@@ -29,7 +29,7 @@ from callbacks import (
     RunCheckpoints,
     find_resumable,
 )
-from callbacks.checkpoints import checkpoint_path, checkpoints, step_of
+from callbacks.checkpoints import checkpoint_path, checkpoints, mark_not_started, step_of, was_not_started
 from callbacks.files.checkpoint_io import digest_of, verify
 from tests.callbacks.toy_model import Toy
 from tests.callbacks.toy_run import CHECKPOINTS, EVENTS, METRICS, build, lines
@@ -48,6 +48,20 @@ def fit(toy: Toy, *more: Callback, resume: Path | None = None) -> pl.Trainer:
 def saved_steps(toy: Toy) -> list[int]:
     """Steps of a run's checkpoints."""
     return [step_of(path) for path in checkpoints(toy.folder / CHECKPOINTS)]
+
+
+def test_a_run_is_marked_as_not_started_until_its_first_step_alone(tmp_path: Path) -> None:
+    """A node may be lost before the first checkpoint, and what is left must not pass for a run that can go on."""
+    marked = []
+
+    class Noting(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            marked.append((trainer.global_step, was_not_started(tmp_path / CHECKPOINTS)))
+
+    mark_not_started(tmp_path / CHECKPOINTS)
+    fit(Toy(tmp_path, steps=3, save_every=100), Noting())
+    assert {step for step, _ in marked} == {0, 1, 2}
+    assert all(found == (step == 0) for step, found in marked)
 
 
 def test_the_newest_are_kept_with_their_digests_and_nothing_else(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.checkpoints import checkpoint_path, mark_not_started
+from callbacks.checkpoints import NOT_STARTED, checkpoint_path, mark_not_started
 from t2i_lm.assets import find
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment, save_experiment
@@ -17,7 +17,7 @@ from t2i_lm.data.scenes.version import IMAGES_FORMAT, SCENES, SCENES_FORMAT
 from t2i_lm.data.shards.cache import former_scenes
 from t2i_lm.models.factory import architecture_hashes
 from t2i_lm.storage.hashing import file_sha256
-from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, CONTENTS, ENVIRONMENT, REPORT, THINNED
+from t2i_lm.storage.run_folder import CHECKPOINTS, CONFIG, CONTENTS, ENVIRONMENT, METRICS, REPORT, THINNED
 from t2i_lm.training import equal_runs
 from t2i_lm.training.equal_runs import find_equal_run
 from tests.runs import EXPERIMENTS
@@ -44,6 +44,33 @@ def test_a_run_stands_for_jobs_that_compute_and_report_the_same(tmp_path: Path) 
         replace(config, trainer=replace(config.trainer, packing=True)),
     ):
         assert find_equal_run(other) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "resumed"),
+    [
+        ("step-00000002.ckpt", "", True),
+        (".step-00000002.ckpt.tmp", "", False),
+        ("step-00000002.ckpt.sha256", "", False),
+        ("step-00000002.ckpt.part-0-of-2-0123", "", False),
+        (NOT_STARTED, '{"step": 0}\n', True),
+        (NOT_STARTED, '{"step": 0}\n{"step": 1}\n', False),
+        (NOT_STARTED, "damaged\n", False),
+    ],
+)
+def test_only_a_run_with_a_checkpoint_or_without_a_step_is_resumed(
+    name: str, metrics: str, resumed: bool, tmp_path: Path
+) -> None:
+    config = ExperimentConfig(run=RunConfig(str(tmp_path)))
+    older, run = (tmp_path / "experiment" / f"2026010{day}-000000-demo" for day in (1, 2))
+    for folder in (older, run):
+        (folder / CHECKPOINTS).mkdir(parents=True)
+        save_experiment(config, folder / CONFIG)
+    (run / CHECKPOINTS / name).touch()
+    (run / METRICS).write_text(metrics)
+    assert find_equal_run(config) == (run if resumed else None, False)
+    checkpoint_path(older / CHECKPOINTS, 1).touch()
+    assert find_equal_run(config) == (run if resumed else older, False)
 
 
 def test_a_run_that_changed_on_its_way_stands_for_no_job(tmp_path: Path) -> None:
