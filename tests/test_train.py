@@ -241,6 +241,17 @@ def test_a_run_killed_while_it_reports_only_reports_again(pretrained: Run, tiny:
         assert again.report[name] == pretrained.report[name]
 
 
+def test_a_run_killed_in_a_line_after_its_last_checkpoint_is_finished(pretrained: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "t2i_pretrained" / pretrained.folder.name
+    shutil.copytree(pretrained.folder, folder)
+    (folder / "report.json").unlink()
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert b'"val' in lines[-1]
+    (folder / "metrics.jsonl").write_bytes(b"".join(lines)[:-20])
+    assert main([PRETRAINED, "--resume", str(folder)]) == 0
+    assert curve(read_run(folder)) == curve(pretrained)
+
+
 def test_the_time_of_a_run_is_that_of_all_its_sessions(pretrained: Run, tmp_path: Path) -> None:
     folder = without_newest(pretrained, tmp_path)
     at_step_6 = checkpoints(read_run(folder))[-1]

@@ -32,7 +32,7 @@ class AppendedFile:
         self.waiting = self.dropped = 0
         self._queue: list[bytes] = []
         self._told = False
-        # Where the file ends without the remains of a failed write; None if there are none.
+        # Where the file ends without the remains of a failed write or a kill; None if there are none.
         self._end: int | None = None
 
     def add(self, item: bytes) -> None:
@@ -82,6 +82,17 @@ class AppendedFile:
         """Bytes of the file including what waits."""
         written = self.path.stat().st_size if self.path.is_file() else 0
         return (written if self._end is None else min(written, self._end)) + self.waiting
+
+    def cut_torn_line(self) -> None:
+        """Has what follows the last line break, as a kill may leave it, cut off before the next item is written.
+
+        Raises:
+            OSError: if the file cannot be read.
+        """
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            self._end = whole
 
     def forget(self) -> None:
         """Drops what waits."""

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from callbacks.files.appended_file import AppendedFile
@@ -20,6 +21,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines = AppendedFile(path, "events", WAITING, drops=True)
+        self._begun = False
 
     def write(self, kind: str, text: str) -> None:
         """Appends an event; line breaks in `text` become spaces.
@@ -30,6 +32,10 @@ class EventLog:
         if kind.split() != [kind]:
             raise ValueError(f"kind={kind!r}: expected one word")
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind} {' '.join(text.split())}\n"
+        if not self._begun:
+            self._begun = True
+            with suppress(OSError):  # told by the write
+                self._lines.cut_torn_line()
         self._lines.add(line.encode(errors="backslashreplace"))
         if not self._lines.try_to_write():  # a full disk must not end the run
             tell(line.rstrip())

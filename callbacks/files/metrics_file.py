@@ -34,9 +34,7 @@ class MetricsFile:
             OSError: if more lines wait than may.
         """
         body = json.dumps(record, allow_nan=False).encode()
-        if self._tip is None:
-            self._tip = self.tip()
-        line, self._tip = signed(self._tip, body)
+        line, self._tip = signed(self._last(), body)
         self._file.add(line + b"\n")
         self._file.try_to_write()
 
@@ -63,9 +61,8 @@ class MetricsFile:
 
     def end(self) -> tuple[int, str]:
         """Size and last digest, including waiting lines."""
-        if self._tip is None:
-            self._tip = self.tip()
-        return self.size(), self._tip
+        tip = self._last()
+        return self.size(), tip
 
     def read(self) -> list[dict[str, Any]]:
         """All records, without an incomplete last line.
@@ -109,6 +106,13 @@ class MetricsFile:
             self._set_aside(file.read())
             file.truncate(size)
         return True
+
+    def _last(self) -> str:
+        """The last digest, including waiting lines; an incomplete last line of a former process is to be cut."""
+        if self._tip is None:
+            self._file.cut_torn_line()
+            self._tip = self.tip()
+        return self._tip
 
     def _set_aside(self, later: bytes) -> None:
         """Keeps what is cut in a file of its own; of several cuts before a checkpoint, the first."""

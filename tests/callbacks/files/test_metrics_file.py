@@ -50,6 +50,30 @@ def test_a_torn_last_line_is_not_read_and_is_cut(file: MetricsFile) -> None:
     assert steps(file) == [0, 10, 20, 30]
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_torn_last_line_is_cut_before_another_process_appends(file: MetricsFile, asked: bool) -> None:
+    whole, digest = file.end()
+    with file.path.open("ab") as raw:
+        raw.write(b'{"step": 30, "lo')
+    again = MetricsFile(file.path)
+    if asked:
+        assert again.end() == (whole, digest)
+    again.append({"step": 30})
+    again.append({"step": 40})
+    assert again.size() == file.path.stat().st_size
+    assert steps(MetricsFile(file.path)) == [0, 10, 20, 30, 40]
+
+
+def test_a_torn_last_event_is_cut_before_another_process_appends(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.log")
+    log.write("skipped", "step 3")
+    with log.path.open("a") as raw:
+        raw.write("2026-03-01T10:00:00 skip")
+    again = EventLog(log.path)
+    again.write("resumed", "from step-00000002.ckpt")
+    assert again.counts() == {"skipped": 1, "resumed": 1}
+
+
 @pytest.mark.parametrize("line", [b'{"step": 3', b"7", b"\xff"])
 def test_damage_elsewhere_is_named_with_its_line(file: MetricsFile, line: bytes) -> None:
     first, _, third = file.path.read_bytes().splitlines()
