@@ -6,12 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.load import load_experiment
 from t2i_lm.runtime.command_line import add_scale, command_parser, exit_code
 from t2i_lm.runtime.launch import require_launched
-from t2i_lm.storage.run_folder import CONFIG, ENVIRONMENT
-from t2i_lm.training.resume import resumed_run
+from t2i_lm.training.resume import chosen_experiment, resumed_run
 
 EXAMPLE = """example:
   python -m t2i_lm.train experiments/t2i_pretrained.yaml --scale demo trainer.max_steps=50
@@ -39,20 +36,6 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def _new_run(experiment: Path, scale: str, overrides: Sequence[str]) -> ExperimentConfig:
-    """The config of an experiment at a scale, or of a run's config.yaml, which has its own.
-
-    Raises:
-        ValueError: if another scale is chosen for that.
-    """
-    if not (experiment.name == CONFIG and (experiment.parent / ENVIRONMENT).is_file()):
-        return load_experiment(experiment, scale, overrides)
-    config = load_experiment(experiment, None, overrides)
-    if scale not in (config.scale, parser().get_default("scale")):
-        raise ValueError(f"--scale {scale}: {experiment} has the scale of its run, {config.scale}; leave --scale out")
-    return config
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepares, trains and reports; returns the exit code."""
     options = parser().parse_intermixed_args(argv)
@@ -65,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif allowed:
             raise ValueError(f"--allow-mismatch {allowed[0]}: is for --resume; a new run has nothing to differ from")
         else:
-            config = _new_run(*arguments)
+            config = chosen_experiment(*arguments)
         if options.dry_run:
             from t2i_lm.experiment.dry_run import describe
 

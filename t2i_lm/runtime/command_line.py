@@ -17,6 +17,7 @@ from t2i_lm.storage.writing import is_disk_error, problem
 
 # Errors that end a command with one line; any other is a fault of this suite and keeps its traceback.
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
+SCALE = "demo"  # without --scale
 # Overrides of commands that compare losses: no samples are generated unless a later override requests them.
 NO_SAMPLES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.interval=null")
 
@@ -108,9 +109,7 @@ def out_file(text: str) -> Path:
 
 def add_scale(parser: argparse.ArgumentParser) -> None:
     """Adds `--scale`."""
-    parser.add_argument(
-        "--scale", default="demo", help=f"overlay in scale/: {', '.join(SCALES)} (default: %(default)s)"
-    )
+    parser.add_argument("--scale", default=SCALE, help=f"overlay in scale/: {', '.join(SCALES)} (default: %(default)s)")
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from t2i_lm.config.load import flatten, load_experiment, save_experiment
-from t2i_lm.storage.run_folder import CONFIG, REPORT
+from t2i_lm.storage.run_folder import CONFIG, ENVIRONMENT, REPORT
 from t2i_lm.training.resume import resumed_run
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,18 @@ def test_latest_is_the_newest_unfinished_run_of_the_scale(root: Path) -> None:
     config, folder = resumed_run("latest", EXPERIMENT, "demo", [f"run.dir={root}"])
     assert folder.name == "20260301-110000-demo"
     assert config.run.dir == str(root)
+
+
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+@pytest.mark.parametrize("latest", [False, True])
+def test_a_run_from_the_config_of_another_resumes_by_the_same_command(root: Path, scale: str, latest: bool) -> None:
+    stamp = {"demo": "20260301-110000-demo", "paper": "20260301-130000-paper"}[scale]
+    source = root / "t2i_scratch" / stamp
+    (source / ENVIRONMENT).write_text("{}")
+    _, folder = resumed_run("latest" if latest else str(source), source / CONFIG, "demo", ["trainer.threads=3"])
+    assert folder == source
+    with pytest.raises(ValueError, match=rf"--scale flickr8k: .* has the scale of its run, {scale}; leave --scale out"):
+        resumed_run("latest", source / CONFIG, "flickr8k", [])
 
 
 def test_a_run_that_does_not_exist_or_is_finished_is_refused(root: Path) -> None:
