@@ -366,9 +366,11 @@ def _mapping(content: Any) -> dict[str, Any]:
 
 def environment(**extra: Any) -> dict[str, Any]:
     """The code, versions and hardware of a result."""
+    # A package in a .venv lies inside of the repository of whoever installed it, which says nothing about this code.
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     return {
-        "git": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git": _git("rev-parse", "HEAD") if tracked else None,
+        "git_dirty": tracked and bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

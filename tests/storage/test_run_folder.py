@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from t2i_lm.storage import run_folder
 from t2i_lm.storage.run_folder import (
     CONFIG,
     METRICS,
@@ -169,3 +170,30 @@ def test_runs_of_a_scale_are_not_those_of_one_whose_name_begins_like_it(tmp_path
         (folder / CONFIG).touch()
     assert run_folders(tmp_path, "t2i_scratch", "demo") == folders[:2]
     assert run_folders(tmp_path, "t2i_scratch") == folders
+
+
+def test_the_repository_is_recorded_only_where_it_tracks_this_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package installed in a .venv lies inside of the repository of somebody else's project."""
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    installed = tmp_path / ".venv" / "run_folder.py"
+    installed.parent.mkdir()
+    installed.touch()
+    (tmp_path / "own.py").touch()
+    git("init", "-q")
+    git("add", "own.py")
+    git("commit", "-qm", "own")
+    (tmp_path / "own.py").write_text("changed = True")
+    monkeypatch.setattr(run_folder, "__file__", str(installed))
+    found = environment()
+    assert (found["git"], found["git_dirty"]) == (None, False)
+    git("add", "-f", ".venv")
+    found = environment()
+    assert (found["git"], found["git_dirty"]) == (git("rev-parse", "HEAD").strip(), True)
