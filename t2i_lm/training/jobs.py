@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -142,9 +143,14 @@ def _run_in_sequence(jobs: Sequence[Job], keep_going: bool) -> int:
 
 
 def _run(job: Job) -> int:
+    """Trains; an error of any kind is the job's own, as in a process of its own."""
     from t2i_lm.training.run import run
 
-    return exit_code(lambda: run(job.config, job.folder))
+    try:
+        return exit_code(lambda: run(job.config, job.folder))
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 def _run_in_parallel(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:

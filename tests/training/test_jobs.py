@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.storage.run_folder import OWNER, REPORT, read_run, run_folders
-from t2i_lm.training import jobs
+from t2i_lm.training import jobs, run
 from t2i_lm.training.jobs import PRELOAD, Job, list_jobs, run_jobs
 from tests.runs import Forked
 
@@ -172,6 +173,40 @@ def test_a_signal_saves_and_stops_all_runs(number: signal.Signals, tiny: list[st
         assert not (folder / OWNER).exists()
         assert len(list((folder / "checkpoints").glob("step-*.ckpt"))) == 1
         assert not (folder / REPORT).exists()
+
+
+@pytest.mark.parametrize(("keep_going", "trained"), [(True, [0, 1, 2]), (False, [0, 1])])
+def test_an_error_of_any_kind_in_sequence_is_one_failed_run(
+    keep_going: bool, trained: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: list[int] = []
+
+    def train(config: ExperimentConfig, folder: Path | None) -> int:
+        begun.append(config.seed)
+        if config.seed == 1:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return 0
+
+    monkeypatch.setattr(run, "run", train)
+    configs = [load_experiment(EXPERIMENTS / "t2i_scratch.yaml", "demo", [f"seed={seed}"]) for seed in range(3)]
+    assert run_jobs([Job(config) for config in configs], keep_going=keep_going) == 1
+    assert begun == trained
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.endswith("RuntimeError: CUDA error: device-side assert triggered\n")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_what_stops_a_command_stops_its_runs_in_sequence(
+    stop: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(config: ExperimentConfig, folder: Path | None) -> int:
+        raise stop(7)
+
+    monkeypatch.setattr(run, "run", stopped)
+    several = [Job(load_experiment(EXPERIMENTS / "t2i_scratch.yaml", "demo", []))] * 2
+    with pytest.raises(SystemExit, match="7") if stop is SystemExit else nullcontext():
+        assert run_jobs(several, keep_going=True) == 130
 
 
 def test_runs_in_sequence_tell_when_all_will_be_done(
