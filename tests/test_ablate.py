@@ -103,6 +103,15 @@ def test_all_arms_of_figure_5_run_in_sequence(tiny: list[str], tmp_path: Path) -
             ["--all", "experiments/t2i_pretrained.yaml"],
             "--all experiments/t2i_pretrained.yaml: expected one of uncond_",
         ),
+        (
+            ["--dry-run", "--tune", "norm", "freeze=[norm]"],
+            "freeze=[norm]: --tune decides what is frozen; leave one of them out",
+        ),
+        (
+            ["--dry-run", "--freeze", "ffn", "tune=norm"],
+            "tune=norm: --freeze decides what is frozen; leave one of them out",
+        ),
+        (["--dry-run", "--freeze", "ffn", "seed=1", "freeze=[norm]"], "freeze=[norm]: --freeze decides"),
         (["--freeze", "ffn", "absent.yaml"], "no experiment file absent.yaml"),
     ],
 )

@@ -27,13 +27,18 @@ def ablated_experiments(
         arms: else, names of experiments, returned as they are from the folder of the YAML, which must be one of them.
 
     Raises:
-        ValueError: on an unknown group, set, key or value, or several experiments.
+        ValueError: on an unknown group, set, key or value, several experiments, or an override of what `freeze` or
+            `tune` decides.
     """
     overrides = [word for word in words if "=" in word]
     files = [word for word in words if "=" not in word] or [DEFAULT]
     if len(files) > 1:
         raise ValueError(f"one experiment at a time, got {' and '.join(files)}")
     path = Path(files[0])
+    option = "--freeze" if freeze else None if tune is None else "--tune"
+    decided = next((word for word in overrides if option and word.partition("=")[0] in ("freeze", "tune")), None)
+    if decided is not None:
+        raise ValueError(f"{decided}: {option} decides what is frozen; leave one of them out")
     if freeze:
         groups = list(dict.fromkeys(freeze))
         for group in groups:
