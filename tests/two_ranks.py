@@ -7,6 +7,7 @@ from pathlib import Path
 
 from t2i_lm.storage.run_folder import Run, read_run, run_folders
 from t2i_lm.train import main
+from t2i_lm.training.run import FOLDER_VARIABLE
 from tests.callbacks.toy_run import finish, free_port, server
 from tests.runs import write_into
 
@@ -65,5 +66,6 @@ def _train(
 ) -> None:
     write_into(log, environment)
     code = command(arguments) if around is None else around(lambda: command(arguments))
+    assert FOLDER_VARIABLE not in os.environ, "the next run of this process would take the folder for its own"
     sys.stdout.flush()
     os._exit(code)

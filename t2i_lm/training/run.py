@@ -156,7 +156,7 @@ def _train(
         continued = folder if knows_folder else LATEST
         prepare_last_words(watch, continued, events, trainer.callbacks, owner)  # type: ignore[attr-defined]
     try:
-        with _folder_for_launched_ranks(folder, is_main):
+        with _folder_for_launched_ranks(folder):
             trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint, weights_only=True)
         _validate(experiment, folder, trainer)
         if watch is not None:
@@ -252,12 +252,13 @@ def _print_model(experiment: Experiment) -> None:
 
 
 @contextmanager
-def _folder_for_launched_ranks(folder: Path, is_main: bool) -> Iterator[None]:
+def _folder_for_launched_ranks(folder: Path) -> Iterator[None]:
+    known = FOLDER_VARIABLE in os.environ  # by a rank that was launched so
     os.environ[FOLDER_VARIABLE] = str(folder)
     try:
         yield
     finally:
-        if is_main:
+        if not known:
             del os.environ[FOLDER_VARIABLE]
 
 
