@@ -66,6 +66,7 @@ FIXED = (
     "tune",
     "freeze",
     "modality_experts",
+    "image_tokenizer.warmup_fraction",
     "image_tokenizer.words",
     "image_tokenizer.caption_weight",
     "new_rows",

@@ -20,6 +20,8 @@ from t2i_lm.tokenizers.words import WordVQ
 
 # Number of latest encoder outputs in the buffer for k-means and for re-seeding unused codes.
 RECENT = 32_768
+# Entry of a checkpoint: the first quantized step.
+QUANTIZE_FROM = "quantize_from"
 
 
 class ImageTokenizerModule(OptimizedModule):
@@ -27,7 +29,8 @@ class ImageTokenizerModule(OptimizedModule):
 
     For `warmup_fraction` of the steps the decoder's input is continuous latents. Then k-means of recent latents
     initializes the codebook, which avoids collapse, and the rest of the run is quantized with a straight-through
-    gradient. Codes unused for `restart_every` steps are re-seeded from recent latents.
+    gradient. Codes unused for `restart_every` steps are re-seeded from recent latents. A resumed run that takes more or
+    fewer steps stays quantized where it was.
 
     With a `CaptionTerm`, the codes of an image are to tell its caption among those of the batch. Of a `WordVQ`, k-means
     gives the places of the words instead, and no code is re-seeded: that would untie it from its word.
@@ -45,6 +48,38 @@ class ImageTokenizerModule(OptimizedModule):
         self.register_buffer("recent", torch.zeros(RECENT, model.config.code_dim))
         self.register_buffer("used", torch.zeros(model.config.codes, dtype=torch.int64))
         self._val: dict[int, dict[str, Tensor]] = {}  # sums by number of the validation loader
+        # Step in progress, and what training steps change besides gradients, as it was before, by name in the state.
+        self._begun: tuple[int, dict[str, Tensor]] = (-1, {})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the first quantized step and the codes that any rank used; every rank must call it.
+
+        Amid a step, which a resumed run repeats, the buffers and the codebook are those before it.
+        """
+        checkpoint[QUANTIZE_FROM] = self.quantize_from
+        state: dict[str, Tensor] = checkpoint["state_dict"]
+        step, before = self._begun
+        if step == checkpoint["global_step"]:
+            state |= before
+        if dist.is_available() and dist.is_initialized():
+            state["used"] = state["used"].clone()
+            dist.all_reduce(state["used"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the phase that a run is in, whatever its number of steps is now.
+
+        A run that is not quantized yet will be after `warmup_fraction` of the new number, or at once if that is past.
+        """
+        step, before = checkpoint["global_step"], checkpoint.get(QUANTIZE_FROM, self.quantize_from)
+        self.quantize_from = before if step > before else max(step, self.quantize_from)
+        if self.global_rank > 0:  # the saved counts are those of all ranks
+            checkpoint["state_dict"]["used"] = torch.zeros_like(self.used)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.config.trainer.accumulate_grad_batches == 0:
+            changed = {"recent": self.recent, "used": self.used}
+            changed |= {f"model.{name}": tensor for name, tensor in self.model.codebook_state().items()}
+            self._begun = self.global_step, {name: tensor.detach().clone() for name, tensor in changed.items()}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Loss of a batch of uint8 images `images_BCHW`."""

@@ -98,6 +98,10 @@ class PatchedVQ(VQAutoencoder):
         """Tensors of an equal `PatchedVQ`, by name: those of the files of a tokenizer."""
         return dict(self.state_dict())
 
+    def codebook_state(self) -> dict[str, Tensor]:
+        """Tensors that decide the codebook, by name."""
+        return {"vq.quantize.embedding.weight": self.codebook}
+
 
 class VQTokenizer:
     """An image tokenizer from a trained autoencoder, in float32.

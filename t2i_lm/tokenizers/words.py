@@ -109,6 +109,9 @@ class WordVQ(PatchedVQ):
         state = {name: tensor for name, tensor in self.state_dict().items() if name not in own}
         return {**state, "vq.quantize.embedding.weight": self.codebook}
 
+    def codebook_state(self) -> dict[str, Tensor]:
+        return {"word_map.weight": self.word_map.weight, "word_map.bias": self.word_map.bias}
+
     def get_extra_state(self) -> Tensor:
         """The words as JSON in UTF-8, uint8."""
         return torch.tensor(list(json.dumps(self.words).encode()), dtype=torch.uint8)

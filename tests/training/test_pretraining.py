@@ -69,6 +69,19 @@ def test_a_tokenizer_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
+def test_a_tokenizer_run_that_takes_more_steps_stays_quantized(tmp_path: Path) -> None:
+    half = ["trainer.max_steps=12", "image_tokenizer.warmup_fraction=0.4"]
+    assert main([VQ, *SMALL_VQ, f"run.dir={tmp_path}", *half]) == 0
+    folder = run_folders(tmp_path)[-1]
+    for file in (*folder.glob("checkpoints/step-00000012.*"), folder / "report.json"):
+        file.unlink()  # as if it had been killed after step 7, of which the fifth was the first quantized one
+    assert main([VQ, "--resume", str(folder), "trainer.max_steps=40", "--allow-mismatch", "trainer.max_steps"]) == 0
+    commits = {record["step"]: record["train"]["commit"] for record in read_run(folder).metrics if "train" in record}
+    assert set(commits) == set(range(5, 45, 5))
+    assert min(commits.values()) > 0
+
+
 def test_validation_during_training_takes_windows_from_all_over_the_held_out_text() -> None:
     rows = datasets.Dataset.from_dict({"row": list(range(100))})
     assert evenly_spaced(rows, 4)["row"][:] == [0, 25, 50, 75]
