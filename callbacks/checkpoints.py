@@ -102,14 +102,18 @@ class RunCheckpoints(Checkpoint):
             self.folder = trainer.strategy.broadcast(self.folder)  # other ranks may not know the run's folder
             self._group = host_group(self.timeout)
         self._saved_step, self._consistent = trainer.global_step, True
+        self.cut_metrics(trainer)
         if trainer.is_global_zero:
-            if self.metrics and self._resume_size is not None and not self.metrics.cut_to(self._resume_size):
-                removed = self.metrics.cut_after(trainer.global_step)
-                text = f"{self.metrics.path.name} changed since the checkpoint; {removed} lines of later steps removed"
-                self._log("metrics-changed", text)
             self._metrics_end = self.metrics.end() if self.metrics else (0, "")
             self._marked = (self.folder / NOT_STARTED).exists()
-        self._resume_size = None
+
+    def cut_metrics(self, trainer: pl.Trainer) -> None:
+        """Sets aside lines written after the checkpoint, once in a session; before the first line of that session."""
+        size, self._resume_size = self._resume_size, None
+        if self.metrics and size is not None and trainer.is_global_zero and not self.metrics.cut_to(size):
+            removed = self.metrics.cut_after(self._saved_step)
+            text = f"{self.metrics.path.name} changed since the checkpoint; {removed} lines of later steps removed"
+            self._log("metrics-changed", text)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from callbacks.base.interval_sums import collective_device, distributed
-from callbacks.base.periodic import Periodic, undisturbed
+from callbacks.base.periodic import MEASUREMENT, Periodic, undisturbed
 from callbacks.files.atomic import write_atomic
 from callbacks.files.disk import tell
 from callbacks.metrics.frechet import FeatureDistance, kernel_distance
@@ -54,7 +54,8 @@ class CocoFID(Periodic):
     loggers. Network and sums are not part of the module, so checkpoints do not contain them. The subsets of the kernel
     distance come from all reference images, whose features rank 0 keeps (0.3 GB for val2014). Each batch is generated
     by one rank, so the value does not depend on the number of ranks. On a request to stop, the measurement is abandoned
-    after the current batch; also, with a line on stderr, where a model that has diverged cannot be sampled from.
+    after the current batch; the checkpoint says so, and the resumed run measures first. A model that has diverged, and
+    cannot be sampled from, is told on stderr and not measured.
     """
 
     def __init__(
@@ -77,13 +78,39 @@ class CocoFID(Periodic):
         self.task, self.network = task, network
         self.folder, self.meter, self.preemption = folder, meter, preemption
         self.latest: dict[str, Any] | None = None
+        # Whether the latest measurement was abandoned; the first fields of its line, until it is made up for.
+        self._abandoned = False
+        self._pending: dict[str, Any] | None = None
         self._real: FeatureDistance | None = None
         self._real_ND: Tensor | None = None  # on rank 0
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        head = self.meter.head(trainer) if self.meter else {"step": step}  # a collective call
+        self._measure_and_write(trainer, pl_module, self.meter.head(trainer) if self.meter else {"step": step})
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measures what the last session abandoned: the weights are restored, and its step has no later line yet.
+
+        Not in `on_train_start`, which a run that resumes after its last step does not reach.
+        """
+        if self._pending is None:
+            return
+        if self.preemption is not None:
+            self.preemption.saver.cut_metrics(trainer)
+        with trainer.profiler.profile(MEASUREMENT):  # type: ignore[attr-defined]
+            self._measure_and_write(trainer, pl_module, self._pending)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._pending is None else {"pending": dict(self._pending)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pending = state_dict.get("pending")
+
+    def _measure_and_write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, head: dict[str, Any]) -> None:
+        """Measures the current module as that of the step of `head`, the first fields of its line."""
+        self._abandoned = False
         with undisturbed(pl_module):
             result = self.measure(trainer, pl_module.device)
+        self._pending = head if self._abandoned else None
         self.latest = result
         if result is None or not trainer.is_global_zero:
             return
@@ -91,14 +118,14 @@ class CocoFID(Periodic):
             content = json.dumps({**result, "card": self.task.card()}, indent=2) + "\n"
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomic(self.folder / f"step-{step:08d}.json", content.encode())
+                write_atomic(self.folder / f"step-{head['step']:08d}.json", content.encode())
             except OSError as error:  # the numbers are in metrics.jsonl
                 tell(f"{error}; training continues")
         if self.meter and self.meter.file:
             self.meter.file.append({**head, "fid": result})
         for logger in trainer.loggers:
             scalars = {f"fid/{name}": result[name] for name in ("fid", "kid")}
-            logger.log_metrics(scalars, step=head.get("tokens_nominal", step))
+            logger.log_metrics(scalars, step=head.get("tokens_nominal", head["step"]))
 
     def measure(self, trainer: pl.Trainer, device: torch.device) -> dict[str, Any] | None:
         """The distances of the current module; None if asked to stop or without samples. Every rank must call it."""
@@ -113,6 +140,7 @@ class CocoFID(Periodic):
             rows, failure = FeatureRows(), None
             for turn in range(0, len(batches), world):  # equally often on every rank: `asked` is a collective call
                 if self.preemption is not None and self.preemption.asked():
+                    self._abandoned = True
                     return None
                 if turn + rank < len(batches) and failure is None:
                     numbers = batches[turn + rank]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,11 +17,22 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from callbacks import CocoFID, FidTask, Inception, kernel_distance
+from callbacks import (
+    CocoFID,
+    EMASplitPerplexity,
+    FidTask,
+    Inception,
+    Preempted,
+    Preemption,
+    RngState,
+    find_resumable,
+    kernel_distance,
+)
 from t2i_lm.models.expand import expand_vocabulary
 from t2i_lm.models.generate import generate
 from t2i_lm.tokenizers.layout import Layout
-from tests.callbacks.toy_run import finish, free_port, server
+from tests.callbacks.toy_model import Toy
+from tests.callbacks.toy_run import CHECKPOINTS, build, finish, free_port, lines, server
 from tests.decoders import tiny_decoder as tiny
 
 DRAWN, REAL, CODES = 10, 17, 512
@@ -151,6 +163,88 @@ def test_a_stop_request_abandons_the_measurement(inception_weights: Path) -> Non
     assert callback(inception_weights, preemption=preemption).measure(trainer, torch.device("cpu")) is None
     with pytest.raises(StopIteration):
         next(answers)
+
+
+class Gray:
+    """In place of Inception, for tests of when it is asked: 16 brightnesses of an image."""
+
+    width = 16
+
+    def to(self, device: torch.device) -> None:
+        """Stays on the CPU."""
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images_BCHW.float().mean(dim=1), 4).flatten(1)
+
+
+def train(toy: Toy, stop_at: int | None = None) -> int:
+    """Trains a toy whose FID is measured every second step, from its newest checkpoint; a signal comes amid one."""
+    trainer, module, data = build(toy)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    meter, preemption = (
+        next(one for one in callbacks if isinstance(one, kind)) for kind in (EMASplitPerplexity, Preemption)
+    )
+
+    def sample(numbers: Sequence[int]) -> Tensor:
+        step = fid._pending["step"] if fid._pending else trainer.global_step
+        if step == stop_at and toy.rank == toy.world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return images(numbers, int(module.rows.weight.abs().sum() * 100) % 50)
+
+    network: Any = Gray()
+    task = FidTask(DRAWN, sample, reference, lambda: {"title": "FID"}, 4)
+    fid = CocoFID(2, task, network, toy.folder / "fid", meter, preemption)
+    callbacks.insert(next(place for place, one in enumerate(callbacks) if isinstance(one, RngState)), fid)
+    try:
+        trainer.fit(module, data, ckpt_path=find_resumable(toy.folder / CHECKPOINTS), weights_only=True)
+    except Preempted as stop:
+        return stop.exit_code
+    return 0
+
+
+def train_rank(toy: Toy, stop_at: int | None) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(toy.port), "LOCAL_RANK": str(toy.rank)}
+    os.environ |= {"WORLD_SIZE": str(toy.world), "NODE_RANK": "0"}
+    os._exit(train(toy, stop_at))
+
+
+SHORT: dict[str, Any] = {"steps": 10, "val_every": 4, "save_every": 3, "plain": True}
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("unstopped")
+    assert train(Toy(folder, **SHORT)) == 0
+    return lines(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+@pytest.mark.parametrize("step", [4, 6, 10], ids=["before a validation", "amid the run", "after the last step"])
+def test_a_resumed_run_measures_what_was_abandoned_first(
+    step: int, unstopped: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    toy = Toy(tmp_path, **SHORT)
+    assert train(toy, stop_at=step) == 143
+    assert not (tmp_path / f"fid/step-{step:08d}.json").exists()
+    assert train(toy, stop_at=step) == 143  # again, in the session that would make up for it
+    assert train(toy) == 0
+    assert lines(tmp_path) == unstopped
+    assert [line["step"] for line in unstopped if "fid" in line] == [2, 4, 6, 8, 10]
+    assert len(list((tmp_path / "fid").iterdir())) == 5
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_what_was_abandoned(tmp_path: Path) -> None:
+    for stop_at, code in ((4, 143), (None, 0)):
+        port = free_port()
+        toys = [Toy(tmp_path, rank=rank, world=2, port=port, **SHORT) for rank in range(2)]
+        ranks = [server.Process(target=train_rank, args=(toy, stop_at)) for toy in toys]
+        for process in ranks:
+            process.start()
+        assert finish(*ranks) == [code, code]
+    assert [line["step"] for line in lines(tmp_path) if "fid" in line] == [2, 4, 6, 8, 10]
 
 
 def test_invalid_values_are_refused_by_name(inception_weights: Path) -> None:
