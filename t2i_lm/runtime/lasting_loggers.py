@@ -129,7 +129,11 @@ class _CsvWriter(ExperimentWriter):
         file = Path(self.metrics_file_path)
         found = _rows(file)
         whole = [row for row in found if str(row.get("step")).isdigit() and None not in (*row, *row.values())]
+        if whole and whole[-1] is found[-1] and not file.read_bytes().endswith(b"\n"):
+            del whole[-1]  # its last number may be cut
         kept = [row for row in whole if purge is None or int(row["step"]) < purge]
+        # Of the checkpoint's place, where a resumed run repeats a validation that an earlier session may have ended.
+        self._known = {_kind(row) for row in kept if int(row["step"]) + 1 == purge}
         self.metrics_keys = sorted(kept[0]) if kept else []
         if len(kept) < len(found):  # torn by a kill, or after the checkpoint
             try:
@@ -140,6 +144,13 @@ class _CsvWriter(ExperimentWriter):
 
     def _check_log_dir_exists(self) -> None:
         """Keeps the file of an earlier session, which Lightning's writer deletes."""
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Adds a row, unless the file has it from an earlier session, and writes what waits."""
+        super().log_metrics(metrics_dict, step)
+        if _kind(self.metrics[-1]) in self._known:
+            del self.metrics[-1]
+        self.save()
 
     def save(self) -> None:
         """Writes the rows that wait, if that is possible; else says once why not."""
@@ -166,6 +177,11 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(opened))
 
 
+def _kind(row: dict[str, Any]) -> tuple[int, frozenset[str]]:
+    """The place of a row, and the columns that it fills."""
+    return int(row["step"]), frozenset(key for key, value in row.items() if value != "")
+
+
 def _append(file: Path, keys: list[str], rows: list[dict[str, Any]], header: bool = False) -> None:
     """Appends rows, all or none."""
     size = file.stat().st_size if file.is_file() else 0
@@ -181,7 +197,7 @@ def _append(file: Path, keys: list[str], rows: list[dict[str, Any]], header: boo
 
 
 class LastingCSVLogger(CSVLogger):
-    """A CSV logger whose file is whole at any time, and continued by a resumed run.
+    """A CSV logger whose file holds every row at once, and is continued by a resumed run.
 
     Args:
         purge: `step` from which rows of an earlier session are dropped; None for none.

@@ -21,6 +21,12 @@ def config(logger: str) -> ExperimentConfig:
     return load_experiment(Path(PRETRAINED), "demo", [f"log.logger={logger}"])
 
 
+def rows(file: Path) -> list[dict[str, str]]:
+    """Of a CSV file."""
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
 def points(folder: Path, tag: str = "a") -> list[int]:
     """Steps of a tag, as TensorBoard reads them."""
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -81,42 +87,39 @@ def test_rows_of_csv_wait_also_when_columns_change(tmp_path: Path, capsys: pytes
     logger = build_logger(config("csv"), tmp_path)
     file = tmp_path / "csv" / "metrics.csv"
 
-    def rows() -> list[dict[str, str]]:
-        with file.open(newline="") as opened:
-            return list(csv.DictReader(opened))
-
     logger.log_metrics({"a": 1.0}, 0)
-    logger.save()
     before = file.read_bytes()
     with file_limit(len(before) + 10):
         for step in range(1, 5):
             logger.log_metrics({"a": 1.0, "b": 2.0}, step)
-            logger.save()
         assert file.read_bytes() == before
     logger.log_metrics({"a": 1.0}, 5)
-    logger.finalize("success")
-    assert [row["step"] for row in rows()] == list("012345")
-    assert [row["b"] for row in rows()] == ["", *["2.0"] * 4, ""]
+    assert [row["step"] for row in rows(file)] == list("012345")
+    assert [row["b"] for row in rows(file)] == ["", *["2.0"] * 4, ""]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{file}: File too large")
 
 
-def test_a_resumed_run_continues_its_csv(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ["1.0\n2.0", "1.0,20,2"], ids=["a field missing", "a number cut"])
+def test_a_resumed_run_continues_the_csv_of_a_killed_one(torn: str, tmp_path: Path) -> None:
     file = tmp_path / "csv" / "metrics.csv"
     first = build_logger(config("csv"), tmp_path)
-    for step in range(6):
+    for step in range(0, 60, 10):
         first.log_metrics({"a": 1.0}, step)
-    first.finalize("success")
+        assert [int(row["step"]) for row in rows(file)] == list(range(0, step + 1, 10))
+    first.log_metrics({"validation": 1.0}, 30)
     with file.open("a") as opened:
-        opened.write("1.0\n2.0")  # torn by a kill
-    resumed = build_logger(config("csv"), tmp_path, purge=4)
-    resumed.log_metrics({"a": 2.0, "b": 3.0}, 4)
-    resumed.finalize("success")
-    with file.open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    assert [(row["step"], row["a"], row["b"]) for row in rows] == [
-        *((str(step), "1.0", "") for step in range(4)),
-        ("4", "2.0", "3.0"),
+        opened.write(torn)
+    resumed = build_logger(config("csv"), tmp_path, purge=31)
+    resumed.log_metrics({"validation": 1.0}, 30)  # repeated
+    resumed.log_metrics({"samples": 1.0}, 30)
+    resumed.log_metrics({"a": 2.0}, 40)
+    filled = [{name: value for name, value in row.items() if value} for row in rows(file)]
+    assert filled == [
+        *({"step": str(step), "a": "1.0"} for step in range(0, 40, 10)),
+        {"step": "30", "validation": "1.0"},
+        {"step": "30", "samples": "1.0"},
+        {"step": "40", "a": "2.0"},
     ]
 
 
