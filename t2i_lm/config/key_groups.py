@@ -1,5 +1,7 @@
 """Which keys of an experiment name files, may change when a run is resumed, and change what is computed."""
 
+from typing import Any
+
 # Keys that may select a plug-in.
 PLUGIN_KEYS = ("backbone.path", "text_tokenizer.path", "image_tokenizer.path", "data.source")
 # Keys of files and folders: `~` is the home folder, and a relative path starts where the run was started.
@@ -56,7 +58,8 @@ REPORTED = (
 # What a key must be whose values are compared.
 COMPARED = "a key that changes what a run computes or reports (runs that differ in others alone count as one)"
 
-# Keys that decide the model, the order of the data or an average, and cannot change within a run.
+# Keys that decide the model, the optimizer's groups, the order of the data or an average: they cannot change within a
+# run.
 FIXED = (
     "name",
     "task",
@@ -69,17 +72,26 @@ FIXED = (
     "image_tokenizer.warmup_fraction",
     "image_tokenizer.words",
     "image_tokenizer.caption_weight",
+    "image_tokenizer.model.",
     "new_rows",
     "loss_rows",
     "backbone.",
     "lora.",
     "optim.name",
+    "optim.decay",
     "data.source",
     "data.batch_size",
     "data.seed",
     "trainer.accumulate_grad_batches",
     "log.ema",
 )
+# Keys that may change within a run, but not from or to 0, where its checkpoint has other parts.
+SWITCHES = ("data.replay_ratio", "optim.l2_sp")
+
+
+def cannot_change(key: str, before: Any, now: Any) -> bool:
+    """Whether a dotted key cannot change from one value to another within a run."""
+    return is_fixed(key) or (key in SWITCHES and bool(before) != bool(now))
 
 
 def is_fixed(key: str) -> bool:

@@ -2,8 +2,12 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from callbacks.files.checkpoint_parts import SHAPE
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.sections import is_plugin
 from t2i_lm.data.identity import changed_data, data_contents
@@ -67,10 +71,13 @@ def require_same_start(experiment: Experiment, found: Mapping[str, Any], found_r
         found_run: the run to resume.
 
     Raises:
-        ValueError: naming each that differs from the run's env.json or checkpoint, and was not allowed to.
+        ValueError: naming each that differs from the run's env.json or checkpoint, and was not allowed to; or those
+            that were, if the checkpoint's weights are not the model's.
     """
     run = found_run.folder
     found_run.changes += _compare(found, found_run)
+    if found_run.changes and found_run.checkpoint is not None and found_run.checkpoint.is_file():
+        _require_fitting(experiment.module, found_run, found_run.checkpoint)
     recorded = read_environment(run)
     for key in changed_data(recorded.get(CONTENTS) or {}, found.get(CONTENTS) or {}):
         print(f"note: {key}={experiment.config.value(key)} has changed since {run} was started", file=sys.stderr)
@@ -111,6 +118,31 @@ def _compare(found: Mapping[str, Any], resumed: Resumption) -> list[Change]:
             "new one; or accept a difference by --allow-mismatch KEY"
         )
     return list(allowed.values())
+
+
+def _require_fitting(module: torch.nn.Module, resumed: Resumption, checkpoint: Path) -> None:
+    """Compares names and shapes of the weights in a checkpoint with the model's, before anything is written."""
+    saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+    then, now = _shapes(saved), _shapes(module.state_dict())
+    # Names of adapters may be those of an earlier version, which loading completes.
+    names = then.keys() & now.keys() if any(".lora_" in name for name in now) else then.keys() | now.keys()
+    for name in sorted(names):
+        if then.get(name) != now.get(name):
+            keys = ", ".join(change.key for change in resumed.changes)
+            raise ValueError(
+                f"--resume {resumed.folder}: {keys} cannot change so within a run: {name} has the shape "
+                f"{then.get(name)} in {checkpoint.name}, now {now.get(name)}. Restore what the run started from, or "
+                "start a new one"
+            )
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Shapes of weights by name; of sharded ones, those of the whole."""
+    return {
+        name: list(value.shape) if isinstance(value, torch.Tensor) else value[SHAPE]
+        for name, value in state.items()
+        if not name.endswith("_extra_state")
+    }
 
 
 def _entries(name: str, value: Any) -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.key_groups import RESUMABLE, is_fixed
+from t2i_lm.config.key_groups import RESUMABLE, cannot_change, is_fixed
 from t2i_lm.config.load import flatten, load_experiment, located
 from t2i_lm.config.values import key_types
 from t2i_lm.runtime.command_line import SCALE
@@ -60,8 +60,9 @@ def resumed_run(
         raise ValueError(f"--resume {folder}: this is a run of {saved['name']}, not of {experiment} ({name})")
     config = load_experiment(folder / CONFIG, None, overrides)
     for key, value in flatten(config).items():
-        if value != saved[key] and key not in RESUMABLE and (key not in allowed or is_fixed(key)):
-            other = "" if is_fixed(key) else f", or accept the change by --allow-mismatch {key}"
+        is_final = cannot_change(key, saved[key], value)
+        if value != saved[key] and key not in RESUMABLE and (key not in allowed or is_final):
+            other = "" if is_final else f", or accept the change by --allow-mismatch {key}"
             raise ValueError(
                 f"--resume {folder}: {key}={value!r} differs from the run's config.yaml ({saved[key]!r}); "
                 f"start a new run instead{other}"

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from callbacks import MetricsFile, find_resumable, read_record
 from callbacks.checkpoints import checkpoints, require_same_metrics, step_of, was_not_started
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.key_groups import is_fixed, may_move
+from t2i_lm.config.key_groups import cannot_change, may_move
 from t2i_lm.config.load import changed_yaml, flatten, flatten_mapping, load_experiment, nested_yaml
 from t2i_lm.config.presets import PRESETS
 from t2i_lm.storage.reading import reading
@@ -241,7 +241,7 @@ def require_same_config(config: ExperimentConfig, found: Resumption) -> None:
             fixed.append(text)
         elif may_move(key):
             moved.append(text)
-        elif is_fixed(key):
+        elif cannot_change(key, before, value):
             fixed.append(text)
         elif key not in found.allowed or value == "missing":
             refused.append(text)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from callbacks import DurableCheckpointIO, read_record
 from callbacks.checkpoints import checkpoint_path, checkpoints, mark_not_started, step_of
 from callbacks.run_record import RECORD
 from t2i_lm.config.experiment import ExperimentConfig
-from t2i_lm.config.key_groups import FIXED, PATH_KEYS, RESUMABLE, is_fixed, may_move
+from t2i_lm.config.image_tokenizer import VQModelConfig
+from t2i_lm.config.key_groups import FIXED, PATH_KEYS, RESUMABLE, SWITCHES, cannot_change, is_fixed, may_move
 from t2i_lm.config.load import flatten, flatten_mapping, load_experiment, save_experiment
+from t2i_lm.experiment.build import build_model
+from t2i_lm.modules.image_tokenizer import ImageTokenizerModule
 from t2i_lm.storage.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -28,9 +32,10 @@ from t2i_lm.storage.run_folder import (
     read_run,
 )
 from t2i_lm.storage.sealed import sealed
+from t2i_lm.tokenizers.vq import PatchedVQ, save_tokenizer
 from t2i_lm.train import main
 from t2i_lm.training.resumption import VALUES, config_entry, find_resumption, require_same_config
-from tests.runs import PRETRAINED, without_newest
+from tests.runs import EXPERIMENTS, PRETRAINED, without_newest
 from tests.training.test_continuity import contents
 
 
@@ -140,15 +145,21 @@ def test_a_cut_config_is_never_filled_up_with_defaults(folder: Path) -> None:
     assert all(CONFIG in message for message in messages)
 
 
-@pytest.mark.parametrize("change", [{"optim.lr": 0.7}, {"data.length": 9}, {"seed": 4}, {"optim.lr": "missing"}])
+CHANGES = [{"optim.lr": 0.7}, {"data.length": 9}, {"seed": 4}, {"optim.lr": "missing"}]
+REFUSED = [{"optim.decay": "matrices"}, {"image_tokenizer.model.codes": 9}, {"optim.l2_sp": 0.1}]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *REFUSED], ids=str)
 def test_a_changed_config_is_refused_with_both_values(folder: Path, change: dict[str, Any]) -> None:
     ((key, value),) = change.items()
     before = flatten(ExperimentConfig())[key]
     write(folder, key, value)
     with pytest.raises(ValueError, match=f"{key} is {before} in step-00000002.ckpt, now ") as error:
         require_same_config(load_experiment(folder / CONFIG), find_resumption(folder, ["data.workers"]))
-    assert ("cannot change within a run" in str(error.value)) == is_fixed(key)
-    if value == "missing" or is_fixed(key):
+    is_final = cannot_change(key, before, value)
+    assert ("cannot change within a run" in str(error.value)) == is_final
+    assert is_final or change in CHANGES
+    if value == "missing" or is_final:
         with pytest.raises(ValueError, match=key):
             require_same_config(load_experiment(folder / CONFIG), find_resumption(folder, [key]))
 
@@ -276,6 +287,95 @@ def test_every_fixed_key_is_a_key_and_none_may_change_on_resume() -> None:
     for fixed in FIXED:
         assert any(key == fixed or key.startswith(fixed) for key in keys), fixed
     assert not any(is_fixed(key) for key in (*RESUMABLE, *PATH_KEYS))
+    assert {*SWITCHES} <= {*keys}
+    assert not any(is_fixed(key) for key in SWITCHES)
+
+
+# Values of keys that may change what a checkpoint holds, and keys that they go with.
+VALUES_BY_KEY: dict[str, list[str]] = {
+    "optim.decay": ["all", "matrices"],
+    "optim.l2_sp": ["0", "0.1", "0.2"],
+    "optim.weight_decay": ["0", "0.1"],
+    "optim.grad_clip": ["1", "2"],
+    "data.replay_ratio": ["0", "0.25", "0.5"],
+    "optim.gradient_projection": ["false", "true"],
+    "data.length": ["96", "160"],
+    "data.caption_dropout": ["0", "0.2"],
+    "distil.weight": ["0", "0.5"],
+    "loss.text_weight": ["1", "0.5"],
+    "loss.z": ["0", "1e-4"],
+    "trainer.precision": ["32-true", "bf16-mixed"],
+    "trainer.activation_checkpointing": ["false", "true"],
+    "trainer.packing": ["false", "true"],
+}
+TOGETHER = {"optim.gradient_projection": ["data.replay_ratio=0.5"]}
+TOKENIZER_VALUES = {
+    "image_tokenizer.model.patch": ["2", "4"],
+    "image_tokenizer.model.layers_per_block": ["1", "2"],
+    "image_tokenizer.model.latent_channels": ["4", "8"],
+    "image_tokenizer.model.codes": ["16", "32"],
+    "image_tokenizer.model.code_dim": ["4", "8"],
+    "image_tokenizer.edge_weight": ["0", "1"],
+    "optim.decay": ["all", "matrices"],
+}
+
+
+def form(module: Any) -> Any:
+    """What must not change within a run: shapes of weights, sizes of groups, and what the loss is split by."""
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    return shapes, [len(group["params"]) for group in groups], getattr(module, "modalities", ())
+
+
+@pytest.mark.parametrize("key", VALUES_BY_KEY)
+def test_a_change_of_a_language_model_is_refused_where_its_state_has_another_form(key: str, tiny: list[str]) -> None:
+    more = [*tiny, "data.replay_path=text.txt", *TOGETHER.get(key, [])]
+    configs = [load_experiment(PRETRAINED, "demo", [*more, f"{key}={value}"]) for value in VALUES_BY_KEY[key]]
+    assert_refused_where_forms_differ(key, configs, [form(build_model(config).module) for config in configs])
+
+
+@pytest.mark.parametrize("key", TOKENIZER_VALUES)
+def test_a_change_of_an_image_tokenizer_is_refused_where_its_state_has_another_form(key: str) -> None:
+    experiment, small = EXPERIMENTS / "image_tokenizer.yaml", "image_tokenizer.model.block_out_channels=[16,16]"
+    configs = [load_experiment(experiment, "demo", [small, f"{key}={value}"]) for value in TOKENIZER_VALUES[key]]
+    forms = [form(ImageTokenizerModule(PatchedVQ(config.image_tokenizer.model), config)) for config in configs]
+    assert_refused_where_forms_differ(key, configs, forms)
+
+
+def assert_refused_where_forms_differ(key: str, configs: list[ExperimentConfig], forms: list[Any]) -> None:
+    for before, now in combinations(range(len(configs)), 2):
+        is_refused = cannot_change(key, configs[before].value(key), configs[now].value(key))
+        assert is_refused == (forms[before] != forms[now])
+
+
+def test_a_switch_is_refused_by_name_though_it_is_allowed(
+    pretrained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = without_newest(pretrained, tmp_path)
+    before = contents(run)
+    for key, value in (("optim.l2_sp", "0.1"), ("data.replay_ratio", "0.25")):
+        allow = ["data.replay_path=text.txt", "--allow-mismatch", "data.replay_path", "--allow-mismatch", key]
+        assert main([PRETRAINED, "--resume", str(run), f"{key}={value}", *allow]) == 2
+        error = capsys.readouterr().err.strip()
+        assert f"{key}={value} differs from the run's config.yaml (0.0); start a new run instead" in error
+        assert "--allow-mismatch" not in error
+    assert contents(run) == before
+
+
+def test_a_tokenizer_of_other_codes_is_refused_though_its_hash_is_allowed(
+    pretrained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = without_newest(pretrained, tmp_path)
+    other = tmp_path / "vq"
+    save_tokenizer(PatchedVQ(VQModelConfig(block_out_channels=[16, 16], codes=16)), other, torch.float32)
+    write(run, "image_tokenizer.path", str(other))
+    before = contents(run)
+    hashes = ("data_hash", "tokenizers.image", "configs.image_tokenizer")
+    allow = [word for name in hashes for word in ("--allow-mismatch", name)]
+    assert main([PRETRAINED, "--resume", str(run), *allow]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{', '.join(hashes)} cannot change so within a run: decoder.output.image has the shape [" in error
+    assert contents(run) == before
 
 
 def test_a_run_records_what_it_is_and_goes_on_at_an_allowed_rate(
