@@ -72,7 +72,7 @@ def export(
 
     Args:
         run: a run folder, or a folder of runs, whose newest is used.
-        out: the folder to write, new or empty.
+        out: the folder to write, new or empty; written whole or not at all.
         dtype: of the written weights.
         form: one of `FORMATS`.
         other: with a language model: held-out text of another domain, measured as well.
@@ -120,13 +120,15 @@ def export(
         "git": environment.get("git"),
         "dtype": dtype,
     }
-    card |= exporters[config.task](trained, out, getattr(torch, dtype))
-    if documents is not None:
-        assert isinstance(trained, TextExperiment)
-        written = load_huggingface(out).eval() if form == "transformers" else _read_back(trained.module.decoder, out)
-        card |= other_domain(written, trained.text, documents, config.data.length)
-    card = write_card(out, card)
-    share(*(file for file in out.rglob("*") if file.is_file()))
+    with atomic_folder(out) as folder:
+        card |= exporters[config.task](trained, folder, getattr(torch, dtype))
+        if documents is not None:
+            assert isinstance(trained, TextExperiment)
+            decoder = trained.module.decoder
+            written = load_huggingface(folder).eval() if form == "transformers" else _read_back(decoder, folder)
+            card |= other_domain(written, trained.text, documents, config.data.length)
+        card = write_card(folder, card)
+        share(*(file for file in folder.rglob("*") if file.is_file()))
     return card
 
 
@@ -252,7 +254,9 @@ def language_model_numbers(decoder: Backbone, text: TextTokenizer, split: datase
         ids = torch.tensor(text.encode(opening))
         room = min(COMPLETION_TOKENS, decoder.config.seq_len - len(ids))
         added = continue_text(decoder, ids, room, text.document_end, seed, temperature=0.8)
-        completions[opening] = text.decode([*ids.tolist(), *added.tolist()])[len(opening) :]
+        # Rows that pad a backbone's vocabulary have no piece in its tokenizer.
+        pieces = [token for token in (*ids.tolist(), *added.tolist()) if token < text.vocab_size]
+        completions[opening] = text.decode(pieces)[len(opening) :]
     return {
         "held_out_nll": nll / tokens,
         "held_out_bits_per_byte": nll / math.log(2) / bytes_,

@@ -4,11 +4,15 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import tokenizers
 import torch
 
 import t2i_lm
+from t2i_lm.config.load import load_experiment
+from t2i_lm.experiment.build import open_text
+from t2i_lm.experiment.export import export, language_model_numbers
 from t2i_lm.export import main
 from t2i_lm.models.decoder import Decoder
 from t2i_lm.models.open_lm import decoder_config, save_open_lm
@@ -16,6 +20,8 @@ from t2i_lm.storage.run_folder import Run, run_folders
 from t2i_lm.tokenizers.documents import TOKENIZER_CONFIG, document_start
 from t2i_lm.tokenizers.text import SentencePieceTokenizer, open_text_tokenizer
 from t2i_lm.train import main as train
+from tests.decoders import tiny_decoder
+from tests.runs import PRETRAINED
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +29,6 @@ def run(guided: Run) -> Path:
     return guided.folder
 
 
-ROOT = Path(__file__).parents[2]
 TRANSFORMERS = ["--format", "transformers"]
 
 
@@ -86,9 +91,8 @@ def test_a_tokenizer_json_is_written_for_auto_tokenizer(tiny: list[str], tmp_pat
         "text_tokenizer.document_start=<|endoftext|>",
         "trainer.max_steps=3",
     ]
-    experiment = str(ROOT / "experiments" / "t2i_pretrained.yaml")
     quick = ["samples.prompts=0", "trainer.max_steps=3", f"run.dir={tmp_path}/runs", "samples.preference_scenes=0"]
-    assert train([experiment, *tiny, *overrides, *quick]) == 0
+    assert train([PRETRAINED, *tiny, *overrides, *quick]) == 0
     (folder,) = run_folders(tmp_path / "runs")
     assert main([str(folder), "--out", str(tmp_path / "out"), *TRANSFORMERS]) == 0
     reread = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -115,6 +119,30 @@ def test_a_language_model_has_the_same_numbers_in_both_formats(language_model: P
     card = cards["native"]
     assert 0.9 < card["other_domain_bytes"] / other.stat().st_size <= 1  # the last, incomplete row is dropped
     assert card["other_domain_bits_per_byte"] != card["held_out_bits_per_byte"]
+
+
+def test_rows_without_a_piece_are_left_out_of_completions(tiny: list[str]) -> None:
+    text = open_text(load_experiment(PRETRAINED, "demo", tiny))
+    decoder = tiny_decoder(vocab_size=text.vocab_size + 500, seq_len=64)
+    row = {"text_ids": text.encode("a red circle on white")[:4], "bytes": 9}
+    numbers = language_model_numbers(decoder, text, datasets.Dataset.from_list([row]).with_format("numpy"))
+    assert len(numbers["completions"]) == 10
+
+
+@pytest.mark.parametrize("form", ["native", "transformers"])
+def test_an_export_that_fails_leaves_nothing(
+    form: str, language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "transformers":
+        pytest.importorskip("transformers")
+
+    def fail(*_: object) -> None:
+        raise ValueError("no numbers")
+
+    monkeypatch.setattr("t2i_lm.experiment.export.held_out_sums", fail)
+    with pytest.raises(ValueError, match="no numbers"):
+        export(language_model, tmp_path / "out", "float32", form)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_earlier_checkpoint_is_exported_with_its_tokens(
