@@ -149,17 +149,19 @@ class NonFiniteGuard(Callback):
             return
         spikes = self._tell(trainer)
         self._last_check = step
-        longest = int(self._counts[2])
+        _, row, longest = self._counts.tolist()
+        # A GPU is looked at later, when other steps may have followed.
+        after = "parameters are those before them" if row == longest else "later steps have changed the parameters"
         if longest >= self.limit and spikes:
             raise FloatingPointError(
                 f"the loss was above {self.skip_above:g} times its average in {longest} steps in a row (step {step}); "
-                f"parameters are those before them. {RATE}, or with another bound (--resume RUN "
+                f"{after}. {RATE}, or with another bound (--resume RUN "
                 "trainer.skip_loss_above=MULTIPLE --allow-mismatch trainer.skip_loss_above)"
             )
         if longest >= self.limit:
             raise FloatingPointError(
-                f"the gradient was not finite in {longest} steps in a row (step {step}); parameters are those before "
-                f"them. {RATE}, or in float32 "
+                f"the gradient was not finite in {longest} steps in a row (step {step}); {after}. "
+                f"{RATE}, or in float32 "
                 "(--resume RUN trainer.precision=32-true --allow-mismatch trainer.precision)"
             )
 

@@ -140,6 +140,21 @@ def test_skips_are_told_when_a_run_is_saved_though_a_gpu_is_looked_at_rarely(tmp
     assert guard._tell(trainer), "the next look still knows that it was a spike"
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [([1.0] * 3, "parameters are those before them"), ([1.0] * 3 + [0.0], "later steps have changed the parameters")],
+    ids=["at once", "a step later"],
+)
+def test_an_error_says_whether_steps_followed_the_skips(flags: list[float], expected: str) -> None:
+    """On a GPU, which is looked at rarely."""
+    guard = NonFiniteGuard(limit=3)
+    for flag in flags:
+        guard._count(torch.tensor([flag]))
+    trainer: Any = SimpleNamespace(global_step=50, is_global_zero=True, world_size=1)
+    with pytest.raises(FloatingPointError, match=rf"in 3 steps in a row \(step 50\); {expected}\. Continue at"):
+        guard.on_train_batch_end(trainer, ToyModule(Toy(Path())), None, None, 0)
+
+
 def test_counts_survive_a_resumption() -> None:
     guard, again = NonFiniteGuard(), NonFiniteGuard()
     for flag in (1.0, 0.0, 1.0, 1.0):
