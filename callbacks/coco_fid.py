@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from callbacks.base.interval_sums import collective_device, distributed
+from callbacks.base.interval_sums import collective_device, distributed, highest_of_ranks
 from callbacks.base.periodic import MEASUREMENT, Periodic, undisturbed
 from callbacks.files.atomic import write_atomic
 from callbacks.files.disk import tell
@@ -155,7 +155,7 @@ class CocoFID(Periodic):
             network.to(torch.device("cpu"))  # frees device memory for training
         if failure is not None:
             tell(f"no FID: {failure}; training continues")
-        if _on_any_rank(failure is not None):
+        if highest_of_ranks(int(failure is not None)):
             return None
         metric.to(collective_device() if distributed() else torch.device("cpu"))
         distance = float(metric.compute())
@@ -186,15 +186,6 @@ class CocoFID(Periodic):
         self._real.to(torch.device("cpu"))
         self._real.reset()
         return self._real
-
-
-def _on_any_rank(value: bool) -> bool:
-    """Whether it holds on any rank; every rank must call it."""
-    if not distributed():
-        return value
-    agreed = torch.tensor(int(value), device=collective_device())
-    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
-    return bool(agreed)
 
 
 class FeatureRows:

@@ -9,12 +9,10 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.base.interval_sums import distributed, host_group
+from callbacks.base.interval_sums import distributed, highest_of_ranks, host_group
 from callbacks.checkpoints import RunCheckpoints
 
 # Slurm's scripts ask for SIGUSR1 some time before the limit (`--signal=USR1@120`).
@@ -105,11 +103,7 @@ class Preemption(Callback):
 
     def _highest(self, value: int) -> int:
         """The highest value of all ranks."""
-        if not distributed():
-            return value
-        agreed = torch.tensor(value)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._group)
-        return int(agreed)
+        return highest_of_ranks(value, self._group)
 
     def _install(self, trainer: pl.Trainer) -> None:
         if self._handlers or threading.current_thread() is not threading.main_thread():

@@ -29,6 +29,15 @@ def collective_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
+def highest_of_ranks(value: int, group: Any = None) -> int:
+    """The highest value of all ranks, in the default process group or another; every rank must call it."""
+    if not distributed():
+        return value
+    agreed = torch.tensor(value, device=collective_device() if group is None else "cpu")
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
+    return int(agreed)
+
+
 class IntervalSums:
     """Running float64 sums that can be checkpointed at any moment without losing or repeating anything.
 

@@ -39,6 +39,7 @@ from t2i_lm.generation.images import (
     caption_layout,
     caption_prompts,
     decode,
+    encode_captions,
     generate_codes,
     numerics,
     sampling_of,
@@ -62,7 +63,7 @@ def count_cut(model: ImageModel, coco: Coco, prompts: Sequence[Prompt], log: boo
         ValueError: if the model takes no captions.
     """
     layout, text = caption_layout(model)
-    lengths = [len(ids) for ids in text.encode_batch([prompt.text.strip() for prompt in prompts])]
+    lengths = [len(ids) for ids in encode_captions(text, (prompt.text for prompt in prompts))]
     over = sum(length > layout.text_budget for length in lengths)
     if over and log:
         longest = max(range(len(prompts)), key=lengths.__getitem__)

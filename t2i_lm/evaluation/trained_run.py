@@ -25,7 +25,7 @@ from t2i_lm.experiment.restore import load_trained
 from t2i_lm.generation.images import (
     ImageArray,
     chosen_sampling,
-    encode_caption,
+    encode_captions,
     generate_images,
     require_fitting,
     seeds_of,
@@ -193,7 +193,7 @@ class TrainedRun:
 
         def crops() -> Iterator[ImageArray]:
             for image_or_file, caption in pairs:
-                texts.append(np.array(encode_caption(text, caption), dtype=np.int64))
+                texts.append(np.array(encode_captions(text, [caption])[0], dtype=np.int64))
                 yield center_crop(_rgb(image_or_file), image.image_size)
 
         codes_BN = encode_images(image, crops(), low_precision)

@@ -5,7 +5,7 @@ Shapes: `B` images, `N` image tokens, `H`, `W` pixels.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -135,9 +135,9 @@ def caption_layout(model: ImageModel) -> tuple[Layout, TextTokenizer]:
     return model.layout, model.text
 
 
-def encode_caption(text: TextTokenizer, caption: str) -> list[int]:
-    """Ids of a caption, of which no space around it counts, as in training."""
-    return text.encode(caption.strip())
+def encode_captions(text: TextTokenizer, captions: Iterable[str]) -> list[list[int]]:
+    """Ids of each caption, of which no space around it counts, as in training."""
+    return text.encode_batch([caption.strip() for caption in captions])
 
 
 def require_fitting(model: ImageModel, captions: Sequence[str]) -> None:
@@ -147,17 +147,17 @@ def require_fitting(model: ImageModel, captions: Sequence[str]) -> None:
         ValueError: if the model takes no captions, or naming the first caption that is too long.
     """
     layout, text = caption_layout(model)
-    for caption in captions:
-        ids = len(encode_caption(text, caption))
-        if ids > layout.text_budget:
-            raise ValueError(f"prompt {caption[:CAPTION_START]!r}...: {ids} ids, but at most {layout.text_budget} fit")
+    for caption, ids in zip(captions, encode_captions(text, captions), strict=True):
+        if len(ids) > layout.text_budget:
+            raise ValueError(
+                f"prompt {caption[:CAPTION_START]!r}...: {len(ids)} ids, but at most {layout.text_budget} fit"
+            )
 
 
 def caption_prompts(model: ImageModel, captions: Sequence[str]) -> list[Tensor]:
     """Joint ids of each caption up to `<image>`, cut to the text budget."""
     layout, text = caption_layout(model)
-    ids = (np.array(encode_caption(text, caption), dtype=np.int64) for caption in captions)
-    return [torch.from_numpy(layout.prompt(ids_T)) for ids_T in ids]
+    return [torch.from_numpy(layout.prompt(np.array(ids, dtype=np.int64))) for ids in encode_captions(text, captions)]
 
 
 def generate_images(
