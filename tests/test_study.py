@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from t2i_lm.collect import main as collect
+from t2i_lm.comparison.arms import find_arms
 from t2i_lm.comparison.plan import setting_words
 from t2i_lm.comparison.study_plan import first_seeds, read_study
 from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import RunConfig
+from t2i_lm.reporting.search import RunSearch
 from t2i_lm.storage.run_folder import REPORT, read_run, run_folders
 from t2i_lm.study import main
 from t2i_lm.training import cost
@@ -235,6 +237,21 @@ def test_runs_of_an_equal_config_stand_for_each_other_whatever_plan_made_them(pl
     for file in tmp_path.rglob("env.json"):  # runs of code that computes other numbers stand for none
         file.write_text(json.dumps({**json.loads(file.read_text()), "numerics": 99}))
     assert {str(state) for state in progress_of(runs)} == {"missing"}
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2], ids=["run", "experiment", "setting"])
+def test_finished_runs_on_another_disk_behind_a_link_are_not_missing(depth: int, plan: Path, tmp_path: Path) -> None:
+    content = "seeds: [0]\ncomparisons: {one: {where: {optim.lr: 1e-3}}}"
+    runs = configs(plan, content, f"run.dir={tmp_path}/runs")
+    folder = finish(runs, lambda _: 1.0)[0]
+    linked = (folder, *folder.parents)[depth]
+    linked.rename(tmp_path / "moved")
+    linked.symlink_to(tmp_path / "moved")
+    assert [str(state) for state in progress_of(runs)] == ["finished", "finished"]
+    study = read_study(plan)
+    (compared,) = study.plans().values()
+    assert len(find_arms(compared, tmp_path / "runs").runs) == 2
+    assert RunSearch(tmp_path / "runs").comparisons(study, strict=True)[0].arms is not None
 
 
 def test_collected_results_are_finished_runs_and_nothing_is_trained_among_them(

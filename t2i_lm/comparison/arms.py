@@ -25,7 +25,7 @@ from t2i_lm.comparison.comparability import (
 from t2i_lm.comparison.plan import Plan, setting_words
 from t2i_lm.config.values import Plain, read_value, value_word
 from t2i_lm.storage.reading import reason
-from t2i_lm.storage.run_folder import CONFIG, Run, in_order, read_run
+from t2i_lm.storage.run_folder import Run, folders_below, in_order, read_run
 
 PRECISIONS = "precision by seed"  # likewise
 MOST_SHOWN = 3  # values of a key that a message names; of more keys, it names the command of several plans, too
@@ -120,7 +120,7 @@ def finished_runs(
         wanted: which runs to return.
     """
     runs = []
-    for folder in in_order(file.parent for file in root.rglob(f"{experiment}/*/{CONFIG}")):
+    for folder in in_order(folders_below(root, experiment)):
         try:
             run = read_run(folder)
             config_values(run)

@@ -7,6 +7,7 @@ images of the report. `storage.run_folder.read_run` reads it as a run folder.
 
 import gzip
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from t2i_lm.storage.run_folder import (
     THINNED_ENTRY,
     Run,
     config_digest,
+    folders_below,
     in_order,
     is_collected,
     metrics_digest,
@@ -145,9 +147,10 @@ def _chosen(root: Path, folders: Sequence[Path], out: Path) -> list[Path]:
     for folder in folders or [root]:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder")
-        if not folder.resolve().is_relative_to(root.resolve()):
+        starts = (Path(os.path.abspath(folder)), Path(os.path.abspath(root))), (folder.resolve(), root.resolve())
+        place = next((root / one.relative_to(top) for one, top in starts if one.is_relative_to(top)), None)
+        if place is None:
             raise ValueError(f"{folder} is not in --runs {root}, below which a run keeps its place")
-        place = root / folder.resolve().relative_to(root.resolve())
         found |= dict.fromkeys(_run_folders(place) if place == root else (*_own(place), *_run_folders(place)))
     if out.resolve() == root.resolve():
         raise ValueError(f"--out {out}: expected another folder than --runs {root}")
@@ -162,7 +165,7 @@ def _own(folder: Path) -> list[Path]:
 
 
 def _run_folders(root: Path) -> list[Path]:
-    return in_order(file.parent for file in root.rglob(CONFIG) if file.parent != root)
+    return in_order(folder for folder in folders_below(root) if folder != root)
 
 
 def _require_same(run: Run, target: Path, source: Mapping[str, str]) -> None:

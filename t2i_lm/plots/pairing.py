@@ -17,7 +17,7 @@ from t2i_lm.comparison.comparability import (
 )
 from t2i_lm.plots.groups import Group
 from t2i_lm.storage.reading import reason
-from t2i_lm.storage.run_folder import VAL, Run, read_run, run_folders
+from t2i_lm.storage.run_folder import VAL, Run, folders_below, read_run, run_folders
 
 # Arm -> experiment, `init`, and the make target that trains it.
 ARMS = {
@@ -233,7 +233,7 @@ def _no_pair(root: Path, candidates: Mapping[str, list[Run]], problems: list[str
 
 def _in_settings(root: Path, name: str) -> list[str]:
     """A line on folders below `root` that hold runs of an experiment, as those of a study do."""
-    folders = sorted({file.parents[2] for file in root.rglob(f"{name}/*/config.yaml")} - {root})
+    folders = sorted({folder.parents[len(Path(name).parts)] for folder in folders_below(root, name)} - {root})
     return [f"such runs lie in {len(folders)} folders below it, for example --runs {folders[0]}"] if folders else []
 
 

@@ -16,7 +16,16 @@ from t2i_lm.comparison.plan import Plan, setting_folder, setting_words
 from t2i_lm.comparison.study_plan import Study
 from t2i_lm.storage.owner import OwnedError, require_free
 from t2i_lm.storage.reading import reason
-from t2i_lm.storage.run_folder import CONFIG, OWNER, Run, in_order, read_config, read_environment, read_run, run_folders
+from t2i_lm.storage.run_folder import (
+    OWNER,
+    Run,
+    folders_below,
+    in_order,
+    read_config,
+    read_environment,
+    read_run,
+    run_folders,
+)
 from t2i_lm.training.study import RUNS as STUDY_RUNS
 from t2i_lm.training.sweep import RUNS as SWEEP_RUNS
 
@@ -101,7 +110,7 @@ class RunSearch:
 
     @cached_property
     def _folders(self) -> list[Path]:
-        return in_order(file.parent for file in self.root.rglob(CONFIG) if file.parent.parent != self.root)
+        return in_order(folder for folder in folders_below(self.root) if folder.parent != self.root)
 
     def _arms(self, plan: Plan, strict: bool) -> Arms:
         """The runs of a plan, without those of another setting of a study."""

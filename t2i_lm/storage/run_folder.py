@@ -154,6 +154,36 @@ def run_folders(root: Path, name: str | None = None, scale: str = "") -> list[Pa
     return [folder for folder in runs if _has_form(folder.name, scale)] if scale else runs
 
 
+def folders_below(root: Path, name: str | None = None, file: str = CONFIG) -> list[Path]:
+    """Run folders at any depth below `root`, also behind symbolic links, optionally of one experiment.
+
+    Each is listed once, by its own path if that lies below `root`, else by one through a link. A link to a folder above
+    `root` is not followed. Without a name, `root` itself is listed too if it is a run folder.
+
+    Args:
+        root: where to search.
+        name: the experiment.
+        file: what a folder must hold.
+    """
+    found, seen, tops = list[Path](), set[Path](), [root]
+    above = {*Path(os.path.realpath(root)).parents}
+    for top in tops:  # grows by the links, which so come after all other folders
+        for path, folders, files in os.walk(top):
+            folder, place = Path(path), Path(os.path.realpath(path))
+            if place in seen or place in above:
+                folders.clear()
+                continue
+            seen.add(place)
+            if file in (*folders, *files):
+                found.append(folder)
+            folders.sort()
+            tops += [folder / one for one in folders if one != CHECKPOINTS and (folder / one).is_symlink()]
+    if name is None:
+        return found
+    parts = Path(name).parts
+    return [folder for folder in found if folder.relative_to(root).parts[-len(parts) - 1 : -1] == parts]
+
+
 def in_order(folders: Iterable[Path]) -> list[Path]:
     """Run folders with a name of `new_run_folder`, oldest first; a line on stderr names each other one.
 

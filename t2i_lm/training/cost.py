@@ -15,7 +15,7 @@ from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import flatten
 from t2i_lm.config.sections import require
 from t2i_lm.storage.reading import reason
-from t2i_lm.storage.run_folder import CONFIG, REPORT, Run, read_run
+from t2i_lm.storage.run_folder import REPORT, Run, folders_below, read_run
 from t2i_lm.training.step_time import step_seconds, steps_in_all
 from t2i_lm.training.study import Progress, StudyRun
 
@@ -102,10 +102,10 @@ def _alike_elsewhere(study: Path, kinds: set[str]) -> list[Timed]:
     """Finished runs of given kinds below `run.dir`, outside of the study."""
     top = next((folder.parent for folder in (study, *study.parents) if folder.name == "study"), study)
     found: list[Run] = []
-    for file in sorted(top.rglob(CONFIG)):
+    for folder in sorted(folders_below(top)):
         try:
-            if (file.parent / REPORT).is_file():
-                run = read_run(file.parent)
+            if (folder / REPORT).is_file():
+                run = read_run(folder)
                 if _kind(config_values(run)) in kinds:
                     found.append(run)
         except (ValueError, OSError, KeyError, TypeError):  # damaged: named where it is used

@@ -22,6 +22,7 @@ from t2i_lm.storage.run_folder import (
     CONTENTS,
     REPORT,
     THINNED,
+    folders_below,
     is_collected,
     read_environment,
     run_folders,
@@ -84,7 +85,7 @@ def require_no_results(folders: Iterable[Path]) -> None:
         ValueError: naming the first that does.
     """
     for folder in folders:
-        if any(folder.rglob(THINNED)):
+        if folders_below(folder, file=THINNED):
             raise ValueError(
                 f"{folder} holds collected results, and runs that it lacks are not trained there: set another run.dir"
             )

@@ -21,7 +21,7 @@ from t2i_lm.config.values import Plain, read_value
 from t2i_lm.runtime.command_line import NO_SAMPLES
 from t2i_lm.runtime.launch import global_rank
 from t2i_lm.runtime.tables import text_table
-from t2i_lm.storage.run_folder import CONFIG, Run, in_order, is_collected, read_run
+from t2i_lm.storage.run_folder import Run, folders_below, in_order, is_collected, read_run
 from t2i_lm.training.equal_runs import compared_values, find_equal_run, require_no_results
 from t2i_lm.training.jobs import Job, run_jobs
 from t2i_lm.training.sweep import in_proportion
@@ -244,7 +244,7 @@ def progress_of(runs: Sequence[StudyRun]) -> list[Progress]:
         roots = [root for root in (run.results, _root(run)) if root is not None]
         for root in roots:
             if root not in folders:
-                folders[root] = in_order(file.parent for file in root.rglob(CONFIG))
+                folders[root] = in_order(folders_below(root))
         states.append(Progress(*_find(run, [folder for root in roots for folder in folders[root]])))
     return states
 

@@ -292,6 +292,14 @@ def test_wrong_folders_are_one_line(pair: dict[str, Path], tmp_path: Path, capsy
     assert capsys.readouterr().err.count("holds collected results already") == 2
 
 
+def test_runs_behind_a_link_are_collected_at_their_place(pair: dict[str, Path], tmp_path: Path) -> None:
+    folder = pair[ARMS[0]].parent
+    folder.rename(tmp_path / "disk")
+    folder.symlink_to(tmp_path / "disk")
+    out = collected(tmp_path, folder)
+    assert [path.parent for path in out.rglob(CONFIG)] == [out / folder.name / pair[ARMS[0]].name]
+
+
 def test_what_requires_a_checkpoint_is_refused_in_one_line(
     pair: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from t2i_lm.storage.run_folder import (
     METRICS,
     environment,
     find_run,
+    folders_below,
     new_run_folder,
     read_run,
     require_no_links,
@@ -86,6 +87,24 @@ def test_runs_are_listed_by_time_across_experiments(tmp_path: Path) -> None:
     assert run_folders(tmp_path) == [first, second, third]
     assert run_folders(tmp_path, "t2i_scratch") == [first, third]
     assert run_folders(tmp_path / "absent") == []
+
+
+def test_runs_behind_links_are_found_once_and_cyclic_links_end(tmp_path: Path) -> None:
+    root, disk = tmp_path / "runs", tmp_path / "disk"
+    own = write_run(root / "study", "t2i_pretrained")
+    moved = write_run(disk, "t2i_scratch", "20260301-000000")
+    (root / "study" / "t2i_scratch").symlink_to(disk / "t2i_scratch")
+    (root / "moved").symlink_to(disk)
+    (root / "best").symlink_to(own)
+    for link, target in ((root / "again", root), (disk / "up", tmp_path), (disk / "own", disk), (root / "gone", "x")):
+        link.symlink_to(target)
+    (own / "checkpoints").symlink_to(write_run(tmp_path / "other", "t2i_scratch").parent)  # on another disk
+    linked = root / "moved" / "t2i_scratch" / moved.name
+    assert folders_below(root) == [own, linked]
+    assert folders_below(root, "t2i_scratch") == [linked]
+    assert folders_below(own) == [own]
+    assert folders_below(root / "study", "t2i_scratch") == [root / "study" / "t2i_scratch" / moved.name]
+    assert folders_below(root / "absent") == []
 
 
 def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
