@@ -9,7 +9,7 @@ from t2i_lm.models.freeze import EXPERT_GROUPS, FREEZE_GROUPS, TUNE_SETS
 from t2i_lm.plots.groups import FIGURE5
 from t2i_lm.runtime.command_line import add_jobs, add_scale, add_strict, command_parser, exit_code, out_folder
 from t2i_lm.training.ablation import DEFAULT, ablated_experiments
-from t2i_lm.training.jobs import Job, is_first_of, run_jobs
+from t2i_lm.training.jobs import Job, run_jobs, train_and_draw, unfinished
 
 EXAMPLE = f"""example:
   python -m t2i_lm.ablate --freeze ffn --freeze norm
@@ -18,7 +18,10 @@ EXAMPLE = f"""example:
 
 groups for --freeze (of overlapping groups, the union): {", ".join(FREEZE_GROUPS)};
 with modality_experts=true also {", ".join(EXPERT_GROUPS)}
-sets for --tune (those of the paper; everything else is frozen): {", ".join(TUNE_SETS)}"""
+sets for --tune (those of the paper; everything else is frozen): {", ".join(TUNE_SETS)}
+
+with --all, an arm with a finished run of the same config is not trained again, an interrupted one resumes; --freeze and
+--tune always train a new run."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,23 +41,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit code of the first run that failed, or 0."""
+    """Trains, with --all the remaining arms, and draws these; returns the exit code of the first failure, or 0."""
     options = parser().parse_intermixed_args(argv)
 
     def body() -> int:
+        def draw() -> int:
+            from t2i_lm.plots.catalogue import Request, write_figures
+
+            return write_figures(Request(Path(configs[0].run.dir), strict=options.strict), options.out, ["5"])
+
         arms = FIGURE5.experiments.values()
         configs = ablated_experiments(options.rest, options.scale, options.freeze, options.tune, arms)
+        jobs = [Job(config) for config in configs]
+        remaining = unfinished(jobs) if options.all else jobs
         if options.dry_run:
             from t2i_lm.experiment.dry_run import describe
 
-            print(*map(describe, configs), sep="\n")
+            print(*(describe(job.config) for job in remaining), sep="\n")
             return 0
-        jobs = [Job(config) for config in configs]
-        if (code := run_jobs(jobs, options.jobs)) or not (options.all and is_first_of(jobs)):
-            return code
-        from t2i_lm.plots.catalogue import Request, write_figures
-
-        return write_figures(Request(Path(configs[0].run.dir), strict=options.strict), options.out, ["5"])
+        return train_and_draw(jobs, remaining, options.jobs, draw) if options.all else run_jobs(jobs, options.jobs)
 
     return exit_code(body)
 

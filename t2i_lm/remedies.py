@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t2i_lm.config.forgetting import NOVELS
 from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, add_strict, command_parser, exit_code
-from t2i_lm.training.jobs import is_first_of, list_jobs, run_jobs, unfinished
+from t2i_lm.training.jobs import list_jobs, train_and_draw, unfinished
 from t2i_lm.training.remedies import read_strengths, remedy_jobs
 
 EXAMPLE = """example:
@@ -56,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         remaining = unfinished(jobs)
         if options.dry_run:
             return list_jobs(remaining)
-        if (code := run_jobs(remaining, options.jobs)) or not is_first_of(jobs):
-            return code
-        from t2i_lm.plots.catalogue import Request, write_figures
 
-        return write_figures(
-            Request(Path(jobs[0].config.run.dir), strict=options.strict), options.out, ["remedies", "forgetting"]
-        )
+        def draw() -> int:
+            from t2i_lm.plots.catalogue import Request, write_figures
+
+            request = Request(Path(jobs[0].config.run.dir), strict=options.strict)
+            return write_figures(request, options.out, ["remedies", "forgetting"])
+
+        return train_and_draw(jobs, remaining, options.jobs, draw)
 
     return exit_code(body)
 

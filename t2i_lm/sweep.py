@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from t2i_lm.runtime.command_line import add_figures, add_jobs, add_scale, add_strict, command_parser, exit_code
 from t2i_lm.training.equal_runs import require_no_results
-from t2i_lm.training.jobs import is_first_of, list_jobs, run_jobs, unfinished
-from t2i_lm.training.sweep import ARMS, finished_runs, sweep_jobs
+from t2i_lm.training.jobs import Job, list_jobs, train_and_draw, unfinished
+from t2i_lm.training.sweep import ARMS, SweepPoint, finished_runs, sweep_jobs
 
 EXAMPLE = """example:
   python -m t2i_lm.sweep optim.lr=1.5e-3,3e-3,6e-3 --jobs 2
@@ -48,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return list_jobs(remaining)
         roots = {Path(job.config.run.dir) for job in remaining}
         require_no_results({*roots, *(root.parent for root in roots)})  # `run.dir` is given without `sweep/`
-        code = run_jobs(remaining, options.jobs, keep_going=True)
-        if code > 128 or not is_first_of([*jobs.values()]):  # stopped by a signal, or another rank
-            return code
+        return train_and_draw([*jobs.values()], remaining, options.jobs, lambda: write_figure(keys, jobs))
+
+    def write_figure(keys: Sequence[str], jobs: Mapping[SweepPoint, Job]) -> int:
+        """The figure of the finished runs, if there are any, with its tables."""
         from t2i_lm.comparison.comparability import require_comparable
         from t2i_lm.plots.groups import arms_of
         from t2i_lm.plots.panels import save_figure
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             title = f"Sweep of {' and '.join(keys)}"
             paths = save_figure(draw(keys, outcomes, caption), options.out / stem, title, caption)
             print(*paths, "", tables_of(keys, outcomes), sep="\n")
-        return code
+        return 0
 
     return exit_code(body)
 

@@ -97,8 +97,29 @@ def list_jobs(jobs: Sequence[Job]) -> int:
     return print_missing(job.config for job in jobs)
 
 
-def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -> int:
-    """Trains all jobs and returns 0, or the exit code of the first that failed.
+def train_and_draw(jobs: Sequence[Job], remaining: Sequence[Job], parallel: int, draw: Callable[[], int]) -> int:
+    """Trains and draws; returns the exit code of the first run that failed, else that of `draw`.
+
+    After a failure the other runs are trained, and those that there are drawn; after a signal nothing is.
+
+    Args:
+        jobs: every run of the figures.
+        remaining: those to train, of `unfinished`.
+        parallel: number of runs at a time.
+        draw: draws the figures and returns an exit code; called by the first process alone.
+
+    Raises:
+        ValueError: as `run_jobs`.
+    """
+    code = run_jobs(remaining, parallel)
+    if code > 128 or not is_first_of(jobs):
+        return code
+    drawn = exit_code(draw)
+    return code or drawn
+
+
+def run_jobs(jobs: Sequence[Job], parallel: int = 1) -> int:
+    """Trains all jobs, after a failure the others too; returns 0, or the exit code of the first that failed.
 
     Parallel runs divide the processor's cores among them, take the GPUs in turn, and write a log each in the folder of
     runs. Two runs with one core each take less time than one after another with two cores, whose threads wait for
@@ -108,7 +129,6 @@ def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -
     Args:
         jobs: runs to train.
         parallel: number of runs at a time.
-        keep_going: whether the others are still trained after a failure.
 
     Raises:
         ValueError: before anything is trained, naming every path that a run reads and that is not there; or if a
@@ -121,21 +141,21 @@ def run_jobs(jobs: Sequence[Job], parallel: int = 1, keep_going: bool = False) -
     if missing := missing_paths(job.config for job in jobs):
         raise ValueError("\n".join(missing))
     if parallel == 1 or len(jobs) < 2:
-        return _run_in_sequence(jobs, keep_going)
+        return _run_in_sequence(jobs)
     for job in jobs:
         devices = job.config.trainer.devices
         require(devices == 1, "trainer.devices", devices, "1 with --jobs, whose runs have one device each")
-    return _run_in_parallel(jobs, min(parallel, len(jobs)), keep_going)
+    return _run_in_parallel(jobs, min(parallel, len(jobs)))
 
 
-def _run_in_sequence(jobs: Sequence[Job], keep_going: bool) -> int:
+def _run_in_sequence(jobs: Sequence[Job]) -> int:
     first_failure, started = 0, time.monotonic()
     for done, job in enumerate(jobs, start=1):
         print(f"== {job.name}", flush=True)
         begun = time.monotonic()
         code = _run(job)
         first_failure = first_failure or code
-        if code > 128 or (code and not keep_going):  # above 128: stopped by a signal
+        if code > 128:  # stopped by a signal
             break
         if not code and len(jobs) > 1:
             _print_finished(job, begun, started, done, len(jobs))
@@ -153,7 +173,7 @@ def _run(job: Job) -> int:
         return 1
 
 
-def _run_in_parallel(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
+def _run_in_parallel(jobs: Sequence[Job], slots: int) -> int:
     import torch
 
     from t2i_lm.runtime.threads import default_threads
@@ -169,7 +189,7 @@ def _run_in_parallel(jobs: Sequence[Job], slots: int, keep_going: bool) -> int:
             one.send(number)
 
     def start_more() -> bool:
-        return bool(waiting) and not signals and (keep_going or not any(codes))
+        return bool(waiting) and not signals
 
     with _signal_handler(forward):
         try:

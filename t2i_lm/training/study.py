@@ -319,7 +319,7 @@ def train(runs: Sequence[StudyRun], jobs: int) -> int:
             if not state.finished
         ]
         if remaining:
-            code = run_jobs(remaining, jobs, keep_going=True) or code
+            code = run_jobs(remaining, jobs) or code
         if code > 128:  # stopped by a signal
             break
     return code
