@@ -178,8 +178,20 @@ def require_comparable(runs: Mapping[str, Run], varied: tuple[str, ...] = ()) ->
 
 
 def config_values(run: Run) -> dict[str, Any]:
-    """A run's config by dotted keys with today's names; a key that it lacks is newer and has its default."""
-    return _defaults() | flatten_mapping(migrate(run.config, run.folder / CONFIG))
+    """A run's config by dotted keys with today's names; a key that it lacks is newer and has its default.
+
+    Raises:
+        ValueError: naming a value in place of a section, or two names of one key.
+    """
+    values = flatten_mapping(migrate(run.config, run.folder / CONFIG))
+    for key in _sections() & values.keys():
+        raise ValueError(f"{run.folder / CONFIG}: {key}={values[key]}: expected the keys of a section")
+    return _defaults() | values
+
+
+@cache
+def _sections() -> frozenset[str]:
+    return frozenset(key.rpartition(".")[0] for key in _defaults()) - {""}
 
 
 @cache

@@ -151,6 +151,7 @@ def _finished(folder: Path) -> Run | str | None:
     try:
         run = read_run(folder)
         config_values(run)
+        _ = run.config[SEED], run.config["scale"]
     except (ValueError, OSError, TypeError) as error:
         return f"left out, unreadable: {folder}: {reason(error)}"
     try:

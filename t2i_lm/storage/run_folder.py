@@ -13,11 +13,12 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from t2i_lm.storage.line_digests import check
 from t2i_lm.storage.reading import reading
@@ -48,9 +49,29 @@ CHECKPOINTS, SAMPLES, FID, PROBES = "checkpoints", "samples", "fid", "probes"
 TOKENS = f"{SAMPLES}/tokens.npz"  # images with their ids and reconstructions, for Figure 1
 
 
+class Entries(dict[str, Any]):
+    """Keys and values of a file, nested ones too; a key that is looked up and absent is a ValueError with its name."""
+
+    def __init__(self, values: Mapping[str, Any], file: Path, prefix: str = "") -> None:
+        self.file, self.prefix = file, prefix
+        super().__init__(
+            (key, Entries(value, file, f"{prefix}{key}.") if isinstance(value, dict) else value)
+            for key, value in values.items()
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return deepcopy(dict(self), memo)
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise ValueError(f"{self.file} {f'has no {self.prefix}{key}' if self.file.is_file() else 'is missing'}")
+
+
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder, or of collected results, whose training lines are thinned."""
+    """The content of a run folder, or of collected results, whose training lines are thinned.
+
+    A value that config.yaml, env.json or report.json lacks is a ValueError that names it and the file (`Entries`).
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -265,6 +286,8 @@ def read_run(folder: Path) -> Run:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}")
     metrics, tip = _metrics(folder)
+    if any("step" not in record for record in metrics):
+        raise ValueError(f"{_metrics_file(folder)} is damaged: a line has no step")
     environment = read_environment(folder)
     config = read_config(folder, environment)
     report = _json(folder / REPORT)
@@ -275,7 +298,13 @@ def read_run(folder: Path) -> Run:
     known = environment.get(DIGEST)
     if report is not None and report.get(ENVIRONMENT_DIGEST, known) != known:
         raise ValueError(f"{folder / ENVIRONMENT} is not the file of which {REPORT} was written; restore it")
-    return Run(folder, config, environment, metrics, report)
+    return Run(
+        folder,
+        Entries(config, folder / CONFIG),
+        Entries(environment, folder / ENVIRONMENT),
+        metrics,
+        None if report is None else Entries(report, folder / REPORT),
+    )
 
 
 def fits_digest(config: Mapping[str, Any], environment: Mapping[str, Any]) -> bool:
@@ -351,13 +380,13 @@ def _records(path: Path, content: bytes) -> tuple[list[dict[str, Any]], str]:
     for number, line in enumerate(lines, start=1):
         try:
             body, tip, has_digests = check(tip, has_digests, line)
-            records.append(json.loads(body))
-        except ValueError as error:
+            records.append(_mapping(json.loads(body)))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} line {number} is damaged: {error}") from error
-    with suppress(ValueError):  # else it is incomplete, as after a kill
+    with suppress(ValueError, TypeError):  # else it is incomplete, as after a kill
         if rest:
             body, last, _ = check(tip, has_digests, rest)
-            records.append(json.loads(body))
+            records.append(_mapping(json.loads(body)))
             tip = last
     return records, tip
 

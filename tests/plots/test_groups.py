@@ -3,13 +3,16 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from t2i_lm.comparison.comparability import IncomparableError
 from t2i_lm.figures import main as figures
+from t2i_lm.plots import catalogue
 from t2i_lm.plots.captions import loss_table
-from t2i_lm.plots.catalogue import FIGURES, Request
+from t2i_lm.plots.catalogue import FIGURES, Request, write_figures
 from t2i_lm.plots.curves import Series
 from t2i_lm.plots.groups import FIGURE5
 from t2i_lm.plots.panels import Panel, draw_panels
@@ -169,3 +172,33 @@ def test_a_loss_that_is_not_finite_is_a_cell_of_its_table(tmp_path: Path) -> Non
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     table = loss_table({name: read_run(run) for name, run in runs.items()}, "image")
     assert re.search(r"t2i_shuffled +not finite +300", table), table
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "message"),
+    [
+        ("env.json", None, "env.json is missing"),
+        ("env.json", {"data_hash": ...}, "env.json has no data_hash"),
+        ("config.yaml", {"seed": ...}, "config.yaml has no seed"),
+        ("config.yaml", {"log": {"ema": 0.95}}, "config.yaml has no log.interval"),
+        ("config.yaml", {"data": "scenes"}, "config.yaml: data=scenes: expected the keys of a section"),
+    ],
+)
+def test_what_a_partial_run_folder_lacks_is_named_and_the_other_figures_are_drawn(
+    file: str,
+    changed: dict[str, Any] | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_run(tmp_path, "align", config={"task": "align"}) / file
+    content = yaml.safe_load(path.read_text())
+    path.unlink()
+    if changed is not None:
+        kept = {key: value for key, value in (content | changed).items() if value is not ...}
+        path.write_text(json.dumps(kept))
+    monkeypatch.setattr(catalogue, "FIGURES", {name: FIGURES[name] for name in ("6", "2")})
+    assert write_figures(Request(tmp_path), tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"error: not drawn, figure 6: {path.parent}/{message}\n"
+    assert (tmp_path / "out" / "figure2.png").is_file()

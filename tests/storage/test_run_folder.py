@@ -1,6 +1,8 @@
 """Reading and creating run folders: finished, unfinished and damaged."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from t2i_lm.comparison.arms import finished_runs
 from t2i_lm.storage import run_folder
 from t2i_lm.storage.run_folder import (
     CONFIG,
@@ -64,6 +67,33 @@ def test_an_incomplete_last_line_is_skipped(tmp_path: Path, end: int) -> None:
     *lines, last = (folder / METRICS).read_text().splitlines(keepends=True)
     (folder / METRICS).write_text("".join(lines) + last[:end])
     assert read_run(folder).metrics == whole[:-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("[1]", r"metrics\.jsonl line 1 is damaged: it holds no keys and values"), ('{"val": {}}', "a line has no step")],
+)
+def test_a_line_that_no_run_writes_is_damage(line: str, message: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "t2i_pretrained")
+    (folder / METRICS).write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=message):
+        read_run(folder)
+    notes: list[str] = []
+    assert finished_runs(tmp_path, "t2i_pretrained", notes) == []
+    assert "metrics.jsonl" in notes[0]
+
+
+def test_an_absent_value_is_named_with_its_file_and_copies_of_runs_keep_their_values(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, "t2i_pretrained"))
+    assert run.config.get("nothing") is None
+    assert pickle.loads(pickle.dumps(run)) == copy.deepcopy(run) == run
+    for read, name in (
+        (lambda: run.config["data"]["nothing"], "config.yaml has no data.nothing"),
+        (lambda: run.environment["nothing"], "env.json has no nothing"),
+        (lambda: run.report["nothing"], "report.json has no nothing"),
+    ):
+        with pytest.raises(ValueError, match=f"{run.folder}/{name}"):
+            read()
 
 
 def test_a_run_without_logs_reads_as_empty(tmp_path: Path) -> None:
