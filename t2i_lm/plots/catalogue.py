@@ -35,6 +35,7 @@ from t2i_lm.plots.tradeoff import (
     draw_tradeoff,
     has_second_text,
     image_loss,
+    lacks_for_point,
     point_of,
     probe_table,
     remedy_group,
@@ -251,7 +252,7 @@ def figure_relearning(request: Request) -> RenderedFigure:
 def figure_remedies(request: Request) -> RenderedFigure:
     """Remedies: increase of held-out text loss against held-out image loss."""
     group = remedy_group(request.root)
-    arms = find_group(request.root, group)
+    arms = find_group(request.root, group, lacks_for_point)
     runs = strengths(request.root, arms)
     points = [point_of(arm, run, strength) for (arm, strength), run in runs.items()]
     require_same_texts(runs.values(), TEXTS[: 1 + has_second_text(points)])

@@ -1,7 +1,8 @@
 """Search for the runs of a figure: the two arms of Figures 3 and 4, and groups of arms."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -130,17 +131,23 @@ def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None =
     )
 
 
-def find_group(root: Path, group: Group) -> dict[str, Run]:
+def find_group(root: Path, group: Group, lacks: Callable[[Run], str] = lambda _: "") -> dict[str, Run]:
     """The newest runs that agree with a run of the reference, by arm, without the arms that have no such run.
+
+    Args:
+        root: folder of runs.
+        group: the arms.
+        lacks: what the figure requires and a run has not, in words; empty for a run that can be drawn. Others are left
+            out; those that are newer than all that can be drawn are named on stderr.
 
     Raises:
         ValueError: if fewer than the required arms are there.
     """
     (first, reference), *others = group.experiments.items()
-    candidates = {arm: _with_values(_discover(root, name, group.records)) for arm, name in others}
+    candidates = {arm: _with_values(_drawable(root, name, group, lacks)) for arm, name in others}
     complete: dict[str, Run] = {}
     # Oldest first: of equally many arms, the newest stay.
-    for run, values in _with_values(_discover(root, reference, group.records)):
+    for run, values in _with_values(_drawable(root, reference, group, lacks)):
         matching = {
             arm: [other for other, theirs in runs if not unequal(values, theirs)] for arm, runs in candidates.items()
         }
@@ -153,6 +160,21 @@ def find_group(root: Path, group: Group) -> dict[str, Run]:
         lines = [f"no run of {reference} in {root}{partner if group.required > 1 else ''}"]
         raise MissingRunsError("; ".join([*lines, f"to make them: {group.command}", *_in_settings(root, reference)]))
     return complete
+
+
+def _drawable(root: Path, name: str, group: Group, lacks: Callable[[Run], str]) -> list[Run]:
+    """Runs of an experiment that a figure can draw, oldest first."""
+    runs: list[Run] = []
+    left_out: list[str] = []
+    for run in _discover(root, name, group.records):
+        if words := lacks(run):
+            left_out.append(f"note: {_label(run)} is left out: {words}")
+        else:
+            runs.append(run)
+            left_out.clear()
+    for line in left_out:
+        print(line, file=sys.stderr)
+    return runs
 
 
 def _with_values(runs: Iterable[Run]) -> list[tuple[Run, dict[str, Any]]]:

@@ -114,19 +114,29 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def lacks_for_point(run: Run) -> str:
+    """What a run has not measured of `point_of`, in words; empty for a run that has a point."""
+    if "change" not in _last_text_rows(run):
+        return "it has no change of held-out text loss, which the first forgetting measurement after step 0 gives"
+    return "" if run.validations() else "it has no validation"
+
+
+def _last_text_rows(run: Run) -> dict[str, Any]:
+    lines = run.records("forgetting")
+    return dict(lines[-1]["forgetting"]["text"].get("text_rows", {})) if lines else {}
+
+
 def point_of(arm: str, run: Run, strength: str = "") -> Point:
     """The point of a run's last validation and last forgetting measurement.
 
     Raises:
         ValueError: if the run has no validation, or no forgetting measurement before training.
     """
-    lines, validations = run.records("forgetting"), run.validations()
-    entry = lines[-1]["forgetting"]["text"].get("text_rows", {}) if lines else {}
-    if "change" not in entry or not validations:
-        problem = f"{run.folder} has no change of held-out text loss or no validation"
-        raise MissingRunsError(f"{problem}; to make it: {COMMAND}")
-    split, step, config = next(iter(run.validation_splits), ""), int(validations[-1]["step"]), config_values(run)
-    measured = lines[-1]["forgetting"]
+    if words := lacks_for_point(run):
+        raise MissingRunsError(f"{run.folder}: {words}; to make it: {COMMAND}")
+    entry, config = _last_text_rows(run), config_values(run)
+    split, step = next(iter(run.validation_splits), ""), int(run.validations()[-1]["step"])
+    measured = run.records("forgetting")[-1]["forgetting"]
     second = measured.get("second_text", {}).get("text_rows", {})
     texts = [key for key, there in (("text", True), ("second_text", "change" in second)) if there]
     return Point(

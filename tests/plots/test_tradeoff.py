@@ -83,6 +83,25 @@ def test_strengths_of_a_remedy_are_joined_in_their_order(runs: Path) -> None:
     assert rows["replay 0"][-2:] == ["9,600", "300"]
 
 
+@pytest.mark.parametrize("name", ["t2i_pretrained", "remedy_l2_sp"])
+def test_a_run_that_has_just_started_is_named_and_the_finished_one_before_it_drawn(
+    name: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = FIGURES["remedies"](Request(runs))
+    folder = write_run(runs, name, "20260301-150000", steps=5, finished=False, forgotten=0.0)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for text in ("text", "second_text"):
+            if "forgetting" in line:
+                del line["forgetting"][text]["text_rows"]["change"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    after = FIGURES["remedies"](Request(runs))
+    assert (after.table, after.caption) == (before.table, before.caption)
+    noted = capsys.readouterr().err
+    assert noted.startswith(f"note: {name}/20260301-150000-demo is left out: it has no change of held-out text loss")
+    assert noted.count("\n") == 1
+
+
 def test_no_point_beats_one_of_the_pareto_front() -> None:
     points = [Point(name, x, 0.0, y, 1) for name, x, y in (("a", 2, 1), ("b", 1, 2), ("c", 2, 2), ("d", 0.5, 3))]
     assert [point.arm for point in pareto_front(points)] == ["d", "b", "a"]
