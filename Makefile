@@ -11,17 +11,17 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 # An environment whose Python is gone, or of another machine, is made again.
 ALIVE := $(shell [ ! -e $(STAMP) ] || $(PY) -c '' 2>/dev/null || rm -f $(STAMP))
-TRAIN = $(PY) -m t2i_lm.train experiments/$(1).yaml --scale $(SCALE) $(if $(filter-out 0,$(RESUME)),--resume latest) run.dir=$(RUNS) $(ARGS)
+TRAIN = $(PY) -m t2i_lm.train experiments/$(1).yaml --scale "$(SCALE)" $(if $(filter-out 0,$(RESUME)),--resume latest) run.dir="$(RUNS)" $(ARGS)
 
 TEXT ?=
 HELDOUT ?=
 OTHER ?=
-PRETRAIN = $(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" data.val_path="$(HELDOUT)" run.dir=$(RUNS)/assets/$(1) $(ARGS)
+PRETRAIN = $(PY) -m t2i_lm.train experiments/text_lm.yaml data.path="$(TEXT)" data.val_path="$(HELDOUT)" run.dir="$(RUNS)/assets/$(1)" $(ARGS)
 # An export overwrites nothing, so it goes to a new folder first.
-EXPORT = rm -rf $(RUNS)/assets/export && $(PY) -m t2i_lm.export $(RUNS)/assets/$(1) --out $(RUNS)/assets/export \
+EXPORT = rm -rf "$(RUNS)/assets/export" && $(PY) -m t2i_lm.export "$(RUNS)/assets/$(1)" --out "$(RUNS)/assets/export" \
   $(3) && \
-  cp $(RUNS)/assets/export/* t2i_lm/assets/$(2)/
-IMAGES = $(PY) -m t2i_lm.train experiments/$(1).yaml run.dir=$(RUNS)/assets $(ARGS) && $(call EXPORT,$(1),$(1))
+  cp "$(RUNS)/assets/export/"* t2i_lm/assets/$(2)/
+IMAGES = $(PY) -m t2i_lm.train experiments/$(1).yaml run.dir="$(RUNS)/assets" $(ARGS) && $(call EXPORT,$(1),$(1))
 
 # Three processes, also on two cores: tests of several ranks wait. They share the files of tests, in the order that
 # tests/conftest.py gives them. Their commands read the compiled modules of the first one.
@@ -65,7 +65,7 @@ exp-scratch: $(STAMP)  ## the same run from random weights
 	$(call TRAIN,t2i_scratch)
 
 figures: $(STAMP)  ## every figure whose runs exist, from the newest of each
-	$(PY) -m t2i_lm.figures --runs $(RUNS) $(ARGS)
+	$(PY) -m t2i_lm.figures --runs "$(RUNS)" $(ARGS)
 
 test-faults: $(STAMP)  ## kills, signals, full disks, damaged files and lost ranks in full numbers (15 to 30 minutes on two cores)
 	T2I_LM_KILLS=200 T2I_LM_FAULTS=250 T2I_LM_RANKS=10 $(PYTEST) tests/faults tests/callbacks/files tests/callbacks/test_resume.py tests/callbacks/test_sharded_saves.py tests/callbacks/test_background_saves.py tests/storage/test_owner.py
@@ -77,17 +77,17 @@ docs: $(STAMP)  ## docs/configuration.md from the docstrings of the config
 	$(PY) -c "from t2i_lm.config.reference import write_reference; write_reference()"
 
 study: $(STAMP)  ## every run of experiments/study.yaml that is missing, then relearning, probes, tables, figures, report.html: SEEDS=1 JOBS=2
-	$(PY) -m t2i_lm.study experiments/study.yaml --jobs $(or $(JOBS),1) $(if $(SEEDS),--seeds $(SEEDS)) run.dir=$(RUNS) $(ARGS)
+	$(PY) -m t2i_lm.study experiments/study.yaml --jobs "$(or $(JOBS),1)" $(if $(SEEDS),--seeds "$(SEEDS)") run.dir="$(RUNS)" $(ARGS)
 
 architectures: $(STAMP)  ## which architectures of transformers work, into docs/models.md (about 10 minutes)
 	$(PY) -m tests.models.architectures $(ARGS)
 
 tensorboard: $(STAMP)  ## dashboards of all runs in a browser (docs/dashboards.md)
 	@echo "open http://localhost:6006/$(DASHBOARD)"
-	$(VENV)/bin/tensorboard --logdir $(RUNS) --host localhost --port 6006
+	$(VENV)/bin/tensorboard --logdir "$(RUNS)" --host localhost --port 6006
 
 screenshots: $(STAMP)  ## docs/images of the dashboards and the web page (extra screenshots, and Chromium)
-	$(PY) docs/screenshots.py $(RUNS) $(ARGS)
+	$(PY) docs/screenshots.py "$(RUNS)" $(ARGS)
 
 # No extra: upstream pins pandas 2.1.4, thus numpy below 2, which contradicts ours, and PyPI takes no dependency on git.
 # Of its requirements its model uses torch, huggingface_hub and xformers, which the tests replace by a stub.

@@ -1,5 +1,6 @@
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -25,10 +26,22 @@ def test_help_lists_every_target() -> None:
 
 def test_exp_targets_pass_scale_resume_and_overrides() -> None:
     plan = make("-n", "exp-pretrained", "SCALE=flickr8k", "RESUME=1", "ARGS=data.path=x")
-    assert "t2i_lm.train experiments/t2i_pretrained.yaml --scale flickr8k --resume latest" in plan
+    assert 't2i_lm.train experiments/t2i_pretrained.yaml --scale "flickr8k" --resume latest' in plan
     assert "data.path=x" in plan
     for words in ((), ("RESUME=0",), ("RESUME=",)):
         assert "--resume" not in make("-n", "exp-scratch", *words)
+
+
+@pytest.mark.parametrize(
+    "target", ["figures", "exp-pretrained", "exp-scratch", "study", "tensorboard", "screenshots", "demo-assets"]
+)
+def test_a_folder_of_runs_with_a_space_in_its_name_is_one_argument(target: str, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.touch()
+    plan = make("-n", target, "RUNS=/my disk/runs", "SEEDS=1", f"TEXT={text}", f"HELDOUT={text}", "OTHER=/my disk/text")
+    words = [word for line in plan.replace("\\\n", "").splitlines() for word in shlex.split(line) if "/my" in word]
+    assert words
+    assert all("/my disk/" in word for word in words), plan
 
 
 @pytest.fixture
