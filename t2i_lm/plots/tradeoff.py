@@ -93,7 +93,7 @@ def strengths(root: Path, arms: Mapping[str, Run]) -> dict[tuple[str, str], Run]
         candidates = [] if arm == UNTOUCHED else newest_first(root, newest.name, "forgetting")
         for run in (newest, *candidates):
             comparable = not mismatches(newest, run) and not differences((newest, run), VARIED)
-            if run is newest or (run.report and comparable):
+            if run is newest or (run.report and comparable and not lacks_for_point(run)):
                 settings.setdefault(tuple(_varied_values(run).items()), run)
         keys = [key for key in _varied_values(newest) if len({dict(values)[key] for values in settings}) > 1]
         ordered = sorted(settings.items(), key=lambda item: [dict(item[0])[key] for key in keys])
