@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2i_lm.runtime.command_line import command_parser, exit_code, out_file
+from t2i_lm.runtime.command_line import RUNS, command_parser, exit_code, out_file, require_runs
 
 if TYPE_CHECKING:
     from t2i_lm.comparison.plan import Plan
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         "compare", "Compare two arms over seeds: differences, intervals, tests of difference and equivalence.", EXAMPLE
     )
     arguments.add_argument("--plan", type=Path, metavar="FILE", help="plan YAML (default: pretrained against scratch)")
-    arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
+    arguments.add_argument("--runs", type=Path, default=RUNS, help="folder of runs (default: %(default)s)")
     arguments.add_argument("--scale", help="overlay of the runs (default: the plan's)")
     arguments.add_argument("--format", choices=FORMATS, default="text", help="of the table (default: %(default)s)")
     arguments.add_argument("--out", type=out_file, metavar="FILE", help="where to write (default: print)")
@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from t2i_lm.comparison.plan import chosen_plan
         from t2i_lm.comparison.tables import FORMATS as WRITERS
 
-        if options.runs != Path("runs") and not options.runs.is_dir():  # without `runs`, the message names a command
-            raise ValueError(f"--runs {options.runs}: no such folder")
+        require_runs(options.runs)
         plan = chosen_plan(options.plan, options.scale, options.where)
         if options.over:
             return over(plan)
@@ -89,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.out is None:
             print(table)
         else:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(options.out, f"{table}\n")
             print(options.out)
         return 0

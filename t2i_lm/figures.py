@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import add_strict, command_parser, exit_code, out_folder
+from t2i_lm.runtime.command_line import RUNS, add_strict, command_parser, exit_code, out_folder, require_runs
 
 EXAMPLE = """example:
   python -m t2i_lm.figures
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = command_parser(
         "figures", "Draw the study's figures from the metrics of its runs, as PNG and PDF.", EXAMPLE
     )
-    arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
+    arguments.add_argument("--runs", type=Path, default=RUNS, help="folder of runs (default: %(default)s)")
     arguments.add_argument("--out", type=out_folder, default="figures", help="where to write (default: %(default)s)")
     arguments.add_argument("--pretrained", type=Path, metavar="RUN", help="run folder of the pre-trained arm")
     arguments.add_argument("--scratch", type=Path, metavar="RUN", help="run folder of the random arm")
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         if options.table and options.figure:
             raise ValueError("--table: writes Table 1 alone; not with --figure")
+        require_runs(options.runs)
         from t2i_lm.plots.catalogue import Request, write_figures, write_table1
 
         request = Request(options.runs, options.pretrained, options.scratch, options.strict)

@@ -18,6 +18,7 @@ from t2i_lm.storage.writing import is_disk_error, problem
 # Errors that end a command with one line; any other is a fault of this suite and keeps its traceback.
 FAILURES = (ValueError, OSError, FloatingPointError, MemoryError)
 SCALE = "demo"  # without --scale
+RUNS = Path("runs")  # without --runs
 # Overrides of commands that compare losses: no samples are generated unless a later override requests them.
 NO_SAMPLES = ("samples.prompts=0", "samples.preference_scenes=0", "samples.interval=null")
 
@@ -105,6 +106,16 @@ def out_file(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: expected a file, it is a folder")
     return path
+
+
+def require_runs(folder: Path) -> None:
+    """Checks that the folder of `--runs` exists; where the default does not, the message names what makes runs.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if folder != RUNS and not folder.is_dir():
+        raise ValueError(f"--runs {folder}: no such folder")
 
 
 def add_scale(parser: argparse.ArgumentParser) -> None:

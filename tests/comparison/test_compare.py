@@ -371,7 +371,7 @@ def test_the_shipped_plan_is_the_default_one_with_its_seeds() -> None:
 def test_the_command_prints_or_writes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--runs", str(runs), "optim.lr=2e-3"]) == 0
     assert "5 seeds (0, 1, 2, 3, 4), scale demo, optim.lr=2e-3" in capsys.readouterr().out
-    out = tmp_path / "gap.json"
+    out = tmp_path / "tables" / "gap.json"  # a new folder
     assert command.main(["--runs", str(runs), "--format", "json", "--out", str(out)]) == 0
     assert json.loads(out.read_text(encoding="utf-8"))["seeds"] == [0, 1, 2, 3, 4]
     assert command.main(["--runs", str(runs), "optim.rl=0.002"]) == 2

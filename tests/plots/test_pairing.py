@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from t2i_lm.compare import main as compare
 from t2i_lm.comparison import comparability
 from t2i_lm.figures import main
 from t2i_lm.plots.groups import Group
@@ -121,14 +122,25 @@ def test_one_arm_alone_gets_the_command_for_the_other(tmp_path: Path) -> None:
 
 
 def test_without_runs_the_error_has_both_commands_and_only_figure_2_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["--runs", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]) == 2
+    monkeypatch.chdir(tmp_path)  # as in a fresh clone
+    assert main([]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: no run from pre-trained")
     assert "runs found: none" in error
     assert "make exp-pretrained SCALE=demo\n  make exp-scratch SCALE=demo" in error
-    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"figure2"}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"figure2"}
+
+
+def test_a_folder_of_runs_that_is_named_and_absent_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = tmp_path / "absent"
+    for command in (main, compare):
+        assert command(["--runs", str(absent), "--out", str(tmp_path / "out")]) == 2
+        assert capsys.readouterr().err == f"error: --runs {absent}: no such folder\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_in_folders_of_settings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
