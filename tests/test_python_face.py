@@ -142,6 +142,9 @@ def test_a_run_of_another_task_is_refused(name: str, tmp_path: Path) -> None:
     save_experiment(load_experiment(ROOT / "experiments" / f"{name}.yaml", "demo"), tmp_path / "config.yaml")
     trained = t2i_lm.load(tmp_path)
     assert "step 0 of" in repr(trained)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000006.ckpt").touch()
+    assert "step 6 of" in repr(trained)
     assert trained.report is None
     message = f"is a run of task={trained.config.task}; expected text_to_image or unconditional"
     with pytest.raises(ValueError, match=message):

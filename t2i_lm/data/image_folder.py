@@ -5,7 +5,7 @@ All rows of one image file are one pair with several captions.
 
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from t2i_lm.data.splits import (
     split_by_content,
 )
 
+SIDECARS = "list their captions in the metadata, or pack both into tar files (data.source=webdataset)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -109,7 +110,8 @@ def image_folder(data: DataConfig, split: str, size: int) -> ImageFolder:
         name = image.full_name if several else image.name
         image.id = name.encode("utf-8", "backslashreplace").decode()
     if unlisted := sorted(file for path, file in pictures.items() if path not in listed):
-        notes.append(f"{key}={root}: {len(unlisted):,} image files are listed by no metadata (first: {unlisted[0]})")
+        words = f"{len(unlisted):,} image files are listed by no metadata, so left out (first: {unlisted[0]})"
+        notes.append(f"{key}={root}: {words}{_beside(unlisted)}")
     if choice.automatic:
         paths = [image.path or "" for image in images]
         digests = image_digests(paths, store_path(data.cache_dir, "image_folder", root))
@@ -131,12 +133,20 @@ def _tables(key: str, root: Path) -> tuple[list[Path], dict[str, str]]:
     if not tables:
         raise ValueError(
             f"{key}={root}: no metadata.jsonl (or .json, .csv, .parquet) in it or its subfolders; {named_below(root)}. "
-            'Each line is {"file_name": "x.jpg", "captions": ["a caption"]}'
+            f'Each line is {{"file_name": "x.jpg", "captions": ["a caption"]}}{_beside(files)}'
         )
     for table in tables:
         if twin := next((other for other in tables if other.parent == table.parent and other != table), None):
             raise ValueError(f"{key}={root}: {table} and {twin.name} are both there; keep one")
     return tables, {os.path.abspath(file): os.path.normpath(file) for file in files if file.name not in METADATA}
+
+
+def _beside(images: Iterable[str | Path]) -> str:
+    """A sentence on the caption files that stand beside images, as `x.txt` beside `x.jpg`, or nothing."""
+    texts = [text for text in (Path(image).with_suffix(".txt") for image in images) if text.is_file()]
+    if not texts:
+        return ""
+    return f"; {len(texts):,} of them have a file of their name (first: {texts[0].name}), which is not read: {SIDECARS}"
 
 
 def _image(row: Row, beside: str, folder: str) -> ListedImage:

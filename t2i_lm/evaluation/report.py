@@ -284,16 +284,20 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
     """Prints the final losses, the measured values, and the files of the run."""
     console = Console(markup=False, emoji=False)  # names may hold brackets
     table = Table(title=f"{report['experiment']} ({report['scale']}, seed {report['seed']})")
-    for column in ("validation", "nll (nats)", "perplexity", "targets"):
-        table.add_column(column, justify="left" if column == "validation" else "right")
     names = [key.removeprefix(f"{VAL}/") for key in report if key.startswith(f"{VAL}/")]
-    for split in names or [""]:
-        for name, entry in (report[f"{VAL}/{split}" if split else VAL] or {}).items():
-            label = f"{split} {name}".strip()
-            if isinstance(entry, dict) and "nll" in entry:
-                table.add_row(label, f"{entry['nll']:.4f}", f"{entry['ppl']:.2f}", f"{entry['count']:,}")
-            elif not isinstance(entry, dict):
-                table.add_row(label, f"{entry:.4f}", "", "")
+    rows = [
+        (f"{split} {name}".strip(), entry)
+        for split in names or [""]
+        for name, entry in (report[f"{VAL}/{split}" if split else VAL] or {}).items()
+    ]
+    losses = any(isinstance(entry, dict) for _, entry in rows)
+    for column in ("validation", *(("nll (nats)", "perplexity", "targets") if losses else ("value",))):
+        table.add_column(column, justify="left" if column == "validation" else "right")
+    for label, entry in rows:
+        if isinstance(entry, dict) and "nll" in entry:
+            table.add_row(label, f"{entry['nll']:.4f}", f"{entry['ppl']:.2f}", f"{entry['count']:,}")
+        elif not isinstance(entry, dict):
+            table.add_row(label, f"{entry:.4f}")
     console.print(table)
     for modality in ("text", "image"):
         if (floor := report.get(f"{modality}_floor_nll")) is not None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from callbacks import split_entries
+from callbacks.checkpoints import checkpoints, step_of
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_run
 from t2i_lm.data.datamodules import pack_batch
@@ -30,9 +31,10 @@ from t2i_lm.generation.images import (
     require_fitting,
     seeds_of,
 )
+from t2i_lm.generation.prompts import require_words
 from t2i_lm.models.backbone import Backbone
 from t2i_lm.runtime.devices import precision
-from t2i_lm.storage.run_folder import VAL, find_run, read_run
+from t2i_lm.storage.run_folder import CHECKPOINTS, VAL, find_run, read_run
 from t2i_lm.tokenizers.base import ImageTokenizer, TextTokenizer
 from t2i_lm.tokenizers.layout import IntArray
 
@@ -62,7 +64,8 @@ class TrainedRun:
 
     def __repr__(self) -> str:
         run = read_run(self.folder)
-        step = run.metrics[-1]["step"] if run.metrics else 0
+        saved = checkpoints(self.folder / CHECKPOINTS)
+        step = step_of(saved[-1]) if saved else run.metrics[-1]["step"] if run.metrics else 0
         state = "unfinished" if run.report is None else "finished"
         return f"TrainedRun({str(self.folder)!r}: {run.name}, step {step} of {self.config.trainer.max_steps}, {state})"
 
@@ -133,14 +136,15 @@ class TrainedRun:
             `each` images of the first prompt, then of the next.
 
         Raises:
-            ValueError: if the run generates no images from captions, there is no prompt, a prompt is too long, or a
-                value is out of range.
+            ValueError: if the run generates no images from captions, there is no prompt, a prompt is empty or too
+                long, or a value is out of range.
         """
         if each < 1:
             raise ValueError(f"each={each}: expected at least 1")
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if not listed:
             raise ValueError("prompts: expected at least one")
+        require_words(listed)
         require_fitting(self._trained, listed)
         sampling = chosen_sampling(self._trained, temperature, top_k, top_p, cfg)
         captions = [prompt for prompt in listed for _ in range(each)]

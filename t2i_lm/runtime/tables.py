@@ -60,18 +60,27 @@ _LATEX = {character: f"\\{character}" for character in "%&_#${}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": r"\newline "}
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 
+# Others that pdfLaTeX sets: Latin letters (T1 fonts); dashes, quotes, an ellipsis, the euro.
+_LATEX_SETS = (*range(0x20, 0x7F), *range(0xA0, 0x180))
+_LATEX_SETS += (0x2013, 0x2014, 0x2018, 0x2019, 0x201A, 0x201C, 0x201D, 0x201E, 0x2026, 0x20AC)
+
+
+def _in_latex(mark: str) -> str:
+    return _LATEX.get(mark) or (mark if ord(mark) in _LATEX_SETS else f"[U+{ord(mark):04X}]")
+
 
 def latex_table(header: Sequence[Any], rows: Iterable[Sequence[Any]], columns: str) -> str:
     """A LaTeX `tabular` in the style of booktabs, without a line break at its end.
 
     Args:
         header: cells of the first row.
-        rows: cells of the others, as plain text, which is escaped.
+        rows: cells of the others, as plain text, which is escaped; of characters that pdfLaTeX does not set, such as
+            those that stand for undecodable bytes, the code is shown.
         columns: the `tabular`'s column specification.
     """
 
     def line(row: Sequence[Any]) -> str:
-        text = " & ".join("".join(_LATEX.get(mark, mark) for mark in str(value).strip()) for value in row)
+        text = " & ".join("".join(map(_in_latex, str(value).strip())) for value in row)
         # After the end of a line above, [ would begin its length, and * be its star.
         return f"{{{text[0]}}}{text[1:]} \\\\" if text.startswith(("[", "*")) else f"{text} \\\\"
 

@@ -317,7 +317,10 @@ def test_folders_of_metadata_without_splits_are_read_together(tmp_path: Path) ->
 def test_images_that_no_row_lists_are_counted_and_two_metadata_files_are_refused(tmp_path: Path) -> None:
     names = write_images(tmp_path, [f"{n}.png" for n in range(4)])
     (tmp_path / "metadata.jsonl").write_bytes(lines([{"file_name": name, "caption": "a"} for name in names[:3]]))
-    assert "1 image files are listed by no metadata" in " ".join(opened(tmp_path).notes)
+    assert "1 image files are listed by no metadata, so left out (first: " in opened(tmp_path).notes[-1]
+    assert ".txt" not in opened(tmp_path).notes[-1]
+    (tmp_path / "3.txt").write_text("a caption")
+    assert "1 of them have a file of their name (first: 3.txt), which is not read: list" in opened(tmp_path).notes[-1]
     (tmp_path / "metadata.csv").write_bytes(table_csv([{"file_name": "0.png", "caption": "a"}]))
     with pytest.raises(ValueError, match=r"metadata\.csv and metadata\.jsonl are both there"):
         opened(tmp_path)
@@ -333,13 +336,18 @@ def test_absolute_names_are_those_of_a_relative_folder(tmp_path: Path, monkeypat
     assert not any("listed by no metadata" in note for note in train.notes)
     assert list((captions(train) | captions(val)).values()) == [["absolute", "relative"]] * 3
     write_images(tmp_path / "x", ["more.png"])
-    assert opened(Path("x")).notes[-1].endswith("1 image files are listed by no metadata (first: x/more.png)")
+    assert (
+        opened(Path("x")).notes[-1].endswith("1 image files are listed by no metadata, so left out (first: x/more.png)")
+    )
 
 
 def test_a_folder_without_metadata_lists_what_it_holds(tmp_path: Path) -> None:
     write_images(tmp_path, ["0.png"])
     (tmp_path / "captions.txt").write_text("a")
     with pytest.raises(ValueError, match=r"no metadata\.jsonl.*it holds 0\.png, captions\.txt"):
+        opened(tmp_path)
+    (tmp_path / "0.txt").write_text("a cat")
+    with pytest.raises(ValueError, match=r"1 of them have a file of their name \(first: 0\.txt\), which is not read"):
         opened(tmp_path)
 
 

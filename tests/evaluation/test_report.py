@@ -135,5 +135,6 @@ def test_names_are_no_markup(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     report = {"experiment": name, "scale": "demo", "seed": 0, "steps": 1, "wall_s": 1, "val": {name: 1.0}}
     print_summary(report, run)
     printed = capsys.readouterr().out
+    assert "nats" not in printed
     assert f"{run}/report.json" in printed
     assert printed.count(name) == 3

@@ -1,5 +1,6 @@
 """Prompts in any script, and their captions on a grid."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,14 @@ def test_a_file_that_is_not_utf8_is_named(content: bytes, tmp_path: Path) -> Non
     file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"--prompts: {file} cannot be read: .*utf-8.*"):
         read_prompts([], file)
+
+
+def test_a_pipe_is_named_as_one() -> None:
+    end, other = os.pipe()
+    with pytest.raises(ValueError, match=rf"/dev/fd/{end} is a FIFO, not a regular file"):
+        read_prompts([], Path(f"/dev/fd/{end}"))
+    os.close(end)
+    os.close(other)
 
 
 @settings(deadline=None, max_examples=60)

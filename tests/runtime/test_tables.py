@@ -35,3 +35,8 @@ def test_a_row_of_latex_that_begins_like_an_option_is_text() -> None:
     lines = latex_table(("[a]", "b"), [("[INST]", "*"), ("*", "[x]"), ("a", "[y]")], "ll").splitlines()
     assert lines[2] == r"{[}a] & b \\"
     assert lines[4:7] == [r"{[}INST] & * \\", r"{*} & [x] \\", r"a & [y] \\"]
+
+
+def test_characters_that_pdflatex_does_not_set_are_shown_by_their_codes() -> None:
+    lines = latex_table(("a",), [("naïve — “x” ß",), ("\ufffdx\u0350",), ("図",)], "l").splitlines()
+    assert lines[4:7] == [r"naïve — “x” ß \\", r"{[}U+FFFD]x[U+0350] \\", r"{[}U+56F3] \\"]
