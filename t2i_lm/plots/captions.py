@@ -7,7 +7,7 @@ from typing import Any
 from t2i_lm.comparison.arms import precision_note
 from t2i_lm.comparison.comparability import differences, revision_note
 from t2i_lm.plots.curves import Progress, progress
-from t2i_lm.plots.pairing import RunPair
+from t2i_lm.plots.pairing import RunPair, run_label
 from t2i_lm.runtime.tables import compact, text_table, upper_first
 from t2i_lm.storage.run_folder import VAL, Run
 
@@ -224,7 +224,11 @@ def gap_table(pair: RunPair) -> str:
         ]
         title = " ".join(filter(None, [split, f"validation at step {step}"]))
         tables.append(text_table((title, "pretrained", "random", "gap", "gap %"), rows))
-    return "\n\n".join(tables) + "\ngap: pretrained minus random, in percent of random"
+    last = [
+        "gap: pretrained minus random, in percent of random",
+        f"runs: {', '.join(map(run_label, pair.arms.values()))}",
+    ]
+    return "\n".join(["\n\n".join(tables), *last])
 
 
 def _model(run: Run) -> str:

@@ -1,5 +1,6 @@
 """The study's figures by name: the paper's Figures 1 to 6, and those beyond the paper."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -108,6 +109,11 @@ class RenderedFigure:
     caption: str
     table: str
     content: str = ""  # the numbers as JSON, of figures that have more than curves
+
+    @property
+    def uncontrolled(self) -> list[str]:
+        """Sentences of the caption on differences of the arms that are not by design."""
+        return re.findall(r"NOT CONTROLLED.*?\.(?= |$)", self.caption)
 
     def save(self, stem: Path) -> list[Path]:
         """Writes STEM.png and STEM.pdf, and STEM.json where there are numbers, and returns their paths."""
@@ -354,7 +360,8 @@ def write_figures(
 ) -> int:
     """Writes figures and prints their paths, then their tables; returns the exit code of the command.
 
-    Of all figures, those that cannot be drawn though their runs exist are named on stderr, and the code is 2.
+    Of all figures, those that cannot be drawn though their runs exist are named on stderr, and the code is 2. So are
+    differences of arms that are not by design, without a change of the code.
 
     Args:
         request: where to find the runs.
@@ -369,6 +376,7 @@ def write_figures(
     tables: dict[str, None] = {}  # figures of the same runs share a table, which is printed once
     missing: list[MissingRunsError] = []
     refused: dict[str, list[str]] = {}
+    uncontrolled: dict[str, list[str]] = {}
     for name in dict.fromkeys(names or (*FIGURES, TABLE)):
         try:
             if name == TABLE:
@@ -378,6 +386,8 @@ def write_figures(
             print(*rendered.save(folder / stem(name)), sep="\n")
             if names or name not in WITHOUT_RUNS:
                 tables[rendered.table] = None
+            for sentence in rendered.uncontrolled:
+                uncontrolled.setdefault(sentence, []).append(f"figure {name}")
         except MissingRunsError as error:
             if names:
                 raise
@@ -390,6 +400,8 @@ def write_figures(
         raise missing[0]
     for table in tables:
         print(f"\n{table}")
+    for sentence, figures in uncontrolled.items():
+        print(f"note: {listed(figures)}: {sentence}", file=sys.stderr)
     for message, figures in refused.items():
         print(told(f"error: not drawn, {listed(figures)}: {message}"), file=sys.stderr)
     return 2 if refused else 0

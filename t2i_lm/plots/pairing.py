@@ -100,7 +100,7 @@ class RunPair:
 
 
 def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None = None) -> RunPair:
-    """The newest pair of runs that agree in PAIR_KEYS.
+    """The newest pair of runs that agree in PAIR_KEYS, and in all that can change a curve where there is one.
 
     Args:
         root: folder of runs.
@@ -125,10 +125,8 @@ def find_pair(root: Path, pretrained: Path | None = None, scratch: Path | None =
     ]
     if not pairs:
         raise MissingRunsError(_no_pair(root, candidates, problems))
-    return max(
-        pairs,
-        key=lambda pair: sorted((run.folder.name for run in pair.arms.values()), reverse=True),
-    )
+    pairs.sort(key=lambda pair: sorted((run.folder.name for run in pair.arms.values()), reverse=True), reverse=True)
+    return next((pair for pair in pairs if not pair.uncontrolled()), pairs[0])
 
 
 def find_group(root: Path, group: Group, lacks: Callable[[Run], str] = lambda _: "") -> dict[str, Run]:
@@ -168,7 +166,7 @@ def _drawable(root: Path, name: str, group: Group, lacks: Callable[[Run], str]) 
     left_out: list[str] = []
     for run in _discover(root, name, group.records):
         if words := lacks(run):
-            left_out.append(f"note: {_label(run)} is left out: {words}")
+            left_out.append(f"note: {run_label(run)} is left out: {words}")
         else:
             runs.append(run)
             left_out.clear()
@@ -237,12 +235,12 @@ def _no_pair(root: Path, candidates: Mapping[str, list[Run]], problems: list[str
     combinations = [*product(_with_values(reversed(mine)), _with_values(reversed(other)))]
     if combinations:
         (one, values), (two, theirs) = min(combinations, key=lambda both: len(unequal(both[0][1], both[1][1])))
-        lines.append(f"nearest: {_label(one)} and {_label(two)} differ in")
+        lines.append(f"nearest: {run_label(one)} and {run_label(two)} differ in")
         lines += [f"  {key}: {values[key]} and {theirs[key]}" for key in unequal(values, theirs)]
         lines += ["to make the partner of the first:", f"  {_partner_command('scratch', one, two)}"]
     elif mine or other:
         arm, have = ("scratch", mine[-1]) if mine else ("pretrained", other[-1])
-        lines.append(f"to make the partner of {_label(have)} (add any other key that you changed there):")
+        lines.append(f"to make the partner of {run_label(have)} (add any other key that you changed there):")
         lines.append(f"  {_partner_command(arm, have, None)}")
     else:
         lines += [
@@ -281,10 +279,11 @@ def _partner_command(arm: str, have: Run, near: Run | None) -> str:
     return shlex.join(command)
 
 
-def _label(run: Run) -> str:
+def run_label(run: Run) -> str:
+    """Experiment and folder of a run."""
     return f"{run.folder.parent.name}/{run.folder.name}"
 
 
 def _row(run: Run) -> str:
     state = "" if run.report is not None else f"  (unfinished, step {run.metrics[-1]['step']})"
-    return f"{_label(run)}  " + "  ".join(f"{key}={value}" for key, value in pair_values(run).items()) + state
+    return f"{run_label(run)}  " + "  ".join(f"{key}={value}" for key, value in pair_values(run).items()) + state

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from t2i_lm.plots import panels
-from t2i_lm.plots.catalogue import FIGURES, RenderedFigure, Request
+from t2i_lm.plots.catalogue import FIGURES, RenderedFigure, Request, write_figures
 from t2i_lm.plots.panels import AXES_HEIGHT, WIDTH
 from t2i_lm.runtime.tables import compact
 from tests.plots.synthetic_runs import read_lines, write_run
@@ -237,15 +237,19 @@ def test_arms_without_a_common_validation_have_no_table(tmp_path: Path) -> None:
     assert "(gap" not in texts(drawing.figure)
 
 
-def test_an_uncontrolled_pair_is_labeled(tmp_path: Path) -> None:
+def test_an_uncontrolled_pair_is_labeled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed = {"optim.lr": 0.001, "data.path": "/elsewhere", "trainer.threads": 4, "run.dir": "r"}
     write_run(tmp_path, "t2i_pretrained", config=changed)
     folder = write_run(tmp_path, "t2i_scratch")
     environment = json.loads((folder / "env.json").read_text())
     (folder / "env.json").write_text(json.dumps({**environment, "stream_hash": "c" * 64}))
-    caption = FIGURES["3"](Request(tmp_path)).caption
+    rendered = FIGURES["3"](Request(tmp_path))
     expected = "optim.lr: 0.001 and 0.002; order of the data: bbbbbbbbbbbb and cccccccccccc."
-    assert f"(pre-trained and random) also differ in {expected}" in caption
+    sentence = f"NOT CONTROLLED, the arms (pre-trained and random) also differ in {expected}"
+    assert rendered.uncontrolled == [sentence]
+    assert rendered.table.endswith(f"t2i_scratch/{folder.name}")
+    assert write_figures(Request(tmp_path), tmp_path / "out", ["3", "4"]) == 0
+    assert capsys.readouterr().err == f"note: figure 3 and figure 4: {sentence}\n"
 
 
 def test_a_modality_that_an_interval_lacks_leaves_a_gap_in_the_curve(runs: Path) -> None:

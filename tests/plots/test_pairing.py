@@ -70,8 +70,14 @@ def test_speed_and_measurements_are_no_difference(runs: Path) -> None:
     write_run(runs, "t2i_scratch", "20260302-100000", config=quick)
     assert chosen(runs) == ("20260301-100000", "20260302-100000")
     assert not find_pair(runs).uncontrolled()
-    write_run(runs, "t2i_scratch", "20260303-100000", config=quick | {"trainer.fp8": True})
-    assert find_pair(runs).uncontrolled() == {"trainer.fp8": (False, True)}
+
+
+def test_a_newer_pair_is_chosen_only_if_no_pair_is_controlled(tmp_path: Path) -> None:
+    write_run(tmp_path, "t2i_pretrained", "20260301-100000")
+    write_run(tmp_path, "t2i_scratch", "20260303-100000", config={"trainer.fp8": True})
+    assert find_pair(tmp_path).uncontrolled() == {"trainer.fp8": (False, True)}
+    write_run(tmp_path, "t2i_scratch", "20260302-100000")
+    assert chosen(tmp_path) == ("20260301-100000", "20260302-100000")
 
 
 def test_the_config_of_each_run_is_compared_once_however_many_there_are(
@@ -88,10 +94,10 @@ def test_the_config_of_each_run_is_compared_once_however_many_there_are(
 
     monkeypatch.setattr(comparability, "config_values", counted)
     assert chosen(tmp_path) == ("20260301-100003", "20260301-100003")
-    assert len(read) == 8
+    assert len(read) == 8 + 2  # the chosen pair once more, in all keys
     group = Group({"pretrained": "t2i_pretrained", "scratch": "t2i_scratch"}, "make study")
     assert {run.config["seed"] for run in find_group(tmp_path, group).values()} == {3}
-    assert len(read) == 16
+    assert len(read) == 8 + 2 + 8
 
 
 def test_two_unknown_data_hashes_do_not_match(tmp_path: Path) -> None:
