@@ -97,8 +97,7 @@ class BagDataModule(BatchDataModule):
 
     def validation_batches(self, split: Batches) -> list[list[Draw]]:
         """This rank's part of each full global batch of consecutive pairs of a validation split."""
-        assert self.trainer is not None
         size, share = self.config.data.batch_size, self.config.micro_batch
-        first = self.trainer.global_rank * share
+        first = self.place[0] * share
         starts = range(first, len(split) - size + first + 1, size)
         return [[(0, index) for index in range(start, start + share)] for start in starts]

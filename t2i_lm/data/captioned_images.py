@@ -98,10 +98,9 @@ class CaptionedImageDataModule(ImageDataModule):
 
     def validation_batches(self, split: Batches) -> list[list[Draw]]:
         """This rank's part of each full global batch of consecutive images, and then its share of the rest."""
-        assert self.trainer is not None
         assert isinstance(split, CaptionedImages)
-        size, share, rank = self.config.data.batch_size, self.config.micro_batch, self.trainer.global_rank
+        (rank, world), size, share = self.place, self.config.data.batch_size, self.config.micro_batch
         starts = range(rank * share, split.compared, size)
-        rest = [(0, index) for index in range(split.compared + rank, len(split), self.trainer.world_size)]
+        rest = [(0, index) for index in range(split.compared + rank, len(split), world)]
         full = [[(0, index) for index in range(start, start + share)] for start in starts]
         return [*full, *([rest] if rest else [])]

@@ -253,10 +253,14 @@ class BatchDataModule(pl.LightningDataModule):
         """Samples trained on so far, over all ranks: the whole state."""
         return int(self.trainer.global_step) * self.config.data.batch_size if self.trainer else self._consumed
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """This process's rank and the number of ranks; 0 of 1 without a trainer."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """One loader for the rest of the run, however many epochs."""
-        assert self.trainer is not None
-        rank, world = self.trainer.global_rank, self.trainer.world_size
+        rank, world = self.place
         sampler = make_sampler(self.config, self.train_set.part_sizes, rank, world, self._order)
         sampler.consumed = self._consumed
         sampler.announce = self.train_set.announce
@@ -281,8 +285,7 @@ class BatchDataModule(pl.LightningDataModule):
         Raises:
             ValueError: if a rank has no sample, or a sharded rank too few for that.
         """
-        assert self.trainer is not None
-        rank, world, micro = self.trainer.global_rank, self.trainer.world_size, self.config.micro_batch
+        (rank, world), micro = self.place, self.config.micro_batch
         if len(split) < world:
             raise ValueError(
                 f"data.val_size: {len(split):,} validation samples over {world} processes: expected at least {world}, "

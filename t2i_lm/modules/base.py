@@ -14,6 +14,7 @@ The differentiated loss is the (weighted) mean over all tokens of the *global* b
 is cut over ranks and micro-batches.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,18 +67,18 @@ class OptimizedModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Multiplies the gradient by `gradient_scale` and clips its total norm, in one pass.
+        """Multiplies the gradient by `gradient_scale` and clips its total norm, if at all, in one pass.
 
         Lightning's implementation refuses fused optimizers under mixed precision, since a float16 gradient scaler
         unscales inside the optimizer's step, after clipping. bfloat16 has no scaler.
         """
-        assert gradient_clip_val is not None
+        limit = math.inf if gradient_clip_val is None else gradient_clip_val
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if self.gradient_norm is None else self.gradient_norm
         scale = torch.ones_like(norm) if self.gradient_scale is None else self.gradient_scale
         # Equals torch.nn.utils.clip_grad_norm_ on the scaled gradient.
-        factor = scale * (gradient_clip_val / (norm * scale + 1e-6)).clamp(max=1)
+        factor = scale * (limit / (norm * scale + 1e-6)).clamp(max=1)
         for gradient in gradients:
             gradient.mul_(factor.to(gradient.dtype))
         self.gradient_norm = self.gradient_scale = None
