@@ -430,7 +430,26 @@ def test_the_shipped_study_is_complete() -> None:
             "comparisons: {one: {arms: {a: {experiment: t2i_scratch, data.workers: 1}, t2i_scratch: {}}}}",
             "expected arms that differ in a key that changes what a run computes or reports",
         ),
-        ("runs: {one: {arms: [t2i_scratch], where: {optim.rl: 1}}}", "unknown key 'optim.rl'"),
+        (
+            "runs: {one: {arms: [t2i_scratch], where: {optim.rl: 1}}}",
+            "runs.one.where.optim.rl=1: expected a config key",
+        ),
+        (
+            "runs: {one: {arms: [t2i_scratch], where: {seed: 4}}}",
+            "runs.one.where.seed=4: expected another key than seed",
+        ),
+        (
+            "comparisons: {one: {where: {name: foo}}}",
+            "comparisons.one.where.name='foo': expected another key than seed",
+        ),
+        (
+            "comparisons: {one: {where: {optim: null}}}",
+            "comparisons.one.where.optim: optim is a section of keys, such as",
+        ),
+        (
+            "comparisons: {one: {arms: ['', t2i_scratch]}}",
+            "comparisons.one.arms=['', 't2i_scratch']: expected names of",
+        ),
         ("seeds: [0]", "comparisons={}: expected at least one comparison"),
         ("seeds: zero\ncomparisons: {one: {}}", "seeds='zero': expected a list of whole numbers"),
         ("comparisons: {1: {}}", "comparisons.1: Key 1 (int)"),

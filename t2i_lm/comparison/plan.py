@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from t2i_lm.comparison.endpoints import Endpoint
-from t2i_lm.config.experiment import is_file_name
+from t2i_lm.config.experiment import is_file_name, stays_inside
 from t2i_lm.config.file_kinds import COMPARISON, require_kind
 from t2i_lm.config.load import given_value, literal
 from t2i_lm.config.sections import require
-from t2i_lm.config.values import Plain, key_types, read_value, value_word
+from t2i_lm.config.values import Plain, key_types, read_value, section_problem, value_word
 from t2i_lm.storage.run_folder import PRIMARY, VAL
 from t2i_lm.storage.yaml_text import problem_of, read_yaml
 
@@ -63,7 +63,8 @@ class Margin:
 
 
 LONGEST = 200  # bytes of a folder's name that is used as it is; file systems take 255
-# Keys that no arm and no grid sets: a plan has its own words for them, or they change nothing computed.
+# Keys that no arm, no grid and no `where` of a study sets: a plan has its own words for them, or they change nothing
+# computed.
 RESERVED = ("seed", "scale", "name", "run.dir")
 
 
@@ -82,6 +83,9 @@ class Arm:
     own: Mapping[str, Any] = field(default_factory=dict)
 
 
+EXPERIMENTS = "names of experiments"
+
+
 def parse_arms(given: Any, key: str = "arms") -> dict[str, Arm]:
     """Arms by name.
 
@@ -94,10 +98,10 @@ def parse_arms(given: Any, key: str = "arms") -> dict[str, Arm]:
         ValueError: naming the key.
     """
     if isinstance(given, list):
-        require(all(isinstance(name, str) for name in given), key, given, "names of experiments")
+        require(all(isinstance(name, str) and stays_inside(name) for name in given), key, given, EXPERIMENTS)
         require(len(set(given)) == len(given), key, given, "each arm once")
         return {name: Arm(name, name) for name in given}
-    require(isinstance(given, Mapping), key, given, "names of experiments, or settings by arm")
+    require(isinstance(given, Mapping), key, given, f"{EXPERIMENTS}, or settings by arm")
     arms = {}
     for name, content in given.items():
         require(isinstance(name, str) and is_file_name(name), key, name, "a name without / for each arm")
@@ -105,7 +109,8 @@ def parse_arms(given: Any, key: str = "arms") -> dict[str, Arm]:
         require(known, f"{key}.{name}", content, "an experiment, or values of config keys")
         own = {"experiment": content} if isinstance(content, str) else dict(content or {})
         experiment = own.pop("experiment", name)
-        require(isinstance(experiment, str), f"{key}.{name}.experiment", experiment, "the name of an experiment")
+        named = isinstance(experiment, str) and stays_inside(experiment)
+        require(named, f"{key}.{name}.experiment", experiment, "the name of an experiment")
         require_settable(own, f"{key}.{name}")
         arms[name] = Arm(name, experiment, own)
     contents: dict[str, str] = {}
@@ -148,6 +153,8 @@ def require_settable(values: Mapping[Any, Any], where: str) -> None:
         ):
             if wrong:
                 raise ValueError(f"{name}: expected {expected}")
+        if problem := section_problem(key):
+            raise ValueError(f"{name}: {problem}")
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,7 @@ class Study:
                 found.append(Needed(member.name, family.name, arms, seeds, plan.scale, plan.where, member.point))
         for name, group in self.groups().items():
             key = f"runs.{name}."
+            require_settable(group.where, f"{key}where")
             arms = tuple(parse_arms(group.arms, f"{key}arms").values())
             for point in _points(group.over, group.where, arms, key):
                 where = {**group.where, **point}
@@ -180,6 +181,7 @@ def _family(name: str, content: dict[str, Any]) -> Family:
     }
     where = plain.get("where") or {}
     require(isinstance(where, Mapping), f"{key}where", where, "values by config key")
+    require_settable(where, f"{key}where")
     members = []
     for point in _points(over, where, tuple(arms.values()), key):
         for other in others:

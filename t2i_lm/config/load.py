@@ -21,7 +21,7 @@ from t2i_lm.config.file_kinds import EXPERIMENT, require_kind
 from t2i_lm.config.key_groups import PATH_KEYS
 from t2i_lm.config.presets import PRESETS
 from t2i_lm.config.sections import ASSET, is_plugin
-from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value
+from t2i_lm.config.values import Plain, as_path, as_text, key_types, read_value, section_problem
 from t2i_lm.storage.hub import is_hub
 from t2i_lm.storage.run_folder import CONFIG, read_config, read_environment
 from t2i_lm.storage.writing import write_atomic
@@ -258,7 +258,7 @@ def _override_layer(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key or key.startswith("-"):
             raise ValueError(f"{item!r} is not of the form key=value, for example optim.lr=1e-3")
         if is_dataclass(key_types().get(key)):
-            raise _section_as_value(key, text)
+            raise ValueError(f"{key}={text}: {section_problem(key)}")
         text = text if key in PATH_KEYS else as_text(text)
         _set(tree, key, given_value(key, text))
     return _typed(migrate(tree, "command line"))
@@ -343,7 +343,7 @@ def _typed(tree: Mapping[str, Any]) -> dict[str, Any]:
             value = read_value(key, value)
             values[key] = as_path(key, value) if key in PATH_KEYS and value is not None else value
         elif not isinstance(value, Mapping) and value not in (None, ""):  # `optim:` with all keys commented out
-            raise _section_as_value(key, value)
+            raise ValueError(f"{key}={value}: {section_problem(key)}")
     return values
 
 
@@ -363,11 +363,6 @@ def _suggestion(key: str, known: set[str]) -> str:
         return f"; did you mean {best!r}?"
     names = ", ".join(name.removeprefix(f"{section}.") for name in own)
     return f"; {section} has {names}" if own else "; all keys: docs/configuration.md"
-
-
-def _section_as_value(key: str, value: object) -> ValueError:
-    first = next(name for name in key_types() if name.startswith(f"{key}."))
-    return ValueError(f"{key}={value}: {key} is a section of keys, such as {first}")
 
 
 def _node(values: Mapping[str, Any]) -> DictConfig:

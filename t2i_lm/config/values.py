@@ -43,6 +43,13 @@ def _types(section: type, prefix: str) -> list[tuple[str, Any]]:
     return found
 
 
+def section_problem(key: str) -> str:
+    """What is wrong with a value of a section, naming one of its keys; empty for every other key."""
+    if not is_dataclass(key_types().get(key)):
+        return ""
+    return f"{key} is a section of keys, such as {next(name for name in key_types() if name.startswith(f'{key}.'))}"
+
+
 def read_value(key: str, value: object) -> Any:
     """The value of a key.
 

@@ -279,6 +279,11 @@ def test_runs_that_differ_in_threads_alone_measure_rounding(runs: Path) -> None:
     assert result.rounding_sd == pytest.approx(0.004 / 2**0.5)
 
 
+def test_an_arm_is_no_pattern(runs: Path) -> None:
+    with pytest.raises(ValueError, match=r"0 of t2i_\*, 5 of t2i_scratch"):
+        find_arms(Plan(arms=["t2i_*", ARMS[1]]), runs)
+
+
 def test_without_a_pair_the_command_that_makes_one_is_named(tmp_path: Path) -> None:
     seeded_run(tmp_path, ARMS[0], 0)
     with pytest.raises(ValueError, match="no seed has a finished run of both arms") as refusal:
