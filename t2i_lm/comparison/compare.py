@@ -125,7 +125,7 @@ def _result(plan: Plan, arms: Arms, endpoint: Endpoint, primary: bool) -> Result
         differences=differences,
         margin=margin,
         statistics=statistics,
-        rounding_sd=None if endpoint.of_pair else _rounding_sd(endpoint, [*arms.first.values(), *arms.second.values()]),
+        rounding_sd=None if endpoint.of_pair else _rounding_sd(endpoint, [*first.values(), *second.values()]),
         needed_difference=None if sd is None else pairs_for_difference(statistics.mean, sd, plan.alpha),
         needed_equivalence=None if sd is None or margin is None else pairs_for_equivalence(margin, sd, plan.alpha),
         missing=len({*plan.seeds} - {*arms.seeds}),

@@ -201,7 +201,7 @@ def _tuned(key: str, condition: Mapping[str, Any], points: Sequence[tuple[Any, C
         endpoint = comparison.results[0].endpoint
         for arm, by_seed in comparison.runs.items():
             losses.setdefault(arm, {})[value_word(value)] = {
-                seed: fmean(map(endpoint.value, runs)) for seed, runs in by_seed.items()
+                seed: fmean(map(endpoint.value, by_seed[seed])) for seed in comparison.arms.seeds
             }
     if missing:
         return Tuned(condition, (), None, tuple(missing))

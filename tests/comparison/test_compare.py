@@ -279,6 +279,17 @@ def test_runs_that_differ_in_threads_alone_measure_rounding(runs: Path) -> None:
     assert result.rounding_sd == pytest.approx(0.004 / 2**0.5)
 
 
+def test_an_unpaired_run_without_the_endpoint_changes_nothing(runs: Path) -> None:
+    before = compare(Plan(), find_arms(Plan(), runs))
+    lone = seeded_run(runs, ARMS[0], 9)
+    lines = [json.loads(line) for line in (lone / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for name in [key for key in line if key.startswith("val")]:
+            line[name]["image"]["nonfinite"] = 7
+    (lone / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert compare(Plan(), find_arms(Plan(), runs)) == before
+
+
 def test_an_arm_is_no_pattern(runs: Path) -> None:
     with pytest.raises(ValueError, match=r"0 of t2i_\*, 5 of t2i_scratch"):
         find_arms(Plan(arms=["t2i_*", ARMS[1]]), runs)
