@@ -480,6 +480,16 @@ def test_too_many_seeds_are_refused(plan: Path, capsys: pytest.CaptureFixture[st
     assert "--seeds=3: expected 1 to 2" in capsys.readouterr().err
 
 
+def test_without_a_pair_the_command_that_trains_the_plan_is_named(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t2i_lm.reporting.study_page.write_page", lambda *_: 0)
+    where = f"run.dir={tmp_path / 'my runs'}"
+    finish(configs(plan, "seeds: [0]\ncomparisons: {one: {}}", where)[:1], lambda _: 1.0)
+    assert main([str(plan), "--no-train", "--out", str(tmp_path / "out"), where]) == 2
+    assert f"to make them: python -m t2i_lm.study {plan} '{where}'\n" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_study_trains_compares_draws_and_goes_on(
     plan: Path, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

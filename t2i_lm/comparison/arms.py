@@ -23,6 +23,7 @@ from t2i_lm.comparison.comparability import (
     revision_note,
 )
 from t2i_lm.comparison.plan import Plan, setting_words
+from t2i_lm.config.sections import RunConfig
 from t2i_lm.config.values import Plain, read_value, value_word
 from t2i_lm.storage.reading import reason
 from t2i_lm.storage.run_folder import Run, folders_below, in_order, read_run
@@ -63,7 +64,12 @@ def find_arms(plan: Plan, root: Path, strict: bool = True) -> Arms:
 
 
 def pair_arms(
-    plan: Plan, found: Mapping[str, Sequence[Run]], notes: Sequence[str], root: Path, strict: bool = True
+    plan: Plan,
+    found: Mapping[str, Sequence[Run]],
+    notes: Sequence[str],
+    root: Path,
+    strict: bool = True,
+    command: str | None = None,
 ) -> Arms:
     """Finished runs paired by seed.
 
@@ -73,6 +79,7 @@ def pair_arms(
         notes: on runs that were left out.
         root: folder of the runs, for messages.
         strict: whether another order of the data between the arms is refused; else it is a note.
+        command: what makes the runs, for messages; None for a sweep below `root`.
 
     Raises:
         IncomparableError: if the runs are of more than one setting, naming the keys and how to choose.
@@ -86,7 +93,7 @@ def pair_arms(
     first, second = (_by_seed(found[arm]) for arm in plan.parsed)
     arms = Arms(first, second, ())
     if not arms.seeds:
-        raise MissingRunsError(_nothing_to_pair(plan, root, found, notes))
+        raise MissingRunsError(_nothing_to_pair(plan, root, found, notes, command))
     return Arms(
         first,
         second,
@@ -266,20 +273,27 @@ def precision_note(runs: Iterable[Run]) -> list[str]:
     return [f"{PRECISIONS}: {', '.join(words)}"] if len(seeds) > 1 else []
 
 
-def _nothing_to_pair(plan: Plan, root: Path, found: Mapping[str, Sequence[Run]], notes: Sequence[str]) -> str:
+def _nothing_to_pair(
+    plan: Plan, root: Path, found: Mapping[str, Sequence[Run]], notes: Sequence[str], command: str | None
+) -> str:
     counts = ", ".join(f"{len(runs)} of {arm}" for arm, runs in found.items())
+    lines = [
+        f"no seed has a finished run of both arms in {root} (scale {plan.scale}{plan.values_words}): {counts}",
+        *notes,
+        *(f"to make them: {one}" for one in ([command] if command else _sweeps(plan, root))),
+    ]
+    return "\n".join(lines)
+
+
+def _sweeps(plan: Plan, root: Path) -> list[str]:
+    """The commands that train the runs of a plan below a folder: one for each setting of its arms."""
     seeds = ",".join(map(str, plan.seeds or (0, 1, 2)))
     settings: dict[tuple[str, ...], list[str]] = {}
     for name, arm in plan.parsed.items():
         words = setting_words({key: value for key, value in plan.required(name).items() if key not in ENVIRONMENT})
         settings.setdefault(tuple(words), []).extend(("--arm", re.sub("^remedy_", "remedies/", arm.experiment)))
-    lines = [
-        f"no seed has a finished run of both arms in {root} (scale {plan.scale}{plan.values_words}): {counts}",
-        *notes,
-        *(
-            "to make them: "
-            + shlex.join(["python", "-m", "t2i_lm.sweep", f"seed={seeds}", *words, *options, "--scale", plan.scale])
-            for words, options in settings.items()
-        ),
+    place = [] if root == Path(RunConfig().dir) else [f"run.dir={root}"]
+    return [
+        shlex.join(["python", "-m", "t2i_lm.sweep", f"seed={seeds}", *words, *place, *options, "--scale", plan.scale])
+        for words, options in settings.items()
     ]
-    return "\n".join(lines)

@@ -384,13 +384,16 @@ def _read(runs: Sequence[StudyRun]) -> tuple[list[Run], list[str]]:
     return finished, [unfinished(run) for run, done in started if not done]
 
 
-def compare_arms(study: Study, runs: Sequence[StudyRun], strict: bool = True) -> list[Comparison]:
+def compare_arms(
+    study: Study, runs: Sequence[StudyRun], strict: bool = True, command: str | None = None
+) -> list[Comparison]:
     """Every comparison of a study; one that cannot be made has its reason.
 
     Args:
         study: the plan.
         runs: its runs.
         strict: whether another order of the data between the arms is refused.
+        command: what trains the runs, for messages.
     """
     read = cache(read_run)
     states = [(run, state) for run, state in zip(runs, progress_of(runs), strict=True) if state.folder is not None]
@@ -407,6 +410,6 @@ def compare_arms(study: Study, runs: Sequence[StudyRun], strict: bool = True) ->
                     notes.append(unfinished(content))
                 if run.repeats and state.finished:
                     notes += _as_many_threads(content, found[run.roles[name].arm.name])
-        return pair_arms(plan, found, notes, _root(runs[0]), strict)
+        return pair_arms(plan, found, notes, _root(runs[0]), strict, command)
 
     return [make_comparison(name, plan, partial(arms_of, name, plan)) for name, plan in study.plans().items()]

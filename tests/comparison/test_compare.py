@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from t2i_lm import compare as command
-from t2i_lm.comparison.arms import find_arms
+from t2i_lm.comparison.arms import find_arms, pair_arms
 from t2i_lm.comparison.comparability import SEED, IncomparableError, differences
 from t2i_lm.comparison.compare import DIFFERENCE, EQUIVALENT, UNDECIDED, compare
 from t2i_lm.comparison.comparison import make_comparison
@@ -300,7 +300,10 @@ def test_without_a_pair_the_command_that_makes_one_is_named(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="no seed has a finished run of both arms") as refusal:
         find_arms(Plan(seeds=[0, 3], where={"optim.lr": 0.002}), tmp_path)
     assert "1 of t2i_pretrained, 0 of t2i_scratch" in str(refusal.value)
-    assert "python -m t2i_lm.sweep seed=0,3 optim.lr=0.002 --arm t2i_pretrained" in str(refusal.value)
+    command = f"python -m t2i_lm.sweep seed=0,3 optim.lr=0.002 run.dir={tmp_path} --arm t2i_pretrained"
+    assert command in str(refusal.value)
+    with pytest.raises(ValueError, match=r"to make them: python -m t2i_lm\.sweep seed=0,3 --arm t2i_pretrained"):
+        pair_arms(Plan(seeds=[0, 3]), {name: [] for name in ARMS}, (), Path("runs"))
     with pytest.raises(ValueError, match="--arm remedies/l2_sp --arm t2i_scratch"):
         find_arms(Plan(arms=["remedy_l2_sp", "t2i_scratch"]), tmp_path)
 
