@@ -15,6 +15,7 @@ from t2i_lm.comparison.plan import setting_words
 from t2i_lm.comparison.study_plan import first_seeds, read_study
 from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import RunConfig
+from t2i_lm.plots.catalogue import FIGURES, stem
 from t2i_lm.reporting.search import RunSearch
 from t2i_lm.storage.run_folder import REPORT, read_run, run_folders
 from t2i_lm.study import main
@@ -488,6 +489,26 @@ def test_without_a_pair_the_command_that_trains_the_plan_is_named(
     finish(configs(plan, "seeds: [0]\ncomparisons: {one: {}}", where)[:1], lambda _: 1.0)
     assert main([str(plan), "--no-train", "--out", str(tmp_path / "out"), where]) == 2
     assert f"to make them: python -m t2i_lm.study {plan} '{where}'\n" in capsys.readouterr().err
+
+
+def test_a_value_in_two_spellings_is_one_run_and_finds_runs_of_either(plan: Path, tmp_path: Path) -> None:
+    where = f"run.dir={tmp_path}"
+    text = "seeds: [0]\nrounding: 3\ncomparisons: {one: {over: {optim.lr: [6e-3, 1e-3]}}, two: {where: {optim.lr: %s}}}"
+    runs = configs(plan, text % "0.006", where)
+    assert [(run.uses, Path(run.job.config.run.dir).name) for run in runs if run.job.config.optim.lr == 6e-3] == [
+        *[(("one_optim.lr=6e-3", "two"), "optim.lr=0.006")] * 2,
+        *[(("one_optim.lr=6e-3",), "optim.lr=0.006_trainer.threads=3")] * 2,
+    ]
+    finish(runs, lambda _: 1.0)
+    other = configs(plan, (text % "6e-3").replace("over: {optim.lr: [6e-3", "over: {optim.lr: [0.006"), where)
+    assert "optim.lr=6e-3_trainer.threads=3" in {Path(run.job.config.run.dir).name for run in other}
+    assert {str(state) for state in progress_of(other)} == {"finished"}
+    found = RunSearch(tmp_path).comparisons(read_study(plan), strict=True)
+    assert [one.name for one in found if one.arms is None] == []
+    steps = "{where: {trainer.max_steps: %s}}"
+    shown = configs(plan, f"seeds: [0]\ncomparisons: {{one: {steps % '3e2'}, two: {steps % 300}}}")
+    assert len(shown) == 2
+    assert all(role.shown for run in shown for role in run.roles.values() if role.group == "one")
 
 
 @pytest.mark.slow

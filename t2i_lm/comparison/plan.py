@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -262,6 +263,31 @@ def setting_folder(words: Sequence[str]) -> str:
 def setting_words(where: Mapping[str, Any]) -> list[str]:
     """Values by config key as `key=value` strings."""
     return [f"{key}={value_word(value)}" for key, value in where.items()]
+
+
+def one_spelling(word: str) -> str:
+    """A `key=value` string with its number as a config writes it: optim.lr=0.003 for optim.lr=3e-3.
+
+    A value that is no number of its key stays as it is.
+    """
+    key, _, text = word.partition("=")
+    try:
+        value = read_value(key, Plain(text))
+    except (KeyError, ValueError):  # no key, a section, or no value of it
+        return word
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{key}={value_word(value)}" if is_number else word
+
+
+def setting_in_one_spelling(folder: str) -> str:
+    """The name of a `setting_folder` with each of its numbers in `one_spelling`; a shortened name stays as it is."""
+    return setting_folder([one_spelling(word) for word in _words_of_folder().split(folder)])
+
+
+@cache
+def _words_of_folder() -> re.Pattern[str]:
+    """What separates the words of a `setting_folder`: a line below, before a key."""
+    return re.compile(f"_(?=(?:{'|'.join(map(re.escape, key_types()))})=)")
 
 
 Schema = TypeVar("Schema")

@@ -12,7 +12,7 @@ from typing import Any
 from t2i_lm.comparison.arms import Arms, meets, pair_arms, unfinished
 from t2i_lm.comparison.comparability import ENVIRONMENT, ORDER, SEED, config_values, differences
 from t2i_lm.comparison.comparison import Comparison, make_comparison
-from t2i_lm.comparison.plan import Plan, setting_folder, setting_words
+from t2i_lm.comparison.plan import Plan, setting_folder, setting_in_one_spelling, setting_words
 from t2i_lm.comparison.study_plan import Study
 from t2i_lm.storage.owner import OwnedError, require_free
 from t2i_lm.storage.reading import reason
@@ -117,7 +117,7 @@ class RunSearch:
         notes: dict[str, None] = {}
         found: dict[str, list[Run]] = {}
         for name, arm in plan.parsed.items():
-            settings = _setting_folders(plan.required(name))
+            settings = set(map(setting_in_one_spelling, _setting_folders(plan.required(name))))
             pool = self.pool(
                 folder
                 for folder in self._folders
@@ -136,7 +136,7 @@ class RunSearch:
         """
         above = folder.parents[1]
         name = above.name if above != self.root and above.parent.name == STUDY_RUNS and "=" in above.name else ""
-        return {name, REPEATED.sub("", name)}
+        return {setting_in_one_spelling(one) for one in (name, REPEATED.sub("", name))}
 
 
 def _setting_folders(values: Mapping[str, Any]) -> set[str]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from t2i_lm.comparison.arms import Arms, pair_arms, unfinished
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.endpoints import RELEARNING
-from t2i_lm.comparison.plan import Arm, Plan, setting_folder, setting_words
+from t2i_lm.comparison.plan import Arm, Plan, one_spelling, setting_folder, setting_in_one_spelling, setting_words
 from t2i_lm.comparison.relearning import is_measured
 from t2i_lm.comparison.study_plan import STEPS, Needed, Study
 from t2i_lm.config.experiment import ExperimentConfig
@@ -129,7 +130,7 @@ def study_runs(
     plans = study.plans()
     sampled = {name for name, plan in plans.items() if any(one.setting_keys for one in plan.endpoints)}
     first = next((one.group for one in needed if not one.point), None)
-    everywhere = set.intersection(*({*setting_words(one.where)} - {*setting_words(one.point)} for one in needed))
+    everywhere = set.intersection(*(_numbers_alike(one.where) - _numbers_alike(one.point) for one in needed))
     turns = [(one.group in few, order.index(seed), seed, one) for one in needed for seed in one.seeds]
     for *_, seed, one in sorted(turns, key=itemgetter(0, 1)):
         for arm in one.arms:
@@ -139,7 +140,8 @@ def study_runs(
             config = replace(config, seed=seed)
             if config.aligned_rows is None:  # else a run of this study makes the file
                 config.require_paths()
-            key = repr({name: value for name, value in flatten(config).items() if not name.startswith(SAMPLES)})
+            content = {name: value for name, value in flatten(config).items() if not name.startswith(SAMPLES)}
+            key = repr({**content, "run.dir": None})  # a value in two spellings is one run
             values = {name: value for name, value in compared_values(config).items() if name != "name"}
             other = of_arms.setdefault((one.use, seed, repr((values, one.point))), arm.name)
             if other != arm.name:
@@ -147,7 +149,8 @@ def study_runs(
                 raise ValueError(f"{one.use}: {arms} have equal configs; expected arms that differ in {COMPARED}")
             before = runs[key].roles if key in runs else {}
             measured = any(use in sampled for use in (*before, one.use))
-            others = [word for word in words if word not in everywhere and word.partition("=")[0] not in arm.own]
+            rest = [word for word in words if word.partition("=")[0] not in arm.own]
+            others = [word for word in rest if one_spelling(word) not in everywhere]
             plain = arm.name == arm.experiment and not others
             role = Role(one.group, arm, " ".join(setting_words(one.point)), plain)
             job = Job(config, label=" ".join([*words, f"seed={seed}"]))
@@ -155,6 +158,10 @@ def study_runs(
             kept = runs[key].job if key in runs and quiet else job
             runs[key] = StudyRun({**before, one.use: role}, seed, kept, collected, sampled=measured)
     return [*runs.values(), *_repeats([*runs.values()], needed[0], study.rounding)]
+
+
+def _numbers_alike(values: Mapping[str, Any]) -> set[str]:
+    return set(map(one_spelling, setting_words(values)))
 
 
 def _collected(results: Path) -> Path:
@@ -257,10 +264,10 @@ def _root(run: StudyRun) -> Path:
 
 def _find(run: StudyRun, folders: Sequence[Path]) -> tuple[Path | None, bool]:
     config = run.job.config
-    name, own = Path(config.name).name, Path(config.run.dir).name
+    name, own = Path(config.name).name, setting_in_one_spelling(Path(config.run.dir).name)
 
     def may_serve(folder: Path) -> bool:
-        setting = folder.parents[1].name
+        setting = setting_in_one_spelling(folder.parents[1].name)
         return folder.parent.name == name and (setting == own or not (run.repeats or THREADS in setting))
 
     of_name = [*filter(may_serve, folders)]
