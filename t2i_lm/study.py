@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
         "study", "Train the runs of a plan, compare its arms, draw its figures, write its report.", EXAMPLE
     )
     arguments.add_argument("plan", type=Path, help="plan YAML, for example experiments/study.yaml")
-    arguments.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds of the plan")
+    arguments.add_argument(
+        "--seeds", type=int, metavar="N", help="only the first N seeds of the plan; a verdict requires all"
+    )
     add_jobs(arguments)
     arguments.add_argument("--results", type=Path, metavar="DIR", help="collected results whose runs are not trained")
     arguments.add_argument(
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         from t2i_lm.comparison.relearning import relearning_command
-        from t2i_lm.comparison.study_plan import first_seeds, read_study
+        from t2i_lm.comparison.study_plan import read_study
         from t2i_lm.experiment.required_files import print_missing
         from t2i_lm.reporting.measurements import missing_measurements
         from t2i_lm.training.cost import estimate
@@ -73,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         from t2i_lm.training.study_results import results_of, write_results
 
-        study = first_seeds(read_study(options.plan), options.seeds)
+        study = read_study(options.plan)
         experiments = experiments_of(options.plan)
         out = Path(OUT).with_name(options.plan.stem) if options.out == Path(OUT) else options.out
-        runs = study_runs(study, experiments, options.overrides, options.results)
+        runs = study_runs(study, experiments, options.overrides, options.results, options.seeds)
         states = progress_of(runs)
         print(progress_table(runs, states), "", sep="\n", flush=True)
         to_train = [run.job.config for run, state in zip(runs, states, strict=True) if not state.finished]
@@ -92,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         unmeasured = without_relearning(study, runs) if options.train else []
         relearned = _run_all(map(relearning_command, unmeasured))
-        results = results_of(study, compare_arms(study, runs, options.strict), options.strict)
+        comparisons = compare_arms(study, runs, options.strict, _training_command(options))
+        results = results_of(study, comparisons, options.strict, options.seeds)
         failed = write_results(results, out)
         first = results.answer_first[:1] if options.train and not code else []
         measured = _run_all(command for one in first for command in missing_measurements(study.measure, one, out))
@@ -107,6 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     return exit_code(body)
+
+
+def _training_command(options: argparse.Namespace) -> str:
+    """The command that trains the runs of the plan, those that --seeds leaves out among them."""
+    results = [] if options.results is None else ["--results", str(options.results)]
+    return shlex.join(["python", "-m", "t2i_lm.study", str(options.plan), *results, *options.overrides])
 
 
 def _run_all(commands: Iterable[Sequence[str]]) -> int:

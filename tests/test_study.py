@@ -11,8 +11,10 @@ import pytest
 
 from t2i_lm.collect import main as collect
 from t2i_lm.comparison.arms import find_arms
+from t2i_lm.comparison.grid_tables import grid_text
 from t2i_lm.comparison.plan import setting_words
-from t2i_lm.comparison.study_plan import first_seeds, read_study
+from t2i_lm.comparison.study_plan import read_study
+from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import RunConfig
 from t2i_lm.plots.catalogue import FIGURES, stem
@@ -32,6 +34,7 @@ from t2i_lm.training.study import (
     study_runs,
     without_relearning,
 )
+from t2i_lm.training.study_results import results_of
 from tests.plots.synthetic_runs import write_relearning
 from tests.runs import QUICK, Forked
 from tests.study_folders import finish
@@ -389,7 +392,7 @@ def test_every_shipped_plan_names_its_question_endpoint_margin_and_cost(file: Pa
     assert "primary: " in text
     assert "margin: " in text
     seen = set()
-    for need in first_seeds(study, 1).needed():
+    for need in study.needed(1):
         for arm in need.arms:
             kind = (arm.experiment, *need.where, *arm.own)  # the values of a key are of one type
             if kind not in seen:
@@ -479,6 +482,41 @@ def test_drawing_a_study_without_a_finished_run_is_refused(
 def test_too_many_seeds_are_refused(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(plan), "--dry-run", "--seeds", "3"]) == 2
     assert "--seeds=3: expected 1 to 2" in capsys.readouterr().err
+
+
+def test_seeds_of_a_comparison_are_counted_and_its_first_one_has_samples(plan: Path) -> None:
+    plan.write_text("comparisons: {one: {seeds: [5, 6, 7, 8]}}\nruns: {more: {arms: [t2i_shuffled]}}")
+    study = read_study(plan)
+    runs = study_runs(study, plan.parent)
+    assert {run.seed for run in runs if run.job.config.samples.prompts} == {5}
+    seeds = {count: {run.seed for run in study_runs(study, plan.parent, seeds=count)} for count in (1, 4)}
+    assert seeds == {1: {5, 0}, 4: {5, 6, 7, 8, 0}}
+    with pytest.raises(ValueError, match="--seeds=5: expected 1 to 4, the seeds of the plan"):
+        study_runs(study, plan.parent, seeds=5)
+
+
+def test_a_part_of_the_planned_seeds_chooses_best_values_and_has_no_verdict(plan: Path, tmp_path: Path) -> None:
+    plan.write_text("seeds: [0, 1, 2]\nsecondary: []\ncomparisons: {one: {over: {optim.lr: [1e-3, 2e-3]}}}")
+    study = read_study(plan)
+
+    def loss(config: ExperimentConfig) -> float:
+        return 1 + 0.1 * (config.optim.lr != 2e-3) + (config.name == "t2i_scratch")
+
+    def tables(seeds: int | None) -> str:
+        runs = study_runs(study, plan.parent, [f"run.dir={tmp_path}"], seeds=seeds)
+        return grid_text(results_of(study, compare_arms(study, runs), seeds=seeds).grids[0])
+
+    finish(study_runs(study, plan.parent, [f"run.dir={tmp_path}"]), loss)
+    table = tables(2)
+    assert "t2i_scratch: best optim.lr 2e-3, at the EDGE of the grid" in table
+    assert "undecided, 1 of 3 seeds missing" in table
+    assert "corrected for 0 p-values" in table
+    assert "is lower" not in table
+    assert "one_optim.lr=2e-3: MISSING: seed 2 of t2i_scratch" in table
+    assert "t2i_pretrained is lower" in tables(None)
+    for report in [*tmp_path.rglob("report.json")][:1]:
+        report.unlink()
+    assert "no best value: MISSING at optim.lr=" in tables(None)
 
 
 def test_without_a_pair_the_command_that_trains_the_plan_is_named(

@@ -34,11 +34,14 @@ class Grid:
         family: the comparisons.
         comparisons: with results.
         strict: whether another order of the data between the arms is refused.
+        seeds: number of the plan's seeds, the first ones, over which best values are chosen; None for all. Verdicts are
+            over all.
     """
 
     family: Family
     comparisons: tuple[Comparison, ...]
     strict: bool = True
+    seeds: int | None = None
 
     @property
     def name(self) -> str:
@@ -72,7 +75,7 @@ class Tuned:
         condition: those values; empty without other keys.
         best: of each arm.
         common: the value that is best for all arms together; None without one.
-        missing: why there is no best value: points without every seed of the plan.
+        missing: why there is no best value: points without every seed of the plan, or of the grid's `seeds`.
     """
 
     condition: Mapping[str, Any]
@@ -94,9 +97,16 @@ class Tuned:
 
 
 def grids(
-    families: Sequence[Family], comparisons: Sequence[Comparison], strict: bool = True
+    families: Sequence[Family], comparisons: Sequence[Comparison], strict: bool = True, seeds: int | None = None
 ) -> tuple[list[Grid], list[str]]:
-    """The families of several comparisons, with their results; and why others are refused (`require_one_version`)."""
+    """The families of several comparisons, with their results; and why others are refused (`require_one_version`).
+
+    Args:
+        families: of a study.
+        comparisons: of all families.
+        strict: as of a `Grid`.
+        seeds: as of a `Grid`.
+    """
     by_name = {one.name: one for one in comparisons}
     found, problems = [], []
     for family in families:
@@ -107,7 +117,7 @@ def grids(
             except IncomparableError as error:
                 problems.append(f"{family.name}: {error}")
             else:
-                found.append(Grid(family, points, strict))
+                found.append(Grid(family, points, strict, seeds))
     return found, problems
 
 
@@ -183,14 +193,16 @@ def tune(grid: Grid) -> list[Tuned]:
         condition = {name: value for name, value in member.point.items() if name != key}
         points.setdefault(repr(condition), []).append((member.point[key], comparison))
         conditions[repr(condition)] = condition
-    return [_tuned(key, conditions[name], several) for name, several in points.items()]
+    return [_tuned(key, conditions[name], several, grid.seeds) for name, several in points.items()]
 
 
-def _tuned(key: str, condition: Mapping[str, Any], points: Sequence[tuple[Any, Comparison]]) -> Tuned:
+def _tuned(
+    key: str, condition: Mapping[str, Any], points: Sequence[tuple[Any, Comparison]], count: int | None
+) -> Tuned:
     missing = []
     losses: dict[str, dict[str, dict[int, float]]] = {}
     for value, comparison in points:
-        absent = {*comparison.plan.seeds} - {*(comparison.arms.seeds if comparison.arms else ())}
+        absent = {*comparison.plan.seeds[:count]} - {*(comparison.arms.seeds if comparison.arms else ())}
         if comparison.arms is None and not comparison.is_missing:
             missing.append(f"REFUSED at {key}={value}: {str(comparison.problem).splitlines()[0]}")
             continue

@@ -145,17 +145,20 @@ class Study:
         shared = {"seeds": self.seeds[:1]}
         return {name: typed(RunGroup, shared | own, f"runs.{name}.") for name, own in self.runs.items()}
 
-    def needed(self) -> list[Needed]:
+    def needed(self, count: int | None = None) -> list[Needed]:
         """The runs of every comparison and group.
 
+        Args:
+            count: number of seeds, the first ones of each comparison and group; None for all.
+
         Raises:
-            ValueError: naming the key.
+            ValueError: naming the key, or `--seeds` where no comparison and no group has as many seeds.
         """
         found = []
         for family in self.families():
             for member in family.members:
                 plan = member.plan
-                arms, seeds = tuple(plan.parsed.values()), tuple(plan.seeds)
+                arms, seeds = tuple(plan.parsed.values()), tuple(plan.seeds[:count])
                 found.append(Needed(member.name, family.name, arms, seeds, plan.scale, plan.where, member.point))
         for name, group in self.groups().items():
             key = f"runs.{name}."
@@ -163,7 +166,11 @@ class Study:
             arms = tuple(parse_arms(group.arms, f"{key}arms").values())
             for point in _points(group.over, group.where, arms, key):
                 where = {**group.where, **point}
-                found.append(Needed(name, name, arms, tuple(group.seeds), self.scale, where, point))
+                found.append(Needed(name, name, arms, tuple(group.seeds[:count]), self.scale, where, point))
+        if count is not None:
+            several = [*(plan.seeds for plan in self.plans().values()), *(one.seeds for one in self.groups().values())]
+            most = max(map(len, several))
+            require(1 <= count <= most, "--seeds", count, f"1 to {most}, the seeds of the plan")
         return found
 
 

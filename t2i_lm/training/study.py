@@ -99,9 +99,13 @@ def experiments_of(plan: Path) -> Path:
 
 
 def study_runs(
-    study: Study, experiments: Path, overrides: Sequence[str] = (), results: Path | None = None
+    study: Study,
+    experiments: Path,
+    overrides: Sequence[str] = (),
+    results: Path | None = None,
+    seeds: int | None = None,
 ) -> list[StudyRun]:
-    """The runs of a study, each once, seed by seed, so that an interrupted study has complete pairs.
+    """The runs of a study, each config once, seed by seed, so that an interrupted study has complete pairs.
 
     Comparisons of fewer seeds than others come last.
 
@@ -114,13 +118,14 @@ def study_runs(
         experiments: folder of experiment files.
         overrides: `key=value` strings of every run; a setting's own values win.
         results: folder of collected results, or the one of a study's in it, whose runs are not trained again.
+        seeds: number of seeds of each comparison and group, the first ones; None for all.
 
     Raises:
         ValueError: on an unknown experiment, key or value, an override of what the plan sets for every run, a path that
-            is not set, or a folder without results of a study.
+            is not set, a folder without results of a study, or more seeds than the plan has.
     """
     collected = None if results is None else _collected(results)
-    needed = study.needed()
+    needed = study.needed(seeds)
     _require_effect(overrides, needed)
     runs: dict[str, StudyRun] = {}
     of_arms: dict[tuple[str, int, str], str] = {}
@@ -134,7 +139,7 @@ def study_runs(
     turns = [(one.group in few, order.index(seed), seed, one) for one in needed for seed in one.seeds]
     for *_, seed, one in sorted(turns, key=itemgetter(0, 1)):
         for arm in one.arms:
-            shown = one.group == first and seed == study.seeds[0] and not one.point
+            shown = one.group == first and seed == one.seeds[0] and not one.point
             quiet = () if shown or one.use in sampled else NO_SAMPLES
             config, words = _configure(experiments, arm, one, [*quiet, *overrides])
             config = replace(config, seed=seed)

@@ -61,16 +61,19 @@ class Results:
         return (*first, *(one for one in self.comparisons if one not in first))
 
 
-def results_of(study: Study, comparisons: Sequence[Comparison], strict: bool = True) -> Results:
+def results_of(
+    study: Study, comparisons: Sequence[Comparison], strict: bool = True, seeds: int | None = None
+) -> Results:
     """The results of a study's comparisons, with those that follow from its grids.
 
     Args:
         study: the plan.
         comparisons: its comparisons.
         strict: whether another order of the data between the arms is refused.
+        seeds: number of the plan's seeds, the first ones, over which best values are chosen; None for all.
     """
     families = study.families()
-    found, refused = grids(families, comparisons, strict)
+    found, refused = grids(families, comparisons, strict, seeds)
     best = [one for grid in found for one in at_best(grid)]
     curves, problems = gap_curves(families, comparisons)
     return Results((*comparisons, *best), tuple(found), tuple(curves), (*refused, *problems), tuple(refused))

@@ -70,6 +70,7 @@ def made(
     comparison: dict[str, Any],
     skip: Skip = lambda *_: False,
     environment: Callable[[dict[str, Any]], Any] = lambda _: {},
+    seeds: int | None = None,
 ) -> Results:
     """The results of a comparison over a grid, of three seeds, without some runs.
 
@@ -77,6 +78,7 @@ def made(
         comparison: its keys in a study.
         skip: whether to leave out the run of an experiment, seed and values.
         environment: entries of env.json by a run's values.
+        seeds: number of the seeds by which best values are chosen.
     """
     study = Study(seeds=[0, 1, 2], secondary=["tokens_saved.image"], comparisons={"one": comparison})
 
@@ -91,7 +93,7 @@ def made(
         return pair_arms(plan, found, (), Path("runs"))
 
     comparisons = [make_comparison(name, plan, partial(find, plan)) for name, plan in study.plans().items()]
-    return results_of(study, comparisons)
+    return results_of(study, comparisons, seeds=seeds)
 
 
 def test_the_best_rate_of_each_arm_is_said_to_be_interior_or_at_the_edge() -> None:

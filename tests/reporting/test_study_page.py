@@ -1,11 +1,12 @@
 """The page of the shipped study: its runs fill the sections of the paper's claims, with intervals over seeds."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from t2i_lm.comparison.study_plan import Study, first_seeds, read_study
+from t2i_lm.comparison.study_plan import Study, read_study
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.plots.catalogue import Request
 from t2i_lm.plots.pairing import RunPair
@@ -28,7 +29,7 @@ def image_loss(config: ExperimentConfig) -> float:
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[StudyRun], Element]:
     """The plan with three seeds, its runs, of which those that start from aligned rows are missing, and the page."""
     folder = tmp_path_factory.mktemp("study")
-    plan = first_seeds(read_study(PLAN), 3)
+    plan = replace(read_study(PLAN), seeds=[0, 1, 2])
     runs = study_runs(plan, EXPERIMENTS, [f"run.dir={folder}/runs"])
     made = [run for run in runs if run.job.config.aligned_rows is None]
     finish([run for run in made if not run.repeats], image_loss)
