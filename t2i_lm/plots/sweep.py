@@ -157,21 +157,23 @@ def _mean(numbers: Sequence[float], sign: str = "") -> str:
     return f"mean {fmean(numbers):{sign}.4f} nats/token{spread} ({len(numbers)} seeds)"
 
 
-def sweep_caption(key: str, outcomes: Sequence[Outcome]) -> str:
+def sweep_caption(key: str, outcomes: Sequence[Outcome], has_best: bool = True) -> str:
     """The caption of `draw_sweep`."""
     seeds = sorted({outcome.run.config["seed"] for outcome in outcomes})
     some = {modality: losses(outcomes, modality) for modality in present(outcomes)[:1]}
     counts = [len(nlls) for arms in some.values() for values in arms.values() for nlls in values.values()]
     arms = {f"{one.arm} {key}={one.value} seed={one.run.config['seed']}": one.run for one in outcomes}
-    fewer = f" (some over {min(counts)} alone, and rings over the shared ones)" if min(counts) < len(seeds) else ""
+    over_shared = ", and rings over the shared ones" if has_best else ""
+    fewer = f" (some over {min(counts)} alone{over_shared})" if min(counts) < len(seeds) else ""
     over = f"seeds {', '.join(map(str, seeds))}{fewer}"
     bars = f"; points are means and bars ranges over {over}" if len(seeds) > 1 else ""
-    marks = "" if key == SEED else f"; rings: each arm's best{bars}"
+    rings = "; rings: each arm's best" if has_best else ""
+    marks = "" if key == SEED else f"{rings}{bars}"
     how = (
         f"Final {held_out(outcomes)} loss by {key}, all other keys of an arm equal{marks}. Pale: "
         "training loss of the last tenth of the steps, which are new samples if each is seen once."
     )
-    edges = [] if key == SEED else at_edges(key, losses(outcomes, next(iter(present(outcomes)))))
+    edges = [] if key == SEED or not has_best else at_edges(key, losses(outcomes, next(iter(present(outcomes)))))
     sentences = [f"Sweep of {key}.", group_caption(arms, varied=varied_in([key]), how=how), *(f"{e}." for e in edges)]
     return " ".join(sentences)
 
@@ -190,8 +192,15 @@ def varied_in(keys: Sequence[str]) -> tuple[str, ...]:
     return (*keys, *following(keys), *steps, SEED, ORDER, *FIGURE5.varied, *INITS.varied)
 
 
-def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
-    """A panel per modality, a line per arm, a point per value; lines carry a gid of the form `MODALITY/ARM`."""
+def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str, has_best: bool = True) -> Figure:
+    """A panel per modality, a line per arm, a point per value; lines carry a gid of the form `MODALITY/ARM`.
+
+    Args:
+        key: the swept key.
+        outcomes: the runs.
+        caption: below the panels.
+        has_best: whether each arm's best value has a ring; not while planned seeds are missing.
+    """
     by_modality = {modality: losses(outcomes, modality) for modality in present(outcomes)}
     places = _places(list(dict.fromkeys(outcome.value for outcome in outcomes)))
     styles = arm_styles(one.arm for one in outcomes)
@@ -200,7 +209,8 @@ def draw_sweep(key: str, outcomes: Sequence[Outcome], caption: str) -> Figure:
         for axes, (modality, arms) in zip(panels, by_modality.items(), strict=True):
             training = losses(outcomes, modality, training=True)
             for arm, values in arms.items():
-                _draw_arm(axes, key, styles[arm], values, training.get(arm, {}), places, f"{modality}/{arm}")
+                late = training.get(arm, {})
+                _draw_arm(axes, key, styles[arm], values, late, places, f"{modality}/{arm}", has_best)
             _label(axes, key, places)
             axes.set_title(MODALITIES[modality])
         panels[0].set_ylabel("loss (nats/token)")
@@ -216,6 +226,7 @@ def _draw_arm(
     training: Losses,
     places: Mapping[str, float],
     gid: str,
+    has_best: bool,
 ) -> None:
     unordered = key == SEED
     pale = sorted((places[value], fmean(nlls.values())) for value, nlls in training.items())
@@ -235,7 +246,7 @@ def _draw_arm(
         label=look.label,
         gid=gid,
     )
-    best = best_of(values)
+    best = best_of(values) if has_best else None
     if best is not None and len(means) > 1 and not unordered:
         ring = {"marker": "o", "markersize": 15, "fillstyle": "none", "linestyle": "none", "color": look.color}
         axes.plot([places[best]], [means[best]], gid=f"{gid}/best", **ring)  # type: ignore[arg-type]

@@ -31,17 +31,19 @@ Place = tuple[str, ...]
 Grid = Mapping[Place, Mapping[int, float]]
 
 
-def caption_of(keys: Sequence[str], outcomes: Sequence[Outcome]) -> str:
+def caption_of(keys: Sequence[str], outcomes: Sequence[Outcome], has_best: bool = True) -> str:
     """The caption of the figure of a sweep of one or two keys."""
     if len(keys) == 1:
-        return sweep_caption(keys[0], outcomes)
+        return sweep_caption(keys[0], outcomes, has_best)
     names = f"{keys[0]} and {keys[1]}"
     arms = {f"{one.arm} {' '.join(one.values)} seed={one.run.config['seed']}": one.run for one in outcomes}
+    stars = "; a star marks each arm's best" if has_best else ""
     how = (
         f"Mean final {held_out(outcomes)} loss of {MODALITIES[present(outcomes)[0]].lower()} over "
-        f"{seed_words(outcomes)}, all other keys of an arm equal; a star marks each arm's best."
+        f"{seed_words(outcomes)}, all other keys of an arm equal{stars}."
     )
-    edges = (f"{line}." for line in _edges(keys, grids(outcomes, present(outcomes)[0])))
+    lines = _edges(keys, grids(outcomes, present(outcomes)[0])) if has_best else []
+    edges = (f"{line}." for line in lines)
     return " ".join([f"Sweep of {names}.", group_caption(arms, varied=varied_in(keys), how=how), *edges])
 
 
@@ -62,13 +64,13 @@ def tables_of(keys: Sequence[str], outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(tables)
 
 
-def draw(keys: Sequence[str], outcomes: Sequence[Outcome], caption: str) -> Figure:
+def draw(keys: Sequence[str], outcomes: Sequence[Outcome], caption: str, has_best: bool = True) -> Figure:
     """The figure of a sweep of one or two keys; of two, a map per arm and one of each arm minus the first."""
     if len(keys) == 1:
-        return draw_sweep(keys[0], outcomes, caption)
+        return draw_sweep(keys[0], outcomes, caption, has_best)
     by_arm = grids(outcomes, present(outcomes)[0])
     first, *others = by_arm
-    maps = {arm_style(arm).label: (_means(grid), best_of(grid)) for arm, grid in by_arm.items()}
+    maps = {arm_style(arm).label: (_means(grid), best_of(grid) if has_best else None) for arm, grid in by_arm.items()}
     signed = set()
     for other in others:
         apart = {place: distance(nlls, by_arm[first].get(place, {})) for place, nlls in by_arm[other].items()}

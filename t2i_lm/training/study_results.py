@@ -128,8 +128,10 @@ def figures_of(results: Results) -> Iterator[tuple[str, str, Figure, str]]:
             yield grid.name, words, draw_grid(grid, caption), caption
         if grid.tuned is not None and (outcomes := outcomes_of(grid)):
             keys = grid.family.keys
-            caption = caption_of(keys, outcomes)
-            yield f"{grid.name}_losses", f"Sweep of {' and '.join(keys)}", draw(keys, outcomes, caption), caption
+            has_best = not any(one.missing for one in tune(grid))
+            caption = caption_of(keys, outcomes, has_best)
+            title = f"Sweep of {' and '.join(keys)}"
+            yield f"{grid.name}_losses", title, draw(keys, outcomes, caption, has_best), caption
     for curve in results.curves:
         if curve.lengths:
             caption = gap_caption(curve)

@@ -404,6 +404,19 @@ def test_a_comparison_that_can_no_longer_be_made_leaves_no_former_table(tmp_path
     problems = ("one: the runs of an arm differ", "two: gap against training tokens: too few")
     assert write_results(Results((), problems=problems, refused=problems[:1]), tmp_path) == 2
     assert [file.name for file in tmp_path.iterdir()] == ["one_gap.txt"]
+@pytest.mark.parametrize("over", [{"optim.lr": RATES}, {"data.batch_size": [8, 16], "optim.lr": RATES[:2]}])
+def test_the_figure_of_losses_marks_no_best_value_while_a_planned_seed_is_missing(over: dict[str, Any]) -> None:
+    def marks(results: Results) -> tuple[bool, ...]:
+        figure, caption = next((figure, caption) for name, _, figure, caption in figures_of(results) if "loss" in name)
+        rings = [str(line.get_gid()) for axes in figure.axes for line in axes.lines]
+        stars = [text.get_text() for axes in figure.axes for text in axes.texts]
+        drawn = any(gid.endswith("/best") for gid in rings) or any("\N{BLACK STAR}" in text for text in stars)
+        return drawn, "best" in caption, "EDGE" in caption
+
+    assert marks(made({"over": over})) == (True, True, True)
+    fewer = made({"over": over}, lambda name, seed, _: (name, seed) == ("t2i_scratch", 2))
+    assert marks(fewer) == (False, False, False)
+    assert marks(made({"over": over}, lambda _, seed, __: seed == 2, seeds=2)) == (True, True, True)
 
 
 def test_the_labels_of_a_grid_are_as_keys_take_their_values() -> None:
