@@ -13,7 +13,7 @@ from t2i_lm.collect import main as collect
 from t2i_lm.comparison.arms import find_arms
 from t2i_lm.comparison.grid_tables import grid_text
 from t2i_lm.comparison.plan import setting_words
-from t2i_lm.comparison.study_plan import read_study
+from t2i_lm.comparison.study_plan import DRAWN, read_study
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.config.load import load_experiment
 from t2i_lm.config.sections import RunConfig
@@ -547,6 +547,10 @@ def test_a_value_in_two_spellings_is_one_run_and_finds_runs_of_either(plan: Path
     shown = configs(plan, f"seeds: [0]\ncomparisons: {{one: {steps % '3e2'}, two: {steps % 300}}}")
     assert len(shown) == 2
     assert all(role.shown for run in shown for role in run.roles.values() if role.group == "one")
+
+
+def test_the_figures_that_no_result_is_named_after_are_those_of_the_catalogue() -> None:
+    assert {Path(name).stem for name in DRAWN} == {*map(stem, FIGURES)}
 
 
 @pytest.mark.slow

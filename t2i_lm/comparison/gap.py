@@ -23,15 +23,13 @@ from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.decay import Decay, decay_sentences, fit_decay
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.grid import require_one_version
-from t2i_lm.comparison.plan import Plan, setting_folder, setting_words
+from t2i_lm.comparison.plan import Plan
 from t2i_lm.comparison.statistics import PairedStatistics
-from t2i_lm.comparison.study_plan import IN_STEPS, STEPS, Family
+from t2i_lm.comparison.study_plan import IN_STEPS, LENGTHS, STEPS, Family, curve_plans
 from t2i_lm.comparison.tables import interval_text, value_text
 from t2i_lm.config.key_groups import is_neutral
 from t2i_lm.runtime.tables import compact, text_table
 from t2i_lm.storage.run_folder import Run
-
-LENGTHS = 3  # fewest of a curve
 
 
 @dataclass(frozen=True)
@@ -89,29 +87,15 @@ class GapCurve:
 
 
 def gap_curves(families: Sequence[Family], comparisons: Sequence[Comparison]) -> tuple[list[GapCurve], list[str]]:
-    """A curve for every setting of several lengths, `trainer.max_steps` in grids; and why others cannot be made."""
+    """The curves of `curve_plans`, and why others cannot be made."""
     by_name = {one.name: one for one in comparisons}
-    settings: dict[str, list[Comparison]] = {}
-    names: dict[str, tuple[str, str]] = {}
-    for family in families:
-        several = len({next(iter(member.plan.parsed)) for member in family.members}) > 1
-        for member in family.members:
-            if STEPS in member.point:
-                plan = member.plan
-                rest = {key: value for key, value in plan.where.items() if key != STEPS}
-                # Intervals require every seed at every length: longer lengths of fewer seeds have a curve of their own.
-                key = repr((plan.arms, sorted(rest.items(), key=str), plan.scale, plan.primary, plan.seeds))
-                settings.setdefault(key, []).append(by_name[member.name])
-                arm = [next(iter(plan.parsed))] if several else []
-                others = {name: value for name, value in member.point.items() if name != STEPS}
-                names.setdefault(key, (family.name, setting_folder([family.name, *arm, *setting_words(others)])))
     curves, problems = [], []
-    for key, lengths in settings.items():
-        comparison, name = names[key]
+    for plan in curve_plans(families):
         try:
-            curves += [replace(gap_curve(name, lengths), family=comparison)] if len(lengths) >= LENGTHS else []
+            curve = gap_curve(plan.name, [by_name[name] for name in plan.members])
+            curves.append(replace(curve, family=plan.family))
         except ValueError as error:
-            problems.append(f"{name}: gap against training tokens: {error}")
+            problems.append(f"{plan.name}: gap against training tokens: {error}")
     return curves, problems
 
 

@@ -14,14 +14,12 @@ from t2i_lm.comparison.comparability import ORDER, SEED, IncomparableError, conf
 from t2i_lm.comparison.comparison import Comparison, make_comparison
 from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.measurement import require_one_measurement
-from t2i_lm.comparison.plan import Plan, require_settable, setting_folder, setting_words
+from t2i_lm.comparison.plan import Plan, require_settable, setting_words
 from t2i_lm.comparison.statistics import holm
 from t2i_lm.comparison.study_plan import IN_STEPS, STEPS, Family, Member
 from t2i_lm.config.values import value_word
 from t2i_lm.storage.run_folder import Run
 
-# Keys that are tuned: an arm's best value of them is looked for, under every value of the other keys of a grid.
-TUNED = ("optim.",)
 # What to know of a comparison at best values.
 OPTIMISTIC = "each arm's best value was chosen on the same seeds and validation data: the p-value at it is optimistic"
 
@@ -51,8 +49,7 @@ class Grid:
     @property
     def labels(self) -> tuple[str, ...]:
         """Headings of what tells the points apart: the arm, where several are compared with the last, and the keys."""
-        several = len({next(iter(member.plan.parsed)) for member in self.family.members}) > 1
-        return (*(["arm"] if several else []), *self.family.keys)
+        return (*(["arm"] if self.family.has_several_arms else []), *self.family.keys)
 
     @property
     def plan(self) -> Plan:
@@ -63,8 +60,7 @@ class Grid:
     @property
     def tuned(self) -> str | None:
         """The key of which each arm has a best value; None without one, or for an endpoint that is no loss."""
-        keys = [key for key in self.family.keys if key.startswith(TUNED)]
-        return keys[0] if len(keys) == 1 and Endpoint(self.plan.primary).is_loss else None
+        return self.family.tuned
 
 
 @dataclass(frozen=True)
@@ -259,14 +255,13 @@ def _pairs(grid: Grid) -> list[_Pair]:
         best = {one.arm: one for one in tuned.best}
         final = [*grid.plan.parsed][1]  # the last arm, with which each is compared
         for other in [name for name in best if name != final]:
-            points = {
-                value_word(member.point[key]): comparison
+            several = [
+                (member, comparison)
                 for member, comparison in zip(grid.family.members, grid.comparisons, strict=True)
                 if next(iter(member.plan.parsed)) == other and tuned.condition.items() <= member.point.items()
-            }
-            labels = [other] if "arm" in grid.labels else []
-            words = [grid.name, "each at its best", *labels, *setting_words(tuned.condition)]
-            found.append(_Pair(setting_folder(words), (best[other], best[final]), points))
+            ]
+            points = {value_word(member.point[key]): comparison for member, comparison in several}
+            found.append(_Pair(grid.family.name_at_best(several[0][0]), (best[other], best[final]), points))
     return found
 
 

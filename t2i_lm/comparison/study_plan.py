@@ -1,16 +1,18 @@
 """Plan of a study: comparisons and further runs, each over a grid of settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from t2i_lm.comparison.endpoints import Endpoint
 from t2i_lm.comparison.plan import (
     SECONDARY,
     Arm,
     Plan,
     of_type,
+    one_spelling,
     parse_arms,
     read_schema,
     require_settable,
@@ -33,7 +35,9 @@ IN_STEPS = (
     "samples.interval",
     "forgetting.interval",
 )
-
+# Keys that are tuned: an arm's best value of them is looked for, under every value of the other keys of a grid.
+TUNED = ("optim.",)
+LENGTHS = 3  # fewest of a curve of the gap
 
 MEASUREMENTS = ("relearning", "probes")  # of `python -m t2i_lm.evaluate --relearn`, and of `python -m t2i_lm.probe`
 
@@ -66,6 +70,23 @@ class Family:
     name: str
     keys: tuple[str, ...]
     members: tuple[Member, ...]
+
+    @property
+    def tuned(self) -> str | None:
+        """The key of which each arm has a best value; None without one, or for an endpoint that is no loss."""
+        keys = [key for key in self.keys if key.startswith(TUNED)]
+        return keys[0] if len(keys) == 1 and Endpoint(self.members[0].plan.primary).is_loss else None
+
+    @property
+    def has_several_arms(self) -> bool:
+        """Whether several arms are compared with the last."""
+        return len({next(iter(member.plan.parsed)) for member in self.members}) > 1
+
+    def name_at_best(self, member: Member) -> str:
+        """The name of the comparison of a member's arms, each at its best value under the values of the other keys."""
+        arm = [next(iter(member.plan.parsed))] if self.has_several_arms else []
+        others = {name: value for name, value in member.point.items() if name != self.tuned}
+        return setting_folder([self.name, "each at its best", *arm, *setting_words(others)])
 
 
 @dataclass(frozen=True)
@@ -245,9 +266,78 @@ def read_study(path: Path) -> Study:
         names = [member.name for family in study.families() for member in family.members]
         for name in names:
             require(names.count(name) == 1 and name not in study.runs, "name", name, "each name once")
+        _require_own_files(study.families())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return study
+
+
+@dataclass(frozen=True)
+class CurvePlan:
+    """A curve of the gap against training tokens: comparisons that differ in nothing but their length.
+
+    Attributes:
+        name: of its files, without `_gap`.
+        family: the first comparison of the study that has one of the lengths.
+        members: names of the comparisons, one for each length.
+    """
+
+    name: str
+    family: str
+    members: tuple[str, ...]
+
+
+def curve_plans(families: Sequence[Family]) -> list[CurvePlan]:
+    """A curve for every setting of several lengths, `trainer.max_steps` in grids; a length of two grids counts once."""
+    lengths: dict[str, dict[str, str]] = {}
+    names: dict[str, tuple[str, str]] = {}
+    for family in families:
+        for member in family.members:
+            if STEPS in member.point:
+                plan = member.plan
+                rest = setting_words({key: value for key, value in plan.where.items() if key != STEPS})
+                # Intervals require every seed at every length: longer lengths of fewer seeds have a curve of their own.
+                tested = (plan.scale, plan.primary, plan.margin, plan.alpha, plan.seeds)
+                key = repr((plan.arms, sorted(map(one_spelling, rest)), *tested))
+                (steps,) = setting_words({STEPS: member.point[STEPS]})
+                lengths.setdefault(key, {}).setdefault(one_spelling(steps), member.name)
+                arm = [next(iter(plan.parsed))] if family.has_several_arms else []
+                others = {name: value for name, value in member.point.items() if name != STEPS}
+                names.setdefault(key, (setting_folder([family.name, *arm, *setting_words(others)]), family.name))
+    several = ((key, one) for key, one in lengths.items() if len(one) >= LENGTHS)
+    return [CurvePlan(*names[key], tuple(one.values())) for key, one in several]
+
+
+TABLE, FIGURE = (".txt", ".json"), (".png", ".pdf")  # suffixes
+# Files of the figures that a study draws beside its results.
+FIGURES = (*map(str, range(1, 7)), "_forgetting", "_gap", "_inits", "_relearning", "_remedies")
+DRAWN = (*(f"figure{name}{suffix}" for name in FIGURES for suffix in FIGURE), "figure_gap.json")
+
+
+def result_files(families: Sequence[Family]) -> Iterator[tuple[str, str]]:
+    """Every file that results of comparisons may be written to, and the comparison of the study that it is of."""
+    for family in families:
+        names = {member.name: TABLE for member in family.members}
+        if len(names) > 1:
+            yield from ((f"{family.name}{suffix}", family.name) for suffix in (*TABLE, *FIGURE))
+            if family.tuned is not None:
+                names |= {family.name_at_best(member): TABLE for member in family.members}
+                names[f"{family.name}_losses"] = FIGURE
+        yield from ((f"{name}{suffix}", family.name) for name, suffixes in names.items() for suffix in suffixes)
+    for curve in curve_plans(families):
+        yield from ((f"{curve.name}_gap{suffix}", curve.family) for suffix in (*TABLE, *FIGURE))
+
+
+def _require_own_files(families: Sequence[Family]) -> None:
+    """Checks that no two results of a study have one file.
+
+    Raises:
+        ValueError: naming the comparison and the file.
+    """
+    owners = dict.fromkeys(DRAWN, "a figure of the study")
+    for file, name in result_files(families):
+        require(file not in owners, f"comparisons.{name}", file, f"another name: {owners.get(file)} has this file")
+        owners[file] = f"the comparison {name}"
 
 
 def chosen_study(path: Path | None, scale: str | None) -> Study:
@@ -258,21 +348,3 @@ def chosen_study(path: Path | None, scale: str | None) -> Study:
     """
     study = Study(seeds=[], comparisons={"pretraining": {}}) if path is None else read_study(path)
     return study if scale is None else replace(study, scale=scale)
-
-
-def first_seeds(study: Study, count: int | None) -> Study:
-    """A study with the first seeds of its plan alone, also where a comparison or group lists its own.
-
-    Raises:
-        ValueError: if there are not as many.
-    """
-    if count is None:
-        return study
-    require(1 <= count <= len(study.seeds), "--seeds", count, f"1 to {len(study.seeds)}, the seeds of the plan")
-
-    def shorter(entries: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: {**own, "seeds": own["seeds"][:count]} if own.get("seeds") else own for name, own in entries.items()
-        }
-
-    return replace(study, seeds=study.seeds[:count], comparisons=shorter(study.comparisons), runs=shorter(study.runs))

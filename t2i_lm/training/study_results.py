@@ -11,7 +11,7 @@ from t2i_lm.comparison.comparison import Comparison
 from t2i_lm.comparison.gap import GapCurve, gap_curves, gap_json, gap_text
 from t2i_lm.comparison.grid import Grid, at_best, grids, names_at_best, tune
 from t2i_lm.comparison.grid_tables import grid_json, grid_text
-from t2i_lm.comparison.study_plan import STEPS, Study
+from t2i_lm.comparison.study_plan import STEPS, TABLE, Study, result_files
 from t2i_lm.comparison.tables import as_json, text
 from t2i_lm.config.values import value_word
 from t2i_lm.plots.gap import TITLE, draw_gap, draw_grid, gap_caption, grid_caption
@@ -32,6 +32,7 @@ class Results:
         curves: of the gap, where lengths vary.
         problems: why a grid or a curve could not be made.
         refused: those of grids, whose points are of several versions.
+        files: every file that a study of the plan may write here; those that cannot be made are removed.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -39,6 +40,7 @@ class Results:
     curves: tuple[GapCurve, ...] = ()
     problems: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     @property
     def answer_first(self) -> "tuple[Comparison, ...]":
@@ -76,20 +78,21 @@ def results_of(
     found, refused = grids(families, comparisons, strict, seeds)
     best = [one for grid in found for one in at_best(grid)]
     curves, problems = gap_curves(families, comparisons)
-    return Results((*comparisons, *best), tuple(found), tuple(curves), (*refused, *problems), tuple(refused))
+    files = tuple(file for file, _ in result_files(families))
+    return Results((*comparisons, *best), tuple(found), tuple(curves), (*refused, *problems), tuple(refused), files)
 
 
 def write_results(results: Results, out: Path) -> int:
     """Prints every table and writes it to a folder: NAME.txt and NAME.json, and of a gap also its figure.
 
-    Tables of a grid have its name, those of its points are printed only as rows of it. Former files of what cannot be
-    made are removed.
+    Tables of a grid have its name, those of its points are printed only as rows of it. Former files of the plan's
+    results that are not made now are removed: their verdict no longer holds.
 
     Returns:
         0, or 2 if something cannot be made, after naming the reason on stderr.
     """
     out.mkdir(parents=True, exist_ok=True)
-    code = 0
+    code, written = 0, set[str]()
     points = {one.name for grid in results.grids for one in grid.comparisons}
     for name, shown, write in _tables(results, points):
         try:
@@ -97,26 +100,21 @@ def write_results(results: Results, out: Path) -> int:
         except ValueError as error:
             print(f"{name}: {error}", file=sys.stderr)
             code = 2
-            _remove(out, name)
             continue
-        write_atomic(out / f"{name}.txt", f"{table}\n")
-        write_atomic(out / f"{name}.json", f"{content}\n")
+        for suffix, words in zip(TABLE, (table, content), strict=True):
+            write_atomic(out / f"{name}{suffix}", f"{words}\n")
+            written.add(f"{name}{suffix}")
         if shown:
             print(f"== {name}", table, "", sep="\n", flush=True)
     for stem, title, figure, caption in figures_of(results):
-        print(*save_figure(figure, out / stem, title, caption), sep="\n")
+        paths = save_figure(figure, out / stem, title, caption)
+        written |= {path.name for path in paths}
+        print(*paths, sep="\n")
     for problem in results.problems:
         print(problem, file=sys.stderr)
-        name = problem.partition(": ")[0]
-        _remove(out, *((name, f"{name}_losses") if problem in results.refused else (f"{name}_gap",)))
+    for file in {*results.files} - written:
+        (out / file).unlink(missing_ok=True)
     return 2 if results.problems else code
-
-
-def _remove(out: Path, *names: str) -> None:
-    """Removes the files of earlier results, whose verdict no longer holds."""
-    for name in names:
-        for suffix in (".txt", ".json", ".png", ".pdf"):
-            (out / f"{name}{suffix}").unlink(missing_ok=True)
 
 
 def figures_of(results: Results) -> Iterator[tuple[str, str, Figure, str]]:

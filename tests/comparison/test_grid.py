@@ -22,7 +22,7 @@ from t2i_lm.comparison.gap import find_gap_curve
 from t2i_lm.comparison.grid import OPTIMISTIC, at_best, labeled_points, names_at_best, tune
 from t2i_lm.comparison.grid_tables import grid_json, grid_table, grid_text
 from t2i_lm.comparison.plan import Arm, Plan
-from t2i_lm.comparison.study_plan import Study
+from t2i_lm.comparison.study_plan import Study, curve_plans
 from t2i_lm.comparison.tables import as_json, text
 from t2i_lm.config.experiment import ExperimentConfig
 from t2i_lm.plots.gap import gap_caption, grid_caption
@@ -263,6 +263,14 @@ def test_lengths_of_several_comparisons_are_one_curve() -> None:
     comparisons = [make_comparison(name, plan, partial(found, plan)) for name, plan in study.plans().items()]
     (curve,) = results_of(study, comparisons).curves
     assert (curve.name, [one.steps for one in curve.lengths]) == ("short", [400, 800, 1600, 3200])
+    assert [one.name for one in curve_plans(study.families())] == ["short"]
+    over["over"]["trainer.max_steps"][0] = "8e2"  # a length of both
+    assert curve_plans(study.families())[0].members == tuple(
+        f"{name}.max_steps={number}"
+        for name, number in (("short_trainer", 400), ("short_trainer", 800), ("long_trainer", 3200))
+    )
+    over["margin"] = "5%"
+    assert curve_plans(study.families()) == []
 
 
 def test_the_gap_is_redrawn_from_run_folders_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -392,18 +400,21 @@ def test_without_a_best_value_the_answer_is_the_reason() -> None:
 
 
 def test_a_comparison_that_can_no_longer_be_made_leaves_no_former_table(tmp_path: Path) -> None:
-    comparison = made({"over": {"optim.lr": RATES[:2]}}).comparisons[0]
-    assert write_results(Results((comparison,)), tmp_path) == 0
-    names = {file.name for file in tmp_path.iterdir()}
-    assert len(names) == 2
-    lost = replace(comparison, arms=None, problem=ValueError("runs are gone"))
-    assert write_results(Results((lost,)), tmp_path) == 2
-    assert not [*tmp_path.iterdir()]
-    for name in ("one.json", "one.png", "one_losses.pdf", "one_gap.txt", "two_gap.txt"):
-        (tmp_path / name).touch()
-    problems = ("one: the runs of an arm differ", "two: gap against training tokens: too few")
-    assert write_results(Results((), problems=problems, refused=problems[:1]), tmp_path) == 2
-    assert [file.name for file in tmp_path.iterdir()] == ["one_gap.txt"]
+    everything = made({"over": {"optim.lr": RATES}})
+    assert write_results(everything, tmp_path) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {*everything.files}
+    (tmp_path / "one_mine.txt").touch()
+    fewer = made({"over": {"optim.lr": RATES}}, lambda name, seed, _: (name, seed) == ("t2i_scratch", 2))
+    assert write_results(fewer, tmp_path) == 0
+    gone = {*everything.files} - {file.name for file in tmp_path.iterdir()}
+    assert gone == {"one_each_at_its_best.txt", "one_each_at_its_best.json"}
+    lost = replace(everything.comparisons[0], arms=None, problem=ValueError("runs are gone"))
+    assert write_results(Results((lost,), files=everything.files), tmp_path) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["one_mine.txt"]
+    curve = made({"over": {"trainer.max_steps": [200, 400, 800]}})
+    assert {"one_gap.txt", "one_gap.json", "one_gap.png", "one_gap.pdf"} < {*curve.files}
+
+
 @pytest.mark.parametrize("over", [{"optim.lr": RATES}, {"data.batch_size": [8, 16], "optim.lr": RATES[:2]}])
 def test_the_figure_of_losses_marks_no_best_value_while_a_planned_seed_is_missing(over: dict[str, Any]) -> None:
     def marks(results: Results) -> tuple[bool, ...]:

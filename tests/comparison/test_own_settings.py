@@ -13,6 +13,10 @@ from t2i_lm.comparison.study_plan import Study, read_study
 from t2i_lm.comparison.tables import setting, text
 from tests.comparison.test_compare import seeded_run, set_environment
 
+RATES, OTHERS, STEPS = (
+    f"{{over: {{{values}}}}}"
+    for values in ("optim.lr: [1, 2]", "data.batch_size: [8, 16]", "trainer.max_steps: [100, 200, 400]")
+)
 OWN = {"t2i_pretrained": {"optim.lr": 0.001}, "t2i_scratch": {"optim.lr": 0.004}}
 
 
@@ -166,6 +170,14 @@ def test_a_faulty_arm_is_refused_by_name(content: str, words: str, tmp_path: Pat
         ("one: {over: {optim: [1, 2]}}", r"comparisons\.one\.over\.optim: optim is a section of keys, such as optim\."),
         ("one: {where: {seed: 5}}", r"comparisons\.one\.where\.seed=5: expected another key than seed"),
         ("{one: {arms: [a, b, c]}, one_a: {}}", "expected each name once"),
+        (f"{{one: {STEPS}, one_gap: {{}}}}", r"one='one_gap.txt': expected another name: the comparison one_gap has"),
+        (f"{{one: {RATES}, one_each_at_its_best: {{}}}}", "another name: the comparison one has this file"),
+        (f"{{one: {RATES}, one_losses: {OTHERS}}}", r"one_losses='one_losses\.png': expected another name"),
+        (
+            f"{{figure4: {RATES}}}",
+            r"figure4='figure4\.png': expected another name: a figure of the study has this file",
+        ),
+        (f"{{one: {RATES}, one_optim.lr=1: {OTHERS}}}", "another name: the comparison one has this file"),
     ],
 )
 def test_a_faulty_grid_is_refused_by_name(content: str, words: str, tmp_path: Path) -> None:
@@ -173,6 +185,15 @@ def test_a_faulty_grid_is_refused_by_name(content: str, words: str, tmp_path: Pa
     file.write_text(f"comparisons: {content if content.startswith('{') else '{' + content + '}'}")
     with pytest.raises(ValueError, match=rf"study\.yaml.*{words}"):
         read_study(file)
+
+
+def test_names_of_results_that_are_not_made_are_free(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    two = "{over: {trainer.max_steps: [100, 200]}}"  # no curve
+    file.write_text(
+        f"comparisons: {{one: {two}, one_gap: {OTHERS}, figure4: {{}}, one_losses: {{}}, ratio_gap: {OTHERS}}}"
+    )
+    assert len(read_study(file).comparisons) == 5
 
 
 def test_a_grid_is_every_combination_and_several_arms_are_compared_with_the_last() -> None:
