@@ -154,7 +154,9 @@ def test_strict_names_the_figures_that_it_refuses(runs: Path, capsys: pytest.Cap
     write_run(runs, "uncond_tune_ffn", "20260302-110000", config={"optim.weight_decay": 0.2})
     command = ["--runs", str(runs), "--out", str(runs.parent / "figures")]
     assert figures(command) == 0
-    assert capsys.readouterr().err.startswith("note: figure 5: NOT CONTROLLED, arms also differ from scratch in optim.w")
+    assert capsys.readouterr().err.startswith(
+        "note: figure 5: NOT CONTROLLED, arms also differ from scratch in optim.w"
+    )
     assert figures([*command, "--strict"]) == 2
     output, error = capsys.readouterr()
     (line,) = error.splitlines()
