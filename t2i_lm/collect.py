@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import command_parser, exit_code, out_folder
+from t2i_lm.runtime.command_line import RUNS, command_parser, exit_code, out_folder
 
 EXAMPLE = """example:
   python -m t2i_lm.collect
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "folders", nargs="*", type=Path, metavar="FOLDER", help="runs, or folders of them, in --runs"
     )
-    arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
+    arguments.add_argument("--runs", type=Path, default=RUNS, help="folder of runs (default: %(default)s)")
     arguments.add_argument(
         "--out", type=out_folder, default="docs/results", help="folder of results (default: %(default)s)"
     )

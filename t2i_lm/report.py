@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2i_lm.runtime.command_line import add_strict, command_parser, exit_code, out_file
+from t2i_lm.runtime.command_line import RUNS, add_strict, command_parser, exit_code, out_file
 
 EXAMPLE = """example:
   python -m t2i_lm.report
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = command_parser(
         "report", "Write one page with the study's answer, figures, samples and sources, from its runs.", EXAMPLE
     )
-    arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
+    arguments.add_argument("--runs", type=Path, default=RUNS, help="folder of runs (default: %(default)s)")
     arguments.add_argument("--plan", type=Path, metavar="FILE", help=f"plan YAML (default: {PLAN}, if there is one)")
     arguments.add_argument("--scale", help="overlay of the runs (default: the plan's)")
     arguments.add_argument("--out", type=out_file, default="report.html", help="the page (default: %(default)s)")

@@ -44,6 +44,7 @@ from t2i_lm.plots.tradeoff import (
     strengths,
     tradeoff_table,
 )
+from t2i_lm.runtime.command_line import RUNS
 from t2i_lm.runtime.tables import listed
 from t2i_lm.storage.run_folder import Run, read_run
 from t2i_lm.storage.writing import write_atomic
@@ -62,7 +63,7 @@ class Request:
         pair_keys: likewise, where the named pair alone is compared.
     """
 
-    root: Path = Path("runs")
+    root: Path = RUNS
     pretrained: Path | None = None
     scratch: Path | None = None
     strict: bool = False

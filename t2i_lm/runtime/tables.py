@@ -61,8 +61,8 @@ _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasc
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 
 # Others that pdfLaTeX sets: Latin letters (T1 fonts); dashes, quotes, an ellipsis, the euro.
-_LATEX_SETS = (*range(0x20, 0x7F), *range(0xA0, 0x180))
-_LATEX_SETS += (0x2013, 0x2014, 0x2018, 0x2019, 0x201A, 0x201C, 0x201D, 0x201E, 0x2026, 0x20AC)
+_LATEX_SETS = {*range(0x20, 0x7F), *range(0xA0, 0x180)}
+_LATEX_SETS |= {0x2013, 0x2014, 0x2018, 0x2019, 0x201A, 0x201C, 0x201D, 0x201E, 0x2026, 0x20AC}
 
 
 def _in_latex(mark: str) -> str:
